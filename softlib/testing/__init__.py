@@ -1,0 +1,15 @@
+"""What the tests of softlib, and of code built on it, compare with and pass through.
+
+- `assert_close`: a result against its oracle, within a bound that follows from the
+  arithmetic.
+- `check_transformations`: one function through every transformation of JAX.
+- `TRANSFORMATIONS`: the names of these checks.
+"""
+
+from ._assert_close import assert_close as assert_close
+from ._transformations import (
+    TRANSFORMATIONS as TRANSFORMATIONS,
+    check_transformations as check_transformations,
+)
+
+__all__ = ["TRANSFORMATIONS", "assert_close", "check_transformations"]
