@@ -1,0 +1,84 @@
+# The commands of the project; `make` lists them. Each makes the environment that it
+# needs on its first run, with the interpreter that scripts/find-python finds, and
+# installs again only when pyproject.toml has changed.
+
+VENV := .venv
+OLDEST := .venv-oldest
+PYTHON ?=
+export PYTHON
+# Nothing here may depend on what the caller has put on the path of modules.
+unexport PYTHONPATH
+
+# More arguments for the program that the target runs: make demo ARGS="--steps 10".
+ARGS ?=
+# Processes of the test suite; each holds a JAX runtime of about 1 GB.
+WORKERS ?= 2
+
+RUN := $(VENV)/bin/python
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-oldest slow lint format docs bench clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+	  while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.installed-examples ## train a small language model, draw its curves
+	$(RUN) examples/train_language_model.py --preset demo $(ARGS)
+
+test: lint $(VENV)/.installed-test ## lint, types and the test suite
+	$(RUN) $(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
+	$(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses \
+	  tests/test_dispatch.py $(ARGS)
+
+slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.installed-test ## style and types, without running anything
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyrefly check
+
+format: $(VENV)/.installed-test ## repair style where that is safe
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+
+bench: $(VENV)/.installed-bench ## compare implementations on this machine
+	$(RUN) -m benchmarks $(ARGS)
+
+clean: ## remove the environments and whatever was built
+	rm -rf $(VENV) $(OLDEST) build dist docs/_build .pytest_cache .ruff_cache \
+	  .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@python=$$(scripts/find-python) && echo "making $(VENV) with $$python" && \
+	  "$$python" -m venv --clear $(VENV)
+
+$(OLDEST)/bin/python:
+	@python=$$(scripts/find-python --oldest) && echo "making $(OLDEST) with $$python" && \
+	  "$$python" -m venv --clear $(OLDEST)
+
+$(VENV)/.installed-test: EXTRAS := lint,test
+$(VENV)/.installed-examples: EXTRAS := examples
+$(VENV)/.installed-docs: EXTRAS := docs
+$(VENV)/.installed-bench: EXTRAS := bench
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
+	@echo "installing softlib[$(EXTRAS)] into $(VENV)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Every core dependency at its lower bound, so that each bound is tried.
+$(OLDEST)/.installed: pyproject.toml scripts/lower_bounds.py | $(OLDEST)/bin/python
+	@echo "installing the oldest releases into $(OLDEST)"
+	@$(OLDEST)/bin/python scripts/lower_bounds.py >$(OLDEST)/constraints.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c $(OLDEST)/constraints.txt -e '.[test-core]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Tests of softlib: a mirror of the package, and checks of the repository itself."""

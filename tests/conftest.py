@@ -1,0 +1,58 @@
+"""What every test shares: devices, strictness, and the account of the time spent."""
+
+import pathlib
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+from tests import time_budget
+
+# Set before the first use of a device. Float32 stays the default: a test that needs
+# float64 asks for it with `jax.enable_x64()`, so that the default path is tested too.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a shape compiles, so a deadline would measure XLA. The same
+# examples on every run: a failure in one place can be repeated in another.
+hypothesis.settings.register_profile(
+    "softlib",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("softlib")
+
+
+@pytest.fixture
+def untyped():
+    """Turns the runtime type checker off, to reach the errors that users see."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """The folder that holds pyproject.toml."""
+    return pathlib.Path(__file__).parent.parent
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    # Under xdist the reports of all workers arrive here, in the controlling process.
+    reports = [
+        report
+        for group in terminalreporter.stats.values()
+        for report in group
+        if isinstance(report, pytest.TestReport)
+    ]
+    table = pathlib.Path(__file__).with_name("time_budget.toml").read_text()
+    spent = time_budget.seconds_by_package((r.nodeid, r.duration) for r in reports)
+    if spent:
+        terminalreporter.section("test time by package")
+        for line in time_budget.lines(spent, time_budget.parse(table)):
+            terminalreporter.write_line(line)

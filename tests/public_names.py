@@ -1,0 +1,56 @@
+"""What softlib offers to its users, found by walking `__all__`."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import types
+from collections.abc import Iterator
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicName:
+    package: str
+    name: str
+    value: Any
+
+    @property
+    def address(self) -> str:
+        return f"{self.package}.{self.name}"
+
+
+def packages() -> list[str]:
+    """The library itself and every public module or package below it."""
+    root = importlib.import_module("softlib")
+    below = (m.name for m in pkgutil.iter_modules(root.__path__))
+    return ["softlib", *(f"softlib.{name}" for name in below if name[0] != "_")]
+
+
+def public_names() -> Iterator[PublicName]:
+    """Functions, classes and type aliases; not the subpackages, not `__version__`."""
+    for package in packages():
+        module = importlib.import_module(package)
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not isinstance(value, types.ModuleType | str):
+                yield PublicName(package, name, value)
+
+
+def public_methods(cls: type) -> dict[str, Any]:
+    """Methods and properties that the class itself defines."""
+    kinds = (types.FunctionType, classmethod, staticmethod, property)
+    return {
+        name: member
+        for name, member in vars(cls).items()
+        if isinstance(member, kinds) and (name[0] != "_" or name == "__call__")
+    }
+
+
+def is_named_tuple(cls: type) -> bool:
+    return issubclass(cls, tuple) and hasattr(cls, "_fields")
+
+
+def parameters(function: Any) -> list[str]:
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in {"self", "cls"}]

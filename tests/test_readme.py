@@ -1,0 +1,87 @@
+import pathlib
+
+import pytest
+
+from tests import markdown_code
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [
+    str(page.relative_to(ROOT))
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("[!_]*/*.md")),
+        ROOT / "docs/index.md",
+    ]
+    if markdown_code.blocks(page.read_text())
+]
+
+
+def test_the_readme_has_code():
+    assert "README.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_blocks_run_and_print_what_the_page_says(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    markdown_code.run((ROOT / page).read_text(), page)
+
+
+@pytest.mark.parametrize("command", ["make demo", "make test"])
+def test_the_commands_of_the_readme_exist(command):
+    target = command.removeprefix("make ")
+    assert f"\n{target}: " in (ROOT / "Makefile").read_text()
+    assert command in (ROOT / "README.md").read_text()
+
+
+# ------------------------------------------------------------------- the runner itself
+PAGE = """Text
+
+```python
+x = 1
+print(x)
+```
+
+```text
+1
+```
+
+```text
+not the output of anything
+```
+
+```{code-cell} python
+:tags: [hide-input]
+
+y = x + 1
+```
+
+```bash
+rm -rf everything
+```
+"""
+
+
+def test_blocks_share_a_namespace_and_know_their_output():
+    first, second = markdown_code.blocks(PAGE)
+    assert (first.source, first.first_line, first.output) == (
+        "x = 1\nprint(x)\n",
+        4,
+        "1\n",
+    )
+    assert second.source.strip() == "y = x + 1"
+    assert PAGE.split("\n")[second.first_line :][0] == "y = x + 1"
+    markdown_code.run(PAGE, "page.md")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("print(x)", "print(x + 1)", AssertionError),
+        ("y = x", "y = z", NameError),
+        ("x = 1", "x = ", SyntaxError),
+    ],
+)
+def test_a_block_that_does_not_hold_fails(old, new, error):
+    with pytest.raises(error):
+        markdown_code.run(PAGE.replace(old, new), "page.md")
