@@ -1,0 +1,39 @@
+"""Sphinx configuration: MyST pages, executed where they hold cells, and autodoc."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import softlib
+from docs import docstring_markup
+
+project = "softlib"
+author = "the softlib developers"
+copyright = author
+version = release = softlib.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"softlib {release}"
+
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+
+autodoc_preserve_defaults = True
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+add_module_names = False
+python_maximum_signature_line_length = 80
+
+
+def _markdown_to_rest(app, what, name, obj, options, lines: list[str]) -> None:
+    lines[:] = docstring_markup.to_rest("\n".join(lines)).split("\n")
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", _markdown_to_rest)
