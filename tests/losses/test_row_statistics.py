@@ -1,0 +1,94 @@
+"""Row statistics agree with the oracle: values, and gradients of every argument."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import losses
+from softlib.testing import assert_close
+from tests.losses.problems import (
+    OPTIONS,
+    SHAPES,
+    Problem,
+    assert_agrees,
+    is_small,
+    precision,
+    ragged_chunk,
+    values_and_gradients,
+)
+from tests.oracles import row_statistics as oracle
+from tests.pairwise import name, pairwise
+
+DATA = pathlib.Path(__file__).parent.parent / "data"
+ALL = losses.RowStatistics._fields
+CASES = pairwise({**SHAPES, **OPTIONS, "labels": (None, "one", "several")}, is_small)
+LARGE = pairwise(
+    {"V": (50257, 151936), "N": (1000, 7), **OPTIONS, "labels": ("one", "several")}
+)
+LARGE = [case for case in LARGE if not is_small(case)]
+
+
+def check(case, implementation):
+    with precision(case["dtype"]):
+        problem = Problem(case)
+        labels = None
+        if case["labels"] == "one":
+            labels = problem.labels()
+        elif case["labels"] == "several":
+            labels = problem.labels(4)
+            labels[..., 1] = labels[..., 0]  # a label may occur twice
+            labels[..., 0, 2], labels[..., -1, 3] = -100, problem.classes
+        statistics = [n for n in ALL if n != "label_logits" or labels is not None]
+        cotangents = {
+            "lse": problem.cotangent(),
+            "mean_logit": problem.cotangent(),
+            "max_logit": problem.cotangent(),  # must have no effect
+            # As for a mean over the classes: float16 holds no sum of 1e5 squares.
+            "sum_logits": problem.cotangent() / problem.classes,
+            "sum_squared_logits": problem.cotangent() / problem.classes,
+        }
+        if labels is not None:
+            several = labels.shape[len(problem.batch) :]
+            cotangents["label_logits"] = problem.cotangent(*several)
+        operation = (
+            losses.linear_row_statistics if problem.linear else losses.row_statistics
+        )
+
+        def function(labels=None, **arrays):
+            got = operation(
+                **arrays,
+                **problem.options,
+                labels=labels,
+                class_where=problem.class_where,
+                statistics=tuple(statistics),
+                implementation=implementation,
+            )
+            assert isinstance(got, losses.RowStatistics)
+            return {n: a for n, a in got._asdict().items() if a is not None}
+
+        others = {} if labels is None else {"labels": labels}
+        values, gradients = values_and_gradients(
+            function, problem.arrays, cotangents, **others
+        )
+        del cotangents["max_logit"]
+        expected = oracle.row_statistics(
+            labels, problem.class_where, cotangents=cotangents, **problem.source()
+        )
+        assert values.keys() == expected.values.keys()
+        problem.check(values, gradients, expected)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_matches_oracle(case, implementation):
+    check(case, implementation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGE, ids=name)
+def test_large_shapes_match_oracle(case):
+    check(case, "xla")
