@@ -1,5 +1,6 @@
 """Sphinx configuration: MyST pages, executed where they hold cells, and autodoc."""
 
+import inspect
 import pathlib
 import sys
 
@@ -32,7 +33,11 @@ python_maximum_signature_line_length = 80
 
 
 def _markdown_to_rest(app, what, name, obj, options, lines: list[str]) -> None:
-    lines[:] = docstring_markup.to_rest("\n".join(lines)).split("\n")
+    docstring = "\n".join(lines).strip()
+    if what == "data" and docstring == inspect.getdoc(type(obj)):
+        lines.clear()  # of its type, say tuple; the page describes the value
+    else:
+        lines[:] = docstring_markup.to_rest(docstring).split("\n")
 
 
 def setup(app) -> None:

@@ -64,14 +64,21 @@ def markup(text: str) -> str:
 
 
 def _split(lines: list[str]):
-    """(None or heading, lines without indentation), in the order of the text."""
+    """(None or heading, lines without indentation), in the order of the text.
+
+    A section whose text begins beside its heading goes on until an empty line or the
+    next heading; one that begins below it goes on as long as lines are indented.
+    """
     heading: str | None = None
+    beside = False
     current: list[str] = []
     for line in lines:
         match = _HEADING.match(line)
-        if match or (heading and line and not line.startswith(" ")):
+        ends = not line if beside else line and not line.startswith(" ")
+        if match or (heading and ends):
             yield heading, current
             heading, current = (match[1], [match[2]]) if match else (None, [line])
+            beside = bool(match and match[2])
         else:
             current.append(line.removeprefix("    ") if heading else line)
     yield heading, current

@@ -29,7 +29,8 @@ DOCSTRING = r"""
 
     Derivatives: forward and reverse mode,
         any order.
-    Cost: O(rows * V).
+    Cost: O(rows * V); the second line
+    of it is not indented.
 
     Example:
         >>> print("`a`", 2**3)
@@ -61,7 +62,8 @@ Kept for the backward pass:
     another shape.
 :Derivatives: forward and reverse mode,
     any order.
-:Cost: O(rows * V).
+:Cost: O(rows * V); the second line
+    of it is not indented.
 
 .. rubric:: Example
 
