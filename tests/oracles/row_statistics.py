@@ -205,11 +205,11 @@ def evaluate(
 
     names = pieces[0]
     values = {n: np.concatenate([one[n] for one in pieces]) for n in names}
-    values = {n: a.reshape(*batch, *a.shape[1:]) for n, a in values.items()}
+    values = {n: a.reshape((*batch, *a.shape[1:])) for n, a in values.items()}
     if vocab_axis == 1 and "weight" in gradients:
         gradients["weight"] = gradients["weight"].T
     for name in gradients.keys() & {"hidden", "logits"}:
-        gradients[name] = gradients[name].reshape(*batch, -1)
+        gradients[name] = gradients[name].reshape((*batch, source.shape[1]))
     return Result(values, gradients)
 
 
@@ -223,7 +223,7 @@ def row_statistics(labels=None, class_where=None, *, cotangents=None, **source):
     single = labels is not None and np.ndim(labels) == len(batch)
     per_row = {}
     if labels is not None:
-        per_row["labels"] = np.asarray(labels).reshape(*batch, -1)
+        per_row["labels"] = np.asarray(labels)[..., None] if single else labels
     if class_where is not None and np.ndim(class_where) > 1:
         shape = (*batch, np.shape(data)[-1])
         per_row["class_where"] = np.broadcast_to(class_where, shape)
