@@ -1,0 +1,40 @@
+"""Softmax variants, attention masks and large-vocabulary losses for JAX.
+
+- `softlib.losses`: losses over vocabularies too large to form the logits.
+- `softlib.numerics`: the streaming accumulators they are built on.
+- `softlib.nn`: Flax modules (loaded on first use, with flax).
+- `softlib.testing`: comparisons and the transformation battery (loaded on first use).
+- `softlib.masked_mean`: the one reduction.
+- `softlib.explain`: which implementation a call would use on which platform, and why.
+"""
+
+import importlib
+from typing import Any
+
+from . import losses as losses, numerics as numerics, typing as typing
+from ._dispatch import explain as explain
+from ._masked_mean import masked_mean as masked_mean
+
+__version__ = "0.1.0"
+__all__ = [
+    "explain",
+    "losses",
+    "masked_mean",
+    "nn",
+    "numerics",
+    "testing",
+    "typing",
+]
+
+# Loaded on first use: `import softlib` needs neither flax nor a test library.
+_LAZY = ("nn", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,154 @@
+"""Argument checks: one line at the call, one sentence for the user, at trace time.
+
+Every message has the form "function: `argument` must <condition>, got <value>."
+Only static facts are checked (shapes, dtypes, Python values); a bad value inside an
+array gives NaN in the rows it touches, because no trace can see it.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def require_floating(function: str, **arrays: Array | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{function}: `{name}` must have a floating dtype, got {array.dtype}."
+            )
+
+
+def require_integer(function: str, **arrays: Array | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{function}: `{name}` must have an integer dtype (class ids), "
+                f"got {array.dtype}."
+            )
+
+
+def require_boolean(function: str, **arrays: Array | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and array.dtype != jnp.bool_:
+            raise TypeError(
+                f"{function}: `{name}` must have dtype bool (True for what counts), "
+                f"got {array.dtype}."
+            )
+
+
+def require_rank(function: str, name: str, array: Array, least: int, axes: str) -> None:
+    if array.ndim < least:
+        raise ValueError(
+            f"{function}: `{name}` must have at least {least} "
+            f"{'axis' if least == 1 else 'axes'} {axes}, got shape {array.shape}."
+        )
+
+
+def require_shape(
+    function: str, name: str, array: Array | None, shape: tuple[int, ...], why: str
+) -> None:
+    if array is not None and array.shape != shape:
+        raise ValueError(
+            f"{function}: `{name}` must have shape {shape} ({why}), got {array.shape}."
+        )
+
+
+def require_shape_in(
+    function: str,
+    name: str,
+    array: Array | None,
+    shapes: Sequence[tuple[int, ...]],
+    why: str,
+) -> None:
+    if array is not None and array.shape not in shapes:
+        known = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+        raise ValueError(
+            f"{function}: `{name}` must have shape {known} ({why}), got {array.shape}."
+        )
+
+
+def require_broadcastable(
+    function: str, name: str, array: Array | None, shape: tuple[int, ...], why: str
+) -> None:
+    if array is None:
+        return
+    padded = (1,) * (len(shape) - array.ndim) + array.shape
+    fits = len(padded) == len(shape) and all(
+        own in (1, full) for own, full in zip(padded, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{function}: `{name}` must broadcast to shape {shape} ({why}), "
+            f"got {array.shape}."
+        )
+
+
+def require_positive_number(function: str, name: str, value: object) -> None:
+    """A static option: a finite Python number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"{function}: `{name}` must be a Python number (it is static), "
+            f"got {type(value).__name__}."
+        )
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(
+            f"{function}: `{name}` must be positive and finite, got {value}."
+        )
+
+
+def require_positive_integer(function: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{function}: `{name}` must be a Python int (it is static), "
+            f"got {type(value).__name__}."
+        )
+    if value < 1:
+        raise ValueError(f"{function}: `{name}` must be at least 1, got {value}.")
+
+
+def require_scalar(
+    function: str, name: str, value: object, least: float, most: float
+) -> None:
+    """A number or a scalar array; the range of a Python number is checked here."""
+    shape = jnp.shape(value)
+    if shape != ():
+        raise ValueError(
+            f"{function}: `{name}` must be a number or a scalar array, "
+            f"got shape {shape}."
+        )
+    if isinstance(value, int | float) and not least <= value <= most:
+        bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f">= {least:g}"
+        raise ValueError(f"{function}: `{name}` must be {bounds}, got {value}.")
+
+
+def require_one_of(
+    function: str, name: str, value: object, choices: Collection[object]
+) -> None:
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{function}: `{name}` must be one of {known}, got {value!r}.")
+
+
+def require_names(
+    function: str, name: str, value: object, choices: Collection[str]
+) -> None:
+    """A sequence of distinct names, each of them known."""
+    known = ", ".join(choices)
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(
+            f"{function}: `{name}` must be a tuple of names out of {known}, "
+            f"got {value!r}."
+        )
+    for item in value:
+        if item not in choices:
+            raise ValueError(
+                f"{function}: `{name}` must only hold names out of {known}, "
+                f"got {item!r}."
+            )
+    if not value or len(set(value)) < len(value):
+        raise ValueError(
+            f"{function}: `{name}` must hold at least one name and none twice, "
+            f"got {tuple(value)!r}."
+        )

@@ -1,0 +1,267 @@
+"""One operation, several implementations: who runs where, and why the others do not.
+
+A public function calls `plan` with the operation, the user's `implementation` and its
+arrays, then `execute` with the plan. Kernels are chosen per *lowering* platform, so a
+program traced on a CPU host and lowered for a TPU contains the TPU kernel.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from ._sharding import automatic_axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    Attributes:
+        name: `reference`, `xla`, or `family_target` such as `pallas_tpu`.
+        call: `call(options, operands)`, options static and hashable, operands arrays.
+        why_not: None if `call` supports the operands, else a sentence fragment. It sees
+            shapes, dtypes and options, never values.
+        platform: A JAX lowering platform; None runs everywhere.
+    """
+
+    name: str
+    call: Callable[[Any, Any], Any]
+    why_not: Callable[[Any, Any], str | None] = lambda options, operands: None
+    platform: str | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("_")[0]
+
+
+def absent(name: str, platform: str) -> Implementation:
+    """A name users may pin although no kernel stands behind it; it says so."""
+
+    def call(options: Any, operands: Any) -> Any:
+        raise AssertionError(f"{name} was planned although it does not exist")
+
+    reason = f"this version has no {platform} kernel for it"
+    return Implementation(name, call, lambda options, operands: reason, platform)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Implementations, best first; at least one of them is plain JAX."""
+
+    name: str
+    implementations: tuple[Implementation, ...]
+
+    @property
+    def plain(self) -> Implementation:
+        """The implementation that runs everywhere and that JAX can differentiate."""
+        return next(i for i in self.implementations if i.platform is None)
+
+    def candidates(self, names: str | Sequence[str] | None) -> list[Implementation]:
+        if names is None:
+            return list(self.implementations)
+        chosen: list[Implementation] = []
+        for name in (names,) if isinstance(names, str) else names:
+            found = [i for i in self.implementations if name in (i.name, i.family)]
+            if not found:
+                families = (i.family for i in self.implementations)
+                exact = (i.name for i in self.implementations)
+                known = ", ".join(dict.fromkeys((*families, *exact)))
+                raise ValueError(
+                    f"{self.name}: `implementation` must be None or one (or a "
+                    f"sequence) of {known}, got {name!r}."
+                )
+            chosen += found
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What runs: the kernel of each platform that has one, and the rest's fallback."""
+
+    operation: Operation
+    kernels: tuple[tuple[str, Implementation], ...]
+    fallback: Implementation | None
+    reasons: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{platform}: {kernel.name}" for platform, kernel in self.kernels]
+        if self.fallback is not None:
+            scope = "elsewhere" if self.kernels else "everywhere"
+            lines.append(f"{scope}: {self.fallback.name}")
+        lines += [f"not {name}: {why}" for name, why in self.reasons]
+        return "\n  ".join([self.operation.name, *lines])
+
+
+class Explanation(str):
+    """The text of `softlib.explain`, with the plans it was made from.
+
+    Attributes:
+        plans: One `Plan` per distinct choice, in the order in which they were met.
+    """
+
+    __slots__ = ("plans",)
+    plans: tuple[Plan, ...]
+
+    def __new__(cls, plans: Sequence[Plan]):
+        text = "\n".join(map(str, plans)) or "no operation of softlib was met"
+        explanation = super().__new__(cls, text)
+        explanation.plans = tuple(plans)
+        return explanation
+
+    def __repr__(self) -> str:
+        return f"Explanation({len(self.plans)} operations)"
+
+
+# `explain` listens here. A fresh list changes the key of every jit cache (a context
+# value is part of it, compared by identity), so a warm cache hides no operation.
+class _Record(list):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+_RECORD = jax.make_user_context(None)
+
+
+def plan(
+    operation: Operation, names: str | Sequence[str] | None, options: Any, operands: Any
+) -> Plan:
+    """Chooses, per platform, the first implementation that supports the operands.
+
+    Raises:
+        ValueError: a name is unknown.
+        NotImplementedError: none of the requested implementations can run.
+    """
+    kernels: dict[str, Implementation] = {}
+    reasons: dict[str, str] = {}
+    fallback: Implementation | None = None
+    for candidate in operation.candidates(names):
+        reason = _why_not(candidate, options, operands)
+        if reason is not None:
+            reasons[candidate.name] = reason
+        elif candidate.platform is not None:
+            kernels.setdefault(candidate.platform, candidate)
+        else:
+            fallback = candidate
+            break  # it runs everywhere: nothing after it can be reached
+
+    made = Plan(operation, tuple(kernels.items()), fallback, tuple(reasons.items()))
+    if not kernels and fallback is None:
+        raise NotImplementedError(
+            f"no requested implementation can run: {made}\n"
+            "Pass implementation=None to let softlib choose."
+        )
+    if _RECORD.value is not None:
+        _RECORD.value.append(made)
+    return made
+
+
+def execute(plan: Plan, options: Any, operands: Any) -> Any:
+    """Runs what was planned; where a kernel takes part, its jvp is the plain one's."""
+    if not plan.kernels:
+        assert plan.fallback is not None
+        return plan.fallback.call(options, operands)
+
+    # Differentiating `platform_dependent` differentiates every branch, and a kernel has
+    # no derivative rule: without this wrapper a Hessian-vector product would fail, even
+    # on a platform where the kernel never runs.
+    @jax.custom_jvp
+    def call(operands):
+        branches = {
+            platform: functools.partial(kernel.call, options)
+            for platform, kernel in plan.kernels
+        }
+        default = (
+            None
+            if plan.fallback is None
+            else functools.partial(plan.fallback.call, options)
+        )
+        return lax.platform_dependent(operands, default=default, **branches)
+
+    @call.defjvp
+    def _(primals, tangents):
+        plain = functools.partial(plan.operation.plain.call, options)
+        return jax.jvp(plain, primals, tangents)
+
+    return call(operands)
+
+
+def run(
+    operation: Operation, names: str | Sequence[str] | None, options: Any, operands: Any
+) -> Any:
+    return execute(plan(operation, names, options, operands), options, operands)
+
+
+def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+    """Prints and returns which implementation each operation in a call would use.
+
+    The call is traced, nothing is computed: `function` may be a whole training step,
+    compiled or not, and arrays may be `jax.ShapeDtypeStruct`s. Arguments that are not
+    arrays (numbers, strings, None) are passed on as they are.
+
+    Args:
+        function: Any function that calls softlib somewhere.
+        *args: Its positional arguments (pytrees are fine).
+        **kwargs: Its keyword arguments.
+
+    Returns:
+        A string: per operation its name, what runs on which platform, and why the
+        implementations before it in the order of preference do not. Its attribute
+        `plans` holds the same as objects.
+
+    Raises:
+        NotImplementedError: an implementation that the call pins cannot run.
+
+    Derivatives: none, the result is text. Derivatives *inside* `function` are shown:
+    explain `jax.grad(loss)` to see the backward pass.
+    Cost: one trace of `function`; no compilation, no memory for arrays.
+
+    Example:
+        >>> hidden, weight = jnp.ones((4, 8)), jnp.ones((100, 8))
+        >>> labels = jnp.arange(4)
+        >>> loss = softlib.losses.linear_softmax_cross_entropy
+        >>> text = softlib.explain(loss, hidden, weight, labels)
+        linear_row_statistics
+          everywhere: xla
+          not pallas_tpu: this version has no tpu kernel for it
+          not pallas_gpu: this version has no cuda kernel for it
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
+
+    def call(arrays):
+        merged = [
+            leaf if array is None else array
+            for leaf, array in zip(leaves, arrays, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(structure, merged)
+        return _arrays_of(function(*args, **kwargs))
+
+    record = _Record()
+    with _RECORD(record):
+        jax.eval_shape(call, arrays)
+    distinct = {str(made): made for made in record}
+    explanation = Explanation(tuple(distinct.values()))
+    print(explanation)
+    return explanation
+
+
+def _arrays_of(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _why_not(implementation: Implementation, options: Any, operands: Any) -> str | None:
+    if implementation.platform is not None:
+        # Every branch is traced on every platform, so this matters on a CPU too.
+        axes = automatic_axes()
+        if axes:
+            return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
+    return implementation.why_not(options, operands)

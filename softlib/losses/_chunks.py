@@ -1,0 +1,96 @@
+"""How a stream over (rows, vocabulary) is cut, and the loop that visits the pieces.
+
+Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
+
+- scratch: a few (R, C) tiles, the (C, D) weight slice with its float32 gradient and, if
+  rows are grouped, the (R, D) hidden slice with its float32 gradient;
+- beside the products (6 R C D flop a backward step) a step reads and writes about
+  4 (R + C) D numbers, so both R and C should be large against the flop/byte ratio of
+  the machine, and the tile should stay in its last-level cache.
+
+So a tile holds at most `TILE` numbers, C is a multiple of 128 in [512, 4096], and rows
+are grouped as soon as their float32 gradient would need more than `ROWS` numbers of
+scratch for the sum of one step.
+"""
+
+import math
+from collections.abc import Callable
+
+from jax import lax
+from jaxtyping import Array, Int
+
+TILE = 2**21
+ROWS = 2**21
+_LANES = 128
+
+
+def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
+    """Classes per step, for the given number of rows per step."""
+    fitting = TILE // max(rows, features, 1)
+    chunk = min(max(_round_up(fitting, _LANES), 512), 4096)
+    return min(chunk, vocabulary)
+
+
+def row_groups(rows: int, features: int) -> int:
+    """Into how many groups of equal size the rows are divided.
+
+    Groups are strided (row i belongs to group i mod groups): the leading part of the
+    row axis keeps its meaning, so that a program whose rows are sharded over devices
+    works on each device's own rows in every step. A number of rows without a suitable
+    divisor stays in one group and pays with scratch.
+    """
+    limit = max(ROWS // max(features, 1), 256)
+    if rows <= 2 * limit:
+        return 1
+    least = math.ceil(rows / limit)
+    divisors = (g for g in range(least, 4 * least + 1) if rows % g == 0)
+    return next(divisors, 1)
+
+
+def fold[Carry](
+    step: Callable[[Carry, int | Int[Array, ""], int], Carry],
+    carry: Carry,
+    length: int,
+    size: int,
+) -> Carry:
+    """Runs `step(carry, start, size)` over `length`, the short rest last.
+
+    A loop of the compiler, not of Python: an unrolled loop lets XLA keep the scratch of
+    all steps at once. Nothing is padded, and no slice reaches beyond the end.
+    """
+    whole = length // size
+    if whole == 1:
+        carry = step(carry, 0, size)
+    elif whole:
+        body = lambda i, carry: step(carry, i * size, size)
+        carry = lax.fori_loop(0, whole, body, carry)
+    if length % size:
+        carry = step(carry, whole * size, length % size)
+    return carry
+
+
+def group_of(array: Array, group: int | Int[Array, ""], groups: int) -> Array:
+    """(rows, ...) -> (rows / groups, ...), the rows of one group."""
+    if groups == 1:
+        return array
+    view = array.reshape(array.shape[0] // groups, groups, *array.shape[1:])
+    return lax.dynamic_index_in_dim(view, group, 1, keepdims=False)
+
+
+def add_to_group(
+    total: Array, more: Array, group: int | Int[Array, ""], groups: int
+) -> Array:
+    """Adds (rows / groups, ...) to one group of (rows / groups, groups, ...)."""
+    if groups == 1:
+        return total + more[:, None]
+    old = lax.dynamic_index_in_dim(total, group, 1, keepdims=False)
+    return lax.dynamic_update_index_in_dim(total, old + more, group, 1)
+
+
+def ungrouped(array: Array) -> Array:
+    """(rows / groups, groups, ...) -> (rows, ...)."""
+    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

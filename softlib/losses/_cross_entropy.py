@@ -1,0 +1,208 @@
+"""Cross-entropy, from a linear head without its logits or from logits."""
+
+from jaxtyping import Array, Bool, Float, Int
+
+from softlib.typing import Implementations, PerRow, Precision, Scalar
+
+from . import _compose
+from ._sources import GivenLogits, LinearHead, Source
+
+
+def linear_softmax_cross_entropy(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Int[Array, "*batch"],
+    *,
+    vocab_axis: int = 0,
+    bias: Float[Array, " V"] | None = None,
+    logit_scale: PerRow | None = None,
+    logit_softcap: float | None = None,
+    temperature: PerRow | None = None,
+    label_smoothing: Scalar = 0.0,
+    logsumexp_penalty: Scalar = 0.0,
+    class_where: Bool[Array, " V"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    return_lse: bool = False,
+    vocab_chunk: int | None = None,
+    precision: Precision = None,
+    implementation: Implementations = None,
+) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    r"""Cross-entropy of a linear head, in nats per row, without forming its logits.
+
+    With $z$ the logits of a row (see `linear_row_statistics`), label $y$, smoothing
+    $\epsilon$ and penalty $\lambda$, over the $V$ selected classes,
+
+    $$L = (1 - \epsilon)(\mathrm{lse} - z_y)
+        + \epsilon \Bigl(\mathrm{lse} - \frac{1}{V} \sum_j z_j\Bigr)
+        + \lambda\, \mathrm{lse}^2, \qquad \mathrm{lse} = \log \sum_j e^{z_j} .$$
+
+    It replaces `optax.softmax_cross_entropy_with_integer_labels` on `hidden @ weight.T`
+    wherever rows x vocabulary is large, at a small fraction of the memory. Reduce it
+    with `softlib.masked_mean`. The next token is a slice: `hidden[:, :-1]` with
+    `tokens[:, 1:]`.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, as in an embedding table; with `vocab_axis=1` one
+            column per class, as in a dense kernel. Sliced in place, never copied.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient; an id never wraps round, clamps, or trains another class. The
+            label of a class that `class_where` excludes costs +inf, without gradient.
+        vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
+        bias: Added to the scaled products, one number per class; -inf is legal.
+        logit_scale: Multiplies the products; a number, or an array that is a scalar or
+            one value per row, differentiable.
+        logit_softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `logit_scale` otherwise.
+        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
+            the label's included. A number is static, an array traced.
+        logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
+            logits from drifting; often called z-loss, a name this library keeps for
+            the spherical loss. A number is static, an array traced.
+        class_where: True for the classes that exist.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            results and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
+        return_lse: Static; also return the logsumexp, differentiable.
+        vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        precision: Static precision of the products, as in `jax.lax.dot_general`.
+        implementation: Static; see `softlib.explain`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64), or the pair
+        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`.
+    Cost: as `linear_row_statistics`; with `where`, one masked copy of `hidden`.
+    Source: "Cut Your Losses in Large-Vocabulary Language Models". Deviations: exact (no
+        gradient filter), sums in float32, one fixed order of summation, `where` instead
+        of an ignored label value, the loss per row instead of a reduction.
+
+    Example:
+        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, -100])
+        >>> loss = softlib.losses.linear_softmax_cross_entropy(
+        ...     hidden, table, labels, where=labels >= 0
+        ... )
+        >>> print(loss.round(4), softlib.masked_mean(loss, labels >= 0).round(4))
+        [0.5514 0.    ] 0.5514
+    """
+    source = LinearHead.of(
+        "linear_softmax_cross_entropy",
+        hidden,
+        weight,
+        vocab_axis=vocab_axis,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        class_where=class_where,
+        vocab_chunk=vocab_chunk,
+        precision=precision,
+        implementation=implementation,
+    )
+    return _cross_entropy(
+        source,
+        labels,
+        label_smoothing=label_smoothing,
+        logsumexp_penalty=logsumexp_penalty,
+        where=where,
+        return_lse=return_lse,
+    )
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*batch V"],
+    labels: Int[Array, "*batch"] | Float[Array, "*batch V"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    logit_scale: PerRow | None = None,
+    logit_softcap: float | None = None,
+    temperature: PerRow | None = None,
+    label_smoothing: Scalar = 0.0,
+    logsumexp_penalty: Scalar = 0.0,
+    class_where: Bool[Array, "..."] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    return_lse: bool = False,
+    implementation: Implementations = None,
+) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    r"""Cross-entropy of logits, in nats per row, for class ids or distributions.
+
+    The loss of `linear_softmax_cross_entropy` from logits that exist. For a label that
+    is a distribution $q$ the label's logit becomes $\sum_j q_j z_j$, and lse in the
+    first two terms and the mean of the logits are weighted by $\sum_j q_j$.
+
+    Args:
+        logits: Unnormalised log-probabilities, of any floating dtype; arithmetic is in
+            float32 or wider.
+        labels: Integers are class ids in $[0, V)$, with the exceptions described in
+            `linear_softmax_cross_entropy`; floating numbers of the shape of `logits`
+            are distributions, where a mass of 0 on a logit of -inf costs 0.
+        bias: Added to the scaled logits, one number per class; -inf is legal.
+        logit_scale: Multiplies the logits; a number, or an array that is a scalar or
+            one value per row, differentiable.
+        logit_softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `logit_scale` otherwise.
+        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
+            the label's included. A number is static, an array traced.
+        logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
+            logits from drifting; often called z-loss, a name this library keeps for
+            the spherical loss. A number is static, an array traced.
+        class_where: True for the classes that exist; broadcasts to `logits`.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            results and all gradients are exactly 0, whatever `logits` and `labels`
+            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
+        return_lse: Static; also return the logsumexp, differentiable.
+        implementation: Static; see `softlib.explain`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64), or the pair
+        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: the cross-entropy of statistics textbooks; smoothing as in "Rethinking the
+        Inception Architecture for Computer Vision".
+
+    Example:
+        >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0]])
+        >>> loss = softlib.losses.softmax_cross_entropy(logits, jnp.array([0, 1]))
+        >>> print(loss.round(4))
+        [0.1269 0.6931]
+    """
+    source = GivenLogits.of(
+        "softmax_cross_entropy",
+        logits,
+        bias=bias,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        class_where=class_where,
+        implementation=implementation,
+    )
+    return _cross_entropy(
+        source,
+        labels,
+        label_smoothing=label_smoothing,
+        logsumexp_penalty=logsumexp_penalty,
+        where=where,
+        return_lse=return_lse,
+    )
+
+
+def _cross_entropy(source: Source, labels, *, return_lse: bool, **options):
+    metrics = ("loss", "lse") if return_lse else ("loss",)
+    found = _compose.token_metrics(source, labels, metrics=metrics, **options)
+    return (found.loss, found.lse) if return_lse else found.loss

@@ -1,0 +1,298 @@
+"""The two operations of the row-statistics engine and their one derivative rule each.
+
+A `custom_vjp` is needed because the transpose of a loop would store every tile. The
+rules call what is *inside* the decorated functions, never these themselves: otherwise
+forward mode over the rule, hence every Hessian-vector product, would be an error.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._dtypes import accumulator_dtype
+from softlib.typing import Implementations
+
+from . import _stream, _tile
+from ._stream import BackwardOperands, Head, HeadGradient
+from ._tile import Modifiers, Options, RowCotangents, RowStatistics
+
+
+class Given(NamedTuple):
+    """The operands of a row-statistics operation on logits that exist."""
+
+    logits: Float[Array, "rows V"]
+    labels: Int[Array, "rows L"] | None
+    modifiers: Modifiers
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(self.logits, *self.modifiers[:3])
+
+
+class GivenGradient(NamedTuple):
+    logits: Array
+    bias: Array | None
+    logit_scale: Array | None
+    temperature: Array | None
+
+
+class GivenBackwardOperands(NamedTuple):
+    given: Given
+    rows: RowCotangents
+
+
+def linear(names: Implementations, options: Options, head: Head) -> RowStatistics:
+    made = _dispatch.plan(LINEAR, names, options, head)
+    if _is_reference(made):
+        return _dispatch.execute(made, options, head)  # JAX differentiates it
+    return _linear(made, names, options, head)
+
+
+def given(names: Implementations, options: Options, operands: Given) -> RowStatistics:
+    made = _dispatch.plan(GIVEN, names, options, operands)
+    if _is_reference(made):
+        return _dispatch.execute(made, options, operands)
+    return _given(made, names, options, operands)
+
+
+# ------------------------------------------------------------------------- linear heads
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear(
+    made: Plan, names: Implementations, options: Options, head: Head
+) -> RowStatistics:
+    return _dispatch.execute(made, options, head)
+
+
+def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
+    found = _dispatch.execute(made, _with_residuals(options), head)
+    return _tile.only(found, options), (head, found.lse, found.mean_logit)
+
+
+def _linear_backward(
+    made: Plan,
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Head, Array | None, Array | None],
+    cotangents: RowStatistics,
+):
+    head, lse, mean = residuals
+    rows = RowCotangents(lse, mean, _differentiable(cotangents))
+    gradient: HeadGradient = _dispatch.run(
+        LINEAR_GRADIENT, names, options, BackwardOperands(head, rows)
+    )
+    return (
+        Head(
+            gradient.hidden,
+            gradient.weight,
+            None,
+            gradient.bias,
+            gradient.logit_scale,
+            gradient.temperature,
+            None,
+        ),
+    )
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _linear_reference(options: Options, head: Head) -> RowStatistics:
+    contract = (((1,), (1 - options.vocab_axis,)), ((), ()))
+    raw = jax.lax.dot_general(
+        head.hidden,
+        head.weight,
+        contract,
+        precision=options.precision,
+        preferred_element_type=head.dtype,
+    )
+    return _reference(options, raw, head.labels, head.modifiers)
+
+
+def _linear_gradient_reference(
+    options: Options, operands: BackwardOperands
+) -> HeadGradient:
+    head = operands.head
+
+    def statistics(hidden, weight, bias, logit_scale, temperature):
+        same = head._replace(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            logit_scale=logit_scale,
+            temperature=temperature,
+        )
+        return _differentiable(_linear_reference(options, same))
+
+    arguments = (head.hidden, head.weight, head.bias, head.logit_scale)
+    _, pull = jax.vjp(statistics, *arguments, head.temperature)
+    return HeadGradient(*pull(operands.rows.cotangents))
+
+
+# ------------------------------------------------------------------------- given logits
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _given(
+    made: Plan, names: Implementations, options: Options, operands: Given
+) -> RowStatistics:
+    return _dispatch.execute(made, options, operands)
+
+
+def _given_forward(
+    made: Plan, names: Implementations, options: Options, operands: Given
+):
+    found = _dispatch.execute(made, _with_residuals(options), operands)
+    return _tile.only(found, options), (operands, found.lse, found.mean_logit)
+
+
+def _given_backward(
+    made: Plan,
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Given, Array | None, Array | None],
+    cotangents: RowStatistics,
+):
+    operands, lse, mean = residuals
+    rows = RowCotangents(lse, mean, _differentiable(cotangents))
+    gradient: GivenGradient = _dispatch.run(
+        GIVEN_GRADIENT, names, options, GivenBackwardOperands(operands, rows)
+    )
+    modifiers = Modifiers(
+        gradient.bias, gradient.logit_scale, gradient.temperature, None
+    )
+    return (Given(gradient.logits, None, modifiers),)
+
+
+_given.defvjp(_given_forward, _given_backward)
+
+
+def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
+    # One tile: XLA fuses the reductions, and partitions them over any sharded axis.
+    raw = operands.logits.astype(operands.dtype)
+    z = _tile.logits_of(raw, options, operands.modifiers).z
+    state = _tile.init(options, z.shape[0], operands.labels, z.dtype)
+    where = operands.modifiers.class_where
+    state = _tile.update(state, z, 0, operands.labels, where)
+    return _tile.finalize(state, options)
+
+
+def _given_gradient_xla(
+    options: Options, operands: GivenBackwardOperands
+) -> GivenGradient:
+    given, rows = operands
+    raw = given.logits.astype(given.dtype)
+    tile = _tile.logits_of(raw, options, given.modifiers)
+    found = _tile.cotangent_of_raw(
+        tile, 0, given.labels, rows, options, given.modifiers
+    )
+    bias, scale, temperature = given.modifiers[:3]
+    return GivenGradient(
+        found.raw.astype(given.logits.dtype),
+        None if bias is None else found.bias.astype(bias.dtype),
+        _tile.summed_like(scale, found.logit_scale),
+        _tile.summed_like(temperature, found.temperature),
+    )
+
+
+def _given_reference(options: Options, operands: Given) -> RowStatistics:
+    raw = operands.logits.astype(operands.dtype)
+    return _reference(options, raw, operands.labels, operands.modifiers)
+
+
+def _given_gradient_reference(
+    options: Options, operands: GivenBackwardOperands
+) -> GivenGradient:
+    given = operands.given
+
+    def statistics(logits, bias, logit_scale, temperature):
+        modifiers = given.modifiers._replace(
+            bias=bias, logit_scale=logit_scale, temperature=temperature
+        )
+        same = given._replace(logits=logits, modifiers=modifiers)
+        return _differentiable(_given_reference(options, same))
+
+    _, pull = jax.vjp(statistics, given.logits, *given.modifiers[:3])
+    return GivenGradient(*pull(operands.rows.cotangents))
+
+
+# ------------------------------------------------------------------------------- shared
+def _reference(
+    options: Options, raw: Array, labels: Array | None, modifiers: Modifiers
+) -> RowStatistics:
+    """The definitions, one after the other, of the whole row at once."""
+    z = _tile.logits_of(raw, options, modifiers).z
+    where = modifiers.class_where
+    present = _tile.select(z, where, -jnp.inf)
+    counted = _tile.select(z, where, 0)
+    lse = jax.nn.logsumexp(present, axis=1)
+    empty = lse == -jnp.inf
+    # Selected before the arithmetic as well: 0 * NaN in a derivative is NaN.
+    p = jnp.exp(present - jnp.where(empty, 0, lse)[:, None])
+    finite = jnp.where(present == -jnp.inf, 0, present)
+    found = RowStatistics(
+        lse=lse,
+        mean_logit=(p * finite).sum(1),
+        sum_logits=counted.sum(1),
+        sum_squared_logits=(counted * counted).sum(1),
+        max_logit=jax.lax.stop_gradient(present).max(1),
+        argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
+    )
+    if labels is not None:
+        inside = labels >= 0
+        at = jnp.take_along_axis(z, jnp.where(inside, labels, 0), axis=1)
+        found = found._replace(label_logits=jnp.where(inside, at, 0))
+    return _tile.only(found, options)
+
+
+def _with_residuals(options: Options) -> Options:
+    if options.wants("mean_logit"):
+        return options.including("lse", "mean_logit")
+    return options
+
+
+def _differentiable(statistics: RowStatistics) -> RowStatistics:
+    return statistics._replace(max_logit=None, argmax=None)
+
+
+def _is_reference(made: Plan) -> bool:
+    fallback = made.fallback
+    return not made.kernels and fallback is not None and fallback.name == "reference"
+
+
+_ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
+
+LINEAR = Operation(
+    "linear_row_statistics",
+    (
+        *_ABSENT,
+        Implementation("xla", _stream.forward),
+        Implementation("reference", _linear_reference),
+    ),
+)
+LINEAR_GRADIENT = Operation(
+    "linear_row_statistics_gradient",
+    (
+        *_ABSENT,
+        Implementation("xla", _stream.backward),
+        Implementation("reference", _linear_gradient_reference),
+    ),
+)
+GIVEN = Operation(
+    "row_statistics",
+    (
+        *_ABSENT,
+        Implementation("xla", _given_forward_xla),
+        Implementation("reference", _given_reference),
+    ),
+)
+GIVEN_GRADIENT = Operation(
+    "row_statistics_gradient",
+    (
+        *_ABSENT,
+        Implementation("xla", _given_gradient_xla),
+        Implementation("reference", _given_gradient_reference),
+    ),
+)

@@ -1,0 +1,369 @@
+"""Where logits come from: a linear head or an array. Losses are written on either.
+
+A source has checked its arguments, knows its batch shape and vocabulary, and gives
+`RowStatistics`; nobody else needs to know which of the two it is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib._sharding import in_auto_mode, match_varying
+from softlib.typing import Implementations, Precision
+
+from . import _engine
+from ._stream import Head
+from ._tile import Modifiers, Options, RowStatistics, Tile, logits_of
+
+type Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearHead:
+    """Logits `hidden @ weight`, which are never formed."""
+
+    function: str
+    hidden: Array
+    weight: Array
+    modifiers: Modifiers
+    options: Options
+    implementation: Implementations
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        hidden: ArrayLike,
+        weight: ArrayLike,
+        *,
+        vocab_axis: int,
+        logit_softcap: float | None,
+        vocab_chunk: int | None,
+        precision: Precision,
+        implementation: Implementations,
+        **modifiers: Any,
+    ) -> Self:
+        hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
+        checks.require_floating(function, hidden=hidden, weight=weight)
+        checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
+        checks.require_one_of(function, "vocab_axis", vocab_axis, (0, 1))
+        features = hidden.shape[-1]
+        if weight.ndim != 2 or weight.shape[1 - vocab_axis] != features:
+            layout = "(V, D)" if vocab_axis == 0 else "(D, V)"
+            raise ValueError(
+                f"{function}: `weight` must have shape {layout} with D = {features} "
+                f"(the last axis of `hidden`) for vocab_axis={vocab_axis}, "
+                f"got {weight.shape}."
+                + _layout_hint(weight.shape, features, vocab_axis)
+            )
+        if vocab_chunk is not None:
+            checks.require_positive_integer(function, "vocab_chunk", vocab_chunk)
+        vocabulary = weight.shape[vocab_axis]
+        _check_vocabulary(function, "weight", vocabulary, weight.shape)
+        batch = hidden.shape[:-1]
+        dtype = accumulator_dtype(hidden, weight)
+        return cls(
+            function,
+            hidden,
+            weight,
+            _modifiers(function, batch, vocabulary, dtype, (vocabulary,), **modifiers),
+            _options(function, logit_softcap, vocab_axis, vocab_chunk, precision),
+            implementation,
+        )
+
+    @property
+    def batch(self) -> Shape:
+        return self.hidden.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[self.options.vocab_axis]
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(self.hidden, self.weight, *_floating(self.modifiers))
+
+    def masked(self, where: Bool[Array, "*batch"] | None) -> Self:
+        """Rows that do not count become zeros before any arithmetic: 0 * NaN is NaN."""
+        if where is None:
+            return self
+        return dataclasses.replace(
+            self,
+            hidden=jnp.where(where[..., None], self.hidden, 0),
+            modifiers=_masked(self.modifiers, where),
+        )
+
+    def statistics(
+        self, names: Sequence[str], labels: Array | None = None
+    ) -> RowStatistics:
+        batch, vocabulary = self.batch, self.vocabulary
+        options = self.options.including(*names)
+        collapse = functools.partial(_collapsed, batch=batch)
+
+        def engine(hidden, weight, labels, modifiers):
+            head = Head(
+                collapse(hidden),
+                weight,
+                _label_rows(labels, batch, vocabulary),
+                modifiers.bias,
+                collapse(modifiers.logit_scale),
+                collapse(modifiers.temperature),
+                modifiers.class_where,
+            )
+            found = _engine.linear(self.implementation, options, match_varying(head))
+            return _shaped(found, batch, labels)
+
+        specs = functools.partial(_row_specs, options, batch, labels)
+        arrays = (self.hidden, self.weight, labels, self.modifiers)
+        return in_auto_mode(engine, specs, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenLogits:
+    """Logits that exist as an array."""
+
+    function: str
+    logits: Array
+    modifiers: Modifiers
+    options: Options
+    implementation: Implementations
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        logits: ArrayLike,
+        *,
+        logit_softcap: float | None,
+        implementation: Implementations,
+        **modifiers: Any,
+    ) -> Self:
+        logits = jnp.asarray(logits)
+        checks.require_floating(function, logits=logits)
+        checks.require_rank(function, "logits", logits, 1, "(..., V)")
+        batch, vocabulary = logits.shape[:-1], logits.shape[-1]
+        _check_vocabulary(function, "logits", vocabulary, logits.shape)
+        dtype = accumulator_dtype(logits)
+        return cls(
+            function,
+            logits,
+            _modifiers(function, batch, vocabulary, dtype, logits.shape, **modifiers),
+            _options(function, logit_softcap),
+            implementation,
+        )
+
+    @property
+    def batch(self) -> Shape:
+        return self.logits.shape[:-1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(self.logits, *_floating(self.modifiers))
+
+    def masked(self, where: Bool[Array, "*batch"] | None) -> Self:
+        if where is None:
+            return self
+        return dataclasses.replace(
+            self,
+            logits=jnp.where(where[..., None], self.logits, 0),
+            modifiers=_masked(self.modifiers, where),
+        )
+
+    def statistics(
+        self, names: Sequence[str], labels: Array | None = None
+    ) -> RowStatistics:
+        batch, vocabulary = self.batch, self.vocabulary
+        options = self.options.including(*names)
+
+        def engine(logits, labels, modifiers):
+            given = _engine.Given(
+                _collapsed(logits, batch),
+                _label_rows(labels, batch, vocabulary),
+                _collapsed_modifiers(modifiers, logits.shape),
+            )
+            found = _engine.given(self.implementation, options, match_varying(given))
+            return _shaped(found, batch, labels)
+
+        specs = functools.partial(_row_specs, options, batch, labels)
+        return in_auto_mode(engine, specs, self.logits, labels, self.modifiers)
+
+    def final_logits(self) -> Array:
+        """The logits themselves, for losses that need more than statistics."""
+        modifiers = _collapsed_modifiers(self.modifiers, self.logits.shape)
+        raw = _collapsed(self.logits, self.batch).astype(self.dtype)
+        tile: Tile = logits_of(raw, self.options, modifiers)
+        return tile.z.reshape(self.logits.shape)
+
+
+type Source = LinearHead | GivenLogits
+
+
+# ----------------------------------------------------------------------------- checking
+def _layout_hint(shape: Shape, features: int, vocab_axis: int) -> str:
+    if len(shape) == 2 and shape[vocab_axis] == features:
+        return f" Did you mean vocab_axis={1 - vocab_axis}?"
+    return ""
+
+
+def _check_vocabulary(function: str, name: str, vocabulary: int, shape: Shape) -> None:
+    if vocabulary == 0:
+        raise ValueError(
+            f"{function}: `{name}` must have at least one class, got shape {shape}."
+        )
+
+
+def _modifiers(
+    function: str,
+    batch: Shape,
+    vocabulary: int,
+    dtype: Any,
+    classes: Shape,
+    *,
+    bias: ArrayLike | None,
+    logit_scale: ArrayLike | None,
+    temperature: ArrayLike | None,
+    class_where: ArrayLike | None,
+) -> Modifiers:
+    bias = None if bias is None else jnp.asarray(bias)
+    checks.require_floating(function, bias=bias)
+    checks.require_shape(function, "bias", bias, (vocabulary,), "one per class")
+
+    def per_row(name: str, value: ArrayLike | None) -> Array | None:
+        if value is None:
+            return None
+        if isinstance(value, bool):
+            raise TypeError(
+                f"{function}: `{name}` must be a number or a floating array, got bool."
+            )
+        if isinstance(value, int | float):
+            if name == "temperature" and not value > 0:
+                raise ValueError(
+                    f"{function}: `temperature` must be positive, got {value}."
+                )
+            return jnp.asarray(value, dtype)
+        value = jnp.asarray(value)
+        checks.require_floating(function, **{name: value})
+        why = "a scalar, or one per row"
+        checks.require_shape_in(function, name, value, ((), batch), why)
+        return value
+
+    where = None if class_where is None else jnp.asarray(class_where)
+    checks.require_boolean(function, class_where=where)
+    if len(classes) == 1:
+        checks.require_shape(function, "class_where", where, classes, "one per class")
+    else:
+        why = "the shape of `logits`"
+        checks.require_broadcastable(function, "class_where", where, classes, why)
+        if where is not None and where.ndim <= 1:
+            where = jnp.broadcast_to(where, (vocabulary,))
+    return Modifiers(
+        bias,
+        per_row("logit_scale", logit_scale),
+        per_row("temperature", temperature),
+        where,
+    )
+
+
+def _options(
+    function: str,
+    logit_softcap: float | None,
+    vocab_axis: int = 0,
+    vocab_chunk: int | None = None,
+    precision: Precision = None,
+) -> Options:
+    if logit_softcap is not None:
+        checks.require_positive_number(function, "logit_softcap", logit_softcap)
+        logit_softcap = float(logit_softcap)
+    return Options((), logit_softcap, vocab_axis, vocab_chunk, precision)
+
+
+# ------------------------------------------------------------------------------- shapes
+def _floating(modifiers: Modifiers) -> tuple[Array | None, ...]:
+    return (modifiers.bias, modifiers.logit_scale, modifiers.temperature)
+
+
+def _masked(modifiers: Modifiers, where: Array) -> Modifiers:
+    ones = lambda value: (
+        value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
+    )
+    return modifiers._replace(
+        logit_scale=ones(modifiers.logit_scale),
+        temperature=ones(modifiers.temperature),
+    )
+
+
+def _collapsed(array: Array | None, batch: Shape) -> Array | None:
+    """Makes the batch axes one axis of rows; a scalar stays one."""
+    if array is None or (array.ndim == 0 and batch):
+        return array
+    rest = array.shape[len(batch) :]
+    rows = 1
+    for size in batch:
+        rows *= size
+    return array.reshape(rows, *rest)
+
+
+def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
+    batch = shape[:-1]
+    where = modifiers.class_where
+    if where is not None and where.ndim > 1:
+        where = _collapsed(jnp.broadcast_to(where, shape), batch)
+    return Modifiers(
+        modifiers.bias,
+        _collapsed(modifiers.logit_scale, batch),
+        _collapsed(modifiers.temperature, batch),
+        where,
+    )
+
+
+def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
+    """(rows, L) int32, with -1, which no class has, for every id out of range."""
+    if labels is None:
+        return None
+    rows = _collapsed(labels_in_range(labels, vocabulary), batch)
+    return rows if labels.ndim > len(batch) else rows[:, None]
+
+
+def labels_in_range(labels: Array, vocabulary: int) -> Array:
+    """The labels as int32, -1 where they are outside [0, vocabulary)."""
+    if jnp.iinfo(labels.dtype).max < vocabulary:
+        labels = labels.astype(jnp.int32)  # a narrow type cannot be compared with V
+    valid = (labels >= 0) & (labels < vocabulary)
+    return jnp.where(valid, labels, -1).astype(jnp.int32)
+
+
+def _shaped(
+    statistics: RowStatistics, batch: Shape, labels: Array | None
+) -> RowStatistics:
+    """Gives the rows their batch shape again, label logits the shape of the labels."""
+    found = jax.tree.map(
+        lambda leaf: leaf.reshape(batch), statistics._replace(label_logits=None)
+    )
+    if statistics.label_logits is None:
+        return found
+    assert labels is not None
+    return found._replace(label_logits=statistics.label_logits.reshape(labels.shape))
+
+
+def _row_specs(
+    options: Options, batch: Shape, labels: Array | None, spec: PartitionSpec
+) -> RowStatistics:
+    """Shardings of the statistics: those of the batch axes of hidden or logits."""
+    rows = PartitionSpec(*spec[: len(batch)])
+    specs = dict.fromkeys(options.statistics, rows)
+    if "label_logits" in specs and labels is not None and labels.ndim > len(batch):
+        specs["label_logits"] = PartitionSpec(*rows, None)
+    return RowStatistics(**specs)

@@ -1,0 +1,230 @@
+"""Row statistics of `hidden @ weight` in plain JAX: two streams over the vocabulary.
+
+The logits exist one (rows, classes) tile at a time. Forward, a fold of the statistics;
+backward, every tile is computed again and gives its slice of the weight's gradient,
+finished within the step, and its share of the hidden gradient. The weight is sliced,
+never padded, transposed or copied; the loop order (vocabulary outside, row groups
+inside) keeps every sum in float32 without a float32 buffer of the weight's size.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from softlib._dtypes import accumulator_dtype
+from softlib._sharding import match_varying
+
+from . import _chunks, _tile
+from ._tile import Modifiers, Options, RowCotangents, RowStatistics
+
+
+class Head(NamedTuple):
+    """The operands of a linear row-statistics operation; rows are one axis."""
+
+    hidden: Float[Array, "rows D"]
+    weight: Float[Array, "V D"] | Float[Array, "D V"]
+    labels: Int[Array, "rows L"] | None  # -1 for a label outside the vocabulary
+    bias: Float[Array, " V"] | None
+    logit_scale: Float[Array, "..."] | None
+    temperature: Float[Array, "..."] | None
+    class_where: Array | None
+
+    @property
+    def modifiers(self) -> Modifiers:
+        return Modifiers(
+            self.bias, self.logit_scale, self.temperature, self.class_where
+        )
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(
+            self.hidden, self.weight, self.bias, self.logit_scale, self.temperature
+        )
+
+
+class HeadGradient(NamedTuple):
+    hidden: Array
+    weight: Array
+    bias: Array | None
+    logit_scale: Array | None
+    temperature: Array | None
+
+
+class BackwardOperands(NamedTuple):
+    head: Head
+    rows: RowCotangents
+
+
+class _Sums(NamedTuple):
+    """What the backward pass adds up per row, in the grouped view of `_chunks`."""
+
+    hidden: Float[Array, "R G D"]
+    logit_scale: Float[Array, "R G"] | None
+    temperature: Float[Array, "R G"] | None
+
+
+class _ClassSums(NamedTuple):
+    """What the backward pass adds up per class, within one step."""
+
+    weight: Array  # the shape of a slice of the weight
+    bias: Float[Array, " classes"] | None
+
+
+def forward(options: Options, head: Head) -> RowStatistics:
+    rows = head.hidden.shape[0]
+    vocabulary = head.weight.shape[options.vocab_axis]
+    groups, size = _pieces(options, head)
+
+    def of_group(group: int | Int[Array, ""]) -> RowStatistics:
+        mine = _rows_of(head, group, groups)
+
+        def step(state, start, size):
+            part = _classes_of(mine, start, size, options)
+            z = _logits(part, options).z
+            return _tile.update(state, z, start, mine.labels, part.class_where)
+
+        state = _tile.init(options, rows // groups, mine.labels, head.dtype)
+        state = match_varying(state, head.hidden)
+        return _tile.finalize(_chunks.fold(step, state, vocabulary, size), options)
+
+    if groups == 1:
+        return of_group(0)
+    visit = lambda carry, group: (carry, of_group(group))
+    _, stacked = lax.scan(visit, None, jnp.arange(groups))
+    return jax.tree.map(lambda a: _chunks.ungrouped(jnp.moveaxis(a, 0, 1)), stacked)
+
+
+def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
+    head, statistics = operands
+    rows, features = head.hidden.shape
+    vocabulary = head.weight.shape[options.vocab_axis]
+    groups, size = _pieces(options, head)
+    dtype = head.dtype
+    zeros = lambda *shape: match_varying(jnp.zeros(shape, dtype), head.hidden)
+
+    def of_tile(sums, part, start, group):
+        """One tile's share of the sums per row and per class."""
+        mine = _rows_of(part, group, groups)
+        known = jax.tree.map(lambda a: _chunks.group_of(a, group, groups), statistics)
+        tile = _logits(mine, options)
+        found = _tile.cotangent_of_raw(
+            tile, start, mine.labels, known, options, mine.modifiers
+        )
+        # Products in the dtype of the operands, as forward; their sums are wider.
+        raw = found.raw.astype(_product_dtype(head))
+        added = _Sums(
+            _product(raw, mine.weight, (1, options.vocab_axis), options, dtype),
+            found.logit_scale,
+            found.temperature,
+        )
+        if options.vocab_axis == 0:
+            dweight = _product(raw, mine.hidden, (0, 0), options, dtype)
+        else:
+            dweight = _product(mine.hidden, raw, (0, 0), options, dtype)
+        add = lambda total, more: _chunks.add_to_group(total, more, group, groups)
+        return jax.tree.map(add, sums, added), _ClassSums(dweight, found.bias)
+
+    def step(carry, start, size):
+        sums, dweight, dbias = carry
+        part = _classes_of(head, start, size, options)
+        if groups == 1:
+            sums, classes = of_tile(sums, part, start, 0)
+        else:
+
+            def visit(group, both):
+                sums, classes = both
+                sums, more = of_tile(sums, part, start, group)
+                return sums, jax.tree.map(jnp.add, classes, more)
+
+            none = _ClassSums(
+                zeros(*part.weight.shape), None if dbias is None else zeros(size)
+            )
+            sums, classes = lax.fori_loop(0, groups, visit, (sums, none))
+        dweight = lax.dynamic_update_slice_in_dim(
+            dweight, classes.weight.astype(dweight.dtype), start, options.vocab_axis
+        )
+        if dbias is not None:
+            dbias = lax.dynamic_update_slice_in_dim(dbias, classes.bias, start, 0)
+        return sums, dweight, dbias
+
+    row_sums = lambda operand: (
+        None if operand is None else zeros(rows // groups, groups)
+    )
+    sums = _Sums(
+        zeros(rows // groups, groups, features),
+        row_sums(head.logit_scale),
+        row_sums(head.temperature),
+    )
+    dweight = match_varying(jnp.zeros_like(head.weight), head.hidden)
+    dbias = None if head.bias is None else zeros(vocabulary)
+    sums, dweight, dbias = _chunks.fold(step, (sums, dweight, dbias), vocabulary, size)
+    per_row = lambda total: None if total is None else _chunks.ungrouped(total)
+    return HeadGradient(
+        _chunks.ungrouped(sums.hidden).astype(head.hidden.dtype),
+        dweight,
+        None if dbias is None else dbias.astype(head.bias.dtype),
+        _tile.summed_like(head.logit_scale, per_row(sums.logit_scale)),
+        _tile.summed_like(head.temperature, per_row(sums.temperature)),
+    )
+
+
+def _pieces(options: Options, head: Head) -> tuple[int, int]:
+    """The number of row groups and of classes per step."""
+    rows, features = head.hidden.shape
+    vocabulary = head.weight.shape[options.vocab_axis]
+    groups = _chunks.row_groups(rows, features)
+    size = options.vocab_chunk
+    if size is None:
+        size = _chunks.vocab_chunk(rows // groups, features, vocabulary)
+    return groups, min(size, vocabulary)
+
+
+def _classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
+    cut = lambda array, axis: (
+        None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
+    )
+    return head._replace(
+        weight=cut(head.weight, options.vocab_axis),
+        bias=cut(head.bias, 0),
+        class_where=cut(head.class_where, 0),
+    )
+
+
+def _rows_of(head: Head, group: Any, groups: int) -> Head:
+    take = lambda array: (
+        array
+        if array is None or array.ndim == 0
+        else _chunks.group_of(array, group, groups)
+    )
+    return head._replace(
+        hidden=take(head.hidden),
+        labels=take(head.labels),
+        logit_scale=take(head.logit_scale),
+        temperature=take(head.temperature),
+    )
+
+
+def _logits(head: Head, options: Options) -> _tile.Tile:
+    contract = (1, 1 - options.vocab_axis)
+    raw = _product(head.hidden, head.weight, contract, options, head.dtype)
+    return _tile.logits_of(raw, options, head.modifiers)
+
+
+def _product_dtype(head: Head) -> Any:
+    return jnp.promote_types(head.hidden.dtype, head.weight.dtype)
+
+
+def _product(
+    a: Array, b: Array, contract: tuple[int, int], options: Options, dtype: Any
+) -> Array:
+    common = jnp.promote_types(a.dtype, b.dtype)
+    return lax.dot_general(
+        a.astype(common),
+        b.astype(common),
+        (((contract[0],), (contract[1],)), ((), ())),
+        precision=options.precision,
+        preferred_element_type=dtype,
+    )

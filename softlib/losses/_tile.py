@@ -1,0 +1,358 @@
+r"""The mathematics of one tile of logits: (rows, classes) of a longer row.
+
+Everything an implementation needs between two matrix products, written once:
+
+    raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature,
+    z -> the statistics of its rows, and cotangents of the statistics -> those of raw.
+
+An array per row is (rows,), an array per class (classes,), a scalar ().
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from softlib.numerics import RunningMax, RunningMaxState
+from softlib.typing import Precision
+
+STATISTICS = (
+    "lse",
+    "label_logits",
+    "mean_logit",
+    "sum_logits",
+    "sum_squared_logits",
+    "max_logit",
+    "argmax",
+)
+
+
+class RowStatistics(NamedTuple):
+    r"""Numbers per row of logits; a field that was not asked for is None.
+
+    With $z$ the final logits of a row and sums over its selected classes (float32,
+    float64 for float64 arguments):
+
+    Attributes:
+        lse: $\log \sum_j e^{z_j}$; -inf if no class is selected.
+        label_logits: $z_y$, one per label; 0 for a label outside $[0, V)$.
+        mean_logit: $\sum_j p_j z_j$ with $p$ the softmax of $z$, so that the entropy is
+            `lse - mean_logit`.
+        sum_logits: $\sum_j z_j$.
+        sum_squared_logits: $\sum_j z_j^2$.
+        max_logit: $\max_j z_j$, without a gradient; -inf if no class is selected.
+        argmax: The lowest class that attains it, int32; 0 if no class is selected.
+
+    Derivatives: see `linear_row_statistics`.
+    Cost: a handful of numbers per row.
+
+    Example:
+        >>> statistics = softlib.losses.row_statistics(jnp.zeros((2, 4)))
+        >>> print(statistics.lse.round(4), statistics.argmax)
+        [1.3863 1.3863] None
+    """
+
+    lse: Float[Array, "*rows"] | None = None
+    label_logits: Float[Array, "*rows"] | None = None
+    mean_logit: Float[Array, "*rows"] | None = None
+    sum_logits: Float[Array, "*rows"] | None = None
+    sum_squared_logits: Float[Array, "*rows"] | None = None
+    max_logit: Float[Array, "*rows"] | None = None
+    argmax: Int[Array, "*rows"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static in a row-statistics operation."""
+
+    statistics: tuple[str, ...]
+    logit_softcap: float | None = None
+    vocab_axis: int = 0
+    vocab_chunk: int | None = None
+    precision: Precision = None
+
+    def wants(self, *names: str) -> bool:
+        return any(name in self.statistics for name in names)
+
+    def including(self, *names: str) -> "Options":
+        wanted = tuple(n for n in STATISTICS if n in self.statistics or n in names)
+        return dataclasses.replace(self, statistics=wanted)
+
+
+class Modifiers(NamedTuple):
+    """What turns raw products into logits, besides the softcap."""
+
+    bias: Array | None  # (V,)
+    logit_scale: Array | None  # () or (rows,)
+    temperature: Array | None  # () or (rows,)
+    class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
+
+
+class Tile(NamedTuple):
+    raw: Float[Array, "rows classes"]
+    saturation: Float[Array, "rows classes"] | None  # tanh(u / c)
+    z: Float[Array, "rows classes"]
+
+
+def logits_of(raw: Array, options: Options, modifiers: Modifiers) -> Tile:
+    u = raw
+    if modifiers.logit_scale is not None:
+        u = u * _column(modifiers.logit_scale, raw.dtype)
+    if modifiers.bias is not None:
+        u = u + modifiers.bias.astype(raw.dtype)[None, :]
+    saturation = None
+    if options.logit_softcap is not None:
+        saturation = jnp.tanh(u / options.logit_softcap)
+        u = options.logit_softcap * saturation
+    if modifiers.temperature is not None:
+        u = u / _column(modifiers.temperature, raw.dtype)
+    return Tile(raw, saturation, u)
+
+
+# ------------------------------------------------------------------------------ forward
+class State(NamedTuple):
+    """Statistics of the classes seen so far; a part that nobody needs is None."""
+
+    exponentials: RunningMaxState | None
+    label_logits: Array | None
+    sum_logits: Array | None
+    sum_squared_logits: Array | None
+    max_logit: Array | None
+    argmax: Array | None
+
+
+_ACCUMULATOR = RunningMax()
+
+
+def init(
+    options: Options, rows: int, labels: Int[Array, "rows L"] | None, dtype: DTypeLike
+) -> State:
+    zeros = lambda *names: jnp.zeros(rows, dtype) if options.wants(*names) else None
+    exponentials = None
+    if options.wants("lse", "mean_logit"):
+        exponentials = _ACCUMULATOR.init((rows,), dtype, weighted=zeros("mean_logit"))
+    label_logits = None
+    if options.wants("label_logits"):
+        assert labels is not None
+        label_logits = jnp.zeros(labels.shape, dtype)
+    track_max = options.wants("max_logit", "argmax")
+    return State(
+        exponentials,
+        label_logits,
+        zeros("sum_logits"),
+        zeros("sum_squared_logits"),
+        jnp.full(rows, -jnp.inf, dtype) if track_max else None,
+        jnp.zeros(rows, jnp.int32) if options.wants("argmax") else None,
+    )
+
+
+def update(
+    state: State,
+    z: Float[Array, "rows classes"],
+    start: int | Int[Array, ""],
+    labels: Int[Array, "rows L"] | None,
+    class_where: Bool[Array, "..."] | None,
+) -> State:
+    """Adds the classes `start, start + 1, ...` to the statistics."""
+    present = select(z, class_where, -jnp.inf)  # for maxima and exponentials
+    counted = select(z, class_where, 0)  # for sums
+
+    exponentials = state.exponentials
+    if exponentials is not None:
+        weigh = None
+        if exponentials.weighted is not None:
+            finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
+            weigh = lambda e: (e * finite).sum(1)
+        exponentials = _ACCUMULATOR.update(exponentials, present, weigh=weigh)
+
+    label_logits = state.label_logits
+    if label_logits is not None:
+        # From this very tile: by another product z_y could exceed lse by rounding.
+        assert labels is not None
+        local = labels - start
+        inside = (local >= 0) & (local < z.shape[1])
+        found = jnp.take_along_axis(z, jnp.where(inside, local, 0), axis=1)
+        label_logits = jnp.where(inside, found, label_logits)
+
+    plus = lambda total, terms: None if total is None else total + terms().sum(1)
+    max_logit, argmax = state.max_logit, state.argmax
+    if max_logit is not None:
+        present = lax.stop_gradient(present)
+        top = present.max(1)
+        if argmax is not None:
+            # The lowest index that attains the maximum. (jnp.argmax reduces values and
+            # indices together, which XLA does not vectorise on a CPU.)
+            ids = lax.broadcasted_iota(jnp.int32, z.shape, 1)
+            place = jnp.where(present == top[:, None], ids, z.shape[1]).min(1)
+            argmax = jnp.where(top > max_logit, start + place, argmax)
+        max_logit = jnp.maximum(max_logit, top)
+    return State(
+        exponentials,
+        label_logits,
+        plus(state.sum_logits, lambda: counted),
+        plus(state.sum_squared_logits, lambda: counted * counted),
+        max_logit,
+        argmax,
+    )
+
+
+def finalize(state: State, options: Options) -> RowStatistics:
+    lse = mean = None
+    if state.exponentials is not None:
+        lse = _ACCUMULATOR.finalize(state.exponentials)
+        mean = _ACCUMULATOR.mean(state.exponentials)
+    found = RowStatistics(
+        lse,
+        state.label_logits,
+        mean,
+        state.sum_logits,
+        state.sum_squared_logits,
+        state.max_logit,
+        state.argmax,
+    )
+    return only(found, options)
+
+
+def only(statistics: RowStatistics, options: Options) -> RowStatistics:
+    """Drops what was computed for the backward pass but not asked for."""
+    return RowStatistics(
+        **{name: getattr(statistics, name) for name in options.statistics}
+    )
+
+
+# ----------------------------------------------------------------------------- backward
+class RowCotangents(NamedTuple):
+    """Per row: what the backward pass knows besides the operands."""
+
+    lse: Array | None  # of the forward pass; None if no exponential is needed
+    mean_logit: Array | None  # of the forward pass
+    cotangents: RowStatistics
+
+
+class RawCotangents(NamedTuple):
+    """Cotangents of one tile, with respect to what made it."""
+
+    raw: Float[Array, "rows classes"]  # of the raw products, scale included
+    bias: Array | None  # (classes,)
+    logit_scale: Array | None  # (rows,)
+    temperature: Array | None  # (rows,)
+
+
+def cotangent_of_raw(
+    tile: Tile,
+    start: int | Int[Array, ""],
+    labels: Int[Array, "rows L"] | None,
+    rows: RowCotangents,
+    options: Options,
+    modifiers: Modifiers,
+) -> RawCotangents:
+    dz = _cotangent_of_logits(tile.z, start, labels, rows, modifiers.class_where)
+    dtype = dz.dtype
+
+    dtemperature = None
+    du = dz
+    if modifiers.temperature is not None:
+        temperature = _column(modifiers.temperature, dtype)
+        finite = _without_inf(tile.z)
+        dtemperature = -(dz * finite / temperature).sum(1)
+        du = du / temperature
+    if tile.saturation is not None:
+        du = du * (1 - tile.saturation * tile.saturation)
+    dbias = None if modifiers.bias is None else du.sum(0)
+    dscale, draw = None, du
+    if modifiers.logit_scale is not None:
+        dscale = (du * tile.raw).sum(1)
+        draw = du * _column(modifiers.logit_scale, dtype)
+    return RawCotangents(draw, dbias, dscale, dtemperature)
+
+
+def _cotangent_of_logits(
+    z: Float[Array, "rows classes"],
+    start: int | Int[Array, ""],
+    labels: Int[Array, "rows L"] | None,
+    rows: RowCotangents,
+    class_where: Bool[Array, "..."] | None,
+) -> Float[Array, "rows classes"]:
+    """P (g_lse + g_mean (1 + z - mean)) + g_sum + 2 g_squared z + g_label onehot."""
+    g = rows.cotangents
+    dz = None
+    if g.lse is not None or g.mean_logit is not None:
+        assert rows.lse is not None
+        # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
+        offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
+        p = jnp.exp(select(z, class_where, -jnp.inf) - offset[:, None])
+        factor = None if g.lse is None else g.lse[:, None]
+        if g.mean_logit is not None:
+            assert rows.mean_logit is not None
+            deviation = 1 + _without_inf(z) - rows.mean_logit[:, None]
+            through_mean = g.mean_logit[:, None] * deviation
+            factor = through_mean if factor is None else factor + through_mean
+        # The deviation is garbage where a class is excluded; p is an exact 0 there, but
+        # 0 * inf would be NaN.
+        dz = select(p * factor, class_where, 0)
+    of_sums = None
+    if g.sum_logits is not None:
+        of_sums = jnp.broadcast_to(g.sum_logits[:, None], z.shape)
+    if g.sum_squared_logits is not None:
+        twice = 2 * g.sum_squared_logits[:, None] * _without_inf(z)
+        of_sums = twice if of_sums is None else of_sums + twice
+    if of_sums is not None:
+        of_sums = select(of_sums, class_where, 0)
+        dz = of_sums if dz is None else dz + of_sums
+    if g.label_logits is not None:
+        assert labels is not None
+        of_labels = _scattered(g.label_logits, labels - start, z)
+        dz = of_labels if dz is None else dz + of_labels
+    return jnp.zeros_like(z) if dz is None else dz
+
+
+def _scattered(
+    values: Float[Array, "rows L"], columns: Int[Array, "rows L"], z: Array
+) -> Float[Array, "rows classes"]:
+    # Comparisons instead of a scatter: they fuse, and they add in a fixed order, while
+    # a scatter with repeated labels uses atomics on a GPU.
+    ids = lax.broadcasted_iota(columns.dtype, z.shape, 1)
+
+    def one(column: Array, value: Array) -> Array:
+        return jnp.where(ids == column[:, None], value[:, None], 0)
+
+    count = columns.shape[1]
+    if count <= 8:
+        total = jnp.zeros_like(z)
+        for i in range(count):
+            total = total + one(columns[:, i], values[:, i])
+        return total
+    at = lambda array, i: lax.dynamic_index_in_dim(array, i, 1, keepdims=False)
+    add = lambda i, total: total + one(at(columns, i), at(values, i))
+    return lax.fori_loop(0, count, add, jnp.zeros_like(z))
+
+
+def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
+    """The gradient of an operand that is a scalar or one per row; None for None."""
+    if operand is None or per_row is None:
+        return None
+    total = per_row if operand.ndim else per_row.sum()
+    return total.astype(operand.dtype)
+
+
+# ---------------------------------------------------------------------------- selection
+def select(
+    z: Float[Array, "rows classes"], class_where: Bool[Array, "..."] | None, other: Any
+) -> Float[Array, "rows classes"]:
+    if class_where is None:
+        return z
+    where = class_where[None, :] if class_where.ndim == 1 else class_where
+    return jnp.where(where, z, other)
+
+
+def _without_inf(z: Array) -> Array:
+    """0 for -inf: what a class of probability 0 adds to a sum over p."""
+    return jnp.where(z == -jnp.inf, 0, z)
+
+
+def _column(value: Array, dtype: DTypeLike) -> Array:
+    value = value.astype(dtype)
+    return value[:, None] if value.ndim else value

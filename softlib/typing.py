@@ -1,0 +1,19 @@
+"""Type aliases that appear in public signatures."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+type Implementations = str | Sequence[str] | None
+"""What may run: None chooses, a name pins, of a sequence the first that can runs."""
+
+type Precision = jax.lax.PrecisionLike
+"""Precision of the matrix products, as in `jax.lax.dot_general`."""
+
+type Scalar = float | int | Float[Array, ""]
+"""A Python number (static) or a scalar array (traced, differentiable)."""
+
+type PerRow = ArrayLike
+"""A number, a scalar array, or one value per row (the batch shape)."""
