@@ -153,7 +153,7 @@ def values_and_gradients(
     cotangents: Mapping[str, Any],
     **others: Any,
 ):
-    """Runs `function(**arrays, **others) -> dict` compiled, and pulls `cotangents` back.
+    """Runs `function(**arrays, **others) -> dict`, and pulls `cotangents` back.
 
     `others` are arrays without a derivative. Outputs without a cotangent get 0.
     """

@@ -1,23 +1,16 @@
 """Row statistics agree with the oracle: values, and gradients of every argument."""
 
-import functools
 import pathlib
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.testing import assert_close
 from tests.losses.problems import (
     OPTIONS,
     SHAPES,
     Problem,
-    assert_agrees,
     is_small,
     precision,
-    ragged_chunk,
     values_and_gradients,
 )
 from tests.oracles import row_statistics as oracle

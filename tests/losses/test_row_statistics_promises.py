@@ -423,9 +423,7 @@ def test_logits_of_ten_thousand(implementation, sign):
     cotangents = {n: np.ones(3, np.float32) for n in names}
     expected = oracle.row_statistics(labels, cotangents=cotangents, **given)
     function = linear(implementation, statistics=names, chunk=2)
-    values, gradients = values_and_gradients(
-        function, given, cotangents, labels=labels
-    )
+    values, gradients = values_and_gradients(function, given, cotangents, labels=labels)
     for name, value in values.items():
         np.testing.assert_allclose(value, expected.values[name], rtol=1e-5)
     for name, gradient in gradients.items():
@@ -447,8 +445,7 @@ def test_a_saturated_cap_has_no_gradient(implementation):
 def test_a_cap_far_above_the_logits_changes_nothing(implementation):
     hidden, weight = arrays()
     free, capped = (
-        linear(implementation, logit_softcap=cap)(hidden, weight)
-        for cap in (None, 1e6)
+        linear(implementation, logit_softcap=cap)(hidden, weight) for cap in (None, 1e6)
     )
     for name, value in free.items():
         np.testing.assert_allclose(capped[name], value, rtol=1e-4, atol=1e-4)

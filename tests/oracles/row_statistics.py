@@ -195,7 +195,7 @@ def evaluate(
             gradients["weight"] += (scale[rows] * du).T @ source[rows]
         if "bias" in given:
             gradients["bias"] += du.sum(axis=0)
-        per = {"logit_scale": (du * raw).sum(axis=1)}
+        per = {"logit_scale": product(du, raw).sum(axis=1)}
         per["temperature"] = -(product(dz, z) / heat[rows]).sum(axis=1)
         for name in per.keys() & given.keys():
             if given[name].ndim:
