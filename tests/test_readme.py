@@ -22,10 +22,12 @@ def test_the_readme_has_code():
     assert "README.md" in PAGES
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run_and_print_what_the_page_says(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with jax.numpy_rank_promotion("allow"):  # JAX's default: what a reader has
+    # As a reader has it: JAX's defaults, softlib's own errors.
+    with jax.numpy_rank_promotion("allow"):
         markdown_code.run((ROOT / page).read_text(), page)
 
 
