@@ -19,7 +19,7 @@ from language_model.options import parse
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # Until training takes the signals over, Ctrl-C ends the process without a traceback
-    # (the imports alone take seconds).
+    # (the imports alone take seconds, which is also why they come after the parsing).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from language_model.session import run
 

@@ -1,7 +1,7 @@
 """From the State of the Union addresses to batches of token ids."""
 
 import base64
-import binascii
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -67,7 +67,8 @@ def load(options: Options) -> Corpus:
                 f"{years.min()}-{years.max()}."
             )
         splits.append(np.concatenate(chosen))
-    return Corpus(*splits, tokenizer, digest.hexdigest())
+    train, held_out = splits
+    return Corpus(train, held_out, tokenizer, digest.hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,21 +137,24 @@ def _tokenizer(vocabulary: bytes, options: Options) -> tiktoken.Encoding:
     # A prefix of the ranks is itself a byte-pair encoding: merges only build on earlier
     # ones.
     head, *lines = vocabulary.decode("ascii", "replace").splitlines() or [""]
-    if options.vocabulary_size > len(lines):
-        raise Failure(
-            f"--vocabulary-size must be at most {len(lines)} for {options.vocabulary}"
-            f", got {options.vocabulary_size}."
-        )
-    kept = lines[: options.vocabulary_size or len(lines)]
     try:
-        ranks = {base64.b64decode(t, validate=True): i for i, t in enumerate(kept)}
         pattern = json.loads(head)["pattern"]
-        if len(ranks) != len(kept) or len(ranks) < 256:
+        ranks = {base64.b64decode(t, validate=True): i for i, t in enumerate(lines)}
+        if len(ranks) != len(lines) or len(ranks) < 256:
             raise ValueError("tokens are missing or repeated")
+        size = options.vocabulary_size or len(ranks)
+        if size > len(ranks):
+            raise Failure(
+                f"--vocabulary-size must be at most {len(ranks):,} for "
+                f"{options.vocabulary}, got {size:,}."
+            )
         return tiktoken.Encoding(
-            "tekken", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+            "tekken",
+            pat_str=pattern,
+            mergeable_ranks=dict(itertools.islice(ranks.items(), size)),
+            special_tokens={},
         )
-    except (ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise Failure(
             f"{options.vocabulary} is not a vocabulary of this format: {error}."
         ) from error
@@ -171,7 +175,7 @@ def _tokenise(text: bytes, tokenizer: tiktoken.Encoding, path: pathlib.Path):
 
 def _cached_ids(path: pathlib.Path, compute):
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["ids"], stored["years"], stored["starts"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # absent or damaged: a cache may always be made again
@@ -183,7 +187,8 @@ def _cached_ids(path: pathlib.Path, compute):
             np.savez(file, ids=ids, years=years, starts=starts)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise Failure(
             f"cannot write the token cache {path}: {reason(error)}; --cache chooses "
             "another folder."

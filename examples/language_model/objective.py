@@ -7,8 +7,13 @@ multiplied out, the loss takes the hidden states and the table instead.
 import jax
 import jax.numpy as jnp
 import optax
+
 from softlib import masked_mean
-from softlib.losses import linear_softmax_cross_entropy, linear_token_metrics
+from softlib.losses import (
+    TokenMetrics,
+    linear_softmax_cross_entropy,
+    linear_token_metrics,
+)
 
 LOSSES = ("softlib", "optax")
 
@@ -31,9 +36,9 @@ def mean_loss(
 
 def held_out_sums(
     hidden: jax.Array, table: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> TokenMetrics:
     """Summed loss and number of right top-1 guesses, both from one stream."""
     metrics = linear_token_metrics(
         hidden, table, labels, vocab_axis=0, metrics=("loss", "correct")
     )
-    return metrics.loss.sum(), metrics.correct.sum()
+    return jax.tree.map(jnp.sum, metrics)

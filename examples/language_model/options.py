@@ -62,14 +62,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "heads": 4,
         "feed_forward": 176,
         "context": 64,
-        "steps": 240,
-        "batch": 4,
+        "steps": 480,
+        "batch": 2,
         "learning_rate": 5e-3,
-        "warmup": 10,
-        "evaluate_every": 60,
+        "warmup": 20,
+        "evaluate_every": 80,
         "evaluation_tokens": 8_192,
-        "checkpoint_every": 60,
-        "compare": 60,
+        "checkpoint_every": 80,
+        "compare": 100,
         "sample_tokens": 40,
         "out": pathlib.Path("runs/demo"),
     },
@@ -84,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "context": 16,
         "steps": 12,
         "batch": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-2,
         "warmup": 2,
         "evaluate_every": 4,
         "evaluation_tokens": 512,
@@ -115,14 +115,13 @@ IDENTITY = (
 )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "FIRST-LAST"}
 
 
 def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line; a wrong one ends the program with one line."""
     # The preset first: it decides the defaults that --help shows.
-    first = argparse.ArgumentParser(add_help=False)
+    first = _OneLineParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="full")
     preset = first.parse_known_args(arguments)[0].preset
     defaults = dataclasses.replace(Options(), **PRESETS[preset])
@@ -149,7 +148,6 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         epilog=f"Defaults shown are those of --preset {preset}. Exit codes: 0 done, "
         "2 something outside the program was wrong (one line says what), 130 / 143 "
         "stopped by Ctrl-C / SIGTERM after writing a checkpoint.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # Only so that --help lists it; its value was read before.
     parser.add_argument(
@@ -157,12 +155,17 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         choices=PRESETS,
         default=preset,
         help="demo: minutes on two CPU cores; full: the whole corpus, hours there and "
-        "minutes on an accelerator; smoke: seconds, for the tests",
+        "minutes on an accelerator; smoke: seconds, for the tests (default: full)",
     )
 
     def add(group, name: str, kind: Callable[[str], Any], text: str, **more) -> None:
+        value = getattr(defaults, name)
         group.add_argument(
-            flag(name), type=kind, default=getattr(defaults, name), help=text, **more
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=value,
+            help=f"{text} (default: {_shown(value)})",
+            **{"metavar": METAVARS.get(type(value), "PATH"), **more},
         )
 
     data = parser.add_argument_group("corpus")
@@ -174,9 +177,8 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         _integer(0),
         "keep only the first ranks of the vocabulary (at least 256); 0 keeps all",
     )
-    years = {"metavar": "FIRST-LAST"}
-    add(data, "train_years", _years, "speeches to train on", **years)
-    add(data, "held_out_years", _years, "speeches to evaluate on", **years)
+    add(data, "train_years", _years, "speeches to train on")
+    add(data, "held_out_years", _years, "speeches to evaluate on")
     add(data, "cache", pathlib.Path, "folder of the token ids, named by content")
 
     model = parser.add_argument_group("model")
@@ -193,6 +195,7 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         str,
         "softlib streams over the vocabulary; optax forms all logits",
         choices=("softlib", "optax"),
+        metavar="{softlib,optax}",
     )
     add(training, "steps", _integer(1), "optimiser steps of the whole run")
     add(training, "batch", _integer(1), "sequences a step")
@@ -217,7 +220,8 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         "--memory-chart",
         action=argparse.BooleanOptionalAction,
         default=defaults.memory_chart,
-        help="compile both losses at several sizes and chart their memory",
+        help="compile both losses at several sizes and chart their memory (default: "
+        f"{'yes' if defaults.memory_chart else 'no'})",
     )
     add(watch, "prompt", str, "start of the generated text")
     add(watch, "sample_tokens", _integer(0), "length of the generated text")
@@ -255,6 +259,14 @@ def _contradiction(o: Options) -> str | None:
             f"and {c}-{d}"
         )
     return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    if isinstance(value, pathlib.Path) and value.is_relative_to(EXAMPLES):
+        return str(value.relative_to(EXAMPLES.parent))
+    return str(value)
 
 
 # argparse turns ArgumentTypeError into "argument --x: message".

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics as CSV and JSON, a picture, a few lines of text."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,11 +9,12 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
 
-matplotlib.use("Agg")
+mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .checkpoints import Record
@@ -70,7 +72,7 @@ def draw(
         panels,
         figsize=(5 + 4 * (panels - 1), 4.6),
         width_ratios=[1.5, 1, 1][:panels],
-        layout="constrained",
+        layout=ConstrainedLayoutEngine(wspace=0.06),
         squeeze=False,
     )
     figure.suptitle(title, fontsize=11)
@@ -92,6 +94,7 @@ def draw(
         low, high = zip(*(a.get_ylim() for a in axes[0, 1:]), strict=True)
         for axis in axes[0, 1:]:
             axis.set_ylim(min(low), max(high))
+        axes[0, 2].tick_params(labelleft=False)
         axes[0, 1].set_ylabel("temporary memory of loss and gradients [MB]")
         axes[0, 1].legend(loc="upper left", frameon=False)
     _replace(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
@@ -146,7 +149,7 @@ def _draw_memory(
     axis.set_xticks(position, [label(m) for m in measurements])
     axis.set_xlabel(axis_name)
     axis.set_title("Memory (compiled programs)", fontsize=10)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
 
@@ -170,8 +173,6 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
         write(partial)
         partial.replace(path)
     except OSError as error:
-        try:
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        except OSError:
-            pass
         raise Failure(f"cannot write {path}: {reason(error)}.") from error

@@ -1,5 +1,6 @@
 """A whole run in order: data, model, training, sample, comparison, memory, report."""
 
+import contextlib
 import dataclasses
 import math
 import textwrap
@@ -51,31 +52,25 @@ def _run(options: Options, stop: training.Stop) -> None:
     )
     identity = {name: getattr(options, name) for name in IDENTITY}
     identity["corpus"] = corpus.digest[:16]
-    checkpoints = Checkpoints(options.out / "checkpoints", identity)
-    progress = checkpoints.restore(model, optimizer)
-    if progress.step:
-        left = options.steps - progress.step
-        print(
-            f"resume   {options.out} at step {progress.step} of {options.steps}"
-            + (
-                ""
-                if left
-                else ": complete, only the report is made again (--fresh starts anew)"
-            )
+    with contextlib.closing(
+        Checkpoints(options.out / "checkpoints", identity)
+    ) as checkpoints:
+        progress = checkpoints.restore(model, optimizer)
+        if progress.step == options.steps:
+            print(f"resume   {options.out} is complete; --fresh starts anew")
+        elif progress.step:
+            print(f"resume   {options.out} at step {progress.step} of {options.steps}")
+        speed = training.train(
+            model,
+            optimizer,
+            progress,
+            options=options,
+            batches=batches,
+            held_out=held_out,
+            checkpoints=checkpoints,
+            stop=stop,
+            publish=lambda h: report.write_csv(options.out / "metrics.csv", h),
         )
-
-    speed = training.train(
-        model,
-        optimizer,
-        progress,
-        options=options,
-        batches=batches,
-        held_out=held_out,
-        checkpoints=checkpoints,
-        stop=stop,
-        publish=lambda h: report.write_csv(options.out / "metrics.csv", h),
-    )
-    checkpoints.close()
     _finish(options, stop, corpus, batches, held_out, model, progress, speed)
 
 
@@ -179,10 +174,11 @@ def _print_summary(options, vocabulary_size, summary, other, measurements) -> No
             "times as much"
         )
     if options.sample_tokens:
-        quoted = " ".join(summary["sample"].split())
+        words = " ".join(summary["sample"].split())
         print(
-            textwrap.fill(quoted, 88, initial_indent=" " * 9, subsequent_indent=" " * 9)
-            .replace(" " * 9, "sample   ", 1)
+            textwrap.fill(
+                words, 88, initial_indent="sample   ", subsequent_indent=" " * 9
+            )
         )
 
 

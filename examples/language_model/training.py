@@ -73,7 +73,8 @@ def train_step(
 
     value, gradient = nnx.value_and_grad(objective)(model)
     optimizer.update(model, gradient)
-    return value, optax.global_norm(gradient)
+    squares = [jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)]
+    return value, jnp.sqrt(sum(squares))
 
 
 @nnx.jit
@@ -85,8 +86,9 @@ def evaluate(model: LanguageModel, windows: np.ndarray, batch: int) -> Record:
     """Mean loss (nats a token) and top-1 accuracy on windows of held-out text."""
     loss = correct = 0.0
     for part in np.array_split(windows, math.ceil(len(windows) / batch)):
+        part = jnp.asarray(part)
         sums = _evaluation_step(model, part[:, :-1], part[:, 1:])
-        loss, correct = loss + float(sums[0]), correct + float(sums[1])
+        loss, correct = loss + float(sums.loss), correct + float(sums.correct)
     tokens = windows[:, 1:].size
     return {"held_out_loss": loss / tokens, "held_out_accuracy": correct / tokens}
 
@@ -167,7 +169,7 @@ def train(
             evaluate_now()
         while progress.step < options.steps:
             begin = time.perf_counter()
-            inputs, labels = batches.at(progress.step)
+            inputs, labels = map(jnp.asarray, batches.at(progress.step))
             value, norm = map(
                 float, train_step(model, optimizer, inputs, labels, loss=options.loss)
             )
@@ -184,7 +186,7 @@ def train(
                     "tokens": (progress.step + 1) * step_tokens,
                     "train_loss": value,
                     "gradient_norm": norm,
-                    "learning_rate": float(rate(progress.step)),
+                    "learning_rate": float(np.asarray(rate(progress.step))),
                 }
             )
             progress.step += 1
@@ -222,7 +224,7 @@ def losses_of_first_steps(
     model, optimizer = build(options, vocabulary_size)
     losses = []
     for position in tqdm.trange(steps, desc=f"comparing with {loss}", disable=None):
-        inputs, labels = batches.at(position)
+        inputs, labels = map(jnp.asarray, batches.at(position))
         losses.append(float(train_step(model, optimizer, inputs, labels, loss=loss)[0]))
         stop.raise_if_asked(
             "stopped during the comparison; training is complete and saved, the same "
