@@ -107,10 +107,14 @@ def windows(tokens: np.ndarray, context: int) -> np.ndarray:
     return tokens[starts + np.arange(context + 1)]
 
 
-def held_out_windows(corpus: Corpus, context: int, tokens: int) -> np.ndarray:
-    """About `tokens` tokens in windows spread evenly over the held-out speeches."""
-    every = windows(corpus.held_out, context)
-    count = min(len(every), max(1, tokens // context))
+def held_out_windows(corpus: Corpus, options: Options) -> np.ndarray:
+    """About `evaluation_tokens` in windows spread evenly over the held-out speeches.
+
+    Whole batches only, so that every evaluation runs one compiled program.
+    """
+    every = windows(corpus.held_out, options.context)
+    count = min(len(every), max(1, options.evaluation_tokens // options.context))
+    count -= count % options.batch if count > options.batch else 0
     return every[np.linspace(0, len(every) - 1, count).astype(int)]
 
 

@@ -42,7 +42,7 @@ def survey(*, rows: int, width: int, vocabulary: int) -> list[Measurement]:
     """The run's own shapes first, then other vocabularies, then other row counts."""
     shapes = [(rows, vocabulary)]
     shapes += [(rows, v) for v in (32_000, 64_000, 256_000)]
-    shapes += [(r, vocabulary) for r in (4 * rows, 16 * rows)]
+    shapes += [(r, vocabulary) for r in (1_024, 8_192)]
     return [
         measure(rows=r, width=width, vocabulary=v) for r, v in dict.fromkeys(shapes)
     ]

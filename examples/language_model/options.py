@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 480,
         "batch": 2,
         "learning_rate": 5e-3,
-        "warmup": 20,
+        "warmup": 10,
         "evaluate_every": 80,
         "evaluation_tokens": 8_192,
         "checkpoint_every": 80,

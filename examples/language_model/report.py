@@ -120,7 +120,11 @@ def _draw_curves(axis, history, loss, unigram_perplexity, comparison) -> None:
         )
     axis.plot(*np.array(held_out).T, "o-", color=GREEN, lw=2, ms=5, label="held out")
     axis.axhline(
-        math.log(unigram_perplexity), color=GREY, ls="--", lw=1.2, label="unigram"
+        math.log(unigram_perplexity),
+        color=GREY,
+        ls="--",
+        lw=1.2,
+        label="unigram frequencies",
     )
     axis.set(xlabel="optimiser step", ylabel="cross-entropy [nats per token]")
     axis.set_title("Learning", fontsize=10)

@@ -34,9 +34,7 @@ def _run(options: Options, stop: training.Stop) -> None:
     batches = corpus_.Batches(
         corpus.train, options.batch, options.context, options.seed
     )
-    held_out = corpus_.held_out_windows(
-        corpus, options.context, options.evaluation_tokens
-    )
+    held_out = corpus_.held_out_windows(corpus, options)
     print(
         f"corpus   {len(corpus.train):,} training tokens "
         f"({_span(options.train_years)}), {held_out[:, 1:].size:,} of "
@@ -165,14 +163,14 @@ def _print_summary(options, vocabulary_size, summary, other, measurements) -> No
             f"{summary['compared_steps']} steps differ by at most "
             f"{summary['largest_difference_of_losses']:.1e} nats"
         )
-    if measurements and all(measurements[0].temporary_bytes.values()):
-        rows, width, vocabulary, size = measurements[0]
-        print(
-            f"memory   loss and gradients of {rows:,} rows of {width} over "
-            f"{vocabulary:,} classes: softlib {size['softlib'] / 1e6:,.1f} MB, optax "
-            f"{size['optax'] / 1e6:,.0f} MB, {size['optax'] / size['softlib']:,.0f} "
-            "times as much"
-        )
+    for m in measurements[:1] + measurements[-1:]:  # the run's own rows, and many
+        ours, stored = m.temporary_bytes["softlib"], m.temporary_bytes["optax"]
+        if ours and stored:
+            print(
+                f"memory   loss and gradients of {m.rows:,} rows of {m.width} over "
+                f"{m.vocabulary:,} classes: softlib {ours / 1e6:,.1f} MB, optax "
+                f"{stored / 1e6:,.0f} MB, {stored / ours:,.0f} times as much"
+            )
     if options.sample_tokens:
         words = " ".join(summary["sample"].split())
         print(

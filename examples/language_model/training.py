@@ -26,14 +26,6 @@ def build(
     options: Options, vocabulary_size: int
 ) -> tuple[LanguageModel, nnx.Optimizer]:
     """Model and optimiser before the first step; the seed decides every weight."""
-    model = LanguageModel(
-        vocabulary_size=vocabulary_size,
-        width=options.width,
-        layers=options.layers,
-        heads=options.heads,
-        feed_forward=options.feed_forward,
-        rngs=nnx.Rngs(options.seed),
-    )
     transformation = optax.chain(
         optax.clip_by_global_norm(options.clip),
         optax.adamw(
@@ -43,7 +35,20 @@ def build(
             mask=_matrices_of_the_blocks,
         ),
     )
-    return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+    @nnx.jit  # one program instead of one for every initialiser
+    def create() -> tuple[LanguageModel, nnx.Optimizer]:
+        model = LanguageModel(
+            vocabulary_size=vocabulary_size,
+            width=options.width,
+            layers=options.layers,
+            heads=options.heads,
+            feed_forward=options.feed_forward,
+            rngs=nnx.Rngs(options.seed),
+        )
+        return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+    return create()
 
 
 def learning_rate(options: Options) -> optax.Schedule:
@@ -85,10 +90,11 @@ def _evaluation_step(model: LanguageModel, inputs: jax.Array, labels: jax.Array)
 def evaluate(model: LanguageModel, windows: np.ndarray, batch: int) -> Record:
     """Mean loss (nats a token) and top-1 accuracy on windows of held-out text."""
     loss = correct = 0.0
-    for part in np.array_split(windows, math.ceil(len(windows) / batch)):
-        part = jnp.asarray(part)
+    for start in range(0, len(windows), batch):
+        part = jnp.asarray(windows[start : start + batch])
         sums = _evaluation_step(model, part[:, :-1], part[:, 1:])
-        loss, correct = loss + float(sums.loss), correct + float(sums.correct)
+        loss += float(sums["loss"])
+        correct += float(sums["correct"])
     tokens = windows[:, 1:].size
     return {"held_out_loss": loss / tokens, "held_out_accuracy": correct / tokens}
 
@@ -138,7 +144,7 @@ def train(
     The speed counts neither the first step of this process, which compiles, nor
     evaluation and checkpoints; nan if no other step ran.
     """
-    rate = learning_rate(options)
+    rates = np.asarray(learning_rate(options)(jnp.arange(options.steps)))
     step_tokens = options.batch * options.context
     first, spent, timed = progress.step, 0.0, 0
 
@@ -186,7 +192,7 @@ def train(
                     "tokens": (progress.step + 1) * step_tokens,
                     "train_loss": value,
                     "gradient_norm": norm,
-                    "learning_rate": float(np.asarray(rate(progress.step))),
+                    "learning_rate": float(rates[progress.step]),
                 }
             )
             progress.step += 1
@@ -221,6 +227,8 @@ def losses_of_first_steps(
     stop: Stop,
 ) -> list[float]:
     """Trains anew from the same weights on the same batches with another loss."""
+    if not steps:
+        return []
     model, optimizer = build(options, vocabulary_size)
     losses = []
     for position in tqdm.trange(steps, desc=f"comparing with {loss}", disable=None):

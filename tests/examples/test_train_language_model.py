@@ -23,7 +23,7 @@ from language_model.model import LanguageModel, rotate
 
 SCRIPT = pathlib.Path(options_.EXAMPLES) / "train_language_model.py"
 # Long enough to be stopped half-way, at milliseconds a step.
-LONG = ("--steps", "300", "--checkpoint-every", "30", "--evaluate-every", "60")
+LONG = ("--steps", "200", "--checkpoint-every", "20", "--evaluate-every", "40")
 SHORT_REPORT = ("--compare", "0", "--no-memory-chart", "--sample-tokens", "0")
 
 
@@ -182,23 +182,23 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
         text=True,
         env=environment(),
     )
-    while not (out / "checkpoints" / "60").exists() and process.poll() is None:
+    while not (out / "checkpoints" / "40").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code
     saved = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.suffix == "")
-    assert 60 <= saved < 300
+    assert 40 <= saved < 200
     if number == signal.SIGKILL:
         assert stderr == ""
     else:
         assert len(stderr.splitlines()) == 1
-        assert f"{number.name}: stopped after step {saved} of 300; check" in stderr
+        assert f"{number.name}: stopped after step {saved} of 200; check" in stderr
         assert len((out / "metrics.csv").read_text().splitlines()) == saved + 2
 
     done = finish(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"at step {saved} of 300" in done.stdout
+    assert f"at step {saved} of 200" in done.stdout
     assert (out / "metrics.csv").read_bytes() == (
         uninterrupted / "metrics.csv"
     ).read_bytes()
