@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 
@@ -109,7 +110,7 @@ def require_positive_integer(function: str, name: str, value: object) -> None:
 
 
 def require_scalar(
-    function: str, name: str, value: object, least: float, most: float
+    function: str, name: str, value: ArrayLike, least: float, most: float
 ) -> None:
     """A number or a scalar array; the range of a Python number is checked here."""
     shape = jnp.shape(value)

@@ -117,11 +117,14 @@ class Explanation(str):
         return f"Explanation({len(self.plans)} operations)"
 
 
-# `explain` listens here. A fresh list changes the key of every jit cache (a context
-# value is part of it, compared by identity), so a warm cache hides no operation.
-class _Record(list):
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
+class _Record:
+    """What `explain` hears.
+
+    Its identity is part of the key of every jit cache: a warm cache hides nothing.
+    """
+
+    def __init__(self):
+        self.plans: list[Plan] = []
 
 
 _RECORD = jax.make_user_context(None)
@@ -156,7 +159,7 @@ def plan(
             "Pass implementation=None to let softlib choose."
         )
     if _RECORD.value is not None:
-        _RECORD.value.append(made)
+        _RECORD.value.plans.append(made)
     return made
 
 
@@ -244,7 +247,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     record = _Record()
     with _RECORD(record):
         jax.eval_shape(call, arrays)
-    distinct = {str(made): made for made in record}
+    distinct = {str(made): made for made in record.plans}
     explanation = Explanation(tuple(distinct.values()))
     print(explanation)
     return explanation

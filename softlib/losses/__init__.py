@@ -3,6 +3,7 @@
 Row statistics, the engine everything else is composed of:
 
 - `linear_row_statistics`, `row_statistics`, `RowStatistics`
+- `linear_logits`: the logits themselves, where they are few
 
 Losses and numbers per token; each `linear_` function streams over the vocabulary, its
 `softmax_` twin takes logits:
@@ -23,6 +24,7 @@ from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
 )
+from ._logits import linear_logits as linear_logits
 from ._row_statistics import (
     linear_row_statistics as linear_row_statistics,
     row_statistics as row_statistics,
@@ -41,6 +43,7 @@ __all__ = [
     "RowStatistics",
     "TokenMetrics",
     "linear_entropy",
+    "linear_logits",
     "linear_row_statistics",
     "linear_softmax_cross_entropy",
     "linear_token_log_probs",

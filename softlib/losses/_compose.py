@@ -70,6 +70,7 @@ class Rows:
     @property
     def lse(self) -> Float[Array, "*batch"]:
         """The logsumexp to compute with: 0 in an empty row."""
+        assert self.statistics.lse is not None
         return jnp.where(self.empty, 0, self.statistics.lse)
 
     def counted(self, values: Array, bad: ArrayLike = 0) -> Array:
@@ -216,12 +217,15 @@ def _with_soft_labels(
     if where is not None:
         labels = jnp.where(where[..., None], labels, 0)
     z = source.final_logits()
-    # A class without mass adds 0 even if its logit is -inf.
-    absent = labels == 0
-    mass = jnp.where(absent, 0, labels * jnp.where(absent, 0, z)).sum(-1)
+    # A class without mass adds 0 even if its logit is -inf, and so does an excluded
+    # class: a row with mass on one is decided below.
+    ignored = (labels == 0) & (z == -jnp.inf)
     excluded = None
     if source.modifiers.class_where is not None:
-        excluded = (~absent & ~_class_where(source)).any(-1)
+        outside = ~_class_where(source)
+        excluded = ((labels != 0) & outside).any(-1)
+        ignored = ignored | outside
+    mass = jnp.where(ignored, 0, labels * jnp.where(ignored, 0, z)).sum(-1)
     statistics = source.statistics([n for n in names if n != "label_logits"])
     statistics = statistics._replace(label_logits=mass)
     return Rows(statistics, where, None, excluded, labels.sum(-1), classes)

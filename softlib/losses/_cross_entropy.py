@@ -1,5 +1,7 @@
 """Cross-entropy, from a linear head without its logits or from logits."""
 
+from typing import Any
+
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib.typing import Implementations, PerRow, Precision, Scalar
@@ -202,7 +204,13 @@ def softmax_cross_entropy(
     )
 
 
-def _cross_entropy(source: Source, labels, *, return_lse: bool, **options):
+def _cross_entropy(
+    source: Source, labels: Array, *, return_lse: bool, **options: Any
+) -> Array | tuple[Array, Array]:
     metrics = ("loss", "lse") if return_lse else ("loss",)
     found = _compose.token_metrics(source, labels, metrics=metrics, **options)
-    return (found.loss, found.lse) if return_lse else found.loss
+    assert found.loss is not None
+    if not return_lse:
+        return found.loss
+    assert found.lse is not None
+    return found.loss, found.lse

@@ -102,14 +102,8 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _linear_reference(options: Options, head: Head) -> RowStatistics:
-    contract = (((1,), (1 - options.vocab_axis,)), ((), ()))
-    raw = jax.lax.dot_general(
-        head.hidden,
-        head.weight,
-        contract,
-        precision=options.precision,
-        preferred_element_type=head.dtype,
-    )
+    contract = (1, 1 - options.vocab_axis)
+    raw = _stream.product(head.hidden, head.weight, contract, options, head.dtype)
     return _reference(options, raw, head.labels, head.modifiers)
 
 
@@ -191,7 +185,7 @@ def _given_gradient_xla(
     bias, scale, temperature = given.modifiers[:3]
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
-        None if bias is None else found.bias.astype(bias.dtype),
+        _tile.cast_like(bias, found.bias),
         _tile.summed_like(scale, found.logit_scale),
         _tile.summed_like(temperature, found.temperature),
     )
@@ -227,17 +221,21 @@ def _reference(
     where = modifiers.class_where
     present = _tile.select(z, where, -jnp.inf)
     counted = _tile.select(z, where, 0)
-    lse = jax.nn.logsumexp(present, axis=1)
-    empty = lse == -jnp.inf
-    # Selected before the arithmetic as well: 0 * NaN in a derivative is NaN.
-    p = jnp.exp(present - jnp.where(empty, 0, lse)[:, None])
+    top = jax.lax.stop_gradient(present).max(1)
+    empty = top == -jnp.inf
+    shift = jnp.where(empty, 0, top)
+    exponentials = jnp.exp(present - shift[:, None])
+    # Selected before the logarithm as well: 0 * inf in a derivative is NaN.
+    total = jnp.where(empty, 1, exponentials.sum(1))
+    lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
+    p = exponentials / total[:, None]
     finite = jnp.where(present == -jnp.inf, 0, present)
     found = RowStatistics(
         lse=lse,
         mean_logit=(p * finite).sum(1),
         sum_logits=counted.sum(1),
         sum_squared_logits=(counted * counted).sum(1),
-        max_logit=jax.lax.stop_gradient(present).max(1),
+        max_logit=top,
         argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
     )
     if labels is not None:

@@ -6,6 +6,7 @@ A source has checked its arguments, knows its batch shape and vocabulary, and gi
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -21,8 +22,8 @@ from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Implementations, Precision
 
 from . import _engine
-from ._stream import Head
-from ._tile import Modifiers, Options, RowStatistics, Tile, logits_of
+from ._stream import Head, product
+from ._tile import Modifiers, Options, RowStatistics, logits_of, select
 
 type Shape = tuple[int, ...]
 
@@ -107,17 +108,13 @@ class LinearHead:
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self.vocabulary
         options = self.options.including(*names)
-        collapse = functools.partial(_collapsed, batch=batch)
 
         def engine(hidden, weight, labels, modifiers):
             head = Head(
-                collapse(hidden),
+                _collapsed(hidden, batch),
                 weight,
                 _label_rows(labels, batch, vocabulary),
-                modifiers.bias,
-                collapse(modifiers.logit_scale),
-                collapse(modifiers.temperature),
-                modifiers.class_where,
+                *_collapsed_modifiers(modifiers, (*batch, vocabulary)),
             )
             found = _engine.linear(self.implementation, options, match_varying(head))
             return _shaped(found, batch, labels)
@@ -125,6 +122,19 @@ class LinearHead:
         specs = functools.partial(_row_specs, options, batch, labels)
         arrays = (self.hidden, self.weight, labels, self.modifiers)
         return in_auto_mode(engine, specs, *arrays)
+
+    def final_logits(self) -> Array:
+        """The logits themselves, where rows x vocabulary is small."""
+        batch, options, dtype = self.batch, self.options, self.dtype
+
+        def engine(hidden, weight, modifiers):
+            rows = _collapsed(hidden, batch)
+            raw = product(rows, weight, (1, 1 - options.vocab_axis), options, dtype)
+            raw = raw.reshape(*batch, self.vocabulary)
+            return _final_logits(raw, batch, options, modifiers)
+
+        specs = lambda spec: PartitionSpec(*spec[: len(batch)], None)
+        return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +212,8 @@ class GivenLogits:
 
     def final_logits(self) -> Array:
         """The logits themselves, for losses that need more than statistics."""
-        modifiers = _collapsed_modifiers(self.modifiers, self.logits.shape)
-        raw = _collapsed(self.logits, self.batch).astype(self.dtype)
-        tile: Tile = logits_of(raw, self.options, modifiers)
-        return tile.z.reshape(self.logits.shape)
+        raw = self.logits.astype(self.dtype)
+        return _final_logits(raw, self.batch, self.options, self.modifiers)
 
 
 type Source = LinearHead | GivenLogits
@@ -305,15 +313,11 @@ def _masked(modifiers: Modifiers, where: Array) -> Modifiers:
     )
 
 
-def _collapsed(array: Array | None, batch: Shape) -> Array | None:
+def _collapsed(array: Array, batch: Shape) -> Array:
     """Makes the batch axes one axis of rows; a scalar stays one."""
-    if array is None or (array.ndim == 0 and batch):
+    if array.ndim == 0 and batch:
         return array
-    rest = array.shape[len(batch) :]
-    rows = 1
-    for size in batch:
-        rows *= size
-    return array.reshape(rows, *rest)
+    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
 
 
 def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
@@ -321,12 +325,21 @@ def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
     where = modifiers.class_where
     if where is not None and where.ndim > 1:
         where = _collapsed(jnp.broadcast_to(where, shape), batch)
+    collapse = functools.partial(_collapsed, batch=batch)
     return Modifiers(
         modifiers.bias,
-        _collapsed(modifiers.logit_scale, batch),
-        _collapsed(modifiers.temperature, batch),
+        jax.tree.map(collapse, modifiers.logit_scale),
+        jax.tree.map(collapse, modifiers.temperature),
         where,
     )
+
+
+def _final_logits(
+    raw: Array, batch: Shape, options: Options, modifiers: Modifiers
+) -> Array:
+    modifiers = _collapsed_modifiers(modifiers, raw.shape)
+    z = logits_of(_collapsed(raw, batch), options, modifiers).z
+    return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
 
 
 def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
@@ -334,7 +347,7 @@ def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | 
     if labels is None:
         return None
     rows = _collapsed(labels_in_range(labels, vocabulary), batch)
-    return rows if labels.ndim > len(batch) else rows[:, None]
+    return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
 
 
 def labels_in_range(labels: Array, vocabulary: int) -> Array:
@@ -363,7 +376,7 @@ def _row_specs(
 ) -> RowStatistics:
     """Shardings of the statistics: those of the batch axes of hidden or logits."""
     rows = PartitionSpec(*spec[: len(batch)])
-    specs = dict.fromkeys(options.statistics, rows)
+    specs: dict[str, Any] = dict.fromkeys(options.statistics, rows)
     if "label_logits" in specs and labels is not None and labels.ndim > len(batch):
         specs["label_logits"] = PartitionSpec(*rows, None)
     return RowStatistics(**specs)

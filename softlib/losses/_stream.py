@@ -7,6 +7,7 @@ never padded, transposed or copied; the loop order (vocabulary outside, row grou
 inside) keeps every sum in float32 without a float32 buffer of the weight's size.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -116,14 +117,14 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
         # Products in the dtype of the operands, as forward; their sums are wider.
         raw = found.raw.astype(_product_dtype(head))
         added = _Sums(
-            _product(raw, mine.weight, (1, options.vocab_axis), options, dtype),
+            product(raw, mine.weight, (1, options.vocab_axis), options, dtype),
             found.logit_scale,
             found.temperature,
         )
         if options.vocab_axis == 0:
-            dweight = _product(raw, mine.hidden, (0, 0), options, dtype)
+            dweight = product(raw, mine.hidden, (0, 0), options, dtype)
         else:
-            dweight = _product(mine.hidden, raw, (0, 0), options, dtype)
+            dweight = product(mine.hidden, raw, (0, 0), options, dtype)
         add = lambda total, more: _chunks.add_to_group(total, more, group, groups)
         return jax.tree.map(add, sums, added), _ClassSums(dweight, found.bias)
 
@@ -147,6 +148,7 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
             dweight, classes.weight.astype(dweight.dtype), start, options.vocab_axis
         )
         if dbias is not None:
+            assert classes.bias is not None
             dbias = lax.dynamic_update_slice_in_dim(dbias, classes.bias, start, 0)
         return sums, dweight, dbias
 
@@ -161,11 +163,11 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     dweight = match_varying(jnp.zeros_like(head.weight), head.hidden)
     dbias = None if head.bias is None else zeros(vocabulary)
     sums, dweight, dbias = _chunks.fold(step, (sums, dweight, dbias), vocabulary, size)
-    per_row = lambda total: None if total is None else _chunks.ungrouped(total)
+    per_row = functools.partial(jax.tree.map, _chunks.ungrouped)  # None stays None
     return HeadGradient(
         _chunks.ungrouped(sums.hidden).astype(head.hidden.dtype),
         dweight,
-        None if dbias is None else dbias.astype(head.bias.dtype),
+        _tile.cast_like(head.bias, dbias),
         _tile.summed_like(head.logit_scale, per_row(sums.logit_scale)),
         _tile.summed_like(head.temperature, per_row(sums.temperature)),
     )
@@ -183,33 +185,31 @@ def _pieces(options: Options, head: Head) -> tuple[int, int]:
 
 
 def _classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
-    cut = lambda array, axis: (
-        None if array is None else lax.dynamic_slice_in_dim(array, start, size, axis)
-    )
+    def cut(array: Array, axis: int = 0) -> Array:
+        return lax.dynamic_slice_in_dim(array, start, size, axis)
+
     return head._replace(
         weight=cut(head.weight, options.vocab_axis),
-        bias=cut(head.bias, 0),
-        class_where=cut(head.class_where, 0),
+        bias=jax.tree.map(cut, head.bias),
+        class_where=jax.tree.map(cut, head.class_where),
     )
 
 
 def _rows_of(head: Head, group: Any, groups: int) -> Head:
-    take = lambda array: (
-        array
-        if array is None or array.ndim == 0
-        else _chunks.group_of(array, group, groups)
-    )
+    def take(array: Array) -> Array:
+        return _chunks.group_of(array, group, groups) if array.ndim else array
+
     return head._replace(
         hidden=take(head.hidden),
-        labels=take(head.labels),
-        logit_scale=take(head.logit_scale),
-        temperature=take(head.temperature),
+        labels=jax.tree.map(take, head.labels),
+        logit_scale=jax.tree.map(take, head.logit_scale),
+        temperature=jax.tree.map(take, head.temperature),
     )
 
 
 def _logits(head: Head, options: Options) -> _tile.Tile:
     contract = (1, 1 - options.vocab_axis)
-    raw = _product(head.hidden, head.weight, contract, options, head.dtype)
+    raw = product(head.hidden, head.weight, contract, options, head.dtype)
     return _tile.logits_of(raw, options, head.modifiers)
 
 
@@ -217,7 +217,7 @@ def _product_dtype(head: Head) -> Any:
     return jnp.promote_types(head.hidden.dtype, head.weight.dtype)
 
 
-def _product(
+def product(
     a: Array, b: Array, contract: tuple[int, int], options: Options, dtype: Any
 ) -> Array:
     common = jnp.promote_types(a.dtype, b.dtype)

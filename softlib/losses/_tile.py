@@ -284,15 +284,14 @@ def _cotangent_of_logits(
         # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
         offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
         p = jnp.exp(select(z, class_where, -jnp.inf) - offset[:, None])
-        factor = None if g.lse is None else g.lse[:, None]
+        factors = [] if g.lse is None else [g.lse[:, None]]
         if g.mean_logit is not None:
             assert rows.mean_logit is not None
             deviation = 1 + _without_inf(z) - rows.mean_logit[:, None]
-            through_mean = g.mean_logit[:, None] * deviation
-            factor = through_mean if factor is None else factor + through_mean
+            factors.append(g.mean_logit[:, None] * deviation)
         # The deviation is garbage where a class is excluded; p is an exact 0 there, but
         # 0 * inf would be NaN.
-        dz = select(p * factor, class_where, 0)
+        dz = select(p * sum(factors), class_where, 0)
     of_sums = None
     if g.sum_logits is not None:
         of_sums = jnp.broadcast_to(g.sum_logits[:, None], z.shape)
@@ -330,12 +329,18 @@ def _scattered(
     return lax.fori_loop(0, count, add, jnp.zeros_like(z))
 
 
+def cast_like(operand: Array | None, gradient: Array | None) -> Array | None:
+    """A gradient in the dtype of its operand; None for None."""
+    if operand is None or gradient is None:
+        return None
+    return gradient.astype(operand.dtype)
+
+
 def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
     """The gradient of an operand that is a scalar or one per row; None for None."""
     if operand is None or per_row is None:
         return None
-    total = per_row if operand.ndim else per_row.sum()
-    return total.astype(operand.dtype)
+    return cast_like(operand, per_row if operand.ndim else per_row.sum())
 
 
 # ---------------------------------------------------------------------------- selection

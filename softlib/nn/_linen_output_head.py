@@ -1,0 +1,115 @@
+"""The output layer of a language model, for Flax linen."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float, Int
+
+from softlib.losses import TokenMetrics
+
+from ._head_calls import loss_or_logits, operands, token_metrics
+
+
+class LinenOutputHead(linen.Module):
+    r"""`OutputHead` for linen: the loss for labels, the logits without.
+
+    Args:
+        features: Size of the last axis of `hidden`.
+        num_classes: Size of the vocabulary.
+        embedding: A `linen.Embed` of the enclosing module to share the table with; None
+            gives the head a parameter `kernel` (num_classes, features) of its own.
+        use_bias: Whether the logits get a bias per class.
+        logit_scale: Multiplies the products, before the bias.
+        logit_softcap: Static positive number $c$; logits become $c\tanh(u / c)$.
+        dtype: Dtype of the products; hidden and table are cast to it, which copies the
+            table once a call. None uses the arrays as they are.
+        param_dtype: Dtype of the parameters that the head owns.
+        kernel_init: Initialiser of its own table.
+        bias_init: Initialiser of the bias.
+
+    Raises:
+        ValueError: The embedding has another shape.
+
+    Derivatives: as `softlib.losses.linear_row_statistics`.
+    Cost: as `softlib.losses.linear_softmax_cross_entropy`.
+    Source: "Cut Your Losses in Large-Vocabulary Language Models".
+
+    Example:
+        >>> head = softlib.nn.LinenOutputHead(features=4, num_classes=10)
+        >>> hidden, labels = jnp.ones((2, 4)), jnp.array([3, 7])
+        >>> variables = head.init(jax.random.key(0), hidden)
+        >>> print(head.apply(variables, hidden, labels).shape)
+        (2,)
+    """
+
+    features: int
+    num_classes: int
+    embedding: linen.Embed | None = None
+    use_bias: bool = False
+    logit_scale: float | None = None
+    logit_softcap: float | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = initializers.variance_scaling(
+        1.0, "fan_in", "normal", in_axis=1, out_axis=0
+    )
+    bias_init: Initializer = initializers.zeros_init()
+
+    def setup(self) -> None:
+        shape = (self.num_classes, self.features)
+        if self.embedding is None:
+            self.kernel = self.param(
+                "kernel", self.kernel_init, shape, self.param_dtype
+            )
+        else:
+            own = (self.embedding.num_embeddings, self.embedding.features)
+            if own != shape:
+                raise ValueError(
+                    f"LinenOutputHead: `embedding` must have a table of shape {shape} "
+                    f"(num_classes, features), got {own}."
+                )
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.param(
+                "bias", self.bias_init, (self.num_classes,), self.param_dtype
+            )
+
+    def __call__(
+        self,
+        hidden: Float[Array, "*batch D"],
+        labels: Int[Array, "*batch"] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Returns the loss per row for `labels`, or the logits without them.
+
+        Args:
+            hidden: Inputs of the head.
+            labels: Class ids, see `softlib.losses.linear_softmax_cross_entropy`.
+            **options: Further options of that function, or of
+                `softlib.losses.linear_logits`.
+        """
+        return loss_or_logits(*self._operands(hidden), labels, **options)
+
+    def token_metrics(
+        self,
+        hidden: Float[Array, "*batch D"],
+        labels: Int[Array, "*batch"],
+        **options: Any,
+    ) -> TokenMetrics:
+        """Several numbers per token in one pass over the vocabulary.
+
+        Args:
+            hidden: Inputs of the head.
+            labels: Class ids.
+            **options: Options of `softlib.losses.linear_token_metrics`.
+        """
+        return token_metrics(*self._operands(hidden), labels, **options)
+
+    def _operands(self, hidden: Array) -> tuple[Array, Array, dict[str, Any]]:
+        table = self.kernel if self.embedding is None else self.embedding.embedding
+        return operands(
+            hidden, table, self.bias, self.logit_scale, self.logit_softcap, self.dtype
+        )
