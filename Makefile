@@ -15,7 +15,7 @@ ARGS ?=
 WORKERS ?= 2
 
 RUN := $(VENV)/bin/python
-PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,11 +1,13 @@
 """What every test shares: devices, strictness, and the account of the time spent."""
 
 import pathlib
+from typing import Any
 
 import hypothesis
 import jax
 import jaxtyping
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import time_budget
 
@@ -38,6 +40,23 @@ def untyped():
 def repository() -> pathlib.Path:
     """The folder that holds pyproject.toml."""
     return pathlib.Path(__file__).parent.parent
+
+
+class Scheduler(LoadScopeScheduling):
+    """Test by test, but the tests of an example stay in one process.
+
+    They share its runs through fixtures of their module, which two processes would each
+    make.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.startswith("tests/examples/") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)  # absent with `-p no:xdist`
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler:
+    return Scheduler(config, log)
 
 
 def pytest_terminal_summary(
