@@ -8,8 +8,11 @@ class Failure(Exception):
     """A clear sentence for stderr; the program ends with exit code 2."""
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the message says what is safe and how to go on."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; the message says what is safe and how to go on.
+
+    Like KeyboardInterrupt no `Exception`: nothing on its way takes it for an error.
+    """
 
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)

@@ -66,10 +66,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch": 2,
         "learning_rate": 5e-3,
         "warmup": 10,
-        "evaluate_every": 80,
+        "evaluate_every": 120,
         "evaluation_tokens": 8_192,
-        "checkpoint_every": 80,
-        "compare": 100,
+        "checkpoint_every": 120,
+        "compare": 60,
         "sample_tokens": 40,
         "out": pathlib.Path("runs/demo"),
     },
@@ -154,8 +154,8 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         "--preset",
         choices=PRESETS,
         default=preset,
-        help="demo: minutes on two CPU cores; full: the whole corpus, hours there and "
-        "minutes on an accelerator; smoke: seconds, for the tests (default: full)",
+        help="demo: minutes on two CPU cores; full: the whole corpus, for an "
+        "accelerator (about a day on two cores); smoke: seconds, for the tests (default: full)",
     )
 
     def add(group, name: str, kind: Callable[[str], Any], text: str, **more) -> None:

@@ -212,7 +212,7 @@ def train(
                 bar.close()
                 stop.raise_if_asked(
                     f"stopped after step {progress.step} of {options.steps}; "
-                    f"checkpoint written, the same command resumes."
+                    "checkpoint written, the same command resumes."
                 )
     return timed / spent if spent else math.nan
 

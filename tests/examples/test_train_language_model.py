@@ -165,43 +165,53 @@ def state_after(out: pathlib.Path, cache: pathlib.Path) -> dict[str, np.ndarray]
     }
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"),
-    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)],
-    ids=["SIGKILL", "SIGINT", "SIGTERM"],
-)
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
-    number, exit_code, uninterrupted, tmp_path
+def latest_checkpoint(out: pathlib.Path) -> int:
+    return max((int(p.name) for p in out.glob("checkpoints/*[0-9]")), default=0)
+
+
+def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
+    folder, uninterrupted
 ):
-    out, cache = tmp_path / "run", uninterrupted.parent / "cache"
+    out, cache = folder / "stopped", folder / "cache"
     arguments = (*LONG, *SHORT_REPORT, "--out", out, "--cache", cache)
-    process = subprocess.Popen(
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    while not (out / "checkpoints" / "40").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == exit_code
-    saved = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.suffix == "")
-    assert 40 <= saved < 200
-    if number == signal.SIGKILL:
-        assert stderr == ""
-    else:
-        assert len(stderr.splitlines()) == 1
-        assert f"{number.name}: stopped after step {saved} of 200; check" in stderr
-        assert len((out / "metrics.csv").read_text().splitlines()) == saved + 2
+    resumed_at = 0
+    for number, exit_code, when in (
+        (signal.SIGTERM, 143, 40),
+        (signal.SIGINT, 130, 80),
+        (signal.SIGKILL, -9, 120),
+    ):
+        process = subprocess.Popen(
+            command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        while latest_checkpoint(out) < when and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == exit_code, stderr
+        saved = latest_checkpoint(out)
+        assert when <= saved < 200
+        assert (f"at step {resumed_at} of 200" in stdout) == (resumed_at > 0)
+        if number == signal.SIGKILL:
+            assert stderr == ""
+        else:
+            assert stderr == (
+                f"stopped: {number.name}: stopped after step {saved} of 200; "
+                "checkpoint written, the same command resumes.\n"
+            )
+            assert len((out / "metrics.csv").read_text().splitlines()) == saved + 2
+        resumed_at = saved
 
     done = finish(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"at step {saved} of 200" in done.stdout
-    assert (out / "metrics.csv").read_bytes() == (
-        uninterrupted / "metrics.csv"
-    ).read_bytes()
+    assert f"at step {resumed_at} of 200" in done.stdout
+    metrics, expected_metrics = (
+        (path / "metrics.csv").read_bytes() for path in (out, uninterrupted)
+    )
+    assert metrics == expected_metrics
     actual, expected = state_after(out, cache), state_after(uninterrupted, cache)
     assert actual.keys() == expected.keys()
     for name, array in actual.items():
@@ -256,8 +266,10 @@ def test_full_disk_is_found_in_a_long_text_of_another_library():
     assert reason(ValueError(text)) == "No space left on device"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-@pytest.mark.parametrize("what", ["arrays", "about"])
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [("flip", "arrays"), ("truncate", "about"), ("delete", "arrays")],
+)
 def test_corrupt_checkpoint(damage, what, smoke, tmp_path):
     o = copy_of(smoke, tmp_path)
     files = (o.out / "checkpoints" / "12" / what).rglob("*")
