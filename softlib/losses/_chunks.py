@@ -39,8 +39,8 @@ def row_groups(rows: int, features: int) -> int:
     works on each device's own rows in every step. A number of rows without a suitable
     divisor stays in one group and pays with scratch.
     """
-    limit = max(ROWS // max(features, 1), 256)
-    if rows <= 2 * limit:
+    limit = min(max(ROWS // max(features, 1), 256), TILE // 512)
+    if rows <= limit:
         return 1
     least = math.ceil(rows / limit)
     divisors = (g for g in range(least, 4 * least + 1) if rows % g == 0)

@@ -1,6 +1,6 @@
 """Cross-entropy, from a linear head without its logits or from logits."""
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Int
 
@@ -10,6 +10,47 @@ from . import _compose
 from ._sources import GivenLogits, LinearHead, Source
 
 
+# The overloads tell type checkers what `return_lse` returns; the signatures that count
+# are those of the functions below. (A TypedDict may have more keys than it names, hence
+# the ignored error.)
+class _Options(TypedDict, total=False):
+    bias: Array | None
+    logit_scale: PerRow | None
+    logit_softcap: float | None
+    temperature: PerRow | None
+    label_smoothing: Scalar
+    logsumexp_penalty: Scalar
+    class_where: Array | None
+    where: Array | None
+    implementation: Implementations
+
+
+class _LinearOptions(_Options, total=False):
+    vocab_axis: int
+    vocab_chunk: int | None
+    precision: Precision
+
+
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def linear_softmax_cross_entropy(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_LinearOptions],
+) -> tuple[Array, Array]: ...
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def linear_softmax_cross_entropy(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_LinearOptions],
+) -> Array: ...
 def linear_softmax_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -119,6 +160,24 @@ def linear_softmax_cross_entropy(
     )
 
 
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def softmax_cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def softmax_cross_entropy(
+    logits: Array,
+    labels: Array,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
 def softmax_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Int[Array, "*batch"] | Float[Array, "*batch V"],

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class LinearHead:
         precision: Precision,
         implementation: Implementations,
         **modifiers: Any,
-    ) -> Self:
+    ) -> "LinearHead":
         hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
         checks.require_floating(function, hidden=hidden, weight=weight)
         checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
@@ -93,7 +93,7 @@ class LinearHead:
     def dtype(self) -> Any:
         return accumulator_dtype(self.hidden, self.weight, *_floating(self.modifiers))
 
-    def masked(self, where: Bool[Array, "*batch"] | None) -> Self:
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "LinearHead":
         """Rows that do not count become zeros before any arithmetic: 0 * NaN is NaN."""
         if where is None:
             return self
@@ -156,7 +156,7 @@ class GivenLogits:
         logit_softcap: float | None,
         implementation: Implementations,
         **modifiers: Any,
-    ) -> Self:
+    ) -> "GivenLogits":
         logits = jnp.asarray(logits)
         checks.require_floating(function, logits=logits)
         checks.require_rank(function, "logits", logits, 1, "(..., V)")
@@ -183,7 +183,7 @@ class GivenLogits:
     def dtype(self) -> Any:
         return accumulator_dtype(self.logits, *_floating(self.modifiers))
 
-    def masked(self, where: Bool[Array, "*batch"] | None) -> Self:
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "GivenLogits":
         if where is None:
             return self
         return dataclasses.replace(

@@ -91,15 +91,15 @@ class OutputHead(nnx.Module):
         self.logit_softcap = logit_softcap
         self.dtype = dtype
         self.embedding = embedding
-        self.kernel: nnx.Param | None = None
-        self.bias: nnx.Param | None = None
-        if embedding is None:
+
+        def parameter(wanted: bool, init: Initializer, *shape: int):
+            if not wanted:
+                return None
             assert rngs is not None
-            self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        if use_bias:
-            assert rngs is not None
-            bias = bias_init(rngs.params(), (num_classes,), param_dtype)
-            self.bias = nnx.Param(bias)
+            return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+        self.kernel = parameter(embedding is None, kernel_init, *shape)
+        self.bias = parameter(use_bias, bias_init, num_classes)
 
     def __call__(
         self,

@@ -1,0 +1,160 @@
+"""Output heads: loss and logits by one definition, tied and untied, NNX and linen."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from softlib import losses, masked_mean
+from softlib.nn import LinenOutputHead, OutputHead
+
+FEATURES, CLASSES = 6, 37
+
+
+def batch(seed=0):
+    hidden = jax.random.normal(jax.random.key(seed), (2, 5, FEATURES))
+    labels = jax.random.randint(jax.random.key(seed + 1), (2, 5), 0, CLASSES)
+    return hidden, labels
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}])
+def test_loss_is_the_cross_entropy_of_the_logits(tied, options):
+    rngs = nnx.Rngs(0)
+    embed = nnx.Embed(CLASSES, FEATURES, rngs=rngs) if tied else None
+    head = OutputHead(
+        FEATURES, CLASSES, embedding=embed, use_bias=True, rngs=rngs, **options
+    )
+    assert head.bias is not None
+    head.bias[...] = jnp.linspace(-1, 1, CLASSES)
+    hidden, labels = batch()
+    logits = head(hidden)
+    assert logits.shape == (2, 5, CLASSES)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(head(hidden, labels), expected, atol=1e-5)
+    metrics = head.token_metrics(hidden, labels, metrics=("loss", "correct"))
+    np.testing.assert_array_equal(metrics.correct, logits.argmax(-1) == labels)
+
+
+def test_tied_head_owns_no_table_and_adds_to_the_embedding_gradient():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(CLASSES, FEATURES, rngs=rngs)
+            self.head = OutputHead(FEATURES, CLASSES, embedding=self.embed)
+
+        def __call__(self, tokens):
+            return self.head(self.embed(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    model = Model(nnx.Rngs(0))
+    table = model.embed.embedding[...]
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == (
+        table.size
+    )
+    tokens = jnp.arange(12).reshape(2, 6)
+    gradient = nnx.grad(lambda model: model(tokens))(model)
+
+    def plain(table):
+        logits = table[tokens[:, :-1]] @ table.T
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        return loss(logits, tokens[:, 1:]).mean()
+
+    (found,) = jax.tree.leaves(gradient)
+    np.testing.assert_allclose(found, jax.grad(plain)(table), atol=1e-5)
+
+
+def test_options_of_the_call_reach_the_loss():
+    head = OutputHead(FEATURES, CLASSES, rngs=nnx.Rngs(0))
+    hidden, labels = batch()
+    where = labels % 2 == 0
+    loss, lse = head(hidden, labels, where=where, return_lse=True, label_smoothing=0.1)
+    assert head.kernel is not None
+    expected = losses.linear_softmax_cross_entropy(
+        hidden, head.kernel[...], labels, where=where, label_smoothing=0.1
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_array_equal(lse == 0, ~where)
+
+
+def test_training_under_nnx_jit_lowers_the_loss():
+    head = OutputHead(FEATURES, CLASSES, use_bias=True, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+    hidden, labels = batch()
+
+    @nnx.jit
+    def step(head, optimizer):
+        loss = lambda head: masked_mean(head(hidden, labels))
+        value, gradient = nnx.value_and_grad(loss)(head)
+        optimizer.update(head, gradient)
+        return value
+
+    values = [float(step(head, optimizer)) for _ in range(20)]
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_dtype_is_that_of_the_products_and_gradients_have_the_parameters_dtype():
+    head = OutputHead(FEATURES, CLASSES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    hidden, labels = batch()
+    assert head(hidden, labels).dtype == jnp.float32
+    assert head.kernel is not None
+    cast = (hidden.astype(jnp.bfloat16), head.kernel[...].astype(jnp.bfloat16))
+    expected = losses.linear_softmax_cross_entropy(*cast, labels)
+    np.testing.assert_array_equal(head(hidden, labels), expected)
+    gradient = nnx.grad(lambda head: head(hidden, labels).mean())(head)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_errors_say_what_is_missing():
+    embed = nnx.Embed(5, FEATURES, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"`embedding`.*\(37, 6\).*got \(5, 6\)"):
+        OutputHead(FEATURES, CLASSES, embedding=embed)
+    with pytest.raises(ValueError, match="`rngs` must be given"):
+        OutputHead(FEATURES, CLASSES)
+    embed = linen.Embed(5, FEATURES)
+    with pytest.raises(ValueError, match=r"`embedding`.*got \(5, 6\)"):
+        LinenOutputHead(FEATURES, CLASSES, embedding=embed).init(
+            jax.random.key(0), batch()[0]
+        )
+
+
+# -------------------------------------------------------------------------------- linen
+def test_linen_loss_is_the_cross_entropy_of_the_logits():
+    head = LinenOutputHead(FEATURES, CLASSES, use_bias=True, logit_softcap=4.0)
+    hidden, labels = batch()
+    variables = head.init(jax.random.key(0), hidden)
+    assert set(variables["params"]) == {"kernel", "bias"}
+    call: Any = functools.partial(head.apply, variables, hidden)
+    logits = call()
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(call(labels), expected, atol=1e-5)
+    metrics = call(labels, method="token_metrics", metrics=("correct",))
+    np.testing.assert_array_equal(metrics.correct, logits.argmax(-1) == labels)
+
+
+def test_linen_head_shares_the_embedding_of_its_model():
+    class Model(linen.Module):
+        def setup(self):
+            self.embed = linen.Embed(CLASSES, FEATURES)
+            self.head = LinenOutputHead(FEATURES, CLASSES, embedding=self.embed)
+
+        def __call__(self, tokens):
+            return self.head(self.embed(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+    model = Model()
+    tokens = jnp.arange(12).reshape(2, 6)
+    variables = model.init(jax.random.key(0), tokens)
+    leaves = jax.tree.leaves(variables)
+    assert [leaf.shape for leaf in leaves] == [(CLASSES, FEATURES)]
+    gradient = jax.grad(lambda variables: model.apply(variables, tokens))(variables)
+
+    def plain(table):
+        logits = table[tokens[:, :-1]] @ table.T
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        return loss(logits, tokens[:, 1:]).mean()
+
+    (found,) = jax.tree.leaves(gradient)
+    np.testing.assert_allclose(found, jax.grad(plain)(leaves[0]), atol=1e-5)

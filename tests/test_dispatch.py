@@ -1,0 +1,253 @@
+"""Choice of implementations: plans, pins, lowering platforms, explanations."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import softlib
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, absent
+from softlib.losses import _engine
+
+ROWS = 4
+
+
+def _even(options, operands):
+    rows = operands.shape[0]
+    return None if rows % 2 == 0 else f"needs an even number of rows, got {rows}"
+
+
+def _kernel(options, operands):
+    # cbrt stands for the kernel: it is easy to find in lowered text, and it would be
+    # wrong to run (the plain implementation doubles).
+    return jnp.cbrt(operands)
+
+
+DOUBLE = Operation(
+    "double",
+    (
+        Implementation("pallas_tpu", _kernel, _even, "tpu"),
+        absent("pallas_gpu", "cuda"),
+        Implementation("xla", lambda options, operands: 2 * operands),
+        Implementation("reference", lambda options, operands: operands + operands),
+    ),
+)
+
+
+def double(x, implementation=None, operation=DOUBLE):
+    return _dispatch.run(operation, implementation, None, x)
+
+
+def test_a_program_lowered_for_tpu_contains_the_kernel_and_one_for_cpu_does_not():
+    x = jnp.ones(ROWS)
+    tpu = export.export(jax.jit(double), platforms=["tpu"])(x).mlir_module()
+    assert "cbrt" in tpu
+    assert "cbrt" not in jax.jit(double).lower(x).as_text()
+    np.testing.assert_array_equal(jax.jit(double)(x), 2 * x)
+
+
+def test_a_kernel_that_does_not_support_the_operands_is_in_no_program():
+    text = export.export(jax.jit(double), platforms=["tpu"])(jnp.ones(3)).mlir_module()
+    assert "cbrt" not in text
+
+
+def test_derivatives_are_those_of_the_plain_implementation():
+    x = jnp.arange(1.0, ROWS + 1)
+    square = lambda x: (double(x) ** 2).sum()
+    np.testing.assert_allclose(jax.jit(jax.grad(square))(x), 8 * x)
+    hessian_vector = jax.jvp(jax.grad(square), (x,), (jnp.ones(ROWS),))[1]
+    np.testing.assert_allclose(hessian_vector, 8)
+    np.testing.assert_allclose(jax.vmap(double)(jnp.ones((3, ROWS))), 2)
+
+
+def test_a_pinned_name_is_strict():
+    with pytest.raises(NotImplementedError, match="not pallas_tpu: needs an even"):
+        double(jnp.ones(3), "pallas")
+    with pytest.raises(NotImplementedError, match="no cuda kernel"):
+        double(jnp.ones(ROWS), "pallas_gpu")
+    made = _dispatch.plan(DOUBLE, "pallas", None, jnp.ones(ROWS))
+    assert dict(made.kernels).keys() == {"tpu"}
+    assert made.fallback is None
+
+
+def test_a_pinned_kernel_does_not_fall_back_on_another_platform():
+    with pytest.raises(NotImplementedError, match="cpu"):
+        jax.jit(lambda x: double(x, "pallas"))(jnp.ones(ROWS))
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"pallas, xla, reference.* got 'triton'"):
+        double(jnp.ones(ROWS), "triton")
+
+
+def test_a_sequence_is_tried_in_its_order():
+    of = lambda names, rows: _dispatch.plan(DOUBLE, names, None, jnp.ones(rows))
+    name = lambda made: made.fallback and made.fallback.name
+    assert name(of(("pallas", "reference"), 3)) == "reference"
+    assert name(of(("reference", "xla"), 3)) == "reference"
+    mixed = of(("pallas", "xla"), ROWS)
+    assert [kernel.name for _, kernel in mixed.kernels] == ["pallas_tpu"]
+    assert name(mixed) == "xla"
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_mesh_axis_that_the_compiler_partitions_refuses_kernels(kind):
+    kind = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        made = _dispatch.plan(DOUBLE, None, None, jnp.ones(ROWS))
+    assert not made.kernels
+    assert "'data' is not manual" in dict(made.reasons)["pallas_tpu"]
+
+
+def test_inside_shard_map_kernels_are_allowed():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=auto)
+    seen = []
+
+    def body(x):
+        seen.append(_dispatch.plan(DOUBLE, None, None, x))
+        return double(x)
+
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
+    jax.eval_shape(mapped, jnp.ones(2 * ROWS))
+    assert dict(seen[0].kernels).keys() == {"tpu"}
+
+
+def test_explain_says_what_runs_where_and_why_not_the_others(capsys):
+    text = softlib.explain(double, jnp.ones(ROWS))
+    assert text == (
+        "double\n  tpu: pallas_tpu\n  elsewhere: xla\n"
+        "  not pallas_gpu: this version has no cuda kernel for it"
+    )
+    assert capsys.readouterr().out.strip() == text
+    assert dict(text.plans[0].kernels).keys() == {"tpu"}
+    odd = softlib.explain(double, jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert "everywhere: xla" in odd
+    assert "not pallas_tpu: needs an even number of rows, got 3" in odd
+
+
+def test_explain_hears_warm_caches_loops_and_derivatives():
+    x = jnp.ones(ROWS)
+
+    @jax.jit
+    def step(x):
+        body = lambda carry, _: (double(carry), None)
+        return jax.lax.scan(body, x, None, length=2)[0].sum()
+
+    gradient = jax.jit(jax.grad(step))
+    gradient(x)
+    assert softlib.explain(gradient, x).startswith("double\n  tpu: pallas_tpu")
+
+
+def test_explain_passes_on_what_is_not_an_array():
+    def call(x, *, implementation, options):
+        assert options == {"name": "text", "flag": None}
+        return double(x, implementation)
+
+    text = softlib.explain(
+        call,
+        jnp.ones(ROWS),
+        implementation="reference",
+        options={"name": "text", "flag": None},
+    )
+    assert text.startswith("double\n  everywhere: reference")
+
+
+def test_explain_of_a_function_without_operations():
+    assert softlib.explain(jnp.sin, jnp.ones(2)) == "no operation of softlib was met"
+
+
+def test_explain_names_the_backward_pass_too():
+    loss = softlib.losses.linear_softmax_cross_entropy
+    total = lambda h, w, y: loss(h, w, y).sum()
+    struct = jax.ShapeDtypeStruct
+    arguments = (
+        struct((8, 16), jnp.bfloat16),
+        struct((50257, 16), jnp.bfloat16),
+        struct((8,), jnp.int32),
+    )
+    text = softlib.explain(jax.grad(total), *arguments)
+    names = [plan.operation.name for plan in text.plans]
+    assert names == ["linear_row_statistics", "linear_row_statistics_gradient"]
+
+
+# ------------------------------------------------ the seam of the row-statistics engine
+def _marked(implementation: Implementation) -> Implementation:
+    """A kernel for the TPU: what XLA does, beside an operation to find in the text."""
+
+    def call(options, operands):
+        found = implementation.call(options, operands)
+        mark = lambda leaf: (
+            leaf + 0 * jnp.cbrt(leaf) if leaf.dtype == jnp.float32 else leaf
+        )
+        return jax.tree.map(mark, found)
+
+    def why_not(options, operands):
+        return None if options.logit_softcap is None else "supports no softcap"
+
+    return dataclasses.replace(
+        implementation, name="pallas_tpu", call=call, why_not=why_not, platform="tpu"
+    )
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Puts kernels into the operations of the engine."""
+    for name in ("LINEAR", "LINEAR_GRADIENT"):
+        operation = getattr(_engine, name)
+        fake = _marked(operation.plain)
+        others = tuple(i for i in operation.implementations if i.name != fake.name)
+        replaced = dataclasses.replace(operation, implementations=(fake, *others))
+        monkeypatch.setattr(_engine, name, replaced)
+
+
+def _loss(implementation=None, softcap=None):
+    def total(h, w, y):
+        return softlib.losses.linear_softmax_cross_entropy(
+            h, w, y, logit_softcap=softcap, implementation=implementation
+        ).sum()
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+
+
+def _arguments():
+    key = jax.random.key(0)
+    h, w = jax.random.normal(key, (6, 5)), jax.random.normal(key, (9, 5))
+    return h, w, jnp.arange(6)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_loss_traced_on_a_cpu_carries_its_kernels_to_the_tpu():
+    h, w, y = _arguments()
+    forward_and_backward = export.export(_loss(), platforms=["tpu"])(h, w, y)
+    assert forward_and_backward.mlir_module().count("cbrt") >= 2
+    assert "cbrt" not in _loss().lower(h, w, y).as_text()
+    capped = export.export(_loss(softcap=5.0), platforms=["tpu"])(h, w, y)
+    assert "cbrt" not in capped.mlir_module()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_values_and_second_order_are_untouched_by_kernels_for_other_platforms():
+    arguments = _arguments()
+    expected = _loss("xla")(*arguments)
+    for actual, wanted in zip(
+        jax.tree.leaves(_loss()(*arguments)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(actual, wanted)
+    h, w, y = arguments
+    product = lambda name: jax.jvp(
+        lambda h: _loss(name)(h, w, y)[1][0], (h,), (jnp.ones_like(h),)
+    )[1]
+    np.testing.assert_allclose(product(None), product("reference"), atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_pinned_kernel_names_its_limit():
+    with pytest.raises(NotImplementedError, match="pallas_tpu: supports no softcap"):
+        _loss("pallas", softcap=5.0)(*_arguments())
