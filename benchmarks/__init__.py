@@ -1,0 +1,1 @@
+"""Speed and memory, measured against the way it is usually done: `make bench`."""
