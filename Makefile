@@ -48,7 +48,7 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
-	$(RUN) -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
+	$(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-bench ## compare implementations on this machine
 	$(RUN) -m benchmarks $(ARGS)

@@ -1,8 +1,11 @@
 """Sphinx configuration: MyST pages, executed where they hold cells, and autodoc."""
 
+import ast
+import dataclasses
 import inspect
 import pathlib
 import sys
+import textwrap
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -40,5 +43,22 @@ def _markdown_to_rest(app, what, name, obj, options, lines: list[str]) -> None:
         lines[:] = docstring_markup.to_rest(docstring).split("\n")
 
 
+def _signature_in_source(
+    app, what, name, obj, options, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Of a class whose own is hidden by a metaclass or made by `dataclass`, as flax's."""
+    if what != "class" or issubclass(obj, tuple):
+        return signature, returned
+    written = obj if dataclasses.is_dataclass(obj) else obj.__init__
+    node = ast.parse(textwrap.dedent(inspect.getsource(written))).body[0]
+    if isinstance(node, ast.FunctionDef):
+        del node.args.args[0]
+        return f"({ast.unparse(node.args)})", None
+    assert isinstance(node, ast.ClassDef)
+    fields = [ast.unparse(s) for s in node.body if isinstance(s, ast.AnnAssign)]
+    return f"({', '.join(fields)})", None
+
+
 def setup(app) -> None:
     app.connect("autodoc-process-docstring", _markdown_to_rest)
+    app.connect("autodoc-process-signature", _signature_in_source)

@@ -8,6 +8,8 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from flax import linen
+
 
 @dataclasses.dataclass(frozen=True)
 class PublicName:
@@ -40,10 +42,14 @@ def public_names() -> Iterator[PublicName]:
 def public_methods(cls: type) -> dict[str, Any]:
     """Methods and properties that the class itself defines."""
     kinds = (types.FunctionType, classmethod, staticmethod, property)
+    fields = getattr(cls, "__dataclass_fields__", {})  # the default may be a function
+    own = {"setup"} if issubclass(cls, linen.Module) else set()
     return {
         name: member
         for name, member in vars(cls).items()
-        if isinstance(member, kinds) and (name[0] != "_" or name == "__call__")
+        if isinstance(member, kinds)
+        and (name[0] != "_" or name == "__call__")
+        and name not in fields.keys() | own
     }
 
 
@@ -51,6 +57,13 @@ def is_named_tuple(cls: type) -> bool:
     return issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
-def parameters(function: Any) -> list[str]:
-    names = inspect.signature(function).parameters
-    return [name for name in names if name not in {"self", "cls"}]
+def parameters(value: Any) -> list[str]:
+    """Of a call of the function or class."""
+    hidden = {"self", "cls"}
+    if isinstance(value, type):
+        if value.__init__ is object.__init__:
+            return []
+        if issubclass(value, linen.Module):  # flax adds two to every module
+            hidden |= {"parent", "name"}
+        value = value.__init__  # a metaclass may hide the signature of the class
+    return [name for name in inspect.signature(value).parameters if name not in hidden]
