@@ -46,7 +46,7 @@ def _markdown_to_rest(app, what, name, obj, options, lines: list[str]) -> None:
 def _signature_in_source(
     app, what, name, obj, options, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
-    """Of a class whose own is hidden by a metaclass or made by `dataclass`, as flax's."""
+    """Of a class whose own a metaclass hides or `dataclass` makes, as flax's do."""
     if what != "class" or issubclass(obj, tuple):
         return signature, returned
     written = obj if dataclasses.is_dataclass(obj) else obj.__init__
