@@ -53,7 +53,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=KEPT, enable_async_checkpointing=False
+                    max_to_keep=KEPT,
+                    enable_async_checkpointing=False,
+                    cleanup_tmp_directories=True,  # of a run that was killed
                 ),
             )
         except (OSError, ValueError) as error:

@@ -155,7 +155,8 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         choices=PRESETS,
         default=preset,
         help="demo: minutes on two CPU cores; full: the whole corpus, for an "
-        "accelerator (about a day on two cores); smoke: seconds, for the tests (default: full)",
+        "accelerator (a day or more on two cores); smoke: seconds, for the tests "
+        "(default: full)",
     )
 
     def add(group, name: str, kind: Callable[[str], Any], text: str, **more) -> None:

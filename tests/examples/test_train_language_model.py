@@ -218,6 +218,35 @@ def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
         assert array.tobytes() == expected[name].tobytes(), name
 
 
+@pytest.mark.slow
+def test_killed_while_saving_leaves_a_checkpoint_to_resume_from(folder, smoke):
+    # A checkpoint at every step, so that nearly every kill falls into a save.
+    every = ("--steps", "60", "--checkpoint-every", "1", "--evaluate-every", "20")
+    killed, whole = folder / "killed", folder / "whole"
+    run = lambda out: (*every, *SHORT_REPORT, "--out", out, "--cache", folder / "cache")
+    assert finish(*run(whole)).returncode == 0
+    delays = np.random.default_rng(0).uniform(0, 0.3, 8)
+    for delay in delays:
+        before = latest_checkpoint(killed)
+        process = subprocess.Popen(
+            command(*run(killed)), stdout=subprocess.DEVNULL, env=environment()
+        )
+        while latest_checkpoint(killed) <= before and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    done = finish(*run(killed))
+    assert done.returncode == 0, done.stderr
+    assert "resume" in done.stdout
+    metrics, expected = (
+        (path / "metrics.csv").read_bytes() for path in (killed, whole)
+    )
+    assert metrics == expected
+    left = sorted(p.name for p in (killed / "checkpoints").iterdir())
+    assert left == ["59", "60"]
+
+
 # -------------------------------------------------------------------------- one line
 def test_wrong_path_is_one_line_and_exit_code_2(tmp_path):
     done = finish("--corpus", "/nowhere/sotu.txt.xz", "--out", tmp_path / "run")
