@@ -36,7 +36,7 @@ def test_matches_oracle(dtype, axis, masked):
     random = np.random.default_rng(0)
     with jax.enable_x64(dtype == "float64"):
         values = jnp.asarray(random.normal(size=(3, 5, 7)), dtype)
-        where = random.uniform(size=(3, 5, 7)) < 0.4 if masked else None
+        where = jnp.asarray(random.uniform(size=(3, 5, 7)) < 0.4) if masked else None
         computed = jnp.promote_types(dtype, jnp.float32)
 
         @jax.jit
@@ -58,7 +58,7 @@ def test_where_is_broadcast_to_the_values(shape):
     where = np.arange(np.prod(shape)).reshape(shape) % 2 == 0
     for axis in (None, 0, 1):
         wanted = oracle(values, where, axis)
-        got = softlib.masked_mean(values, where, axis)
+        got = softlib.masked_mean(values, jnp.asarray(where), axis)
         assert_close(got, wanted, dtype=jnp.float32, length=15)
 
 
@@ -192,7 +192,7 @@ def test_over_the_devices_the_gradient_inside_is_that_of_the_global_mean():
     """The training step in shard_map: a replicated parameter, divided rows."""
     where = WHERES["unequal"]
     x = np.linspace(-1, 1, 32, dtype=np.float32)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
 
     def step(w, x, where):
         return jax.value_and_grad(
@@ -211,7 +211,7 @@ def test_over_the_devices_the_gradient_inside_is_that_of_the_global_mean():
 def test_an_axis_that_stays_and_several_axis_names():
     values = np.arange(32, dtype=np.float32).reshape(8, 4)
     where = values % 3 != 1
-    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2)
     mean = jax.shard_map(
         lambda v, w: softlib.masked_mean(v, w, axis=0, axis_name=("a", "b")),
         mesh=mesh,
@@ -224,7 +224,7 @@ def test_an_axis_that_stays_and_several_axis_names():
 
 def test_without_a_mask_the_devices_count_all_values():
     values = np.arange(16, dtype=np.float32)
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
     mean = jax.shard_map(
         functools.partial(softlib.masked_mean, axis_name="data"),
         mesh=mesh,

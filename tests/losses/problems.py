@@ -74,8 +74,9 @@ class Problem:
             self.options["logit_softcap"] = case["softcap"]
         self.class_where = None
         if case["class_where"]:
-            self.class_where = random.uniform(size=v) < 0.7
-            self.class_where[0] = True
+            chosen = random.uniform(size=v) < 0.7
+            chosen[0] = True
+            self.class_where = jnp.asarray(chosen)
 
     def labels(self, *more: int) -> np.ndarray:
         return self.random.integers(0, self.classes, (*self.batch, *more))
@@ -115,6 +116,14 @@ class Problem:
             with labelled(f"gradient of {name}"):
                 wanted = expected.gradients[name]
                 assert_agrees(gradient, wanted, coarser, self.length(name))
+
+
+def as_jax(options: Mapping[str, Any]) -> dict[str, Any]:
+    """NumPy arrays as arrays of JAX, which the library's annotations ask for."""
+    return {
+        name: jnp.asarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in options.items()
+    }
 
 
 @contextlib.contextmanager

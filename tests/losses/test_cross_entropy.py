@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +64,14 @@ def masked(problem, labels):
     problem.arrays[source] = jnp.where(keep[..., None], array, jnp.nan)
     if labels is not None and labels.ndim == keep.ndim:
         labels[~keep] = -100
-    return keep
+    return jnp.asarray(keep)
 
 
 def distributions(problem):
     """Floating labels that sum to 1 over the selected classes."""
     q = problem.random.uniform(size=(*problem.batch, problem.classes)) ** 8
     if problem.class_where is not None:
-        q = q * problem.class_where
+        q = q * np.asarray(problem.class_where)
     q = q / q.sum(axis=-1, keepdims=True)
     return q.astype(np.promote_types(problem.arrays["logits"].dtype, np.float32))
 
@@ -195,16 +196,17 @@ def test_matches_independent_vectors():
     """Made by another program, with every option of the linear loss."""
     data = np.load(DATA / "cut_cross_entropy_case0.npz")
     with jax.enable_x64():
+        labels = jnp.asarray(data["in_labels"])
         for vocab_axis in (0, 1):
             arrays = {"hidden": data["in_hidden"], "weight": data["in_weight"]}
             if vocab_axis:
                 arrays["weight"] = arrays["weight"].T
-            options = {
+            options: dict[str, Any] = {
                 "vocab_axis": vocab_axis,
                 "vocab_chunk": 16,
-                "where": data["in_labels"] >= 0,
+                "where": jnp.asarray(data["in_labels"] >= 0),
             }
-            full = {
+            full: dict[str, Any] = {
                 "logit_softcap": float(data["in_softcap"]),
                 "label_smoothing": float(data["in_label_smoothing"]),
                 "logsumexp_penalty": float(data["in_logsumexp_penalty"]),
@@ -215,7 +217,7 @@ def test_matches_independent_vectors():
 
                 def loss(arrays, options=options, more=more):
                     return losses.linear_softmax_cross_entropy(
-                        **arrays, labels=data["in_labels"], **options, **more
+                        **arrays, labels=labels, **options, **more
                     )
 
                 value, pullback = jax.vjp(jax.jit(loss), arrays)
@@ -233,7 +235,7 @@ def test_losses_of_logits_match_independent_vectors():
     smoothing = float(data["in_label_smoothing"])
     with jax.enable_x64():
         z, labels = jnp.asarray(data["in_logits"]), jnp.asarray(data["in_labels"])
-        loss = functools.partial(losses.softmax_cross_entropy, z, labels)
+        loss: Any = functools.partial(losses.softmax_cross_entropy, z, labels)
         plain, lse = loss(return_lse=True)
         penalised = loss(logsumexp_penalty=1.0)
         for actual, wanted in (

@@ -1,6 +1,7 @@
 """What the losses promise in words, at every edge, from both sources of logits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from softlib import losses
 from softlib.testing import assert_close
+from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
 
 ROWS, FEATURES, CLASSES = 4, 3, 7
@@ -34,7 +36,7 @@ class Source:
         name = "softmax_cross_entropy" if name == "cross_entropy" else name
         name = name.removeprefix("softmax_") if prefix == "softmax_" else name
         operation = getattr(losses, prefix + name)
-        return jax.jit(functools.partial(operation, **self.options, **options))
+        return jax.jit(functools.partial(operation, **self.options, **as_jax(options)))
 
     def metrics(self, **options):
         return self("token_metrics", metrics=METRICS, **options)
@@ -275,7 +277,7 @@ def test_a_one_hot_distribution_is_its_label():
     logits, labels = hidden @ weight.T, np.array([0, 6, 3, 3])
     one_hot = jnp.asarray(np.eye(7)[labels], jnp.float32)
     for options in ({}, {"label_smoothing": 0.2, "logsumexp_penalty": 0.1}):
-        loss = functools.partial(losses.softmax_cross_entropy, **options)
+        loss: Any = functools.partial(losses.softmax_cross_entropy, **options)
         total = lambda z, labels, loss=loss: loss(z, labels).sum()
         run = jax.jit(jax.value_and_grad(total))
         for one, two in zip(run(logits, labels), run(logits, one_hot), strict=True):
@@ -284,9 +286,10 @@ def test_a_one_hot_distribution_is_its_label():
 
 def test_a_class_of_mass_zero_may_be_excluded_or_have_a_logit_of_minus_infinity():
     logits = np.array([[0.0, 1.0, -np.inf, 2.0]], np.float32)
-    q = np.array([[0.25, 0.75, 0.0, 0.0]], np.float32)
-    chosen = np.array([True, True, True, False])
-    loss = lambda z, c: losses.softmax_cross_entropy(z, q, class_where=c).sum()
+    q = jnp.array([[0.25, 0.75, 0.0, 0.0]])
+    chosen = jnp.array([True, True, True, False])
+    cross_entropy: Any = losses.softmax_cross_entropy
+    loss = lambda z, c: cross_entropy(z, q, class_where=c).sum()
     for c in (None, chosen):
         value, gradient = jax.jit(jax.value_and_grad(loss))(logits, c)
         wanted = token_metrics(
@@ -298,9 +301,11 @@ def test_a_class_of_mass_zero_may_be_excluded_or_have_a_logit_of_minus_infinity(
 
 def test_mass_on_an_excluded_class_is_infinite_and_has_no_gradient():
     logits = np.array([[0.0, 1.0, 9.0]] * 2, np.float32)
-    q = np.array([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]], np.float32)
-    chosen = np.array([True, True, False])
-    loss = lambda z: losses.softmax_cross_entropy(z, q, class_where=chosen)
+    q = jnp.array([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]])
+    chosen = jnp.array([True, True, False])
+    loss: Any = functools.partial(
+        losses.softmax_cross_entropy, labels=q, class_where=chosen
+    )
     np.testing.assert_array_equal(np.isposinf(jax.jit(loss)(logits)), [True, False])
     gradient = jax.jit(jax.grad(lambda z: loss(z).sum()))(logits)
     np.testing.assert_array_equal(gradient[0], 0)
@@ -326,6 +331,8 @@ def test_metrics_are_what_the_single_functions_give(source):
         lse,
     )
     for name, one, two in zip(METRICS, got, wanted, strict=True):
+        assert one is not None
+        assert two is not None
         assert one.dtype == two.dtype, name
         assert_close(one, two, dtype=jnp.float32, length=7)
 

@@ -169,7 +169,7 @@ def test_distributions_have_the_shape_of_the_logits(labels):
 
 
 def test_several_labels_per_row_have_one_axis_more():
-    for labels in (np.zeros((ROWS, 2, 2), int), np.zeros((2, ROWS), int)):
+    for labels in (jnp.zeros((ROWS, 2, 2), int), jnp.zeros((2, ROWS), int)):
         with pytest.raises(ValueError, match=r"`labels` must .*got"):
             losses.linear_row_statistics(HIDDEN, WEIGHT, labels)
         with pytest.raises(ValueError, match=r"`labels` must .*got"):

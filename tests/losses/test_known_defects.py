@@ -1,6 +1,7 @@
 """Defects that published losses have had, each with the numbers that show it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,13 @@ import pytest
 
 import softlib
 from softlib import losses
+from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
 
 
 def streamed(**options):
-    return jax.jit(functools.partial(losses.linear_softmax_cross_entropy, **options))
+    operation = losses.linear_softmax_cross_entropy
+    return jax.jit(functools.partial(operation, **as_jax(options)))
 
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
@@ -22,7 +25,7 @@ def test_no_class_is_added_by_padding(classes, vocab_axis):
     """Zero columns up to a multiple of the chunk give 7.615 for log(1000) = 6.908."""
     hidden, weight = jnp.ones((1, 2)), jnp.zeros((classes, 2))
     for chunk in (None, 128, 2048):
-        function = functools.partial(
+        function: Any = functools.partial(
             losses.linear_row_statistics,
             statistics=("lse", "sum_logits"),
             vocab_axis=vocab_axis,
@@ -83,9 +86,10 @@ def test_ignored_label_neither_trains_the_row_nor_another_class():
 def test_value_and_gradient_agree_on_a_label_out_of_range(label):
     """A value read from some row of the weight has a slope that no gradient shows."""
     random = np.random.default_rng(0)
-    hidden = random.normal(size=(1, 4)).astype(np.float32)
-    weight = random.normal(size=(128, 4)).astype(np.float32)
-    function = lambda w: losses.linear_row_statistics(
+    hidden = jnp.asarray(random.normal(size=(1, 4)), jnp.float32)
+    weight = jnp.asarray(random.normal(size=(128, 4)), jnp.float32)
+    statistics: Any = losses.linear_row_statistics
+    function = lambda w: statistics(
         hidden, w, jnp.array([label]), statistics=("label_logits",), vocab_chunk=48
     ).label_logits.sum()
     run = jax.jit(jax.value_and_grad(function))
@@ -148,15 +152,14 @@ def test_the_error_of_the_weight_gradient_does_not_grow_with_the_chunks():
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.normal(size=(256, 8)), jnp.bfloat16)
     weight = jnp.asarray(random.normal(size=(1024, 8)), jnp.bfloat16)
-    labels = random.integers(0, 1024, 256)
+    labels = jnp.asarray(random.integers(0, 1024, 256))
     expected = token_metrics(
         labels, hidden=hidden, weight=weight, cotangents={"loss": np.ones(256)}
     )
     error = {}
     for chunk in (8, 1000, 1024):
-        total = lambda h, w, chunk=chunk: losses.linear_softmax_cross_entropy(
-            h, w, labels, vocab_chunk=chunk
-        ).sum()
+        loss = streamed(vocab_chunk=chunk)
+        total = lambda h, w, loss=loss: loss(h, w, labels).sum()
         gradients = jax.jit(jax.grad(total, (0, 1)))(hidden, weight)
         for name, gradient in zip(("hidden", "weight"), gradients, strict=True):
             wanted = expected.gradients[name]
@@ -197,9 +200,8 @@ def test_a_head_that_scales_its_logits_has_the_gradient_of_the_scaled_logits():
     hidden = random.normal(size=(6, 4)).astype(np.float32)
     weight = random.normal(size=(11, 4)).astype(np.float32)
     labels = np.arange(6)
-    total = lambda scale, w: losses.linear_softmax_cross_entropy(
-        hidden, w, labels, logit_scale=scale
-    ).sum()
+    loss = streamed(vocab_chunk=4)
+    total = lambda scale, w: loss(hidden, w, labels, logit_scale=scale).sum()
     gradient = jax.jit(jax.grad(total, 1))(0.0625, weight)
     expected = token_metrics(
         labels,

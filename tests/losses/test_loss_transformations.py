@@ -1,6 +1,7 @@
 """Every public function through the battery, and in the loops that users write."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from softlib.testing import assert_close, check_transformations
 from tests.oracles.cross_entropy import token_metrics
 
 ROWS, FEATURES, CLASSES = 8, 3, 7
+CROSS_ENTROPY: Any = losses.linear_softmax_cross_entropy
 LABELS = jnp.arange(ROWS) % CLASSES
 CUSTOM = {"forward_mode": "the streamed statistics have a custom_vjp"}
 
@@ -165,9 +167,7 @@ def test_linear_token_metrics():
 # --------------------------------------------------------------------- forward, second
 def test_forward_mode_of_the_reference():
     a = arrays()
-    loss = functools.partial(
-        losses.linear_softmax_cross_entropy, implementation="reference"
-    )
+    loss = functools.partial(CROSS_ENTROPY, implementation="reference")
     run = lambda w: loss(a["hidden"], w, LABELS)
     tangent = jnp.ones_like(a["weight"]).at[0].set(3.0)
     _, slope = jax.jit(lambda w: jax.jvp(run, (w,), (tangent,)))(a["weight"])
@@ -181,7 +181,7 @@ def test_hessian_vector_products_both_ways_equal_the_dense_hessian():
     a = arrays()
 
     def total(w, implementation=None):
-        loss, lse = losses.linear_softmax_cross_entropy(
+        loss, lse = CROSS_ENTROPY(
             a["hidden"],
             w,
             LABELS,
@@ -206,10 +206,8 @@ def test_hessian_vector_products_both_ways_equal_the_dense_hessian():
 # --------------------------------------------------------------- what users do with it
 def test_partial_application():
     a = arrays()
-    loss = functools.partial(
-        losses.linear_softmax_cross_entropy, logit_softcap=2.0, vocab_chunk=3
-    )
-    direct = losses.linear_softmax_cross_entropy(
+    loss = functools.partial(CROSS_ENTROPY, logit_softcap=2.0, vocab_chunk=3)
+    direct = CROSS_ENTROPY(
         a["hidden"], a["weight"], LABELS, logit_softcap=2.0, vocab_chunk=3
     )
     got = jax.jit(loss)(a["hidden"], a["weight"], LABELS)
@@ -221,7 +219,7 @@ def test_inside_scan_over_layers_with_checkpoint():
 
     def total(scale, remat):
         def layer(hidden, s):
-            block = lambda h, s: losses.linear_softmax_cross_entropy(
+            block = lambda h, s: CROSS_ENTROPY(
                 h * s, a["weight"], LABELS, vocab_chunk=3
             )
             block = jax.checkpoint(block) if remat else block
@@ -264,11 +262,7 @@ def test_an_optax_loop_learns_and_follows_the_loss_of_stored_logits():
             values.append(float(value))
         return values
 
-    ours = train(
-        lambda w: losses.linear_softmax_cross_entropy(
-            a["hidden"], w, LABELS, vocab_chunk=3
-        )
-    )
+    ours = train(lambda w: CROSS_ENTROPY(a["hidden"], w, LABELS, vocab_chunk=3))
     naive = train(
         lambda w: optax.softmax_cross_entropy_with_integer_labels(
             a["hidden"] @ w.T, LABELS
@@ -289,9 +283,7 @@ def test_nnx_jit_with_a_tied_embedding():
             return optax.softmax_cross_entropy_with_integer_labels(
                 hidden @ table.T, labels
             ).mean()
-        return losses.linear_softmax_cross_entropy(
-            hidden, table, labels, vocab_chunk=3
-        ).mean()
+        return CROSS_ENTROPY(hidden, table, labels, vocab_chunk=3).mean()
 
     run = nnx.jit(nnx.value_and_grad(loss), static_argnums=1)
     for one, two in zip(
@@ -306,9 +298,7 @@ def test_vmap_over_a_leading_axis_of_every_argument():
     stack = lambda name: jnp.stack([a[name] for a in several])
 
     def total(hidden, weight, bias, labels):
-        loss = losses.linear_softmax_cross_entropy(
-            hidden, weight, labels, bias=bias, vocab_chunk=3
-        )
+        loss = CROSS_ENTROPY(hidden, weight, labels, bias=bias, vocab_chunk=3)
         return (loss**2).sum()
 
     labels = jnp.stack([LABELS, LABELS[::-1], (LABELS + 2) % CLASSES])
@@ -324,11 +314,10 @@ def test_vmap_over_a_leading_axis_of_every_argument():
 
 
 def test_shapes_alone_are_enough_to_trace():
-    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
     loss = jax.eval_shape(
-        losses.linear_softmax_cross_entropy,
-        shape(8192, 2304),
-        shape(256003, 2304),
-        shape(8192, dtype=jnp.int32),
+        CROSS_ENTROPY,
+        jax.ShapeDtypeStruct((8192, 2304), jnp.bfloat16),
+        jax.ShapeDtypeStruct((256003, 2304), jnp.bfloat16),
+        jax.ShapeDtypeStruct((8192,), jnp.int32),
     )
     assert (loss.shape, loss.dtype) == ((8192,), jnp.float32)

@@ -1,5 +1,6 @@
 """What the row statistics promise in words, at every edge."""
 
+import functools
 import pathlib
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from softlib import losses
 from softlib.testing import assert_close
-from tests.losses.problems import assert_agrees, values_and_gradients
+from tests.losses.problems import as_jax, assert_agrees, values_and_gradients
 from tests.oracles import row_statistics as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -43,7 +44,9 @@ def dictionary(operation, statistics, options):
     def function(*arguments, **more):
         labelled = len(arguments) > 2 or more.get("labels") is not None
         chosen = statistics or [n for n in ALL if labelled or n != "label_logits"]
-        got = operation(*arguments, statistics=tuple(chosen), **options, **more)
+        more = as_jax({**options, **more})
+        arrays = map(jnp.asarray, arguments)
+        got = operation(*arrays, statistics=tuple(chosen), **more)
         return {name: a for name, a in got._asdict().items() if a is not None}
 
     return function
@@ -95,15 +98,15 @@ def test_the_default_is_lse_and_label_logits_if_labels_are_given(implementation)
     hidden, weight = arrays()
     labels = jnp.array([0, 1, 2, 3])
     options = {"implementation": implementation}
-    for source, operation in (
-        ((hidden, weight), losses.linear_row_statistics),
-        ((hidden @ weight.T,), losses.row_statistics),
+    for operation in (
+        functools.partial(losses.linear_row_statistics, hidden, weight, **options),
+        functools.partial(losses.row_statistics, hidden @ weight.T, **options),
     ):
-        given = operation(*source, labels, **options)
+        given = operation(labels=labels)
         assert given.lse is not None
         assert given.label_logits is not None
         assert {a is None for a in given[2:]} == {True}
-        absent = operation(*source, **options)
+        absent = operation()
         assert absent.lse is not None
         assert {a is None for a in absent[1:]} == {True}
 

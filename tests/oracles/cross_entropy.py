@@ -51,37 +51,33 @@ def token_metrics(
         per_row["g_" + output] = exact(g)
 
     def function(z, keep, labels=None, class_where=class_where, **g):
-        count = z.shape[1]
         columns = selected(z, class_where)
         classes = np.maximum(columns.sum(axis=1), 1)
         p, lse = softmax(z, columns)
-        alive = keep & (lse > -np.inf) if not np.iscomplexobj(z) else keep
+        alive = keep if np.iscomplexobj(z) else keep & (lse > -np.inf)
         safe = np.where(alive, lse, 0)
         log_p = np.where(columns, z - safe[:, None], 0)
         entropy = -product(p, log_p).sum(axis=1)
+        by_row = lambda output: g.get("g_" + output, np.zeros(len(z)))[:, None]
+
         values = {
             "lse": np.where(keep, lse, 0),
             "entropy": np.where(alive, entropy, 0),
         }
-
-        valid = alive
+        slope = product(p, log_p + entropy[:, None])
+        dz = by_row("lse") * p * keep[:, None]
+        dz = dz - by_row("entropy") * np.where(alive[:, None], slope, 0)
         if labels is not None:
-            if np.issubdtype(labels.dtype, np.integer):
-                inside = (labels >= 0) & (labels < count)
-                target = np.arange(count) == labels[:, None]
-                outside = alive & ~inside
-            else:
-                target = np.where(keep[:, None], exact(labels), 0)
-                outside = np.zeros_like(alive)
-            excluded = (target != 0) & ~columns
-            infinite = alive & ~outside & excluded.any(axis=1)
+            target, outside = _target(labels, z.shape[1], keep)
+            outside = outside & alive
+            excluded = ((target != 0) & ~columns).any(axis=1)
+            infinite = alive & ~outside & excluded
             valid = alive & ~outside & ~infinite
             log_prob = product(target, log_p).sum(axis=1)
             e, c = label_smoothing, logsumexp_penalty
             loss = -(1 - e) * log_prob + c * safe**2
             if e:
                 loss = loss - e * log_p.sum(axis=1) / classes
-            mass = target.sum(axis=1, keepdims=True)
             for output, value, worst in (
                 ("loss", loss, np.inf),
                 ("log_prob", log_prob, -np.inf),
@@ -91,19 +87,20 @@ def token_metrics(
                 values[output] = np.where(outside, np.nan, value)
             top = np.where(columns, z.real, -np.inf).argmax(axis=1)
             values["correct"] = valid & (target.argmax(axis=1) == top)
-        if cotangents is None:
-            return values, None
 
-        by_row = lambda output: g.get("g_" + output, np.zeros(len(z)))[:, None]
-        dz = by_row("lse") * p * keep[:, None]
-        dz = dz - by_row("entropy") * np.where(
-            alive[:, None], product(p, log_p + entropy[:, None]), 0
-        )
-        if labels is not None:
+            mass = target.sum(axis=1, keepdims=True)
             d_loss = p * ((1 - e) * mass + e + 2 * c * safe[:, None])
             d_loss = d_loss - (1 - e) * target - e * columns / classes[:, None]
             both = by_row("loss") * d_loss + by_row("log_prob") * (target - mass * p)
             dz = dz + np.where(valid[:, None], both, 0)
-        return values, dz
+        return values, None if cotangents is None else dz
 
     return evaluate(function, per_row, **source)
+
+
+def _target(labels, count, keep):
+    """The distribution that the labels stand for, and the rows that have none."""
+    if np.issubdtype(labels.dtype, np.integer):
+        inside = (labels >= 0) & (labels < count)
+        return (np.arange(count) == labels[:, None]) * 1.0, ~inside
+    return np.where(keep[:, None], exact(labels), 0), np.zeros_like(keep)

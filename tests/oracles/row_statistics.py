@@ -116,7 +116,7 @@ def statistics_gradient(z, cotangents, labels=None, class_where=None):
         dz += np.where(columns, cotangents["sum_logits"][:, None], 0)
     if "sum_squared_logits" in cotangents:
         dz += np.where(columns, 2 * cotangents["sum_squared_logits"][:, None] * z, 0)
-    if "label_logits" in cotangents:
+    if "label_logits" in cotangents and labels is not None:
         some = columns.any(axis=1)
         for row, several in enumerate(labels):
             for position, label in enumerate(several):

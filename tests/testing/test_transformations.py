@@ -1,5 +1,7 @@
 """The battery passes what is right, and each of its checks fails on what breaks it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,13 +133,11 @@ def random_at_run_time(x):
     )
 
 
+CALLS = itertools.count(1)
+
+
 def differs_under_checkpoint(x):
-    # Tracing it a second time finds another function.
-    differs_under_checkpoint.calls += 1
-    return x * differs_under_checkpoint.calls
-
-
-differs_under_checkpoint.calls = 0
+    return x * next(CALLS)  # tracing it a second time finds another function
 
 
 @pytest.mark.parametrize(
