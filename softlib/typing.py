@@ -6,6 +6,8 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+__all__ = ["Implementations", "PerRow", "Precision", "Scalar"]
+
 type Implementations = str | Sequence[str] | None
 """What may run: None chooses, a name pins, of a sequence the first that can runs."""
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, TypedDict, Unpack, overload
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from softlib.typing import Implementations, PerRow, Precision, Scalar
 
@@ -54,7 +54,7 @@ def linear_softmax_cross_entropy(
 def linear_softmax_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     vocab_axis: int = 0,
     bias: Float[Array, " V"] | None = None,
@@ -180,7 +180,7 @@ def softmax_cross_entropy(
 ) -> Array: ...
 def softmax_cross_entropy(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"] | Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
     *,
     bias: Float[Array, " V"] | None = None,
     logit_scale: PerRow | None = None,

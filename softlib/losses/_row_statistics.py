@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib.typing import Implementations, PerRow, Precision
@@ -15,7 +15,7 @@ from ._tile import STATISTICS, RowStatistics
 def linear_row_statistics(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, "*batch"] | Int[Array, "*batch L"] | None = None,
+    labels: Integer[Array, "*batch"] | Integer[Array, "*batch L"] | None = None,
     *,
     vocab_axis: int = 0,
     bias: Float[Array, " V"] | None = None,
@@ -112,7 +112,7 @@ def linear_row_statistics(
 
 def row_statistics(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"] | Int[Array, "*batch L"] | None = None,
+    labels: Integer[Array, "*batch"] | Integer[Array, "*batch L"] | None = None,
     *,
     bias: Float[Array, " V"] | None = None,
     logit_scale: PerRow | None = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from softlib.typing import Implementations, PerRow, Precision, Scalar
 
@@ -14,7 +14,7 @@ from ._sources import GivenLogits, LinearHead, Source
 def linear_token_log_probs(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     vocab_axis: int = 0,
     bias: Float[Array, " V"] | None = None,
@@ -94,7 +94,7 @@ def linear_token_log_probs(
 
 def softmax_token_log_probs(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     bias: Float[Array, " V"] | None = None,
     logit_scale: PerRow | None = None,
@@ -158,7 +158,7 @@ def softmax_token_log_probs(
 def linear_top1_correct(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     vocab_axis: int = 0,
     bias: Float[Array, " V"] | None = None,
@@ -233,7 +233,7 @@ def linear_top1_correct(
 
 def softmax_top1_correct(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     bias: Float[Array, " V"] | None = None,
     logit_scale: PerRow | None = None,
@@ -295,7 +295,7 @@ def softmax_top1_correct(
 def linear_token_metrics(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     metrics: Sequence[str] = ("loss", "correct"),
     vocab_axis: int = 0,
@@ -391,7 +391,7 @@ def linear_token_metrics(
 
 def softmax_token_metrics(
     logits: Float[Array, "*batch V"],
-    labels: Int[Array, "*batch"],
+    labels: Integer[Array, "*batch"],
     *,
     metrics: Sequence[str] = ("loss", "correct"),
     bias: Float[Array, " V"] | None = None,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from softlib.losses import TokenMetrics
 
@@ -80,7 +80,7 @@ class LinenOutputHead(linen.Module):
     def __call__(
         self,
         hidden: Float[Array, "*batch D"],
-        labels: Int[Array, "*batch"] | None = None,
+        labels: Integer[Array, "*batch"] | None = None,
         **options: Any,
     ) -> Any:
         """Returns the loss per row for `labels`, or the logits without them.
@@ -96,7 +96,7 @@ class LinenOutputHead(linen.Module):
     def token_metrics(
         self,
         hidden: Float[Array, "*batch D"],
-        labels: Int[Array, "*batch"],
+        labels: Integer[Array, "*batch"],
         **options: Any,
     ) -> TokenMetrics:
         """Several numbers per token in one pass over the vocabulary.

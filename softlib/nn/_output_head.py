@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from softlib.losses import TokenMetrics
 
@@ -104,7 +104,7 @@ class OutputHead(nnx.Module):
     def __call__(
         self,
         hidden: Float[Array, "*batch D"],
-        labels: Int[Array, "*batch"] | None = None,
+        labels: Integer[Array, "*batch"] | None = None,
         **options: Any,
     ) -> Any:
         """Returns the loss per row for `labels`, or the logits without them.
@@ -120,7 +120,7 @@ class OutputHead(nnx.Module):
     def token_metrics(
         self,
         hidden: Float[Array, "*batch D"],
-        labels: Int[Array, "*batch"],
+        labels: Integer[Array, "*batch"],
         **options: Any,
     ) -> TokenMetrics:
         """Several numbers per token in one pass over the vocabulary.
