@@ -106,8 +106,8 @@ def test_the_gradient_of_the_loss_sums_to_zero_over_the_classes(rows, seed, chun
 @given(
     rows=st.sampled_from([1, 5]),
     seed=st.integers(0, 2**31),
-    chunk=st.sampled_from([1, 4, 6, 12, 13, 99]),
-    softcap=st.sampled_from([None, 3.0]),
+    chunk=st.sampled_from([1, 4, 12, 99]),
+    softcap=st.just(3.0),
 )
 def test_the_size_of_the_chunks_changes_nothing_but_rounding(
     rows, seed, chunk, softcap
