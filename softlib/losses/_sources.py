@@ -108,6 +108,7 @@ class LinearHead:
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self.vocabulary
         options = self.options.including(*names)
+        labels = _of_rows_with_classes(labels, self.modifiers, batch, vocabulary)
 
         def engine(hidden, weight, labels, modifiers):
             head = Head(
@@ -197,6 +198,7 @@ class GivenLogits:
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self.vocabulary
         options = self.options.including(*names)
+        labels = _of_rows_with_classes(labels, self.modifiers, batch, vocabulary)
 
         def engine(logits, labels, modifiers):
             given = _engine.Given(
@@ -340,6 +342,18 @@ def _final_logits(
     modifiers = _collapsed_modifiers(modifiers, raw.shape)
     z = logits_of(_collapsed(raw, batch), options, modifiers).z
     return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
+
+
+def _of_rows_with_classes(
+    labels: Array | None, modifiers: Modifiers, batch: Shape, vocabulary: int
+) -> Array | None:
+    """The labels; out of range in a row without a class, where every number is 0."""
+    if labels is None or modifiers.class_where is None:
+        return labels
+    some = modifiers.class_where.any(-1)
+    if some.ndim and labels.ndim > len(batch):
+        some = some[..., None]
+    return jnp.where(some, labels_in_range(labels, vocabulary), -1)
 
 
 def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
