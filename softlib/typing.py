@@ -11,6 +11,9 @@ __all__ = ["Implementations", "PerRow", "Precision", "Scalar"]
 type Implementations = str | Sequence[str] | None
 """What may run: None chooses, a name pins, of a sequence the first that can runs."""
 
+type AxisName = str | tuple[str, ...]
+"""One or several axes of a mesh."""
+
 type Precision = jax.lax.PrecisionLike
 """Precision of the matrix products, as in `jax.lax.dot_general`."""
 

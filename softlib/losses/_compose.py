@@ -95,7 +95,7 @@ def prepare(
         checks.require_broadcastable(function, "where", where, batch, "the batch shape")
         where = jnp.broadcast_to(where, batch)
     source = source.masked(where)
-    classes = _count_of_classes(source)
+    classes = source.count_classes()
     if labels is None:
         return Rows(source.statistics(names), where, classes=classes)
 
@@ -109,12 +109,7 @@ def prepare(
         labels = jnp.where(where, labels, 0)
     excluded = None
     if source.modifiers.class_where is not None:
-        selected = _class_where(source)
-        safe = jnp.where(labels < 0, 0, labels)
-        if selected.ndim == 1:
-            excluded = ~selected[safe]
-        else:
-            excluded = ~jnp.take_along_axis(selected, safe[..., None], -1)[..., 0]
+        excluded = source.at_labels(source.modifiers.class_where, labels) == 0
     return Rows(
         source.statistics(names, labels), where, labels, excluded, None, classes
     )
@@ -222,27 +217,13 @@ def _with_soft_labels(
     ignored = (labels == 0) & (z == -jnp.inf)
     excluded = None
     if source.modifiers.class_where is not None:
-        outside = ~_class_where(source)
+        outside = jnp.broadcast_to(~source.modifiers.class_where, shape)
         excluded = ((labels != 0) & outside).any(-1)
         ignored = ignored | outside
     mass = jnp.where(ignored, 0, labels * jnp.where(ignored, 0, z)).sum(-1)
     statistics = source.statistics([n for n in names if n != "label_logits"])
     statistics = statistics._replace(label_logits=mass)
     return Rows(statistics, where, None, excluded, labels.sum(-1), classes)
-
-
-def _class_where(source: Source) -> Bool[Array, "..."]:
-    selected = source.modifiers.class_where
-    assert selected is not None
-    if selected.ndim == 1:
-        return selected
-    return jnp.broadcast_to(selected, (*source.batch, source.vocabulary))
-
-
-def _count_of_classes(source: Source) -> ArrayLike:
-    if source.modifiers.class_where is None:
-        return source.vocabulary
-    return _class_where(source).sum(-1, dtype=jnp.int32)
 
 
 def _is_zero(value: Scalar) -> bool:

@@ -4,7 +4,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
-from softlib.typing import Implementations, PerRow, Precision, Scalar
+from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
 from . import _compose
 from ._sources import GivenLogits, LinearHead, Source
@@ -28,6 +28,7 @@ class _Options(TypedDict, total=False):
 class _LinearOptions(_Options, total=False):
     vocab_axis: int
     vocab_chunk: int | None
+    axis_name: AxisName | None
     precision: Precision
 
 
@@ -67,6 +68,7 @@ def linear_softmax_cross_entropy(
     where: Bool[Array, "..."] | None = None,
     return_lse: bool = False,
     vocab_chunk: int | None = None,
+    axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
 ) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
@@ -108,6 +110,9 @@ def linear_softmax_cross_entropy(
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
         return_lse: Static; also return the logsumexp, differentiable.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -147,6 +152,7 @@ def linear_softmax_cross_entropy(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        axis_name=axis_name,
         precision=precision,
         implementation=implementation,
     )

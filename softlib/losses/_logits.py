@@ -65,6 +65,7 @@ def linear_logits(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=None,
+        axis_name=None,
         precision=precision,
         implementation=None,
     )

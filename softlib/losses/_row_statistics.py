@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
-from softlib.typing import Implementations, PerRow, Precision
+from softlib.typing import AxisName, Implementations, PerRow, Precision
 
 from ._sources import GivenLogits, LinearHead
 from ._tile import STATISTICS, RowStatistics
@@ -25,6 +25,7 @@ def linear_row_statistics(
     class_where: Bool[Array, " V"] | None = None,
     statistics: Sequence[str] | None = None,
     vocab_chunk: int | None = None,
+    axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
 ) -> RowStatistics:
@@ -58,6 +59,9 @@ def linear_row_statistics(
         statistics: Static names out of the fields of `RowStatistics`. None asks for
             `lse`, and for `label_logits` if labels are given.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`. On a
             TPU the default multiplies float32 in bfloat16.
         implementation: Static; see `softlib.explain`. `reference` materialises the
@@ -104,6 +108,7 @@ def linear_row_statistics(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        axis_name=axis_name,
         precision=precision,
         implementation=implementation,
     )

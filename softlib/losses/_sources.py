@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
@@ -19,11 +20,12 @@ from jaxtyping import Array, Bool
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
-from softlib.typing import Implementations, Precision
+from softlib.typing import AxisName, Implementations, Precision
 
 from . import _engine
 from ._stream import Head, product
-from ._tile import Modifiers, Options, RowStatistics, logits_of, select
+from ._tile import Modifiers, Options, RowStatistics, logits_of, only, select
+from ._vocabulary_parallel import first_class, merged
 
 type Shape = tuple[int, ...]
 
@@ -38,6 +40,7 @@ class LinearHead:
     modifiers: Modifiers
     options: Options
     implementation: Implementations
+    axis_name: AxisName | None  # over which the vocabulary is divided
 
     @classmethod
     def of(
@@ -49,6 +52,7 @@ class LinearHead:
         vocab_axis: int,
         logit_softcap: float | None,
         vocab_chunk: int | None,
+        axis_name: AxisName | None,
         precision: Precision,
         implementation: Implementations,
         **modifiers: Any,
@@ -70,6 +74,8 @@ class LinearHead:
             checks.require_positive_integer(function, "vocab_chunk", vocab_chunk)
         vocabulary = weight.shape[vocab_axis]
         _check_vocabulary(function, "weight", vocabulary, weight.shape)
+        if axis_name is not None:
+            _check_axis(function, axis_name)
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
         return cls(
@@ -79,6 +85,7 @@ class LinearHead:
             _modifiers(function, batch, vocabulary, dtype, (vocabulary,), **modifiers),
             _options(function, logit_softcap, vocab_axis, vocab_chunk, precision),
             implementation,
+            axis_name,
         )
 
     @property
@@ -87,6 +94,12 @@ class LinearHead:
 
     @property
     def vocabulary(self) -> int:
+        """All classes, on whatever device."""
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        return self._own_classes * devices
+
+    @property
+    def _own_classes(self) -> int:
         return self.weight.shape[self.options.vocab_axis]
 
     @property
@@ -106,7 +119,43 @@ class LinearHead:
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
-        batch, vocabulary = self.batch, self.vocabulary
+        if self.axis_name is None:
+            return self._own_statistics(names, labels)
+        local = set(names)
+        if "mean_logit" in names:
+            local.add("lse")
+        if "argmax" in names:
+            local.add("max_logit")
+        offset = first_class(self.axis_name, self._own_classes)
+        if labels is not None:
+            # A label of another device is out of range here: it adds 0.
+            labels = labels_in_range(labels, self.vocabulary) - offset
+        found = self._own_statistics(sorted(local), labels)
+        return only(
+            merged(found, self.axis_name, offset), self.options.including(*names)
+        )
+
+    def at_labels(self, per_class: Array, labels: Array) -> Array:
+        """A number per class, looked up at labels in range; anything elsewhere."""
+        if self.axis_name is None:
+            return per_class[jnp.where(labels < 0, 0, labels)]
+        local = labels - first_class(self.axis_name, self._own_classes)
+        inside = (local >= 0) & (local < self._own_classes)
+        found = jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0)
+        return lax.psum(found, self.axis_name)
+
+    def count_classes(self) -> ArrayLike:
+        """How many classes are selected."""
+        where = self.modifiers.class_where
+        if where is None:
+            return self.vocabulary
+        count = where.sum(-1, dtype=jnp.int32)
+        return count if self.axis_name is None else lax.psum(count, self.axis_name)
+
+    def _own_statistics(
+        self, names: Sequence[str], labels: Array | None
+    ) -> RowStatistics:
+        batch, vocabulary = self.batch, self._own_classes
         options = self.options.including(*names)
         labels = _of_rows_with_classes(labels, self.modifiers, batch, vocabulary)
 
@@ -131,7 +180,7 @@ class LinearHead:
         def engine(hidden, weight, modifiers):
             rows = _collapsed(hidden, batch)
             raw = product(rows, weight, (1, 1 - options.vocab_axis), options, dtype)
-            raw = raw.reshape(*batch, self.vocabulary)
+            raw = raw.reshape(*batch, self._own_classes)
             return _final_logits(raw, batch, options, modifiers)
 
         specs = lambda spec: PartitionSpec(*spec[: len(batch)], None)
@@ -212,6 +261,23 @@ class GivenLogits:
         specs = functools.partial(_row_specs, options, batch, labels)
         return in_auto_mode(engine, specs, self.logits, labels, self.modifiers)
 
+    def at_labels(self, per_class: Array, labels: Array) -> Array:
+        """A number per class, looked up at labels in range; anything elsewhere."""
+        labels = jnp.where(labels < 0, 0, labels)
+        if per_class.ndim == 1:
+            return per_class[labels]
+        per_row = jnp.broadcast_to(per_class, self.logits.shape)
+        return jnp.take_along_axis(per_row, labels[..., None], -1)[..., 0]
+
+    def count_classes(self) -> ArrayLike:
+        """How many classes are selected, for all rows or for each."""
+        where = self.modifiers.class_where
+        if where is None:
+            return self.vocabulary
+        if where.ndim > 1:
+            where = jnp.broadcast_to(where, self.logits.shape)
+        return where.sum(-1, dtype=jnp.int32)
+
     def final_logits(self) -> Array:
         """The logits themselves, for losses that need more than statistics."""
         raw = self.logits.astype(self.dtype)
@@ -222,6 +288,16 @@ type Source = LinearHead | GivenLogits
 
 
 # ----------------------------------------------------------------------------- checking
+def _check_axis(function: str, axis_name: AxisName) -> None:
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"{function}: `axis_name` must name an axis of an enclosing jax.shard_map, "
+            f"got {axis_name!r}."
+        ) from None
+
+
 def _layout_hint(shape: Shape, features: int, vocab_axis: int) -> str:
     if len(shape) == 2 and shape[vocab_axis] == features:
         return f" Did you mean vocab_axis={1 - vocab_axis}?"

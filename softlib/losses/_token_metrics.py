@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Bool, Float, Integer
 
-from softlib.typing import Implementations, PerRow, Precision, Scalar
+from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
 from . import _compose
 from ._compose import TokenMetrics
@@ -24,6 +24,7 @@ def linear_token_log_probs(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
 ) -> Float[Array, "*batch"]:
@@ -51,6 +52,9 @@ def linear_token_log_probs(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the result is 0 with gradient 0, whatever `hidden` and `labels` hold.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -86,6 +90,7 @@ def linear_token_log_probs(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        axis_name=axis_name,
         precision=precision,
         implementation=implementation,
     )
@@ -168,6 +173,7 @@ def linear_top1_correct(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
 ) -> Bool[Array, "*batch"]:
@@ -191,6 +197,9 @@ def linear_top1_correct(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the result is False, whatever `hidden` and `labels` hold.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -225,6 +234,7 @@ def linear_top1_correct(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        axis_name=axis_name,
         precision=precision,
         implementation=implementation,
     )
@@ -308,6 +318,7 @@ def linear_token_metrics(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
 ) -> TokenMetrics:
@@ -341,6 +352,9 @@ def linear_token_metrics(
             results and all gradients are exactly 0, whatever `hidden` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -376,6 +390,7 @@ def linear_token_metrics(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        axis_name=axis_name,
         precision=precision,
         implementation=implementation,
     )
