@@ -124,6 +124,23 @@ def require_scalar(
         raise ValueError(f"{function}: `{name}` must be {bounds}, got {value}.")
 
 
+def require_axes(
+    function: str, name: str, value: int | tuple[int, ...] | None, ndim: int
+) -> None:
+    if value is None:
+        return
+    axes = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in axes):
+        raise ValueError(
+            f"{function}: `{name}` must hold axes of an array with {ndim} axes, "
+            f"got {value!r}."
+        )
+    if len({axis % ndim for axis in axes}) < len(axes):
+        raise ValueError(
+            f"{function}: `{name}` must name no axis twice, got {value!r}."
+        )
+
+
 def require_one_of(
     function: str, name: str, value: object, choices: Collection[object]
 ) -> None:

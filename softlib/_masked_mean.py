@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
-from ._checks import require_boolean, require_broadcastable
+from ._checks import require_axes, require_boolean, require_broadcastable
 
 
 def masked_mean(
@@ -33,8 +33,9 @@ def masked_mean(
         The mean, float32 (float64 for float64 values). 0 where nothing counts.
 
     Raises:
-        TypeError: `where` is not boolean.
-        ValueError: `where` does not broadcast to the shape of `values`.
+        TypeError: `where` is not boolean, or `values` is complex.
+        ValueError: `where` does not broadcast to the shape of `values`, or `axis` is
+            not one of its axes.
 
     Derivatives: forward and reverse mode, any order; `where` has none.
     Cost: one pass over `values`; nothing but `where` is kept for the backward pass.
@@ -48,6 +49,12 @@ def masked_mean(
     """
     function = "masked_mean"
     values = jnp.asarray(values)
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{function}: `values` must be real numbers or booleans, "
+            f"got {values.dtype}."
+        )
+    require_axes(function, "axis", axis, values.ndim)
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     if where is None:
         where = jnp.ones((), bool)

@@ -119,6 +119,9 @@ class LinearHead:
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
+        labels = _of_rows_with_classes(
+            labels, self.count_classes(), self.batch, self.vocabulary
+        )
         if self.axis_name is None:
             return self._own_statistics(names, labels)
         local = set(names)
@@ -128,21 +131,24 @@ class LinearHead:
             local.add("max_logit")
         offset = first_class(self.axis_name, self._own_classes)
         if labels is not None:
-            # A label of another device is out of range here: it adds 0.
-            labels = labels_in_range(labels, self.vocabulary) - offset
+            labels = labels - offset  # one of another device is out of range: 0
         found = self._own_statistics(sorted(local), labels)
         return only(
             merged(found, self.axis_name, offset), self.options.including(*names)
         )
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
-        """A number per class, looked up at labels in range; anything elsewhere."""
-        if self.axis_name is None:
-            return per_class[jnp.where(labels < 0, 0, labels)]
-        local = labels - first_class(self.axis_name, self._own_classes)
-        inside = (local >= 0) & (local < self._own_classes)
-        found = jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0)
-        return lax.psum(found, self.axis_name)
+        """A number per class at each label; anything for a label out of range."""
+        local = labels
+        if self.axis_name is not None:
+            local = labels - first_class(self.axis_name, self._own_classes)
+
+        def look_up(local, per_class):
+            inside = (local >= 0) & (local < self._own_classes)
+            return jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0)
+
+        found = in_auto_mode(look_up, lambda spec: spec, local, per_class)
+        return found if self.axis_name is None else lax.psum(found, self.axis_name)
 
     def count_classes(self) -> ArrayLike:
         """How many classes are selected."""
@@ -157,7 +163,6 @@ class LinearHead:
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self._own_classes
         options = self.options.including(*names)
-        labels = _of_rows_with_classes(labels, self.modifiers, batch, vocabulary)
 
         def engine(hidden, weight, labels, modifiers):
             head = Head(
@@ -247,7 +252,7 @@ class GivenLogits:
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self.vocabulary
         options = self.options.including(*names)
-        labels = _of_rows_with_classes(labels, self.modifiers, batch, vocabulary)
+        labels = _of_rows_with_classes(labels, self.count_classes(), batch, vocabulary)
 
         def engine(logits, labels, modifiers):
             given = _engine.Given(
@@ -262,12 +267,16 @@ class GivenLogits:
         return in_auto_mode(engine, specs, self.logits, labels, self.modifiers)
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
-        """A number per class, looked up at labels in range; anything elsewhere."""
-        labels = jnp.where(labels < 0, 0, labels)
-        if per_class.ndim == 1:
-            return per_class[labels]
-        per_row = jnp.broadcast_to(per_class, self.logits.shape)
-        return jnp.take_along_axis(per_row, labels[..., None], -1)[..., 0]
+        """A number per class at each label; anything for a label out of range."""
+
+        def look_up(labels, per_class):
+            labels = jnp.where(labels < 0, 0, labels)
+            if per_class.ndim == 1:
+                return per_class[labels]
+            per_row = jnp.broadcast_to(per_class, self.logits.shape)
+            return jnp.take_along_axis(per_row, labels[..., None], -1)[..., 0]
+
+        return in_auto_mode(look_up, lambda spec: spec, labels, per_class)
 
     def count_classes(self) -> ArrayLike:
         """How many classes are selected, for all rows or for each."""
@@ -421,15 +430,18 @@ def _final_logits(
 
 
 def _of_rows_with_classes(
-    labels: Array | None, modifiers: Modifiers, batch: Shape, vocabulary: int
+    labels: Array | None, classes: ArrayLike, batch: Shape, vocabulary: int
 ) -> Array | None:
-    """The labels; out of range in a row without a class, where every number is 0."""
-    if labels is None or modifiers.class_where is None:
-        return labels
-    some = modifiers.class_where.any(-1)
+    """The labels in range; -1 in a row without a class, where every number is 0."""
+    if labels is None:
+        return None
+    labels = labels_in_range(labels, vocabulary)
+    if isinstance(classes, int):
+        return labels  # all of them
+    some = jnp.asarray(classes) > 0
     if some.ndim and labels.ndim > len(batch):
         some = some[..., None]
-    return jnp.where(some, labels_in_range(labels, vocabulary), -1)
+    return jnp.where(some, labels, -1)
 
 
 def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:

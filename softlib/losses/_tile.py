@@ -9,6 +9,7 @@ An array per row is (rows,), an array per class (classes,), a scalar ().
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -100,7 +101,8 @@ class Tile(NamedTuple):
 def logits_of(raw: Array, options: Options, modifiers: Modifiers) -> Tile:
     u = raw
     if modifiers.logit_scale is not None:
-        u = u * _column(modifiers.logit_scale, raw.dtype)
+        scale = _column(modifiers.logit_scale, raw.dtype)
+        u = _of_finite(u, lambda u: u * scale)
     if modifiers.bias is not None:
         u = u + modifiers.bias.astype(raw.dtype)[None, :]
     saturation = None
@@ -108,7 +110,8 @@ def logits_of(raw: Array, options: Options, modifiers: Modifiers) -> Tile:
         saturation = jnp.tanh(u / options.logit_softcap)
         u = options.logit_softcap * saturation
     if modifiers.temperature is not None:
-        u = u / _column(modifiers.temperature, raw.dtype)
+        temperature = _column(modifiers.temperature, raw.dtype)
+        u = _of_finite(u, lambda u: u / temperature)
     return Tile(raw, saturation, u)
 
 
@@ -264,7 +267,7 @@ def cotangent_of_raw(
     dbias = None if modifiers.bias is None else du.sum(0)
     dscale, draw = None, du
     if modifiers.logit_scale is not None:
-        dscale = (du * tile.raw).sum(1)
+        dscale = (du * _without_inf(tile.raw)).sum(1)
         draw = du * _column(modifiers.logit_scale, dtype)
     return RawCotangents(draw, dbias, dscale, dtemperature)
 
@@ -356,6 +359,11 @@ def select(
 def _without_inf(z: Array) -> Array:
     """0 for -inf: what a class of probability 0 adds to a sum over p."""
     return jnp.where(z == -jnp.inf, 0, z)
+
+
+def _of_finite(u: Array, function: Callable[[Array], Array]) -> Array:
+    """-inf stays -inf; its derivatives are 0 times a number, not 0 times infinity."""
+    return jnp.where(u == -jnp.inf, u, function(_without_inf(u)))
 
 
 def _column(value: Array, dtype: DTypeLike) -> Array:
