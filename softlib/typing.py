@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-__all__ = ["Implementations", "PerRow", "Precision", "Scalar"]
+__all__ = ["AxisName", "Implementations", "PerRow", "Precision", "Scalar"]
 
 type Implementations = str | Sequence[str] | None
 """What may run: None chooses, a name pins, of a sequence the first that can runs."""
