@@ -62,7 +62,7 @@ class BackwardOperands(NamedTuple):
 class _Sums(NamedTuple):
     """What the backward pass adds up per row, in the grouped view of `_chunks`."""
 
-    hidden: Float[Array, "R G D"]
+    hidden: Float[Array, "R G D"] | Float[Array, "D 1 R"]
     logit_scale: Float[Array, "R G"] | None
     temperature: Float[Array, "R G"] | None
 
@@ -70,7 +70,7 @@ class _Sums(NamedTuple):
 class _ClassSums(NamedTuple):
     """What the backward pass adds up per class, within one step."""
 
-    columns: Float[Array, "D classes"]  # of the weight's gradient
+    weight: Float[Array, "D classes"] | Float[Array, "classes D"]
     bias: Float[Array, " classes"] | None
 
 
@@ -104,27 +104,33 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     vocabulary = head.weight.shape[options.vocab_axis]
     groups, size = _pieces(options, head)
     dtype = head.dtype
+    # Which way a tile lies decides which operands of the products are transposed. Over
+    # a table (V, D) it lies best as (classes, rows), and the gradient of hidden as (D,
+    # rows); turning that costs a copy, so this is done only where hidden is small.
+    across = options.vocab_axis == 0 and groups == 1
     zeros = lambda *shape: match_varying(jnp.zeros(shape, dtype), head.hidden)
 
     def of_tile(sums, part, start, group):
         """One tile's share of the sums per row and per class."""
         mine = _rows_of(part, group, groups)
         known = jax.tree.map(lambda a: _chunks.group_of(a, group, groups), statistics)
-        tile = _logits(mine, options)
+        tile = _logits(mine, options, class_axis=0 if across else 1)
         found = _tile.cotangent_of_raw(
             tile, start, mine.labels, known, options, mine.modifiers
         )
         # Products in the dtype of the operands, as forward; their sums are wider.
         raw = found.raw.astype(_product_dtype(head))
-        added = _Sums(
-            product(raw, mine.weight, (1, options.vocab_axis), options, dtype),
-            found.logit_scale,
-            found.temperature,
-        )
-        columns = _copied_on_cpu(mine.hidden.T)
-        dcolumns = product(columns, raw, (1, 0), options, dtype)
+        if across:
+            columns = _copied_on_cpu(mine.weight.T)
+            dhidden = product(columns, raw, (1, 0), options, dtype)
+            dweight = product(raw, mine.hidden, (1, 0), options, dtype)
+        else:
+            columns = _copied_on_cpu(mine.hidden.T)
+            dhidden = product(raw, mine.weight, (1, options.vocab_axis), options, dtype)
+            dweight = product(columns, raw, (1, 0), options, dtype)
         add = lambda total, more: _chunks.add_to_group(total, more, group, groups)
-        return jax.tree.map(add, sums, added), _ClassSums(dcolumns, found.bias)
+        added = _Sums(dhidden, found.logit_scale, found.temperature)
+        return jax.tree.map(add, sums, added), _ClassSums(dweight, found.bias)
 
     def step(carry, start, size):
         sums, dweight, dbias = carry
@@ -142,8 +148,8 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
                 zeros(features, size), None if dbias is None else zeros(size)
             )
             sums, classes = lax.fori_loop(0, groups, visit, (sums, none))
-        slice_ = classes.columns.astype(dweight.dtype)
-        if options.vocab_axis == 0:
+        slice_ = classes.weight.astype(dweight.dtype)
+        if options.vocab_axis == 0 and not across:
             slice_ = _copied_on_cpu(slice_).T
         dweight = lax.dynamic_update_slice_in_dim(
             dweight, slice_, start, options.vocab_axis
@@ -157,16 +163,17 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
         None if operand is None else zeros(rows // groups, groups)
     )
     sums = _Sums(
-        zeros(rows // groups, groups, features),
+        zeros(features, 1, rows) if across else zeros(rows // groups, groups, features),
         row_sums(head.logit_scale),
         row_sums(head.temperature),
     )
     dweight = match_varying(jnp.zeros_like(head.weight), head.hidden)
     dbias = None if head.bias is None else zeros(vocabulary)
     sums, dweight, dbias = _chunks.fold(step, (sums, dweight, dbias), vocabulary, size)
+    dhidden = _chunks.ungrouped(sums.hidden)
     per_row = functools.partial(jax.tree.map, _chunks.ungrouped)  # None stays None
     return HeadGradient(
-        _chunks.ungrouped(sums.hidden).astype(head.hidden.dtype),
+        (dhidden.T if across else dhidden).astype(head.hidden.dtype),
         dweight,
         _tile.cast_like(head.bias, dbias),
         _tile.summed_like(head.logit_scale, per_row(sums.logit_scale)),
@@ -208,10 +215,13 @@ def _rows_of(head: Head, group: Any, groups: int) -> Head:
     )
 
 
-def _logits(head: Head, options: Options) -> _tile.Tile:
+def _logits(head: Head, options: Options, class_axis: int = 1) -> _tile.Tile:
+    operands = (head.hidden, head.weight)
     contract = (1, 1 - options.vocab_axis)
-    raw = product(head.hidden, head.weight, contract, options, head.dtype)
-    return _tile.logits_of(raw, options, head.modifiers)
+    if class_axis == 0:
+        operands, contract = operands[::-1], contract[::-1]
+    raw = product(*operands, contract, options, head.dtype)
+    return _tile.logits_of(raw, options, head.modifiers, class_axis)
 
 
 def _copied_on_cpu(array: Array) -> Array:

@@ -5,10 +5,12 @@ Everything an implementation needs between two matrix products, written once:
     raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature,
     z -> the statistics of its rows, and cotangents of the statistics -> those of raw.
 
-An array per row is (rows,), an array per class (classes,), a scalar ().
+An array per row is (rows,), an array per class (classes,), a scalar (). A tile may also
+lie the other way, (classes, rows): `class_axis` says which of its axes is the classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,23 +98,26 @@ class Tile(NamedTuple):
     raw: Float[Array, "rows classes"]
     saturation: Float[Array, "rows classes"] | None  # tanh(u / c)
     z: Float[Array, "rows classes"]
+    class_axis: int
 
 
-def logits_of(raw: Array, options: Options, modifiers: Modifiers) -> Tile:
+def logits_of(
+    raw: Array, options: Options, modifiers: Modifiers, class_axis: int = 1
+) -> Tile:
     u = raw
     if modifiers.logit_scale is not None:
-        scale = _column(modifiers.logit_scale, raw.dtype)
+        scale = _over_rows(modifiers.logit_scale.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u * scale)
     if modifiers.bias is not None:
-        u = u + modifiers.bias.astype(raw.dtype)[None, :]
+        u = u + _over_classes(modifiers.bias.astype(raw.dtype), class_axis)
     saturation = None
     if options.logit_softcap is not None:
         saturation = jnp.tanh(u / options.logit_softcap)
         u = options.logit_softcap * saturation
     if modifiers.temperature is not None:
-        temperature = _column(modifiers.temperature, raw.dtype)
+        temperature = _over_rows(modifiers.temperature.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u / temperature)
-    return Tile(raw, saturation, u)
+    return Tile(raw, saturation, u, class_axis)
 
 
 # ------------------------------------------------------------------------------ forward
@@ -252,74 +257,80 @@ def cotangent_of_raw(
     options: Options,
     modifiers: Modifiers,
 ) -> RawCotangents:
-    dz = _cotangent_of_logits(tile.z, start, labels, rows, modifiers.class_where)
-    dtype = dz.dtype
+    dz = _cotangent_of_logits(tile, start, labels, rows, modifiers.class_where)
+    axis, dtype = tile.class_axis, dz.dtype
 
     dtemperature = None
     du = dz
     if modifiers.temperature is not None:
-        temperature = _column(modifiers.temperature, dtype)
+        temperature = _over_rows(modifiers.temperature.astype(dtype), axis)
         finite = _without_inf(tile.z)
-        dtemperature = -(dz * finite / temperature).sum(1)
+        dtemperature = -(dz * finite / temperature).sum(axis)
         du = du / temperature
     if tile.saturation is not None:
         du = du * (1 - tile.saturation * tile.saturation)
-    dbias = None if modifiers.bias is None else du.sum(0)
+    dbias = None if modifiers.bias is None else du.sum(1 - axis)
     dscale, draw = None, du
     if modifiers.logit_scale is not None:
-        dscale = (du * _without_inf(tile.raw)).sum(1)
-        draw = du * _column(modifiers.logit_scale, dtype)
+        dscale = (du * _without_inf(tile.raw)).sum(axis)
+        draw = du * _over_rows(modifiers.logit_scale.astype(dtype), axis)
     return RawCotangents(draw, dbias, dscale, dtemperature)
 
 
 def _cotangent_of_logits(
-    z: Float[Array, "rows classes"],
+    tile: Tile,
     start: int | Int[Array, ""],
     labels: Int[Array, "rows L"] | None,
     rows: RowCotangents,
     class_where: Bool[Array, "..."] | None,
-) -> Float[Array, "rows classes"]:
-    """P (g_lse + g_mean (1 + z - mean)) + g_sum + 2 g_squared z + g_label onehot."""
-    g = rows.cotangents
+) -> Array:
+    """The cotangent of z, for p = exp(z - lse) and the mean logit m, term by term.
+
+    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
+    """
+    z, axis, g = tile.z, tile.class_axis, rows.cotangents
+    per_row = functools.partial(_over_rows, class_axis=axis)
     dz = None
     if g.lse is not None or g.mean_logit is not None:
         assert rows.lse is not None
         # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
         offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
-        p = jnp.exp(select(z, class_where, -jnp.inf) - offset[:, None])
-        factors = [] if g.lse is None else [g.lse[:, None]]
+        present = select(z, class_where, -jnp.inf, axis)
+        p = jnp.exp(present - per_row(offset))
+        factors = [] if g.lse is None else [per_row(g.lse)]
         if g.mean_logit is not None:
             assert rows.mean_logit is not None
-            deviation = 1 + _without_inf(z) - rows.mean_logit[:, None]
-            factors.append(g.mean_logit[:, None] * deviation)
+            deviation = 1 + _without_inf(z) - per_row(rows.mean_logit)
+            factors.append(per_row(g.mean_logit) * deviation)
         # The deviation is garbage where a class is excluded; p is an exact 0 there, but
         # 0 * inf would be NaN.
-        dz = select(p * sum(factors), class_where, 0)
+        dz = select(p * sum(factors), class_where, 0, axis)
     of_sums = None
     if g.sum_logits is not None:
-        of_sums = jnp.broadcast_to(g.sum_logits[:, None], z.shape)
+        of_sums = jnp.broadcast_to(per_row(g.sum_logits), z.shape)
     if g.sum_squared_logits is not None:
-        twice = 2 * g.sum_squared_logits[:, None] * _without_inf(z)
+        twice = 2 * per_row(g.sum_squared_logits) * _without_inf(z)
         of_sums = twice if of_sums is None else of_sums + twice
     if of_sums is not None:
-        of_sums = select(of_sums, class_where, 0)
+        of_sums = select(of_sums, class_where, 0, axis)
         dz = of_sums if dz is None else dz + of_sums
     if g.label_logits is not None:
         assert labels is not None
-        of_labels = _scattered(g.label_logits, labels - start, z)
+        of_labels = _scattered(g.label_logits, labels - start, tile)
         dz = of_labels if dz is None else dz + of_labels
     return jnp.zeros_like(z) if dz is None else dz
 
 
 def _scattered(
-    values: Float[Array, "rows L"], columns: Int[Array, "rows L"], z: Array
-) -> Float[Array, "rows classes"]:
+    values: Float[Array, "rows L"], columns: Int[Array, "rows L"], tile: Tile
+) -> Array:
     # Comparisons instead of a scatter: they fuse, and they add in a fixed order, while
     # a scatter with repeated labels uses atomics on a GPU.
-    ids = lax.broadcasted_iota(columns.dtype, z.shape, 1)
+    z, axis = tile.z, tile.class_axis
+    ids = lax.broadcasted_iota(columns.dtype, z.shape, axis)
 
     def one(column: Array, value: Array) -> Array:
-        return jnp.where(ids == column[:, None], value[:, None], 0)
+        return jnp.where(ids == _over_rows(column, axis), _over_rows(value, axis), 0)
 
     count = columns.shape[1]
     if count <= 8:
@@ -348,11 +359,16 @@ def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
 
 # ---------------------------------------------------------------------------- selection
 def select(
-    z: Float[Array, "rows classes"], class_where: Bool[Array, "..."] | None, other: Any
+    z: Float[Array, "rows classes"],
+    class_where: Bool[Array, "..."] | None,
+    other: Any,
+    class_axis: int = 1,
 ) -> Float[Array, "rows classes"]:
     if class_where is None:
         return z
-    where = class_where[None, :] if class_where.ndim == 1 else class_where
+    where = class_where
+    if where.ndim == 1:
+        where = _over_classes(where, class_axis)
     return jnp.where(where, z, other)
 
 
@@ -366,6 +382,10 @@ def _of_finite(u: Array, function: Callable[[Array], Array]) -> Array:
     return jnp.where(u == -jnp.inf, u, function(_without_inf(u)))
 
 
-def _column(value: Array, dtype: DTypeLike) -> Array:
-    value = value.astype(dtype)
-    return value[:, None] if value.ndim else value
+def _over_rows(value: Array, class_axis: int) -> Array:
+    """One number per row, or one for all, as something to combine with a tile."""
+    return jnp.expand_dims(value, class_axis) if value.ndim else value
+
+
+def _over_classes(value: Array, class_axis: int) -> Array:
+    return jnp.expand_dims(value, 1 - class_axis)
