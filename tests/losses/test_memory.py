@@ -56,7 +56,7 @@ def test_scratch_is_a_few_tiles(dtype, vocabulary, vocab_axis):
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize("vocabulary", [4096, 4099])
 def test_no_buffer_of_logits_and_no_second_weight(vocabulary, vocab_axis):
-    rows, features = 512, 512
+    rows, features = 384, 512
     program = compiled(
         rows, features, vocabulary, jnp.float32, vocab_axis, vocab_chunk=512
     )
