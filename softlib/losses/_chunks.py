@@ -29,7 +29,9 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
     fitting = TILE // max(rows, features, 1)
     chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
-    return min(chunk, vocabulary)
+    # Two slices at least, or the tile would be the logits that are not to be stored.
+    half = _round_up(math.ceil(vocabulary / 2), _LANES)
+    return min(chunk, max(half, 512), vocabulary)
 
 
 def row_groups(rows: int, features: int) -> int:

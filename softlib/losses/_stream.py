@@ -107,7 +107,10 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     # Which way a tile lies decides which operands of the products are transposed. Over
     # a table (V, D) it lies best as (classes, rows), and the gradient of hidden as (D,
     # rows); turning that costs a copy, so this is done only where hidden is small.
-    across = options.vocab_axis == 0 and groups == 1
+    # Few rows are bound by reading the weight: there a copy of its slice does not pay.
+    many = rows // groups >= 256
+    across = options.vocab_axis == 0 and groups == 1 and many
+    copied = _copied_on_cpu if many else lambda array: array
     zeros = lambda *shape: match_varying(jnp.zeros(shape, dtype), head.hidden)
 
     def of_tile(sums, part, start, group):
@@ -121,11 +124,11 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
         # Products in the dtype of the operands, as forward; their sums are wider.
         raw = found.raw.astype(_product_dtype(head))
         if across:
-            columns = _copied_on_cpu(mine.weight.T)
+            columns = copied(mine.weight.T)
             dhidden = product(columns, raw, (1, 0), options, dtype)
             dweight = product(raw, mine.hidden, (1, 0), options, dtype)
         else:
-            columns = _copied_on_cpu(mine.hidden.T)
+            columns = copied(mine.hidden.T)
             dhidden = product(raw, mine.weight, (1, options.vocab_axis), options, dtype)
             dweight = product(columns, raw, (1, 0), options, dtype)
         add = lambda total, more: _chunks.add_to_group(total, more, group, groups)
@@ -150,7 +153,7 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
             sums, classes = lax.fori_loop(0, groups, visit, (sums, none))
         slice_ = classes.weight.astype(dweight.dtype)
         if options.vocab_axis == 0 and not across:
-            slice_ = _copied_on_cpu(slice_).T
+            slice_ = copied(slice_).T
         dweight = lax.dynamic_update_slice_in_dim(
             dweight, slice_, start, options.vocab_axis
         )
