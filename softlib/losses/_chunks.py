@@ -10,8 +10,8 @@ Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
 
 So a tile holds about `TILE` numbers, C is a multiple of 128 from 1024 to 4096, R is at
 most 2048, and rows are grouped as soon as their float32 gradient would need more than
-`ROWS` numbers of scratch for the sum of one step. (On a CPU, C = 1024 is within 2 % of
-the best of 512 to 4096, for 1024 and for 2048 rows.)
+`ROWS` numbers of scratch for the sum of one step. A vocabulary below 2048 is halved.
+(On a CPU, C = 1024 is within 2 % of the best of 512 to 4096, for 1024 and 2048 rows.)
 """
 
 import math
