@@ -27,12 +27,15 @@ class Implementation:
         why_not: None if `call` supports the operands, else a sentence fragment. It sees
             shapes, dtypes and options, never values.
         platform: A JAX lowering platform; None runs everywhere.
+        note: None, or a sentence fragment: what a user should know about running it
+            with these operands.
     """
 
     name: str
     call: Callable[[Any, Any], Any]
     why_not: Callable[[Any, Any], str | None] = lambda options, operands: None
     platform: str | None = None
+    note: Callable[[Any, Any], str | None] = lambda options, operands: None
 
     @property
     def family(self) -> str:
@@ -87,6 +90,7 @@ class Plan:
     kernels: tuple[tuple[str, Implementation], ...]
     fallback: Implementation | None
     reasons: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{platform}: {kernel.name}" for platform, kernel in self.kernels]
@@ -94,6 +98,7 @@ class Plan:
             scope = "elsewhere" if self.kernels else "everywhere"
             lines.append(f"{scope}: {self.fallback.name}")
         lines += [f"not {name}: {why}" for name, why in self.reasons]
+        lines += [f"{name}: {note}" for name, note in self.notes]
         return "\n  ".join([self.operation.name, *lines])
 
 
@@ -152,7 +157,15 @@ def plan(
             fallback = candidate
             break  # it runs everywhere: nothing after it can be reached
 
-    made = Plan(operation, tuple(kernels.items()), fallback, tuple(reasons.items()))
+    chosen = [*kernels.values()] if fallback is None else [*kernels.values(), fallback]
+    notes = [(i.name, note) for i in chosen if (note := i.note(options, operands))]
+    made = Plan(
+        operation,
+        tuple(kernels.items()),
+        fallback,
+        tuple(reasons.items()),
+        tuple(notes),
+    )
     if not kernels and fallback is None:
         raise NotImplementedError(
             f"no requested implementation can run: {made}\n"
@@ -212,9 +225,10 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         **kwargs: Its keyword arguments.
 
     Returns:
-        A string: per operation its name, what runs on which platform, and why the
-        implementations before it in the order of preference do not. Its attribute
-        `plans` holds the same as objects.
+        A string: per operation its name, what runs on which platform, why the
+        implementations before it in the order of preference do not, and what is worth
+        knowing about the one that does (an option that saves no time there, an array
+        that may be gathered). Its attribute `plans` holds the same as objects.
 
     Raises:
         NotImplementedError: an implementation that the call pins cannot run.

@@ -1,7 +1,12 @@
 """What every test shares: devices, strictness, and the account of the time spent."""
 
+import os
 import pathlib
 from typing import Any
+
+# Threads of XLA's pool, read when JAX starts. A collective blocks one of them per device
+# until all have come, and two may be under way: with too few they wait for ever.
+os.environ.setdefault("NPROC", "64")
 
 import hypothesis
 import jax

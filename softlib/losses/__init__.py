@@ -9,22 +9,67 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 `softmax_` twin takes logits:
 
 - `linear_softmax_cross_entropy`, `softmax_cross_entropy`
+- `linear_softmax_cross_entropy_sum`: its sum over rows, three products for four
+- `linear_multi_label_cross_entropy`, `multi_label_cross_entropy`: several labels a row
+- `linear_softmax_focal_loss`, `softmax_focal_loss`
+- `linear_comp_sum_loss`, `comp_sum_loss`, and two of its members by name:
+  `linear_generalized_cross_entropy_loss`, `generalized_cross_entropy_loss`,
+  `linear_mean_absolute_error_loss`, `mean_absolute_error_loss`
+- `linear_poly1_cross_entropy`, `poly1_cross_entropy`
+- `linear_symmetric_cross_entropy`, `symmetric_cross_entropy`
 - `linear_token_log_probs`, `softmax_token_log_probs`
 - `linear_entropy`, `softmax_entropy`
 - `linear_top1_correct`, `softmax_top1_correct`
+- `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
+
+The same losses of log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
+`poly1_from_log_prob`, `symmetric_from_log_prob`.
 """
 
+from ._comp_sum import (
+    comp_sum_from_log_prob as comp_sum_from_log_prob,
+    comp_sum_loss as comp_sum_loss,
+    generalized_cross_entropy_loss as generalized_cross_entropy_loss,
+    linear_comp_sum_loss as linear_comp_sum_loss,
+    linear_generalized_cross_entropy_loss as linear_generalized_cross_entropy_loss,
+    linear_mean_absolute_error_loss as linear_mean_absolute_error_loss,
+    mean_absolute_error_loss as mean_absolute_error_loss,
+)
 from ._compose import TokenMetrics as TokenMetrics
 from ._cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
     softmax_cross_entropy as softmax_cross_entropy,
 )
+from ._cross_entropy_sum import (
+    linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
+)
 from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
 )
+from ._focal import (
+    focal_from_log_prob as focal_from_log_prob,
+    linear_softmax_focal_loss as linear_softmax_focal_loss,
+    softmax_focal_loss as softmax_focal_loss,
+)
+from ._label_rank import (
+    label_rank as label_rank,
+    linear_label_rank as linear_label_rank,
+)
 from ._logits import linear_logits as linear_logits
+from ._mixtures import (
+    linear_poly1_cross_entropy as linear_poly1_cross_entropy,
+    linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
+    poly1_cross_entropy as poly1_cross_entropy,
+    poly1_from_log_prob as poly1_from_log_prob,
+    symmetric_cross_entropy as symmetric_cross_entropy,
+    symmetric_from_log_prob as symmetric_from_log_prob,
+)
+from ._multi_label import (
+    linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
+    multi_label_cross_entropy as multi_label_cross_entropy,
+)
 from ._row_statistics import (
     linear_row_statistics as linear_row_statistics,
     row_statistics as row_statistics,
@@ -42,17 +87,38 @@ from ._token_metrics import (
 __all__ = [
     "RowStatistics",
     "TokenMetrics",
+    "comp_sum_from_log_prob",
+    "comp_sum_loss",
+    "focal_from_log_prob",
+    "generalized_cross_entropy_loss",
+    "label_rank",
+    "linear_comp_sum_loss",
     "linear_entropy",
+    "linear_generalized_cross_entropy_loss",
+    "linear_label_rank",
     "linear_logits",
+    "linear_mean_absolute_error_loss",
+    "linear_multi_label_cross_entropy",
+    "linear_poly1_cross_entropy",
     "linear_row_statistics",
     "linear_softmax_cross_entropy",
+    "linear_softmax_cross_entropy_sum",
+    "linear_softmax_focal_loss",
+    "linear_symmetric_cross_entropy",
     "linear_token_log_probs",
     "linear_token_metrics",
     "linear_top1_correct",
+    "mean_absolute_error_loss",
+    "multi_label_cross_entropy",
+    "poly1_cross_entropy",
+    "poly1_from_log_prob",
     "row_statistics",
     "softmax_cross_entropy",
     "softmax_entropy",
+    "softmax_focal_loss",
     "softmax_token_log_probs",
     "softmax_token_metrics",
     "softmax_top1_correct",
+    "symmetric_cross_entropy",
+    "symmetric_from_log_prob",
 ]

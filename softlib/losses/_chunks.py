@@ -1,98 +1,220 @@
-"""How a stream over (rows, vocabulary) is cut, and the loop that visits the pieces.
+"""How a stream over (rows, vocabulary) is cut, and the loops that visit the pieces.
 
 Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
 
 - scratch: a few (R, C) tiles, the (C, D) weight slice with its float32 gradient and, if
-  rows are grouped, the (R, D) hidden slice with its float32 gradient;
+  rows are cut, the (R, D) hidden slice with its float32 gradient;
 - beside the products (6 R C D flop a backward step) a step reads and writes about
   4 (R + C) D numbers, so both R and C should be large against the flop/byte ratio of
   the machine, and the tile should stay in its last-level cache.
 
 So a tile holds about `TILE` numbers, C is a multiple of 128 from 1024 to 4096, R is at
-most 2048, and rows are grouped as soon as their float32 gradient would need more than
+most 2048, and rows are cut as soon as their float32 gradient would need more than
 `ROWS` numbers of scratch for the sum of one step. A vocabulary below 2048 is halved.
 (On a CPU, C = 1024 is within 2 % of the best of 512 to 4096, for 1024 and 2048 rows.)
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
 TILE = 2**20
 ROWS = 2**21
-_LANES = 128
+# Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
+BLOCK = 2**25
+# Raw products that the backward pass finds stored: 32 MiB, of a quarter of the classes
+# at most, where they cost more to compute than to keep.
+KEPT = 2**23
+_KEPT_FEATURES = 256
+LANES = 128
+
+type Index = int | Int[Array, ""]
 
 
+# -------------------------------------------------------------------------- vocabulary
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
     fitting = TILE // max(rows, features, 1)
-    chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
+    chunk = min(max(_round_up(fitting, LANES), 1024), 4096)
     # Two slices at least, or the tile would be the logits that are not to be stored.
-    half = _round_up(math.ceil(vocabulary / 2), _LANES)
+    half = _round_up(math.ceil(vocabulary / 2), LANES)
     return min(chunk, max(half, 512), vocabulary)
 
 
-def row_groups(rows: int, features: int) -> int:
-    """Into how many groups of equal size the rows are divided.
-
-    Groups are strided (row i belongs to group i mod groups): the leading part of the
-    row axis keeps its meaning, so that a program whose rows are sharded over devices
-    works on each device's own rows in every step. A number of rows without a suitable
-    divisor stays in one group and pays with scratch.
-    """
-    limit = min(max(ROWS // max(features, 1), 256), 2048)
-    if rows <= limit:
-        return 1
-    least = math.ceil(rows / limit)
-    divisors = (g for g in range(least, 4 * least + 1) if rows % g == 0)
-    return next(divisors, 1)
+def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
+    """How many classes, in whole steps, the forward pass keeps for the backward one."""
+    if features < _KEPT_FEATURES:
+        return 0
+    most = min(KEPT // max(rows, 1), vocabulary // 4)
+    return most // size * size
 
 
 def fold[Carry](
-    step: Callable[[Carry, int | Int[Array, ""], int], Carry],
+    step: Callable[[Carry, Index, int], Carry],
     carry: Carry,
     length: int,
     size: int,
+    first: int = 0,
 ) -> Carry:
-    """Runs `step(carry, start, size)` over `length`, the short rest last.
+    """Runs `step(carry, start, size)` from `first` to `length`, the short rest last.
 
     A loop of the compiler, not of Python: an unrolled loop lets XLA keep the scratch of
     all steps at once. Nothing is padded, and no slice reaches beyond the end.
     """
-    whole = length // size
+    whole = (length - first) // size
     if whole == 1:
-        carry = step(carry, 0, size)
+        carry = step(carry, first, size)
     elif whole:
-        body = lambda i, carry: step(carry, i * size, size)
+        body = lambda i, carry: step(carry, first + i * size, size)
         carry = lax.fori_loop(0, whole, body, carry)
-    if length % size:
-        carry = step(carry, whole * size, length % size)
+    rest = (length - first) % size
+    if rest:
+        carry = step(carry, length - rest, rest)
     return carry
 
 
-def group_of(array: Array, group: int | Int[Array, ""], groups: int) -> Array:
-    """(rows, ...) -> (rows / groups, ...), the rows of one group."""
-    if groups == 1:
-        return array
-    view = array.reshape(array.shape[0] // groups, groups, *array.shape[1:])
-    return lax.dynamic_index_in_dim(view, group, 1, keepdims=False)
+# -------------------------------------------------------------------------------- rows
+class Total(NamedTuple):
+    """Arrays over all rows in the making: those of the groups, those of the rest."""
+
+    grouped: Any
+    rest: Any
 
 
-def add_to_group(
-    total: Array, more: Array, group: int | Int[Array, ""], groups: int
-) -> Array:
-    """Adds (rows / groups, ...) to one group of (rows / groups, groups, ...)."""
-    if groups == 1:
-        return total + more[:, None]
-    old = lax.dynamic_index_in_dim(total, group, 1, keepdims=False)
-    return lax.dynamic_update_index_in_dim(total, old + more, group, 1)
+@dataclasses.dataclass(frozen=True)
+class RowCut:
+    """Rows divided into `groups` groups of `size` and a shorter rest.
+
+    Groups are strided (row i belongs to group i mod groups): the leading part of the
+    row axis keeps its meaning, so that a program whose rows are sharded over devices
+    works on each device's own rows in every step. Where tiles have a meaning beyond
+    speed, groups are contiguous.
+    """
+
+    groups: int
+    size: int
+    rest: int = 0
+    strided: bool = True
+
+    @property
+    def whole(self) -> bool:
+        return self.groups == 1 and self.rest == 0
+
+    def take(self, tree: Any, group: Index | None) -> Any:
+        """The rows of one group, or for None of the rest; scalars are for all rows."""
+        count = self.groups * self.size
+
+        def of(array: Array) -> Array:
+            if array.ndim == 0 or self.whole:
+                return array
+            if group is None:
+                return array[count:]
+            grouped = array[:count].reshape(*self._shape, *array.shape[1:])
+            return lax.dynamic_index_in_dim(grouped, group, self._axis, keepdims=False)
+
+        return jax.tree.map(of, tree)
+
+    def zeros(self, piece: Any) -> Total:
+        """Nothing yet, for arrays like those of one group (structs will do)."""
+        grouped = lambda a: jnp.zeros((*self._shape, *a.shape[1:]), a.dtype)
+        rest = lambda a: jnp.zeros((self.rest, *a.shape[1:]), a.dtype)
+        if self.whole:
+            return Total(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), piece), ())
+        return Total(
+            jax.tree.map(grouped, piece),
+            jax.tree.map(rest, piece) if self.rest else (),
+        )
+
+    def add(self, total: Total, piece: Any, group: Index | None) -> Total:
+        """Adds the numbers of one group, or for None of the rest."""
+        if self.whole:
+            return Total(jax.tree.map(jnp.add, total.grouped, piece), ())
+        if group is None:
+            return total._replace(rest=jax.tree.map(jnp.add, total.rest, piece))
+
+        def of(array: Array, more: Array) -> Array:
+            old = lax.dynamic_index_in_dim(array, group, self._axis, keepdims=False)
+            return lax.dynamic_update_index_in_dim(array, old + more, group, self._axis)
+
+        return total._replace(grouped=jax.tree.map(of, total.grouped, piece))
+
+    def joined(self, total: Total) -> Any:
+        """The total as arrays over all rows."""
+        if self.whole:
+            return total.grouped
+        flat = lambda a: a.reshape(self.groups * self.size, *a.shape[2:])
+        grouped = jax.tree.map(flat, total.grouped)
+        if not self.rest:
+            return grouped
+        join = lambda a, b: jnp.concatenate([a, b])
+        return jax.tree.map(join, grouped, total.rest)
+
+    def fold[Carry](
+        self, visit: Callable[[Carry, Index | None], Carry], carry: Carry
+    ) -> Carry:
+        """Runs `visit(carry, group)` over the groups, then over the rest as None."""
+        if self.groups == 1:
+            carry = visit(carry, 0)
+        else:
+            step = lambda group, carry: visit(carry, group)
+            carry = lax.fori_loop(0, self.groups, step, carry)
+        return visit(carry, None) if self.rest else carry
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return (self.size, self.groups) if self.strided else (self.groups, self.size)
+
+    @property
+    def _axis(self) -> int:
+        return 1 if self.strided else 0
 
 
-def ungrouped(array: Array) -> Array:
-    """(rows / groups, groups, ...) -> (rows, ...)."""
-    return array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+def row_cut(
+    rows: int, features: int, token_chunk: int | None = None, *, strided: bool = True
+) -> RowCut:
+    """Rows per step: what was asked for, else by the cost model.
+
+    Without a suitable divisor of the number of rows there is a shorter rest. Contiguous
+    groups are multiples of 128 rows.
+    """
+    if token_chunk is not None:
+        return _of_size(rows, token_chunk, strided)
+    limit = min(max(ROWS // max(features, 1), 256), 2048) // LANES * LANES
+    return _at_most(rows, limit, strided)
+
+
+def row_blocks(
+    rows: int, vocabulary: int, token_chunk: int | None = None, *, strided: bool = True
+) -> RowCut:
+    """Rows per block of stored logits: `BLOCK` numbers, or 128 rows."""
+    if token_chunk is not None:
+        return _of_size(rows, token_chunk, strided)
+    limit = max(BLOCK // max(vocabulary, 1) // LANES * LANES, LANES)
+    return _at_most(rows, limit, strided)
+
+
+def _at_most(rows: int, limit: int, strided: bool) -> RowCut:
+    if rows <= limit:
+        return RowCut(1, rows, 0, strided)
+    if strided:
+        least = math.ceil(rows / limit)
+        divisors: Sequence[int] = range(least, 2 * least + 1)
+        groups = next((g for g in divisors if rows % g == 0), None)
+        if groups is not None:
+            return RowCut(groups, rows // groups, 0, strided)
+    return _of_size(rows, limit, strided)
+
+
+def _of_size(rows: int, size: int, strided: bool) -> RowCut:
+    if rows <= size:
+        return RowCut(1, rows, 0, strided)
+    return RowCut(rows // size, size, rows % size, strided)
 
 
 def _round_up(value: int, multiple: int) -> int:

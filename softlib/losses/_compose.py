@@ -6,20 +6,20 @@ drops is 0, then a label outside the vocabulary is NaN, then a row without class
 0, then a label on an excluded class is infinitely unlikely.
 """
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
-from ._sources import GivenLogits, Source, labels_in_range
-from ._tile import RowStatistics
+from ._rows import Rows, prepare
+from ._sources import GivenLogits, Source
 
 METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
 
@@ -51,89 +51,76 @@ class TokenMetrics(NamedTuple):
     lse: Float[Array, "*batch"] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Statistics of the rows, with all that decides about exceptions."""
-
-    statistics: RowStatistics
-    where: Bool[Array, "*batch"] | None
-    labels: Int[Array, "*batch"] | None = None  # -1: outside the vocabulary
-    excluded: Bool[Array, "*batch"] | None = None  # label on an excluded class
-    label_weight: Float[Array, "*batch"] | None = None  # sum of a soft label
-    classes: ArrayLike = 0  # how many are selected, per row or for all
-
-    @property
-    def empty(self) -> Bool[Array, "*batch"]:
-        assert self.statistics.lse is not None
-        return self.statistics.lse == -jnp.inf
-
-    @property
-    def lse(self) -> Float[Array, "*batch"]:
-        """The logsumexp to compute with: 0 in an empty row."""
-        assert self.statistics.lse is not None
-        return jnp.where(self.empty, 0, self.statistics.lse)
-
-    def counted(self, values: Array, bad: ArrayLike = 0) -> Array:
-        """0 where `where` is False."""
-        return values if self.where is None else jnp.where(self.where, values, bad)
-
-
-def prepare(
-    source: Source,
-    names: Sequence[str],
-    labels: ArrayLike | None,
-    where: ArrayLike | None,
-) -> Rows:
-    """Checks labels and `where`, masks the rows and takes the statistics of the rest.
-
-    `names` must hold lse, and what the compositions below read beside it.
-    """
-    function, batch = source.function, source.batch
-    if where is not None:
-        where = jnp.asarray(where)
-        checks.require_boolean(function, where=where)
-        checks.require_broadcastable(function, "where", where, batch, "the batch shape")
-        where = jnp.broadcast_to(where, batch)
-    source = source.masked(where)
-    classes = source.count_classes()
-    if labels is None:
-        return Rows(source.statistics(names), where, classes=classes)
-
-    labels = jnp.asarray(labels)
-    if jnp.issubdtype(labels.dtype, jnp.floating) and isinstance(source, GivenLogits):
-        return _with_soft_labels(source, names, labels, where, classes)
-    checks.require_integer(function, labels=labels)
-    checks.require_shape(function, "labels", labels, batch, "the batch shape")
-    labels = labels_in_range(labels, source.vocabulary)
-    if where is not None:
-        labels = jnp.where(where, labels, 0)
-    excluded = None
-    if source.modifiers.class_where is not None:
-        excluded = source.at_labels(source.modifiers.class_where, labels) == 0
-    return Rows(
-        source.statistics(names, labels), where, labels, excluded, None, classes
-    )
-
-
 def cross_entropy(
     rows: Rows, label_smoothing: Scalar, logsumexp_penalty: Scalar
 ) -> Float[Array, "*batch"]:
-    s, lse = rows.statistics, rows.lse
-    assert s.label_logits is not None
-    # For a distribution q as label: sum_j q_j (lse - z_j).
-    weight = 1 if rows.label_weight is None else rows.label_weight
-    loss = weight * lse - s.label_logits
-    if s.sum_logits is not None:
-        mean = s.sum_logits / jnp.maximum(rows.classes, 1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * weight * (lse - mean)
+    loss = rows.label_cost
+    assert loss is not None
+    if rows.uniform_cost is not None:
+        loss = (1 - label_smoothing) * loss + label_smoothing * rows.uniform_cost
     if not _is_zero(logsumexp_penalty):
-        loss = loss + logsumexp_penalty * lse**2
-    return _exceptions(rows, loss, jnp.inf)
+        loss = loss + logsumexp_penalty * rows.lse**2
+    return _exceptions(rows, rows.infinite, loss, jnp.inf)
+
+
+def cross_entropy_statistics(
+    source: Source,
+    label_smoothing: Scalar,
+    logsumexp_penalty: Scalar,
+    class_weights: ArrayLike | None,
+) -> set[str]:
+    """Checks the options of `cross_entropy`; which statistics it needs."""
+    function = source.function
+    checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 1)
+    checks.require_scalar(function, "logsumexp_penalty", logsumexp_penalty, 0, math.inf)
+    names = {"lse", "label_logits"}
+    if _is_zero(label_smoothing):
+        return names
+    if class_weights is not None and not isinstance(source, GivenLogits):
+        static = isinstance(label_smoothing, int | float)
+        raise ValueError(
+            f"{function}: `label_smoothing` must be 0 with `class_weights` on a linear "
+            f"head, got {label_smoothing if static else 'a traced number'}. Only the "
+            "same loss of given logits weighs the classes over which it is spread."
+        )
+    return names | {"sum_logits"}
 
 
 def log_probability(rows: Rows) -> Float[Array, "*batch"]:
     assert rows.statistics.label_logits is not None
-    return _exceptions(rows, rows.statistics.label_logits - rows.lse, -jnp.inf)
+    log_prob = rows.statistics.label_logits - rows.lse
+    return _exceptions(rows, rows.excluded, log_prob, -jnp.inf)
+
+
+def log_probability_of_labels(
+    source: Source, labels: ArrayLike, where: ArrayLike | None
+) -> Float[Array, "*batch"]:
+    """Of ids; 0 where `where` is False, NaN, or -inf for a label on no class."""
+    names = ("lse", "label_logits")
+    return log_probability(prepare(source, names, labels, where, distributions=False))
+
+
+def of_log_prob(
+    log_prob: Float[Array, "*shape"],
+    loss: Callable[[Array], Array],
+    impossible: ArrayLike,
+) -> Float[Array, "*shape"]:
+    """`loss` of -log p; `impossible` for p = 0 and NaN for NaN, without a slope there.
+
+    What is 0 for p = 1, with all the exceptions of `log_probability`, is a loss.
+    """
+    possible = log_prob > -jnp.inf  # False for NaN
+    # 0 - x instead of -x: the loss of a certain label is 0, not -0.
+    values = loss(0 - jnp.where(possible, log_prob, 0))
+    limit = jnp.where(jnp.isnan(log_prob), jnp.nan, impossible)
+    return jnp.where(possible, values, limit)
+
+
+def wide_log_prob(function: str, log_prob: ArrayLike) -> Float[Array, "*shape"]:
+    """A checked argument `log_prob`, as float32 at least."""
+    log_prob = jnp.asarray(log_prob)
+    checks.require_floating(function, log_prob=log_prob)
+    return log_prob.astype(accumulator_dtype(log_prob))
 
 
 def entropy(rows: Rows) -> Float[Array, "*batch"]:
@@ -159,22 +146,22 @@ def token_metrics(
     label_smoothing: Scalar,
     logsumexp_penalty: Scalar,
     where: ArrayLike | None,
+    class_weights: ArrayLike | None = None,
 ) -> TokenMetrics:
-    """The one composition behind every public loss of this package."""
-    function = source.function
-    checks.require_names(function, "metrics", metrics, METRICS)
-    checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 1)
-    checks.require_scalar(function, "logsumexp_penalty", logsumexp_penalty, 0, math.inf)
+    """Several compositions of the same statistics; `class_weights` is of the loss."""
+    checks.require_names(source.function, "metrics", metrics, METRICS)
+    smoothing = (label_smoothing, logsumexp_penalty, class_weights)
+    of_loss = cross_entropy_statistics(source, *smoothing)
     names = {"lse"}
-    if "loss" in metrics or "log_prob" in metrics:
+    if "loss" in metrics:
+        names |= of_loss
+    if "log_prob" in metrics:
         names.add("label_logits")
-    if "loss" in metrics and not _is_zero(label_smoothing):
-        names.add("sum_logits")
     if "entropy" in metrics:
         names.add("mean_logit")
     if "correct" in metrics:
         names.add("argmax")
-    rows = prepare(source, sorted(names), labels, where)
+    rows = prepare(source, sorted(names), labels, where, class_weights=class_weights)
     compute = {
         "loss": lambda: cross_entropy(rows, label_smoothing, logsumexp_penalty),
         "log_prob": lambda: log_probability(rows),
@@ -185,45 +172,15 @@ def token_metrics(
     return TokenMetrics(**{name: compute[name]() for name in metrics})
 
 
-def _exceptions(rows: Rows, values: Array, impossible: float) -> Array:
-    if rows.excluded is not None:
-        values = jnp.where(rows.excluded, impossible, values)
+def _exceptions(
+    rows: Rows, impossible: Array | None, values: Array, limit: float
+) -> Array:
+    if impossible is not None:
+        values = jnp.where(impossible, limit, values)
     values = jnp.where(rows.empty, 0, values)
-    if rows.labels is not None:
-        values = jnp.where(rows.labels < 0, jnp.nan, values)
+    if rows.outside is not None:
+        values = jnp.where(rows.outside, jnp.nan, values)
     return rows.counted(values)
-
-
-def _with_soft_labels(
-    source: GivenLogits,
-    names: Sequence[str],
-    labels: Float[Array, "*batch V"],
-    where: Array | None,
-    classes: ArrayLike,
-) -> Rows:
-    function, shape = source.function, source.logits.shape
-    if "argmax" in names:
-        raise TypeError(
-            f"{function}: `labels` must be class ids (an integer dtype) to be correct "
-            f"or not, got {labels.dtype}."
-        )
-    checks.require_shape(function, "labels", labels, shape, "the shape of `logits`")
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.float32))
-    if where is not None:
-        labels = jnp.where(where[..., None], labels, 0)
-    z = source.final_logits()
-    # A class without mass adds 0 even if its logit is -inf, and so does an excluded
-    # class: a row with mass on one is decided below.
-    ignored = (labels == 0) & (z == -jnp.inf)
-    excluded = None
-    if source.modifiers.class_where is not None:
-        outside = jnp.broadcast_to(~source.modifiers.class_where, shape)
-        excluded = ((labels != 0) & outside).any(-1)
-        ignored = ignored | outside
-    mass = jnp.where(ignored, 0, labels * jnp.where(ignored, 0, z)).sum(-1)
-    statistics = source.statistics([n for n in names if n != "label_logits"])
-    statistics = statistics._replace(label_logits=mass)
-    return Rows(statistics, where, None, excluded, labels.sum(-1), classes)
 
 
 def _is_zero(value: Scalar) -> bool:

@@ -4,32 +4,36 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
-from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
+from softlib.typing import (
+    AxisName,
+    GradientFilter,
+    Implementations,
+    PerRow,
+    Precision,
+    Scalar,
+)
 
 from . import _compose
+from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead, Source
 
 
 # The overloads tell type checkers what `return_lse` returns; the signatures that count
 # are those of the functions below. (A TypedDict may have more keys than it names, hence
 # the ignored error.)
-class _Options(TypedDict, total=False):
-    bias: Array | None
-    logit_scale: PerRow | None
-    logit_softcap: float | None
-    temperature: PerRow | None
+class _OwnOptions(TypedDict, total=False):
     label_smoothing: Scalar
     logsumexp_penalty: Scalar
-    class_where: Array | None
+    class_weights: Array | None
     where: Array | None
-    implementation: Implementations
 
 
-class _LinearOptions(_Options, total=False):
-    vocab_axis: int
-    vocab_chunk: int | None
-    axis_name: AxisName | None
-    precision: Precision
+class _Options(_OwnOptions, LogitsOptions, total=False):
+    pass
+
+
+class _LinearOptions(_OwnOptions, LinearHeadOptions, total=False):
+    pass
 
 
 @overload
@@ -64,10 +68,13 @@ def linear_softmax_cross_entropy(
     temperature: PerRow | None = None,
     label_smoothing: Scalar = 0.0,
     logsumexp_penalty: Scalar = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     return_lse: bool = False,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+    gradient_filter_eps: GradientFilter = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -104,15 +111,24 @@ def linear_softmax_cross_entropy(
         logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
             logits from drifting; often called z-loss, a name this library keeps for
             the spherical loss. A number is static, an array traced.
+        class_weights: A factor $a_y$ of the first term, one number per class,
+            differentiable. The penalty is no class's term and keeps its size, and
+            nothing is divided by a sum of weights. A label of weight 0 costs 0, on an
+            excluded class too. Not with `label_smoothing`.
         class_where: True for the classes that exist.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `hidden` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
         return_lse: Static; also return the logsumexp, differentiable.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
-        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
-            `class_where`) are divided by classes. Labels are global ids, and results
-            are those of the whole vocabulary, the same on every device of the axis.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
+        gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
+            negligible blocks of the backward products, see `linear_row_statistics`. Not
+            with `label_smoothing`. Saves time only in kernels.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias`,
+            `class_weights` and `class_where`) are divided by classes. Labels are global
+            ids, and results are those of the whole vocabulary, the same on every device
+            of the axis.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -123,7 +139,8 @@ def linear_softmax_cross_entropy(
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
             Python number.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        ValueError: Shapes do not fit together, an option is out of range, or
+            `class_weights` meet a `label_smoothing` that is not the number 0.
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `linear_row_statistics`.
@@ -152,6 +169,8 @@ def linear_softmax_cross_entropy(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
+        gradient_filter_eps=gradient_filter_eps,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,
@@ -161,6 +180,7 @@ def linear_softmax_cross_entropy(
         labels,
         label_smoothing=label_smoothing,
         logsumexp_penalty=logsumexp_penalty,
+        class_weights=class_weights,
         where=where,
         return_lse=return_lse,
     )
@@ -194,6 +214,7 @@ def softmax_cross_entropy(
     temperature: PerRow | None = None,
     label_smoothing: Scalar = 0.0,
     logsumexp_penalty: Scalar = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
     class_where: Bool[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
     return_lse: bool = False,
@@ -221,6 +242,11 @@ def softmax_cross_entropy(
         logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
             logits from drifting; often called z-loss, a name this library keeps for
             the spherical loss. A number is static, an array traced.
+        class_weights: Factors $a_j$, one number per class, differentiable: the loss is
+            $\sum_j a_j t_j (\mathrm{lse} - z_j) + \lambda\, \mathrm{lse}^2$, with $t$
+            the label (or $q$) after smoothing, as in PyTorch. The penalty is no class's
+            term, and nothing is divided by a sum of weights. A label of weight 0 costs
+            0, on an excluded class too.
         class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `logits` and `labels`
@@ -264,6 +290,7 @@ def softmax_cross_entropy(
         labels,
         label_smoothing=label_smoothing,
         logsumexp_penalty=logsumexp_penalty,
+        class_weights=class_weights,
         where=where,
         return_lse=return_lse,
     )

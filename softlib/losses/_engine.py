@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan, absent
 from softlib._dtypes import accumulator_dtype
+from softlib._sharding import automatic_axes
 from softlib.typing import Implementations
 
 from . import _stream, _tile
 from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Modifiers, Options, RowCotangents, RowStatistics
+from ._tile import Modifiers, Options, Ranked, RowCotangents, RowStatistics
 
 
 class Given(NamedTuple):
@@ -28,6 +29,7 @@ class Given(NamedTuple):
     logits: Float[Array, "rows V"]
     labels: Int[Array, "rows L"] | None
     modifiers: Modifiers
+    ranked: Ranked | None = None
 
     @property
     def dtype(self) -> Any:
@@ -36,9 +38,7 @@ class Given(NamedTuple):
 
 class GivenGradient(NamedTuple):
     logits: Array
-    bias: Array | None
-    logit_scale: Array | None
-    temperature: Array | None
+    modifiers: Modifiers  # without class_where
 
 
 class GivenBackwardOperands(NamedTuple):
@@ -48,14 +48,14 @@ class GivenBackwardOperands(NamedTuple):
 
 def linear(names: Implementations, options: Options, head: Head) -> RowStatistics:
     made = _dispatch.plan(LINEAR, names, options, head)
-    if _is_reference(made):
+    if is_reference(made):
         return _dispatch.execute(made, options, head)  # JAX differentiates it
     return _linear(made, names, options, head)
 
 
 def given(names: Implementations, options: Options, operands: Given) -> RowStatistics:
     made = _dispatch.plan(GIVEN, names, options, operands)
-    if _is_reference(made):
+    if is_reference(made):
         return _dispatch.execute(made, options, operands)
     return _given(made, names, options, operands)
 
@@ -69,33 +69,29 @@ def _linear(
 
 
 def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
-    found = _dispatch.execute(made, _with_residuals(options), head)
-    return _tile.only(found, options), (head, found.lse, found.mean_logit)
+    options_of_both = with_residuals(options)
+    kept = None
+    if made.kernels:  # kernels keep nothing
+        found = _dispatch.execute(made, options_of_both, head)
+    else:
+        found, kept = _stream.forward_keeping(options_of_both, head)
+    residuals = (head, found.lse, found.mean_logit, kept)
+    return _tile.only(found, options), residuals
 
 
 def _linear_backward(
     made: Plan,
     names: Implementations,
     options: Options,
-    residuals: tuple[Head, Array | None, Array | None],
+    residuals: tuple[Head, Array | None, Array | None, Array | None],
     cotangents: RowStatistics,
 ):
-    head, lse, mean = residuals
-    rows = RowCotangents(lse, mean, _differentiable(cotangents))
+    head, lse, mean, kept = residuals
+    rows = RowCotangents(lse, mean, differentiable(cotangents))
     gradient: HeadGradient = _dispatch.run(
-        LINEAR_GRADIENT, names, options, BackwardOperands(head, rows)
+        LINEAR_GRADIENT, names, options, BackwardOperands(head, rows, kept)
     )
-    return (
-        Head(
-            gradient.hidden,
-            gradient.weight,
-            None,
-            gradient.bias,
-            gradient.logit_scale,
-            gradient.temperature,
-            None,
-        ),
-    )
+    return (Head(gradient.hidden, gradient.weight, None, gradient.modifiers),)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
@@ -104,7 +100,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 def _linear_reference(options: Options, head: Head) -> RowStatistics:
     contract = (1, 1 - options.vocab_axis)
     raw = _stream.product(head.hidden, head.weight, contract, options, head.dtype)
-    return _reference(options, raw, head.labels, head.modifiers)
+    return _reference(options, raw, head.labels, head.ranked, head.modifiers)
 
 
 def _linear_gradient_reference(
@@ -112,18 +108,13 @@ def _linear_gradient_reference(
 ) -> HeadGradient:
     head = operands.head
 
-    def statistics(hidden, weight, bias, logit_scale, temperature):
-        same = head._replace(
-            hidden=hidden,
-            weight=weight,
-            bias=bias,
-            logit_scale=logit_scale,
-            temperature=temperature,
-        )
-        return _differentiable(_linear_reference(options, same))
+    def statistics(hidden, weight, modifiers):
+        modifiers = modifiers._replace(class_where=head.modifiers.class_where)
+        same = head._replace(hidden=hidden, weight=weight, modifiers=modifiers)
+        return differentiable(_linear_reference(options, same))
 
-    arguments = (head.hidden, head.weight, head.bias, head.logit_scale)
-    _, pull = jax.vjp(statistics, *arguments, head.temperature)
+    modifiers = head.modifiers._replace(class_where=None)
+    _, pull = jax.vjp(statistics, head.hidden, head.weight, modifiers)
     return HeadGradient(*pull(operands.rows.cotangents))
 
 
@@ -138,7 +129,7 @@ def _given(
 def _given_forward(
     made: Plan, names: Implementations, options: Options, operands: Given
 ):
-    found = _dispatch.execute(made, _with_residuals(options), operands)
+    found = _dispatch.execute(made, with_residuals(options), operands)
     return _tile.only(found, options), (operands, found.lse, found.mean_logit)
 
 
@@ -150,14 +141,11 @@ def _given_backward(
     cotangents: RowStatistics,
 ):
     operands, lse, mean = residuals
-    rows = RowCotangents(lse, mean, _differentiable(cotangents))
+    rows = RowCotangents(lse, mean, differentiable(cotangents))
     gradient: GivenGradient = _dispatch.run(
         GIVEN_GRADIENT, names, options, GivenBackwardOperands(operands, rows)
     )
-    modifiers = Modifiers(
-        gradient.bias, gradient.logit_scale, gradient.temperature, None
-    )
-    return (Given(gradient.logits, None, modifiers),)
+    return (Given(gradient.logits, None, gradient.modifiers),)
 
 
 _given.defvjp(_given_forward, _given_backward)
@@ -166,10 +154,11 @@ _given.defvjp(_given_forward, _given_backward)
 def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     # One tile: XLA fuses the reductions, and partitions them over any sharded axis.
     raw = operands.logits.astype(operands.dtype)
-    z = _tile.logits_of(raw, options, operands.modifiers).z
-    state = _tile.init(options, z.shape[0], operands.labels, z.dtype)
+    tile = _tile.logits_of(raw, options, operands.modifiers)
+    labels, ranked = operands.labels, operands.ranked
     where = operands.modifiers.class_where
-    state = _tile.update(state, z, 0, operands.labels, where)
+    state = _tile.init(options, raw.shape[0], labels, ranked, raw.dtype)
+    state = _tile.update(state, tile, 0, labels, ranked, where)
     return _tile.finalize(state, options)
 
 
@@ -185,15 +174,20 @@ def _given_gradient_xla(
     bias, scale, temperature = given.modifiers[:3]
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
-        _tile.cast_like(bias, found.bias),
-        _tile.summed_like(scale, found.logit_scale),
-        _tile.summed_like(temperature, found.temperature),
+        Modifiers(
+            _tile.cast_like(bias, found.bias),
+            _tile.summed_like(scale, found.logit_scale),
+            _tile.summed_like(temperature, found.temperature),
+            None,
+        ),
     )
 
 
 def _given_reference(options: Options, operands: Given) -> RowStatistics:
     raw = operands.logits.astype(operands.dtype)
-    return _reference(options, raw, operands.labels, operands.modifiers)
+    return _reference(
+        options, raw, operands.labels, operands.ranked, operands.modifiers
+    )
 
 
 def _given_gradient_reference(
@@ -201,20 +195,23 @@ def _given_gradient_reference(
 ) -> GivenGradient:
     given = operands.given
 
-    def statistics(logits, bias, logit_scale, temperature):
-        modifiers = given.modifiers._replace(
-            bias=bias, logit_scale=logit_scale, temperature=temperature
-        )
+    def statistics(logits, modifiers):
+        modifiers = modifiers._replace(class_where=given.modifiers.class_where)
         same = given._replace(logits=logits, modifiers=modifiers)
-        return _differentiable(_given_reference(options, same))
+        return differentiable(_given_reference(options, same))
 
-    _, pull = jax.vjp(statistics, given.logits, *given.modifiers[:3])
+    modifiers = given.modifiers._replace(class_where=None)
+    _, pull = jax.vjp(statistics, given.logits, modifiers)
     return GivenGradient(*pull(operands.rows.cotangents))
 
 
 # ------------------------------------------------------------------------------- shared
 def _reference(
-    options: Options, raw: Array, labels: Array | None, modifiers: Modifiers
+    options: Options,
+    raw: Array,
+    labels: Array | None,
+    ranked: Ranked | None,
+    modifiers: Modifiers,
 ) -> RowStatistics:
     """The definitions, one after the other, of the whole row at once."""
     z = _tile.logits_of(raw, options, modifiers).z
@@ -242,22 +239,61 @@ def _reference(
         inside = labels >= 0
         at = jnp.take_along_axis(z, jnp.where(inside, labels, 0), axis=1)
         found = found._replace(label_logits=jnp.where(inside, at, 0))
+    if ranked is not None:
+        others = z[:, None, :]
+        own, ids = ranked.logits[..., None], ranked.labels[..., None]
+        classes = jnp.arange(z.shape[1])[None, None, :]
+        before = (others > own) | ((others == own) & (classes < ids))
+        before = before & (classes != ids)
+        if where is not None:
+            before = before & where.reshape(-1, 1, z.shape[1])
+        found = found._replace(label_rank=before.sum(-1, dtype=jnp.int32))
     return _tile.only(found, options)
 
 
-def _with_residuals(options: Options) -> Options:
+def with_residuals(options: Options) -> Options:
+    """What the backward pass needs is computed too."""
+    if options.gradient_filter_eps is not None:
+        return options.including("lse")
     if options.wants("mean_logit"):
         return options.including("lse", "mean_logit")
     return options
 
 
-def _differentiable(statistics: RowStatistics) -> RowStatistics:
-    return statistics._replace(max_logit=None, argmax=None)
+def differentiable(statistics: RowStatistics) -> RowStatistics:
+    """Those statistics that have a gradient."""
+    return statistics._replace(max_logit=None, argmax=None, label_rank=None)
 
 
-def _is_reference(made: Plan) -> bool:
+def is_reference(made: Plan) -> bool:
     fallback = made.fallback
     return not made.kernels and fallback is not None and fallback.name == "reference"
+
+
+def _no_filter(options: Options, operands: Any) -> str | None:
+    if options.gradient_filter_eps is None:
+        return None
+    return "it has no gradient filter (gradient_filter_eps)"
+
+
+def _gathers(options: Options, operands: Any) -> str | None:
+    axes = automatic_axes()
+    if not axes:
+        return None
+    names = ", ".join(map(repr, axes))
+    return (
+        f"a weight sharded over mesh axis {names} is gathered on every device; inside "
+        "jax.shard_map `axis_name` divides the vocabulary instead"
+    )
+
+
+def gradient_note(options: Options, operands: Any) -> str | None:
+    notes = [_gathers(options, operands)]
+    if options.gradient_filter_eps is not None:
+        notes.append(
+            "`gradient_filter_eps` drops blocks of the gradient, saves no time"
+        )
+    return "; ".join(note for note in notes if note) or None
 
 
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
@@ -266,16 +302,16 @@ LINEAR = Operation(
     "linear_row_statistics",
     (
         *_ABSENT,
-        Implementation("xla", _stream.forward),
-        Implementation("reference", _linear_reference),
+        Implementation("xla", _stream.forward, note=_gathers),
+        Implementation("reference", _linear_reference, _no_filter),
     ),
 )
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (
         *_ABSENT,
-        Implementation("xla", _stream.backward),
-        Implementation("reference", _linear_gradient_reference),
+        Implementation("xla", _stream.backward, note=gradient_note),
+        Implementation("reference", _linear_gradient_reference, _no_filter),
     ),
 )
 GIVEN = Operation(

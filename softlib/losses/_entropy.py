@@ -20,6 +20,7 @@ def linear_entropy(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -44,6 +45,7 @@ def linear_entropy(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the result and all gradients are exactly 0, whatever `hidden` holds.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -80,6 +82,7 @@ def linear_entropy(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,

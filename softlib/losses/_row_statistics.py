@@ -3,12 +3,19 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
-from softlib.typing import AxisName, Implementations, PerRow, Precision
+from softlib.typing import (
+    AxisName,
+    GradientFilter,
+    Implementations,
+    PerRow,
+    Precision,
+)
 
-from ._sources import GivenLogits, LinearHead
+from ._sources import GivenLogits, LinearHead, Source
 from ._tile import STATISTICS, RowStatistics
 
 
@@ -25,6 +32,8 @@ def linear_row_statistics(
     class_where: Bool[Array, " V"] | None = None,
     statistics: Sequence[str] | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+    gradient_filter_eps: GradientFilter = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -45,7 +54,8 @@ def linear_row_statistics(
         hidden: Inputs of the head.
         weight: One row per class, as in an embedding table; with `vocab_axis=1` one
             column per class, as in a dense kernel. Sliced in place, never copied.
-        labels: Class ids, one per row or `L` per row, for `label_logits`. An id outside
+        labels: Class ids, one per row or `L` per row, for the statistics of labels
+            (`label_logits`, `label_rank`). In the former an id outside
             $[0, V)$ gives the label logit 0 and no gradient, so lists may be padded.
         vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
         bias: Added to the scaled products. May hold -inf: such a class has
@@ -59,6 +69,12 @@ def linear_row_statistics(
         statistics: Static names out of the fields of `RowStatistics`. None asks for
             `lse`, and for `label_logits` if labels are given.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
+        gradient_filter_eps: Static positive threshold, or "auto" for 1/32 of the
+            spacing of the operands' dtype at 1 (2⁻¹² in bfloat16). In the backward
+            products, blocks of 128 rows x 128 classes in which |p - onehot| stays below
+            it are dropped, over rows that have a cotangent; see Derivatives. None is
+            exact. It saves time only in kernels.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -68,28 +84,38 @@ def linear_row_statistics(
             logits and supports forward mode.
 
     Returns:
-        `RowStatistics` of shape `*batch` (`label_logits`: the shape of `labels`),
-        float32, or float64 if an argument is float64; `argmax` is int32. A row without
-        a selected class has `lse` and `max_logit` -inf and 0 elsewhere.
+        `RowStatistics` of shape `*batch` (`label_logits`, `label_rank`: the shape of
+        `labels`), float32, or float64 if an argument is float64; `argmax` and
+        `label_rank` are int32. A row without a selected class has `lse` and
+        `max_logit` -inf, `label_rank` V, and 0 elsewhere.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
             Python number.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        ValueError: Shapes do not fit together, an option is out of range, or a gradient
+            filter meets a statistic in which all classes have a part (mean, sums).
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: reverse mode of any order and forward over reverse (Hessian-vector
         products), with respect to `hidden`, `weight`, `bias`, `logit_scale` and
         `temperature`; plain forward mode with `implementation="reference"`. `max_logit`
         and `argmax` have derivative 0. An empty row has gradient 0. The gradient of
-        the weight is summed in float32 and returned in the weight's dtype.
+        the weight is summed in float32 and returned in the weight's dtype. With a
+        gradient filter $\epsilon$ and no softcap the gradient of a row of `hidden` is
+        off by at most $\sum_j |s / T|\, e_j \lVert W_j \rVert$ over dropped classes,
+        $e_j = \epsilon |g_\mathrm{lse}|$, for the label's own class
+        $\epsilon |g_\mathrm{lse}| + |g_\mathrm{lse} + g_\mathrm{label}|$; those of
+        bias, scale and temperature stay exact. It makes training push rare classes down
+        less: for fine-tuning, not for pretraining.
     Cost: with N rows 2 N V D flop forward and 6 N V D backward; scratch of a few tiles
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
-        float32. Kept for the backward pass: the arguments and O(N) numbers. A
-        reverse-over-reverse derivative stores the tiles, O(N V).
+        float32. Kept for the backward pass: the arguments and O(N) numbers; for up to
+        2048 rows also products of the first classes, at most a quarter of them and
+        32 MiB. `label_rank` costs a second stream. A reverse-over-reverse derivative
+        stores the tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
         has a cotangent of its own, label logits come from the tile that enters the
-        logsumexp, and no gradient is filtered.
+        logsumexp, and no gradient is filtered unless asked for.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -108,6 +134,8 @@ def linear_row_statistics(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
+        gradient_filter_eps=gradient_filter_eps,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,
@@ -180,29 +208,38 @@ def row_statistics(
 
 
 def _asked_for(
-    source: LinearHead | GivenLogits,
+    source: Source,
     labels: Array | None,
     statistics: Sequence[str] | None,
 ) -> RowStatistics:
     function = source.function
-    labels = None if labels is None else jnp.asarray(labels)
-    checks.require_integer(function, labels=labels)
-    if labels is not None and labels.shape[: len(source.batch)] != source.batch:
-        raise ValueError(
-            f"{function}: `labels` must have the batch shape {source.batch}, or one "
-            f"more axis of several labels per row, got {labels.shape}."
-        )
-    if labels is not None and labels.ndim > len(source.batch) + 1:
-        raise ValueError(
-            f"{function}: `labels` must have at most one axis more than the batch "
-            f"shape {source.batch}, got {labels.shape}."
-        )
+    if labels is not None:
+        labels = checked_labels(source, labels)
     if statistics is None:
         statistics = ("lse",) if labels is None else ("lse", "label_logits")
     checks.require_names(function, "statistics", statistics, STATISTICS)
-    if labels is None and "label_logits" in statistics:
-        raise ValueError(
-            f"{function}: `labels` must be given for the statistic label_logits, "
-            "got None."
-        )
+    for name in ("label_logits", "label_rank"):
+        if labels is None and name in statistics:
+            raise ValueError(
+                f"{function}: `labels` must be given for the statistic {name}, "
+                "got None."
+            )
     return source.statistics(statistics, labels)
+
+
+def checked_labels(source: Source, labels: ArrayLike) -> Integer[Array, "..."]:
+    """Class ids, one or several per row."""
+    function, batch = source.function, source.batch
+    labels = jnp.asarray(labels)
+    checks.require_integer(function, labels=labels)
+    if labels.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"{function}: `labels` must have the batch shape {batch}, or one more axis "
+            f"of several labels per row, got {labels.shape}."
+        )
+    if labels.ndim > len(batch) + 1:
+        raise ValueError(
+            f"{function}: `labels` must have at most one axis more than the batch "
+            f"shape {batch}, got {labels.shape}."
+        )
+    return labels

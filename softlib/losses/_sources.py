@@ -7,7 +7,7 @@ A source has checked its arguments, knows its batch shape and vocabulary, and gi
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,21 @@ from jaxtyping import Array, Bool
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
-from softlib.typing import AxisName, Implementations, Precision
+from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
-from . import _engine
+from . import _engine, _in_forward
+from ._options import LinearHeadOptions, LogitsOptions, require_known
 from ._stream import Head, product
-from ._tile import Modifiers, Options, RowStatistics, logits_of, only, select
+from ._tile import (
+    BLOCK as FILTER_BLOCK,
+    Modifiers,
+    Options,
+    Ranked,
+    RowStatistics,
+    logits_of,
+    only,
+    select,
+)
 from ._vocabulary_parallel import first_class, merged
 
 type Shape = tuple[int, ...]
@@ -49,14 +59,17 @@ class LinearHead:
         hidden: ArrayLike,
         weight: ArrayLike,
         *,
-        vocab_axis: int,
-        logit_softcap: float | None,
-        vocab_chunk: int | None,
-        axis_name: AxisName | None,
-        precision: Precision,
-        implementation: Implementations,
+        vocab_axis: int = 0,
+        logit_softcap: float | None = None,
+        vocab_chunk: int | None = None,
+        token_chunk: int | None = None,
+        gradient_filter_eps: GradientFilter = None,
+        axis_name: AxisName | None = None,
+        precision: Precision = None,
+        implementation: Implementations = None,
         **modifiers: Any,
     ) -> "LinearHead":
+        require_known(function, modifiers, LinearHeadOptions.__optional_keys__)
         hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
         checks.require_floating(function, hidden=hidden, weight=weight)
         checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
@@ -72,18 +85,34 @@ class LinearHead:
             )
         if vocab_chunk is not None:
             checks.require_positive_integer(function, "vocab_chunk", vocab_chunk)
+        if token_chunk is not None:
+            checks.require_positive_integer(function, "token_chunk", token_chunk)
         vocabulary = weight.shape[vocab_axis]
         _check_vocabulary(function, "weight", vocabulary, weight.shape)
         if axis_name is not None:
             _check_axis(function, axis_name)
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
+        options = dataclasses.replace(
+            _options(function, logit_softcap),
+            vocab_axis=vocab_axis,
+            vocab_chunk=vocab_chunk,
+            token_chunk=token_chunk,
+            gradient_filter_eps=_filter(
+                function,
+                gradient_filter_eps,
+                jnp.promote_types(hidden.dtype, weight.dtype),
+                vocab_chunk=vocab_chunk,
+                token_chunk=token_chunk,
+            ),
+            precision=precision,
+        )
         return cls(
             function,
             hidden,
             weight,
             _modifiers(function, batch, vocabulary, dtype, (vocabulary,), **modifiers),
-            _options(function, logit_softcap, vocab_axis, vocab_chunk, precision),
+            options,
             implementation,
             axis_name,
         )
@@ -119,11 +148,14 @@ class LinearHead:
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
-        labels = _of_rows_with_classes(
-            labels, self.count_classes(), self.batch, self.vocabulary
-        )
+        _check_filtered(self.function, names, self.options)
+        return _statistics(self, self._merged_statistics, names, labels)
+
+    def _merged_statistics(
+        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
+    ) -> RowStatistics:
         if self.axis_name is None:
-            return self._own_statistics(names, labels)
+            return self._own_statistics(names, labels, label_logits)
         local = set(names)
         if "mean_logit" in names:
             local.add("lse")
@@ -132,7 +164,7 @@ class LinearHead:
         offset = first_class(self.axis_name, self._own_classes)
         if labels is not None:
             labels = labels - offset  # one of another device is out of range: 0
-        found = self._own_statistics(sorted(local), labels)
+        found = self._own_statistics(sorted(local), labels, label_logits)
         return only(
             merged(found, self.axis_name, offset), self.options.including(*names)
         )
@@ -159,24 +191,63 @@ class LinearHead:
         return count if self.axis_name is None else lax.psum(count, self.axis_name)
 
     def _own_statistics(
-        self, names: Sequence[str], labels: Array | None
+        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
     ) -> RowStatistics:
         batch, vocabulary = self.batch, self._own_classes
         options = self.options.including(*names)
 
-        def engine(hidden, weight, labels, modifiers):
+        def engine(hidden, weight, labels, label_logits, modifiers):
             head = Head(
                 _collapsed(hidden, batch),
                 weight,
                 _label_rows(labels, batch, vocabulary),
-                *_collapsed_modifiers(modifiers, (*batch, vocabulary)),
+                _collapsed_modifiers(modifiers, (*batch, vocabulary)),
+                _ranked(labels, label_logits, batch),
             )
             found = _engine.linear(self.implementation, options, match_varying(head))
             return _shaped(found, batch, labels)
 
         specs = functools.partial(_row_specs, options, batch, labels)
-        arrays = (self.hidden, self.weight, labels, self.modifiers)
+        arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
         return in_auto_mode(engine, specs, *arrays)
+
+    def total(
+        self,
+        names: Sequence[str],
+        labels: Array,
+        loss: _in_forward.RowLoss,
+        terms: _in_forward.RowTerms,
+    ) -> Array:
+        """The sum over all rows of a loss, with gradients in the forward pass.
+
+        In `loss` and `terms` the batch is one axis of rows, and `label_logits` have one
+        more.
+        """
+        _check_filtered(self.function, names, self.options)
+        known = _of_rows_with_classes(
+            labels, self.count_classes(), self.batch, self.vocabulary
+        )
+        batch, vocabulary = self.batch, self._own_classes
+        options = self.options.including(*names)
+
+        def engine(hidden, weight, labels, modifiers, terms):
+            head = Head(
+                _collapsed(hidden, batch),
+                weight,
+                _label_rows(labels, batch, vocabulary),
+                _collapsed_modifiers(modifiers, (*batch, vocabulary)),
+            )
+            flat = lambda tree: jax.tree.map(
+                lambda a: _collapsed(jnp.asarray(a), batch), tree
+            )
+            terms = _in_forward.RowTerms(
+                flat(terms.factors), terms.scalars, flat(terms.marks)
+            )
+            operands = match_varying(_in_forward.SumOperands(head, terms))
+            return _in_forward.total(self.implementation, options, loss, operands)
+
+        arrays = (self.hidden, self.weight, known, self.modifiers, terms)
+        return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
 
     def final_logits(self) -> Array:
         """The logits themselves, where rows x vocabulary is small."""
@@ -208,10 +279,11 @@ class GivenLogits:
         function: str,
         logits: ArrayLike,
         *,
-        logit_softcap: float | None,
-        implementation: Implementations,
+        logit_softcap: float | None = None,
+        implementation: Implementations = None,
         **modifiers: Any,
     ) -> "GivenLogits":
+        require_known(function, modifiers, LogitsOptions.__optional_keys__)
         logits = jnp.asarray(logits)
         checks.require_floating(function, logits=logits)
         checks.require_rank(function, "logits", logits, 1, "(..., V)")
@@ -250,21 +322,27 @@ class GivenLogits:
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
+        return _statistics(self, self._own_statistics, names, labels)
+
+    def _own_statistics(
+        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
+    ) -> RowStatistics:
         batch, vocabulary = self.batch, self.vocabulary
         options = self.options.including(*names)
-        labels = _of_rows_with_classes(labels, self.count_classes(), batch, vocabulary)
 
-        def engine(logits, labels, modifiers):
+        def engine(logits, labels, label_logits, modifiers):
             given = _engine.Given(
                 _collapsed(logits, batch),
                 _label_rows(labels, batch, vocabulary),
                 _collapsed_modifiers(modifiers, logits.shape),
+                _ranked(labels, label_logits, batch),
             )
             found = _engine.given(self.implementation, options, match_varying(given))
             return _shaped(found, batch, labels)
 
         specs = functools.partial(_row_specs, options, batch, labels)
-        return in_auto_mode(engine, specs, self.logits, labels, self.modifiers)
+        arrays = (self.logits, labels, label_logits, self.modifiers)
+        return in_auto_mode(engine, specs, *arrays)
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
         """A number per class at each label; anything for a label out of range."""
@@ -274,6 +352,8 @@ class GivenLogits:
             if per_class.ndim == 1:
                 return per_class[labels]
             per_row = jnp.broadcast_to(per_class, self.logits.shape)
+            if labels.ndim == per_row.ndim:  # several labels per row
+                return jnp.take_along_axis(per_row, labels, -1)
             return jnp.take_along_axis(per_row, labels[..., None], -1)[..., 0]
 
         return in_auto_mode(look_up, lambda spec: spec, labels, per_class)
@@ -296,6 +376,41 @@ class GivenLogits:
 type Source = LinearHead | GivenLogits
 
 
+def _statistics(
+    source: Source,
+    stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
+    names: Sequence[str],
+    labels: Array | None,
+) -> RowStatistics:
+    labels = _of_rows_with_classes(
+        labels, source.count_classes(), source.batch, source.vocabulary
+    )
+    if "label_rank" not in names:
+        return stream(names, labels, None)
+    # To count what comes before a label, a second stream must know its logit.
+    assert labels is not None
+    others = [name for name in names if name != "label_rank"]
+    found = stream([*others, "label_logits"], labels, None)
+    assert found.label_logits is not None
+    logits = lax.stop_gradient(found.label_logits)
+    rank = stream(["label_rank"], labels, logits).label_rank
+    assert rank is not None
+    selected = labels >= 0
+    if source.modifiers.class_where is not None:
+        at = source.at_labels(source.modifiers.class_where, labels) != 0
+        selected = selected & at
+    found = found._replace(label_rank=jnp.where(selected, rank, source.vocabulary))
+    return only(found, source.options.including(*names))
+
+
+def require_per_class(source: Source, name: str, array: Array | None) -> None:
+    """One floating number per class, of this device's classes if they are divided."""
+    linear = isinstance(source, LinearHead)
+    classes = source._own_classes if linear else source.vocabulary
+    checks.require_floating(source.function, **{name: array})
+    checks.require_shape(source.function, name, array, (classes,), "one per class")
+
+
 # ----------------------------------------------------------------------------- checking
 def _check_axis(function: str, axis_name: AxisName) -> None:
     try:
@@ -305,6 +420,18 @@ def _check_axis(function: str, axis_name: AxisName) -> None:
             f"{function}: `axis_name` must name an axis of an enclosing jax.shard_map, "
             f"got {axis_name!r}."
         ) from None
+
+
+def _check_filtered(function: str, names: Sequence[str], options: Options) -> None:
+    if options.gradient_filter_eps is None:
+        return
+    for name in ("mean_logit", "sum_logits", "sum_squared_logits"):
+        if name in names:
+            raise ValueError(
+                f"{function}: `gradient_filter_eps` must be None where the gradient of "
+                f"{name} is needed (smoothing, entropy): classes of small probability "
+                f"have a part in it. Got {options.gradient_filter_eps}."
+            )
 
 
 def _layout_hint(shape: Shape, features: int, vocab_axis: int) -> str:
@@ -327,10 +454,10 @@ def _modifiers(
     dtype: Any,
     classes: Shape,
     *,
-    bias: ArrayLike | None,
-    logit_scale: ArrayLike | None,
-    temperature: ArrayLike | None,
-    class_where: ArrayLike | None,
+    bias: ArrayLike | None = None,
+    logit_scale: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    class_where: ArrayLike | None = None,
 ) -> Modifiers:
     bias = None if bias is None else jnp.asarray(bias)
     checks.require_floating(function, bias=bias)
@@ -372,17 +499,34 @@ def _modifiers(
     )
 
 
-def _options(
-    function: str,
-    logit_softcap: float | None,
-    vocab_axis: int = 0,
-    vocab_chunk: int | None = None,
-    precision: Precision = None,
-) -> Options:
+def _options(function: str, logit_softcap: float | None) -> Options:
     if logit_softcap is not None:
         checks.require_positive_number(function, "logit_softcap", logit_softcap)
         logit_softcap = float(logit_softcap)
-    return Options((), logit_softcap, vocab_axis, vocab_chunk, precision)
+    return Options((), logit_softcap)
+
+
+def _filter(
+    function: str, eps: GradientFilter, dtype: Any, **chunks: int | None
+) -> float | None:
+    """The threshold of the gradient filter as a number."""
+    if eps is None:
+        return None
+    for name, size in chunks.items():
+        if size is not None and size % FILTER_BLOCK:
+            raise ValueError(
+                f"{function}: `{name}` must be a multiple of {FILTER_BLOCK} with "
+                f"`gradient_filter_eps`, got {size}."
+            )
+    if eps == "auto":
+        return float(jnp.finfo(dtype).eps) / 32
+    if isinstance(eps, str):
+        raise ValueError(
+            f"{function}: `gradient_filter_eps` must be a positive number, 'auto' or "
+            f"None, got {eps!r}."
+        )
+    checks.require_positive_number(function, "gradient_filter_eps", eps)
+    return float(eps)
 
 
 # ------------------------------------------------------------------------------- shapes
@@ -452,6 +596,15 @@ def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | 
     return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
 
 
+def _ranked(
+    labels: Array | None, label_logits: Array | None, batch: Shape
+) -> Ranked | None:
+    if labels is None or label_logits is None:
+        return None
+    rows = math.prod(batch)
+    return Ranked(labels.reshape(rows, -1), label_logits.reshape(rows, -1))
+
+
 def labels_in_range(labels: Array, vocabulary: int) -> Array:
     """The labels as int32, -1 where they are outside [0, vocabulary)."""
     if jnp.iinfo(labels.dtype).max < vocabulary:
@@ -465,12 +618,16 @@ def _shaped(
 ) -> RowStatistics:
     """Gives the rows their batch shape again, label logits the shape of the labels."""
     found = jax.tree.map(
-        lambda leaf: leaf.reshape(batch), statistics._replace(label_logits=None)
+        lambda leaf: leaf.reshape(batch),
+        statistics._replace(label_logits=None, label_rank=None),
     )
-    if statistics.label_logits is None:
+    if labels is None:
         return found
-    assert labels is not None
-    return found._replace(label_logits=statistics.label_logits.reshape(labels.shape))
+    per_label = lambda leaf: leaf.reshape(labels.shape)
+    return found._replace(
+        label_logits=jax.tree.map(per_label, statistics.label_logits),
+        label_rank=jax.tree.map(per_label, statistics.label_rank),
+    )
 
 
 def _row_specs(
@@ -479,6 +636,7 @@ def _row_specs(
     """Shardings of the statistics: those of the batch axes of hidden or logits."""
     rows = PartitionSpec(*spec[: len(batch)])
     specs: dict[str, Any] = dict.fromkeys(options.statistics, rows)
-    if "label_logits" in specs and labels is not None and labels.ndim > len(batch):
-        specs["label_logits"] = PartitionSpec(*rows, None)
+    if labels is not None and labels.ndim > len(batch):
+        for name in specs.keys() & {"label_logits", "label_rank"}:
+            specs[name] = PartitionSpec(*rows, None)
     return RowStatistics(**specs)

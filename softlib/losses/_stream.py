@@ -5,9 +5,11 @@ backward, every tile is computed again and gives its slice of the weight's gradi
 finished within the step, and its share of the hidden gradient. The weight is sliced,
 never padded, transposed or copied; the loop order (vocabulary outside, row groups
 inside) keeps every sum in float32 without a float32 buffer of the weight's size.
+
+For few rows, where one more product costs more than memory, the forward stream keeps
+the raw products of its first classes and the backward one finds them there.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +21,8 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 
 from . import _chunks, _tile
-from ._tile import Modifiers, Options, RowCotangents, RowStatistics
+from ._chunks import Index, RowCut
+from ._tile import Modifiers, Options, Ranked, RowCotangents, RowStatistics
 
 
 class Head(NamedTuple):
@@ -28,193 +31,286 @@ class Head(NamedTuple):
     hidden: Float[Array, "rows D"]
     weight: Float[Array, "V D"] | Float[Array, "D V"]
     labels: Int[Array, "rows L"] | None  # -1 for a label outside the vocabulary
-    bias: Float[Array, " V"] | None
-    logit_scale: Float[Array, "..."] | None
-    temperature: Float[Array, "..."] | None
-    class_where: Array | None
-
-    @property
-    def modifiers(self) -> Modifiers:
-        return Modifiers(
-            self.bias, self.logit_scale, self.temperature, self.class_where
-        )
+    modifiers: Modifiers
+    ranked: Ranked | None = None
 
     @property
     def dtype(self) -> Any:
-        return accumulator_dtype(
-            self.hidden, self.weight, self.bias, self.logit_scale, self.temperature
-        )
+        return accumulator_dtype(self.hidden, self.weight, *self.modifiers[:3])
 
 
 class HeadGradient(NamedTuple):
     hidden: Array
     weight: Array
-    bias: Array | None
-    logit_scale: Array | None
-    temperature: Array | None
+    modifiers: Modifiers  # without class_where
 
 
 class BackwardOperands(NamedTuple):
     head: Head
     rows: RowCotangents
+    # Raw products of the first classes, as the forward pass laid them.
+    kept: Float[Array, "rows K"] | Float[Array, "K rows"] | None = None
 
 
-class _Sums(NamedTuple):
-    """What the backward pass adds up per row, in the grouped view of `_chunks`."""
+class RowSums(NamedTuple):
+    """What the backward pass adds up per row."""
 
-    hidden: Float[Array, "R G D"] | Float[Array, "D 1 R"]
-    logit_scale: Float[Array, "R G"] | None
-    temperature: Float[Array, "R G"] | None
+    hidden: Float[Array, "rows D"] | Float[Array, "D rows"]
+    logit_scale: Float[Array, " rows"] | None
+    temperature: Float[Array, " rows"] | None
 
 
-class _ClassSums(NamedTuple):
-    """What the backward pass adds up per class, within one step."""
+class ClassSums(NamedTuple):
+    """What the backward pass adds up per class."""
 
-    weight: Float[Array, "D classes"] | Float[Array, "classes D"]
+    weight: Array
     bias: Float[Array, " classes"] | None
 
 
+# ------------------------------------------------------------------------------ forward
 def forward(options: Options, head: Head) -> RowStatistics:
+    cut, size = _pieces(options, head)
+
+    def of(group: Index | None) -> RowStatistics:
+        mine = rows_of(head, cut, group)
+        return statistics(options, mine, size)[0]
+
+    if cut.whole:
+        return of(0)
+    piece = jax.eval_shape(of, 0)
+    total = match_varying(cut.zeros(piece), head.hidden)
+    visit = lambda total, group: cut.add(total, of(group), group)
+    return cut.joined(cut.fold(visit, total))
+
+
+def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Array | None]:
+    """The statistics, with what the backward pass should find stored."""
+    cut, size = _pieces(options, head)
+    rows, features = head.hidden.shape
+    vocabulary = head.weight.shape[options.vocab_axis]
+    keep = 0
+    if cut.whole:
+        keep = _chunks.kept_classes(rows, features, vocabulary, size)
+    if keep == 0:
+        return forward(options, head), None
+    return statistics(options, head, size, keep)
+
+
+def statistics(
+    options: Options, head: Head, size: int, keep: int = 0
+) -> tuple[RowStatistics, Array | None]:
+    """Of rows that are one piece; with the raw products of the first `keep` classes."""
     rows = head.hidden.shape[0]
     vocabulary = head.weight.shape[options.vocab_axis]
-    groups, size = _pieces(options, head)
+    axis = 0 if keep and _across(options, rows) else 1
 
-    def of_group(group: int | Int[Array, ""]) -> RowStatistics:
-        mine = _rows_of(head, group, groups)
+    def update(state, start, size):
+        part = _classes_of(head, start, size, options)
+        tile = _logits(part, options, axis)
+        where = part.modifiers.class_where
+        state = _tile.update(state, tile, start, head.labels, head.ranked, where)
+        return state, tile.raw
 
-        def step(state, start, size):
-            part = _classes_of(mine, start, size, options)
-            z = _logits(part, options).z
-            return _tile.update(state, z, start, mine.labels, part.class_where)
+    def step_keeping(carry, start, size):
+        state, kept = carry
+        state, raw = update(state, start, size)
+        return state, lax.dynamic_update_slice_in_dim(kept, raw, start, axis)
 
-        state = _tile.init(options, rows // groups, mine.labels, head.dtype)
-        state = match_varying(state, head.hidden)
-        return _tile.finalize(_chunks.fold(step, state, vocabulary, size), options)
+    state = _tile.init(options, rows, head.labels, head.ranked, head.dtype)
+    state, kept = match_varying(state, head.hidden), None
+    if keep:
+        shape = (keep, rows) if axis == 0 else (rows, keep)
+        kept = match_varying(jnp.zeros(shape, head.dtype), head.hidden)
+        state, kept = _chunks.fold(step_keeping, (state, kept), keep, size)
+    step = lambda state, start, size: update(state, start, size)[0]
+    state = _chunks.fold(step, state, vocabulary, size, keep)
+    return _tile.finalize(state, options), kept
 
-    if groups == 1:
-        return of_group(0)
-    visit = lambda carry, group: (carry, of_group(group))
-    _, stacked = lax.scan(visit, None, jnp.arange(groups))
-    return jax.tree.map(lambda a: _chunks.ungrouped(jnp.moveaxis(a, 0, 1)), stacked)
 
-
+# ----------------------------------------------------------------------------- backward
 def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
-    head, statistics = operands
-    rows, features = head.hidden.shape
+    head = operands.head
+    cut, size = _pieces(options, head)
+    bias = head.modifiers.bias
+    zeros = lambda like, dtype: match_varying(jnp.zeros(like.shape, dtype), head.hidden)
+    classes = ClassSums(
+        zeros(head.weight, head.weight.dtype),
+        None if bias is None else zeros(bias, head.dtype),
+    )
+    sums, classes = gradient_sums(options, operands, cut, size, classes)
+    return gradient_of(head, sums, classes)
+
+
+def gradient_sums(
+    options: Options,
+    operands: BackwardOperands,
+    cut: RowCut,
+    size: int,
+    classes: ClassSums,
+    *,
+    add: bool = False,
+) -> tuple[RowSums, ClassSums]:
+    """Sums over rows and classes; those over classes are written, or added, in place.
+
+    `classes` are the buffers of the weight's and the bias' gradient.
+    """
+    head, known, kept = operands
+    features = head.hidden.shape[1]
     vocabulary = head.weight.shape[options.vocab_axis]
-    groups, size = _pieces(options, head)
     dtype = head.dtype
-    # Which way a tile lies decides which operands of the products are transposed. Over
-    # a table (V, D) it lies best as (classes, rows), and the gradient of hidden as (D,
-    # rows); turning that costs a copy, so this is done only where hidden is small.
-    # Few rows are bound by reading the weight: there a copy of its slice does not pay.
-    many = rows // groups >= 256
-    across = options.vocab_axis == 0 and groups == 1 and many
-    copied = _copied_on_cpu if many else lambda array: array
+    across = cut.whole and _across(options, cut.size)
+    class_axis = 0 if across else 1
+    copied = _copied_on_cpu if cut.size >= _MANY else lambda array: array
     zeros = lambda *shape: match_varying(jnp.zeros(shape, dtype), head.hidden)
 
-    def of_tile(sums, part, start, group):
+    def of_tile(total, part, start, group, raw):
         """One tile's share of the sums per row and per class."""
-        mine = _rows_of(part, group, groups)
-        known = jax.tree.map(lambda a: _chunks.group_of(a, group, groups), statistics)
-        tile = _logits(mine, options, class_axis=0 if across else 1)
+        mine = rows_of(part, cut, group)
+        if raw is None:
+            tile = _logits(mine, options, class_axis)
+        else:
+            tile = _tile.logits_of(raw, options, mine.modifiers, class_axis)
         found = _tile.cotangent_of_raw(
-            tile, start, mine.labels, known, options, mine.modifiers
+            tile, start, mine.labels, cut.take(known, group), options, mine.modifiers
         )
         # Products in the dtype of the operands, as forward; their sums are wider.
-        raw = found.raw.astype(_product_dtype(head))
+        draw = found.raw.astype(_product_dtype(head))
         if across:
             columns = copied(mine.weight.T)
-            dhidden = product(columns, raw, (1, 0), options, dtype)
-            dweight = product(raw, mine.hidden, (1, 0), options, dtype)
+            dhidden = product(columns, draw, (1, 0), options, dtype)
+            dweight = product(draw, mine.hidden, (1, 0), options, dtype)
         else:
             columns = copied(mine.hidden.T)
-            dhidden = product(raw, mine.weight, (1, options.vocab_axis), options, dtype)
-            dweight = product(columns, raw, (1, 0), options, dtype)
-        add = lambda total, more: _chunks.add_to_group(total, more, group, groups)
-        added = _Sums(dhidden, found.logit_scale, found.temperature)
-        return jax.tree.map(add, sums, added), _ClassSums(dweight, found.bias)
+            contract = (1, options.vocab_axis)
+            dhidden = product(draw, mine.weight, contract, options, dtype)
+            dweight = product(columns, draw, (1, 0), options, dtype)
+        of_rows = RowSums(dhidden, found.logit_scale, found.temperature)
+        return cut.add(total, of_rows, group), ClassSums(dweight, found.bias)
 
-    def step(carry, start, size):
-        sums, dweight, dbias = carry
+    def step(carry, start, size, raw=None):
+        total, (dweight, dbias) = carry
         part = _classes_of(head, start, size, options)
-        if groups == 1:
-            sums, classes = of_tile(sums, part, start, 0)
+        if cut.whole:
+            total, found = of_tile(total, part, start, 0, raw)
         else:
 
-            def visit(group, both):
-                sums, classes = both
-                sums, more = of_tile(sums, part, start, group)
-                return sums, jax.tree.map(jnp.add, classes, more)
+            def visit(both, group):
+                total, found = both
+                total, more = of_tile(total, part, start, group, None)
+                return total, jax.tree.map(jnp.add, found, more)
 
-            none = _ClassSums(
+            none = ClassSums(
                 zeros(features, size), None if dbias is None else zeros(size)
             )
-            sums, classes = lax.fori_loop(0, groups, visit, (sums, none))
-        slice_ = classes.weight.astype(dweight.dtype)
+            total, found = cut.fold(visit, (total, none))
+        slice_ = found.weight.astype(dweight.dtype)
         if options.vocab_axis == 0 and not across:
             slice_ = copied(slice_).T
-        dweight = lax.dynamic_update_slice_in_dim(
-            dweight, slice_, start, options.vocab_axis
-        )
+
+        def write(buffer, values, axis):
+            if add:
+                old = lax.dynamic_slice_in_dim(buffer, start, size, axis)
+                values = old + values
+            return lax.dynamic_update_slice_in_dim(buffer, values, start, axis)
+
+        dweight = write(dweight, slice_, options.vocab_axis)
         if dbias is not None:
-            assert classes.bias is not None
-            dbias = lax.dynamic_update_slice_in_dim(dbias, classes.bias, start, 0)
-        return sums, dweight, dbias
+            dbias = write(dbias, found.bias, 0)
+        return total, ClassSums(dweight, dbias)
 
-    row_sums = lambda operand: (
-        None if operand is None else zeros(rows // groups, groups)
+    def step_kept(carry, start, size):
+        assert kept is not None
+        raw = lax.dynamic_slice_in_dim(kept, start, size, class_axis)
+        return step(carry, start, size, raw)
+
+    rows = cut.size
+    per_row = lambda operand: None if operand is None else zeros(rows)
+    piece = RowSums(
+        zeros(features, rows) if across else zeros(rows, features),
+        per_row(head.modifiers.logit_scale),
+        per_row(head.modifiers.temperature),
     )
-    sums = _Sums(
-        zeros(features, 1, rows) if across else zeros(rows // groups, groups, features),
-        row_sums(head.logit_scale),
-        row_sums(head.temperature),
-    )
-    dweight = match_varying(jnp.zeros_like(head.weight), head.hidden)
-    dbias = None if head.bias is None else zeros(vocabulary)
-    sums, dweight, dbias = _chunks.fold(step, (sums, dweight, dbias), vocabulary, size)
-    dhidden = _chunks.ungrouped(sums.hidden)
-    per_row = functools.partial(jax.tree.map, _chunks.ungrouped)  # None stays None
+    carry = (match_varying(cut.zeros(piece), head.hidden), classes)
+    first = 0
+    if kept is not None:
+        assert cut.whole
+        first = kept.shape[class_axis]
+        carry = _chunks.fold(step_kept, carry, first, size)
+    total, classes = _chunks.fold(step, carry, vocabulary, size, first)
+    sums = cut.joined(total)
+    return sums._replace(hidden=sums.hidden.T) if across else sums, classes
+
+
+def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
+    """The sums in the dtypes and shapes of the operands."""
+    bias, scale, temperature, _ = head.modifiers
     return HeadGradient(
-        (dhidden.T if across else dhidden).astype(head.hidden.dtype),
-        dweight,
-        _tile.cast_like(head.bias, dbias),
-        _tile.summed_like(head.logit_scale, per_row(sums.logit_scale)),
-        _tile.summed_like(head.temperature, per_row(sums.temperature)),
+        sums.hidden.astype(head.hidden.dtype),
+        classes.weight.astype(head.weight.dtype),
+        Modifiers(
+            _tile.cast_like(bias, classes.bias),
+            _tile.summed_like(scale, sums.logit_scale),
+            _tile.summed_like(temperature, sums.temperature),
+            None,
+        ),
     )
 
 
-def _pieces(options: Options, head: Head) -> tuple[int, int]:
-    """The number of row groups and of classes per step."""
+# ------------------------------------------------------------------------------- pieces
+# Fewer rows are bound by reading the weight: there a copy of its slice does not pay.
+_MANY = 256
+
+
+def _across(options: Options, rows: int) -> bool:
+    """Whether a tile of rows that are one piece lies as (classes, rows).
+
+    Which way it lies decides which operands of the products are transposed. Over a
+    table (V, D) it lies best across, and the gradient of hidden as (D, rows); turning
+    that costs a copy, so this is done only where all rows are one piece.
+    """
+    return options.vocab_axis == 0 and rows >= _MANY
+
+
+def _pieces(options: Options, head: Head) -> tuple[RowCut, int]:
+    """How the rows are cut, and the number of classes per step."""
     rows, features = head.hidden.shape
+    strided = options.gradient_filter_eps is None
+    cut = _chunks.row_cut(rows, features, options.token_chunk, strided=strided)
+    return cut, classes_per_step(options, head, cut.size)
+
+
+def classes_per_step(options: Options, head: Head, rows: int) -> int:
     vocabulary = head.weight.shape[options.vocab_axis]
-    groups = _chunks.row_groups(rows, features)
     size = options.vocab_chunk
     if size is None:
-        size = _chunks.vocab_chunk(rows // groups, features, vocabulary)
-    return groups, min(size, vocabulary)
+        size = _chunks.vocab_chunk(rows, head.hidden.shape[1], vocabulary)
+    return min(size, vocabulary)
 
 
 def _classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
     def cut(array: Array, axis: int = 0) -> Array:
         return lax.dynamic_slice_in_dim(array, start, size, axis)
 
+    bias, class_where = head.modifiers.bias, head.modifiers.class_where
     return head._replace(
         weight=cut(head.weight, options.vocab_axis),
-        bias=jax.tree.map(cut, head.bias),
-        class_where=jax.tree.map(cut, head.class_where),
+        modifiers=head.modifiers._replace(
+            bias=jax.tree.map(cut, bias), class_where=jax.tree.map(cut, class_where)
+        ),
     )
 
 
-def _rows_of(head: Head, group: Any, groups: int) -> Head:
-    def take(array: Array) -> Array:
-        return _chunks.group_of(array, group, groups) if array.ndim else array
-
+def rows_of(head: Head, cut: RowCut, group: Index | None) -> Head:
+    take = lambda tree: cut.take(tree, group)
+    modifiers = head.modifiers
     return head._replace(
         hidden=take(head.hidden),
-        labels=jax.tree.map(take, head.labels),
-        logit_scale=jax.tree.map(take, head.logit_scale),
-        temperature=jax.tree.map(take, head.temperature),
+        labels=take(head.labels),
+        ranked=take(head.ranked),
+        modifiers=modifiers._replace(
+            logit_scale=take(modifiers.logit_scale),
+            temperature=take(modifiers.temperature),
+        ),
     )
 
 

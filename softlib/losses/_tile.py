@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -30,7 +31,12 @@ STATISTICS = (
     "sum_squared_logits",
     "max_logit",
     "argmax",
+    "label_rank",
 )
+
+
+# Rows and classes of a block that the gradient filter keeps or drops as a whole.
+BLOCK = 128
 
 
 class RowStatistics(NamedTuple):
@@ -48,6 +54,9 @@ class RowStatistics(NamedTuple):
         sum_squared_logits: $\sum_j z_j^2$.
         max_logit: $\max_j z_j$, without a gradient; -inf if no class is selected.
         argmax: The lowest class that attains it, int32; 0 if no class is selected.
+        label_rank: How many selected classes come before the label in descending order
+            of $z$, the lower class first on ties, int32: 0 for the argmax. $V$ for a
+            label that is outside $[0, V)$ or not selected.
 
     Derivatives: see `linear_row_statistics`.
     Cost: a handful of numbers per row.
@@ -65,6 +74,7 @@ class RowStatistics(NamedTuple):
     sum_squared_logits: Float[Array, "*rows"] | None = None
     max_logit: Float[Array, "*rows"] | None = None
     argmax: Int[Array, "*rows"] | None = None
+    label_rank: Int[Array, "*rows"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,8 @@ class Options:
     logit_softcap: float | None = None
     vocab_axis: int = 0
     vocab_chunk: int | None = None
+    token_chunk: int | None = None
+    gradient_filter_eps: float | None = None
     precision: Precision = None
 
     def wants(self, *names: str) -> bool:
@@ -92,6 +104,13 @@ class Modifiers(NamedTuple):
     logit_scale: Array | None  # () or (rows,)
     temperature: Array | None  # () or (rows,)
     class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
+
+
+class Ranked(NamedTuple):
+    """The labels whose rank is asked for, with their logits, known beforehand."""
+
+    labels: Int[Array, "rows L"]  # of any value: also those of another device
+    logits: Float[Array, "rows L"]
 
 
 class Tile(NamedTuple):
@@ -130,13 +149,18 @@ class State(NamedTuple):
     sum_squared_logits: Array | None
     max_logit: Array | None
     argmax: Array | None
+    label_rank: Array | None
 
 
 _ACCUMULATOR = RunningMax()
 
 
 def init(
-    options: Options, rows: int, labels: Int[Array, "rows L"] | None, dtype: DTypeLike
+    options: Options,
+    rows: int,
+    labels: Int[Array, "rows L"] | None,
+    ranked: Ranked | None,
+    dtype: DTypeLike,
 ) -> State:
     zeros = lambda *names: jnp.zeros(rows, dtype) if options.wants(*names) else None
     exponentials = None
@@ -154,47 +178,62 @@ def init(
         zeros("sum_squared_logits"),
         jnp.full(rows, -jnp.inf, dtype) if track_max else None,
         jnp.zeros(rows, jnp.int32) if options.wants("argmax") else None,
+        None if ranked is None else jnp.zeros(ranked.labels.shape, jnp.int32),
     )
 
 
 def update(
     state: State,
-    z: Float[Array, "rows classes"],
+    tile: Tile,
     start: int | Int[Array, ""],
     labels: Int[Array, "rows L"] | None,
+    ranked: Ranked | None,
     class_where: Bool[Array, "..."] | None,
 ) -> State:
     """Adds the classes `start, start + 1, ...` to the statistics."""
-    present = select(z, class_where, -jnp.inf)  # for maxima and exponentials
-    counted = select(z, class_where, 0)  # for sums
+    z, axis = tile.z, tile.class_axis
+    present = select(z, class_where, -jnp.inf, axis)  # for maxima and exponentials
+    counted = select(z, class_where, 0, axis)  # for sums
 
     exponentials = state.exponentials
     if exponentials is not None:
         weigh = None
         if exponentials.weighted is not None:
             finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
-            weigh = lambda e: (e * finite).sum(1)
-        exponentials = _ACCUMULATOR.update(exponentials, present, weigh=weigh)
+            weigh = lambda e: (e * finite).sum(axis)
+        exponentials = _ACCUMULATOR.update(
+            exponentials, present, axis=axis, weigh=weigh
+        )
 
     label_logits = state.label_logits
     if label_logits is not None:
         # From this very tile: by another product z_y could exceed lse by rounding.
         assert labels is not None
         local = labels - start
-        inside = (local >= 0) & (local < z.shape[1])
-        found = jnp.take_along_axis(z, jnp.where(inside, local, 0), axis=1)
+        inside = (local >= 0) & (local < z.shape[axis])
+        places = jnp.where(inside, local, 0)
+        if axis == 0:
+            found = jnp.take_along_axis(z, places.T, axis=0).T
+        else:
+            found = jnp.take_along_axis(z, places, axis=1)
         label_logits = jnp.where(inside, found, label_logits)
 
-    plus = lambda total, terms: None if total is None else total + terms().sum(1)
+    label_rank = state.label_rank
+    if label_rank is not None:
+        assert ranked is not None
+        label_rank = label_rank + _count_before(tile, start, ranked, class_where)
+
+    plus = lambda total, terms: None if total is None else total + terms().sum(axis)
     max_logit, argmax = state.max_logit, state.argmax
     if max_logit is not None:
         present = lax.stop_gradient(present)
-        top = present.max(1)
+        top = present.max(axis)
         if argmax is not None:
             # The lowest index that attains the maximum. (jnp.argmax reduces values and
             # indices together, which XLA does not vectorise on a CPU.)
-            ids = lax.broadcasted_iota(jnp.int32, z.shape, 1)
-            place = jnp.where(present == top[:, None], ids, z.shape[1]).min(1)
+            ids = lax.broadcasted_iota(jnp.int32, z.shape, axis)
+            attained = present == _over_rows(top, axis)
+            place = jnp.where(attained, ids, z.shape[axis]).min(axis)
             argmax = jnp.where(top > max_logit, start + place, argmax)
         max_logit = jnp.maximum(max_logit, top)
     return State(
@@ -204,7 +243,27 @@ def update(
         plus(state.sum_squared_logits, lambda: counted * counted),
         max_logit,
         argmax,
+        label_rank,
     )
+
+
+def _count_before(
+    tile: Tile,
+    start: int | Int[Array, ""],
+    ranked: Ranked,
+    class_where: Bool[Array, "..."] | None,
+) -> Int[Array, "rows L"]:
+    """How many classes of a tile come before each of the labels."""
+    z, axis = tile.z, tile.class_axis
+    ids = start + lax.broadcasted_iota(jnp.int32, z.shape, axis)
+
+    def one(label: Array, logit: Array) -> Array:
+        label, logit = _over_rows(label, axis), _over_rows(logit, axis)
+        before = (z > logit) | ((z == logit) & (ids < label))
+        before = select(before & (ids != label), class_where, False, axis)
+        return before.sum(axis, dtype=jnp.int32)
+
+    return lax.map(lambda pair: one(*pair), (ranked.labels.T, ranked.logits.T)).T
 
 
 def finalize(state: State, options: Options) -> RowStatistics:
@@ -220,6 +279,7 @@ def finalize(state: State, options: Options) -> RowStatistics:
         state.sum_squared_logits,
         state.max_logit,
         state.argmax,
+        state.label_rank,
     )
     return only(found, options)
 
@@ -274,6 +334,10 @@ def cotangent_of_raw(
     if modifiers.logit_scale is not None:
         dscale = (du * _without_inf(tile.raw)).sum(axis)
         draw = du * _over_rows(modifiers.logit_scale.astype(dtype), axis)
+    if options.gradient_filter_eps is not None:
+        # Only the products are spared: sums per class and per row stay exact.
+        kept = _not_negligible(tile, start, labels, rows, options, modifiers)
+        draw = jnp.where(kept, draw, 0)
     return RawCotangents(draw, dbias, dscale, dtemperature)
 
 
@@ -321,6 +385,51 @@ def _cotangent_of_logits(
     return jnp.zeros_like(z) if dz is None else dz
 
 
+def _not_negligible(
+    tile: Tile,
+    start: int | Int[Array, ""],
+    labels: Int[Array, "rows L"] | None,
+    rows: RowCotangents,
+    options: Options,
+    modifiers: Modifiers,
+) -> Bool[Array, "..."]:
+    """Where a gradient filter keeps the cotangents: in blocks of 128 x 128.
+
+    A block is negligible if |p - onehot| < eps in all of its rows that have a
+    cotangent, with onehot 1 at each of the row's labels. Rows and classes of the tile
+    start at multiples of 128, so that every way to cut the whole drops the same blocks.
+    """
+    z, axis = tile.z, tile.class_axis
+    assert rows.lse is not None
+    assert options.gradient_filter_eps is not None
+    offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
+    present = select(z, modifiers.class_where, -jnp.inf, axis)
+    distance = jnp.exp(present - _over_rows(offset, axis))
+    if labels is not None:
+        ones = jnp.ones(labels.shape, z.dtype)
+        onehot = jnp.minimum(_scattered(ones, labels - start, tile), 1)
+        distance = jnp.abs(distance - onehot)
+    active = jnp.zeros(z.shape[1 - axis], bool)
+    for cotangent in jax.tree.leaves(rows.cotangents):
+        some = cotangent != 0
+        active = active | (some.any(1) if some.ndim > 1 else some)
+    large = (distance >= options.gradient_filter_eps) & _over_rows(active, axis)
+    # A NaN is not small.
+    large = large | jnp.isnan(distance)
+
+    first, second = (-(-length // BLOCK) for length in z.shape)
+    padded = jnp.pad(
+        large,
+        [
+            (0, n * BLOCK - length)
+            for n, length in zip((first, second), z.shape, strict=True)
+        ],
+    )
+    blocks = padded.reshape(first, BLOCK, second, BLOCK).any((1, 3))
+    spread = jnp.repeat(jnp.repeat(blocks, BLOCK, 0), BLOCK, 1)
+    return spread[: z.shape[0], : z.shape[1]]
+
+
 def _scattered(
     values: Float[Array, "rows L"], columns: Int[Array, "rows L"], tile: Tile
 ) -> Array:
@@ -359,11 +468,12 @@ def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
 
 # ---------------------------------------------------------------------------- selection
 def select(
-    z: Float[Array, "rows classes"],
+    z: Array,
     class_where: Bool[Array, "..."] | None,
     other: Any,
     class_axis: int = 1,
-) -> Float[Array, "rows classes"]:
+) -> Array:
+    """The entries of the selected classes, `other` elsewhere."""
     if class_where is None:
         return z
     where = class_where

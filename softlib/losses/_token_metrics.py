@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Bool, Float, Integer
 
-from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
+from softlib.typing import (
+    AxisName,
+    GradientFilter,
+    Implementations,
+    PerRow,
+    Precision,
+    Scalar,
+)
 
 from . import _compose
 from ._compose import TokenMetrics
@@ -24,6 +31,8 @@ def linear_token_log_probs(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+    gradient_filter_eps: GradientFilter = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -52,6 +61,10 @@ def linear_token_log_probs(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the result is 0 with gradient 0, whatever `hidden` and `labels` hold.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
+        gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
+            negligible blocks of the backward products, see `linear_row_statistics`.
+            Saves time only in kernels.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -90,6 +103,8 @@ def linear_token_log_probs(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
+        gradient_filter_eps=gradient_filter_eps,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,
@@ -173,6 +188,7 @@ def linear_top1_correct(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -197,6 +213,7 @@ def linear_top1_correct(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the result is False, whatever `hidden` and `labels` hold.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -234,6 +251,7 @@ def linear_top1_correct(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,
@@ -318,6 +336,8 @@ def linear_token_metrics(
     class_where: Bool[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     vocab_chunk: int | None = None,
+    token_chunk: int | None = None,
+    gradient_filter_eps: GradientFilter = None,
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
@@ -352,6 +372,10 @@ def linear_token_metrics(
             results and all gradients are exactly 0, whatever `hidden` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
+        gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
+            negligible blocks of the backward products, see `linear_row_statistics`. Not
+            with `label_smoothing` or the entropy. Saves time only in kernels.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -390,6 +414,8 @@ def linear_token_metrics(
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,
+        token_chunk=token_chunk,
+        gradient_filter_eps=gradient_filter_eps,
         axis_name=axis_name,
         precision=precision,
         implementation=implementation,

@@ -24,10 +24,11 @@ def merged(
     `local` must hold lse beside a mean, and the maximum beside an argmax.
     """
     found = RowStatistics(
-        # Of these, all but one device hold 0.
+        # Of this, all but one device hold 0.
         label_logits=_sum(local.label_logits, axis_name),
         sum_logits=_sum(local.sum_logits, axis_name),
         sum_squared_logits=_sum(local.sum_squared_logits, axis_name),
+        label_rank=_sum(local.label_rank, axis_name),
     )
     if local.lse is not None:
         top = lax.pmax(lax.stop_gradient(local.lse), axis_name)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
 import softlib
 from softlib import losses
@@ -211,3 +212,146 @@ def test_a_head_that_scales_its_logits_has_the_gradient_of_the_scaled_logits():
         cotangents={"loss": np.ones(6)},
     )
     np.testing.assert_allclose(gradient, expected.gradients["weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 2048])
+def test_the_logsumexp_of_bfloat16_is_not_kept_in_bfloat16(chunk):
+    """A running logsumexp of 131,072 bfloat16 logits is 0.435 nats off."""
+    classes = 131_072
+    hidden = jnp.ones((1, 2), jnp.bfloat16)
+    weight = jnp.zeros((classes, 2), jnp.bfloat16)
+    bias = jnp.zeros(classes)
+
+    def total(bias):
+        loss, lse = streamed(return_lse=True, vocab_chunk=chunk)(
+            hidden, weight, jnp.array([3]), bias=bias
+        )
+        return loss.sum(), lse
+
+    gradient, lse = jax.jit(jax.grad(total, has_aux=True))(bias)
+    assert lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, np.log(classes), rtol=1e-6)
+    # Probabilities made from a wrong logsumexp do not sum to 1.
+    np.testing.assert_allclose(gradient.sum(), 0, atol=1e-5)
+    np.testing.assert_allclose(gradient[:3], 1 / classes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("label", [-1, -100, 128])
+def test_a_label_out_of_range_trains_no_class(label):
+    """-1 as an index is the last class, and -100 class V - 100."""
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.normal(size=(1, 4)), jnp.float32)
+    weight = jnp.asarray(random.normal(size=(128, 4)), jnp.float32)
+    labels = jnp.array([label])
+    forms: dict[str, Any] = {
+        "hidden": lambda w: losses.linear_softmax_cross_entropy(hidden, w, labels),
+        "logits": lambda w: losses.softmax_cross_entropy(hidden @ w.T, labels),
+    }
+    for name, loss in forms.items():
+        summed = lambda w, loss=loss: loss(w).sum()
+        value, gradient = jax.jit(jax.value_and_grad(summed))(weight)
+        assert np.isnan(value), name
+        np.testing.assert_array_equal(gradient, 0, err_msg=name)
+
+
+def test_the_label_logit_does_not_exceed_the_logsumexp():
+    """Summed in another order it can, and the loss of a certain row is negative."""
+    random = np.random.default_rng(1)
+    weight = jnp.asarray(random.normal(size=(64, 300)), jnp.bfloat16)
+    hidden = 3 * weight  # the product with its own class is far above the others
+    loss = streamed(vocab_chunk=24)(hidden, weight, jnp.arange(64))
+    assert np.min(loss) >= 0
+
+
+def test_a_gradient_filter_leaves_the_gradient_of_the_bias_alone():
+    """Skipping a block of the backward pass as a whole drops its bias gradient too."""
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.normal(size=(128, 4)), jnp.float32)
+    weight = jnp.asarray(random.normal(size=(384, 4)), jnp.float32)
+    labels = jnp.asarray(random.integers(0, 128, 128))  # two blocks hold no label
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def gradients(weight, bias, eps):
+        return jax.grad(
+            lambda w, b: losses.linear_softmax_cross_entropy(
+                hidden, w, labels, bias=b, gradient_filter_eps=eps
+            ).sum(),
+            argnums=(0, 1),
+        )(weight, bias)
+
+    exact, exact_bias = gradients(weight, jnp.zeros(384), None)
+    filtered, bias = gradients(weight, jnp.zeros(384), 0.9)
+    assert np.all(np.asarray(filtered[128:]) == 0)  # blocks were dropped
+    assert np.any(np.asarray(exact[128:]) != 0)
+    np.testing.assert_allclose(bias, exact_bias, atol=1e-5)
+
+
+def test_smoothing_over_a_divided_vocabulary_means_over_all_classes():
+    """The mean of the log-probabilities over the classes of one device is another."""
+    devices = jax.device_count()
+    mesh = jax.make_mesh((devices,), ("classes",), axis_types=(AxisType.Auto,))
+    random = np.random.default_rng(0)
+    classes = 6 * devices
+    hidden = random.normal(size=(5, 4)).astype(np.float32)
+    weight = random.normal(size=(classes, 4)).astype(np.float32)
+    weight += np.arange(classes, dtype=np.float32)[:, None] / 9  # devices differ
+    labels = np.arange(5) * 7 % classes
+
+    def divided(hidden, weight, labels):
+        return losses.linear_softmax_cross_entropy(
+            hidden, weight, labels, label_smoothing=0.3, axis_name="classes"
+        )
+
+    mapped = jax.shard_map(
+        divided, mesh=mesh, in_specs=(P(), P("classes"), P()), out_specs=P()
+    )
+
+    @jax.jit
+    def run(weight):
+        total = lambda w: mapped(hidden, w, labels).sum()
+        return mapped(hidden, weight, labels), jax.grad(total)(weight)
+
+    loss, gradient = run(weight)
+    expected = token_metrics(
+        labels,
+        hidden=hidden,
+        weight=weight,
+        label_smoothing=0.3,
+        cotangents={"loss": np.ones(5)},
+    )
+    np.testing.assert_allclose(loss, expected.values["loss"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected.gradients["weight"], atol=1e-4)
+
+
+def test_forward_derivatives_with_logits_of_minus_infinity_are_finite():
+    """The tangent of 0 log 0 is NaN if it is not selected before the logarithm."""
+    logits = jnp.array([[1.0, -jnp.inf, 0.5], [-jnp.inf, 2.0, -jnp.inf]])
+    loss: Any = functools.partial(
+        losses.softmax_cross_entropy, implementation="reference"
+    )
+    _, tangent = jax.jvp(
+        lambda z: loss(z, jnp.array([0, 1])), (logits,), (jnp.ones_like(logits),)
+    )
+    np.testing.assert_allclose(tangent, 0, atol=1e-6)  # a shift of the whole row
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_the_focal_loss_has_a_gradient_where_the_label_is_certain(gamma):
+    """(1 - p) ** 0.5 has an infinite slope at p = 1, and 0 times that is NaN."""
+    margins = jnp.array([0.0, 30.0, 1e4])
+    logits = jnp.stack([margins, 0 * margins], axis=1)
+    labels = jnp.zeros(3, int)
+    loss = lambda z: losses.softmax_focal_loss(z, labels, gamma=gamma).sum()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    assert gradient[0, 0] < 0 < gradient[0, 1]
+
+
+def test_generalized_cross_entropy_of_a_small_q_is_cross_entropy():
+    """(1 - p ** q) / q has few digits left: 29.981 instead of 30 for p = e^-30."""
+    nll = np.log1p(np.exp(np.float64(30)))
+    got = losses.generalized_cross_entropy_loss(
+        jnp.array([[0.0, 30.0]]), jnp.array([0]), q=1e-6
+    )
+    np.testing.assert_allclose(got, -np.expm1(-1e-6 * nll) / 1e-6, rtol=1e-6)

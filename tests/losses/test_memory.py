@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from softlib.losses import _chunks, linear_softmax_cross_entropy, linear_token_metrics
+from softlib.losses import linear_softmax_cross_entropy, linear_token_metrics
 
 struct = jax.ShapeDtypeStruct
 MIB = 2**20
@@ -107,24 +107,6 @@ def test_residuals_are_numbers_per_row():
     sizes = sorted(leaf.size for leaf in kept)
     arguments = {rows * features, vocabulary * features}
     assert {size for size in sizes if size > 8 * rows} <= arguments
-
-
-@pytest.mark.parametrize(
-    ("rows", "features"),
-    [
-        (1, 1),
-        (7, 64),
-        (1000, 64),
-        (8192, 2304),
-        (8184, 4096),
-        (8191, 4096),
-        (10**6, 64),
-    ],
-)
-def test_row_groups_divide_the_rows(rows, features):
-    groups = _chunks.row_groups(rows, features)
-    assert rows % groups == 0
-    assert groups == 1 or rows // groups >= 32
 
 
 def test_long_inputs_are_taken_in_row_groups():

@@ -17,7 +17,8 @@ from tests.oracles import row_statistics as oracle
 from tests.pairwise import name, pairwise
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-ALL = losses.RowStatistics._fields
+# The rank has a test of its own: rounding may exchange two nearly equal logits.
+ALL = [name for name in losses.RowStatistics._fields if name != "label_rank"]
 CASES = pairwise({**SHAPES, **OPTIONS, "labels": (None, "one", "several")}, is_small)
 LARGE = pairwise(
     {"V": (50257, 151936), "N": (1000, 7), **OPTIONS, "labels": ("one", "several")}

@@ -14,7 +14,7 @@ from tests.losses.problems import as_jax, assert_agrees, values_and_gradients
 from tests.oracles import row_statistics as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-ALL = losses.RowStatistics._fields
+ALL = [name for name in losses.RowStatistics._fields if name != "label_rank"]
 DIFFERENTIABLE = oracle.DIFFERENTIABLE
 FROM_LOGITS = ("lse", "mean_logit", "sum_logits", "sum_squared_logits")
 

@@ -2,107 +2,34 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
 from softlib.losses import RowStatistics
 from softlib.testing import assert_close
+from tests.losses.divided import (
+    CLASSES,
+    FLOATING,
+    OPERANDS,
+    assert_equal,
+    check,
+    metrics,
+    one_device,
+    place,
+    problem,
+    specs,
+    vocabulary_parallel,
+    with_gradients,
+)
 
-ROWS, FEATURES, CLASSES = (4, 8), 16, 48
-ROW, CLASS = P("data"), P("classes")
-METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
-
-
-def arguments(dtype="float32"):
-    rng = np.random.default_rng(0)
-    array = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-    labels = jnp.asarray(rng.integers(0, CLASSES, ROWS), jnp.int32)
-    return {
-        "hidden": array(*ROWS, FEATURES),
-        "weight": array(CLASSES, FEATURES),
-        "bias": array(CLASSES),
-        "temperature": jnp.exp(array(*ROWS)),
-        "labels": labels.at[0, 0].set(-100),
-        # The first device of the axis has no class of its own.
-        "class_where": jnp.arange(CLASSES) >= CLASSES // 4,
-    }
-
-
-SPECS = {
-    "hidden": ROW,
-    "weight": CLASS,
-    "bias": CLASS,
-    "temperature": ROW,
-    "labels": ROW,
-    "class_where": CLASS,
-}
-FLOATING = ("hidden", "weight", "bias", "temperature")
-
-
-def metrics(axis_name=None, vocab_axis=0, **operands):
-    """Every number per token, with every option that looks at single classes."""
-    if vocab_axis == 1:
-        operands["weight"] = operands["weight"].T
-    found = losses.linear_token_metrics(
-        **operands,
-        vocab_axis=vocab_axis,
-        where=operands["labels"] >= 0,
-        label_smoothing=0.1,
-        logsumexp_penalty=0.01,
-        vocab_chunk=5,
-        metrics=METRICS,
-        axis_name=axis_name,
-    )
-    assert found.loss is not None
-    assert found.log_prob is not None
-    # A label on an excluded class costs infinity, on one device or on many.
-    excluded = jnp.isinf(found.loss)
-    return found._replace(
-        loss=jnp.where(excluded, 99, found.loss),
-        log_prob=jnp.where(excluded, 99, found.log_prob),
-    )
-
-
-def divided(function, mesh, check_vma):
-    """`function` of keywords under shard_map, compiled, with its gradients."""
-    mapped = jax.shard_map(
-        lambda operands: function(axis_name="classes", **operands),
-        mesh=mesh,
-        in_specs=(SPECS,),
-        out_specs=ROW,
-        check_vma=check_vma,
-    )
-
-    def call(operands):
-        with jax.set_mesh(mesh):
-            placed = {
-                name: jax.device_put(array, NamedSharding(mesh, SPECS[name]))
-                for name, array in operands.items()
-            }
-            return jax.device_get(jax.jit(with_gradients(mapped))(placed))
-
-    return call
-
-
-def with_gradients(function):
-    def call(operands):
-        def total(floating):
-            found = function({**operands, **floating})
-            leaves = [x for x in jax.tree.leaves(found) if x.dtype != bool]
-            # Different weights, so that no error in one number hides another.
-            return sum(((i + 1) * leaf**2).sum() for i, leaf in enumerate(leaves))
-
-        floating = {name: operands[name] for name in FLOATING}
-        return function(operands), jax.grad(total)(floating)
-
-    return call
-
-
+WHERE = specs("data", "classes")
 MESHES = list(
     itertools.product(((2, 4), (1, 8)), ("Auto", "Explicit"), (True, False), (0, 1))
 )
@@ -115,6 +42,12 @@ PAIRS = [
 ]
 
 
+def grid(*shape, kind=AxisType.Auto):
+    devices = jax.devices()[: int(np.prod(shape))]
+    names = ("data", "classes")[-len(shape) :]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
+
+
 @pytest.mark.parametrize(
     ("shape", "kind", "check_vma", "vocab_axis"),
     [
@@ -123,110 +56,309 @@ PAIRS = [
     ],
 )
 def test_metrics_and_gradients_equal_one_device(shape, kind, check_vma, vocab_axis):
-    function = functools.partial(metrics, vocab_axis=vocab_axis)
-    kinds = (getattr(AxisType, kind),) * 2
-    mesh = jax.make_mesh(shape, ("data", "classes"), axis_types=kinds)
-    actual = divided(function, mesh, check_vma)(arguments())
-    one = with_gradients(lambda operands: function(**operands))
-    expected = jax.jit(one)(arguments())
+    mesh = grid(*shape, kind=getattr(AxisType, kind))
+    where = specs("data", "classes", vocab_axis=vocab_axis)
+    function = vocabulary_parallel(mesh, where, check_vma, vocab_axis)
+    gradients = check(mesh, where, function, vocab_axis)
+    # The gradient of a class lies where the class lies.
+    for name in ("weight", "bias"):
+        expected = NamedSharding(mesh, where[name])
+        actual = gradients[name].sharding
+        assert actual.is_equivalent_to(expected, gradients[name].ndim)
+
+
+def test_several_axes_of_the_mesh_hold_the_vocabulary():
+    mesh, axes = grid(2, 4), ("data", "classes")
+    where = specs(None, axes)
+    check(mesh, where, vocabulary_parallel(mesh, where, True, axes=(None, axes)))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_features_divided_at_rest_are_gathered_for_the_loss(check_vma):
+    mesh = grid(2, 4)
+    where = {**WHERE, "weight": P("classes", "data")}
+
+    def gathered(operands):
+        weight = lax.all_gather(operands["weight"], "data", axis=1, tiled=True)
+        return metrics({**operands, "weight": weight}, "classes")
+
+    function = jax.shard_map(
+        gathered,
+        mesh=mesh,
+        in_specs=({name: where[name] for name in OPERANDS},),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    check(mesh, where, function)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_taken_inside_shard_map(check_vma):
+    mesh = grid(2, 4)
+
+    def inside(arrays):
+        values, gradients = with_gradients(
+            functools.partial(metrics, axis_name="classes")
+        )(arrays)
+        if not check_vma:
+            # Nobody knows that the four devices of "classes" have one loss: each counts
+            # its own, and the sums over devices are the caller's.
+            for name, gradient in gradients.items():
+                elsewhere = {"data", "classes"} - set(WHERE[name])
+                total = lax.psum(gradient, tuple(sorted(elsewhere)))
+                gradients[name] = total / lax.axis_size("classes")
+        return values, gradients
+
+    function = jax.shard_map(
+        inside,
+        mesh=mesh,
+        in_specs=(WHERE,),
+        out_specs=(P("data"), {name: WHERE[name] for name in FLOATING}),
+        check_vma=check_vma,
+    )
+    actual = jax.jit(function)(place(mesh, WHERE, problem()))
+    for found, expected in zip(actual, one_device(), strict=True):
+        assert_equal(found, expected)
+
+
+def mapped(function, mesh):
+    """`function(axis_name=..., **operands)` of the divided operands, compiled."""
+    where = {name: WHERE[name] for name in OPERANDS}
+    return jax.jit(
+        jax.shard_map(
+            lambda operands: function(axis_name="classes", **operands),
+            mesh=mesh,
+            in_specs=(where,),
+            out_specs=P("data"),
+        )
+    )
+
+
+def operands_of(dtype="float32"):
+    arrays = problem()
+    del arrays["cotangents"]
+    return {
+        name: jnp.asarray(a, dtype if name in FLOATING else None)
+        for name, a in arrays.items()
+    }
+
+
+# Of the functions on a linear head, those whose arguments are not (hidden, weight,
+# labels), and those that have no form for a divided vocabulary.
+CALLS = {
+    "linear_entropy": lambda f, h, w, y, **o: f(h, w, **o),
+    "linear_multi_label_cross_entropy": lambda f, h, w, y, **o: f(
+        h, w, jnp.stack([y, (y + 17) % CLASSES], -1), **o
+    ),
+}
+WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
+
+
+def test_every_loss_takes_a_divided_vocabulary():
+    names = {name for name in losses.__all__ if name.startswith("linear_")} - WHOLE
+    mesh = grid(2, 4)
+    arrays = problem()
+    del arrays["cotangents"]
+    arrays["labels"] = np.abs(arrays["labels"]) % CLASSES
+
+    def every(hidden, weight, labels, axis_name=None):
+        found = {}
+        for name in sorted(names):
+            call = CALLS.get(name, lambda f, *arrays, **o: f(*arrays, **o))
+            function = getattr(losses, name)
+            found[name] = call(function, hidden, weight, labels, axis_name=axis_name)
+        return found
+
+    def divided(hidden, weight, labels):
+        return jax.shard_map(
+            functools.partial(every, axis_name="classes"),
+            mesh=mesh,
+            in_specs=(P("data"), P("classes"), P("data")),
+            out_specs=P("data"),
+        )(hidden, weight, labels)
+
+    def differentiated(function):
+        """The gradients of a weighted sum; those by the weights are its terms."""
+
+        def total(hidden, weight, scales, labels):
+            found = function(hidden, weight, labels)
+            sums = {
+                name: sum(
+                    (leaf**2).sum()
+                    for leaf in jax.tree.leaves(found[name])
+                    if jnp.issubdtype(leaf.dtype, jnp.floating)
+                )
+                for name in found
+            }
+            return sum(scales[i] * sums[n] for i, n in enumerate(sorted(sums))), found
+
+        return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
+
+    scales = np.linspace(0.1, 0.3, len(names), dtype=np.float32)
+    operands = [arrays["hidden"], arrays["weight"], scales, arrays["labels"]]
+    expected = jax.device_get(differentiated(every)(*operands))
+    actual = jax.device_get(differentiated(divided)(*operands))
+    assert len(actual[1]) == len(names) > 4
     for found, wanted in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
         assert found.dtype == wanted.dtype
-        assert_close(found, np.asarray(wanted), dtype=jnp.float32, length=CLASSES)
+        assert_close(found, wanted, dtype=jnp.float32, length=CLASSES)
 
 
 def test_all_statistics_in_float64():
     names = RowStatistics._fields
+    given = ("hidden", "weight", "bias", "temperature", "logit_scale")
 
     def statistics(axis_name=None, **operands):
+        del operands["label_smoothing"], operands["logsumexp_penalty"]
         return losses.linear_row_statistics(
             **operands, statistics=names, logit_softcap=3.0, axis_name=axis_name
         )
 
+    def differentiated(function):
+        def total(floating, operands):
+            found = function({**operands, **floating})
+            leaves = jax.tree.leaves(found)
+            # Different weights, so that no error in one number hides another.
+            return sum(((i + 1) * leaf**2).sum() for i, leaf in enumerate(leaves))
+
+        def call(operands):
+            floating = {name: operands[name] for name in given}
+            return function(operands), jax.grad(total)(floating, operands)
+
+        return jax.jit(call)
+
     with jax.enable_x64():
-        mesh = jax.make_mesh((2, 4), ("data", "classes"))
-        actual = divided(statistics, mesh, True)(arguments("float64"))
-        one = with_gradients(lambda operands: statistics(**operands))
-        expected = jax.jit(one)(arguments("float64"))
+        operands = operands_of("float64")
+        mesh = grid(2, 4)
+        divided = differentiated(mapped(statistics, mesh))
+        actual = jax.device_get(divided(place(mesh, WHERE, operands)))
+        one = differentiated(lambda operands: statistics(**operands))
+        expected = jax.device_get(one(operands))
     for found, wanted in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
         assert found.dtype == wanted.dtype
-        assert_close(found, np.asarray(wanted), dtype=jnp.float64, length=CLASSES)
+        assert_close(found, wanted, dtype=jnp.float64, length=CLASSES)
 
 
 def test_ties_of_the_maximum_go_to_the_lowest_class_of_all():
-    mesh = jax.make_mesh((1, 8), ("data", "classes"))
-    operands = arguments()
+    operands = operands_of()
     operands["weight"] = jnp.zeros_like(operands["weight"])
     operands["bias"] = jnp.zeros(CLASSES).at[0].set(-1)
     operands["class_where"] = jnp.ones(CLASSES, bool)
 
     def best(axis_name=None, **operands):
+        del operands["label_smoothing"], operands["logsumexp_penalty"]
         return losses.linear_row_statistics(
             **operands, statistics=("argmax",), axis_name=axis_name
         ).argmax
 
-    mapped = jax.shard_map(
-        lambda operands: best("classes", **operands),
-        mesh=mesh,
-        in_specs=(SPECS,),
-        out_specs=ROW,
-    )
-    with jax.set_mesh(mesh):
-        placed = {
-            name: jax.device_put(array, NamedSharding(mesh, SPECS[name]))
-            for name, array in operands.items()
-        }
-        actual = jax.device_get(jax.jit(mapped)(placed))
+    mesh = grid(1, 8)
+    actual = mapped(best, mesh)(place(mesh, WHERE, operands))
     np.testing.assert_array_equal(actual, best(**operands))
     np.testing.assert_array_equal(actual, 1)
 
 
 def test_no_class_selected_on_any_device():
-    mesh = jax.make_mesh((2, 4), ("data", "classes"))
-    operands = arguments()
-    operands["class_where"] = jnp.zeros(CLASSES, bool)
-    found, gradient = divided(metrics, mesh, True)(operands)
-    where = np.asarray(operands["labels"]) >= 0
-    np.testing.assert_array_equal(found.loss, 0)
-    np.testing.assert_array_equal(found.lse, np.where(where, -np.inf, 0))
-    without_lse = lambda **operands: metrics(**operands)._replace(lse=None)
-    _, gradient = divided(without_lse, mesh, True)(operands)
-    for leaf in gradient.values():
-        np.testing.assert_array_equal(leaf, 0)
+    mesh = grid(2, 4)
+    arrays = problem()
+    arrays["class_where"] = np.zeros(CLASSES, bool)
+    placed = place(mesh, WHERE, arrays)
+    function = vocabulary_parallel(mesh, WHERE, True)
+    values, gradients = with_gradients(function)(placed)
+    np.testing.assert_array_equal(values["loss"], 0)
+    lse = np.where(arrays["labels"] >= 0, -np.inf, 0)
+    np.testing.assert_array_equal(values["lse"], lse)
+    for gradient in gradients.values():
+        np.testing.assert_array_equal(gradient, 0)
 
 
-def test_memory_of_a_device_is_its_share_of_the_vocabulary():
-    rows, features, classes = 512, 128, 65536
-    mesh = jax.make_mesh((8,), ("classes",), axis_types=(AxisType.Auto,))
+# ------------------------------------------------------------------------------- memory
+ROWS, FEATURES, VOCABULARY = 512, 128, 65536
+WEIGHT = 4 * VOCABULARY * FEATURES
+
+
+@functools.cache
+def program(shape, vocab_axis):
+    """Loss and gradients, compiled for a mesh of `shape`."""
+    mesh = grid(*shape)
+    rows = P("data") if len(shape) == 2 else P()
+    classes = P(None, "classes") if vocab_axis else P("classes")
 
     def loss(hidden, weight, labels):
-        cross_entropy = losses.linear_softmax_cross_entropy
-        return cross_entropy(hidden, weight, labels, axis_name="classes")
+        return losses.linear_softmax_cross_entropy(
+            hidden, weight, labels, vocab_axis=vocab_axis, axis_name="classes"
+        )
 
-    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(P(), CLASS, P()), out_specs=P())
+    mapped = jax.shard_map(
+        loss, mesh=mesh, in_specs=(rows, classes, rows), out_specs=rows
+    )
     total = lambda *operands: mapped(*operands).mean()
     struct = lambda shape, dtype, spec: jax.ShapeDtypeStruct(
         shape, dtype, sharding=NamedSharding(mesh, spec)
     )
+    weight = (FEATURES, VOCABULARY) if vocab_axis else (VOCABULARY, FEATURES)
     operands = (
-        struct((rows, features), jnp.float32, P()),
-        struct((classes, features), jnp.float32, CLASS),
-        struct((rows,), jnp.int32, P()),
+        struct((ROWS, FEATURES), jnp.float32, rows),
+        struct(weight, jnp.float32, classes),
+        struct((ROWS,), jnp.int32, rows),
     )
-    program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*operands).compile()
-    memory = program.memory_analysis()
-    assert memory is not None
-    own = 4 * classes * features // 8
-    assert memory.output_size_in_bytes < 1.1 * (own + 4 * rows * features)
-    assert memory.temp_size_in_bytes < 4 * rows * classes // 8  # no logits either
-    assert "all-gather" not in (program.as_text() or "")
+    gradient = jax.value_and_grad(total, argnums=(0, 1))
+    return jax.jit(gradient).lower(*operands).compile()
+
+
+def memory(shape, vocab_axis):
+    """Bytes per device: arguments, results, scratch."""
+    found = program(shape, vocab_axis).memory_analysis()
+    assert found is not None
+    return (
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.temp_size_in_bytes,
+    )
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_memory_of_a_device_is_its_share_of_the_vocabulary(devices, vocab_axis):
+    whole, share = memory((1,), vocab_axis), memory((devices,), vocab_axis)
+    # The weight and its gradient are divided; hidden, labels and scratch stay.
+    saved = WEIGHT - WEIGHT // devices
+    assert whole[0] - share[0] == saved
+    assert whole[1] - share[1] == saved
+    assert share[0] < WEIGHT // devices + 1.1 * 4 * ROWS * FEATURES
+    assert share[1] < WEIGHT // devices + 1.1 * 4 * ROWS * FEATURES
+    # A few tiles, whatever the vocabulary: less than the logits of one of 8 devices.
+    assert max(whole[2], share[2]) < 4 * ROWS * VOCABULARY // 8
+
+
+def test_memory_where_rows_are_divided_too():
+    arguments, results, scratch = memory((2, 4), 0)
+    for size in (arguments, results):
+        assert size < WEIGHT // 4 + 1.1 * 4 * ROWS // 2 * FEATURES
+    # The gradient of the own classes is added over the rows of the other devices.
+    assert scratch < WEIGHT // 4 + 4 * ROWS // 2 * VOCABULARY // 4
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4)])
+def test_devices_exchange_numbers_per_row_and_gradients_only(shape):
+    text = program(shape, 0).as_text() or ""
+    collectives = re.findall(r"= (.*?) (all-|reduce-scatter|collective-)", text)
+    sizes = {
+        int(np.prod([int(n) for n in dimensions.split(",") if n]))
+        for result, _ in collectives
+        for dimensions in re.findall(r"\w+\[([\d,]*)\]", result)
+    }
+    rows = ROWS // (shape[0] if len(shape) == 2 else 1)
+    of_classes = {VOCABULARY // 4 * FEATURES} if len(shape) == 2 else set()
+    assert sizes - {1} == {rows, rows * FEATURES} | of_classes
+    assert "all-gather" not in text
 
 
 @pytest.mark.usefixtures("untyped")
 def test_an_unknown_axis_is_named():
-    operands = arguments()
+    operands = problem()
     with pytest.raises(ValueError, match=r"`axis_name` must name an axis.*got 'model'"):
         losses.linear_entropy(operands["hidden"], operands["weight"], axis_name="model")

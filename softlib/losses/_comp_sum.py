@@ -1,0 +1,400 @@
+r"""Comp-sum losses, $(p^{\tau - 1} - 1) / (1 - \tau)$: one family from 1/p to 1 - p."""
+
+import math
+from typing import Unpack
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib import _checks as checks
+from softlib.typing import Scalar
+
+from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
+from ._options import LinearHeadOptions, LogitsOptions
+from ._sources import GivenLogits, LinearHead
+
+
+def linear_comp_sum_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    tau: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Comp-sum loss of a linear head, per row, without forming its logits.
+
+    A concave function of $\sum_{j \neq y} e^{z_j - z_y}$, which is $1 / p_y - 1$:
+
+    $$L_\tau = \frac{p_y^{\tau - 1} - 1}{1 - \tau}, \qquad L_1 = -\log p_y .$$
+
+    $\tau = 0$ is the sum-exponential loss $1 / p_y - 1$, 1 cross-entropy (in nats),
+    $1 + q$ generalized cross-entropy and 2 the mean absolute error $1 - p_y$. The
+    gradient is that of cross-entropy times $p_y^{\tau - 1}$: small $\tau$ looks at hard
+    rows, large $\tau$ ignores them, which helps when labels are wrong. The guarantee
+    behind the loss weakens with the number of classes for $\tau > 1$.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs the limit for $p_y = 0$:
+            +inf, or $1 / (\tau - 1)$ for $\tau > 1$; without gradient of the logits.
+        tau: $\tau \geq 0$; a number is static, an array traced and differentiable, also
+            at 1.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `tau`. Where the slope
+        $p_y^{\tau - 1}$ is larger than any number of the dtype, it is 0.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, 1])
+        >>> loss = softlib.losses.linear_comp_sum_loss(hidden, weight, labels, tau=0.5)
+        >>> print(loss.round(4))
+        [0.635  0.2545]
+    """
+    source = LinearHead.of("linear_comp_sum_loss", hidden, weight, **options)
+    checks.require_scalar(source.function, "tau", tau, 0, math.inf)
+    return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
+
+
+def comp_sum_loss(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    tau: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Comp-sum loss of logits, per row.
+
+    The loss of `linear_comp_sum_loss` from logits that exist.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_comp_sum_loss`.
+        tau: $\tau \geq 0$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_comp_sum_loss`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> print(softlib.losses.comp_sum_loss(logits, labels, tau=1.5).round(4))
+        [0.123  0.5858]
+    """
+    source = GivenLogits.of("comp_sum_loss", logits, **options)
+    checks.require_scalar(source.function, "tau", tau, 0, math.inf)
+    return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
+
+
+def linear_generalized_cross_entropy_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    q: Scalar = 0.7,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Generalized cross-entropy of a linear head, per row, without its logits.
+
+    $$L = \frac{1 - p_y^q}{q}$$
+
+    The comp-sum loss of $\tau = 1 + q$: cross-entropy for $q \to 0$, mean absolute
+    error for $q = 1$, and between them a compromise of the speed of the one and the
+    other's tolerance of wrong labels.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs $1 / q$, without gradient of
+            the logits.
+        q: $q \geq 0$, where 0 is the limit; a number is static, an array traced and
+            differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_comp_sum_loss`, with `q` for `tau`.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
+        Labels", without its truncation.
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> gce = softlib.losses.linear_generalized_cross_entropy_loss
+        >>> print(gce(hidden, weight, jnp.array([1, 1])).round(2))
+        [0.95 0.22]
+    """
+    function = "linear_generalized_cross_entropy_loss"
+    source = LinearHead.of(function, hidden, weight, **options)
+    checks.require_scalar(function, "q", q, 0, math.inf)
+    return _power_loss(log_probability_of_labels(source, labels, where), q)
+
+
+def generalized_cross_entropy_loss(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    q: Scalar = 0.7,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Generalized cross-entropy of logits, per row.
+
+    The loss of `linear_generalized_cross_entropy_loss` from logits that exist.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_generalized_cross_entropy_loss`.
+        q: $q \geq 0$, where 0 is cross-entropy; a number is static, an array traced and
+            differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_comp_sum_loss`, with `q` for `tau`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
+        Labels", without its truncation.
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> gce = softlib.losses.generalized_cross_entropy_loss
+        >>> print(gce(logits, labels).round(4))
+        [0.1215 0.5492]
+    """
+    source = GivenLogits.of("generalized_cross_entropy_loss", logits, **options)
+    checks.require_scalar(source.function, "q", q, 0, math.inf)
+    return _power_loss(log_probability_of_labels(source, labels, where), q)
+
+
+def linear_mean_absolute_error_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Mean absolute error of a linear head's probabilities, without its logits.
+
+    $$L = 1 - p_y$$
+
+    The probability of being wrong when a class is drawn from the prediction, and half
+    the $\ell_1$ distance between the prediction and the label. Its gradient is that of
+    cross-entropy times $p_y$: it tolerates wrong labels, and is slow to start among
+    many classes.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs 1, without gradient.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "Robust Loss Functions under Label Noise for Deep Neural Networks", whose
+        value is twice this one.
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> mae = softlib.losses.linear_mean_absolute_error_loss
+        >>> print(mae(hidden, weight, jnp.array([1, 0])).round(4))
+        [0.7881 0.8935]
+    """
+    source = LinearHead.of("linear_mean_absolute_error_loss", hidden, weight, **options)
+    return _power_loss(log_probability_of_labels(source, labels, where), 1)
+
+
+def mean_absolute_error_loss(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Mean absolute error of the softmax of logits, per row.
+
+    The loss of `linear_mean_absolute_error_loss` from logits that exist.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_mean_absolute_error_loss`.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "Robust Loss Functions under Label Noise for Deep Neural Networks", whose
+        value is twice this one.
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> print(softlib.losses.mean_absolute_error_loss(logits, labels).round(4))
+        [0.1192 0.5   ]
+    """
+    source = GivenLogits.of("mean_absolute_error_loss", logits, **options)
+    return _power_loss(log_probability_of_labels(source, labels, where), 1)
+
+
+def comp_sum_from_log_prob(
+    log_prob: Float[Array, "*shape"], *, tau: Scalar = 1.0
+) -> Float[Array, "*shape"]:
+    r"""Comp-sum loss of log-probabilities.
+
+    $(p^{\tau - 1} - 1) / (1 - \tau)$, and $-\log p$ for $\tau = 1$, for
+    `linear_token_log_probs` or any log-probabilities.
+
+    Args:
+        log_prob: $\log p \leq 0$. NaN gives NaN; -inf gives +inf, or $1 / (\tau - 1)$
+            for $\tau > 1$; both with gradient 0.
+        tau: $\tau \geq 0$; a number is static, an array traced and differentiable, also
+            at 1.
+
+    Returns:
+        A loss for each, float32 or float64; accurate for every $\tau$, however near 1.
+
+    Raises:
+        TypeError: `log_prob` is not floating.  ValueError: `tau` is no scalar or
+            negative.
+
+    Derivatives: any order, forward and reverse. Where the slope $p^{\tau - 1}$ is
+        larger than any number of the dtype, it is 0.
+    Cost: a few dozen operations for each element.
+    Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+        >>> log_prob = jnp.log(jnp.array([0.5, 0.75]))
+        >>> print(softlib.losses.comp_sum_from_log_prob(log_prob, tau=2.0).round(4))
+        [0.5  0.25]
+    """
+    function = "comp_sum_from_log_prob"
+    checks.require_scalar(function, "tau", tau, 0, math.inf)
+    return _power_loss(wide_log_prob(function, log_prob), tau - 1)
+
+
+def _power_loss(log_prob: Array, exponent: Scalar) -> Array:
+    """(1 - p**a) / a for the exponent a, and its limit -log p for a = 0."""
+    bounded = exponent > 0
+    limit = jnp.where(bounded, 1 / jnp.where(bounded, exponent, 1), jnp.inf)
+    return of_log_prob(log_prob, lambda nll: _box_cox(nll, exponent), limit)
+
+
+def _box_cox(nll: Array, exponent: Scalar) -> Array:
+    """-expm1(-a x) / a; as (1 - exp(-a x)) / a it would lose x for a small a."""
+    # The derivative of the quotient with respect to a cancels where a x is small, and
+    # at a = 0 there is no quotient: there x (1 - e^-u) / u with u = a x, by a series.
+    u = exponent * nll
+    near = jnp.abs(u) < 0.5
+    by_series = nll * _mean_of_exponential(jnp.where(near, u, 0))
+
+    a = jnp.where(near, 1, exponent)
+    quotient = lambda x: -jnp.expm1(-a * x) / a
+    # For a < 0 the slopes e^-u and, in a, x e^-u / a may overflow, and an infinite
+    # cotangent times a probability of 0 is NaN.
+    slope = jnp.exp(-u) * jnp.maximum(nll, 1) / a
+    steep = ~jnp.isfinite(lax.stop_gradient(slope)) & ~near
+    exact = quotient(jnp.where(near | steep, 0, nll))
+    exact = jnp.where(steep, lax.stop_gradient(quotient(nll)), exact)
+    return jnp.where(near, by_series, exact)
+
+
+def _mean_of_exponential(u: Array) -> Array:
+    """(1 - e^-u) / u for abs(u) < 0.5, the mean of e^-t for t from 0 to u."""
+    total = jnp.zeros_like(u)
+    for n in reversed(range(16)):  # the next term is below 1e-19
+        total = 1 / math.factorial(n + 1) - u * total
+    return total

@@ -1,0 +1,189 @@
+"""Focal loss: cross-entropy that cares less about what is already right."""
+
+from typing import Unpack
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib import _checks as checks
+from softlib.typing import Scalar
+
+from ._compose import log_probability, of_log_prob, wide_log_prob
+from ._options import LinearHeadOptions, LogitsOptions
+from ._rows import prepare, weigh
+from ._sources import GivenLogits, LinearHead, Source
+
+
+def linear_softmax_focal_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    gamma: Scalar = 2.0,
+    class_weights: Float[Array, " V"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Focal loss of a linear head, in nats per row, without forming its logits.
+
+    With $p_y$ the probability of the label $y$ and $a_y$ the weight of its class,
+
+    $$L = -a_y (1 - p_y)^\gamma \log p_y .$$
+
+    A row of probability near 1 adds almost nothing, so that many easy rows do not drown
+    a few hard ones; $\gamma = 0$ is cross-entropy. Compared with that, the gradient of
+    a row is multiplied by $(1 - p)^\gamma - \gamma\, p \log p\, (1 - p)^{\gamma - 1}$.
+    (The sigmoid form, a binary decision per class, is `optax.sigmoid_focal_loss`.)
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs +inf, without gradient.
+        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
+        class_weights: $a_j$, one number per class, differentiable; a label of weight 0
+            costs 0. Nothing is divided by their sum.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `gamma` and
+        `class_weights`. Loss and gradient are finite for every margin and every
+        $\gamma$: where $1 - p_y$ is below the resolution of the logsumexp (a margin of
+        16 nats in float32) they are 0 instead of some $10^{-7 (1 + \gamma)}$.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "Focal Loss for Dense Object Detection", its softmax form.
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, 1])
+        >>> loss = softlib.losses.linear_softmax_focal_loss(hidden, weight, labels)
+        >>> print(loss.round(4))
+        [0.0991 0.0109]
+    """
+    source = LinearHead.of("linear_softmax_focal_loss", hidden, weight, **options)
+    return _focal_loss(source, labels, gamma, class_weights, where)
+
+
+def softmax_focal_loss(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    gamma: Scalar = 2.0,
+    class_weights: Float[Array, " V"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Focal loss of logits, in nats per row.
+
+    The loss of `linear_softmax_focal_loss` from logits that exist.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_softmax_focal_loss`.
+        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
+        class_weights: A factor per class, that of the label; differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_softmax_focal_loss`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "Focal Loss for Dense Object Detection", its softmax form.
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> print(softlib.losses.softmax_focal_loss(logits, labels).round(4))
+        [0.0018 0.1733]
+    """
+    source = GivenLogits.of("softmax_focal_loss", logits, **options)
+    return _focal_loss(source, labels, gamma, class_weights, where)
+
+
+def focal_from_log_prob(
+    log_prob: Float[Array, "*shape"], *, gamma: Scalar = 2.0
+) -> Float[Array, "*shape"]:
+    r"""Focal loss of log-probabilities, in nats each.
+
+    $-(1 - p)^\gamma \log p$, for `linear_token_log_probs` or any log-probabilities.
+
+    Args:
+        log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf, both with gradient 0.
+        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
+
+    Returns:
+        A loss for each, float32 or float64.
+
+    Raises:
+        TypeError: `log_prob` is not floating.  ValueError: `gamma` is no scalar or
+            negative.
+
+    Derivatives: any order, forward and reverse, finite up to $p = 1$.
+    Cost: a few operations for each element.
+    Source: "Focal Loss for Dense Object Detection".
+
+    Example:
+        >>> log_prob = jnp.log(jnp.array([0.5, 0.9]))
+        >>> print(softlib.losses.focal_from_log_prob(log_prob, gamma=1.0).round(4))
+        [0.3466 0.0105]
+    """
+    function = "focal_from_log_prob"
+    checks.require_scalar(function, "gamma", gamma, 0, jnp.inf)
+    return _focal(wide_log_prob(function, log_prob), gamma)
+
+
+def _focal_loss(
+    source: Source,
+    labels: Array,
+    gamma: Scalar,
+    class_weights: Array | None,
+    where: Array | None,
+) -> Array:
+    checks.require_scalar(source.function, "gamma", gamma, 0, jnp.inf)
+    rows = prepare(
+        source,
+        ("lse", "label_logits"),
+        labels,
+        where,
+        class_weights=class_weights,
+        distributions=False,
+    )
+    loss = _focal(log_probability(rows), gamma)
+    return loss if rows.class_weight is None else weigh(rows.class_weight, loss)
+
+
+def _focal(log_prob: Array, gamma: Scalar) -> Array:
+    def loss(nll):
+        others = -jnp.expm1(-nll)  # 1 - p
+        certain = others < jnp.finfo(others.dtype).tiny
+        # Not others**gamma: for gamma < 1 its slope at 0 is infinite, and 0 * inf is
+        # NaN. At p = 1 the slope of the loss is 0, but that of -log p for gamma = 0.
+        factor = jnp.exp(gamma * jnp.log(jnp.where(certain, 1, others)))
+        return nll * jnp.where(certain & (gamma != 0), 0, factor)
+
+    return of_log_prob(log_prob, loss, jnp.inf)

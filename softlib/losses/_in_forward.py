@@ -1,0 +1,199 @@
+"""The sum of a loss over rows, with its gradients computed in the forward pass.
+
+A loss per row must wait for the cotangent of every row before it can start on
+gradients, and multiplies once more for the logits it did not keep: four products. A sum
+has one cotangent, a scalar that multiplies the finished gradients, so nothing has to
+wait: a block of rows keeps its logits, takes their statistics, and pulls the loss back
+at once: three products.
+
+The price is memory, of a block of logits and of gradients that wait for the backward
+pass; where several blocks add to it, the weight's gradient is summed in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, absent
+from softlib._sharding import match_varying
+from softlib.typing import Implementations
+
+from . import _chunks, _engine, _stream, _tile
+from ._chunks import RowCut
+from ._stream import BackwardOperands, ClassSums, Head, HeadGradient, RowSums
+from ._tile import Options, RowCotangents, RowStatistics
+
+
+class RowTerms(NamedTuple):
+    """What a loss reads per row besides statistics, and for all rows alike.
+
+    Differentiable: `factors` (pytree, rows first) and `scalars` (pytree of scalars).
+    Not: `marks` (pytree, rows first).
+    """
+
+    factors: Any
+    scalars: Any
+    marks: Any
+
+
+class SumOperands(NamedTuple):
+    head: Head
+    terms: RowTerms
+
+
+# (statistics, terms of the same rows) -> loss of each of these rows
+type RowLoss = Callable[[RowStatistics, RowTerms], Float[Array, " rows"]]
+
+
+def total(
+    names: Implementations,
+    options: Options,
+    loss: RowLoss,
+    operands: SumOperands,
+) -> Float[Array, ""]:
+    """The sum of `loss` over all rows; its statistics all have gradients."""
+    made = _dispatch.plan(_engine.LINEAR, names, options, operands.head)
+    if _engine.is_reference(made):
+        return _plain(names, options, loss, operands)  # JAX differentiates it
+    return _total(names, options, loss, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _total(
+    names: Implementations, options: Options, loss: RowLoss, operands: SumOperands
+) -> Float[Array, ""]:
+    return _plain(names, options, loss, operands)
+
+
+def _plain(
+    names: Implementations, options: Options, loss: RowLoss, operands: SumOperands
+) -> Float[Array, ""]:
+    statistics = _engine.linear(names, options, operands.head)
+    return loss(statistics, operands.terms).sum()
+
+
+def _total_forward(
+    names: Implementations, options: Options, loss: RowLoss, operands: SumOperands
+):
+    return _dispatch.run(LINEAR_SUM, names, (options, loss), operands)
+
+
+def _total_backward(
+    names: Implementations,
+    options: Options,
+    loss: RowLoss,
+    gradients: tuple[HeadGradient, Any, Any],
+    cotangent: Float[Array, ""],
+):
+    scaled = lambda g: (g * cotangent).astype(g.dtype)
+    head, factors, scalars = jax.tree.map(scaled, gradients)
+    return (
+        SumOperands(
+            Head(head.hidden, head.weight, None, head.modifiers),
+            RowTerms(factors, scalars, None),
+        ),
+    )
+
+
+_total.defvjp(_total_forward, _total_backward)
+
+
+def _note(options: tuple[Options, RowLoss], operands: SumOperands) -> str | None:
+    return _engine.gradient_note(options[0], operands.head)
+
+
+class _Sums(NamedTuple):
+    """What the blocks of rows add up."""
+
+    value: Float[Array, ""]
+    classes: ClassSums
+    scalars: Any
+    rows: _chunks.Total  # of _PerRow
+
+
+class _PerRow(NamedTuple):
+    head: RowSums
+    factors: Any
+
+
+def _value_and_gradients(
+    options_and_loss: tuple[Options, RowLoss], operands: SumOperands
+) -> tuple[Float[Array, ""], tuple[HeadGradient, Any, Any]]:
+    options, loss = options_and_loss
+    head, terms = operands
+    dtype = head.dtype
+    rows = head.hidden.shape[0]
+    vocabulary = head.weight.shape[options.vocab_axis]
+    cut = _chunks.row_blocks(
+        rows,
+        vocabulary,
+        options.token_chunk,
+        strided=options.gradient_filter_eps is None,
+    )
+
+    def of_block(group, classes):
+        mine = _stream.rows_of(head, cut, group)
+        own = RowTerms(
+            cut.take(terms.factors, group), terms.scalars, cut.take(terms.marks, group)
+        )
+        size = _stream.classes_per_step(options, head, mine.hidden.shape[0])
+        found, kept = _stream.statistics(
+            _engine.with_residuals(options), mine, size, keep=vocabulary
+        )
+
+        def value(statistics, factors, scalars):
+            return loss(statistics, RowTerms(factors, scalars, own.marks)).sum()
+
+        asked = _tile.only(found, options)
+        found_value, pull = jax.vjp(value, asked, own.factors, own.scalars)
+        cotangents, factors, scalars = pull(jnp.ones_like(found_value))
+        known = RowCotangents(found.lse, found.mean_logit, cotangents)
+        sums, classes = _stream.gradient_sums(
+            options,
+            BackwardOperands(mine, known, kept),
+            RowCut(1, mine.hidden.shape[0]),
+            size,
+            classes,
+            add=not cut.whole,
+        )
+        return found_value, scalars, _PerRow(sums, factors), classes
+
+    def visit(sums: _Sums, group) -> _Sums:
+        value, scalars, per_row, classes = of_block(group, sums.classes)
+        return _Sums(
+            sums.value + value,
+            classes,
+            jax.tree.map(jnp.add, sums.scalars, scalars),
+            cut.add(sums.rows, per_row, group),
+        )
+
+    # Several blocks add to the weight's gradient: not in a narrower dtype.
+    wide = head.weight.dtype if cut.whole else dtype
+    bias = head.modifiers.bias
+    classes = ClassSums(
+        jnp.zeros(head.weight.shape, wide),
+        None if bias is None else jnp.zeros(bias.shape, dtype),
+    )
+    classes = match_varying(classes, head.hidden)
+    value, scalars, per_row, _ = jax.eval_shape(of_block, 0, classes)
+    zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
+    start = _Sums(zeros(value), classes, zeros(scalars), cut.zeros(per_row))
+    sums = cut.fold(visit, match_varying(start, head.hidden))
+    rows_found: _PerRow = cut.joined(sums.rows)
+    gradient = _stream.gradient_of(head, rows_found.head, sums.classes)
+    return sums.value, (gradient, rows_found.factors, sums.scalars)
+
+
+LINEAR_SUM = Operation(
+    "linear_sum_with_gradients",
+    (
+        absent("pallas_tpu", "tpu"),
+        absent("pallas_gpu", "cuda"),
+        Implementation("xla", _value_and_gradients, note=_note),
+    ),
+)

@@ -1,0 +1,340 @@
+"""Losses that are linear in -log p and p: poly-1 and symmetric cross-entropy."""
+
+import math
+from typing import Unpack
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib import _checks as checks
+from softlib.typing import Scalar
+
+from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
+from ._options import LinearHeadOptions, LogitsOptions
+from ._sources import GivenLogits, LinearHead
+
+
+def linear_poly1_cross_entropy(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    epsilon: Scalar = 2.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Poly-1 cross-entropy of a linear head, in nats per row, without its logits.
+
+    $$L = -\log p_y + \epsilon (1 - p_y)$$
+
+    Cross-entropy is $\sum_n (1 - p)^n / n$; poly-1 raises the coefficient of its first
+    term by $\epsilon$. The gradient is that of cross-entropy times $1 + \epsilon p_y$:
+    more, for $\epsilon > 0$, on rows that are nearly right. $\epsilon = 0$ is
+    cross-entropy.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs +inf, without gradient.
+        epsilon: $\epsilon \geq -1$, below which the loss would be negative near
+            $p_y = 1$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `epsilon`.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+        Functions".
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, 1])
+        >>> loss = softlib.losses.linear_poly1_cross_entropy(hidden, weight, labels)
+        >>> print(loss.round(4))
+        [1.3992 0.6656]
+    """
+    source = LinearHead.of("linear_poly1_cross_entropy", hidden, weight, **options)
+    _require_epsilon(source.function, epsilon)
+    return _poly1(log_probability_of_labels(source, labels, where), epsilon)
+
+
+def poly1_cross_entropy(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    epsilon: Scalar = 2.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Poly-1 cross-entropy of logits, in nats per row.
+
+    The loss of `linear_poly1_cross_entropy` from logits that exist.
+    (`optax.poly_loss` is the same for labels that are distributions.)
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_poly1_cross_entropy`.
+        epsilon: $\epsilon \geq -1$; a number is static, an array traced and
+            differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_poly1_cross_entropy`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+        Functions".
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> print(softlib.losses.poly1_cross_entropy(logits, labels).round(4))
+        [0.3653 1.6931]
+    """
+    source = GivenLogits.of("poly1_cross_entropy", logits, **options)
+    _require_epsilon(source.function, epsilon)
+    return _poly1(log_probability_of_labels(source, labels, where), epsilon)
+
+
+def linear_symmetric_cross_entropy(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    log_zero: Scalar = math.log(1e-4),
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Symmetric cross-entropy of a linear head, in nats per row, without its logits.
+
+    Cross-entropy of the prediction under the label, and of the label under the
+    prediction, where $A$ stands for the logarithm of the label's zeros:
+
+    $$L = \alpha (-\log p_y) - \beta A (1 - p_y)$$
+
+    The second term is bounded and so tolerates wrong labels; the first learns fast.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs +inf ($-\beta A$ if $\alpha$
+            is 0), without gradient of the logits.
+        alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
+        beta: $\beta \geq 0$, likewise.
+        log_zero: $A \leq 0$, finite, likewise.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
+            `axis_name`, `precision` and `implementation`, as in
+            `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `alpha`, `beta` and
+        `log_zero`.
+    Cost: as `linear_softmax_cross_entropy`.
+    Source: "Symmetric Cross Entropy for Robust Learning with Noisy Labels". Here $A$
+        replaces the logarithm of 0 only, so the second term is exactly linear in $p$.
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, 1])
+        >>> loss = softlib.losses.linear_symmetric_cross_entropy(hidden, weight, labels)
+        >>> print(loss.round(4))
+        [4.4556 2.2015]
+    """
+    function = "linear_symmetric_cross_entropy"
+    source = LinearHead.of(function, hidden, weight, **options)
+    _require_mixture(function, alpha, beta, log_zero)
+    log_prob = log_probability_of_labels(source, labels, where)
+    return _symmetric(log_prob, alpha, beta, log_zero)
+
+
+def symmetric_cross_entropy(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    log_zero: Scalar = math.log(1e-4),
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Symmetric cross-entropy of logits, in nats per row.
+
+    The loss of `linear_symmetric_cross_entropy` from logits that exist.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_symmetric_cross_entropy`.
+        alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
+        beta: $\beta \geq 0$, likewise.
+        log_zero: $A \leq 0$, finite, likewise.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_symmetric_cross_entropy`.
+    Cost: one pass over `logits` forward, one backward that writes their gradient.
+    Source: "Symmetric Cross Entropy for Robust Learning with Noisy Labels".
+
+    Example:
+        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+        >>> print(softlib.losses.symmetric_cross_entropy(logits, labels).round(4))
+        [1.2248 5.2983]
+    """
+    source = GivenLogits.of("symmetric_cross_entropy", logits, **options)
+    _require_mixture(source.function, alpha, beta, log_zero)
+    log_prob = log_probability_of_labels(source, labels, where)
+    return _symmetric(log_prob, alpha, beta, log_zero)
+
+
+def poly1_from_log_prob(
+    log_prob: Float[Array, "*shape"], *, epsilon: Scalar = 2.0
+) -> Float[Array, "*shape"]:
+    r"""Poly-1 cross-entropy of log-probabilities, in nats each.
+
+    $-\log p + \epsilon (1 - p)$, for `linear_token_log_probs` or any log-probabilities.
+
+    Args:
+        log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf, both with gradient 0.
+        epsilon: $\epsilon \geq -1$; a number is static, an array traced and
+            differentiable.
+
+    Returns:
+        A loss for each, float32 or float64.
+
+    Raises:
+        TypeError: `log_prob` is not floating.  ValueError: `epsilon` is no scalar or
+            out of range.
+
+    Derivatives: any order, forward and reverse.
+    Cost: a few operations for each element.
+    Source: "PolyLoss: A Polynomial Expansion Perspective of Classification Loss
+        Functions".
+
+    Example:
+        >>> log_prob = jnp.log(jnp.array([0.5, 0.75]))
+        >>> print(softlib.losses.poly1_from_log_prob(log_prob, epsilon=1.0).round(4))
+        [1.1931 0.5377]
+    """
+    _require_epsilon("poly1_from_log_prob", epsilon)
+    return _poly1(wide_log_prob("poly1_from_log_prob", log_prob), epsilon)
+
+
+def symmetric_from_log_prob(
+    log_prob: Float[Array, "*shape"],
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    log_zero: Scalar = math.log(1e-4),
+) -> Float[Array, "*shape"]:
+    r"""Symmetric cross-entropy of log-probabilities, in nats each.
+
+    $-\alpha \log p - \beta A (1 - p)$, for `linear_token_log_probs` or any
+    log-probabilities.
+
+    Args:
+        log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf ($-\beta A$ if
+            $\alpha$ is 0), both with gradient 0.
+        alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
+        beta: $\beta \geq 0$, likewise.
+        log_zero: $A \leq 0$, finite, likewise.
+
+    Returns:
+        A loss for each, float32 or float64.
+
+    Raises:
+        TypeError: `log_prob` is not floating.  ValueError: An option is no scalar or
+            out of range.
+
+    Derivatives: any order, forward and reverse.
+    Cost: a few operations for each element.
+    Source: "Symmetric Cross Entropy for Robust Learning with Noisy Labels".
+
+    Example:
+        >>> log_prob = jnp.log(jnp.array([0.5, 0.9]))
+        >>> loss = softlib.losses.symmetric_from_log_prob(log_prob, log_zero=-4.0)
+        >>> print(loss.round(4))
+        [2.6931 0.5054]
+    """
+    function = "symmetric_from_log_prob"
+    _require_mixture(function, alpha, beta, log_zero)
+    return _symmetric(wide_log_prob(function, log_prob), alpha, beta, log_zero)
+
+
+def _require_epsilon(function: str, epsilon: Scalar) -> None:
+    checks.require_scalar(function, "epsilon", epsilon, -1, math.inf)
+
+
+def _require_mixture(
+    function: str, alpha: Scalar, beta: Scalar, log_zero: Scalar
+) -> None:
+    checks.require_scalar(function, "alpha", alpha, 0, math.inf)
+    checks.require_scalar(function, "beta", beta, 0, math.inf)
+    checks.require_scalar(function, "log_zero", log_zero, -math.inf, 0)
+
+
+def _poly1(log_prob: Array, epsilon: Scalar) -> Array:
+    return _mixture(log_prob, 1.0, epsilon)
+
+
+def _symmetric(log_prob: Array, alpha: Scalar, beta: Scalar, log_zero: Scalar) -> Array:
+    return _mixture(log_prob, alpha, -beta * log_zero)
+
+
+def _mixture(log_prob: Array, of_entropy: Scalar, of_error: Scalar) -> Array:
+    """The sum of -log p and 1 - p with these coefficients."""
+    loss = lambda nll: of_entropy * nll + of_error * -jnp.expm1(-nll)
+    # Without its first term the loss is bounded.
+    return of_log_prob(log_prob, loss, jnp.where(of_entropy == 0, of_error, jnp.inf))

@@ -1,0 +1,54 @@
+"""The options that all losses share: the keywords of `LinearHead.of`, `GivenLogits.of`.
+
+What each means is written in `linear_softmax_cross_entropy` and, for the layout of the
+stream, in `linear_row_statistics`.
+"""
+
+from collections.abc import Collection, Iterable
+from typing import TypedDict
+
+from jaxtyping import Array
+
+from softlib.typing import (
+    AxisName,
+    GradientFilter,
+    Implementations,
+    PerRow,
+    Precision,
+)
+
+
+class LogitsOptions(TypedDict, total=False):
+    """What turns given logits into final ones, and what computes their statistics."""
+
+    bias: Array | None
+    logit_scale: PerRow | None
+    logit_softcap: float | None
+    temperature: PerRow | None
+    class_where: Array | None
+    implementation: Implementations
+
+
+class LinearHeadOptions(LogitsOptions, total=False):
+    """The same for a linear head, and how it is laid out, cut and divided."""
+
+    vocab_axis: int
+    vocab_chunk: int | None
+    token_chunk: int | None
+    gradient_filter_eps: GradientFilter
+    axis_name: AxisName | None
+    precision: Precision
+
+
+def require_known(
+    function: str,
+    names: Iterable[str],
+    known: Collection[str],
+) -> None:
+    """A misspelt keyword of `**options` is an error, as in any other signature."""
+    for name in names:
+        if name not in known:
+            options = ", ".join(sorted(known))
+            raise TypeError(
+                f"{function}: `**options` must be among {options}, got {name!r}."
+            )

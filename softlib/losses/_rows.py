@@ -1,0 +1,344 @@
+"""Rows of a source with their labels: what the compositions of losses compute with.
+
+Here labels of every kind (an id, a distribution, several ids) become the same numbers
+per row, and rows that do not count are masked before any arithmetic.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from softlib import _checks as checks
+
+from ._sources import GivenLogits, Source, labels_in_range, require_per_class
+from ._tile import RowStatistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Numbers per row of the source, with all that decides about exceptions."""
+
+    statistics: RowStatistics
+    where: Bool[Array, "*batch"] | None
+    labels: Int[Array, "*batch"] | None = None  # -1: outside the vocabulary
+    outside: Bool[Array, "*batch"] | None = None  # a label outside the vocabulary
+    excluded: Bool[Array, "*batch"] | None = None  # a label on an excluded class
+    infinite: Bool[Array, "*batch"] | None = None  # and it has a weight
+    class_weight: Float[Array, "*batch"] | None = None  # of the one label
+    # Sums of c_j (lse - z_j) over the classes: with what the labels ask of class j, and
+    # with the same for all classes (None without the statistic sum_logits).
+    label_cost: Float[Array, "*batch"] | None = None
+    uniform_cost: Float[Array, "*batch"] | None = None
+
+    @property
+    def lse(self) -> Float[Array, "*batch"]:
+        return _lse_to_compute_with(self.statistics)
+
+    @property
+    def empty(self) -> Bool[Array, "*batch"]:
+        return _empty(self.statistics)
+
+    def counted(self, values: Array, bad: ArrayLike = 0) -> Array:
+        """0 where `where` is False."""
+        return values if self.where is None else jnp.where(self.where, values, bad)
+
+
+def prepare(
+    source: Source,
+    names: Sequence[str],
+    labels: ArrayLike | None,
+    where: ArrayLike | None,
+    *,
+    class_weights: ArrayLike | None = None,
+    distributions: bool = True,
+) -> Rows:
+    """Checks labels and `where`, masks the rows and takes the statistics of the rest.
+
+    `names` must hold lse, and what the compositions below read beside it. With
+    `distributions` the labels may be floating if the logits are given.
+    """
+    function = source.function
+    where = rows_that_count(source, where)
+    source = source.masked(where)
+    if labels is None:
+        return Rows(source.statistics(names), where)
+
+    labels = jnp.asarray(labels)
+    weights = per_class(source, class_weights)
+    floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    if floating and distributions and isinstance(source, GivenLogits):
+        return _with_distributions(source, names, labels, where, weights)
+    checks.require_integer(function, labels=labels)
+    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
+    marked = mark(source, labels, where, weights)
+    statistics = source.statistics(names, marked.labels)
+    uniform = _uniform_cost(source, statistics, 1, weights)
+    return with_statistics(marked, statistics, uniform)
+
+
+class Marked(NamedTuple):
+    """Rows with one label each, before their statistics are known; a pytree."""
+
+    labels: Int[Array, "*batch"]  # -1: outside the vocabulary
+    where: Bool[Array, "*batch"] | None
+    excluded: Bool[Array, "*batch"] | None  # a label on an excluded class
+    class_weight: Float[Array, "*batch"] | None  # of the label
+
+
+def mark(
+    source: Source,
+    labels: Integer[Array, "*batch"],
+    where: Bool[Array, "*batch"] | None,
+    class_weights: Float[Array, " V"] | None,
+) -> Marked:
+    labels = labels_in_range(labels, source.vocabulary)
+    if where is not None:
+        labels = jnp.where(where, labels, 0)
+    class_weight = None
+    if class_weights is not None:
+        counts = labels >= 0 if where is None else where & (labels >= 0)
+        class_weight = jnp.where(counts, source.at_labels(class_weights, labels), 1)
+    return Marked(labels, where, _on_excluded_classes(source, labels), class_weight)
+
+
+def with_statistics(
+    marked: Marked, statistics: RowStatistics, uniform_cost: Array | None
+) -> Rows:
+    labels, where, excluded, class_weight = marked
+    rows = Rows(
+        statistics,
+        where,
+        labels,
+        outside=labels < 0,
+        excluded=excluded,
+        infinite=excluded,
+        class_weight=class_weight,
+        uniform_cost=uniform_cost,
+    )
+    if statistics.label_logits is None:
+        return rows
+    label_cost = rows.lse - statistics.label_logits
+    if class_weight is None:
+        return dataclasses.replace(rows, label_cost=label_cost)
+    infinite = None if excluded is None else excluded & (class_weight != 0)
+    label_cost = weigh(class_weight, _infinite_if(excluded, label_cost))
+    return dataclasses.replace(rows, infinite=infinite, label_cost=label_cost)
+
+
+def prepare_several(
+    source: Source,
+    names: Sequence[str],
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    label_weights: ArrayLike | None,
+    label_where: ArrayLike | None,
+    class_weights: ArrayLike | None,
+) -> Rows:
+    """`prepare` for class ids (*batch, L), whose costs are added with their weights.
+
+    A row without a label that `label_where` keeps is one that does not count.
+    """
+    function, batch = source.function, source.batch
+    labels = jnp.asarray(labels)
+    checks.require_integer(function, labels=labels)
+    if labels.ndim != len(batch) + 1 or labels.shape[:-1] != batch:
+        axes = ", ".join(map(str, (*batch, "L")))
+        raise ValueError(
+            f"{function}: `labels` must have shape ({axes}) (several per row), "
+            f"got {labels.shape}."
+        )
+    kept = jnp.asarray(True if label_where is None else label_where)
+    checks.require_boolean(function, label_where=kept)
+    why = "the shape of `labels`"
+    if label_where is not None:
+        checks.require_shape(function, "label_where", kept, labels.shape, why)
+    kept = jnp.broadcast_to(kept, labels.shape)
+    where = rows_that_count(source, where)
+    if label_where is not None or labels.shape[-1] == 0:
+        some = kept.any(-1)
+        where = some if where is None else where & some
+    if where is not None:
+        kept = kept & where[..., None]
+
+    weights = kept.astype(source.dtype)
+    weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1)
+    if label_weights is not None:
+        weights = jnp.asarray(label_weights)
+        checks.require_floating(function, label_weights=weights)
+        checks.require_shape(function, "label_weights", weights, labels.shape, why)
+    # To the engine a label that is dropped is -1: no logit, no gradient.
+    weights = jnp.where(kept, weights, 0).astype(_wide(weights))
+    labels = jnp.where(kept, labels_in_range(labels, source.vocabulary), -1)
+    outside = kept & (labels < 0)
+
+    source = source.masked(where)
+    statistics = source.statistics(names, labels)
+    assert statistics.label_logits is not None
+    mass = weights.sum(-1)
+    factors = per_class(source, class_weights)
+    if factors is not None:
+        own = jnp.where(labels < 0, 1, source.at_labels(factors, labels))
+        weights = weights * own
+    excluded = _on_excluded_classes(source, labels)
+    costs = _lse_to_compute_with(statistics)[..., None] - statistics.label_logits
+    label_cost = weigh(weights, _infinite_if(excluded, costs)).sum(-1)
+    infinite = None if excluded is None else (excluded & (weights != 0)).any(-1)
+    return Rows(
+        statistics,
+        where,
+        outside=outside.any(-1),
+        infinite=infinite,
+        label_cost=label_cost,
+        uniform_cost=_uniform_cost(source, statistics, mass, factors),
+    )
+
+
+def weigh(weights: Array, costs: Array) -> Array:
+    """The product, 0 for a weight of 0 even if the cost is infinite.
+
+    An infinite cost has no gradient.
+    """
+    infinite = costs == jnp.inf
+    finite = weights * jnp.where(infinite, 0, costs)
+    limit = lax.stop_gradient(weights) * jnp.inf
+    return jnp.where(infinite & (weights != 0), limit, finite)
+
+
+def _infinite_if(excluded: Array | None, costs: Array) -> Array:
+    return costs if excluded is None else jnp.where(excluded, jnp.inf, costs)
+
+
+def rows_that_count(
+    source: Source, where: ArrayLike | None
+) -> Bool[Array, "*batch"] | None:
+    if where is None:
+        return None
+    function, batch = source.function, source.batch
+    where = jnp.asarray(where)
+    checks.require_boolean(function, where=where)
+    checks.require_broadcastable(function, "where", where, batch, "the batch shape")
+    return jnp.broadcast_to(where, batch)
+
+
+def per_class(source: Source, class_weights: ArrayLike | None) -> Array | None:
+    if class_weights is None:
+        return None
+    weights = jnp.asarray(class_weights)
+    require_per_class(source, "class_weights", weights)
+    return weights.astype(_wide(weights))
+
+
+def _wide(array: Array) -> DTypeLike:
+    return jnp.promote_types(array.dtype, jnp.float32)
+
+
+def _on_excluded_classes(source: Source, labels: Array) -> Bool[Array, "..."] | None:
+    where = source.modifiers.class_where
+    if where is None:
+        return None
+    return (source.at_labels(where, labels) == 0) & (labels >= 0)
+
+
+def _uniform_cost(
+    source: Source,
+    statistics: RowStatistics,
+    mass: Array | int,
+    class_weights: Array | None,
+) -> Float[Array, "*batch"] | None:
+    """The mean of lse - z_j over the selected classes, or of a_j times that."""
+    if statistics.sum_logits is None:
+        return None
+    if class_weights is None:
+        cost = mean_cost(statistics, source.count_classes())
+        return None if cost is None else mass * cost
+    lse = _lse_to_compute_with(statistics)
+    classes = jnp.maximum(source.count_classes(), 1)
+    assert isinstance(source, GivenLogits)
+    weights = jnp.broadcast_to(class_weights, source.logits.shape)
+    outside = _outside(source)
+    if outside is not None:
+        weights = jnp.where(outside, 0, weights)
+    total, of_logits = _summed(weights, source.final_logits(), outside)
+    return mass * (total * lse - of_logits) / classes
+
+
+def mean_cost(
+    statistics: RowStatistics, classes: ArrayLike
+) -> Float[Array, "..."] | None:
+    """The mean of lse - z_j over so many selected classes."""
+    if statistics.sum_logits is None:
+        return None
+    mean = statistics.sum_logits / jnp.maximum(classes, 1)
+    return _lse_to_compute_with(statistics) - mean
+
+
+def _with_distributions(
+    source: GivenLogits,
+    names: Sequence[str],
+    labels: Float[Array, "*batch V"],
+    where: Array | None,
+    class_weights: Array | None,
+) -> Rows:
+    function, shape = source.function, source.logits.shape
+    if "argmax" in names:
+        raise TypeError(
+            f"{function}: `labels` must be class ids (an integer dtype) to be correct "
+            f"or not, got {labels.dtype}."
+        )
+    checks.require_shape(function, "labels", labels, shape, "the shape of `logits`")
+    labels = labels.astype(_wide(labels))
+    if where is not None:
+        labels = jnp.where(where[..., None], labels, 0)
+    statistics = source.statistics([n for n in names if n != "label_logits"])
+    uniform = _uniform_cost(source, statistics, labels.sum(-1), class_weights)
+    if class_weights is not None:
+        labels = labels * jnp.broadcast_to(class_weights, shape)
+    outside = _outside(source)
+    excluded = None if outside is None else ((labels != 0) & outside).any(-1)
+    total, of_logits = _summed(labels, source.final_logits(), outside)
+    statistics = statistics._replace(label_logits=of_logits)
+    return Rows(
+        statistics,
+        where,
+        excluded=excluded,
+        infinite=excluded,
+        label_cost=total * _lse_to_compute_with(statistics) - of_logits,
+        uniform_cost=uniform,
+    )
+
+
+def _outside(source: GivenLogits) -> Bool[Array, "*batch V"] | None:
+    """The classes that are not selected."""
+    where = source.modifiers.class_where
+    return None if where is None else jnp.broadcast_to(~where, source.logits.shape)
+
+
+def _summed(
+    coefficients: Float[Array, "*batch V"],
+    z: Float[Array, "*batch V"],
+    outside: Bool[Array, "*batch V"] | None,
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    """The sum of the coefficients, and of their products with the selected logits."""
+    # A class without a coefficient adds 0 even if its logit is -inf.
+    ignored = (coefficients == 0) & (z == -jnp.inf)
+    if outside is not None:
+        ignored = ignored | outside
+    product = jnp.where(ignored, 0, coefficients * jnp.where(ignored, 0, z))
+    return coefficients.sum(-1), product.sum(-1)
+
+
+def _empty(statistics: RowStatistics) -> Bool[Array, "*batch"]:
+    assert statistics.lse is not None
+    return statistics.lse == -jnp.inf
+
+
+def _lse_to_compute_with(statistics: RowStatistics) -> Float[Array, "*batch"]:
+    """0 in an empty row."""
+    assert statistics.lse is not None
+    return jnp.where(_empty(statistics), 0, statistics.lse)

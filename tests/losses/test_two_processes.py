@@ -1,0 +1,67 @@
+"""Arrays divided between two processes, as between two machines."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+WORKER = pathlib.Path(__file__).with_name("two_processes.py")
+SECONDS = 240  # 15 when nothing else runs
+
+
+@pytest.fixture
+def port():
+    """A port that stays ours: others get another one, the coordinator may share it."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+
+
+def test_two_processes_equal_one_device(port, repository, tmp_path):
+    # Collectives that wait for each other need a thread each; XLA has one per core.
+    environment = {**os.environ, "PYTHONPATH": str(repository), "NPROC": "64"}
+    environment.pop("XLA_FLAGS", None)  # may ask for another number of devices
+    outputs = [tmp_path / f"process_{i}.txt" for i in range(2)]
+    processes = []
+    try:
+        for i, path in enumerate(outputs):
+            with path.open("w") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, WORKER, str(port), str(i)],
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+                )
+        _wait(processes)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    said = [path.read_text(errors="replace") for path in outputs]
+    report = "\n".join(
+        f"process {i}, exit status {code} (None: it hung):\n{text}"
+        for i, (code, text) in enumerate(zip(codes, said, strict=True))
+    )
+    for code, text in zip(codes, said, strict=True):
+        assert code == 0, report
+        assert text.count(": equal") == 8, report
+
+
+def _wait(processes):
+    """Until both have ended, one has failed (the other then waits for it), or time."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes:
+            return
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + 10)
+        time.sleep(0.1)
