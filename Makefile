@@ -50,7 +50,7 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
 
-bench: $(VENV)/.installed-bench ## compare implementations on this machine
+bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers
 	$(RUN) -m benchmarks $(ARGS)
 
 clean: ## remove the environments and whatever was built
@@ -73,6 +73,15 @@ $(VENV)/.installed-bench: EXTRAS := bench
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
 	@echo "installing softlib[$(EXTRAS)] into $(VENV)"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
+	@touch $@
+
+# The peers of the benchmarks may not change what is installed; where they do not fit or
+# cannot be had, the tables say that they are missing.
+$(VENV)/.installed-bench-peers: pyproject.toml | $(VENV)/.installed-bench
+	@echo "installing softlib[bench-peers] into $(VENV)"
+	@$(RUN) -m pip freeze --exclude-editable >$(VENV)/constraints.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  -c $(VENV)/constraints.txt -e '.[bench-peers]' || echo "peers: not installed"
 	@touch $@
 
 # Every core dependency at its lower bound, so that each bound is tried.
