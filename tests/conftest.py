@@ -4,7 +4,7 @@ import os
 import pathlib
 from typing import Any
 
-# Threads of XLA's pool, read when JAX starts. A collective blocks one of them per device
+# Threads of XLA's pool, read when JAX starts. A collective blocks one thread per device
 # until all have come, and two may be under way: with too few they wait for ever.
 os.environ.setdefault("NPROC", "64")
 

@@ -31,7 +31,7 @@ BLOCK = 2**25
 # Raw products that the backward pass finds stored: 32 MiB, of a quarter of the classes
 # at most, where they cost more to compute than to keep.
 KEPT = 2**23
-_KEPT_FEATURES = 256
+_KEPT_FEATURES = 512
 LANES = 128
 
 type Index = int | Int[Array, ""]

@@ -124,7 +124,7 @@ def linear_softmax_cross_entropy(
         token_chunk: Static number of rows per step; None chooses from the shapes.
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
             negligible blocks of the backward products, see `linear_row_statistics`. Not
-            with `label_smoothing`. Saves time only in kernels.
+            with `label_smoothing`. Saves time only in kernels; not with `axis_name`.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias`,
             `class_weights` and `class_where`) are divided by classes. Labels are global
             ids, and results are those of the whole vocabulary, the same on every device

@@ -282,8 +282,8 @@ def _gathers(options: Options, operands: Any) -> str | None:
         return None
     names = ", ".join(map(repr, axes))
     return (
-        f"a weight sharded over mesh axis {names} is gathered on every device; inside "
-        "jax.shard_map `axis_name` divides the vocabulary instead"
+        f"a weight whose classes are sharded over mesh axis {names} is gathered on "
+        "every device; inside jax.shard_map `axis_name` keeps each device to its own"
     )
 
 

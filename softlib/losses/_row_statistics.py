@@ -74,7 +74,7 @@ def linear_row_statistics(
             spacing of the operands' dtype at 1 (2⁻¹² in bfloat16). In the backward
             products, blocks of 128 rows x 128 classes in which |p - onehot| stays below
             it are dropped, over rows that have a cotangent; see Derivatives. None is
-            exact. It saves time only in kernels.
+            exact. It saves time only in kernels, and excludes `axis_name`.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -110,9 +110,9 @@ def linear_row_statistics(
     Cost: with N rows 2 N V D flop forward and 6 N V D backward; scratch of a few tiles
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
         float32. Kept for the backward pass: the arguments and O(N) numbers; for up to
-        2048 rows also products of the first classes, at most a quarter of them and
-        32 MiB. `label_rank` costs a second stream. A reverse-over-reverse derivative
-        stores the tiles, O(N V).
+        2048 rows of 512 features or more also products of the first classes, at most a
+        quarter of the classes and 32 MiB. `label_rank` costs a second stream. A
+        reverse-over-reverse derivative stores the tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
         has a cotangent of its own, label logits come from the tile that enters the
         logsumexp, and no gradient is filtered unless asked for.

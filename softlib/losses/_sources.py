@@ -91,6 +91,12 @@ class LinearHead:
         _check_vocabulary(function, "weight", vocabulary, weight.shape)
         if axis_name is not None:
             _check_axis(function, axis_name)
+            if gradient_filter_eps is not None:
+                raise ValueError(
+                    f"{function}: `gradient_filter_eps` must be None with `axis_name`, "
+                    f"got {gradient_filter_eps!r}: a device knows the probabilities "
+                    "among its own classes only."
+                )
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
         options = dataclasses.replace(

@@ -64,7 +64,7 @@ def linear_token_log_probs(
         token_chunk: Static number of rows per step; None chooses from the shapes.
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
             negligible blocks of the backward products, see `linear_row_statistics`.
-            Saves time only in kernels.
+            Saves time only in kernels; not with `axis_name`.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.
@@ -375,7 +375,8 @@ def linear_token_metrics(
         token_chunk: Static number of rows per step; None chooses from the shapes.
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
             negligible blocks of the backward products, see `linear_row_statistics`. Not
-            with `label_smoothing` or the entropy. Saves time only in kernels.
+            with `label_smoothing`, the entropy or `axis_name`. Saves time only in
+            kernels.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
             `class_where`) are divided by classes. Labels are global ids, and results
             are those of the whole vocabulary, the same on every device of the axis.

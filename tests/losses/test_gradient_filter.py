@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 import softlib
 from softlib import losses
@@ -161,6 +162,20 @@ def test_explain_says_that_it_saves_no_time():
         lambda arrays: gradients(arrays, jnp.asarray(labels), 1.0), arrays
     )
     assert "drops blocks of the gradient, saves no time" in text
+
+
+def test_a_divided_vocabulary_cannot_be_filtered():
+    """One device's classes may look certain only because it does not see a rival."""
+    arrays, labels = problem(0)
+    mesh = jax.make_mesh((1,), ("classes",), axis_types=(AxisType.Auto,))
+    divided = jax.shard_map(
+        lambda arrays: gradients(arrays, jnp.asarray(labels), 1.0, axis_name="classes"),
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+    )
+    with pytest.raises(ValueError, match="`gradient_filter_eps` must be None with `ax"):
+        divided({name: jnp.asarray(a) for name, a in arrays.items()})
 
 
 @pytest.mark.parametrize(

@@ -460,6 +460,7 @@ def test_losses_of_log_probabilities_are_those_of_a_linear_head(name):
     assert_close(actual, wanted, dtype=jnp.float32, length=CLASSES)
 
 
+@pytest.mark.slow  # plain JAX, without a derivative rule
 @pytest.mark.parametrize("name", ["focal", "comp_sum"])  # the others are linear in p
 def test_losses_of_log_probabilities_under_every_transformation(name):
     parameters = {n: jnp.asarray(p) for n, p in LOSSES[name].parameters.items()}
@@ -475,6 +476,7 @@ def test_losses_of_log_probabilities_under_every_transformation(name):
 
 
 # --------------------------------------------------------------------------- transforms
+@pytest.mark.slow  # cross-entropy goes the same way, every time
 def test_linear_focal_loss_under_every_transformation():
     given = arrays("linear")
 

@@ -58,7 +58,9 @@ def statistics(implementation, hidden, weight, labels, bias, scale, temperature)
     return jax.tree.leaves(got)
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize(
+    "implementation", [None, pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_linear_row_statistics(implementation):
     a = arrays()
     labels = jnp.stack([LABELS, (LABELS + 3) % CLASSES], axis=1)
@@ -91,7 +93,7 @@ def test_row_statistics():
     )
 
 
-@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("vocab_axis", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_linear_softmax_cross_entropy(vocab_axis):
     a = arrays()
 
@@ -124,6 +126,7 @@ def test_linear_softmax_cross_entropy(vocab_axis):
     )
 
 
+@pytest.mark.slow  # row_statistics goes the same way
 def test_softmax_token_metrics():
     """All the numbers of the other losses at once."""
     a = arrays()

@@ -264,6 +264,7 @@ def test_float32_stays_float32_where_float64_exists(name):
         assert function(**given, labels=labels, label_where=kept).dtype == jnp.float32
 
 
+@pytest.mark.slow  # cross-entropy goes the same way, every time
 def test_linear_head_under_every_transformation():
     function, given = source("linear")
 
