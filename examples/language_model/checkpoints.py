@@ -187,6 +187,8 @@ def _arrays(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, jax.Array]
 def _quieten_orbax() -> None:
     """Leaves the words to `Failure`: Orbax logs each error with several tracebacks."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # A failed save leaves tasks behind whose errors asyncio reports once more.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
 
     def hook(unraisable) -> None:
