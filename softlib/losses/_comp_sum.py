@@ -11,6 +11,7 @@ from softlib import _checks as checks
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
+from ._expm1 import expm1
 from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead
 
@@ -382,7 +383,7 @@ def _box_cox(nll: Array, exponent: Scalar) -> Array:
     by_series = nll * _mean_of_exponential(jnp.where(near, u, 0))
 
     a = jnp.where(near, 1, exponent)
-    quotient = lambda x: -jnp.expm1(-a * x) / a
+    quotient = lambda x: -expm1(-a * x) / a
     # For a < 0 the slopes e^-u and, in a, x e^-u / a may overflow, and an infinite
     # cotangent times a probability of 0 is NaN.
     slope = jnp.exp(-u) * jnp.maximum(nll, 1) / a

@@ -9,6 +9,7 @@ from softlib import _checks as checks
 from softlib.typing import Scalar
 
 from ._compose import log_probability, of_log_prob, wide_log_prob
+from ._expm1 import expm1
 from ._options import LinearHeadOptions, LogitsOptions
 from ._rows import prepare, weigh
 from ._sources import GivenLogits, LinearHead, Source
@@ -179,7 +180,7 @@ def _focal_loss(
 
 def _focal(log_prob: Array, gamma: Scalar) -> Array:
     def loss(nll):
-        others = -jnp.expm1(-nll)  # 1 - p
+        others = -expm1(-nll)  # 1 - p
         certain = others < jnp.finfo(others.dtype).tiny
         # Not others**gamma: for gamma < 1 its slope at 0 is infinite, and 0 * inf is
         # NaN. At p = 1 the slope of the loss is 0, but that of -log p for gamma = 0.

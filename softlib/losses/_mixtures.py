@@ -10,6 +10,7 @@ from softlib import _checks as checks
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
+from ._expm1 import expm1
 from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead
 
@@ -335,6 +336,6 @@ def _symmetric(log_prob: Array, alpha: Scalar, beta: Scalar, log_zero: Scalar) -
 
 def _mixture(log_prob: Array, of_entropy: Scalar, of_error: Scalar) -> Array:
     """The sum of -log p and 1 - p with these coefficients."""
-    loss = lambda nll: of_entropy * nll + of_error * -jnp.expm1(-nll)
+    loss = lambda nll: of_entropy * nll + of_error * -expm1(-nll)
     # Without its first term the loss is bounded.
     return of_log_prob(log_prob, loss, jnp.where(of_entropy == 0, of_error, jnp.inf))
