@@ -32,7 +32,7 @@ BLOCK = 2**25
 # at most, where they cost more to compute than to keep.
 KEPT = 2**23
 _KEPT_FEATURES = 512
-LANES = 128
+_LANES = 128
 
 type Index = int | Int[Array, ""]
 
@@ -41,9 +41,9 @@ type Index = int | Int[Array, ""]
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
     fitting = TILE // max(rows, features, 1)
-    chunk = min(max(_round_up(fitting, LANES), 1024), 4096)
+    chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
     # Two slices at least, or the tile would be the logits that are not to be stored.
-    half = _round_up(math.ceil(vocabulary / 2), LANES)
+    half = _round_up(math.ceil(vocabulary / 2), _LANES)
     return min(chunk, max(half, 512), vocabulary)
 
 
@@ -185,7 +185,7 @@ def row_cut(
     """
     if token_chunk is not None:
         return _of_size(rows, token_chunk, strided)
-    limit = min(max(ROWS // max(features, 1), 256), 2048) // LANES * LANES
+    limit = min(max(ROWS // max(features, 1), 256), 2048) // _LANES * _LANES
     return _at_most(rows, limit, strided)
 
 
@@ -195,7 +195,7 @@ def row_blocks(
     """Rows per block of stored logits: `BLOCK` numbers, or 128 rows."""
     if token_chunk is not None:
         return _of_size(rows, token_chunk, strided)
-    limit = max(BLOCK // max(vocabulary, 1) // LANES * LANES, LANES)
+    limit = max(BLOCK // max(vocabulary, 1) // _LANES * _LANES, _LANES)
     return _at_most(rows, limit, strided)
 
 

@@ -126,7 +126,6 @@ def _value_and_gradients(
 ) -> tuple[Float[Array, ""], tuple[HeadGradient, Any, Any]]:
     options, loss = options_and_loss
     head, terms = operands
-    dtype = head.dtype
     rows = head.hidden.shape[0]
     vocabulary = head.weight.shape[options.vocab_axis]
     cut = _chunks.row_blocks(
@@ -173,13 +172,8 @@ def _value_and_gradients(
         )
 
     # Several blocks add to the weight's gradient: not in a narrower dtype.
-    wide = head.weight.dtype if cut.whole else dtype
-    bias = head.modifiers.bias
-    classes = ClassSums(
-        jnp.zeros(head.weight.shape, wide),
-        None if bias is None else jnp.zeros(bias.shape, dtype),
-    )
-    classes = match_varying(classes, head.hidden)
+    wide = head.weight.dtype if cut.whole else head.dtype
+    classes = _stream.class_zeros(head, wide)
     value, scalars, per_row, _ = jax.eval_shape(of_block, 0, classes)
     zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
     start = _Sums(zeros(value), classes, zeros(scalars), cut.zeros(per_row))

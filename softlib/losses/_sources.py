@@ -26,7 +26,7 @@ from . import _engine, _in_forward
 from ._options import LinearHeadOptions, LogitsOptions, require_known
 from ._stream import Head, product
 from ._tile import (
-    BLOCK as FILTER_BLOCK,
+    FILTER_BLOCK,
     Modifiers,
     Options,
     Ranked,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from softlib._dtypes import accumulator_dtype
@@ -131,14 +132,19 @@ def statistics(
 def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     head = operands.head
     cut, size = _pieces(options, head)
-    bias = head.modifiers.bias
-    zeros = lambda like, dtype: match_varying(jnp.zeros(like.shape, dtype), head.hidden)
-    classes = ClassSums(
-        zeros(head.weight, head.weight.dtype),
-        None if bias is None else zeros(bias, head.dtype),
-    )
+    classes = class_zeros(head, head.weight.dtype)
     sums, classes = gradient_sums(options, operands, cut, size, classes)
     return gradient_of(head, sums, classes)
+
+
+def class_zeros(head: Head, weight_dtype: DTypeLike) -> ClassSums:
+    """The buffers of the gradients per class, before any row has added to them."""
+    bias = head.modifiers.bias
+    zeros = ClassSums(
+        jnp.zeros(head.weight.shape, weight_dtype),
+        None if bias is None else jnp.zeros(bias.shape, head.dtype),
+    )
+    return match_varying(zeros, head.hidden)
 
 
 def gradient_sums(

@@ -36,7 +36,7 @@ STATISTICS = (
 
 
 # Rows and classes of a block that the gradient filter keeps or drops as a whole.
-BLOCK = 128
+FILTER_BLOCK = 128
 
 
 class RowStatistics(NamedTuple):
@@ -356,11 +356,7 @@ def _cotangent_of_logits(
     per_row = functools.partial(_over_rows, class_axis=axis)
     dz = None
     if g.lse is not None or g.mean_logit is not None:
-        assert rows.lse is not None
-        # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
-        offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
-        present = select(z, class_where, -jnp.inf, axis)
-        p = jnp.exp(present - per_row(offset))
+        p = _probabilities(tile, rows, class_where)
         factors = [] if g.lse is None else [per_row(g.lse)]
         if g.mean_logit is not None:
             assert rows.mean_logit is not None
@@ -385,6 +381,17 @@ def _cotangent_of_logits(
     return jnp.zeros_like(z) if dz is None else dz
 
 
+def _probabilities(
+    tile: Tile, rows: RowCotangents, class_where: Bool[Array, "..."] | None
+) -> Array:
+    """Of a tile's classes, among all; an exact 0 where a class is excluded."""
+    assert rows.lse is not None
+    # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
+    offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
+    present = select(tile.z, class_where, -jnp.inf, tile.class_axis)
+    return jnp.exp(present - _over_rows(offset, tile.class_axis))
+
+
 def _not_negligible(
     tile: Tile,
     start: int | Int[Array, ""],
@@ -400,11 +407,8 @@ def _not_negligible(
     start at multiples of 128, so that every way to cut the whole drops the same blocks.
     """
     z, axis = tile.z, tile.class_axis
-    assert rows.lse is not None
     assert options.gradient_filter_eps is not None
-    offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
-    present = select(z, modifiers.class_where, -jnp.inf, axis)
-    distance = jnp.exp(present - _over_rows(offset, axis))
+    distance = _probabilities(tile, rows, modifiers.class_where)
     if labels is not None:
         ones = jnp.ones(labels.shape, z.dtype)
         onehot = jnp.minimum(_scattered(ones, labels - start, tile), 1)
@@ -417,16 +421,16 @@ def _not_negligible(
     # A NaN is not small.
     large = large | jnp.isnan(distance)
 
-    first, second = (-(-length // BLOCK) for length in z.shape)
+    first, second = (-(-length // FILTER_BLOCK) for length in z.shape)
     padded = jnp.pad(
         large,
         [
-            (0, n * BLOCK - length)
+            (0, n * FILTER_BLOCK - length)
             for n, length in zip((first, second), z.shape, strict=True)
         ],
     )
-    blocks = padded.reshape(first, BLOCK, second, BLOCK).any((1, 3))
-    spread = jnp.repeat(jnp.repeat(blocks, BLOCK, 0), BLOCK, 1)
+    blocks = padded.reshape(first, FILTER_BLOCK, second, FILTER_BLOCK).any((1, 3))
+    spread = jnp.repeat(jnp.repeat(blocks, FILTER_BLOCK, 0), FILTER_BLOCK, 1)
     return spread[: z.shape[0], : z.shape[1]]
 
 
