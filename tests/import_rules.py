@@ -31,8 +31,11 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     **dict.fromkeys(APPLICATIONS, MODELLESS),
     "testing": set(),
 }
-# Imported only inside functions: a user of `softlib.testing` need not have them.
-INSIDE_FUNCTIONS = {"testing": {"hypothesis", "pytest"}}
+# Imported only inside functions: users of the rest need not have them.
+INSIDE_FUNCTIONS = {
+    "masks": {"matplotlib"},
+    "testing": {"hypothesis", "pytest"},
+}
 
 
 def module_name(path: pathlib.PurePath) -> str:

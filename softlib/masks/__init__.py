@@ -1,0 +1,41 @@
+"""Attention masks: small values without a shape, composed with `& | ~`.
+
+- `Mask`: the base; `block_map`, `Block`: which blocks of pairs a mask holds; `plot`.
+- `All`, `Causal`, `Window`, `Dilated`: masks of relative positions.
+- `Chunked`, `Prefix`, `GlobalTokens`, `Blocks`: masks of fixed regions.
+- `Radial`, `radial_block_mask`, `radial_pair_count`: video.
+- `Segments`, `Padding`: masks of data, that is of arrays.
+"""
+
+from ._data import Padding as Padding, Segments as Segments
+from ._mask import All as All, Block as Block, Mask as Mask, block_map as block_map
+from ._plot import plot as plot
+from ._positional import Causal as Causal, Dilated as Dilated, Window as Window
+from ._radial import Radial as Radial, radial_pair_count as radial_pair_count
+from ._radial_blocks import radial_block_mask as radial_block_mask
+from ._regions import (
+    Blocks as Blocks,
+    Chunked as Chunked,
+    GlobalTokens as GlobalTokens,
+    Prefix as Prefix,
+)
+
+__all__ = [
+    "All",
+    "Block",
+    "Blocks",
+    "Causal",
+    "Chunked",
+    "Dilated",
+    "GlobalTokens",
+    "Mask",
+    "Padding",
+    "Prefix",
+    "Radial",
+    "Segments",
+    "Window",
+    "block_map",
+    "plot",
+    "radial_block_mask",
+    "radial_pair_count",
+]

@@ -1,0 +1,119 @@
+"""Masks whose content is data: segment ids and lengths are arrays, traced under jit."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._mask import Block, Mask, mask_value
+
+
+@mask_value("query", "key")
+class Segments(Mask):
+    """Pairs of equal segment id: sequences packed into one row do not see each other.
+
+    `query_segments[query] == key_segments[key]`. A position that has no id, because it
+    is negative or past their end, attends to nothing and is attended by nothing. Ids
+    are any integers.
+
+    Args:
+        query: Integer ids, shape `(T,)` or `(B, T)`; traced.
+        key: Integer ids, shape `(S,)` or `(B, S)`; None for the ids of the queries.
+
+    Raises:
+        TypeError: Ids are no integers; raised where the mask is used.
+        ValueError: Ids have another rank; likewise.
+
+    Cost: the ids are looked up per position, not per pair. Every block is `SOME`, as
+        the ids are data.
+
+    Example:
+        >>> mask = softlib.masks.Segments(jnp.array([0, 0, 1]))
+        >>> print(mask.materialize(3).astype(int))
+        [[1 1 0]
+         [1 1 0]
+         [0 0 1]]
+    """
+
+    # Any: transformations rebuild a mask from whatever stands for its arrays.
+    query: Any
+    key: Any = None
+
+    def _attends(self, query_index, key_index):
+        key = self.query if self.key is None else self.key
+        _require_integers("Segments", query=self.query, key=key)
+        query_ids, query_known = _take(self.query, query_index)
+        key_ids, key_known = _take(key, key_index)
+        return (query_ids == key_ids) & query_known & key_known
+
+    def _leaf_ranks(self):
+        return (1,) if self.key is None else (1, 1)
+
+    def _is_arithmetic(self):
+        return False
+
+
+@mask_value("query", "key")
+class Padding(Mask):
+    """Pairs of real positions: `query < query_length` and `key < key_length`.
+
+    For batches of sequences padded to a common length. The rows of padded queries are
+    empty, so that attention gives them output 0 and gradient 0.
+
+    Args:
+        query: Number of real queries, integers, shape `()` or `(B,)`; traced. None for
+            no limit.
+        key: Number of real keys, likewise.
+
+    Raises:
+        TypeError: A length is no integer; raised where the mask is used.
+        ValueError: A length has another rank; likewise.
+
+    Cost: a comparison per position. Every block is `SOME`, as the lengths are data.
+
+    Example:
+        >>> mask = softlib.masks.Padding(key=jnp.array([2, 1]))
+        >>> print(mask.row_count(1, 3))
+        [[2]
+         [1]]
+    """
+
+    query: Any = None
+    key: Any = None
+
+    def _attends(self, query_index, key_index):
+        _require_integers("Padding", query=self.query, key=self.key)
+        real_query, real_key = query_index == query_index, key_index == key_index
+        if self.query is not None:
+            real_query = query_index < self.query
+        if self.key is not None:
+            real_key = key_index < self.key
+        return real_query & real_key
+
+    def _status(self, query_start, query_stop, key_start, key_stop):
+        kind = Block.ALL if self.query is None and self.key is None else Block.SOME
+        shapes = map(np.shape, (query_start, query_stop, key_start, key_stop))
+        return np.full(np.broadcast_shapes(*shapes), kind, np.int8)
+
+    def _leaf_ranks(self):
+        return (0,) * sum(length is not None for length in (self.query, self.key))
+
+
+def _take(ids: Any, index: Any) -> tuple[Any, Any]:
+    """The id of each position, and whether it has one."""
+    known = (index >= 0) & (index < ids.shape[0])
+    if isinstance(ids, np.ndarray) and isinstance(index, np.ndarray):
+        return ids[np.where(known, index, 0)], known
+    # Positions without an id read any id.
+    return jnp.asarray(ids).at[index].get(mode="clip"), known
+
+
+def _require_integers(mask: str, **arrays: Any) -> None:
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        dtype = jnp.result_type(array) if np.isscalar(array) else array.dtype
+        if not jnp.issubdtype(dtype, jnp.integer):
+            raise TypeError(
+                f"{mask}: `{name}` must have an integer dtype, got {dtype}."
+            )

@@ -1,0 +1,103 @@
+"""The picture holds what the mask holds; matplotlib is imported only to draw."""
+
+import builtins
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import masks
+
+pytest.importorskip("matplotlib").use("Agg")
+plt = pytest.importorskip("matplotlib.pyplot")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def drawn(ax) -> np.ndarray:
+    ax.figure.canvas.draw()
+    (image,) = ax.images
+    return np.asarray(image.get_array())
+
+
+def test_tokens():
+    mask = masks.Causal() & masks.Dilated(2)
+    ax = masks.plot(mask, 5, 7)
+    np.testing.assert_array_equal(drawn(ax), 3 * mask.materialize(5, 7))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.get_xlim() == (0, 7)
+    assert ax.get_ylim() == (5, 0)  # queries downwards
+    assert len(ax.lines) == 0
+
+
+def test_blocks_tell_what_a_kernel_does():
+    mask = masks.Radial(6) | masks.GlobalTokens(20, 21)
+    ax = masks.plot(mask, 25, 30, block=(4, 5))
+    kinds = masks.block_map(mask, (25, 30), (4, 5))
+    image = drawn(ax)
+    for query in range(25):
+        for key in range(30):
+            kind = kinds[query // 4, key // 5]
+            attends = bool(mask(query, key))
+            expected = {0: (0, None), 1: (1, 3), 2: (None, 2)}[int(kind)][attends]
+            assert image[query, key] == expected
+    assert len(ax.lines) == 6 + 5
+
+
+def test_one_block_size_serves_both_axes_and_lines_may_be_at_frames():
+    mask = masks.Radial(4)
+    ax = masks.plot(mask, 12, block=3, lines=4)
+    np.testing.assert_array_equal(drawn(ax), drawn(masks.plot(mask, 12, block=(3, 3))))
+    heights = [np.asarray(line.get_ydata())[0] for line in ax.lines[:2]]
+    assert heights == [4, 8]
+
+
+def test_blocks_alone_for_long_sequences():
+    mask = masks.Radial(3600, rule="pow2", min_window=128)
+    length = 3600 * 30 - 77
+    ax = masks.plot(mask, length, block=128, tokens=False)
+    expected = masks.block_map(mask, (length, length), (128, 128))
+    np.testing.assert_array_equal(drawn(ax), expected)
+    assert ax.images[0].get_extent() == [0, 844 * 128, 844 * 128, 0]
+    assert ax.get_xlim() == (0, length)
+    assert len(ax.lines) == 0  # they would cover the picture
+
+
+def test_draws_on_given_axes_with_data_and_compositions():
+    _, ax = plt.subplots()
+    mask = masks.Causal() & masks.Segments(jnp.array([0, 0, 1, 1]))
+    assert masks.plot(mask, 4, ax=ax) is ax
+    np.testing.assert_array_equal(drawn(ax), 3 * mask.materialize(4))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_errors():
+    with pytest.raises(ValueError, match=r"plot: the mask must have no batch axis"):
+        masks.plot(masks.Padding(key=jnp.array([1, 2])), 4)
+    with pytest.raises(ValueError, match=r"plot: `block` must be given"):
+        masks.plot(masks.Causal(), 4, tokens=False)
+    with pytest.raises(ValueError, match=r"plot: lengths must be at most 8192"):
+        masks.plot(masks.Causal(), 8193)
+    with pytest.raises(ValueError, match=r"plot: `query_length` must be at least 1"):
+        masks.plot(masks.Causal(), 0)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    real_import = builtins.__import__
+
+    def without_matplotlib(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real_import(name, *arguments, **options)
+
+    for name in list(sys.modules):
+        if name.startswith("matplotlib"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(ImportError, match=r"plot: needs matplotlib"):
+        masks.plot(masks.Causal(), 4)
