@@ -10,6 +10,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ._plain_sum import mean_of, per_row
+
 
 class RunningMaxState(NamedTuple):
     r"""Partial sums of $e^{z}$, relative to the largest score seen so far.
@@ -112,14 +114,13 @@ class RunningMax:
 
     def mean(self, state: RunningMaxState) -> Any:
         r"""$\sum_j p_j x_j$ with $p$ the softmax of the scores; 0 for an empty row."""
-        total = jnp.where(state.sum == 0, 1, state.sum)
-        return jax.tree.map(lambda leaf: leaf / _like(total, leaf), state.weighted)
+        return mean_of(state.sum, state.weighted)
 
 
 def _rescale(state: RunningMaxState, top: Array) -> RunningMaxState:
     # -inf - (-inf) is NaN: an empty state is rescaled by exp(-inf - 0) = 0.
     factor = jnp.exp(state.max - _finite(top))
-    weighted = jax.tree.map(lambda leaf: leaf * _like(factor, leaf), state.weighted)
+    weighted = jax.tree.map(lambda leaf: leaf * per_row(factor, leaf), state.weighted)
     return RunningMaxState(top, state.sum * factor, weighted)
 
 
@@ -131,7 +132,3 @@ def _add(a: RunningMaxState, b: RunningMaxState) -> RunningMaxState:
 def _finite(maximum: Array) -> Array:
     """The maximum as something to subtract: 0 in an empty row."""
     return jnp.where(maximum == -jnp.inf, 0, maximum)
-
-
-def _like(row: Array, leaf: Array) -> Array:
-    return row.reshape(row.shape + (1,) * (leaf.ndim - row.ndim))
