@@ -19,7 +19,7 @@ PYTEST := -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest slow lint format docs bench clean
+.PHONY: help demo test test-oldest slow lint format docs bench bench-attention clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -32,8 +32,9 @@ test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(RUN) $(PYTEST) $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	$(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses \
-	  tests/test_dispatch.py $(ARGS)
+	XLA_FLAGS=--xla_backend_optimization_level=0 \
+	  $(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses tests/masks \
+	  tests/attention tests/test_dispatch.py $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)
@@ -52,6 +53,9 @@ docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers
 	$(RUN) -m benchmarks $(ARGS)
+
+bench-attention: $(VENV)/.installed-bench-peers ## the same for attention
+	$(RUN) -m benchmarks.attention $(ARGS)
 
 clean: ## remove the environments and whatever was built
 	rm -rf $(VENV) $(OLDEST) build dist docs/_build .pytest_cache .ruff_cache \

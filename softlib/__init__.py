@@ -1,6 +1,8 @@
 """Softmax variants, attention masks and large-vocabulary losses for JAX.
 
 - `softlib.losses`: losses over vocabularies too large to form the logits.
+- `softlib.attention`: attention that costs what its mask leaves.
+- `softlib.masks`: attention masks, values that compose.
 - `softlib.numerics`: the streaming accumulators they are built on.
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
@@ -11,15 +13,23 @@
 import importlib
 from typing import Any
 
-from . import losses as losses, numerics as numerics, typing as typing
+from . import (
+    attention as attention,
+    losses as losses,
+    masks as masks,
+    numerics as numerics,
+    typing as typing,
+)
 from ._dispatch import explain as explain
 from ._masked_mean import masked_mean as masked_mean
 
 __version__ = "0.1.0"
 __all__ = [
+    "attention",
     "explain",
     "losses",
     "masked_mean",
+    "masks",
     "nn",
     "numerics",
     "testing",

@@ -1,0 +1,256 @@
+"""From the arguments that users pass to the operands of the attention engine."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from softlib import _checks as checks, masks
+from softlib._sharding import in_auto_mode, match_varying
+from softlib.masks import Mask
+from softlib.typing import Implementations
+
+from . import _engine
+from ._plan import BlockPlan, plan_of
+from ._scores import Result
+from ._tiles import Operands, Options
+
+
+class Shapes(NamedTuple):
+    """The axes of one call, after they were found to fit together."""
+
+    batch: tuple[int, ...]
+    query_length: int
+    key_length: int
+    heads: int
+    key_heads: int
+
+    @classmethod
+    def of(cls, function: str, query: Array, key: Array, value: Array) -> "Shapes":
+        checks.require_floating(function, query=query, key=key, value=value)
+        for name, array in (("query", query), ("key", key), ("value", value)):
+            axes = "(..., length, heads, features)"
+            checks.require_rank(function, name, array, 3, axes)
+        *batch, query_length, heads, features = query.shape
+        key_length, key_heads = key.shape[-3:-1]
+        expected = (*batch, key_length, key_heads, features)
+        why = "the batch axes and the features of `query`"
+        checks.require_shape(function, "key", key, expected, why)
+        expected = (*batch, key_length, key_heads, value.shape[-1])
+        why = "the batch axes, length and heads of `key`"
+        checks.require_shape(function, "value", value, expected, why)
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(
+                f"{function}: `query` must have a multiple of the heads of `key`, "
+                f"got {heads} and {key_heads}."
+            )
+        return cls(tuple(batch), query_length, key_length, heads, key_heads)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.batch, dtype=int))
+
+    def flat(self, *arrays: Array) -> list[Array]:
+        """Exactly one batch axis."""
+        count = len(self.batch)
+        return [x.reshape(self.size, *x.shape[count:]) for x in arrays]
+
+    def unflat(self, array: Any) -> Array:
+        return array.reshape(*self.batch, *array.shape[1:])
+
+    def on_pairs(self, function: str, name: str, array: Array) -> Array:
+        """(b, n, t, s), each axis whole or 1."""
+        full = (*self.batch, self.heads, self.query_length, self.key_length)
+        why = "batch, heads, queries, keys"
+        if array.ndim != len(full):
+            raise ValueError(
+                f"{function}: `{name}` must have {len(full)} axes that broadcast to "
+                f"{full} ({why}), got shape {array.shape}."
+            )
+        checks.require_broadcastable(function, name, array, full, why)
+        batch, pairs = array.shape[: len(self.batch)], array.shape[len(self.batch) :]
+        if batch not in (self.batch, (1,) * len(batch)):
+            array, batch = jnp.broadcast_to(array, (*self.batch, *pairs)), self.batch
+        return array.reshape(int(np.prod(batch, dtype=int)), *pairs)
+
+    def on_rows(self, function: str, name: str, array: Array) -> Array:
+        """(B, T, N), from anything that broadcasts to it."""
+        full = (*self.batch, self.query_length, self.heads)
+        checks.require_floating(function, **{name: array})
+        why = "batch, queries, heads"
+        checks.require_broadcastable(function, name, array, full, why)
+        array = array.reshape((1,) * (len(full) - array.ndim) + array.shape)
+        return jnp.broadcast_to(array, full).reshape(self.size, *full[-2:])
+
+    def lengths(self, function: str, name: str, given: ArrayLike | None) -> Any:
+        """Integers, one for all or one per batch entry, flat."""
+        if given is None:
+            return None
+        array = jnp.asarray(given)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{function}: `{name}` must have an integer dtype, got {array.dtype}."
+            )
+        why = "one for all, or one per batch entry"
+        checks.require_shape_in(function, name, array, ((), self.batch), why)
+        return array if array.ndim == 0 else array.reshape(self.size)
+
+    def without_padding(self, array: Array, lengths: ArrayLike) -> Array:
+        """What does not count may hold NaN, which products with 0 would not remove."""
+        lengths = jnp.asarray(lengths).reshape(-1, 1)
+        inside = jnp.arange(array.shape[1])[None, :] < lengths
+        return jnp.where(inside[..., None, None], array, 0)
+
+
+def values_and_array(
+    function: str, shapes: Shapes, mask: Any
+) -> tuple[Any, Array | None]:
+    """What holds by positions, and what is looked up."""
+    values, dense = [], None
+    for part in mask if isinstance(mask, tuple) else (mask,):
+        if not isinstance(part, jax.Array | np.ndarray):
+            values.append(part)
+            continue
+        array = jnp.asarray(part)
+        checks.require_boolean(function, mask=array)
+        array = shapes.on_pairs(function, "mask", array)
+        dense = array if dense is None else dense & array
+    if not isinstance(mask, tuple):
+        return (values[0] if values else None), dense
+    for value in values:
+        if not isinstance(value, Mask):
+            raise TypeError(
+                f"{function}: `mask` must hold only mask values and boolean arrays if "
+                f"it is a tuple, got {type(value).__name__}."
+            )
+    return _conjunction(values), dense
+
+
+def planned(
+    function: str,
+    shapes: Shapes,
+    mask: Any,
+    *,
+    query_offset: ArrayLike = 0,
+    is_causal: bool = False,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    blocks: tuple[int | None, int | None] = (None, None),
+    all_partial: bool = False,
+) -> BlockPlan:
+    """The blocks of everything that excludes pairs by their positions."""
+    lengths = (shapes.query_length, shapes.key_length)
+    query_lengths = shapes.lengths(function, "query_seq_lengths", query_seq_lengths)
+    key_lengths = shapes.lengths(
+        function, "key_value_seq_lengths", key_value_seq_lengths
+    )
+    padded = query_lengths is not None or key_lengths is not None
+    if isinstance(mask, BlockPlan):
+        others = is_causal or local_window_size is not None or padded
+        others = others or not (isinstance(query_offset, int) and query_offset == 0)
+        if others or any(blocks):
+            raise ValueError(
+                f"{function}: `mask` must not be a BlockPlan together with other masks,"
+                " offsets or block sizes; make the plan of all of them with block_plan."
+            )
+        if mask.lengths != lengths:
+            raise ValueError(
+                f"{function}: `mask` must be a plan of {lengths[0]} queries and "
+                f"{lengths[1]} keys, got one of {mask.lengths}."
+            )
+        _require_batch(function, shapes, [mask.mask])
+        return mask
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"{function}: `mask` must be a mask value, a BlockPlan, a boolean array or "
+            f"None, got {type(mask).__name__}."
+        )
+    for name, size in (("block_query", blocks[0]), ("block_key", blocks[1])):
+        if size is not None:
+            checks.require_positive_integer(function, name, size)
+    parts: list[Mask] = [] if mask is None else [mask]
+    if is_causal:
+        parts.append(masks.Causal())
+    if local_window_size is not None:
+        parts.append(_window(function, local_window_size))
+    if not isinstance(query_offset, int):
+        query_offset = shapes.lengths(function, "query_offset", query_offset)
+    parts = [part.shift(query_offset) for part in parts]
+    if padded:
+        parts.append(masks.Padding(query=query_lengths, key=key_lengths))
+    _require_batch(function, shapes, parts)
+    return plan_of(
+        _conjunction(parts),
+        lengths,
+        blocks,
+        all_partial=all_partial,
+        groups=shapes.heads // shapes.key_heads,
+    )
+
+
+def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
+    """A static factor for the scores; one that is traced goes into the queries."""
+    if scale is None:
+        return query, float(max(query.shape[-1], 1)) ** -0.5
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        return query, float(scale)
+    scale = jnp.asarray(scale)
+    checks.require_floating(function, scale=scale)
+    checks.require_shape(function, "scale", scale, (), "a number or a scalar array")
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return query.astype(wide) * scale.astype(wide), 1.0
+
+
+def run(names: Implementations, options: Options, operands: Operands) -> Result:
+    """The engine, on arrays that may be divided over an Explicit mesh."""
+
+    def call(query: Array, rest: Operands) -> Result:
+        given = rest._replace(query=query)
+        return _engine.attention(names, options, match_varying(given))
+
+    def specs(spec: PartitionSpec) -> Any:
+        per_row = PartitionSpec(*spec[:3])
+        out = None if operands.value is None else spec
+        has_max = operands.value is None
+        return Result(out, per_row, per_row if has_max else None)
+
+    # The lists of a plan are NumPy until here; only JAX arrays vary over mesh axes.
+    rest = jax.tree.map(jnp.asarray, operands._replace(query=None))
+    return in_auto_mode(call, specs, operands.query, rest)
+
+
+def _window(function: str, size: int | tuple[int, int]) -> Mask:
+    pair = (size, size) if isinstance(size, int) else size
+    good = isinstance(pair, Sequence) and len(pair) == 2
+    if not good or not all(isinstance(n, int) and n >= 0 for n in pair):
+        raise ValueError(
+            f"{function}: `local_window_size` must be a non-negative int or a pair "
+            f"(before, after) of them, got {size!r}."
+        )
+    return masks.Window(*pair)
+
+
+def _conjunction(parts: Sequence[Mask]) -> Mask:
+    mask: Mask = masks.All()
+    for i, part in enumerate(parts):
+        mask = part if i == 0 else mask & part
+    return mask
+
+
+def _require_batch(function: str, shapes: Shapes, parts: Sequence[Mask]) -> None:
+    for part in parts:
+        leaves = jax.tree.leaves(part)
+        for leaf, rank in zip(leaves, part._leaf_ranks(), strict=True):
+            extra = jnp.ndim(leaf) - rank
+            if extra and (extra > 1 or jnp.shape(leaf)[0] != shapes.size):
+                raise ValueError(
+                    f"{function}: `mask` must hold arrays without a batch axis or with "
+                    f"one of {shapes.size}, got {type(part).__name__} with an array of "
+                    f"shape {jnp.shape(leaf)}."
+                )

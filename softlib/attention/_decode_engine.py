@@ -1,0 +1,200 @@
+"""The operation of decode attention: sums per device, merge, fallback, derivative.
+
+The operation itself is the fold over a device's own keys. What is done with its sums is
+the same for every implementation: they are added over devices, rows that have left the
+range of the unified maximum are computed again, and the quotient is taken.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._sharding import automatic_axes, match_varying
+from softlib.numerics import RunningMax
+from softlib.typing import AxisName, Implementations
+
+from . import _decode_stream as stream
+from ._decode_stream import Operands, Options
+
+
+class Attended(NamedTuple):
+    """Rows of the result, in the dtype of the sums."""
+
+    out: Float[Array, "B K R Hv"]
+    lse: Float[Array, "B K R"]
+    max_score: Float[Array, "B K R"]
+    # 1 for rows that were computed again: a derivative rule may return floats only.
+    recomputed: Float[Array, "B K R"]
+
+
+class Plans(NamedTuple):
+    """What runs first, and what runs again for rows outside of the valid range."""
+
+    first: Plan
+    again: Plan | None
+
+
+def attend(
+    names: Implementations,
+    options: Options,
+    axis_name: AxisName | None,
+    operands: Operands,
+) -> Attended:
+    plans = Plans(_dispatch.plan(DECODE, names, options, operands), None)
+    if operands.unified is not None:
+        running = operands._replace(unified=None)
+        plans = plans._replace(again=_dispatch.plan(DECODE, names, options, running))
+    if operands.unified is None and _is_reference(plans.first):
+        return _computed(plans, options, axis_name, operands)  # JAX differentiates it
+    return _attend(plans, options, axis_name, operands)
+
+
+# A rule of its own because a loop whose length depends on the lengths has no reverse
+# mode, and because a row that has overflowed would send 0 * inf through the branch that
+# was not selected. As a jvp of (out, lse) it serves every mode and every order.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _attend(
+    plans: Plans, options: Options, axis_name: AxisName | None, operands: Operands
+) -> Attended:
+    return _computed(plans, options, axis_name, operands)
+
+
+@_attend.defjvp
+def _attend_jvp(
+    plans: Plans,
+    options: Options,
+    axis_name: AxisName | None,
+    primals: tuple[Operands],
+    tangents: tuple[Any],
+):
+    (operands,), (dots,) = primals, tangents
+    found = _attend(plans, options, axis_name, operands)
+    visible, dtype = operands.visible, operands.dtype
+    indices = jnp.arange(operands.key.shape[1])
+    used = lambda array: array
+    if visible is not None:
+        # Before arithmetic, tangents too: 0 * NaN is NaN.
+        kept = stream.seen_by_any(visible, indices)
+        used = lambda array: jnp.where(kept, array, 0)
+    value, value_dot = used(operands.value), used(dots.value)
+    z, z_dot = jax.jvp(
+        functools.partial(stream.scores, options),
+        (operands.query, used(operands.key), operands.scale),
+        (dots.query, used(dots.key), dots.scale),
+    )
+    if visible is not None:
+        z = jnp.where(stream.seen_by_rows(visible, indices), z, -jnp.inf)
+    # p = exp(z - lse), dlse = sum p dz, dout = sum p (dz - dlse) v + p dv
+    lse = jnp.where(found.lse == -jnp.inf, 0, found.lse)
+    p = jnp.exp(z - lse[..., None])
+    lse_dot = _summed((p * z_dot).sum(-1), axis_name)
+    weights = p * (z_dot - lse_dot[..., None])
+    out_dot = stream.weighted_values(options, weights, value)
+    out_dot = out_dot + stream.weighted_values(options, p, value_dot)
+    out_dot = _summed(out_dot, axis_name)
+    none = match_varying(jnp.zeros(lse_dot.shape, dtype), lse_dot)
+    return found, Attended(out_dot, lse_dot, none, none)
+
+
+def _computed(
+    plans: Plans, options: Options, axis_name: AxisName | None, operands: Operands
+) -> Attended:
+    if operands.unified is None:
+        out, lse, top = _by_running_max(plans.first, options, axis_name, operands)
+        return Attended(out, lse, top, jnp.zeros_like(lse))
+
+    unified = operands.unified
+    state = _dispatch.execute(plans.first, options, operands)
+    if axis_name is not None:
+        state = _unified_over(axis_name, state)
+    flagged = unified.needs_recompute(state)
+    assert plans.again is not None
+    again = functools.partial(_by_running_max, plans.again, options, axis_name)
+    fast = unified.mean(state), unified.finalize(state)
+    # The flags come from sums over all devices of the axis, so these devices agree, and
+    # none waits in the collectives of a branch that another has not taken.
+    slow = lax.cond(
+        flagged.any(),
+        lambda operands: again(operands)[:2],
+        lambda operands: fast,
+        operands._replace(unified=None),
+    )
+    # Row by row: no row depends on whether another of its batch has left the range.
+    out = jnp.where(flagged[..., None], slow[0], fast[0])
+    lse = jnp.where(flagged, slow[1], fast[1])
+    return Attended(out, lse, state.max, flagged.astype(lse.dtype))
+
+
+def _by_running_max(
+    plan: Plan, options: Options, axis_name: AxisName | None, operands: Operands
+) -> tuple[Array, Array, Array]:
+    accumulator = RunningMax()
+    state = _dispatch.execute(plan, options, operands)
+    if axis_name is not None:
+        top = lax.pmax(lax.stop_gradient(state.max), axis_name)
+        # An empty state under the common maximum: merging rescales to it.
+        common = accumulator.init(
+            top.shape, top.dtype, weighted=jnp.zeros_like(state.weighted)
+        )
+        scaled = accumulator.merge(state, common._replace(max=top))
+        state = _added_over(axis_name, scaled._replace(max=top))
+    return accumulator.mean(state), accumulator.finalize(state), state.max
+
+
+def _unified_over(axis_name: AxisName, state: Any) -> Any:
+    # The extremes are for the flags alone: no sum waits for them.
+    least = state.min
+    if least is not None:
+        least = lax.pmin(lax.stop_gradient(least), axis_name)
+    top = lax.pmax(lax.stop_gradient(state.max), axis_name)
+    return _added_over(axis_name, state._replace(max=top, min=least))
+
+
+def _added_over(axis_name: AxisName, state: Any) -> Any:
+    """The state with its sums over all devices, in one collective."""
+    both = jnp.concatenate([state.weighted, state.sum[..., None]], axis=-1)
+    both = lax.psum(both, axis_name)
+    return state._replace(sum=both[..., -1], weighted=both[..., :-1])
+
+
+def _summed(array: Array, axis_name: AxisName | None) -> Array:
+    return array if axis_name is None else lax.psum(array, axis_name)
+
+
+def _is_reference(made: Plan) -> bool:
+    fallback = made.fallback
+    return not made.kernels and fallback is not None and fallback.name == "reference"
+
+
+def _no_splits(options: Options, operands: Any) -> str | None:
+    if options.num_splits is None:
+        return None
+    return "it takes the keys as a whole (num_splits)"
+
+
+def _gathers(options: Options, operands: Any) -> str | None:
+    axes = automatic_axes()
+    if not axes:
+        return None
+    names = ", ".join(map(repr, axes))
+    return (
+        f"keys whose positions are sharded over mesh axis {names} are gathered part "
+        "by part; inside jax.shard_map `axis_name` keeps each device to its own"
+    )
+
+
+DECODE = Operation(
+    "decode_attention",
+    (
+        absent("pallas_tpu", "tpu"),
+        absent("pallas_gpu", "cuda"),
+        Implementation("xla", stream.forward, note=_gathers),
+        Implementation("reference", stream.whole, _no_splits),
+    ),
+)

@@ -1,0 +1,170 @@
+"""The operation of the attention engine, its gradient, and the one derivative rule.
+
+A `custom_vjp` is needed because the transpose of a loop would store every tile of
+weights. Its rules call what is *inside* the decorated function, never that itself:
+otherwise forward mode over the rule, hence every Hessian-vector product, would be an
+error.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._sharding import automatic_axes
+from softlib.typing import Implementations
+
+from . import _lanes, _stream
+from ._scores import Result
+from ._stream import BackwardOperands, Gradient
+from ._tiles import Operands, Options, product
+
+
+def attention(names: Implementations, options: Options, operands: Operands) -> Result:
+    choice = _dispatch.plan(ATTENTION, names, options, operands)
+    if _is_reference(choice):
+        return _dispatch.execute(choice, options, operands)  # JAX differentiates it
+    return _attention(choice, names, options, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(
+    choice: Plan, names: Implementations, options: Options, operands: Operands
+) -> Result:
+    return _dispatch.execute(choice, options, operands)
+
+
+def _forward(
+    choice: Plan, names: Implementations, options: Options, operands: Operands
+):
+    found = _dispatch.execute(choice, options, operands)
+    return found, (operands, found.out, found.normalizer)
+
+
+def _backward(
+    choice: Plan,
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Operands, Array | None, Array],
+    cotangents: Result,
+):
+    operands, out, normalizer = residuals
+    given = BackwardOperands(
+        operands, out, normalizer, cotangents.out, cotangents.normalizer
+    )
+    gradient: Gradient = _dispatch.run(ATTENTION_GRADIENT, names, options, given)
+    return (
+        Operands(
+            gradient.query,
+            gradient.key,
+            gradient.value,
+            None,
+            None,
+            gradient.bias,
+            gradient.sinks,
+            gradient.rows,
+        ),
+    )
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _reference(options: Options, operands: Operands) -> Result:
+    """The definitions, one after the other, of all pairs at once."""
+    kind, dtype, groups = options.kind, operands.dtype, operands.groups
+    (t, s), mask = operands.plan.lengths, operands.plan.mask
+    heads = lambda x: jnp.repeat(jnp.moveaxis(x.astype(dtype), 2, 1), groups, axis=1)
+    query = jnp.moveaxis(operands.query.astype(dtype), 2, 1)
+    z = product(query, heads(operands.key).swapaxes(-1, -2), options) * options.scale
+    if options.logit_softcap is not None:
+        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
+    if operands.bias is not None:
+        z = z + operands.bias.astype(dtype)
+    ok = jnp.asarray(mask.materialize(t, s))
+    ok = ok[:, None] if ok.ndim == 3 else ok[None, None]
+    ok = jnp.broadcast_to(ok, z.shape)
+    if operands.dense is not None:
+        ok = ok & operands.dense
+    rows = tuple(jnp.moveaxis(row, 2, 1)[..., None] for row in operands.rows)
+    # Selected before as well as after: 0 * inf in a derivative is NaN.
+    entries = kind.entries(jnp.where(ok, z, 0), rows)
+    entries = jnp.where(ok, entries, kind.absent)
+    weigh = value = None
+    if operands.value is not None:
+        value = heads(operands.value)
+        weigh = lambda weights: product(weights, value, options)
+    sinks = operands.sinks
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks.astype(dtype)[None, :, None], z.shape[:-1])
+    state = _stream.initial_state(options.kind, z.shape[:-1], dtype, value, sinks)
+    if s:
+        state = kind.accumulator.update(state, entries, weigh=weigh)
+    found = kind.finalize(state)
+    back = lambda x: None if x is None else jnp.moveaxis(x, 1, 2)
+    out = back(found.out)
+    if out is not None:
+        out = out.astype(options.out_dtype)
+    return Result(out, back(found.normalizer), back(found.max))
+
+
+def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
+    operands = given.operands
+
+    def call(query, key, value, bias, sinks, rows):
+        same = operands._replace(
+            query=query, key=key, value=value, bias=bias, sinks=sinks, rows=rows
+        )
+        found = _reference(options, same)
+        return found.out, found.normalizer
+
+    arguments = (
+        operands.query,
+        operands.key,
+        operands.value,
+        operands.bias,
+        operands.sinks,
+        operands.rows,
+    )
+    _, pull = jax.vjp(call, *arguments)
+    return Gradient(*pull((given.out_cotangent, given.normalizer_cotangent)))
+
+
+def _is_reference(choice: Plan) -> bool:
+    fallback = choice.fallback
+    return not choice.kernels and fallback is not None and fallback.name == "reference"
+
+
+def _note(options: Options, operands: Any) -> str | None:
+    axes = automatic_axes()
+    if not axes:
+        return None
+    names = ", ".join(map(repr, axes))
+    return (
+        f"keys divided over mesh axis {names} are gathered on every device; "
+        "sequence_parallel_attention inside jax.shard_map keeps each device to its own"
+    )
+
+
+_ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
+
+ATTENTION = Operation(
+    "dot_product_attention",
+    (
+        *_ABSENT,
+        Implementation("xla", _lanes.forward, note=_note),
+        Implementation("reference", _reference),
+    ),
+)
+ATTENTION_GRADIENT = Operation(
+    "dot_product_attention_gradient",
+    (
+        *_ABSENT,
+        Implementation("xla", _lanes.backward, note=_note),
+        Implementation("reference", _reference_gradient),
+    ),
+)

@@ -1,0 +1,287 @@
+r"""Attention without the exponential, as a state that a chunk of the sequence updates.
+
+Per key head, with features phi and decays a_i = exp(l_i):
+
+    M_i = a_i M_{i-1} + phi(k_i) v_i^T,    z_i = a_i z_{i-1} + phi(k_i)
+    y_i = M_i^T phi(q_i) / eta_i,          eta_i = phi(q_i) . z_i, or given, or 1
+
+or, unrolled over a chunk that starts from the state (M, z),
+
+    eta_i y_i = e^{S_i} M^T phi(q_i) + sum_{j <= i} e^{S_ij} phi(q_i) . phi(k_j) v_j
+    S_ij = l_{j+1} + ... + l_i,            S_i = S_{i, start}
+
+so that chunks of one step are the recurrence and one chunk is the parallel form. The
+S_ij are sums of their own terms and not differences of cumulative sums: those lose
+their digits in long chunks, and a decay of 0 would make them inf - inf.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from softlib.typing import Precision
+
+from . import _recurrent_chunks
+
+
+class LinearAttentionState(NamedTuple):
+    """What linear attention remembers of the past; its size does not grow.
+
+    There is one entry per key head, or per query head if the decays are per query head.
+
+    Fields:
+        memory: Decayed sum of the outer products of key features and values, float32
+            or float64.
+        normalizer: The same sum of the key features alone; None unless outputs are
+            divided by the sum of their scores.
+    """
+
+    memory: Float[Array, "*batch heads features D"]
+    normalizer: Float[Array, "*batch heads features"] | None = None
+
+
+class Queries(NamedTuple):
+    """Batch axes, time, K key heads, G queries to each."""
+
+    query: Array  # (..., T, K, G, H)
+    factor: Array | None  # (..., T, K, G): multiplies the output
+
+
+class Keys(NamedTuple):
+    """Batch axes, time, K key heads."""
+
+    key: Array  # (..., T, K, H)
+    value: Array  # (..., T, K, D)
+    log_decay: Array | None  # (..., T, K)
+    mask: Array | None  # (..., T): False removes the token
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    features: Callable[[Array], Array]
+    is_divided_by_sum: bool
+    dtype: DTypeLike  # of the arithmetic and of the state
+    output_dtype: DTypeLike
+    precision: Precision
+
+    def product(self, formula: str, *operands: Array) -> Array:
+        return jnp.einsum(
+            formula,
+            *operands,
+            precision=self.precision,
+            preferred_element_type=self.dtype,
+        )
+
+
+def causal(
+    options: Options,
+    state: LinearAttentionState | None,
+    queries: Queries,
+    keys: Keys,
+    *,
+    axis: int,
+    size: int,
+) -> tuple[LinearAttentionState, Array]:
+    """The state at the end and the output, (..., T, K, G, D)."""
+
+    def step(state, chunk):
+        queries, keys = chunk
+        query = options.features(queries.query.astype(options.dtype))
+        key, value, log_decay = _prepared(options, keys)
+        decays = None if log_decay is None else _decays(log_decay)
+        weights = _causal_weights(options, query, key, decays)
+        numerator = options.product("...kgij,...jkd->...ikgd", weights, value)
+        scores = _row_sums(weights) if options.is_divided_by_sum else None
+        if state is not None:
+            past, past_scores = _read(options, state, query)
+            left = None if decays is None else decays.from_start
+            numerator += _times(past, left)
+            scores = None if scores is None else scores + _times(past_scores, left)
+        if decays is not None:
+            key = _times(key, decays.to_end)
+            state = None if state is None else _decayed(state, decays.whole)
+        output = _output(options, numerator, _factor(scores, queries.factor))
+        return _with(options, state, key, value), output
+
+    return _recurrent_chunks.fold(step, state, (queries, keys), axis=axis, size=size)
+
+
+def bidirectional(
+    options: Options,
+    state: LinearAttentionState | None,
+    queries: Queries,
+    keys: Keys,
+    *,
+    axis: int,
+    size: int,
+) -> tuple[LinearAttentionState, Array]:
+    """Every query sees every key; the two sequences may differ in length."""
+
+    def add(state, keys):
+        key, value, _ = _prepared(options, keys)
+        return _with(options, state, key, value), ()
+
+    state, _ = _recurrent_chunks.fold(add, state, keys, axis=axis, size=size)
+
+    def read(state, queries):
+        query = options.features(queries.query.astype(options.dtype))
+        numerator, scores = _read(options, state, query)
+        return state, _output(options, numerator, _factor(scores, queries.factor))
+
+    return _recurrent_chunks.fold(read, state, queries, axis=axis, size=size)
+
+
+def one_step(
+    options: Options, state: LinearAttentionState | None, queries: Queries, keys: Keys
+) -> tuple[LinearAttentionState, Array]:
+    """The recurrence itself: one token (T = 1) is added, then read."""
+    query = options.features(queries.query.astype(options.dtype))
+    key, value, log_decay = _prepared(options, keys)
+    if state is not None and log_decay is not None:
+        state = _decayed(state, jnp.exp(jnp.squeeze(log_decay, -2)))
+    state = _with(options, state, key, value)
+    numerator, scores = _read(options, state, query)
+    return state, _output(options, numerator, _factor(scores, queries.factor))
+
+
+def matrix(
+    options: Options, queries: Queries, keys: Keys, *, is_causal: bool
+) -> Float[Array, "*batch K G T S"]:
+    """The coefficient of every value in every output."""
+    query = options.features(queries.query.astype(options.dtype))
+    key, _, log_decay = _prepared(options, keys)
+    if is_causal:
+        decays = None if log_decay is None else _decays(log_decay)
+        weights = _causal_weights(options, query, key, decays)
+    else:
+        weights = options.product("...ikgs,...jks->...kgij", query, key)
+    scores = _row_sums(weights) if options.is_divided_by_sum else None
+    factor = _factor(scores, queries.factor)
+    factor = None if factor is None else jnp.moveaxis(factor, -3, -1)
+    return _times(weights, factor).astype(options.output_dtype)
+
+
+def _prepared(options: Options, keys: Keys) -> tuple[Array, Array, Array | None]:
+    """Features of the keys, values, log decays; what is removed adds and decays nil."""
+    key, value = keys.key.astype(options.dtype), keys.value.astype(options.dtype)
+    log_decay = keys.log_decay
+    log_decay = None if log_decay is None else log_decay.astype(options.dtype)
+    if keys.mask is None:
+        return options.features(key), value, log_decay
+    # Before the feature map as well: what a removed token holds may be NaN.
+    key = _where(keys.mask, options.features(_where(keys.mask, key)))
+    if log_decay is not None:
+        log_decay = _where(keys.mask, log_decay)
+    return key, _where(keys.mask, value), log_decay
+
+
+class _Decays(NamedTuple):
+    """Products of decays within a chunk."""
+
+    between: Array  # (..., K, i, j): of j+1 ... i; 1 for i <= j
+    from_start: Array  # (..., i, K)
+    to_end: Array  # (..., j, K): of what follows j
+    whole: Array  # (..., K)
+
+
+def _decays(log_decay: Array) -> _Decays:
+    between = jnp.exp(segment_sums(jnp.moveaxis(log_decay, -1, -2)))
+    # The last row; a sum, because an empty chunk has none.
+    to_end = jnp.moveaxis(between[..., -1:, :].sum(-2), -1, -2)
+    from_start = jnp.exp(jnp.cumsum(log_decay, axis=-2))
+    return _Decays(between, from_start, to_end, jnp.exp(log_decay.sum(-2)))
+
+
+def segment_sums(terms: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
+    """S_ij = sum of the terms j+1 ... i, which is 0 for i <= j."""
+    shape = (*terms.shape, terms.shape[-1])
+    later = jnp.broadcast_to(jnp.tri(*shape[-2:], k=-1, dtype=bool), shape)  # i > j
+    return jnp.cumsum(jnp.where(later, terms[..., None], 0), axis=-2)
+
+
+def _causal_weights(
+    options: Options, query: Array, key: Array, decays: _Decays | None
+) -> Array:
+    """Decayed scores, (..., K, G, i, j), 0 for j > i."""
+    weights = options.product("...ikgs,...jks->...kgij", query, key)
+    if decays is not None:
+        weights *= decays.between[..., None, :, :]
+    seen = jnp.tri(*weights.shape[-2:], dtype=bool)
+    return jnp.where(jnp.broadcast_to(seen, weights.shape), weights, 0)
+
+
+def _row_sums(weights: Array) -> Array:
+    return jnp.moveaxis(weights.sum(-1), -1, -3)  # (..., i, K, G)
+
+
+def _read(
+    options: Options, state: LinearAttentionState, query: Array
+) -> tuple[Array, Array | None]:
+    """What the state answers, and the sum of the scores that it stands for."""
+    numerator = options.product("...ikgs,...ksd->...ikgd", query, state.memory)
+    if state.normalizer is None:
+        return numerator, None
+    return numerator, options.product("...ikgs,...ks->...ikg", query, state.normalizer)
+
+
+def _decayed(state: LinearAttentionState, decay: Array) -> LinearAttentionState:
+    normalizer = state.normalizer
+    return LinearAttentionState(
+        _times(state.memory, decay),
+        None if normalizer is None else _times(normalizer, decay),
+    )
+
+
+def _with(
+    options: Options, state: LinearAttentionState | None, key: Array, value: Array
+) -> LinearAttentionState:
+    """The state with more tokens added."""
+    memory = options.product("...jks,...jkd->...ksd", key, value)
+    normalizer = key.sum(-3) if options.is_divided_by_sum else None
+    added = LinearAttentionState(memory, normalizer)
+    return added if state is None else jax.tree.map(jnp.add, state, added)
+
+
+def _factor(scores: Array | None, given: Array | None) -> Array | None:
+    """1 / eta, and 0 where eta is 0: nothing attends there."""
+    if scores is None:
+        return given
+    empty = scores == 0
+    return jnp.where(empty, 0, reciprocal(jnp.where(empty, 1, scores)))
+
+
+# The rule of a division squares the denominator, which underflows for the sum of
+# features that are small but fine.
+@jax.custom_jvp
+def reciprocal(x: Array) -> Array:
+    return 1 / x
+
+
+@reciprocal.defjvp
+def _reciprocal_jvp(primals, tangents):
+    value = reciprocal(*primals)
+    return value, -(tangents[0] * value) * value
+
+
+def _output(options: Options, numerator: Array, factor: Array | None) -> Array:
+    return _times(numerator, factor).astype(options.output_dtype)
+
+
+def _times(array: Array | None, factor: Array | None) -> Array:
+    """`factor` has the leading axes of `array`; None is 1."""
+    assert array is not None
+    if factor is None:
+        return array
+    missing = (1,) * (array.ndim - factor.ndim)
+    return array * factor.astype(array.dtype).reshape(*factor.shape, *missing)
+
+
+def _where(mask: Array, array: Array) -> Array:
+    """`array` where the mask over its leading axes is True, else 0."""
+    kept = mask.reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim))
+    return jnp.where(jnp.broadcast_to(kept, array.shape), array, 0)

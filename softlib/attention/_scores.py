@@ -1,0 +1,215 @@
+r"""How scores become weights: one fold with a positive function and l1 normalisation.
+
+$\mathrm{out} = \sum_j f(z_j) v_j / \sum_j f(z_j)$. A kind says how a block of scores
+enters the accumulator, and what a backward pass needs of it again: the weights and
+their slopes. Kinds are static and hashable. Arrays called `rows` hold one value per
+row, expanded so that they broadcast against the scores.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from softlib.numerics import PlainSum, RunningMax
+
+type Rows = tuple[Array, ...]
+
+
+class Result(NamedTuple):
+    """What attention returns before it is shaped for the user.
+
+    Attributes:
+        out: Weighted means of the values; None without values.
+        normalizer: Of a row: the logsumexp, or the sum of the positive weights.
+        max: The largest weight of a row, where the kind keeps it; no derivative.
+    """
+
+    # Any: also made of shardings.
+    out: Any
+    normalizer: Any
+    max: Any = None
+
+
+class Weights(NamedTuple):
+    r"""The normalised weights of a tile and how they answer.
+
+    With $\delta_j = v_j - \mathrm{out}$: `out` changes by `slope * delta` when a score
+    does, by `sum(row_slope * delta)` when the first of `rows` does.
+    """
+
+    p: Array
+    slope: Array
+    row_slope: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """f = exp, kept relative to the running maximum. The normalizer is a logsumexp."""
+
+    accumulator: ClassVar[Any] = RunningMax()
+    absent = -jnp.inf
+    is_log = True
+
+    def entries(self, z: Array, rows: Rows) -> Array:
+        return z
+
+    def finalize(self, state: Any) -> Result:
+        return _finalize(self.accumulator, state, self.accumulator.finalize(state))
+
+    def inverse(self, normalizer: Array) -> Array:
+        # exp(z - inf) = 0 whatever the score: an empty row needs no other care.
+        return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
+
+    def weights(self, z: Array, rows: Rows, inverse: Array) -> Weights:
+        p = jnp.exp(self.entries(z, rows) - inverse)
+        return Weights(p, p)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSoftplus(Softmax):
+    """f = softplus, summed in the log domain: exact where softplus underflows."""
+
+    def entries(self, z: Array, rows: Rows) -> Array:
+        return _log_softplus(z)
+
+    def weights(self, z: Array, rows: Rows, inverse: Array) -> Weights:
+        p = jnp.exp(_log_softplus(z) - inverse)
+        far, near = _far(z)
+        slope = jnp.where(far, 1, jax.nn.sigmoid(near) / jax.nn.softplus(near))
+        return Weights(p, p * slope)
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    """A positive function, summed as it is. The normalizer is its sum.
+
+    Subclasses define `value` and `slope`.
+    """
+
+    accumulator: ClassVar[Any] = PlainSum()
+    absent = 0.0
+    is_log = False
+
+    def value(self, z: Array) -> Array:
+        raise NotImplementedError
+
+    def slope(self, z: Array) -> Array:
+        raise NotImplementedError
+
+    def entries(self, z: Array, rows: Rows) -> Array:
+        return self.value(z)
+
+    def finalize(self, state: Any) -> Result:
+        return _finalize(self.accumulator, state, state.sum)
+
+    def inverse(self, normalizer: Array) -> Array:
+        empty = normalizer == 0
+        return jnp.where(empty, 0, 1 / jnp.where(empty, 1, normalizer))
+
+    def weights(self, z: Array, rows: Rows, inverse: Array) -> Weights:
+        return Weights(self.value(z) * inverse, self.slope(z) * inverse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softplus(Positive):
+    """f = softplus. For scores that are bounded below, where it does not underflow."""
+
+    def value(self, z: Array) -> Array:
+        return jax.nn.softplus(z)
+
+    def slope(self, z: Array) -> Array:
+        return jax.nn.sigmoid(z)
+
+
+@dataclasses.dataclass(frozen=True)
+class StableMax(Positive):
+    """f(z) = 1 + z for z >= 0, 1 / (1 - z) below."""
+
+    def value(self, z: Array) -> Array:
+        # Both branches are finite for every finite z, and so are their derivatives.
+        return jnp.where(z >= 0, 1 + z, 1 / (1 + jnp.abs(z)))
+
+    def slope(self, z: Array) -> Array:
+        below = 1 / (1 + jnp.abs(z))
+        return jnp.where(z >= 0, 1, below * below)
+
+
+class _SumAndMax:
+    """Of positive weights, as an accumulator."""
+
+    def init(self, shape: Any, dtype: Any, *, weighted: Any = None) -> Any:
+        return PlainSum().init(shape, dtype), jnp.full(shape, -jnp.inf, dtype)
+
+    def update(
+        self, state: Any, block: Array, *, axis: int = -1, weigh: Any = None
+    ) -> Any:
+        total, top = state
+        # The maximum has no derivative: what uses it cancels it.
+        top = jnp.maximum(top, lax.stop_gradient(block).max(axis))
+        return PlainSum().update(total, block, axis=axis), top
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftplusMoments(Softplus):
+    """Sum and maximum of softplus over a row, without values."""
+
+    accumulator: ClassVar[Any] = _SumAndMax()
+
+    def finalize(self, state: Any) -> Result:
+        total, top = state
+        # A row without keys has seen the weight 0 of absent entries at most.
+        return Result(None, total.sum, jnp.where(top == -jnp.inf, 0, top))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweighted(Positive):
+    """f(z) = max(0, (softplus(z) - offset) * inverse)^power, per row (offset, inverse).
+
+    `offset` has a derivative; `inverse` only keeps the power in range and has none.
+    """
+
+    power: float
+
+    def entries(self, z: Array, rows: Rows) -> Array:
+        return self._power(self._base(z, rows), self.power)
+
+    def weights(self, z: Array, rows: Rows, inverse: Array) -> Weights:
+        base = self._base(z, rows)
+        below = self._power(base, self.power - 1)
+        slope = jnp.where(base > 0, self.power * below * rows[1] * inverse, 0)
+        p = self._power(base, self.power) * inverse
+        return Weights(p, slope * jax.nn.sigmoid(z), -slope)
+
+    def _base(self, z: Array, rows: Rows) -> Array:
+        offset, inverse = rows
+        return jnp.maximum(jax.nn.softplus(z) - offset, 0) * inverse
+
+    def _power(self, base: Array, power: float) -> Array:
+        if float(power).is_integer():
+            return lax.integer_pow(base, int(power))  # products only
+        # The derivatives of a power at 0 may be infinite; its value there is 0.
+        positive = base > 0
+        return jnp.where(positive, jnp.where(positive, base, 1) ** power, 0)
+
+
+type Kind = Softmax | Positive
+
+
+def _finalize(accumulator: Any, state: Any, normalizer: Array) -> Result:
+    out = None if state.weighted is None else accumulator.mean(state)
+    return Result(out, normalizer)
+
+
+def _log_softplus(z: Array) -> Array:
+    far, near = _far(z)
+    return jnp.where(far, z, jnp.log(jax.nn.softplus(near)))
+
+
+def _far(z: Array) -> tuple[Array, Array]:
+    """Where log softplus is its argument to the last bit of float64, and the rest."""
+    far = z < -36.0
+    return far, jnp.where(far, 0.0, z)

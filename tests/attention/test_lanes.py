@@ -1,0 +1,100 @@
+"""Heads and batch entries a few at a time give what they give together."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import masks
+from softlib.attention import _lanes, block_plan, dot_product_attention
+from softlib.attention._tiles import Operands
+
+BATCH, QUERIES, KEYS, HEADS, KEY_HEADS = 4, 12, 20, 8, 4
+BLOCKS: Any = {"block_query": 8, "block_key": 8}
+# Scores of one key head and its two query heads, in one pair of blocks.
+LANE = 2 * 8 * 8
+
+
+def draw(*shape, seed=0):
+    random = np.random.default_rng(seed)
+    return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+
+OPTIONS = {
+    "shared bias, sinks": {"bias": draw(1, HEADS, 1, KEYS), "sinks": draw(HEADS)},
+    "bias per entry, array": {
+        "bias": draw(BATCH, 1, QUERIES, KEYS),
+        "mask": draw(1, HEADS, QUERIES, KEYS) > 0,
+    },
+    "segments": {
+        "mask": masks.Segments(jnp.arange(BATCH * 32).reshape(BATCH, 32) // 5)
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_cut_changes_nothing(options, monkeypatch):
+    arrays = {
+        "query": draw(BATCH, QUERIES, HEADS, 4, seed=1),
+        "key": draw(BATCH, KEYS, KEY_HEADS, 4, seed=2),
+        "value": draw(BATCH, KEYS, KEY_HEADS, 3, seed=3),
+    }
+    arrays |= {k: v for k, v in options.items() if k != "mask"}
+    weights = draw(BATCH, QUERIES, HEADS, 3, seed=4)
+
+    def total(arrays, lanes):
+        monkeypatch.setattr(_lanes, "SCORES", lanes * LANE)
+        out, lse = dot_product_attention(
+            **arrays, mask=options.get("mask"), return_lse=True, **BLOCKS
+        )
+        lse = jnp.where(lse == -jnp.inf, 0, lse)
+        return (out * weights).sum() + (lse * weights[..., 0]).sum(), out
+
+    call = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=1)
+    together = call(arrays, BATCH * KEY_HEADS)
+    for lanes in (2, 8):  # half the heads of an entry, two entries
+        close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+        jax.tree.map(close, call(arrays, lanes), together)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "lanes", "expected"),
+    [
+        (4, 4, 100, (4, 4)),
+        (4, 4, 8, (2, 4)),
+        (4, 4, 7, (1, 4)),
+        (4, 6, 5, (1, 3)),
+        (3, 5, 4, (1, 1)),
+        (5, 1, 4, (1, 1)),
+        (2, 2, 0, (1, 1)),
+    ],
+)
+def test_steps_are_whole_entries_or_heads_of_one(
+    batch, heads, lanes, expected, monkeypatch
+):
+    monkeypatch.setattr(_lanes, "SCORES", lanes * LANE)
+    shape = lambda length, heads: jax.ShapeDtypeStruct((batch, length, heads, 4), "f4")
+    plan = block_plan(None, QUERIES, KEYS, **BLOCKS)
+    query: Any = shape(QUERIES, 2 * heads)
+    key: Any = shape(KEYS, heads)
+    cut = _lanes.Cut.of(Operands(query, key, None, plan))
+    assert (cut.batch_step, cut.head_step) == expected
+    assert cut.steps == batch * heads // np.prod(expected)
+
+
+def test_scratch_memory_does_not_grow_with_the_batch_of_scores():
+    def scratch(batch):
+        shape = jax.ShapeDtypeStruct((batch, 128, 16, 8), jnp.float32)
+        call = jax.jit(lambda q, k, v: dot_product_attention(q, k, v))
+        memory = call.lower(shape, shape, shape).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes, 4 * batch * 128 * 16 * 8
+
+    # All scores together would be 16 MiB more for 16 entries more; what grows is as
+    # large as the arguments.
+    (small, arguments_small), (large, arguments_large) = scratch(8), scratch(24)
+    grown, arguments = large - small, arguments_large - arguments_small
+    assert grown < 8 * arguments
+    assert 8 * arguments < 16 * 16 * 128 * 128 * 4

@@ -1,0 +1,327 @@
+"""Softplus attention: the oracle, vectors, promises, and the headline of its paper."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import masks
+from softlib.attention import (
+    block_plan,
+    length_log_scale,
+    softplus_attention,
+    softplus_weights,
+)
+from softlib.testing import assert_close, check_transformations
+from tests.oracles import softplus_attention as oracle
+from tests.pairwise import name, pairwise
+
+DATA = pathlib.Path(__file__).parent.parent / "data"
+BLOCKS: Any = {"block_query": 8, "block_key": 8}
+CASES = pairwise(
+    {
+        "lengths": ((21, 21), (16, 40)),
+        "heads": ((1, 1), (4, 2)),
+        "mask": ("none", "causal", "window", "segments"),
+        "power": (None, 3, 2.5, 15),
+        "normalize_qk": (True, False),
+        "dtype": ("float64", "float32", "bfloat16"),
+    }
+)
+MASKS = {
+    "none": lambda t, s: None,
+    "causal": lambda t, s: masks.Causal(s - t),
+    "window": lambda t, s: masks.Window(5, 0) & ~masks.Window(1, 0),
+    "segments": lambda t, s: masks.Segments(
+        jnp.arange(2 * t).reshape(2, t) // 5, jnp.arange(2 * s).reshape(2, s) // 5
+    ),
+}
+
+
+def problem(lengths=(21, 21), heads=(2, 1), features=8, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    (t, s), (n, k) = lengths, heads
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    shapes = ((2, t, n, features), (2, s, k, features), (2, s, k, 5), (2, t, n, 5))
+    return tuple(draw(*shape) for shape in shapes)
+
+
+def allowed(mask, lengths):
+    if mask is None:
+        return np.ones((1, 1, *lengths), bool)
+    dense = np.asarray(mask.materialize(*lengths))
+    return dense[:, None] if dense.ndim == 3 else dense[None, None]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_matches_oracle(case):
+    dtype, lengths = case["dtype"], case["lengths"]
+    with jax.enable_x64(dtype == "float64"):
+        query, key, value, cotangent = problem(lengths, case["heads"], dtype=dtype)
+        mask = MASKS[case["mask"]](*lengths)
+        options: Any = {k: case[k] for k in ("power", "normalize_qk")}
+
+        @jax.jit
+        def call(query, key, value, cotangent):
+            attend = functools.partial(softplus_attention, mask=mask, **BLOCKS)
+            out, pull = jax.vjp(functools.partial(attend, **options), query, key, value)
+            return out, *pull(cotangent)
+
+        got = call(query, key, value, cotangent)
+        where = allowed(mask, lengths)
+        expected = oracle.softplus_attention(
+            query, key, value, where, cotangent, **options
+        )
+        # A power multiplies relative errors: of the weights by p, of slopes once more.
+        power = max(1, case["power"] or 1)
+        for i, (x, y) in enumerate(zip(got, expected[:4], strict=True)):
+            c = 4 * power * (1 if i == 0 else 4)
+            assert x.dtype == dtype
+            assert_close(x, y, dtype=dtype, length=lengths[1], c=c)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("lssa", {}),
+        ("p3", {"power": 3}),
+        ("p15", {"power": 15}),
+        ("p3_raw", {"power": 3, "normalize_qk": False}),
+    ],
+)
+def test_vectors(case, options):
+    with jax.enable_x64(), np.load(DATA / "lssar_softplus_attention_case0.npz") as data:
+        arrays = [
+            jnp.asarray(data[f"in_{n}"], jnp.float64) for n in ("q", "k", "v", "dout")
+        ]
+        length = arrays[0].shape[1]
+        mask = masks.Causal() & masks.Window(int(data["in_window"]) - 1, 0)
+        dense = mask.materialize(length).copy()
+        dense[int(data["in_masked_row"])] = False
+
+        @jax.jit
+        def call(query, key, value, cotangent):
+            attend = lambda *qkv: softplus_attention(
+                *qkv, mask=jnp.asarray(dense)[None, None], **BLOCKS, **options
+            )
+            out, pull = jax.vjp(attend, query, key, value)
+            return out, *pull(cotangent)
+
+        # The arrays are float64 numbers, the results were stored in float32.
+        for got, part in zip(call(*arrays), ("out", "dq", "dk", "dv"), strict=True):
+            expected = data[f"out_{case}_{part}"]
+            rounding = np.abs(expected).max() * 2.0**-20
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=rounding)
+        scale = length_log_scale(jnp.asarray(dense.sum(1), jnp.float64), 8)
+        np.testing.assert_allclose(scale, data["out_scale"], rtol=1e-6)
+
+
+def test_the_weights_of_the_dense_form_are_those_of_the_stream():
+    with jax.enable_x64():
+        query, key, _, _ = problem((9, 9), (1, 1), dtype="float64")
+        value = jnp.broadcast_to(jnp.eye(9)[None, :, None], (2, 9, 1, 9))
+        mask = masks.Causal()
+        for power in (None, 3):
+            got = softplus_attention(query, key, value, mask=mask, power=power)
+            unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+            scale = length_log_scale(mask.row_count(9).astype(float), 8)
+            scores = jnp.einsum("btnh,bsnh->bts", unit(query), unit(key))
+            dense = softplus_weights(
+                scores * scale[None, :, None],
+                where=jnp.asarray(mask.materialize(9))[None],
+                power=power,
+            )
+            np.testing.assert_allclose(got[:, :, 0], dense, atol=1e-12)
+
+
+@pytest.mark.parametrize("power", [None, 3])
+def test_a_query_without_keys_has_output_and_gradient_zero(power):
+    query, key, value, cotangent = problem()
+    mask = masks.Causal(-2)  # the first two queries see nothing
+
+    @jax.jit
+    def call(query, key, value):
+        attend = functools.partial(softplus_attention, mask=mask, power=power, **BLOCKS)
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, *pull(cotangent)
+
+    out, dq, dk, dv = call(query, key, value)
+    assert not out[:, :2].any()
+    assert not dq[:, :2].any()
+    assert not dk[:, -2:].any() | dv[:, -2:].any()
+    assert all(jnp.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+def test_a_flat_row_has_the_output_zero_and_finite_gradients():
+    query, key, value, cotangent = problem()
+    key = jnp.broadcast_to(key[:, :1], key.shape)  # one distinct key
+    attend = functools.partial(softplus_attention, power=15, offset_rows=1, **BLOCKS)
+    out, pull = jax.vjp(jax.jit(attend), query, key, value)
+    # Rounding of the mean decides between 0 and a mean of some values; never NaN.
+    assert jnp.isfinite(out).all()
+    assert all(jnp.isfinite(x).all() for x in pull(cotangent))
+
+
+def test_rows_sum_to_one_or_are_zero():
+    query, key, _, _ = problem()
+    ones = jnp.ones((2, 21, 1, 1))
+    for mask in (masks.Causal(-1), masks.Window(2, 0)):
+        out = softplus_attention(query, key, ones, mask=mask, power=15, **BLOCKS)
+        some = np.broadcast_to(mask.row_count(21)[None, :, None] > 0, (2, 21, 2))
+        np.testing.assert_allclose(out[..., 0], some.astype(float), atol=1e-6)
+
+
+def test_narrow_windows_and_first_tokens_keep_their_keys():
+    # With one key phi equals its mean: the offset would leave nothing.
+    query, key, value, _ = problem()
+    got = softplus_attention(query, key, value, mask=masks.Window(0, 0), power=15)
+    np.testing.assert_allclose(got, jnp.repeat(value, 2, 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("power", [None, 15])
+def test_a_decoding_step_equals_its_row(power):
+    query, key, value, _ = problem()
+    attend = functools.partial(softplus_attention, mask=masks.Causal(), power=power)
+    whole = jax.jit(attend)(query, key, value)
+    decode = jax.jit(
+        lambda query, at, key, value, lengths: attend(
+            query, key, value, query_offset=at, key_value_seq_lengths=lengths
+        )
+    )
+    # The cache is longer than what it holds.
+    padded = [jnp.pad(x, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=jnp.nan)
+              for x in (key, value)]  # fmt: skip
+    for at in (0, 7, 20):
+        step = decode(query[:, at : at + 1], at, *padded, jnp.array([21, 21]))
+        np.testing.assert_allclose(step, whole[:, at : at + 1], atol=2e-5)
+
+
+def test_padding_is_neither_read_nor_counted():
+    query, key, value, _ = problem()
+    lengths = jnp.array([4, 0])
+    got = softplus_attention(
+        query,
+        key.at[:, 4:].set(jnp.nan),
+        value.at[:, 4:].set(jnp.nan),
+        key_value_seq_lengths=lengths,
+        power=3,
+    )
+    alone = softplus_attention(query[:1], key[:1, :4], value[:1, :4], power=3)
+    np.testing.assert_allclose(got[0], alone[0], atol=1e-5)
+    assert not got[1].any()
+
+
+def test_statistics_are_those_of_the_rows():
+    with jax.enable_x64():
+        query, key, value, _ = problem((9, 9), (2, 2), dtype="float64")
+        for options in ({}, {"power": 3}, {"scale": 2.0}):
+            attend = functools.partial(softplus_attention, **options, **BLOCKS)
+            _, found = jax.jit(functools.partial(attend, return_stats=True))(
+                query, key, value
+            )
+            unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+            scale = options.get("scale", np.log(8) * np.log(9))
+            s = scale * jnp.einsum("btnh,bsnh->btns", unit(query), unit(key))
+            phi = jax.nn.softplus(s)
+            np.testing.assert_allclose(found.mean, phi.mean(-1), rtol=1e-12)
+            np.testing.assert_allclose(found.max, phi.max(-1), rtol=1e-12)
+            if "power" in options:
+                x = jnp.maximum(phi - phi.mean(-1, keepdims=True), 0)
+                entries = (x / x.max(-1, keepdims=True)) ** 3
+            else:
+                entries = phi
+            np.testing.assert_allclose(found.normalizer, entries.sum(-1), rtol=1e-10)
+
+
+def test_scores_far_below_zero_stay_exact():
+    # softplus underflows there; in the log domain it is a softmax.
+    query, key, value, _ = problem((4, 6), (1, 1))
+    key = key - 300 * query[:, :1] / jnp.square(query[:, :1]).sum(-1, keepdims=True)
+    query = jnp.broadcast_to(query[:, :1], query.shape)
+    got = softplus_attention(query, key, value, normalize_qk=False, scale=1.0)
+    weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", query, key))
+    expected = jnp.einsum("bnts,bsne->btne", weights, value)
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_a_plan_may_stand_for_the_mask():
+    query, key, value, _ = problem()
+    plan = block_plan(masks.Causal(), 21, 21, **BLOCKS)
+    call = lambda mask: softplus_attention(query, key, value, mask=mask, power=3)
+    np.testing.assert_allclose(jax.jit(call)(plan), call(masks.Causal()), atol=1e-5)
+
+
+@pytest.mark.slow  # the same engine as dot_product_attention, whose battery is not slow
+@pytest.mark.parametrize("power", [None, 3])
+def test_transformations(power):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    check_transformations(
+        lambda q, k, v: softplus_attention(
+            q, k, v, mask=masks.Causal(), power=power, **BLOCKS
+        ),
+        *(draw(8, 9, 2, 4), draw(8, 9, 1, 4), draw(8, 9, 1, 3)),
+        rows=(0, 1, 2),
+        skip={"forward_mode": "the stream has a custom_vjp"},
+        length=40,
+        c=64.0,
+    )
+
+
+@pytest.mark.parametrize("length", [64, 1024])
+def test_one_aligned_key_among_random_ones(length):
+    """The headline: softmax loses it as the sequence grows, re-weighting does not."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=64)
+    keys = rng.normal(size=(length, 64))
+    keys[length // 2] = query + 0.4 * rng.normal(size=64)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    query, keys = unit(query), unit(keys)
+    query, key = (
+        jnp.asarray(x[None, :, None], jnp.float32) for x in (query[None], keys)
+    )
+    value = (jnp.arange(length) == length // 2)[None, :, None, None].astype(float)
+    softmax = jax.nn.dot_product_attention(
+        query, key, jnp.broadcast_to(value, key.shape), scale=8.0
+    )[0, 0, 0, 0]
+    weight = lambda power: softplus_attention(query, key, value, power=power).item()
+    assert weight(15) > 0.999
+    assert weight(None) < softmax
+    if length == 1024:
+        assert softmax < 0.7
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"power": 0.5}, ValueError, r"`power` must be None or at least 1, got 0\.5"),
+        ({"power": "15"}, TypeError, "`power` must be a Python number"),
+        ({"offset_rows": 0}, ValueError, "`offset_rows` must be an int of at least 1"),
+        ({"scale": jnp.ones(3)}, ValueError, "`scale` must broadcast"),
+        ({"mask": "causal"}, TypeError, "`mask` must be a mask value"),
+        ({"implementation": "triton"}, ValueError, "`implementation` must be None"),
+    ],
+)
+def test_errors_name_the_argument(options, error, message):
+    query, key, value, _ = problem((5, 5))
+    with pytest.raises(error, match=message):
+        softplus_attention(query, key, value, **options)
+
+
+@pytest.mark.parametrize("power", [None, 1, 3, 2.5])
+def test_dense_weights_normalise_any_axis(power):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 7)), jnp.float32)
+    where = jnp.arange(6)[:, None] != jnp.arange(7)[None]
+    got = softplus_weights(logits, axis=0, where=where, power=power)
+    np.testing.assert_allclose(got.sum(0), 1, rtol=1e-6)
+    assert not got[~where].any()
+    rows = softplus_weights(logits.T, where=where.T, power=power)
+    np.testing.assert_allclose(got, rows.T, rtol=1e-6)
+    far = softplus_weights(logits - 300, axis=0)
+    np.testing.assert_allclose(far, jax.nn.softmax(logits - 300, axis=0), rtol=1e-5)
+    assert not softplus_weights(logits, where=jnp.zeros((6, 7), bool)).any()
