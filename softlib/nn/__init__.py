@@ -1,9 +1,36 @@
 """Flax modules; each owns parameters and calls public functions of softlib.
 
 - `OutputHead` (NNX), `LinenOutputHead` (linen): the output layer of a language model.
+- `attention_fn`: masks of softlib in the attention layers of NNX and linen.
+- `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
+- `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
+  `QuasiLSTM` (NNX): linear systems with varying parameters.
 """
 
+from ._attention import attention_fn as attention_fn
 from ._linen_output_head import LinenOutputHead as LinenOutputHead
 from ._output_head import OutputHead as OutputHead
+from ._recurrent import (
+    GatedLinearAttention as GatedLinearAttention,
+    LinearAttention as LinearAttention,
+    NormalizedAttention as NormalizedAttention,
+    QuasiLSTM as QuasiLSTM,
+    SelectiveScan as SelectiveScan,
+)
+from ._video import (
+    VideoPositions as VideoPositions,
+    VideoTransformerBlock as VideoTransformerBlock,
+)
 
-__all__ = ["LinenOutputHead", "OutputHead"]
+__all__ = [
+    "GatedLinearAttention",
+    "LinearAttention",
+    "LinenOutputHead",
+    "NormalizedAttention",
+    "OutputHead",
+    "QuasiLSTM",
+    "SelectiveScan",
+    "VideoPositions",
+    "VideoTransformerBlock",
+    "attention_fn",
+]
