@@ -63,7 +63,7 @@ class Prepared:
     temporary_bytes: int | None
 
 
-def prepare(program: Callable[..., Any], *arrays: jax.Array) -> Prepared:
+def prepare(program: Callable[..., Any], *arrays: Any) -> Prepared:
     """Compiles it and runs it once: the first call pays for its pages."""
     compiled = jax.jit(program).lower(*arrays).compile()
     call = lambda: jax.block_until_ready(compiled(*arrays))
