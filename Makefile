@@ -16,6 +16,9 @@ WORKERS ?= 2
 
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -n $(WORKERS)
+# Most of the suite's time is compilation, of programs too small to gain from it. `make
+# slow` compiles as users do.
+QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -29,11 +32,10 @@ demo: $(VENV)/.installed-examples ## train a small language model, draw its curv
 	$(RUN) examples/train_language_model.py --preset demo $(ARGS)
 
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
-	$(RUN) $(PYTEST) $(ARGS)
+	$(QUICKLY) $(RUN) $(PYTEST) $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	XLA_FLAGS=--xla_backend_optimization_level=0 \
-	  $(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses tests/masks \
+	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses tests/masks \
 	  tests/attention tests/test_dispatch.py $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
