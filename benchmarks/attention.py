@@ -256,9 +256,12 @@ def draw(both: list[Row], points: list[Point], path: pathlib.Path) -> None:
     first = points[0]
     for power, style in ((1, ":"), (2, "--")):
         guide = [first.seconds * (t / first.tokens) ** power for t in tokens]
-        right.loglog(tokens, guide, f"k{style}", lw=1, label=f"$n^{power}$")
+        name = "$n$" if power == 1 else f"$n^{power}$"
+        right.loglog(tokens, guide, f"k{style}", lw=1, label=name)
     blocks = [first.seconds * p.visited / first.visited for p in points]
     right.loglog(tokens, blocks, "C1-", lw=1, label="visited blocks")
+    right.set_xticks(tokens, [f"{t // 1024} k" for t in tokens])
+    right.minorticks_off()
     right.set_xlabel("tokens")
     right.set_ylabel("seconds, forward and backward")
     right.set_title(f"Radial, {PLACES} tokens a frame")
