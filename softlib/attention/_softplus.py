@@ -268,8 +268,9 @@ def softplus_weights(
 
     Example:
         >>> logits = jnp.array([0.0, 1.0, 3.0, 4.0])
-        >>> print(softlib.attention.softplus_weights(logits, power=3).round(1))
-        [0.  0.  0.1 0.9]
+        >>> weights = softlib.attention.softplus_weights(logits, power=3)
+        >>> print(jnp.round(100 * weights).astype(int))
+        [ 0  0  8 92]
     """
     function = "softplus_weights"
     logits = jnp.asarray(logits)
