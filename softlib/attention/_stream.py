@@ -46,7 +46,7 @@ class Gradient(NamedTuple):
 def forward(options: Options, operands: Operands) -> Result:
     tiler, pairs = _prepare(operands)
     kind, plan = options.kind, operands.plan
-    query, key = tiler.query(operands.query), tiler.key(operands.key)
+    query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
     value = None if operands.value is None else tiler.key(operands.value)
     rows = [tiler.query(row)[..., None] for row in operands.rows]
 
@@ -96,7 +96,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     operands = backward.operands
     tiler, pairs = _prepare(operands)
     kind, plan, dtype = options.kind, operands.plan, operands.dtype
-    query, key = tiler.query(operands.query), tiler.key(operands.key)
+    query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
     key_features_first = key.swapaxes(-1, -2)
     inverse, delta = row_constants(options, backward)
     # A row of padding is an empty one: a bias that all queries share is not 0 there.
@@ -134,12 +134,11 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
             row_gradients = (row_gradients[0].at[row].add(first), *row_gradients[1:])
         if tile.slope is not None:
             dz = dz * tile.slope
-        raw = dz * options.scale
         return total._replace(
             query=total.query.at[row].add(
-                product(key_features_first[column], raw, options)
+                product(key_features_first[column], dz, options)
             ),
-            key=total.key.at[column].add(product(raw, q, options)),
+            key=total.key.at[column].add(product(dz, q, options)),
             value=dv,
             bias=bias,
             rows=row_gradients,
@@ -156,6 +155,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     total = _fold(plan, visit, match_varying(zeros, operands.query))
     wide = options.wide_gradients
     like = lambda x, y: x if wide else x.astype(y.dtype)
+    dq = total.query.swapaxes(-1, -2) * options.scale
     dv = bias = None
     if total.value is not None:
         dv = like(tiler.key_back(total.value), operands.value)
@@ -163,7 +163,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
         assert operands.bias is not None
         bias = like(tiler.pairs_back(total.bias, operands.bias), operands.bias)
     return Gradient(
-        like(tiler.query_back(total.query.swapaxes(-1, -2)), operands.query),
+        like(tiler.query_back(dq), operands.query),
         like(tiler.key_back(total.key), operands.key),
         dv,
         bias,
@@ -202,6 +202,11 @@ def sinks_gradient(options: Options, backward: BackwardOperands) -> Array | None
     inverse, delta = row_constants(options, backward)
     p = jnp.exp(sinks.astype(inverse.dtype)[None, None, :] - inverse)
     return (-p * delta).sum((0, 1)).astype(sinks.dtype)
+
+
+def _scaled(options: Options, tiler: Tiler, operands: Operands) -> Array:
+    """Tiles of the queries, in which the scale costs nothing per pair."""
+    return tiler.query(operands.query) * options.scale
 
 
 def _prepare(operands: Operands) -> tuple[Tiler, Pairs]:

@@ -210,9 +210,12 @@ def scores(
     partial: bool,
     key_axis: int,
 ) -> Scores:
-    """The scores of one tile; `partial` where the mask has to be evaluated."""
+    """The scores of one tile of queries that are scaled already.
+
+    `partial` where the mask has to be evaluated.
+    """
     left, right = (query, key) if key_axis == -1 else (key, query)
-    z = product(left, right.swapaxes(-1, -2), options) * options.scale
+    z = product(left, right.swapaxes(-1, -2), options)
     slope = None
     if options.logit_softcap is not None:
         bent = jnp.tanh(z / options.logit_softcap)
