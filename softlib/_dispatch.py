@@ -92,6 +92,14 @@ class Plan:
     reasons: tuple[tuple[str, str], ...]
     notes: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def is_reference(self) -> bool:
+        """The definitions run, everywhere: JAX can differentiate them itself."""
+        fallback = self.fallback
+        return (
+            not self.kernels and fallback is not None and fallback.name == "reference"
+        )
+
     def __str__(self) -> str:
         lines = [f"{platform}: {kernel.name}" for platform, kernel in self.kernels]
         if self.fallback is not None:

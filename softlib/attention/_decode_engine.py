@@ -50,7 +50,7 @@ def attend(
     if operands.unified is not None:
         running = operands._replace(unified=None)
         plans = plans._replace(again=_dispatch.plan(DECODE, names, options, running))
-    if operands.unified is None and _is_reference(plans.first):
+    if operands.unified is None and plans.first.is_reference:
         return _computed(plans, options, axis_name, operands)  # JAX differentiates it
     return _attend(plans, options, axis_name, operands)
 
@@ -165,11 +165,6 @@ def _added_over(axis_name: AxisName, state: Any) -> Any:
 
 def _summed(array: Array, axis_name: AxisName | None) -> Array:
     return array if axis_name is None else lax.psum(array, axis_name)
-
-
-def _is_reference(made: Plan) -> bool:
-    fallback = made.fallback
-    return not made.kernels and fallback is not None and fallback.name == "reference"
 
 
 def _no_splits(options: Options, operands: Any) -> str | None:

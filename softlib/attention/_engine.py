@@ -26,7 +26,7 @@ from ._tiles import Operands, Options, product
 
 def attention(names: Implementations, options: Options, operands: Operands) -> Result:
     choice = _dispatch.plan(ATTENTION, names, options, operands)
-    if _is_reference(choice):
+    if choice.is_reference:
         return _dispatch.execute(choice, options, operands)  # JAX differentiates it
     return _attention(choice, names, options, operands)
 
@@ -132,11 +132,6 @@ def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
     )
     _, pull = jax.vjp(call, *arguments)
     return Gradient(*pull((given.out_cotangent, given.normalizer_cotangent)))
-
-
-def _is_reference(choice: Plan) -> bool:
-    fallback = choice.fallback
-    return not choice.kernels and fallback is not None and fallback.name == "reference"
 
 
 def _note(options: Options, operands: Any) -> str | None:

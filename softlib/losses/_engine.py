@@ -48,14 +48,14 @@ class GivenBackwardOperands(NamedTuple):
 
 def linear(names: Implementations, options: Options, head: Head) -> RowStatistics:
     made = _dispatch.plan(LINEAR, names, options, head)
-    if is_reference(made):
+    if made.is_reference:
         return _dispatch.execute(made, options, head)  # JAX differentiates it
     return _linear(made, names, options, head)
 
 
 def given(names: Implementations, options: Options, operands: Given) -> RowStatistics:
     made = _dispatch.plan(GIVEN, names, options, operands)
-    if is_reference(made):
+    if made.is_reference:
         return _dispatch.execute(made, options, operands)
     return _given(made, names, options, operands)
 
@@ -263,11 +263,6 @@ def with_residuals(options: Options) -> Options:
 def differentiable(statistics: RowStatistics) -> RowStatistics:
     """Those statistics that have a gradient."""
     return statistics._replace(max_logit=None, argmax=None, label_rank=None)
-
-
-def is_reference(made: Plan) -> bool:
-    fallback = made.fallback
-    return not made.kernels and fallback is not None and fallback.name == "reference"
 
 
 def _no_filter(options: Options, operands: Any) -> str | None:

@@ -58,7 +58,7 @@ def total(
 ) -> Float[Array, ""]:
     """The sum of `loss` over all rows; its statistics all have gradients."""
     made = _dispatch.plan(_engine.LINEAR, names, options, operands.head)
-    if _engine.is_reference(made):
+    if made.is_reference:
         return _plain(names, options, loss, operands)  # JAX differentiates it
     return _total(names, options, loss, operands)
 
