@@ -121,7 +121,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "FIRST-LAST"}
 def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line; a wrong one ends the program with one line."""
     # The preset first: it decides the defaults that --help shows.
-    first = _OneLineParser(add_help=False)
+    first = OneLineParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="full")
     preset = first.parse_known_args(arguments)[0].preset
     defaults = dataclasses.replace(Options(), **PRESETS[preset])
@@ -134,13 +134,13 @@ def parse(arguments: list[str] | None = None) -> Options:
     return options
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every option)\n")
 
 
 def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog="train_language_model.py",
         description="Train a decoder transformer with a 130,072-entry vocabulary on "
         "the State of the Union addresses, with softlib's memory-efficient loss. "
@@ -175,7 +175,7 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
     add(
         data,
         "vocabulary_size",
-        _integer(0),
+        integer(0),
         "keep only the first ranks of the vocabulary (at least 256); 0 keeps all",
     )
     add(data, "train_years", _years, "speeches to train on")
@@ -183,11 +183,11 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
     add(data, "cache", pathlib.Path, "folder of the token ids, named by content")
 
     model = parser.add_argument_group("model")
-    add(model, "width", _integer(1), "features of a token")
-    add(model, "layers", _integer(1), "transformer blocks")
-    add(model, "heads", _integer(1), "attention heads; must divide the width evenly")
-    add(model, "feed_forward", _integer(1), "features inside the gated MLP")
-    add(model, "context", _integer(2), "tokens of a sequence")
+    add(model, "width", integer(1), "features of a token")
+    add(model, "layers", integer(1), "transformer blocks")
+    add(model, "heads", integer(1), "attention heads; must divide the width evenly")
+    add(model, "feed_forward", integer(1), "features inside the gated MLP")
+    add(model, "context", integer(2), "tokens of a sequence")
 
     training = parser.add_argument_group("training")
     add(
@@ -198,22 +198,22 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         choices=("softlib", "optax"),
         metavar="{softlib,optax}",
     )
-    add(training, "steps", _integer(1), "optimiser steps of the whole run")
-    add(training, "batch", _integer(1), "sequences a step")
+    add(training, "steps", integer(1), "optimiser steps of the whole run")
+    add(training, "batch", integer(1), "sequences a step")
     add(training, "learning_rate", _positive, "peak, after the warm-up")
-    add(training, "warmup", _integer(0), "steps of linear warm-up, then a cosine")
+    add(training, "warmup", integer(0), "steps of linear warm-up, then a cosine")
     add(training, "weight_decay", _number, "of the matrices inside the blocks")
     add(training, "clip", _positive, "largest global norm of the gradient")
-    add(training, "seed", _integer(0), "decides the initial weights and the batches")
+    add(training, "seed", integer(0), "decides the initial weights and the batches")
 
     watch = parser.add_argument_group("evaluation and report")
-    add(watch, "evaluate_every", _integer(1), "steps between held-out evaluations")
-    add(watch, "evaluation_tokens", _integer(1), "held-out tokens of an evaluation")
-    add(watch, "checkpoint_every", _integer(1), "steps between checkpoints")
+    add(watch, "evaluate_every", integer(1), "steps between held-out evaluations")
+    add(watch, "evaluation_tokens", integer(1), "held-out tokens of an evaluation")
+    add(watch, "checkpoint_every", integer(1), "steps between checkpoints")
     add(
         watch,
         "compare",
-        _integer(0),
+        integer(0),
         "then train the first steps once more, with the other loss at the same seed, "
         "and report how far the curves are apart; 0 does not",
     )
@@ -225,7 +225,7 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         f"{'yes' if defaults.memory_chart else 'no'})",
     )
     add(watch, "prompt", str, "start of the generated text")
-    add(watch, "sample_tokens", _integer(0), "length of the generated text")
+    add(watch, "sample_tokens", integer(0), "length of the generated text")
     add(watch, "temperature", _positive, "of the generated text")
 
     place = parser.add_argument_group("output")
@@ -271,7 +271,7 @@ def _shown(value: Any) -> str:
 
 
 # argparse turns ArgumentTypeError into "argument --x: message".
-def _integer(least: int) -> Callable[[str], int]:
+def integer(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text.replace("_", ""))

@@ -1,6 +1,5 @@
 """What a run leaves behind: metrics as CSV and JSON, a picture, a few lines of text."""
 
-import contextlib
 import csv
 import io
 import json
@@ -18,8 +17,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .checkpoints import Record
-from .failures import Failure, reason
 from .memory import Measurement
+from .whole_file import write_whole
 
 COLUMNS = (
     "step",
@@ -43,7 +42,7 @@ def write_csv(path: pathlib.Path, history: Sequence[Record]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(map(_with_perplexity, history))
-    _replace(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text.getvalue(), "utf-8"))
 
 
 def write_json(
@@ -52,7 +51,7 @@ def write_json(
     """The same numbers with the settings and the summary."""
     content = {**about, "history": list(map(_with_perplexity, history))}
     text = json.dumps(content, indent=1, default=str) + "\n"
-    _replace(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def draw(
@@ -97,7 +96,7 @@ def draw(
         axes[0, 2].tick_params(labelleft=False)
         axes[0, 1].set_ylabel("temporary memory of loss and gradients [MB]")
         axes[0, 1].legend(loc="upper left", frameon=False)
-    _replace(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=130, format="png"))
     plt.close(figure)
 
 
@@ -168,15 +167,3 @@ def _with_perplexity(record: Record) -> Record:
         if (loss := row.get(f"{split}_loss")) is not None:
             row[f"{split}_perplexity"] = math.exp(min(loss, 80.0))
     return row
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {reason(error)}.") from error

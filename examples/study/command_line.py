@@ -10,7 +10,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent
+from language_model.options import EXAMPLES, OneLineParser, integer
+
 METAVARS = {int: "N", float: "X", tuple: "A,B,..", pathlib.Path: "PATH"}
 
 
@@ -43,10 +44,10 @@ def parse[Options](
 ) -> Options:
     """Options from the command line; a wrong one ends the program with one line."""
     # The preset first: it decides the defaults that --help shows.
-    first = _OneLineParser(add_help=False)
+    first = OneLineParser(add_help=False)
     first.add_argument("--preset", choices=presets, default="full")
     preset = first.parse_known_args(arguments)[0].preset
-    parser = _OneLineParser(
+    parser = OneLineParser(
         prog=program,
         description=f"{description} Run the same command again to resume.",
         epilog=f"Defaults shown are those of --preset {preset}. Exit codes: 0 done, "
@@ -78,40 +79,20 @@ def parse[Options](
     return options
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every option)\n")
-
-
 def _type(value: Any) -> type:
     return pathlib.Path if isinstance(value, pathlib.Path) else type(value)
 
 
 def _kind(value: Any, about: Flag) -> Callable[[str], Any]:
     if isinstance(value, tuple):
-        entry = _name(about.choices) if about.choices else _integer(about.least)
+        entry = _name(about.choices) if about.choices else integer(about.least)
         return lambda text: tuple(map(entry, text.split(",")))
     if isinstance(value, pathlib.Path):
         return pathlib.Path
-    return _integer(about.least) if isinstance(value, int) else _positive
+    return integer(about.least) if isinstance(value, int) else _positive
 
 
 # argparse turns ArgumentTypeError into "argument --x: message".
-def _integer(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text.replace("_", ""))
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {least}, got {text!r}"
-            )
-        return value
-
-    return parse
-
-
 def _positive(text: str) -> float:
     try:
         value = float(text)

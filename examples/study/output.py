@@ -1,13 +1,12 @@
 """What a study leaves behind: numbers as JSON, a picture; both whole or not at all."""
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib as mpl
 from language_model.failures import Failure, reason
+from language_model.whole_file import write_whole
 from matplotlib.figure import Figure
 
 mpl.use("Agg")
@@ -26,20 +25,8 @@ def make_folder(path: pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     text = json.dumps(content, indent=1, default=str) + "\n"
-    _replace(path, lambda partial: partial.write_text(text, "utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def save_picture(figure: Figure, path: pathlib.Path) -> None:
-    _replace(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Writes beside `path`, then renames: a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {reason(error)}.") from error
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

@@ -217,6 +217,9 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
         )
         if step.shift == 0:
             sinks_total = found.sinks
+            if sinks is not None:
+                assert sinks_total is not None
+                sinks_total = sinks_total.astype(sinks.dtype)
         # Straight back to the owner, who adds up in the order of the steps.
         home = [(d, (d - step.shift) % call.ring.devices) for _, d in step.moves]
         returned = (found.key, found.value)

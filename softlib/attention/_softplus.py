@@ -159,12 +159,7 @@ def softplus_attention(
     """
     function = "softplus_attention"
     shapes = Shapes.of(function, query, key, value)
-    if power is not None:
-        checks.require_positive_number(function, "power", power)
-        if power < 1:
-            raise ValueError(
-                f"{function}: `power` must be None or at least 1, got {power}."
-            )
+    _require_power(function, power)
     if not isinstance(offset_rows, int) or offset_rows < 1:
         raise ValueError(
             f"{function}: `offset_rows` must be an int of at least 1, got "
@@ -276,12 +271,7 @@ def softplus_weights(
     logits = jnp.asarray(logits)
     checks.require_floating(function, logits=logits)
     checks.require_axes(function, "axis", axis, logits.ndim)
-    if power is not None:
-        checks.require_positive_number(function, "power", power)
-        if power < 1:
-            raise ValueError(
-                f"{function}: `power` must be None or at least 1, got {power}."
-            )
+    _require_power(function, power)
     ok = jnp.ones(logits.shape, bool)
     if where is not None:
         checks.require_boolean(function, where=where)
@@ -345,6 +335,16 @@ def length_log_scale(row_count: ArrayLike, head_dim: int) -> Float[Array, "..."]
     if not jnp.issubdtype(count.dtype, jnp.floating):
         count = count.astype(jnp.float32)
     return np.log(head_dim).astype(count.dtype) * jnp.log(jnp.maximum(count, 1))
+
+
+def _require_power(function: str, power: float | None) -> None:
+    if power is None:
+        return
+    checks.require_positive_number(function, "power", power)
+    if power < 1:
+        raise ValueError(
+            f"{function}: `power` must be None or at least 1, got {power}."
+        )
 
 
 def _normalized(x: Array) -> Array:

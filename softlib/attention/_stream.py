@@ -99,6 +99,9 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
     key_features_first = key.swapaxes(-1, -2)
     inverse, delta = row_constants(options, backward)
+    sinks = operands.sinks
+    if sinks is not None:
+        sinks = sinks_gradient(sinks, inverse, delta)
     # A row of padding is an empty one: a bias that all queries share is not 0 there.
     inverse = tiler.query(inverse, fill=jnp.inf if kind.is_log else 0)
     delta = tiler.query(delta)
@@ -156,6 +159,9 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     wide = options.wide_gradients
     like = lambda x, y: x if wide else x.astype(y.dtype)
     dq = total.query.swapaxes(-1, -2) * options.scale
+    if sinks is not None:
+        assert operands.sinks is not None
+        sinks = like(sinks, operands.sinks)
     dv = bias = None
     if total.value is not None:
         dv = like(tiler.key_back(total.value), operands.value)
@@ -167,7 +173,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
         like(tiler.key_back(total.key), operands.key),
         dv,
         bias,
-        sinks_gradient(options, backward),
+        sinks,
         tuple(
             like(tiler.query_back(x), y)
             for x, y in zip(total.rows, operands.rows, strict=True)
@@ -194,14 +200,10 @@ def row_constants(options: Options, backward: BackwardOperands) -> tuple[Array, 
     return options.kind.inverse(normalizer), delta
 
 
-def sinks_gradient(options: Options, backward: BackwardOperands) -> Array | None:
+def sinks_gradient(sinks: Array, inverse: Array, delta: Array) -> Array:
     """A sink is one more score without a value: its p times minus delta, summed."""
-    sinks = backward.operands.sinks
-    if sinks is None:
-        return None
-    inverse, delta = row_constants(options, backward)
     p = jnp.exp(sinks.astype(inverse.dtype)[None, None, :] - inverse)
-    return (-p * delta).sum((0, 1)).astype(sinks.dtype)
+    return (-p * delta).sum((0, 1))
 
 
 def _scaled(options: Options, tiler: Tiler, operands: Operands) -> Array:
