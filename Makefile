@@ -22,7 +22,8 @@ QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest slow lint format docs bench bench-attention clean
+.PHONY: help demo test test-oldest slow lint format docs bench bench-attention \
+  bench-kronecker clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -58,6 +59,9 @@ bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with p
 
 bench-attention: $(VENV)/.installed-bench-peers ## the same for attention
 	$(RUN) -m benchmarks.attention $(ARGS)
+
+bench-kronecker: $(VENV)/.installed-bench ## the same for attention over tuples of keys
+	$(RUN) -m benchmarks.kronecker $(ARGS)
 
 clean: ## remove the environments and whatever was built
 	rm -rf $(VENV) $(OLDEST) build dist docs/_build .pytest_cache .ruff_cache \

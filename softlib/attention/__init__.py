@@ -1,6 +1,9 @@
 """Attention over masks and keys; softmax and other positive weights.
 
 - `dot_product_attention`: attention that visits only the blocks its mask leaves.
+- `kronecker_attention`, `two_simplicial_attention`: attention over tuples of keys.
+- `kronecker_attention_polynomial`, `exp_polynomial`, `exp_polynomial_error`: the same
+  in nearly linear time where scores are bounded, with a certified error.
 - `softplus_attention`, `SoftplusStatistics`, `softplus_weights`, `length_log_scale`:
   softplus weights, plain and re-weighted.
 - `decode_attention`, `DecodeStatistics`: few queries against a long cache.
@@ -24,6 +27,10 @@ from ._decode_calibration import (
     UnifiedMaxCalibration as UnifiedMaxCalibration,
     calibrate_unified_max as calibrate_unified_max,
 )
+from ._exp_polynomial import (
+    exp_polynomial as exp_polynomial,
+    exp_polynomial_error as exp_polynomial_error,
+)
 from ._feature_maps import (
     taylor_feature_map as taylor_feature_map,
 )
@@ -44,6 +51,9 @@ from ._linear_recurrence import (
 )
 from ._partials import merge_partials as merge_partials
 from ._plan import BlockPlan as BlockPlan, block_plan as block_plan
+from ._polynomial import (
+    kronecker_attention_polynomial as kronecker_attention_polynomial,
+)
 from ._recurrent_attention import (
     LinearAttentionState as LinearAttentionState,
 )
@@ -61,6 +71,10 @@ from ._softplus import (
     softplus_attention as softplus_attention,
     softplus_weights as softplus_weights,
 )
+from ._tensor import (
+    kronecker_attention as kronecker_attention,
+    two_simplicial_attention as two_simplicial_attention,
+)
 
 __all__ = [
     "BlockPlan",
@@ -75,7 +89,11 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "dot_product_attention",
+    "exp_polynomial",
+    "exp_polynomial_error",
     "gated_linear_attention",
+    "kronecker_attention",
+    "kronecker_attention_polynomial",
     "length_log_scale",
     "linear_attention",
     "linear_recurrence",
@@ -90,4 +108,5 @@ __all__ = [
     "softplus_attention",
     "softplus_weights",
     "taylor_feature_map",
+    "two_simplicial_attention",
 ]

@@ -31,22 +31,32 @@ class Shapes(NamedTuple):
     key_heads: int
 
     @classmethod
-    def of(cls, function: str, query: Array, key: Array, value: Array) -> "Shapes":
-        checks.require_floating(function, query=query, key=key, value=value)
-        for name, array in (("query", query), ("key", key), ("value", value)):
+    def of(
+        cls,
+        function: str,
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        names: tuple[str, ...] = ("key", "value"),
+    ) -> "Shapes":
+        arrays = dict(zip(("query", *names), (query, key, value), strict=True))
+        checks.require_floating(function, **arrays)
+        for name, array in arrays.items():
             axes = "(..., length, heads, features)"
             checks.require_rank(function, name, array, 3, axes)
         *batch, query_length, heads, features = query.shape
         key_length, key_heads = key.shape[-3:-1]
         expected = (*batch, key_length, key_heads, features)
         why = "the batch axes and the features of `query`"
-        checks.require_shape(function, "key", key, expected, why)
+        checks.require_shape(function, names[0], key, expected, why)
         expected = (*batch, key_length, key_heads, value.shape[-1])
-        why = "the batch axes, length and heads of `key`"
-        checks.require_shape(function, "value", value, expected, why)
+        why = f"the batch axes, length and heads of `{names[0]}`"
+        checks.require_shape(function, names[1], value, expected, why)
         if key_heads == 0 or heads % key_heads:
             raise ValueError(
-                f"{function}: `query` must have a multiple of the heads of `key`, "
+                f"{function}: `query` must have a multiple of the heads of "
+                f"`{names[0]}`, "
                 f"got {heads} and {key_heads}."
             )
         return cls(tuple(batch), query_length, key_length, heads, key_heads)
@@ -107,6 +117,58 @@ class Shapes(NamedTuple):
         return jnp.where(inside[..., None, None], array, 0)
 
 
+def tuple_shapes(
+    function: str,
+    query: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    names: tuple[str, str] = ("keys", "values"),
+) -> list[Shapes]:
+    """Of every key axis with the queries; they agree in all but the length."""
+    _require_tuple(function, "keys", keys)
+    _require_tuple(function, "values", values)
+    if len(values) != len(keys):
+        raise ValueError(
+            f"{function}: `values` must be as many arrays as `keys`, {len(keys)}, got "
+            f"{len(values)}."
+        )
+    # Members of tuples in one function, arguments of their own in the other.
+    place = "[{}]" if names == ("keys", "values") else "{}"
+    start = 0 if names == ("keys", "values") else 1
+    found: list[Shapes] = []
+    for axis, (key, value) in enumerate(zip(keys, values, strict=True), start):
+        key_name, value_name = (name + place.format(axis) for name in names)
+        if found and key.ndim >= 3:
+            expected = (*key.shape[:-2], found[0].key_heads, key.shape[-1])
+            why = f"the heads of `{names[0] + place.format(start)}`"
+            checks.require_shape(function, key_name, key, expected, why)
+        own = Shapes.of(function, query, key, value, names=(key_name, value_name))
+        expected = (*value.shape[:-1], values[0].shape[-1])
+        why = f"the features of `{names[1] + place.format(start)}`"
+        checks.require_shape(function, value_name, value, expected, why)
+        found.append(own)
+    return found
+
+
+def _require_tuple(function: str, name: str, arrays: Any) -> None:
+    if not isinstance(arrays, tuple | list):
+        shape = getattr(arrays, "shape", None)
+        got = type(arrays).__name__ if shape is None else f"one of shape {shape}"
+        raise TypeError(
+            f"{function}: `{name}` must be a tuple of arrays, one per key axis, got "
+            f"{got}."
+        )
+    if not arrays:
+        raise ValueError(
+            f"{function}: `{name}` must hold at least one array, got {arrays!r}."
+        )
+    for array in arrays:
+        if not hasattr(array, "dtype"):
+            raise TypeError(
+                f"{function}: `{name}` must hold arrays, got {type(array).__name__}."
+            )
+
+
 def values_and_array(
     function: str, shapes: Shapes, mask: Any
 ) -> tuple[Any, Array | None]:
@@ -154,17 +216,7 @@ def planned(
     if isinstance(mask, BlockPlan):
         others = is_causal or local_window_size is not None or padded
         others = others or not (isinstance(query_offset, int) and query_offset == 0)
-        if others or any(blocks):
-            raise ValueError(
-                f"{function}: `mask` must not be a BlockPlan together with other masks,"
-                " offsets or block sizes; make the plan of all of them with block_plan."
-            )
-        if mask.lengths != lengths:
-            raise ValueError(
-                f"{function}: `mask` must be a plan of {lengths[0]} queries and "
-                f"{lengths[1]} keys, got one of {mask.lengths}."
-            )
-        _require_batch(function, shapes, [mask.mask])
+        require_plan(function, shapes, mask, lengths, others=others or any(blocks))
         return mask
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(
@@ -184,7 +236,7 @@ def planned(
     parts = [part.shift(query_offset) for part in parts]
     if padded:
         parts.append(masks.Padding(query=query_lengths, key=key_lengths))
-    _require_batch(function, shapes, parts)
+    require_batch(function, shapes, parts)
     return plan_of(
         _conjunction(parts),
         lengths,
@@ -192,6 +244,28 @@ def planned(
         all_partial=all_partial,
         groups=shapes.heads // shapes.key_heads,
     )
+
+
+def require_plan(
+    function: str,
+    shapes: Shapes,
+    plan: BlockPlan,
+    lengths: tuple[int, ...],
+    *,
+    others: bool,
+) -> None:
+    """A plan in the place of a mask is whole, and of these shapes."""
+    if others:
+        raise ValueError(
+            f"{function}: `mask` must not be a BlockPlan together with other masks,"
+            " offsets or block sizes; make the plan of all of them with block_plan."
+        )
+    if plan.lengths != lengths:
+        raise ValueError(
+            f"{function}: `mask` must be a plan of {lengths[0]} queries and "
+            f"{', '.join(map(str, lengths[1:]))} keys, got one of {plan.lengths}."
+        )
+    require_batch(function, shapes, [plan.mask])
 
 
 def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
@@ -243,7 +317,7 @@ def _conjunction(parts: Sequence[Mask]) -> Mask:
     return mask
 
 
-def _require_batch(function: str, shapes: Shapes, parts: Sequence[Mask]) -> None:
+def require_batch(function: str, shapes: Shapes, parts: Sequence[Any]) -> None:
     for part in parts:
         leaves = jax.tree.leaves(part)
         for leaf, rank in zip(leaves, part._leaf_ranks(), strict=True):

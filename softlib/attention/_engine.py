@@ -7,6 +7,8 @@ error.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array
 
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes
 from softlib.typing import Implementations
 
@@ -25,7 +28,8 @@ from ._tiles import Operands, Options, product
 
 
 def attention(names: Implementations, options: Options, operands: Operands) -> Result:
-    choice = _dispatch.plan(ATTENTION, names, options, operands)
+    operation = TUPLE_ATTENTION if operands.outer else ATTENTION
+    choice = _dispatch.plan(operation, names, options, operands)
     if choice.is_reference:
         return _dispatch.execute(choice, options, operands)  # JAX differentiates it
     return _attention(choice, names, options, operands)
@@ -56,7 +60,8 @@ def _backward(
     given = BackwardOperands(
         operands, out, normalizer, cotangents.out, cotangents.normalizer
     )
-    gradient: Gradient = _dispatch.run(ATTENTION_GRADIENT, names, options, given)
+    operation = TUPLE_ATTENTION_GRADIENT if operands.outer else ATTENTION_GRADIENT
+    gradient: Gradient = _dispatch.run(operation, names, options, given)
     return (
         Operands(
             gradient.query,
@@ -67,6 +72,7 @@ def _backward(
             gradient.bias,
             gradient.sinks,
             gradient.rows,
+            gradient.outer,
         ),
     )
 
@@ -77,15 +83,18 @@ _attention.defvjp(_forward, _backward)
 def _reference(options: Options, operands: Operands) -> Result:
     """The definitions, one after the other, of all pairs at once."""
     kind, dtype, groups = options.kind, operands.dtype, operands.groups
-    (t, s), mask = operands.plan.lengths, operands.plan.mask
+    (t, *lengths), mask = operands.plan.lengths, operands.plan.mask
+    s = math.prod(lengths)
+    keys, values = zip(*operands.outer, (operands.key, operands.value), strict=True)
     heads = lambda x: jnp.repeat(jnp.moveaxis(x.astype(dtype), 2, 1), groups, axis=1)
     query = jnp.moveaxis(operands.query.astype(dtype), 2, 1)
-    z = product(query, heads(operands.key).swapaxes(-1, -2), options) * options.scale
+    z = product(query, heads(_tuples(keys)).swapaxes(-1, -2), options) * options.scale
     if options.logit_softcap is not None:
         z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
     if operands.bias is not None:
         z = z + operands.bias.astype(dtype)
-    ok = jnp.asarray(mask.materialize(t, s))
+    ok = jnp.asarray(mask.materialize(t, *lengths))
+    ok = ok.reshape(*ok.shape[: -len(lengths)], s)
     ok = ok[:, None] if ok.ndim == 3 else ok[None, None]
     ok = jnp.broadcast_to(ok, z.shape)
     if operands.dense is not None:
@@ -96,7 +105,7 @@ def _reference(options: Options, operands: Operands) -> Result:
     entries = jnp.where(ok, entries, kind.absent)
     weigh = value = None
     if operands.value is not None:
-        value = heads(operands.value)
+        value = heads(_tuples(values))
         weigh = lambda weights: product(weights, value, options)
     sinks = operands.sinks
     if sinks is not None:
@@ -112,12 +121,29 @@ def _reference(options: Options, operands: Operands) -> Result:
     return Result(out, back(found.normalizer), back(found.max))
 
 
+def _tuples(arrays: Sequence[Array]) -> Array:
+    """Products of the features of all tuples of keys: one long key axis."""
+    found = arrays[0].astype(accumulator_dtype(*arrays))
+    for array in arrays[1:]:
+        batch, length, heads, features = array.shape
+        length = found.shape[1] * length
+        found = found[:, :, None] * array.astype(found.dtype)[:, None]
+        found = found.reshape(batch, length, heads, features)
+    return found
+
+
 def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
     operands = given.operands
 
-    def call(query, key, value, bias, sinks, rows):
+    def call(query, key, value, bias, sinks, rows, outer):
         same = operands._replace(
-            query=query, key=key, value=value, bias=bias, sinks=sinks, rows=rows
+            query=query,
+            key=key,
+            value=value,
+            bias=bias,
+            sinks=sinks,
+            rows=rows,
+            outer=outer,
         )
         found = _reference(options, same)
         return found.out, found.normalizer
@@ -129,6 +155,7 @@ def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
         operands.bias,
         operands.sinks,
         operands.rows,
+        operands.outer,
     )
     _, pull = jax.vjp(call, *arguments)
     return Gradient(*pull((given.out_cotangent, given.normalizer_cotangent)))
@@ -147,19 +174,23 @@ def _note(options: Options, operands: Any) -> str | None:
 
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
 
-ATTENTION = Operation(
-    "dot_product_attention",
-    (
-        *_ABSENT,
+
+def _operations(name: str) -> tuple[Operation, Operation]:
+    """Attention under a name of its own, and its gradient."""
+    forward = (
         Implementation("xla", _lanes.forward, note=_note),
         Implementation("reference", _reference),
-    ),
-)
-ATTENTION_GRADIENT = Operation(
-    "dot_product_attention_gradient",
-    (
-        *_ABSENT,
+    )
+    backward = (
         Implementation("xla", _lanes.backward, note=_note),
         Implementation("reference", _reference_gradient),
-    ),
-)
+    )
+    return (
+        Operation(name, (*_ABSENT, *forward)),
+        Operation(f"{name}_gradient", (*_ABSENT, *backward)),
+    )
+
+
+ATTENTION, ATTENTION_GRADIENT = _operations("dot_product_attention")
+# The same computations; kernels of the two differ.
+TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations("kronecker_attention")

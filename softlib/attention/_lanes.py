@@ -6,6 +6,7 @@ a cache: scratch memory does not grow with the batch, and blocks can be large.
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +57,7 @@ def backward(options: Options, given: BackwardOperands) -> Gradient:
         return found
     like = Gradient(
         *(operands.query, operands.key, operands.value),
-        *(operands.bias, operands.sinks, operands.rows),
+        *(operands.bias, operands.sinks, operands.rows, operands.outer),
     )
     return jax.tree.map(lambda x, y: x.astype(y.dtype), found, like)
 
@@ -81,8 +82,7 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, operands: Operands) -> "Cut":
         batch, _, heads, _ = operands.key.shape
-        block_query, block_key = operands.plan.blocks
-        lanes = SCORES // (operands.groups * block_query * block_key)
+        lanes = SCORES // (operands.groups * math.prod(operands.plan.blocks))
         head_step = _divisor(heads, lanes)
         batch_step = _divisor(batch, lanes // heads) if head_step == heads else 1
         return cls(batch, heads, operands.groups, batch_step, head_step)
@@ -101,6 +101,7 @@ class Cut(NamedTuple):
             None if whole.bias is None else self._pairs(whole.bias, i),
             None if whole.sinks is None else self._heads(whole.sinks, i, 0),
             tuple(self._rows(row, i) for row in whole.rows),
+            jax.tree.map(lambda x: self._keys(x, i), whole.outer),
         )
 
     def backward_operands(self, whole: BackwardOperands, i: Array) -> BackwardOperands:

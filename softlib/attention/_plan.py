@@ -1,14 +1,15 @@
 """Which blocks of a mask a stream visits: found on the host and cached."""
 
 import dataclasses
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from softlib import _checks as checks, masks
-from softlib.masks import Block, Mask
+from softlib.masks import Mask, PerAxis
+
+from . import _block_lists
 
 _STATIC = {"static": True}
 
@@ -16,20 +17,23 @@ _STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-    """The blocks of (query, key) pairs that attention under a mask has to visit.
+    """The blocks of pairs of a query and a key that attention has to visit.
+
+    With several key axes, of a query and a key of each: a block then has a column per
+    axis.
 
     A plan may be given to attention in the place of its mask. It is a pytree: passed as
     an argument of a compiled function its lists are operands instead of constants of
     the program, and plans with lists of equal lengths share a compilation.
 
     Args:
-        mask: The mask, on the indices of `query` and `key`.
-        whole: Row and column of the blocks in which every pair attends, row by row.
-        partial: Row and column of the blocks in which the mask is evaluated.
+        mask: The mask, on the indices of the queries and of each key axis.
+        whole: Row and columns of the blocks in which every pair attends, row by row.
+        partial: Row and columns of the blocks in which the mask is evaluated.
         counts: None if the lists are full; else how many entries of `whole` and of
             `partial` count, because devices with lists of other lengths share them.
-        lengths: Static numbers of queries and keys.
-        blocks: Static sizes of a block.
+        lengths: Static numbers of queries and of the keys of each axis.
+        blocks: Static sizes of a block, likewise.
 
     Example:
         >>> plan = softlib.attention.block_plan(softlib.masks.Causal(), 512, 512)
@@ -41,15 +45,17 @@ class BlockPlan:
     mask: Any
     whole: Any
     partial: Any
-    lengths: tuple[int, int] = dataclasses.field(metadata=_STATIC)
-    blocks: tuple[int, int] = dataclasses.field(metadata=_STATIC)
+    lengths: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
+    blocks: tuple[int, ...] = dataclasses.field(metadata=_STATIC)
     counts: Any = None
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Blocks along the queries and along the keys."""
-        (t, s), (q, k) = self.lengths, self.blocks
-        return -(-t // q), -(-s // k)
+    def grid(self) -> tuple[int, ...]:
+        """Blocks along the queries and along each key axis."""
+        return tuple(
+            -(-length // size)
+            for length, size in zip(self.lengths, self.blocks, strict=True)
+        )
 
     @property
     def visited(self) -> int:
@@ -59,17 +65,16 @@ class BlockPlan:
     @property
     def density(self) -> float:
         """The visited fraction of all blocks; what the time is proportional to."""
-        rows, columns = self.grid
-        return self.visited / max(rows * columns, 1)
+        return self.visited / max(math.prod(self.grid), 1)
 
 
 def block_plan(
-    mask: Mask | None,
+    mask: Mask | PerAxis | None,
     query_length: int,
-    key_length: int,
+    key_length: int | tuple[int, ...],
     *,
     block_query: int | None = None,
-    block_key: int | None = None,
+    block_key: int | tuple[int | None, ...] | None = None,
     query_offset: int = 0,
 ) -> BlockPlan:
     """The blocks that attention under `mask` visits, as lists.
@@ -79,12 +84,14 @@ def block_plan(
 
     Args:
         mask: A mask value; None for all pairs. Masks that hold arrays are evaluated
-            wherever their arrays decide.
+            wherever their arrays decide. `masks.PerAxis` for several key axes.
         query_length: Static number of queries.
-        key_length: Static number of keys.
+        key_length: Static number of keys; a tuple, of each key axis, for
+            `kronecker_attention`.
         block_query: Static queries per block; None chooses the size, out of 128, 256
             and 512, that costs least for this mask.
-        block_key: Static keys per block; None as for `block_query`.
+        block_key: Static keys per block; None as for `block_query`; a tuple with
+            several key axes.
         query_offset: Static position of the first query.
 
     Returns:
@@ -92,7 +99,8 @@ def block_plan(
 
     Raises:
         TypeError: `mask` is no mask value, or a size is no Python int.
-        ValueError: A block size is not positive, or a length is negative.
+        ValueError: A block size is not positive, a length is negative, or there are not
+            as many of them as `mask` has key axes.
 
     Example:
         >>> window = softlib.masks.Window(127, 0)
@@ -101,29 +109,69 @@ def block_plan(
         >>> print(plan.visited, plan.grid)
         15 (8, 8)
     """
+    function = "block_plan"
+    several = isinstance(key_length, tuple) or isinstance(mask, PerAxis)
+    lengths = key_length if isinstance(key_length, tuple) else (key_length,)
+    if not lengths:
+        raise ValueError(
+            f"{function}: `key_length` must hold a length per key axis, got ()."
+        )
+    for length in (query_length, *lengths):
+        if length != 0:
+            name = "query_length" if length is query_length else "key_length"
+            checks.require_positive_integer(function, name, length)
+    if several:
+        mask = per_axis(function, mask, len(lengths))
     mask = masks.All() if mask is None else mask
-    if not isinstance(mask, Mask):
+    if not isinstance(mask, Mask | PerAxis):
         raise TypeError(
-            f"block_plan: `mask` must be a mask value or None, got "
+            f"{function}: `mask` must be a mask value or None, got "
             f"{type(mask).__name__}; wrap a NumPy array of blocks in masks.Blocks."
         )
-    for name, size in (("query_length", query_length), ("key_length", key_length)):
-        if size != 0:
-            checks.require_positive_integer("block_plan", name, size)
-    for name, size in (("block_query", block_query), ("block_key", block_key)):
-        if size is not None:
-            checks.require_positive_integer("block_plan", name, size)
-    return plan_of(
-        mask.shift(query_offset),
-        (query_length, key_length),
-        (block_query, block_key),
+    sizes = block_sizes(
+        function, {"block_query": block_query, "block_key": block_key}, len(lengths)
     )
+    return plan_of(mask.shift(query_offset), (query_length, *lengths), sizes)
+
+
+def per_axis(function: str, mask: Any, axes: int) -> PerAxis:
+    """A mask of tuples of keys, from one of pairs that holds on each axis."""
+    if mask is None or isinstance(mask, Mask):
+        return PerAxis(*(mask,) * axes)
+    if not isinstance(mask, PerAxis):
+        raise TypeError(
+            f"{function}: `mask` must be a mask value, masks.PerAxis, a BlockPlan or "
+            f"None, got {type(mask).__name__}."
+        )
+    if len(mask.axes) != axes:
+        raise ValueError(
+            f"{function}: `mask` must have {axes} key axes, got a PerAxis of "
+            f"{len(mask.axes)}."
+        )
+    return mask
+
+
+def block_sizes(
+    function: str, given: dict[str, Any], key_axes: int
+) -> tuple[int | None, ...]:
+    """Checked sizes, of the queries and of each key axis, from two arguments."""
+    (query_name, query), (key_name, key) = given.items()
+    keys = key if isinstance(key, tuple) else (key,) * (key_axes if key is None else 1)
+    if len(keys) != key_axes:
+        raise ValueError(
+            f"{function}: `{key_name}` must be {key_axes} sizes, one per key axis, got "
+            f"{key!r}."
+        )
+    for name, size in ((query_name, query), *((key_name, size) for size in keys)):
+        if size is not None:
+            checks.require_positive_integer(function, name, size)
+    return (query, *keys)
 
 
 def plan_of(
-    mask: Mask,
-    lengths: tuple[int, int],
-    blocks: tuple[int | None, int | None] = (None, None),
+    mask: Mask | PerAxis,
+    lengths: tuple[int, ...],
+    blocks: tuple[int | None, ...] | None = None,
     *,
     all_partial: bool = False,
     groups: int = 1,
@@ -133,9 +181,28 @@ def plan_of(
     `groups`: query heads per key head, whose scores exist together; with many of them
     blocks are smaller.
     """
+    blocks = blocks or (None,) * len(lengths)
     skeleton = Skeleton.of(mask)
-    whole, partial, blocks = _lists(skeleton, lengths, blocks, all_partial, groups)
-    return BlockPlan(mask, whole, partial, lengths, blocks)
+    whole, partial, sizes = _block_lists.lists(
+        skeleton, lengths, blocks, all_partial, groups
+    )
+    return BlockPlan(mask, whole, partial, lengths, sizes)
+
+
+def cheapest_last_axis(mask: PerAxis, lengths: tuple[int, ...], groups: int) -> int:
+    """Which key axis to stream, the others being multiplied into the queries.
+
+    Counted from 0; the last one where it makes no difference.
+    """
+    count, blocks = len(mask.axes), (None,) * len(lengths)
+    costs = {}
+    for axis in reversed(range(count)):
+        order = (*(i for i in range(count) if i != axis), axis)
+        moved = PerAxis(*(mask.axes[i] for i in order))
+        sizes = (lengths[0], *(lengths[i + 1] for i in order))
+        skeleton = Skeleton.of(moved)
+        costs[axis], _ = _block_lists.cheapest(skeleton, sizes, blocks, groups)
+    return min(costs, key=lambda axis: costs[axis])
 
 
 class Skeleton(NamedTuple):
@@ -145,74 +212,15 @@ class Skeleton(NamedTuple):
     leaves: int
 
     @classmethod
-    def of(cls, mask: Mask) -> "Skeleton":
+    def of(cls, mask: Mask | PerAxis) -> "Skeleton":
         leaves, structure = jax.tree.flatten(mask)
         return cls(structure, len(leaves))
 
     @property
-    def mask(self) -> Mask:
+    def mask(self) -> Any:
         # The classification never looks at arrays: their places are enough.
         return jax.tree.unflatten(self.structure, [_PLACE] * self.leaves)
 
 
 # Stands where an array of the mask stood.
 _PLACE = object()
-
-# Seconds per pair of a large block are 1; smaller blocks pay more for each step of the
-# loop and for their narrower products. Measured on a CPU with d = 64.
-_RATES = {512: 1.0, 256: 1.1, 128: 1.5}
-# Evaluating the mask costs this fraction of a block's products.
-_PARTIAL = 0.3
-# Scores of one step beyond this leave the caches of most CPUs.
-_SCORES = 1 << 20
-# A grid with more cells than this is not classified only to choose a size.
-_GRID = 1 << 22
-
-
-@functools.lru_cache(maxsize=128)
-def _lists(
-    skeleton: Skeleton,
-    lengths: tuple[int, int],
-    blocks: tuple[int | None, int | None],
-    all_partial: bool,
-    groups: int,
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    best = None
-    for sizes in _candidates(lengths, blocks, groups):
-        found = masks.block_map(skeleton.mask, lengths, sizes)
-        if all_partial:
-            found = np.minimum(found, Block.SOME)
-        if lengths[1] % sizes[1]:  # the last keys are padding
-            found[:, -1:] = np.minimum(found[:, -1:], Block.SOME)
-        whole, partial = found == Block.ALL, found == Block.SOME
-        rate = _RATES.get(min(sizes), 1.0) * sizes[0] * sizes[1]
-        cost = rate * (whole.sum() + (1 + _PARTIAL) * partial.sum())
-        if best is None or cost < best[0]:
-            best = cost, whole, partial, sizes
-    assert best is not None
-    _, whole, partial, sizes = best
-    whole, partial = (
-        np.stack(np.nonzero(where)).astype(np.int32) for where in (whole, partial)
-    )
-    whole.flags.writeable = partial.flags.writeable = False
-    return whole, partial, sizes
-
-
-def _candidates(
-    lengths: tuple[int, int],
-    blocks: tuple[int | None, int | None],
-    groups: int,
-) -> list[tuple[int, int]]:
-    def short(size: int, length: int) -> int:
-        # One block of a whole number of vector registers where that holds everything.
-        return min(size, max(8, -(-length // 8) * 8))
-
-    def of(size: int, axis: int) -> int:
-        given = blocks[axis]
-        return short(size, lengths[axis]) if given is None else given
-
-    every = list(dict.fromkeys((of(size, 0), of(size, 1)) for size in _RATES))
-    # Too many scores for one step: the smallest blocks. Too many blocks: the largest.
-    fitting = [s for s in every if groups * s[0] * s[1] <= _SCORES] or every[-1:]
-    cells = lambda s: -(-lengths[0] // s[0]) * -(-lengths[1] // s[1])
-    return [s for s in fitting if cells(s) <= _GRID] or fitting[:1]

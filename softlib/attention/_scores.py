@@ -145,7 +145,7 @@ class _SumAndMax:
         return PlainSum().init(shape, dtype), jnp.full(shape, -jnp.inf, dtype)
 
     def update(
-        self, state: Any, block: Array, *, axis: int = -1, weigh: Any = None
+        self, state: Any, block: Array, *, axis: Any = -1, weigh: Any = None
     ) -> Any:
         total, top = state
         # The maximum has no derivative: what uses it cancels it.

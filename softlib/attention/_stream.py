@@ -7,7 +7,7 @@ and written back in place. Trip counts are static, which keeps the loops differe
 the backward pass below is what makes that unnecessary at first order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,19 @@ from softlib._sharding import match_varying
 
 from ._plan import BlockPlan
 from ._scores import Kind, Result, Softmax
-from ._tiles import Operands, Options, Pairs, Tiler, product, scores
+from ._tiles import (
+    Index,
+    Operands,
+    Options,
+    Pairs,
+    Tiler,
+    factor_cotangents,
+    gather,
+    product,
+    scores,
+    spread,
+    spread_first,
+)
 
 
 class BackwardOperands(NamedTuple):
@@ -41,6 +53,7 @@ class Gradient(NamedTuple):
     bias: Array | None
     sinks: Array | None
     rows: tuple[Array, ...]
+    outer: Any = ()
 
 
 def forward(options: Options, operands: Operands) -> Result:
@@ -48,27 +61,26 @@ def forward(options: Options, operands: Operands) -> Result:
     kind, plan = options.kind, operands.plan
     query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
     value = None if operands.value is None else tiler.key(operands.value)
-    rows = [tiler.query(row)[..., None] for row in operands.rows]
+    outer_keys, outer_values = _outer(tiler, operands)
+    rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
 
-    def visit(partial: bool, row: Array, column: Array, state: Any) -> Any:
-        tile = scores(
-            options,
-            pairs,
-            query[row],
-            key[column],
-            row,
-            column,
-            partial=partial,
-            key_axis=-1,
-        )
+    def visit(partial: bool, at: Index, state: Any) -> Any:
+        row, column = at[0], at[-1]
+        q = spread(query[row], _tiles_at(outer_keys, at))
+        tile = scores(options, pairs, q, key[column], at, partial=partial)
         entries = kind.entries(tile.z, tuple(r[row] for r in rows))
         if tile.ok is not None:
             entries = jnp.where(tile.ok, entries, kind.absent)
-        weigh = None
-        if value is not None:
-            weigh = lambda weights: product(weights, value[column], options)
+
+        def weigh(weights: Array) -> Array:
+            assert value is not None
+            weighted = product(_flat(weights), value[column], options)
+            return gather(weighted, _tiles_at(outer_values, at))
+
         before = jax.tree.map(lambda leaf: leaf[row], state)
-        after = kind.accumulator.update(before, entries, weigh=weigh)
+        after = kind.accumulator.update(
+            before, entries, axis=(-3, -1), weigh=None if value is None else weigh
+        )
         return jax.tree.map(lambda leaf, new: leaf.at[row].set(new), state, after)
 
     sinks = operands.sinks
@@ -88,95 +100,126 @@ def forward(options: Options, operands: Operands) -> Result:
 
 
 def backward(options: Options, backward: BackwardOperands) -> Gradient:
-    """One pass, five products per tile, with the gradients of all rows carried.
+    """One pass, five products per tile, six with several key axes.
 
-    Tiles have the keys first: then no product has a transposed left operand, given the
-    keys with their features first and a gradient of the queries in that layout.
+    The gradients of all rows are carried. Those of keys and values have their features
+    first: then no product has a transposed left operand, which is slow on a CPU, given
+    queries and cotangents in that layout too.
     """
     operands = backward.operands
     tiler, pairs = _prepare(operands)
     kind, plan, dtype = options.kind, operands.plan, operands.dtype
     query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
-    key_features_first = key.swapaxes(-1, -2)
+    query_first = query.swapaxes(-1, -2)
+    outer_keys, outer_values = _outer(tiler, operands)
     inverse, delta = row_constants(options, backward)
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks_gradient(sinks, inverse, delta)
     # A row of padding is an empty one: a bias that all queries share is not 0 there.
     inverse = tiler.query(inverse, fill=jnp.inf if kind.is_log else 0)
-    delta = tiler.query(delta)
-    rows = [tiler.query(row)[..., None, :] for row in operands.rows]
-    value = cotangent = None
+    inverse, delta = inverse[..., None, :, None], tiler.query(delta)[..., None, :, None]
+    rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
+    value = cotangent = cotangent_first = None
     if operands.value is not None:
         assert backward.out_cotangent is not None
         value = tiler.key(operands.value)
         cotangent = tiler.query(backward.out_cotangent)
+        cotangent_first = cotangent.swapaxes(-1, -2)
 
-    def visit(partial: bool, row: Array, column: Array, total: Gradient) -> Gradient:
-        q, k = query[row], key[column]
-        tile = scores(options, pairs, q, k, row, column, partial=partial, key_axis=-2)
+    def visit(partial: bool, at: Index, total: Gradient) -> Gradient:
+        row, column = at[0], at[-1]
+        keys, values = (_tiles_at(tiles, at) for tiles in (outer_keys, outer_values))
+        q = query[row]
+        tile = scores(options, pairs, spread(q, keys), key[column], at, partial=partial)
+        shape = tile.z.shape
         select = lambda x: x if tile.ok is None else jnp.where(tile.ok, x, 0)
-        weights = kind.weights(
-            tile.z, tuple(r[row] for r in rows), inverse[row][..., None, :]
-        )
-        answer = -delta[row][..., None, :]
-        dv = total.value
+        weights = kind.weights(tile.z, tuple(r[row] for r in rows), inverse[row])
+        answer = -delta[row]
+        dv, outer = total.value, total.outer
         if value is not None:
             assert cotangent is not None
+            assert cotangent_first is not None
             assert dv is not None
-            do = cotangent[row]
-            answer = product(value[column], do.swapaxes(-1, -2), options) + answer
-            dv = dv.at[column].add(product(select(weights.p), do, options))
+            do, p = cotangent[row], _flat(select(weights.p))
+            answers = product(
+                spread(do, values), value[column].swapaxes(-1, -2), options
+            )
+            answer = answers.reshape(shape) + answer
+            dv = dv.at[column].add(
+                product(_first(cotangent_first[row], values), p, options)
+            )
+            if outer:
+                found = product(p, value[column], options)
+                outer = _added(outer, 1, factor_cotangents(do, values, found), at)
         dz = select(weights.slope * answer)
         bias = total.bias
         if bias is not None:
-            bias = pairs.sum_bias(bias, dz, row, column, -2)
+            bias = pairs.sum_bias(bias, dz, at)
         row_gradients = total.rows
         if weights.row_slope is not None:
-            first = select(weights.row_slope * answer).sum(-2)
+            first = select(weights.row_slope * answer).sum((-3, -1))
             row_gradients = (row_gradients[0].at[row].add(first), *row_gradients[1:])
         if tile.slope is not None:
             dz = dz * tile.slope
+        dz = _flat(dz)
+        dq = product(dz, key[column], options)
+        if outer:
+            outer = _added(outer, 0, factor_cotangents(q, keys, dq), at)
         return total._replace(
-            query=total.query.at[row].add(
-                product(key_features_first[column], dz, options)
+            query=total.query.at[row].add(gather(dq, keys)),
+            key=total.key.at[column].add(
+                product(_first(query_first[row], keys), dz, options)
             ),
-            key=total.key.at[column].add(product(dz, q, options)),
             value=dv,
             bias=bias,
             rows=row_gradients,
+            outer=outer,
         )
 
-    zeros = Gradient(
-        jnp.zeros(query.swapaxes(-1, -2).shape, dtype),
-        jnp.zeros(key.shape, dtype),
-        None if value is None else jnp.zeros(value.shape, dtype),
-        None if pairs.bias is None else jnp.zeros(pairs.bias.shape, dtype),
+    zeros = lambda x: jnp.zeros(x.shape, dtype)
+    nothing = Gradient(
+        zeros(query),
+        zeros(key.swapaxes(-1, -2)),
+        None if value is None else zeros(value.swapaxes(-1, -2)),
+        None if pairs.bias is None else zeros(pairs.bias),
         None,
-        tuple(jnp.zeros(inverse.shape, dtype) for _ in rows),
+        tuple(zeros(inverse[..., 0, :, 0]) for _ in rows),
+        tuple(
+            (zeros(keys), zeros(values))
+            for keys, values in zip(outer_keys, outer_values, strict=True)
+        ),
     )
-    total = _fold(plan, visit, match_varying(zeros, operands.query))
+    total = _fold(plan, visit, match_varying(nothing, operands.query))
     wide = options.wide_gradients
     like = lambda x, y: x if wide else x.astype(y.dtype)
-    dq = total.query.swapaxes(-1, -2) * options.scale
     if sinks is not None:
         assert operands.sinks is not None
         sinks = like(sinks, operands.sinks)
     dv = bias = None
     if total.value is not None:
-        dv = like(tiler.key_back(total.value), operands.value)
+        dv = like(tiler.key_back(total.value.swapaxes(-1, -2)), operands.value)
     if total.bias is not None:
         assert operands.bias is not None
         bias = like(tiler.pairs_back(total.bias, operands.bias), operands.bias)
     return Gradient(
-        like(tiler.query_back(dq), operands.query),
-        like(tiler.key_back(total.key), operands.key),
+        like(tiler.query_back(total.query * options.scale), operands.query),
+        like(tiler.key_back(total.key.swapaxes(-1, -2)), operands.key),
         dv,
         bias,
         sinks,
         tuple(
             like(tiler.query_back(x), y)
             for x, y in zip(total.rows, operands.rows, strict=True)
+        ),
+        tuple(
+            tuple(
+                like(tiler.key_back(x, axis + 1), y)
+                for x, y in zip(found, given, strict=True)
+            )
+            for axis, (found, given) in enumerate(
+                zip(total.outer, operands.outer, strict=True)
+            )
         ),
     )
 
@@ -218,6 +261,38 @@ def _prepare(operands: Operands) -> tuple[Tiler, Pairs]:
     return tiler, Pairs(operands.plan, operands.groups, dense, bias)
 
 
+def _outer(tiler: Tiler, operands: Operands) -> tuple[list[Array], list[Array]]:
+    """Tiles of the keys, and of the values, of the key axes before the last."""
+    keys, values = (
+        [tiler.key(pair[i], axis + 1) for axis, pair in enumerate(operands.outer)]
+        for i in range(2)
+    )
+    return keys, values
+
+
+def _flat(scores: Array) -> Array:
+    """(B, K, J, M, s) -> (B, K, J * M, s), the rows of one product."""
+    batch, heads, outer, rows, size = scores.shape
+    return scores.reshape(batch, heads, outer * rows, size)
+
+
+def _tiles_at(tiles: Sequence[Array], at: Index) -> list[Array]:
+    return [tile[column] for tile, column in zip(tiles, at[1:-1], strict=True)]
+
+
+def _first(rows: Array, factors: Sequence[Array]) -> Array:
+    return spread_first(rows, [factor.swapaxes(-1, -2) for factor in factors])
+
+
+def _added(total: Any, place: int, found: Sequence[Array], at: Index) -> Any:
+    """Adds to the gradients of the outer keys, place 0, or of the values, place 1."""
+    added = []
+    for pair, part, column in zip(total, found, at[1:-1], strict=True):
+        new = pair[place].at[column].add(part)
+        added.append((new, pair[1]) if place == 0 else (pair[0], new))
+    return tuple(added)
+
+
 def initial_state(
     kind: Kind,
     shape: tuple[int, ...],
@@ -246,7 +321,7 @@ def _fold(plan: BlockPlan, visit: Callable[..., Any], state: Any) -> Any:
         stop = count if plan.counts is None else plan.counts[i]
 
         def step(at: Array, state: Any, partial=i == 1, blocks=blocks) -> Any:
-            return visit(partial, blocks[0, at], blocks[1, at], state)
+            return visit(partial, tuple(blocks[:, at]), state)
 
         state = lax.fori_loop(0, stop, step, state)
     return state

@@ -1,13 +1,18 @@
 """The operands of attention, cut into tiles, and the scores of one tile.
 
 The query heads that share a key head are rows of one tile: M = G * block_query rows,
-G = N // K. A tile of scores is (B, K, M, block_key), or its transpose: which axis holds
-the keys is `key_axis`, -1 or -2.
+G = N // K. Attention over tuples of keys is attention with the products of their
+features as keys: with one key axis after the other multiplied into the queries, the
+last one stays in its place. A tile of scores is (B, K, J, M, block_key), J the number
+of combinations of the keys of the other axes in the block, 1 without any.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -17,6 +22,9 @@ from softlib.typing import Precision
 
 from ._plan import BlockPlan
 from ._scores import Kind
+
+# Row and columns of a block: traced integers, as many as the plan has axes.
+type Index = Sequence[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +55,14 @@ class Operands(NamedTuple):
     bias: Float[Array, "b n t s"] | None = None
     sinks: Float[Array, " N"] | None = None
     rows: tuple[Float[Array, "B T N"], ...] = ()
+    # Keys and values of the key axes before the last: (B, S_t, K, H), (B, S_t, K, E).
+    outer: tuple[tuple[Array, Array], ...] = ()
 
     @property
     def dtype(self) -> Any:
+        outer = [array for pair in self.outer for array in pair]
         return accumulator_dtype(
-            self.query, self.key, self.value, self.bias, self.sinks, *self.rows
+            self.query, self.key, self.value, self.bias, self.sinks, *self.rows, *outer
         )
 
     @property
@@ -99,19 +110,20 @@ class Tiler(NamedTuple):
         x = x.reshape(batch, count * size, heads * groups, *features)
         return x[:, : self.plan.lengths[0]]
 
-    def key(self, x: Array) -> Array:
-        """(B, S, K, H) -> (columns, B, K, block_key, H)."""
-        size, count = self.plan.blocks[1], self.plan.grid[1]
+    def key(self, x: Array, axis: int = -1) -> Array:
+        """(B, S, K, H) -> (columns, B, K, block_key, H), of one key axis."""
+        size, count = self.plan.blocks[axis], self.plan.grid[axis]
         batch, _, heads, features = x.shape
         x = _padded(x.astype(self.dtype), 1, count * size, 0)
         x = x.reshape(batch, count, size, heads, features)
         return jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3))
 
-    def key_back(self, x: Array) -> Array:
+    def key_back(self, x: Array, axis: int = -1) -> Array:
+        """The inverse of `key`, without what was padded."""
         count, batch, heads, size, features = x.shape
         x = jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3))
         x = x.reshape(batch, count * size, heads, features)
-        return x[:, : self.plan.lengths[1]]
+        return x[:, : self.plan.lengths[axis]]
 
     def pairs(self, x: Array) -> Array:
         """Pads an array over pairs, (b, n, t, s), to whole blocks."""
@@ -134,69 +146,111 @@ class Pairs(NamedTuple):
     dense: Array | None
     bias: Array | None
 
-    def mask(self, row: Array, column: Array, key_axis: int) -> Array:
-        """Where the pairs of a block attend, wide or narrow, as the scores."""
-        (size_q, size_k), (_, length) = self.plan.blocks, self.plan.lengths
-        query = (row * size_q + jnp.arange(size_q))[:, None]
-        key = (column * size_k + jnp.arange(size_k))[None, :]
-        ok = self.plan.mask._within(*self.plan.lengths)(query, key)
-        ok = jnp.broadcast_to(ok, (*ok.shape[:-2], size_q, size_k))
-        ok = ok.reshape(-1, 1, 1, size_q, size_k)
-        if length % size_k:
-            ok = ok & (key < length)[None, None, None]
+    def mask(self, at: Index) -> Array:
+        """Where the tuples of a block attend: (b, k, J, M, s)."""
+        plan, axes = self.plan, len(at)
+        # Axes in the order of a tile: the keys of all axes but the last, then queries.
+        order = [axes - 2, *range(axes - 2), axes - 1]
+        indices = [
+            (block * size + jnp.arange(size)).reshape(
+                [-1 if axis == place else 1 for axis in range(axes)]
+            )
+            for block, size, place in zip(at, plan.blocks, order, strict=True)
+        ]
+        ok = plan.mask._within(*plan.lengths)(*indices)
+        *outer, size_k = plan.blocks[1:]
+        shape = (*outer, plan.blocks[0], size_k)
+        ok = jnp.broadcast_to(ok, (*ok.shape[:-axes], *shape))
+        ranges = zip(indices, plan.lengths, plan.blocks, strict=True)
+        for index, length, size in list(ranges)[1:]:
+            if length % size:  # the last keys are padding
+                real = (index < length).reshape((1,) * (ok.ndim - axes) + index.shape)
+                ok = ok & real
+        ok = ok.reshape(-1, 1, math.prod(outer), 1, plan.blocks[0], size_k)
         if self.dense is not None:
-            ok = ok & self._grouped(self._tile(self.dense, row, column))
-        return self._as_scores(ok, key_axis)
+            ok = ok & self._grouped(self._tile(self.dense, at))
+        return self._as_scores(ok)
 
-    def bias_of(self, row: Array, column: Array, key_axis: int) -> Array:
+    def bias_of(self, at: Index) -> Array:
         assert self.bias is not None
-        tile = self._grouped(self._tile(self.bias, row, column))
-        return self._as_scores(tile, key_axis)
+        return self._as_scores(self._grouped(self._tile(self.bias, at)))
 
-    def sum_bias(
-        self, total: Array, dz: Array, row: Array, column: Array, key_axis: int
-    ) -> Array:
+    def sum_bias(self, total: Array, dz: Array, at: Index) -> Array:
         """Adds the cotangent of a tile of scores to that of the bias, reduced."""
         assert self.bias is not None
         batch, heads = dz.shape[:2]
-        size_q, size_k = self.plan.blocks
-        if key_axis == -2:
-            dz = dz.swapaxes(-1, -2)
-        dz = dz.reshape(batch, heads * self.groups, size_q, size_k)
+        dz = dz.reshape(batch, heads * self.groups, *self.plan.blocks)
         narrow = [axis for axis in range(4) if self.bias.shape[axis] == 1]
         dz = dz.sum(narrow, keepdims=True)
-        start = self._start(total, row, column)
+        start = self._start(total, at)
         before = lax.dynamic_slice(total, start, dz.shape)
         return lax.dynamic_update_slice(total, before + dz, start)
 
-    def _tile(self, x: Array, row: Array, column: Array) -> Array:
+    def _tile(self, x: Array, at: Index) -> Array:
         sizes = [
             1 if whole == 1 else size
             for whole, size in zip(x.shape[2:], self.plan.blocks, strict=True)
         ]
-        start = self._start(x, row, column)
-        return lax.dynamic_slice(x, start, (*x.shape[:2], *sizes))
+        return lax.dynamic_slice(x, self._start(x, at), (*x.shape[:2], *sizes))
 
-    def _start(self, x: Array, row: Array, column: Array) -> list[Any]:
-        zero = jnp.zeros_like(row)
-        wide = [whole > 1 for whole in x.shape[2:]]
-        size_q, size_k = self.plan.blocks
-        at_q = row * size_q if wide[0] else zero
-        at_k = column * size_k if wide[1] else zero
-        return [zero, zero, at_q, at_k]
+    def _start(self, x: Array, at: Index) -> list[Any]:
+        zero = jnp.zeros_like(at[0])
+        places = [
+            block * size if whole > 1 else zero
+            for whole, block, size in zip(
+                x.shape[2:], at, self.plan.blocks, strict=True
+            )
+        ]
+        return [zero, zero, *places]
 
     def _grouped(self, tile: Array) -> Array:
-        """(b, n, t, s) -> (b, 1 or K, 1 or G, t, s)."""
+        """(b, n, t, s) -> (b, 1 or K, 1, 1 or G, t, s)."""
         batch, heads, *pair = tile.shape
         groups = 1 if heads == 1 else self.groups
-        return tile.reshape(batch, heads // groups, groups, *pair)
+        return tile.reshape(batch, heads // groups, 1, groups, *pair)
 
-    def _as_scores(self, tile: Array, key_axis: int) -> Array:
-        """(b, k, g, t, s), wide or narrow, -> (b, k, M, s) or its transpose."""
-        size_q, size_k = self.plan.blocks
-        tile = jnp.broadcast_to(tile, (*tile.shape[:2], self.groups, size_q, size_k))
-        tile = tile.reshape(*tile.shape[:2], self.groups * size_q, size_k)
-        return tile if key_axis == -1 else tile.swapaxes(-1, -2)
+    def _as_scores(self, tile: Array) -> Array:
+        """(b, k, J, g, t, s), wide or narrow, -> (b, k, J, M, s)."""
+        size_q, size_k = self.plan.blocks[0], self.plan.blocks[-1]
+        front = tile.shape[:3]
+        tile = jnp.broadcast_to(tile, (*front, self.groups, size_q, size_k))
+        return tile.reshape(*front, self.groups * size_q, size_k)
+
+
+def spread(rows: Array, factors: Sequence[Array]) -> Array:
+    """Rows times every combination of factors: (B, K, M, H) -> (B, K, J * M, H)."""
+    for factor in reversed(factors):
+        batch, heads, size, features = rows.shape
+        rows = factor[:, :, :, None, :] * rows[:, :, None]
+        rows = rows.reshape(batch, heads, factor.shape[2] * size, features)
+    return rows
+
+
+def spread_first(rows: Array, factors: Sequence[Array]) -> Array:
+    """As `spread` with the features first: (B, K, H, M) -> (B, K, H, J * M)."""
+    for factor in reversed(factors):
+        *front, size = rows.shape
+        rows = factor[..., :, None] * rows[..., None, :]
+        rows = rows.reshape(*front, factor.shape[-1] * size)
+    return rows
+
+
+def gather(rows: Array, factors: Sequence[Array]) -> Array:
+    """The transpose of `spread`: (B, K, J * M, H) -> (B, K, M, H)."""
+    for factor in factors:
+        batch, heads, size, features = factor.shape
+        rest = rows.shape[2] // size
+        parts = rows.reshape(batch, heads, size, rest, features)
+        rows = (parts * factor[:, :, :, None, :]).sum(2)
+    return rows
+
+
+def factor_cotangents(
+    rows: Array, factors: list[Array], cotangent: Array
+) -> list[Array]:
+    """What `spread` gives back to its factors."""
+    _, pull = jax.vjp(lambda factors: spread(rows, factors), factors)
+    return pull(cotangent)[0]
 
 
 def scores(
@@ -204,25 +258,25 @@ def scores(
     pairs: Pairs,
     query: Array,
     key: Array,
-    row: Array,
-    column: Array,
+    at: Index,
     *,
     partial: bool,
-    key_axis: int,
 ) -> Scores:
-    """The scores of one tile of queries that are scaled already.
+    """The scores of one tile of queries that are scaled, and spread, already.
 
     `partial` where the mask has to be evaluated.
     """
-    left, right = (query, key) if key_axis == -1 else (key, query)
-    z = product(left, right.swapaxes(-1, -2), options)
+    outer = math.prod(pairs.plan.blocks[1:-1])
+    z = product(query, key.swapaxes(-1, -2), options)
+    batch, heads, rows, block_key = z.shape
+    z = z.reshape(batch, heads, outer, rows // outer, block_key)
     slope = None
     if options.logit_softcap is not None:
         bent = jnp.tanh(z / options.logit_softcap)
         z, slope = options.logit_softcap * bent, 1 - bent * bent
     if pairs.bias is not None:
-        z = z + pairs.bias_of(row, column, key_axis).astype(z.dtype)
-    ok = pairs.mask(row, column, key_axis) if partial else None
+        z = z + pairs.bias_of(at).astype(z.dtype)
+    ok = pairs.mask(at) if partial else None
     return Scores(z, ok, slope)
 
 

@@ -5,10 +5,12 @@
 - `Chunked`, `Prefix`, `GlobalTokens`, `Blocks`: masks of fixed regions.
 - `Radial`, `radial_block_mask`, `radial_pair_count`: video.
 - `Segments`, `Padding`: masks of data, that is of arrays.
+- `PerAxis`, `Between`: masks of attention whose keys are tuples.
 """
 
 from ._data import Padding as Padding, Segments as Segments
 from ._mask import All as All, Block as Block, Mask as Mask, block_map as block_map
+from ._per_axis import Between as Between, PerAxis as PerAxis
 from ._plot import plot as plot
 from ._positional import Causal as Causal, Dilated as Dilated, Window as Window
 from ._radial import Radial as Radial, radial_pair_count as radial_pair_count
@@ -22,6 +24,7 @@ from ._regions import (
 
 __all__ = [
     "All",
+    "Between",
     "Block",
     "Blocks",
     "Causal",
@@ -30,6 +33,7 @@ __all__ = [
     "GlobalTokens",
     "Mask",
     "Padding",
+    "PerAxis",
     "Prefix",
     "Radial",
     "Segments",

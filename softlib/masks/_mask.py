@@ -90,24 +90,7 @@ class Mask:
         Raises:
             ValueError: An array of the mask has another rank, its batch axis aside.
         """
-        query_index, key_index = (
-            index if isinstance(index, jax.Array) else np.asarray(index)
-            for index in (query_index, key_index)
-        )
-        leaves, structure = jax.tree.flatten(self)
-        axes = [
-            _batch_axis(leaf, rank)
-            for leaf, rank in zip(leaves, self._leaf_ranks(), strict=True)
-        ]
-        if all(axis is None for axis in axes):
-            return self._attends(query_index, key_index)
-
-        def one(leaves, query_index, key_index):
-            mask = jax.tree.unflatten(structure, leaves)
-            return mask._attends(query_index, key_index)
-
-        leaves = [jnp.asarray(leaf) for leaf in leaves]
-        return jax.vmap(one, in_axes=(axes, None, None))(leaves, query_index, key_index)
+        return evaluate(self, query_index, key_index)
 
     def block_status(
         self, query_start: Any, query_stop: Any, key_start: Any, key_stop: Any
@@ -395,6 +378,27 @@ class ShiftedByArrays(Mask):
 
     def _is_arithmetic(self):
         return self.mask._is_arithmetic()
+
+
+def evaluate(mask: Any, *indices: Any) -> Any:
+    """The mask on positions; for each batch entry where arrays of it have that axis."""
+    indices = tuple(
+        index if isinstance(index, jax.Array) else np.asarray(index)
+        for index in indices
+    )
+    leaves, structure = jax.tree.flatten(mask)
+    axes = [
+        _batch_axis(leaf, rank)
+        for leaf, rank in zip(leaves, mask._leaf_ranks(), strict=True)
+    ]
+    if all(axis is None for axis in axes):
+        return mask._attends(*indices)
+
+    def one(leaves, indices):
+        return jax.tree.unflatten(structure, leaves)._attends(*indices)
+
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    return jax.vmap(one, in_axes=(axes, None))(leaves, indices)
 
 
 def divide(index: Any, size: int) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 - `OutputHead` (NNX), `LinenOutputHead` (linen): the output layer of a language model.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
+- `TensorAttention` (NNX): multi-head attention over tuples of keys.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
 - `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
   `QuasiLSTM` (NNX): linear systems with varying parameters.
@@ -17,6 +18,7 @@ from ._recurrent import (
     QuasiLSTM as QuasiLSTM,
     SelectiveScan as SelectiveScan,
 )
+from ._tensor_attention import TensorAttention as TensorAttention
 from ._video import (
     VideoPositions as VideoPositions,
     VideoTransformerBlock as VideoTransformerBlock,
@@ -30,6 +32,7 @@ __all__ = [
     "OutputHead",
     "QuasiLSTM",
     "SelectiveScan",
+    "TensorAttention",
     "VideoPositions",
     "VideoTransformerBlock",
     "attention_fn",

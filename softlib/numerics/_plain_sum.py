@@ -71,15 +71,15 @@ class PlainSum:
         state: PlainSumState,
         block: Float[Array, "..."],
         *,
-        axis: int = -1,
+        axis: int | tuple[int, ...] = -1,
         weigh: Callable[[Float[Array, "..."]], Any] | None = None,
     ) -> PlainSumState:
-        """Adds a block of weights: one more axis than the rows, reduced here.
+        """Adds a block of weights: more axes than the rows, reduced here.
 
         Args:
             state: What has been seen.
             block: Positive weights; 0 for entries that do not count.
-            axis: Static; the axis of `block` that is reduced.
+            axis: Static; the axis or axes of `block` that are reduced.
             weigh: Maps `block` to the block's weighted sums, a pytree like
                 `state.weighted`. None if the state carries none.
         """

@@ -121,15 +121,15 @@ class UnifiedMax:
         state: UnifiedMaxState,
         block: Float[Array, "..."],
         *,
-        axis: int = -1,
+        axis: int | tuple[int, ...] = -1,
         weigh: Callable[[Float[Array, "..."]], Any] | None = None,
     ) -> UnifiedMaxState:
-        """Adds a block of scores: one more axis than the rows, reduced here.
+        """Adds a block of scores: more axes than the rows, reduced here.
 
         Args:
             state: What has been seen.
             block: Scores; -inf for entries that do not count.
-            axis: Static; the axis of `block` that is reduced.
+            axis: Static; the axis or axes of `block` that are reduced.
             weigh: Maps `exp(block - phi)` to the block's weighted sums, a pytree like
                 `state.weighted`. None if the state carries none.
         """

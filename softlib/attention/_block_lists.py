@@ -1,0 +1,186 @@
+"""Which blocks a mask leaves, as lists, at the block sizes that cost least."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from softlib import masks
+from softlib.masks import Block, PerAxis
+
+# Seconds per pair of a large block are 1; smaller blocks pay more for each step of the
+# loop and for their narrower products. Measured on a CPU with d = 64.
+_RATES = {512: 1.0, 256: 1.1, 128: 1.5}
+# With several key axes all but the last are cut finely, because every combination of
+# their keys makes rows of a tile.
+_QUERIES, _KEYS, _COMBINATIONS = (256, 128, 64, 32, 16), (512, 256, 128), 8
+# Evaluating the mask costs this fraction of a block's products.
+_PARTIAL = 0.3
+# Scores of one step beyond this leave the caches of most CPUs.
+_SCORES = 1 << 20
+_BLOCKS_AT_ONCE = 1 << 20
+# Sizes are chosen by that many rows of blocks, evenly spaced.
+_SAMPLE = 64
+
+
+@functools.lru_cache(maxsize=128)
+def lists(
+    skeleton: Any,
+    lengths: tuple[int, ...],
+    blocks: tuple[int | None, ...],
+    all_partial: bool,
+    groups: int,
+) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Blocks that are ALL, blocks that are SOME, and the sizes that cost least.
+
+    `skeleton` is a mask without its arrays, `blocks` the sizes that are given,
+    `groups` the query heads whose scores exist together.
+    """
+    _, sizes = cheapest(skeleton, lengths, blocks, groups)
+    found, whole = _listed(skeleton.mask, lengths, sizes)
+    if all_partial:
+        whole = np.zeros_like(whole)
+    whole, partial = found[:, whole], found[:, ~whole]
+    whole.flags.writeable = partial.flags.writeable = False
+    return whole, partial, sizes
+
+
+@functools.lru_cache(maxsize=128)
+def cheapest(
+    skeleton: Any,
+    lengths: tuple[int, ...],
+    blocks: tuple[int | None, ...],
+    groups: int,
+) -> tuple[float, tuple[int, ...]]:
+    """Block sizes, and their cost in pairs of large blocks.
+
+    Joint masks of several key axes do not take part in the choice.
+    """
+    costs = {}
+    for sizes in _candidates(lengths, blocks, groups):
+        rows = -(-lengths[0] // sizes[0])
+        sample = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE), dtype=int))
+        maps = _maps(skeleton.mask, lengths, sizes, sample)
+        visited, whole = (_count(maps, least) for least in (Block.SOME, Block.ALL))
+        pairs = math.prod(sizes) * rows / max(len(sample), 1)
+        looked_into = _PARTIAL * (visited - whole)
+        costs[sizes] = _rate(sizes, groups) * pairs * (visited + looked_into)
+    best = min(costs, key=lambda sizes: costs[sizes])
+    return costs[best], best
+
+
+def _rate(sizes: tuple[int, ...], groups: int) -> float:
+    """Seconds per pair, in those of large blocks."""
+    if len(sizes) == 2:
+        return _RATES.get(min(sizes), 1.0)
+    rows = groups * math.prod(sizes[:-1])
+    return 0.85 + 57 / sizes[-1] + 40 / rows
+
+
+def _candidates(
+    lengths: tuple[int, ...],
+    blocks: tuple[int | None, ...],
+    groups: int,
+) -> list[tuple[int, ...]]:
+    """Block sizes to choose from, the largest first."""
+
+    def fitted(wanted: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(
+            _short(size, length) if given is None else given
+            for size, length, given in zip(wanted, lengths, blocks, strict=True)
+        )
+
+    every = list(dict.fromkeys(map(fitted, _wanted(len(lengths)))))
+    # Too many scores for one step: the smallest blocks.
+    fitting = [sizes for sizes in every if groups * math.prod(sizes) <= _SCORES]
+    return fitting or every[-1:]
+
+
+def _wanted(axes: int) -> Iterator[tuple[int, ...]]:
+    if axes == 2:
+        for size in _RATES:
+            yield size, size
+        return
+    # As many combinations in all, spread over the key axes before the last.
+    each = max(2, round(_COMBINATIONS ** (1 / (axes - 2))))
+    for query, key in itertools.product(_QUERIES, _KEYS):
+        yield (query, *(each,) * (axes - 2), key)
+
+
+def _short(size: int, length: int) -> int:
+    # One block of a whole number of vector registers where that holds everything.
+    return min(size, max(8, -(-length // 8) * 8))
+
+
+def _maps(
+    mask: Any, lengths: tuple[int, ...], sizes: tuple[int, ...], rows: np.ndarray
+) -> list[np.ndarray]:
+    """What the mask of each key axis says of its blocks in these rows of blocks.
+
+    Padding is never ALL.
+    """
+    axes = mask.axes if isinstance(mask, PerAxis) else (mask,)
+    query = _edges(rows[:, None], lengths[0], sizes[0])
+    found = []
+    for axis, length, size in zip(axes, lengths[1:], sizes[1:], strict=True):
+        columns = np.arange(-(-length // size))[None, :]
+        axis = masks.All() if axis is None else axis
+        kinds = axis.block_status(*query, *_edges(columns, length, size))
+        kinds = np.broadcast_to(kinds, (len(rows), columns.size))
+        if length % size:  # the last keys are padding
+            last = columns == columns.size - 1
+            kinds = np.where(last, np.minimum(kinds, Block.SOME), kinds)
+        found.append(kinds)
+    return found
+
+
+def _edges(block: np.ndarray, length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    return block * size, np.minimum((block + 1) * size, length)
+
+
+def _count(maps: Sequence[np.ndarray], least: Block) -> int:
+    """How many blocks are at least that on every key axis."""
+    per_row = [(kinds >= least).sum(1, dtype=np.int64) for kinds in maps]
+    return int(functools.reduce(np.multiply, per_row).sum())
+
+
+def _listed(
+    mask: Any, lengths: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the blocks that are not NONE, row by row, and which are ALL."""
+    rows, *columns = (
+        -(-length // size) for length, size in zip(lengths, sizes, strict=True)
+    )
+    # A few rows at a time: masks make temporaries of several int64 per block.
+    step = max(1, _BLOCKS_AT_ONCE // max(1, *columns))
+    parts = [np.zeros((len(sizes), 0), np.int32)]
+    kinds = [np.zeros(0, np.int8)]
+    for first in range(0, rows, step):
+        some = np.arange(first, min(first + step, rows))
+        maps = _maps(mask, lengths, sizes, some)
+        found = np.stack(np.nonzero(maps[0])) if len(maps) == 1 else _products(maps)
+        kind = np.full(found.shape[1], Block.ALL, np.int8)
+        for axis, column in zip(maps, found[1:], strict=True):
+            kind = np.minimum(kind, axis[found[0], column])
+        found[0] += first
+        if isinstance(mask, PerAxis) and mask.joint:
+            edges = tuple(itertools.chain(*map(_edges, found, lengths, sizes)))
+            for part in mask.joint:
+                kind = np.minimum(kind, part._status(*edges))
+            found, kind = found[:, kind != Block.NONE], kind[kind != Block.NONE]
+        parts.append(found.astype(np.int32))
+        kinds.append(kind)
+    return np.concatenate(parts, 1), np.concatenate(kinds) == Block.ALL
+
+
+def _products(maps: Sequence[np.ndarray]) -> np.ndarray:
+    """Of every row, all combinations of the columns that its maps leave."""
+    parts = [np.zeros((1 + len(maps), 0), np.int64)]
+    for row in range(len(maps[0])):
+        left = (np.flatnonzero(kinds[row]) for kinds in maps)
+        columns = [column.ravel() for column in np.meshgrid(*left, indexing="ij")]
+        parts.append(np.stack([np.full(columns[0].shape, row), *columns]))
+    return np.concatenate(parts, axis=1)
