@@ -130,8 +130,10 @@ def windowed(lengths: Sequence[int], rounds: int) -> list[Point]:
     """Forward and backward in two windows."""
 
     def attend(query, key1, key2, value1, value2):
-        windows = dict(zip(("window1", "window2"), WINDOWS, strict=True))
-        return two_simplicial_attention(query, key1, key2, value1, value2, **windows)
+        first, second = WINDOWS
+        return two_simplicial_attention(
+            query, key1, key2, value1, value2, window1=first, window2=second
+        )
 
     found = []
     for tokens in lengths:
