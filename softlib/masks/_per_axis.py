@@ -104,7 +104,6 @@ class Between:
             )
 
 
-@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False)
 class PerAxis:
     """Which tuples of keys a query attends to: a mask per key axis, and joint ones.
@@ -154,18 +153,6 @@ class PerAxis:
         parts = tuple(_joint_value(part) for part in parts if part is not None)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "joint", parts)
-
-    def tree_flatten(self):
-        return (self.axes, self.joint), None
-
-    @classmethod
-    def tree_unflatten(cls, structure, children):
-        del structure
-        # Transformations rebuild it from whatever stands for its arrays.
-        value = object.__new__(cls)
-        object.__setattr__(value, "axes", children[0])
-        object.__setattr__(value, "joint", children[1])
-        return value
 
     def __call__(self, query_index: Any, *key_indices: Any) -> Any:
         """True where the query attends to the tuple of keys.
@@ -352,7 +339,7 @@ class PerAxis:
             for axis, length in zip(self.axes, key_lengths, strict=True)
         ]
         joint = tuple(part._within(query_length, *key_lengths) for part in self.joint)
-        return self.tree_unflatten(None, (tuple(axes), joint))
+        return _rebuilt(None, (tuple(axes), joint))
 
     def _lengths(
         self, function: str, query_length: int, key_lengths: tuple[int, ...]
@@ -373,6 +360,20 @@ class PerAxis:
                 f"{function}: `{name}` must be as many as the mask has key axes, "
                 f"{len(self.axes)}, got {count}."
             )
+
+
+def _rebuilt(structure: None, children: Any) -> PerAxis:
+    """Without checks: transformations use whatever stands for the arrays of a mask."""
+    del structure
+    value = object.__new__(PerAxis)
+    for name, child in zip(("axes", "joint"), children, strict=True):
+        object.__setattr__(value, name, child)
+    return value
+
+
+jax.tree_util.register_pytree_node(
+    PerAxis, lambda mask: ((mask.axes, mask.joint), None), _rebuilt
+)
 
 
 def _broadcast(attends: Any, shape: tuple[int, ...]) -> Any:
