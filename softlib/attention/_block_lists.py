@@ -16,7 +16,7 @@ from softlib.masks import Block, PerAxis
 _RATES = {512: 1.0, 256: 1.1, 128: 1.5}
 # With several key axes all but the last are cut finely, because every combination of
 # their keys makes rows of a tile.
-_QUERIES, _KEYS, _COMBINATIONS = (256, 128, 64, 32, 16), (512, 256, 128), 8
+_QUERIES, _KEYS, _COMBINATIONS = (256, 128, 64, 32, 16), (512, 256, 128), (16, 8)
 # Evaluating the mask costs this fraction of a block's products.
 _PARTIAL = 0.3
 # Scores of one step beyond this leave the caches of most CPUs.
@@ -105,8 +105,8 @@ def _wanted(axes: int) -> Iterator[tuple[int, ...]]:
             yield size, size
         return
     # As many combinations in all, spread over the key axes before the last.
-    each = max(2, round(_COMBINATIONS ** (1 / (axes - 2))))
-    for query, key in itertools.product(_QUERIES, _KEYS):
+    for query, key, combinations in itertools.product(_QUERIES, _KEYS, _COMBINATIONS):
+        each = max(2, round(combinations ** (1 / (axes - 2))))
         yield (query, *(each,) * (axes - 2), key)
 
 

@@ -48,11 +48,11 @@ SHAPES = {
 }
 OPTIONS = {
     "mask": ("windows", "late", "several", "segments"),
-    "shape": ("2", "3", "4", "long"),
+    "shape": ("2", "3", "4"),
     "blocks": ((8, (4, 8)), (4, (8, 4)), (None, (None, None))),
-    "dtype": ("float32", "float64", "bfloat16", "float16"),
-    "scale": (None, 0.3, "traced"),
-    "heads": ((4, 1), (4, 2), (2, 2)),
+    "dtype": ("float32", "float64", "bfloat16"),
+    "scale": (None, "traced"),
+    "heads": ((4, 2), (2, 2)),
     "lanes": ("all", "one"),
 }
 

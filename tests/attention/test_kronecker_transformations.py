@@ -27,7 +27,8 @@ def not_both_last(query, one, two):
     return one + two < 7
 
 
-@pytest.mark.parametrize("implementation", ["xla", SLOW("reference")])
+@pytest.mark.slow  # that of dot_product_attention, the same engine, is not
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_everything_at_once(implementation):
     """Both results, with respect to every array, with data in the mask.
 

@@ -48,6 +48,6 @@ def test_page_and_picture(tmp_path):
     passes = [Pass(64, "forward", 1.0, "1.10 (1.00-1.20)", "1.40 (1.30-1.50)", 2**20)]
     page = kronecker.markdown(passes, points, points, points[:1])
     assert "| 64 | forward | 1.000 | 1.10 (1.00-1.20) | 1.40 (1.30-1.50) |" in page
-    assert "time 1.00, scratch 1.00" in page
+    assert "over the last 3 lengths: time 1.00, scratch 1.00" in page
     kronecker.draw(points, points, points[:1], tmp_path / "a" / "picture.png")
     assert (tmp_path / "a" / "picture.png").stat().st_size > 10_000
