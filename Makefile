@@ -23,7 +23,7 @@ QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest slow lint format docs bench bench-attention \
-  bench-kronecker clean
+  bench-kronecker bench-softmax accuracy clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -35,9 +35,11 @@ demo: $(VENV)/.installed-examples ## train a small language model, draw its curv
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(QUICKLY) $(RUN) $(PYTEST) $(ARGS)
 
+# A release that lacks something fails in the first cases already.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) tests/numerics tests/losses tests/masks \
-	  tests/attention tests/test_dispatch.py $(ARGS)
+	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 4 tests/numerics tests/softmax \
+	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
+	  tests/optim tests/test_dispatch.py $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)
@@ -62,6 +64,13 @@ bench-attention: $(VENV)/.installed-bench-peers ## the same for attention
 
 bench-kronecker: $(VENV)/.installed-bench ## the same for attention over tuples of keys
 	$(RUN) -m benchmarks.kronecker $(ARGS)
+
+bench-softmax: $(VENV)/.installed-bench ## the same for softmax, dense and sparse
+	$(RUN) -m benchmarks.softmax $(ARGS)
+	$(RUN) -m benchmarks.sparse_softmax
+
+accuracy: $(VENV)/.installed-bench ## the rounding errors of every map, a table and a plot
+	$(RUN) -m benchmarks.accuracy $(ARGS)
 
 clean: ## remove the environments and whatever was built
 	rm -rf $(VENV) $(OLDEST) build dist docs/_build .pytest_cache .ruff_cache \

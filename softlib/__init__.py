@@ -1,9 +1,13 @@
 """Softmax variants, attention masks and large-vocabulary losses for JAX.
 
 - `softlib.losses`: losses over vocabularies too large to form the logits.
+- `softlib.softmax`: softmax and its relatives, maps from scores to probabilities.
 - `softlib.attention`: attention that costs what its mask leaves.
 - `softlib.masks`: attention masks, values that compose.
 - `softlib.numerics`: the streaming accumulators they are built on.
+- `softlib.estimation`: small models, fitted with a stated guarantee.
+- `softlib.decoding`: drawing sequences from models.
+- `softlib.optim`: gradient transformations (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
 - `softlib.masked_mean`: the one reduction.
@@ -15,9 +19,12 @@ from typing import Any
 
 from . import (
     attention as attention,
+    decoding as decoding,
+    estimation as estimation,
     losses as losses,
     masks as masks,
     numerics as numerics,
+    softmax as softmax,
     typing as typing,
 )
 from ._dispatch import explain as explain
@@ -26,18 +33,22 @@ from ._masked_mean import masked_mean as masked_mean
 __version__ = "0.1.0"
 __all__ = [
     "attention",
+    "decoding",
+    "estimation",
     "explain",
     "losses",
     "masked_mean",
     "masks",
     "nn",
     "numerics",
+    "optim",
+    "softmax",
     "testing",
     "typing",
 ]
 
 # Loaded on first use: `import softlib` needs neither flax nor a test library.
-_LAZY = ("nn", "testing")
+_LAZY = ("nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """What every test shares: devices, strictness, and the account of the time spent."""
 
+import collections
 import os
 import pathlib
 from typing import Any
@@ -45,6 +46,29 @@ def untyped():
 def repository() -> pathlib.Path:
     """The folder that holds pyproject.toml."""
     return pathlib.Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every",
+        type=int,
+        default=1,
+        help="of a test with several cases run the first and then every so many-th",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    every, seen = config.getoption("--every"), collections.Counter()
+    kept, left = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (left if seen[test] % every else kept).append(item)
+        seen[test] += 1
+    if left:
+        items[:] = kept
+        config.hook.pytest_deselected(items=left)
 
 
 class Scheduler(LoadScopeScheduling):

@@ -6,8 +6,8 @@ import pytest
 from tests import markdown_code
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [
-    str(page.relative_to(ROOT))
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
     for page in [
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
@@ -15,7 +15,9 @@ PAGES = [
         ROOT / "docs/index.md",
     ]
     if markdown_code.blocks(page.read_text())
-]
+}
+# Building the documentation runs these as well.
+EXECUTED = [page for page, text in PAGES.items() if "file_format: mystnb" in text]
 
 
 def test_the_readme_has_code():
@@ -23,7 +25,13 @@ def test_the_readme_has_code():
 
 
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page in EXECUTED else page
+        for page in PAGES
+    ],
+)
 def test_code_blocks_run_and_print_what_the_page_says(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # As a reader has it: JAX's defaults, softlib's own errors.

@@ -23,10 +23,26 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of logits, with other maps in the place of softmax:
+
+- `stablemax_cross_entropy`
+- `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
+- `sdm_loss`
+
+Numbers about training:
+
+- `softmax_collapse_fraction`, `zero_loss_fraction`, `naive_loss_minimization_alignment`
+- `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`: of routers
+
 The same losses of log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 """
 
+from ._collapse import (
+    naive_loss_minimization_alignment as naive_loss_minimization_alignment,
+    softmax_collapse_fraction as softmax_collapse_fraction,
+    zero_loss_fraction as zero_loss_fraction,
+)
 from ._comp_sum import (
     comp_sum_from_log_prob as comp_sum_from_log_prob,
     comp_sum_loss as comp_sum_loss,
@@ -47,6 +63,11 @@ from ._cross_entropy_sum import (
 from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
+)
+from ._fenchel_young import (
+    bi_tempered_logistic_loss as bi_tempered_logistic_loss,
+    entmax_loss as entmax_loss,
+    sparsemax_loss as sparsemax_loss,
 )
 from ._focal import (
     focal_from_log_prob as focal_from_log_prob,
@@ -70,9 +91,21 @@ from ._multi_label import (
     linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
+from ._router import (
+    cv_squared as cv_squared,
+    importance_loss as importance_loss,
+    load_balancing_loss as load_balancing_loss,
+    router_z_loss as router_z_loss,
+)
 from ._row_statistics import (
     linear_row_statistics as linear_row_statistics,
     row_statistics as row_statistics,
+)
+from ._sdm import (
+    sdm_loss as sdm_loss,
+)
+from ._stablemax import (
+    stablemax_cross_entropy as stablemax_cross_entropy,
 )
 from ._tile import RowStatistics as RowStatistics
 from ._token_metrics import (
@@ -87,10 +120,14 @@ from ._token_metrics import (
 __all__ = [
     "RowStatistics",
     "TokenMetrics",
+    "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
+    "cv_squared",
+    "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
+    "importance_loss",
     "label_rank",
     "linear_comp_sum_loss",
     "linear_entropy",
@@ -108,17 +145,25 @@ __all__ = [
     "linear_token_log_probs",
     "linear_token_metrics",
     "linear_top1_correct",
+    "load_balancing_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
+    "naive_loss_minimization_alignment",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "router_z_loss",
     "row_statistics",
+    "sdm_loss",
+    "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
     "softmax_focal_loss",
     "softmax_token_log_probs",
     "softmax_token_metrics",
     "softmax_top1_correct",
+    "sparsemax_loss",
+    "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "zero_loss_fraction",
 ]

@@ -87,9 +87,8 @@ def cross_entropy_statistics(
 
 
 def log_probability(rows: Rows) -> Float[Array, "*batch"]:
-    assert rows.statistics.label_logits is not None
-    log_prob = rows.statistics.label_logits - rows.lse
-    return _exceptions(rows, rows.excluded, log_prob, -jnp.inf)
+    assert rows.log_prob is not None
+    return _exceptions(rows, rows.excluded, rows.log_prob, -jnp.inf)
 
 
 def log_probability_of_labels(

@@ -226,6 +226,13 @@ def softmax_cross_entropy(
     is a distribution $q$ the label's logit becomes $\sum_j q_j z_j$, and lse in the
     first two terms and the mean of the logits are weighted by $\sum_j q_j$.
 
+    In float32 $\mathrm{lse} - z_y$ rounds to 0 once the label is 17 nats above all
+    others, and with it the gradient, $p_y - 1$: training stops. For class ids that
+    term, of weight $1 - \epsilon$, is computed from the logsumexp of the *other*
+    classes as $\log(1 + e^{\mathrm{lse}_{j \neq y} - z_y})$: it and its gradient are
+    accurate until the exponential underflows, at 87 nats. The terms of smoothing and
+    penalty, of all classes, do not vanish and are as they stand above.
+
     Args:
         logits: Unnormalised log-probabilities, of any floating dtype; arithmetic is in
             float32 or wider.

@@ -158,7 +158,9 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     labels, ranked = operands.labels, operands.ranked
     where = operands.modifiers.class_where
     state = _tile.init(options, raw.shape[0], labels, ranked, raw.dtype)
-    state = _tile.update(state, tile, 0, labels, ranked, where)
+    state = _tile.update(
+        state, tile, 0, labels, ranked, where, exclude_labels=options.exclude_labels
+    )
     return _tile.finalize(state, options)
 
 
@@ -218,21 +220,27 @@ def _reference(
     where = modifiers.class_where
     present = _tile.select(z, where, -jnp.inf)
     counted = _tile.select(z, where, 0)
-    top = jax.lax.stop_gradient(present).max(1)
+    weighed = present
+    if options.exclude_labels:
+        assert labels is not None
+        classes = jnp.arange(z.shape[1])[None, None, :]
+        own = (classes == labels[..., None]).any(1)
+        weighed = jnp.where(own, -jnp.inf, present)
+    top = jax.lax.stop_gradient(weighed).max(1)
     empty = top == -jnp.inf
     shift = jnp.where(empty, 0, top)
-    exponentials = jnp.exp(present - shift[:, None])
+    exponentials = jnp.exp(weighed - shift[:, None])
     # Selected before the logarithm as well: 0 * inf in a derivative is NaN.
     total = jnp.where(empty, 1, exponentials.sum(1))
     lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
     p = exponentials / total[:, None]
-    finite = jnp.where(present == -jnp.inf, 0, present)
+    finite = jnp.where(weighed == -jnp.inf, 0, weighed)
     found = RowStatistics(
         lse=lse,
         mean_logit=(p * finite).sum(1),
         sum_logits=counted.sum(1),
         sum_squared_logits=(counted * counted).sum(1),
-        max_logit=top,
+        max_logit=jax.lax.stop_gradient(present).max(1),
         argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
     )
     if labels is not None:

@@ -113,7 +113,8 @@ def softmax_focal_loss(
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_softmax_focal_loss`.
+    Derivatives: as `linear_softmax_focal_loss`; but $1 - p_y$ is that of the other
+        classes, accurate until exp underflows.
     Cost: one pass over `logits` forward, one backward that writes their gradient.
     Source: "Focal Loss for Dense Object Detection", its softmax form.
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -30,6 +31,7 @@ class Rows:
     excluded: Bool[Array, "*batch"] | None = None  # a label on an excluded class
     infinite: Bool[Array, "*batch"] | None = None  # and it has a weight
     class_weight: Float[Array, "*batch"] | None = None  # of the one label
+    log_prob: Float[Array, "*batch"] | None = None  # of the one label, if it counts
     # Sums of c_j (lse - z_j) over the classes: with what the labels ask of class j, and
     # with the same for all classes (None without the statistic sum_logits).
     label_cost: Float[Array, "*batch"] | None = None
@@ -76,9 +78,14 @@ def prepare(
     checks.require_integer(function, labels=labels)
     checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
     marked = mark(source, labels, where, weights)
-    statistics = source.statistics(names, marked.labels)
+    log_prob = None
+    if isinstance(source, GivenLogits) and "label_logits" in names:
+        others = source.without_labels().statistics(names, marked.labels)
+        statistics, log_prob = _with_label(others, marked)
+    else:
+        statistics = source.statistics(names, marked.labels)
     uniform = _uniform_cost(source, statistics, 1, weights)
-    return with_statistics(marked, statistics, uniform)
+    return with_statistics(marked, statistics, uniform, log_prob)
 
 
 class Marked(NamedTuple):
@@ -106,8 +113,44 @@ def mark(
     return Marked(labels, where, _on_excluded_classes(source, labels), class_weight)
 
 
+def _with_label(
+    others: RowStatistics, marked: Marked
+) -> tuple[RowStatistics, Float[Array, "*batch"]]:
+    """Statistics of all classes, and log p of the label, from those without the label.
+
+    The difference lse - z_y is 0 as soon as the label is 17 nats above the others in
+    float32, and so is p_y - 1, its slope. softplus(lse of the others - z_y) is the same
+    number without cancellation: it and its slope, the others' probability, decay until
+    exp underflows.
+    """
+    assert others.lse is not None
+    assert others.label_logits is not None
+    counts = marked.labels >= 0
+    if marked.excluded is not None:
+        counts = counts & ~marked.excluded
+    # +inf makes its row NaN, in whatever class it is.
+    own = jnp.where(others.label_logits == jnp.inf, jnp.nan, others.label_logits)
+    own = jnp.where(counts, own, -jnp.inf)
+    empty = (others.lse == -jnp.inf) & (own == -jnp.inf)
+    of_others, own = jnp.where(empty, 0, others.lse), jnp.where(empty, 0, own)
+    lse = jnp.logaddexp(of_others, own)
+    log_prob = 0 - jax.nn.softplus(
+        jnp.where(counts, of_others - jnp.where(counts, own, 0), 0)
+    )
+    mean = others.mean_logit
+    if mean is not None:
+        finite = jnp.where(own == -jnp.inf, 0, own)
+        mean = jnp.exp(of_others - lse) * mean + jnp.exp(own - lse) * finite
+        mean = jnp.where(empty, 0, mean)
+    lse = jnp.where(empty, -jnp.inf, lse)
+    return others._replace(lse=lse, mean_logit=mean), jnp.where(empty, 0, log_prob)
+
+
 def with_statistics(
-    marked: Marked, statistics: RowStatistics, uniform_cost: Array | None
+    marked: Marked,
+    statistics: RowStatistics,
+    uniform_cost: Array | None,
+    log_prob: Array | None = None,
 ) -> Rows:
     labels, where, excluded, class_weight = marked
     rows = Rows(
@@ -122,7 +165,10 @@ def with_statistics(
     )
     if statistics.label_logits is None:
         return rows
-    label_cost = rows.lse - statistics.label_logits
+    if log_prob is None:
+        log_prob = statistics.label_logits - rows.lse
+    label_cost = 0 - log_prob  # not -log_prob: a certain label costs 0, not -0
+    rows = dataclasses.replace(rows, log_prob=log_prob)
     if class_weight is None:
         return dataclasses.replace(rows, label_cost=label_cost)
     infinite = None if excluded is None else excluded & (class_weight != 0)

@@ -330,6 +330,11 @@ class GivenLogits:
     ) -> RowStatistics:
         return _statistics(self, self._own_statistics, names, labels)
 
+    def without_labels(self) -> "GivenLogits":
+        """The same, but lse and mean_logit are those of the classes but the labels."""
+        options = dataclasses.replace(self.options, exclude_labels=True)
+        return dataclasses.replace(self, options=options)
+
     def _own_statistics(
         self, names: Sequence[str], labels: Array | None, label_logits: Array | None
     ) -> RowStatistics:

@@ -109,7 +109,15 @@ def statistics(
         part = _classes_of(head, start, size, options)
         tile = _logits(part, options, axis)
         where = part.modifiers.class_where
-        state = _tile.update(state, tile, start, head.labels, head.ranked, where)
+        state = _tile.update(
+            state,
+            tile,
+            start,
+            head.labels,
+            head.ranked,
+            where,
+            exclude_labels=options.exclude_labels,
+        )
         return state, tile.raw
 
     def step_keeping(carry, start, size):

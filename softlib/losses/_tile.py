@@ -88,6 +88,9 @@ class Options:
     token_chunk: int | None = None
     gradient_filter_eps: float | None = None
     precision: Precision = None
+    # Whether lse and mean_logit are those of the classes other than the labels, from
+    # which a loss near 0 follows without cancellation: lse - z_y rounds to 0 early.
+    exclude_labels: bool = False
 
     def wants(self, *names: str) -> bool:
         return any(name in self.statistics for name in names)
@@ -189,6 +192,8 @@ def update(
     labels: Int[Array, "rows L"] | None,
     ranked: Ranked | None,
     class_where: Bool[Array, "..."] | None,
+    *,
+    exclude_labels: bool = False,
 ) -> State:
     """Adds the classes `start, start + 1, ...` to the statistics."""
     z, axis = tile.z, tile.class_axis
@@ -201,8 +206,11 @@ def update(
         if exponentials.weighted is not None:
             finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
             weigh = lambda e: (e * finite).sum(axis)
+        counting = present
+        if exclude_labels:
+            counting = _without_labels(present, labels, start, tile)
         exponentials = _ACCUMULATOR.update(
-            exponentials, present, axis=axis, weigh=weigh
+            exponentials, counting, axis=axis, weigh=weigh
         )
 
     label_logits = state.label_logits
@@ -317,7 +325,7 @@ def cotangent_of_raw(
     options: Options,
     modifiers: Modifiers,
 ) -> RawCotangents:
-    dz = _cotangent_of_logits(tile, start, labels, rows, modifiers.class_where)
+    dz = _cotangent_of_logits(tile, start, labels, rows, options, modifiers.class_where)
     axis, dtype = tile.class_axis, dz.dtype
 
     dtemperature = None
@@ -346,17 +354,20 @@ def _cotangent_of_logits(
     start: int | Int[Array, ""],
     labels: Int[Array, "rows L"] | None,
     rows: RowCotangents,
+    options: Options,
     class_where: Bool[Array, "..."] | None,
 ) -> Array:
     """The cotangent of z, for p = exp(z - lse) and the mean logit m, term by term.
 
     p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
+    With `exclude_labels` p is 0 at the labels.
     """
     z, axis, g = tile.z, tile.class_axis, rows.cotangents
     per_row = functools.partial(_over_rows, class_axis=axis)
     dz = None
     if g.lse is not None or g.mean_logit is not None:
-        p = _probabilities(tile, rows, class_where)
+        others = labels if options.exclude_labels else None
+        p = _probabilities(tile, rows, class_where, start, others)
         factors = [] if g.lse is None else [per_row(g.lse)]
         if g.mean_logit is not None:
             assert rows.mean_logit is not None
@@ -382,13 +393,19 @@ def _cotangent_of_logits(
 
 
 def _probabilities(
-    tile: Tile, rows: RowCotangents, class_where: Bool[Array, "..."] | None
+    tile: Tile,
+    rows: RowCotangents,
+    class_where: Bool[Array, "..."] | None,
+    start: int | Int[Array, ""] = 0,
+    excluded_labels: Int[Array, "rows L"] | None = None,
 ) -> Array:
     """Of a tile's classes, among all; an exact 0 where a class is excluded."""
     assert rows.lse is not None
     # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
     offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
     present = select(tile.z, class_where, -jnp.inf, tile.class_axis)
+    if excluded_labels is not None:
+        present = _without_labels(present, excluded_labels, start, tile)
     return jnp.exp(present - _over_rows(offset, tile.class_axis))
 
 
@@ -432,6 +449,18 @@ def _not_negligible(
     blocks = padded.reshape(first, FILTER_BLOCK, second, FILTER_BLOCK).any((1, 3))
     spread = jnp.repeat(jnp.repeat(blocks, FILTER_BLOCK, 0), FILTER_BLOCK, 1)
     return spread[: z.shape[0], : z.shape[1]]
+
+
+def _without_labels(
+    present: Array,
+    labels: Int[Array, "rows L"] | None,
+    start: int | Int[Array, ""],
+    tile: Tile,
+) -> Array:
+    """-inf at the labels."""
+    assert labels is not None
+    ones = jnp.ones(labels.shape, present.dtype)
+    return jnp.where(_scattered(ones, labels - start, tile) > 0, -jnp.inf, present)
 
 
 def _scattered(

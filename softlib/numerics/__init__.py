@@ -2,18 +2,55 @@
 
 - `RunningMax`, `RunningMaxState`: streaming logsumexp with weighted sums.
 - `UnifiedMax`, `UnifiedMaxState`: the same against one reference known beforehand.
+- `TwoPass`, `TwoPassState`: the same in extended floats, rescaled without rounding.
 - `PlainSum`, `PlainSumState`: sums of positive weights, without exponentials.
+
+Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp`,
+`extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
+`extended_to_float`.
+
+Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 """
 
+from ._extended import (
+    ExtendedFloat as ExtendedFloat,
+    extended_add as extended_add,
+    extended_exp as extended_exp,
+    extended_log as extended_log,
+    extended_multiply as extended_multiply,
+    extended_sum as extended_sum,
+    extended_to_float as extended_to_float,
+)
 from ._plain_sum import PlainSum as PlainSum, PlainSumState as PlainSumState
 from ._running_max import RunningMax as RunningMax, RunningMaxState as RunningMaxState
+from ._similarity import (
+    distance_quantile as distance_quantile,
+    dkw_radius as dkw_radius,
+    similarity_depth as similarity_depth,
+)
+from ._two_pass import (
+    TwoPass as TwoPass,
+    TwoPassState as TwoPassState,
+)
 from ._unified_max import UnifiedMax as UnifiedMax, UnifiedMaxState as UnifiedMaxState
 
 __all__ = [
+    "ExtendedFloat",
     "PlainSum",
     "PlainSumState",
     "RunningMax",
     "RunningMaxState",
+    "TwoPass",
+    "TwoPassState",
     "UnifiedMax",
     "UnifiedMaxState",
+    "distance_quantile",
+    "dkw_radius",
+    "extended_add",
+    "extended_exp",
+    "extended_log",
+    "extended_multiply",
+    "extended_sum",
+    "extended_to_float",
+    "similarity_depth",
 ]

@@ -149,6 +149,7 @@ def test_softmax_token_metrics():
     )
 
 
+@pytest.mark.slow  # several of the losses here from one stream
 def test_linear_token_metrics():
     a = arrays()
 

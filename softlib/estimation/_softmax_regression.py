@@ -1,0 +1,520 @@
+r"""Softmax regression: fit a softmax of linear scores to a vector by least squares.
+
+With $f = \operatorname{softmax}(A x)$, $c = f - b$ and the rows of $A$ centred by the
+weights $f$, $\tilde A = A - 1 f^T A$, the derivative of $f$ is
+$\operatorname{diag}(f) \tilde A$, and all second derivatives are weighted Gram
+matrices of $\tilde A$.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib.softmax import softmax
+from softlib.typing import Scalar
+
+# The models are small, and what is promised of a fit does not survive bfloat16 passes.
+_matmul = functools.partial(jnp.matmul, precision="highest")
+
+
+class SoftmaxRegressionFit(NamedTuple):
+    """What `fit_softmax_regression` found.
+
+    Attributes:
+        coefficients: $x$, float32 or wider; NaN if an argument holds NaN.
+        loss: Of `softmax_regression_loss`, with the penalty.
+        gradient_norm: Euclidean norm of the gradient of `loss` at `coefficients`.
+        iterations: Steps that were tried, int32.
+        converged: Whether `gradient_norm` is within the tolerance.
+    """
+
+    coefficients: Float[Array, "*batch D"]
+    loss: Float[Array, "*batch"]
+    gradient_norm: Float[Array, "*batch"]
+    iterations: Int[Array, "*batch"]
+    converged: Bool[Array, "*batch"]
+
+
+class LabelShift(NamedTuple):
+    """What `in_context_label_shift` returns.
+
+    Attributes:
+        target: $b'$, the labels that make up for the change.
+        distance: $|b' - b|_2$.
+        bound: What `distance` cannot exceed, up to rounding.
+    """
+
+    target: Float[Array, "*batch rows"]
+    distance: Float[Array, "*batch"]
+    bound: Float[Array, "*batch"]
+
+
+def softmax_regression_loss(
+    coefficients: Float[Array, " D"],
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    *,
+    where: Bool[Array, " rows"] | None = None,
+) -> Float[Array, ""]:
+    r"""Half the squared distance of a softmax of linear scores to a vector.
+
+    $$L(x) = \tfrac12 |f(x) - b|_2^2, \qquad f(x) = \operatorname{softmax}(A x)$$
+
+    It is not convex. `jax.vmap` takes several problems.
+
+    Args:
+        coefficients: $x$.
+        design: $A$, one row per entry of the softmax.
+        target: $b$, a probability vector in the usual case; any vector is allowed.
+        where: True for the rows that count. Elsewhere $f$ is 0, and `design` and
+            `target` may hold anything, NaN included.
+
+    Returns:
+        The loss, float32 (float64 if an argument is). At most 1 for a `target` that is
+        a probability vector; 0 if no row counts.
+
+    Raises:
+        TypeError: An array is not floating, or `where` is not boolean.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order, with respect to all arrays. Those
+        by `coefficients` are also functions of their own, without a graph.
+    Cost: one product with `design`, in full precision on every device.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression", whose loss is the norm; its square has the same minima.
+
+    Example:
+        >>> design, target = jnp.array([[1.0], [1.0]]), jnp.array([1.0, 0.0])
+        >>> loss = softlib.estimation.softmax_regression_loss
+        >>> print(loss(jnp.array([3.0]), design, target))
+        0.25
+    """
+    function = "softmax_regression_loss"
+    problem = _Problem.of(function, coefficients, design, target, where)
+    return problem.loss(problem.x)
+
+
+def softmax_regression_gradient(
+    coefficients: Float[Array, " D"],
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    *,
+    where: Bool[Array, " rows"] | None = None,
+) -> Float[Array, " D"]:
+    r"""Gradient of `softmax_regression_loss` by `coefficients`, in closed form.
+
+    $$\nabla L = A^T \big(f \odot (c - \langle f, c \rangle)\big), \qquad c = f - b$$
+
+    Its norm is at most $\tfrac12 |A|_2 |c|_2$, and $|c|_2 \leq \sqrt2$ for a `target`
+    that is a probability vector.
+
+    Args:
+        coefficients: $x$.
+        design: $A$.
+        target: $b$.
+        where: True for the rows that count, as in the loss.
+
+    Returns:
+        The gradient, in the dtype of `coefficients`.
+
+    Raises:
+        TypeError: An array is not floating, or `where` is not boolean.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order, with respect to all arrays.
+    Cost: two products with `design`; the Jacobian of the softmax is never formed.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression".
+
+    Example:
+        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
+        >>> gradient = softlib.estimation.softmax_regression_gradient
+        >>> print(gradient(jnp.zeros(1), design, target))
+        [-1.]
+    """
+    function = "softmax_regression_gradient"
+    problem = _Problem.of(function, coefficients, design, target, where)
+    return problem.gradient(problem.x).astype(coefficients.dtype)
+
+
+def softmax_regression_hessian_vector_product(
+    coefficients: Float[Array, " D"],
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    vector: Float[Array, " D"],
+    *,
+    where: Bool[Array, " rows"] | None = None,
+) -> Float[Array, " D"]:
+    r"""Hessian of `softmax_regression_loss` times a vector, without the Hessian.
+
+    $\tilde A^T (w \odot \tilde A v)$ with the weights $w$ and the centred rows
+    $\tilde A$ of `softmax_regression_hessian`.
+
+    Args:
+        coefficients: $x$.
+        design: $A$.
+        target: $b$.
+        vector: $v$.
+        where: True for the rows that count, as in the loss.
+
+    Returns:
+        The product, in the dtype of `vector`.
+
+    Raises:
+        TypeError: An array is not floating, or `where` is not boolean.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order, with respect to all arrays.
+    Cost: three products of `design` with a vector.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression".
+
+    Example:
+        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
+        >>> product = softlib.estimation.softmax_regression_hessian_vector_product
+        >>> print(product(jnp.zeros(1), design, target, jnp.array([2.0])))
+        [4.]
+    """
+    function = "softmax_regression_hessian_vector_product"
+    problem = _Problem.of(function, coefficients, design, target, where)
+    checks.require_floating(function, vector=vector)
+    shape = coefficients.shape
+    checks.require_shape(function, "vector", vector, shape, "that of `coefficients`")
+    f = problem.prediction(problem.x)
+    along = _matmul(problem.design, vector.astype(f.dtype))
+    along = problem.hessian_weights(f) * (along - (f * along).sum())
+    product = _matmul(problem.design.T, along - f * along.sum())
+    return product.astype(vector.dtype)
+
+
+def softmax_regression_hessian(
+    coefficients: Float[Array, " D"],
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    *,
+    where: Bool[Array, " rows"] | None = None,
+) -> Float[Array, "D D"]:
+    r"""Hessian of `softmax_regression_loss` by `coefficients`, in closed form.
+
+    $$\nabla^2 L = \tilde A^T \operatorname{diag}(w)\, \tilde A, \qquad
+      w = f \odot (f + c - \langle f, c \rangle), \qquad \tilde A = A - 1 f^T A$$
+
+    Some of the weights $w$ may be negative: the loss is not convex. With $f^2$ for $w$
+    it is the Gauss-Newton matrix, which has no negative eigenvalue and is the Hessian
+    where $f = b$. Both are singular if a combination of the columns of $A$ is constant
+    over the rows, because softmax does not see it.
+
+    Args:
+        coefficients: $x$.
+        design: $A$.
+        target: $b$.
+        where: True for the rows that count, as in the loss.
+
+    Returns:
+        The Hessian, symmetric, float32 (float64 if an argument is).
+
+    Raises:
+        TypeError: An array is not floating, or `where` is not boolean.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order, with respect to all arrays.
+    Cost: O(rows D^2) time, O(rows D) memory.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression", where it is $A^T B A$ with a matrix $B$ of diagonal plus low rank.
+
+    Example:
+        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
+        >>> hessian = softlib.estimation.softmax_regression_hessian
+        >>> print(hessian(jnp.zeros(1), design, target))
+        [[2.]]
+    """
+    function = "softmax_regression_hessian"
+    problem = _Problem.of(function, coefficients, design, target, where)
+    f = problem.prediction(problem.x)
+    centred = problem.centred(f)
+    return _matmul(centred.T, problem.hessian_weights(f)[:, None] * centred)
+
+
+def fit_softmax_regression(
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    *,
+    initial: Float[Array, " D"] | None = None,
+    l2: Scalar = 0.0,
+    max_iterations: int = 100,
+    tolerance: float | None = None,
+    where: Bool[Array, " rows"] | None = None,
+) -> SoftmaxRegressionFit:
+    r"""Coefficients that minimise $L(x) + \tfrac\lambda2 |x|_2^2$, by Gauss-Newton.
+
+    With the loss of `softmax_regression_loss`. Each step is the least-squares solution
+    for the linearised softmax with damping (Levenberg and Marquardt), taken from a QR
+    factorisation, and is kept only if the loss falls. If the target is a softmax of
+    linear scores the convergence is quadratic, and the coefficients are recovered as
+    far as they are identifiable: where a combination of the columns of `design` is
+    constant over the rows, softmax does not see it, and the result has in that
+    direction what `initial` had. For other targets it is a stationary point, found at a
+    linear rate.
+
+    Args:
+        design: $A$.
+        target: $b$.
+        initial: Where to start; None is 0.
+        l2: $\lambda \geq 0$; a number is static, an array traced.
+        max_iterations: Static; steps that are tried at most.
+        tolerance: Static; on the norm of the gradient. None is
+            $\varepsilon^{3/4}$, that is 6e-6 in float32 and 2e-12 in float64.
+        where: True for the rows that count, as in the loss.
+
+    Returns:
+        `SoftmaxRegressionFit`. The gradient norm certifies a stationary point, whatever
+        `converged` says.
+
+    Raises:
+        TypeError: An array is not floating, `where` is not boolean, or an option has
+            the wrong type.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Derivatives: forward mode, through the steps. Reverse mode raises JAX's error on
+        `while_loop`.
+    Cost: O(rows D^2) per step. `jax.vmap` over problems runs until the slowest is done.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression" has the problem; the method is the textbook's.
+
+    Example:
+        >>> design = jnp.array([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
+        >>> target = softlib.softmax.softmax(design @ jnp.array([1.0, -2.0]))
+        >>> fit = softlib.estimation.fit_softmax_regression(design, target)
+        >>> print(fit.coefficients.round(3), fit.converged)
+        [ 1. -2.] True
+    """
+    function = "fit_softmax_regression"
+    checks.require_positive_integer(function, "max_iterations", max_iterations)
+    checks.require_scalar(function, "l2", l2, 0, math.inf)
+    if tolerance is not None:
+        checks.require_positive_number(function, "tolerance", tolerance)
+    checks.require_floating(function, design=design, target=target)
+    checks.require_rank(function, "design", design, 2, "(rows, D)")
+    if initial is None:
+        initial = jnp.zeros_like(design, shape=design.shape[-1:])
+    problem = _Problem.of(function, initial, design, target, where)
+    dtype, features = problem.x.dtype, problem.x.shape[0]
+    eps = float(jnp.finfo(dtype).eps)
+    bound = eps**0.75 if tolerance is None else tolerance
+    l2 = jnp.asarray(l2, dtype)
+
+    def measure(x: Array) -> tuple[Array, Array]:
+        gradient = problem.gradient(x) + l2 * x
+        return problem.loss(x) + l2 / 2 * (x * x).sum(), jnp.linalg.norm(gradient)
+
+    def running(state: _Search) -> Array:
+        usable = (state.norm > bound) & jnp.isfinite(state.loss)
+        return usable & (state.damping < 1 / eps) & (state.iteration < max_iterations)
+
+    def step(state: _Search) -> _Search:
+        f = problem.prediction(state.x)
+        jacobian = f[:, None] * problem.centred(f)
+        size = (jacobian * jacobian).sum() / max(features, 1)
+        ridge = l2 + state.damping * size + jnp.finfo(dtype).tiny
+        # argmin |J d + c|^2 + damping |d|^2 + l2 |x + d|^2, without squaring J.
+        root = jnp.sqrt(ridge)
+        rows = jnp.concatenate([jacobian, root * jnp.eye(features, dtype=dtype)])
+        goal = jnp.concatenate([-problem.residual(f), -l2 / root * state.x])
+        q, r = jnp.linalg.qr(rows)
+        change = _solve_triangular(r, _matmul(q.T, goal))
+        x = state.x + change
+        loss, norm = measure(x)
+        # Where losses differ by rounding only, the gradient decides.
+        level = loss <= state.loss * (1 + 4 * eps)
+        better = (loss < state.loss) | (level & (norm < state.norm))
+        damping = jnp.where(better, state.damping / 10, state.damping * 4)
+        return _Search(
+            jnp.where(better, x, state.x),
+            jnp.where(better, loss, state.loss),
+            jnp.where(better, norm, state.norm),
+            jnp.maximum(damping, eps),
+            state.iteration + 1,
+        )
+
+    start = _Search(
+        problem.x,
+        *measure(problem.x),
+        # Cautious: without, the first step may end where softmax is flat.
+        jnp.ones((), dtype),
+        jnp.zeros((), jnp.int32),
+    )
+    end = lax.while_loop(running, step, start)
+    return SoftmaxRegressionFit(
+        # The start is no answer to a question that is not a number.
+        jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
+        end.loss,
+        end.norm,
+        end.iteration,
+        end.norm <= bound,
+    )
+
+
+def in_context_label_shift(
+    coefficients: Float[Array, " D"],
+    design: Float[Array, "rows D"],
+    target: Float[Array, " rows"],
+    *,
+    next_coefficients: Float[Array, " D"] | None = None,
+    next_design: Float[Array, "rows D"] | None = None,
+    where: Bool[Array, " rows"] | None = None,
+) -> LabelShift:
+    r"""The change of labels that equals a change of the weights, or of the context.
+
+    A step of gradient descent moves the coefficients, $x \to x'$; a layer of
+    self-attention moves the data, $A \to A'$. To the residual of softmax regression
+    either is the same as other labels for what was there before:
+
+    $$f(A' x') - b = f(A x) - b', \qquad b' = b + f(A x) - f(A' x')$$
+
+    and, because the Jacobian of softmax has a norm of at most 1/2, the labels move by
+    no more than
+
+    $$|b' - b|_2 \leq \tfrac12 \big(|A|_2 |x' - x|_2 + |A' - A|_2 |x'|_2\big).$$
+
+    Args:
+        coefficients: $x$.
+        design: $A$.
+        target: $b$.
+        next_coefficients: $x'$; None: $x$, so that only the data move.
+        next_design: $A'$; None: $A$, so that only the coefficients move.
+        where: True for the rows that count, as in the loss. Elsewhere $b'$ is 0.
+
+    Returns:
+        `LabelShift`, float32 (float64 if an argument is). The identity holds to the
+        rounding of one addition.
+
+    Raises:
+        TypeError: An array is not floating, or `where` is not boolean.
+        ValueError: Shapes do not fit together, or nothing moves.
+
+    Derivatives: `target` in forward and reverse mode, any order, with respect to all
+        arrays; `distance` and `bound` have none, they certify.
+    Cost: two products with `design`, and its largest singular value.
+    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
+        Regression", with constants that are sharp instead of exponential in the norms.
+
+    Example:
+        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
+        >>> x, far = jnp.zeros(1), jnp.array([90.0])
+        >>> shift = softlib.estimation.in_context_label_shift
+        >>> print(shift(x, design, target, next_coefficients=far).target)
+        [0.5 0.5]
+    """
+    function = "in_context_label_shift"
+    if next_coefficients is None and next_design is None:
+        raise ValueError(
+            f"{function}: `next_coefficients` or `next_design` must be given, got None "
+            "for both."
+        )
+    x = coefficients if next_coefficients is None else next_coefficients
+    data = design if next_design is None else next_design
+    checks.require_floating(function, next_coefficients=x, next_design=data)
+    same = "that of `coefficients`", "that of `design`"
+    checks.require_shape(function, "next_coefficients", x, coefficients.shape, same[0])
+    checks.require_shape(function, "next_design", data, design.shape, same[1])
+    dtype = accumulator_dtype(coefficients, design, target, x, data)
+    old = _Problem.of(function, coefficients, design, target, where, dtype)
+    new = _Problem.of(function, x, data, target, where, dtype)
+    change = old.prediction(old.x) - new.prediction(new.x)
+    moved = jnp.linalg.norm(change)
+    bound = _largest_singular_value(old.design) * jnp.linalg.norm(new.x - old.x)
+    if next_design is not None:
+        bound += _largest_singular_value(new.design - old.design) * (
+            jnp.linalg.norm(new.x)
+        )
+    return LabelShift(
+        old.target + change, lax.stop_gradient(moved), lax.stop_gradient(bound / 2)
+    )
+
+
+class _Search(NamedTuple):
+    """The state of the damped Gauss-Newton iteration."""
+
+    x: Array
+    loss: Array
+    norm: Array
+    damping: Array
+    iteration: Array
+
+
+class _Problem(NamedTuple):
+    """The checked arguments in the dtype of the sums; 0 in rows that do not count."""
+
+    x: Array
+    design: Array
+    target: Array
+    where: Array | None
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        coefficients: Array,
+        design: Array,
+        target: Array,
+        where: Array | None,
+        dtype: Any = None,
+    ) -> "_Problem":
+        checks.require_floating(
+            function, coefficients=coefficients, design=design, target=target
+        )
+        checks.require_rank(function, "design", design, 2, "(rows, D)")
+        rows, features = design.shape[-2:]
+        checks.require_shape(
+            function, "design", design, (rows, features), "one problem; vmap for more"
+        )
+        checks.require_shape(
+            function, "coefficients", coefficients, (features,), "columns of `design`"
+        )
+        checks.require_shape(function, "target", target, (rows,), "rows of `design`")
+        if dtype is None:
+            dtype = accumulator_dtype(coefficients, design, target)
+        design, target = design.astype(dtype), target.astype(dtype)
+        if where is not None:
+            checks.require_boolean(function, where=where)
+            checks.require_shape(function, "where", where, (rows,), "rows of `design`")
+            design = jnp.where(where[:, None], design, 0)
+            target = jnp.where(where, target, 0)
+        return cls(coefficients.astype(dtype), design, target, where)
+
+    def prediction(self, x: Array) -> Array:
+        return softmax(_matmul(self.design, x), where=self.where)
+
+    def residual(self, f: Array) -> Array:
+        return f - self.target  # both are 0 where nothing counts
+
+    def loss(self, x: Array) -> Array:
+        c = self.residual(self.prediction(x))
+        return (c * c).sum() / 2
+
+    def gradient(self, x: Array) -> Array:
+        f = self.prediction(x)
+        c = self.residual(f)
+        return _matmul(self.design.T, f * (c - (f * c).sum()))
+
+    def centred(self, f: Array) -> Array:
+        return self.design - _matmul(f, self.design)[None]
+
+    def hessian_weights(self, f: Array) -> Array:
+        c = self.residual(f)
+        return f * (f + c - (f * c).sum())
+
+
+def _solve_triangular(r: Array, right: Array) -> Array:
+    return lax.linalg.triangular_solve(r, right[:, None], left_side=True)[:, 0]
+
+
+def _largest_singular_value(matrix: Array) -> Array:
+    # initial: a matrix without rows or columns has none.
+    return jnp.linalg.svd(matrix, compute_uv=False).max(initial=0)

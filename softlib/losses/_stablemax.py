@@ -1,0 +1,178 @@
+r"""Cross-entropy of StableMax probabilities."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib import _checks as checks
+from softlib._sharding import in_auto_mode
+from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
+
+from . import _compose
+from ._rows import Rows, mark, rows_that_count
+from ._sources import GivenLogits
+from ._tile import RowStatistics
+
+
+def stablemax_cross_entropy(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
+    *,
+    class_where: Bool[Array, "..."] | None = None,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Minus the logarithm of the StableMax probability of the label, in nats per row.
+
+    With $s$ of `softlib.softmax.stablemax`, for a class id $y$ or a distribution $q$
+
+    $$L = \log \Bigl(1 + \frac{1}{s(z_y)} \sum_{j \neq y} s(z_j)\Bigr), \qquad
+        L = -\sum_k q_k \log \frac{s(z_k)}{\sum_j s(z_j)} .$$
+
+    The loss falls like the inverse of the label's logit, not like its exponential, so
+    that a network that fits its data goes on learning. As $\log(s(z_y) / \sum s)$ it
+    would round to 0 in float32 all the same, with logits of about $10^5$; written
+    without the label in the sum, neither loss nor gradient does.
+
+    Args:
+        logits: Scores of the classes, of any floating dtype; arithmetic is in float32
+            or wider. Their sign matters: StableMax is not invariant to a shift.
+        labels: Integers are class ids in $[0, V)$. Outside, the loss is NaN and the row
+            has no gradient; the label of a class that `class_where` excludes costs
+            +inf, without gradient. Floating numbers of the shape of `logits` are
+            distributions, where a mass of 0 on a logit of -inf costs 0; they have the
+            plain form, which is 0 where it rounds to it.
+        class_where: True for the classes that exist; broadcasts to `logits`.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            results and all gradients are exactly 0, whatever `logits` and `labels`
+            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order;
+        $\partial L / \partial z_k = (p_k - [k = y]) / (1 + |z_k|)$.
+    Cost: one pass over `logits` forward, without a maximum; the logits and two numbers
+        per row are all that the gradient of class ids is made of.
+    Source: "Grokking at the Edge of Numerical Stability". Deviations: float32 without
+        cancellation, where the paper's code computes in float64; nothing is added to
+        $1 - z$, which is never below 1.
+
+    Example:
+        >>> logits, labels = jnp.array([[1.0, 0.0], [1e6, 0.0]]), jnp.array([0, 0])
+        >>> loss = softlib.losses.stablemax_cross_entropy(logits, labels)
+        >>> print(loss.round(4), loss > 0)
+        [0.4055 0.    ] [ True  True]
+    """
+    function = "stablemax_cross_entropy"
+    source = GivenLogits.of(function, logits, class_where=class_where)
+    where = rows_that_count(source, where)
+    source = source.masked(where)
+    labels = jnp.asarray(labels)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        rows = _of_distributions(source, labels, where)
+    else:
+        checks.require_integer(function, labels=labels)
+        checks.require_shape(
+            function, "labels", labels, source.batch, "the batch shape"
+        )
+        rows = _of_ids(source, labels, where)
+    return _compose.cross_entropy(rows, 0, 0)
+
+
+def _of_ids(source: GivenLogits, labels: Array, where: Array | None) -> Rows:
+    marked = mark(source, labels, where, None)
+    over_rows = lambda spec: PartitionSpec(*spec[: len(source.batch)])
+    cost = in_auto_mode(_cost, over_rows, source.final_logits(), marked.labels)
+    return Rows(
+        _statistics(source),
+        where,
+        marked.labels,
+        outside=marked.labels < 0,
+        excluded=marked.excluded,
+        infinite=marked.excluded,
+        label_cost=cost,
+    )
+
+
+# Of itself JAX would keep several arrays, and square the sum of s.
+@jax.custom_jvp
+def _cost(x: Array, labels: Array) -> Array:
+    """log(1 + rest / s(x_y)), 0 in a row without entries."""
+    own, rest = _sums(x, labels)
+    ratio = rest / jnp.where(own == 0, 1, own)
+    # Where the ratio overflows the 1 does not count.
+    far = ratio == jnp.inf
+    log_ratio = jnp.log(jnp.where(far, rest, 1)) - jnp.log(jnp.where(far, own, 1))
+    cost = jnp.where(far, log_ratio, jnp.log1p(jnp.where(far, 0, ratio)))
+    impossible = jnp.where(rest == 0, 0, rest + jnp.inf)  # NaN stays
+    return jnp.where(own == 0, impossible, cost)
+
+
+@_cost.defjvp
+def _(primals, tangents):
+    (x, labels), (dx, _) = primals, tangents
+    own, rest = _sums(x, labels)
+    total = own + rest
+    total = jnp.where(total == 0, 1, total)[..., None]
+    u = distance(x)
+    # s / u is 1 or 1 / u^2. The label has -rest / sum, not p_y - 1, which rounds to 0
+    # when the loss is still far from it.
+    others = jnp.where(x < 0, 1 / u / u, 1)
+    slope = jnp.where(_is_label(x, labels), -rest[..., None] / u, others) / total
+    return _cost(x, labels), (slope * dx).sum(-1)
+
+
+def _sums(x: Array, labels: Array) -> tuple[Array, Array]:
+    """The s of the label, and the sum of all others; NaN if they overflow."""
+    is_label = _is_label(x, labels)
+    of_label = jnp.where(is_label, x, 0).sum(-1)
+    own = jnp.where(labels < 0, 0, stable_weight(of_label))
+    rest = stable_weight(jnp.where(is_label, -jnp.inf, x)).sum(-1)
+    return _no_overflow(own), _no_overflow(rest)
+
+
+def _is_label(x: Array, labels: Array) -> Array:
+    ids = lax.broadcasted_iota(labels.dtype, x.shape, x.ndim - 1)
+    return ids == labels[..., None]
+
+
+def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -> Rows:
+    checks.require_shape(
+        source.function, "labels", labels, source.logits.shape, "the shape of `logits`"
+    )
+    labels = labels.astype(jnp.promote_types(labels.dtype, source.dtype))
+    if where is not None:
+        labels = jnp.where(where[..., None], labels, 0)
+    excluded = None
+    if source.modifiers.class_where is not None:
+        outside = jnp.broadcast_to(~source.modifiers.class_where, labels.shape)
+        excluded = ((labels != 0) & outside).any(-1)
+    x = source.final_logits()
+    total = _no_overflow(stable_weight(x).sum(-1, keepdims=True))
+    total = jnp.where(total == 0, 1, total)
+    asked = labels != 0
+    cost = jnp.log(total) - log_stable_weight(jnp.where(asked, x, 0))
+    return Rows(
+        _statistics(source),
+        where,
+        excluded=excluded,
+        infinite=excluded,
+        label_cost=jnp.where(asked, labels * cost, 0).sum(-1),
+    )
+
+
+def _statistics(source: GivenLogits) -> RowStatistics:
+    """What tells a row without entries: a logarithm of 0."""
+    some = (source.final_logits() > -jnp.inf).any(-1)
+    return RowStatistics(lse=jnp.where(some, 0.0, -jnp.inf))
+
+
+def _no_overflow(total: Array) -> Array:
+    return jnp.where(total == jnp.inf, jnp.nan, total)

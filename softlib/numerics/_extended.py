@@ -1,0 +1,420 @@
+r"""Floats with an exponent of their own: exponentials that cannot leave the range.
+
+The argument of an exponential is split into $x = n \log 2 + t$. The logarithm of 2 is
+cut into parts of so few bits that their products with $n$ are exact, and what the
+last subtraction rounds away is known too. So it makes no difference whether a compiler
+fuses a product with the sum that follows it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+
+EXACT_RANGE = 45_000.0
+"""The exponents of $e^x$ need no more than 16 bits up to here."""
+
+BELOW_EXACT_RANGE = -60_000.0
+
+# The last part rounds in a product with n, far below the last bit of t.
+_LOG_2 = {
+    np.dtype("float32"): [
+        float.fromhex(part)
+        for part in ("0x1.62p-1", "0x1.C8p-10", "0x1.7Ep-20", "0x1.7D1CF8p-28")
+    ],
+    np.dtype("float64"): [
+        float.fromhex(part)
+        for part in ("0x1.62E42FEFAp-1", "0x1.CF79ABC9Ep-40", "0x1.D9CC01F97B57Ap-79")
+    ],
+}
+# Terms of (e^t - 1 - t) / t^2 for |t| <= log(2) / 2, up to 2^-32 and 2^-70 of e^t.
+_TERMS = {np.dtype("float32"): 7, np.dtype("float64"): 15}
+
+
+class ExtendedFloat(NamedTuple):
+    r"""Numbers $m 2^n$ that neither overflow nor underflow; 0 is (0, -inf).
+
+    Attributes:
+        mantissa: $m$, of any size; below 2 in absolute value where it is new.
+        exponent: $n$, an integer in a floating dtype, a constant to differentiation.
+    """
+
+    mantissa: Float[Array, "*shape"]
+    exponent: Float[Array, "*shape"]
+
+
+def extended_exp(x: Float[Array, "*shape"]) -> ExtendedFloat:
+    r"""$e^x$ as $m 2^n$ with $n = \mathrm{round}(x / \log 2)$, so that m is about 1.
+
+    A sum of such numbers needs no maximum to be subtracted first: whatever is added,
+    rounded or multiplied later stays in range.
+
+    Args:
+        x: At most 45000 in absolute value, or infinite.
+
+    Returns:
+        The mantissa, between 0.7 and 1.42 and right to 0.6 units of its last place, and
+        the exponent, in the dtype of the sums. -inf gives the number 0, +inf an
+        infinite mantissa and exponent. Beyond the range the mantissa is NaN: subtract
+        a reference first, as `TwoPass` does.
+
+    Raises:
+        TypeError: `x` is no floating array.
+
+    Derivatives: forward and reverse mode, any order; those of $e^x$, with exponents as
+        constants.
+    Cost: about 25 operations an element.
+    Source: "The Two-Pass Softmax Algorithm". Its two parts of $\log 2$ need a fused
+        multiplication to be exact; the four parts here need none.
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.array([0.0, -1000.0]))
+        >>> print(wide.exponent)
+        [    0. -1443.]
+    """
+    checks.require_floating("extended_exp", x=x)
+    return _extended_exp(x.astype(accumulator_dtype(x)))
+
+
+def extended_add(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
+    r"""$a + b$, with one rounding.
+
+    Args:
+        a: Of any shape.
+        b: Of the same shape.
+
+    Returns:
+        The sum, with the larger exponent of the two. It is commutative to the last bit,
+        and associative up to rounding.
+
+    Derivatives: forward and reverse mode, any order, of the mantissas.
+    Cost: a few operations an element, no exponential.
+    Source: "The Two-Pass Softmax Algorithm".
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.array([1000.0]))
+        >>> twice = softlib.numerics.extended_add(wide, wide)
+        >>> print(twice.mantissa / wide.mantissa, twice.exponent - wide.exponent)
+        [2.] [0.]
+    """
+    exponent = jnp.maximum(a.exponent, b.exponent)
+    return ExtendedFloat(scaled(a, exponent) + scaled(b, exponent), exponent)
+
+
+def extended_multiply(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
+    r"""$a b$: mantissas are multiplied, exponents added.
+
+    Args:
+        a: Of any shape.
+        b: Of the same shape.
+
+    Returns:
+        The product, with a mantissa between 1 and 2 in absolute value, so that a
+        chain of products stays in range.
+
+    Derivatives: forward and reverse mode, any order, of the mantissas.
+    Cost: a few operations an element.
+    Source: "The Two-Pass Softmax Algorithm".
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.array([1000.0]))
+        >>> one = softlib.numerics.extended_exp(jnp.array([0.0]))
+        >>> same = softlib.numerics.extended_multiply(wide, one)
+        >>> print(softlib.numerics.extended_log(same) // 1)
+        [1000.]
+    """
+    mantissa = a.mantissa * b.mantissa
+    exponent = lax.stop_gradient(a.exponent + b.exponent)
+    shift = _exponent_of(mantissa)
+    return ExtendedFloat(mantissa * power_of_two(-shift), exponent + shift)
+
+
+def extended_sum(
+    x: ExtendedFloat,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    keepdims: bool = False,
+) -> ExtendedFloat:
+    r"""$\sum_j m_j 2^{n_j}$ over axes.
+
+    Args:
+        x: Numbers of any size.
+        axis: Static; the axis or axes that are summed, None for all.
+        where: True for what counts; broadcasts to `x`. Others may hold anything.
+        keepdims: Static; whether summed axes stay, with length 1.
+
+    Returns:
+        The sum, with the largest exponent that counts; 0 if nothing does.
+
+    Raises:
+        TypeError: `where` is not boolean.
+        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+
+    Derivatives: forward and reverse mode, any order, of the mantissas.
+    Cost: two passes over `x`: the largest exponent, the sum.
+    Source: "The Two-Pass Softmax Algorithm".
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.full(8, -1000.0))
+        >>> total = softlib.numerics.extended_sum(wide)
+        >>> print(total.mantissa / wide.mantissa[0], total.exponent)
+        8.0 -1443.0
+    """
+    shape = x.mantissa.shape
+    checks.require_axes("extended_sum", "axis", axis, len(shape))
+    if where is not None:
+        checks.require_boolean("extended_sum", where=where)
+        why = "the shape of `x`"
+        checks.require_broadcastable("extended_sum", "where", where, shape, why)
+        where = where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+        x = ExtendedFloat(
+            jnp.where(where, x.mantissa, 0), jnp.where(where, x.exponent, -jnp.inf)
+        )
+    most = x.exponent.max(axis, keepdims=True, initial=-jnp.inf)
+    total = scaled(x, most).sum(axis, keepdims=keepdims)
+    return ExtendedFloat(total, most.reshape(total.shape))
+
+
+def extended_log(x: ExtendedFloat) -> Float[Array, "*shape"]:
+    r"""$\log(m 2^n) = \log m + n \log 2$, in nats.
+
+    Args:
+        x: Numbers of any size; negative ones have the logarithm NaN.
+
+    Returns:
+        The logarithm, -inf of 0. The large term $n \log 2$ is a sum of exact products,
+        so that the error is that of the result and not of the terms.
+
+    Derivatives: forward and reverse mode, any order, of the mantissas; 0 at 0.
+    Cost: a logarithm an element.
+    Source: "The Two-Pass Softmax Algorithm", which leaves the logarithm to the reader.
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.array([-jnp.inf, 0.0, 1024.0]))
+        >>> print(softlib.numerics.extended_log(wide))
+        [ -inf    0. 1024.]
+    """
+    empty = x.mantissa == 0
+    mantissa = jnp.where(empty, 1, x.mantissa)
+    exponent = lax.stop_gradient(jnp.where(empty, 0, x.exponent))
+    large, small = times_log_2(exponent)
+    found = large + (small + jnp.log(mantissa))
+    return jnp.where(empty, -jnp.inf, found)
+
+
+def extended_to_float(x: ExtendedFloat) -> Float[Array, "*shape"]:
+    r"""$m 2^n$ as an ordinary number.
+
+    Args:
+        x: Numbers of any size.
+
+    Returns:
+        The number; infinite or 0 where it leaves the range of the dtype.
+
+    Derivatives: forward and reverse mode, any order, of the mantissas.
+    Cost: a few operations an element.
+    Source: "The Two-Pass Softmax Algorithm".
+
+    Example:
+        >>> wide = softlib.numerics.extended_exp(jnp.array([-1000.0, 0.0, 1000.0]))
+        >>> print(softlib.numerics.extended_to_float(wide))
+        [ 0.  1. inf]
+    """
+    # Three factors: each is in range for any mantissa, and all together reach beyond
+    # both ends of the range.
+    mantissa, exponent = x
+    shift = _exponent_of(mantissa)
+    mantissa = mantissa * power_of_two(-shift)
+    most = 2.0 * jnp.finfo(mantissa.dtype).maxexp
+    exponent = jnp.clip(lax.stop_gradient(exponent) + shift, -most, most)
+    half = jnp.floor(exponent / 2)
+    return mantissa * power_of_two(half) * power_of_two(exponent - half)
+
+
+@jax.custom_jvp
+def _extended_exp(x: Array) -> ExtendedFloat:
+    inside = jnp.abs(x) <= EXACT_RANGE
+    mantissa, _, exponent = exp_pair(jnp.where(inside, x, 0))
+    # NaN stays what it is, and beyond the range nothing is known.
+    special = jnp.where(x == -jnp.inf, 0, jnp.where(x == jnp.inf, x, jnp.nan))
+    return ExtendedFloat(
+        jnp.where(inside, mantissa, special),
+        jnp.where(inside, exponent, jnp.where(jnp.isinf(x), x, jnp.nan)),
+    )
+
+
+@_extended_exp.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = _extended_exp(x)
+    return y, ExtendedFloat(y.mantissa * dx, jnp.zeros_like(y.exponent))
+
+
+# ---------------------------------------------------------------- what accumulators use
+@jax.custom_jvp
+def near_exp(x: Array) -> ExtendedFloat:
+    """`extended_exp` in fewer operations, for scores relative to others.
+
+    Right to a unit of the last place from -45000 to 45000. Below, -inf included, it is
+    a number with an exponent so small that it vanishes beside any within the range;
+    above, only that of +inf is defined, which is NaN.
+    """
+    *exact, last, rest = _parts_of_log_2(x)
+    x = jnp.maximum(x, BELOW_EXACT_RANGE)
+    n = jnp.round(x * (1 / math.log(2)))
+    t = x
+    for part in (*exact, last + rest):
+        t = t - n * part
+    top = 1 + t
+    return ExtendedFloat(top + (((1 - top) + t) + _beyond_first_order(t)), n)
+
+
+@near_exp.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = near_exp(x)
+    return y, ExtendedFloat(y.mantissa * dx, jnp.zeros_like(y.exponent))
+
+
+def exp_pair(x: Array, low: Array | float = 0.0) -> tuple[Array, Array, Array]:
+    """(mantissa, its rounding error, exponent) of e^(x + low), for a small low."""
+    n, t, t_low, terms = _split(x, low)
+    # 1 + t with its rounding error; 1 is the larger.
+    top = 1 + t
+    rest = ((1 - top) + t) + (t_low + terms)
+    mantissa = top + rest
+    return mantissa, (top - mantissa) + rest, n
+
+
+def log1p_pair(x: Array, low: Array | float = 0.0) -> tuple[Array, Array]:
+    """log(1 + x + low) as a sum of two, for x >= 0: one step of Newton's method."""
+    first = jnp.log1p(x)
+    n, t, t_low, terms = _split(first, 0.0)
+    power = power_of_two(n)
+    # 1 + x - e^first, the large terms first: they cancel without rounding.
+    total, error = exact_sum(jnp.ones_like(x), x)
+    residual = ((total - power) - power * t) + error
+    residual = residual + (low - power * (t_low + terms))
+    return first, jnp.where(jnp.isfinite(x), residual / total, 0)
+
+
+def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """The rounded sum and its rounding error, whichever of the two is larger."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def sum_pair(x: Array) -> tuple[Array, Array]:
+    """The sum over the last axis, which stays with length 1, as a sum of two.
+
+    By halves, which are added as whole arrays, with their rounding errors.
+    """
+    if not x.shape[-1]:
+        total = x.sum(-1, keepdims=True)
+        return total, total
+    cut = functools.partial(lax.slice_in_dim, axis=-1)
+    # Otherwise XLA computes the terms once for every use in the first step.
+    high = lax.optimization_barrier(x)
+    low = odd = odd_low = jnp.zeros_like(high[..., :1])
+    whole = True  # no rounding errors yet
+    while (length := high.shape[-1]) > 1:
+        half = length // 2
+        if length % 2:
+            odd, error = exact_sum(odd, cut(high, length - 1, length))
+            odd_low = odd_low + error
+            if not whole:
+                odd_low = odd_low + cut(low, length - 1, length)
+        high, error = exact_sum(cut(high, 0, half), cut(high, half, 2 * half))
+        if not whole:
+            error = error + (cut(low, 0, half) + cut(low, half, 2 * half))
+        low, whole = error, False
+    high, error = exact_sum(high, odd)
+    return high, low + (odd_low + error)
+
+
+def quotient(high: Array, low: Array, total: Array, total_low: Array) -> Array:
+    """(high + low) / (total + total_low) with little more than the last rounding."""
+    # 1 / total as a half of so few bits that a product with another half is exact, and
+    # the rest, which Newton's step gives.
+    inverse = 1 / total
+    first, total_first, high_first = map(_first_half, (inverse, total, high))
+    rest = (1 - total_first * first) - (total - total_first) * first
+    rest = (rest - total_low * first) * inverse
+    small = (high - high_first) * first + (high * rest + low * first)
+    return high_first * first + small
+
+
+def scaled(x: ExtendedFloat, exponent: Array) -> Array:
+    """The mantissas that belong to a larger exponent."""
+    # inf - inf is NaN: equal exponents need no difference.
+    difference = jnp.where(x.exponent == exponent, 0, x.exponent - exponent)
+    return x.mantissa * power_of_two(difference)
+
+
+def power_of_two(n: Array) -> Array:
+    """2^n, exact; 0 where that is not a normal number, the largest power beyond."""
+    # exp2 is not exact at integers, and ldexp is many operations.
+    limits = jnp.finfo(n.dtype)
+    n = jnp.clip(lax.stop_gradient(n), limits.minexp - 1, limits.maxexp - 1)
+    bits = (n.astype(_integer(n)) + (limits.maxexp - 1)) << limits.nmant
+    return lax.bitcast_convert_type(bits, n.dtype)
+
+
+def times_log_2(n: Array) -> tuple[Array, Array]:
+    """The product n log(2) as an exact product and the rest."""
+    large, *small = (n * part for part in _parts_of_log_2(n))
+    return large, functools.reduce(lambda rest, term: term + rest, small[::-1])
+
+
+def _parts_of_log_2(x: Array) -> list[float]:
+    return _LOG_2[np.dtype(x.dtype)]
+
+
+def _split(x: Array, low: Array | float) -> tuple[Array, Array, Array, Array]:
+    """n, t, its rounding error, and e^(t + error) - 1 - t - error."""
+    *exact, last, rest = _parts_of_log_2(x)
+    n = jnp.round(x * (1 / math.log(2)))
+    t = x
+    for part in exact:
+        t = t - n * part
+    t, t_low = exact_sum(t, -n * last)
+    t, t_low = exact_sum(t, (t_low - n * rest) + low)
+    return n, t, t_low, _beyond_first_order(t) + t * t_low
+
+
+def _beyond_first_order(t: Array) -> Array:
+    """e^t - 1 - t."""
+    series = jnp.zeros_like(t)
+    for k in range(_TERMS[np.dtype(t.dtype)] + 1, 1, -1):
+        series = series * t + 1 / math.factorial(k)
+    return t * t * series
+
+
+def _first_half(x: Array) -> Array:
+    """The leading half of the bits."""
+    bits = lax.bitcast_convert_type(x, _integer(x))
+    dropped = (jnp.finfo(x.dtype).nmant + 2) // 2
+    return lax.bitcast_convert_type((bits >> dropped) << dropped, x.dtype)
+
+
+def _exponent_of(x: Array) -> Array:
+    """The n with 2^n <= |x| < 2^(n + 1); 0 where x is 0 or not finite."""
+    limits = jnp.finfo(x.dtype)
+    bits = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(x)), _integer(x))
+    exponent = (bits >> limits.nmant) - (limits.maxexp - 1)
+    usual = (x != 0) & jnp.isfinite(x)
+    return jnp.where(usual, exponent, 0).astype(x.dtype)
+
+
+def _integer(x: Array) -> jnp.dtype:
+    return jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")

@@ -1,0 +1,83 @@
+"""What every map does first and last: checks, axes, dtypes, entries that do not count.
+
+A map works in the dtype of the sums, float32 or float64, and returns the dtype of its
+argument. Entries where `where` is False, and scores of -inf, do not count: they get the
+value 0 (-inf from the logarithm of a map) and the gradient 0. A row without an entry
+that counts is 0 everywhere. NaN and +inf make their row NaN.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+
+type Axis = int | tuple[int, ...] | None
+
+
+class Entries(NamedTuple):
+    """The checked arguments of a map.
+
+    Attributes:
+        x: In the dtype of the sums; what does not count may hold anything.
+        axes: The axes of a row, rising and not negative.
+        where: True for what counts, in the shape of `x`; None for all.
+        dtype: Of the result.
+    """
+
+    x: Array
+    axes: tuple[int, ...]
+    where: Array | None
+    dtype: Any
+
+    @classmethod
+    def of(
+        cls, function: str, x: Array, axis: Axis, where: Array | None = None
+    ) -> "Entries":
+        checks.require_floating(function, x=x)
+        checks.require_axes(function, "axis", axis, x.ndim)
+        if where is not None:
+            checks.require_boolean(function, where=where)
+            why = "the shape of `x`"
+            checks.require_broadcastable(function, "where", where, x.shape, why)
+            where = jnp.broadcast_to(
+                where.reshape((1,) * (x.ndim - where.ndim) + where.shape), x.shape
+            )
+        every = range(x.ndim) if axis is None else axis
+        every = (every,) if isinstance(every, int) else every
+        axes = tuple(sorted(each % x.ndim for each in every))
+        return cls(x.astype(accumulator_dtype(x)), axes, where, x.dtype)
+
+    @property
+    def scores(self) -> Array:
+        """The entries, -inf where they do not count."""
+        return self.x if self.where is None else jnp.where(self.where, self.x, -jnp.inf)
+
+    @property
+    def size(self) -> int:
+        """Entries of a row."""
+        return math.prod(self.x.shape[axis] for axis in self.axes)
+
+    def result(self, y: Array) -> Array:
+        return y.astype(self.dtype)
+
+    def rows(self, y: Array) -> Array:
+        """(*rows, V) of an array in the shape of `x`: a row is the last axis."""
+        y = jnp.moveaxis(y, self.axes, range(-len(self.axes), 0))
+        return y.reshape(*y.shape[: y.ndim - len(self.axes)], self.size)
+
+    def unrows(self, y: Array) -> Array:
+        """The inverse of `rows`."""
+        kept = [n for i, n in enumerate(self.x.shape) if i not in self.axes]
+        y = y.reshape(*kept, *(self.x.shape[axis] for axis in self.axes))
+        return jnp.moveaxis(y, range(-len(self.axes), 0), self.axes)
+
+    def per_row(self, value: Array) -> Array:
+        """Anything that broadcasts to the rows, with axes of length 1 for a row."""
+        kept = [n for i, n in enumerate(self.x.shape) if i not in self.axes]
+        value = jnp.asarray(value)
+        value = value.reshape((1,) * (len(kept) - value.ndim) + value.shape)
+        return jnp.expand_dims(value, self.axes)

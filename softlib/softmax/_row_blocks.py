@@ -1,0 +1,135 @@
+"""Softmax and logsumexp of all rows at once, or some rows at a time.
+
+XLA passes over all rows three times, to find the maximum, the sum and the result. What
+does not fit a cache is then read three times from memory. Some rows at a time are read
+once and found in the cache after that.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from softlib._dispatch import Implementation, Operation
+from softlib._sharding import automatic_axes
+
+type Axes = tuple[int, ...]
+
+# Elements of one step: few enough for the shared cache, enough for all cores.
+STEP = 1 << 20
+# XLA is as fast with fewer elements than this, measured on a CPU with 32 MiB of cache.
+LEAST = 1 << 25
+
+
+class Rows(NamedTuple):
+    """The scores as an operand; entries that do not count are -inf."""
+
+    z: Array
+
+
+def softmax_of(axes: Axes, z: Array) -> Array:
+    y = jnp.exp(z - row_max(axes, z))
+    total = y.sum(axes, keepdims=True)
+    return y / jnp.where(total == 0, 1, total)
+
+
+def logsumexp_of(axes: Axes, z: Array) -> Array:
+    """-inf for a row without an entry that counts, +inf for one with +inf."""
+    top = row_max(axes, z)
+    total = jnp.exp(z - top).sum(axes)
+    top, empty = jnp.squeeze(top, axes), total == 0
+    lse = top + jnp.log(jnp.where(empty, 1, total))
+    return jnp.where(top == jnp.inf, jnp.inf, jnp.where(empty, -jnp.inf, lse))
+
+
+def row_max(axes: Axes, z: Array) -> Array:
+    """With axes of length 1; of a row without a score something to subtract.
+
+    The smallest finite number is where the reduction starts: a selection after it would
+    keep XLA on a CPU from its own kernel for exp(z - max(z)).
+    """
+    least = jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)
+    if all(z.shape[axis] == 1 for axis in axes):  # XLA would forget the start
+        return jnp.maximum(z, least)
+    return jnp.expand_dims(lax.reduce(z, least, lax.max, axes), axes)
+
+
+def _logsumexp_by_blocks(axes: Axes, operands: Rows) -> Array:
+    z, rows = operands.z, operands.z.shape[: -len(axes)]
+    flat = z.reshape(-1, *z.shape[len(rows) :])
+    own = tuple(range(1, flat.ndim))
+    step = _rows_of_a_step(axes, z)
+    whole = len(flat) // step * step
+    blocks = flat[:whole].reshape(-1, step, *flat.shape[1:])
+    found = lax.map(lambda block: logsumexp_of(own, block), blocks).reshape(whole)
+    if whole < len(flat):
+        found = jnp.concatenate([found, logsumexp_of(own, flat[whole:])])
+    return found.reshape(rows)
+
+
+def _softmax_in_place(axes: Axes, operands: Rows) -> Array:
+    z, rows = operands.z, operands.z.shape[: -len(axes)]
+    flat = z.reshape(-1, *z.shape[len(rows) :])
+    own = tuple(range(1, flat.ndim))
+    step = _rows_of_a_step(axes, z)
+
+    def visit(i: Array, y: Array, size: int = step) -> Array:
+        block = softmax_of(own, lax.dynamic_slice_in_dim(y, i * step, size))
+        return lax.dynamic_update_slice_in_dim(y, block, i * step, 0)
+
+    count, rest = divmod(len(flat), step)
+    flat = lax.fori_loop(0, count, visit, flat)
+    if rest:
+        flat = visit(jnp.asarray(count), flat, rest)
+    return flat.reshape(z.shape)
+
+
+def _rows_of_a_step(axes: Axes, z: Array) -> int:
+    count = _count(axes, z)
+    return max(1, min(count, STEP // max(1, z.size // max(1, count))))
+
+
+def _count(axes: Axes, z: Array) -> int:
+    return math.prod(z.shape[: z.ndim - len(axes)])
+
+
+def _not_rows(axes: Axes, operands: Rows) -> str | None:
+    ndim = operands.z.ndim
+    if axes != tuple(range(ndim - len(axes), ndim)) or len(axes) == ndim:
+        return f"the axes {axes} of a row are not the last of {ndim}"
+    if operands.z.size == 0:
+        return "the array is empty"
+    free = automatic_axes()
+    if free:
+        return f"mesh axis {free[0]!r} is not manual, and rows may lie on any device"
+    return None
+
+
+def _not_worth_it(axes: Axes, operands: Rows) -> str | None:
+    size = operands.z.size
+    if size < LEAST:
+        return f"{size} elements are too few to gain by it"
+    if _count(axes, operands.z) < 2 * _rows_of_a_step(axes, operands.z):
+        return "there are too few rows"
+    return _not_rows(axes, operands)
+
+
+SOFTMAX = Operation(
+    "softmax",
+    (
+        Implementation("xla", lambda axes, operands: softmax_of(axes, operands.z)),
+        # Not chosen by itself: only the caller knows that the argument is donated.
+        Implementation("in_place", _softmax_in_place, _not_rows),
+    ),
+)
+LOGSUMEXP = Operation(
+    "logsumexp",
+    (
+        Implementation(
+            "xla_blocks", _logsumexp_by_blocks, _not_worth_it, platform="cpu"
+        ),
+        Implementation("xla", lambda axes, operands: logsumexp_of(axes, operands.z)),
+    ),
+)

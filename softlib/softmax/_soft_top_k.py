@@ -1,0 +1,238 @@
+"""Soft top-k: independent sigmoids with one threshold, so that a row sums to k."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib.typing import PerRow
+
+from ._entries import Axis, Entries
+from ._softmax import softmax
+
+
+def soft_top_k(
+    x: Float[Array, "*shape"],
+    k: PerRow,
+    axis: Axis = -1,
+    *,
+    alpha: PerRow = 1.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*shape"]:
+    r"""Numbers in $(0, 1)$ that sum to $k$ over a row and grow with the entries.
+
+    $$z_i = \sigma(\alpha (x_i + t)), \qquad t \text{ such that } \sum_i z_i = k .$$
+
+    A differentiable stand-in for "is entry $i$ among the $k$ largest", which it becomes
+    as $\alpha$ grows; equal entries share equally. Unlike $k$ times softmax no $z_i$
+    exceeds 1, so that $k$ entries can all be chosen for certain.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
+        k: A number (static), or an array with a value per row (traced); positive, not
+            necessarily whole. From the number of entries that count on, all of these
+            are 1; an array may hold 0 or less, which makes its row 0.
+        axis: Static; the axis or axes of a row, None for all.
+        alpha: Sharpness, positive, like an inverse temperature: a number (static), or
+            an array with a value per row (traced). NaN unless positive and finite.
+        where: True for the entries that count; broadcasts to `x`. Others may hold
+            anything, NaN included.
+
+    Returns:
+        In the dtype of `x`; 0 where an entry does not count.
+
+    Raises:
+        TypeError: `x`, or an array `k` or `alpha`, is not floating, or `where` is not
+            boolean.
+        ValueError: `axis` is no axis of `x`, an argument does not broadcast, or `k` or
+            `alpha` is a number that is not positive.
+
+    Derivatives: forward and reverse mode, any order, with respect to `x`, `k` and
+        `alpha`; from the implicit function theorem, not through the search: with
+        $v_i = z_i (1 - z_i)$ the Jacobian by $x$ is $\alpha (\operatorname{diag}(v) -
+        v v^\top / \sum v)$, symmetric with rows that sum to 0. Where all of `k` is
+        certain within the precision (all $v$ are 0), that by `k` is 0.
+    Cost: a sort and 25 to 60 passes over `x` that bisect $t$, in float64 twice as many;
+        backward three.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification". The bracket of the
+        search follows from $k$ and the length of the row, so that no sum over many
+        small terms falls outside; $k$ may reach the length.
+
+    Example:
+        >>> x = jnp.array([3.0, 1.0, 1.0, -jnp.inf])
+        >>> print(softlib.softmax.soft_top_k(x, 2, alpha=100.0).round(3))
+        [1.  0.5 0.5 0. ]
+    """
+    entries, solved = _solve("soft_top_k", x, k, axis, alpha, where)
+    z = jnp.where(solved.inside, jax.nn.sigmoid(solved.u), solved.whole)
+    return entries.result(entries.unrows(jnp.where(solved.bad, jnp.nan, z)))
+
+
+def log_soft_top_k(
+    x: Float[Array, "*shape"],
+    k: PerRow,
+    axis: Axis = -1,
+    *,
+    alpha: PerRow = 1.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*shape"]:
+    r"""The logarithm of `soft_top_k`, exact where that rounds to 0.
+
+    $\log z_i = -\log(1 + e^{-\alpha (x_i + t)})$, for losses.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
+        k: What a row of `soft_top_k` sums to; as there.
+        axis: Static; the axis or axes of a row, None for all.
+        alpha: Sharpness, positive; as in `soft_top_k`.
+        where: True for the entries that count; broadcasts to `x`. Others may hold
+            anything, NaN included.
+
+    Returns:
+        In the dtype of `x`; -inf where an entry does not count.
+
+    Raises:
+        TypeError: As `soft_top_k`.
+        ValueError: As `soft_top_k`.
+
+    Derivatives: as `soft_top_k`, with slopes that do not vanish as $z_i$ falls to 0.
+    Cost: as `soft_top_k`.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+        >>> x = jnp.array([400.0, 0.0])
+        >>> print(-softlib.softmax.log_soft_top_k(x, 1))
+        [  0. 200.]
+    """
+    entries, solved = _solve("log_soft_top_k", x, k, axis, alpha, where)
+    log_z = jnp.where(
+        solved.inside, jax.nn.log_sigmoid(solved.u), jnp.log(solved.whole)
+    )
+    return entries.result(entries.unrows(jnp.where(solved.bad, jnp.nan, log_z)))
+
+
+class _Solved(NamedTuple):
+    """Rows: the arguments of the sigmoids, and where these do not decide.
+
+    Attributes:
+        u: Finite everywhere; 0 where it does not decide.
+        inside: Where the value is the sigmoid of `u`.
+        whole: The value elsewhere, 0 or 1.
+        bad: Rows that are NaN.
+    """
+
+    u: Array
+    inside: Array
+    whole: Array
+    bad: Array
+
+
+def _solve(
+    function: str, x: Array, k: PerRow, axis: Axis, alpha: PerRow, where: Array | None
+) -> tuple[Entries, _Solved]:
+    entries = Entries.of(function, x, axis, where)
+    scores = entries.rows(entries.scores)
+    k = _per_row(function, "k", k, scores)
+    alpha = _per_row(function, "alpha", alpha, scores)
+    bad = (jnp.isnan(scores) | (scores == jnp.inf)).any(-1, keepdims=True)
+    bad = bad | jnp.isnan(k) | ~((alpha > 0) & (alpha < jnp.inf))
+    counts = (scores > -jnp.inf) & ~bad
+    number = counts.sum(-1, keepdims=True)
+    split = (k > 0) & (k < number)  # rows for which there is a threshold
+    inside = counts & split
+    u = _sigmoid_arguments(
+        jnp.where(inside, scores, -jnp.inf),
+        jnp.where(split, k, 0.5),
+        jnp.where(bad, 1, alpha),
+    )
+    whole = (counts & (k >= number)).astype(scores.dtype)
+    return entries, _Solved(jnp.where(inside, u, 0), inside, whole, bad)
+
+
+def _per_row(function: str, name: str, value: PerRow, scores: Array) -> Array:
+    """(*rows, 1), in the dtype of the scores."""
+    if isinstance(value, int | float):
+        checks.require_positive_number(function, name, value)
+        value = jnp.asarray(value, scores.dtype)
+    value = jnp.asarray(value)
+    if name == "alpha" or not jnp.issubdtype(value.dtype, jnp.integer):
+        checks.require_floating(function, **{name: value})
+    rows = scores.shape[:-1]
+    why = "a number, or one value per row"
+    checks.require_broadcastable(function, name, value, rows, why)
+    value = value.reshape((1,) * (len(rows) - value.ndim) + value.shape)
+    return jnp.broadcast_to(value, rows)[..., None].astype(scores.dtype)
+
+
+@jax.custom_jvp
+def _sigmoid_arguments(x: Array, k: Array, alpha: Array) -> Array:
+    """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count."""
+    if x.shape[-1] == 0:
+        return x
+    counts = x > -jnp.inf
+    number = counts.sum(-1, keepdims=True).astype(x.dtype)
+    # Relative to the entry of rank k, next to which a threshold that matters lies: the
+    # search then sees differences of scores, whatever is added to all of them.
+    rank = jnp.clip(jnp.ceil(k), 1, x.shape[-1]).astype(int)
+    anchor = jnp.take_along_axis(jnp.sort(x, axis=-1), x.shape[-1] - rank, axis=-1)
+    y = jnp.where(
+        counts, alpha * (x - jnp.where(counts.any(-1)[..., None], anchor, 0)), 0
+    )
+    # Below the first no term of the sum reaches k / number, above the second all do.
+    top = jnp.where(counts, y, -jnp.inf).max(-1, keepdims=True)
+    bottom = jnp.where(counts, y, jnp.inf).min(-1, keepdims=True)
+    some = number > 0
+    low = jnp.where(some, -top - jnp.log(number / k), 0)
+    high = jnp.where(some, -bottom + jnp.log(number / (number - k)), 0)
+    eps = jnp.finfo(x.dtype).eps
+
+    def unfinished(state):
+        low, high, step = state
+        wide = high - low > eps * jnp.maximum(1, jnp.maximum(abs(low), abs(high)))
+        return wide.any() & (step < 4 * jnp.finfo(x.dtype).bits)
+
+    def halve(state):
+        low, high, step = state
+        middle = low + (high - low) / 2
+        above = _excess(y + middle, counts, k) > 0
+        return jnp.where(above, low, middle), jnp.where(above, middle, high), step + 1
+
+    low, high, _ = lax.while_loop(unfinished, halve, (low, high, 0))
+    return jnp.where(counts, y + (low + (high - low) / 2), -jnp.inf)
+
+
+@_sigmoid_arguments.defjvp
+def _(primals, tangents):
+    (x, k, alpha), (dx, dk, dalpha) = primals, tangents
+    u = _sigmoid_arguments(x, k, alpha)
+    counts = x > -jnp.inf
+    safe = jnp.where(counts, u, 0)
+    log_v = jax.nn.log_sigmoid(safe) + jax.nn.log_sigmoid(-safe)
+    log_v = jnp.where(counts, log_v, -jnp.inf)
+    share = softmax(log_v)  # v / sum v, also where all v are 0
+    du = alpha * dx + safe / alpha * dalpha
+    total = jnp.exp(jnp.where(counts, log_v, -jnp.inf)).sum(-1, keepdims=True)
+    by_k = jnp.where(total > 0, dk / jnp.where(total > 0, total, 1), 0)
+    du = jnp.where(counts, du - (share * du).sum(-1, keepdims=True) + by_k, 0)
+    return u, du
+
+
+def _excess(u: Array, counts: Array, k: Array) -> Array:
+    """The sign of sum sigmoid(u) - k, exact also where all sigmoids round to 0 or 1.
+
+    Each sigmoid is 1 or 0 and a small rest; the rests are taken relative to the largest
+    of them.
+    """
+    far = jnp.where(counts, abs(u), jnp.inf)
+    near = far.min(-1, keepdims=True)
+    near = jnp.where(jnp.isfinite(near), near, 0)
+    rest = jnp.exp(near - far)
+    rest = rest / (1 + rest * jnp.exp(-near))
+    whole = (counts & (u > 0)).sum(-1, keepdims=True) - k
+    # More than the rests can be; the exponential of all of `near` may overflow.
+    scaled = whole * jnp.exp(jnp.minimum(near, math.log(1e30)))
+    return scaled + jnp.where(u > 0, -rest, rest).sum(-1, keepdims=True)

@@ -1,0 +1,147 @@
+r"""StableMax: a map to probabilities whose weights grow linearly, not exponentially."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ._entries import Axis, Entries
+
+
+def stablemax(
+    x: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*shape"]:
+    r"""$s(x_i) / \sum_j s(x_j)$, with $s(x) = x + 1$ from 0 on and $1 / (1 - x)$ below.
+
+    A softmax of $\mathrm{sign}(x) \log(1 + |x|)$: it is the largest for the largest
+    score, but a score has to be a thousand times as large, not 7 more, to be a thousand
+    times as probable, so that float32 does not round the other probabilities away. It
+    is not invariant to a shift of the scores.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN, and so do scores
+            so large that the sum of $s$ overflows.
+        axis: Static; the axis or axes of a row, None for all.
+        where: True for the entries that count; broadcasts to `x`. Others may hold
+            anything, NaN included.
+
+    Returns:
+        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
+        without an entry that counts is 0.
+
+    Raises:
+        TypeError: `x` is no floating array, or `where` is not boolean.
+        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+
+    Derivatives: forward and reverse mode, any order, from the result; that of $\log s$
+        is $1 / (1 + |x|)$, 1 at 0. The second derivative of $s$ jumps from 2 to 0 at 0,
+        where it is 0.
+    Cost: two passes over `x`, no maximum; the result is kept for the backward pass.
+    Source: "Grokking at the Edge of Numerical Stability".
+
+    Example:
+        >>> print(softlib.softmax.stablemax(jnp.array([2.0, 0.0, -jnp.inf])))
+        [0.75 0.25 0.  ]
+    """
+    entries = Entries.of("stablemax", x, axis, where)
+    return entries.result(_stablemax(entries.axes, entries.scores))
+
+
+def log_stablemax(
+    x: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*shape"]:
+    r"""$\log s(x_i) - \log \sum_j s(x_j)$, the logarithm of `stablemax`.
+
+    With $\log s(x) = \mathrm{sign}(x) \log(1 + |x|)$. For the loss of a label use
+    `softlib.losses.stablemax_cross_entropy`, which does not round to 0 where the label
+    has nearly all the probability.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN, and so do scores
+            so large that the sum of $s$ overflows.
+        axis: Static; the axis or axes of a row, None for all.
+        where: True for the entries that count; broadcasts to `x`. Others may hold
+            anything, NaN included.
+
+    Returns:
+        Log-probabilities in the dtype of `x`, -inf where an entry does not count.
+
+    Raises:
+        TypeError: `x` is no floating array, or `where` is not boolean.
+        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+
+    Derivatives: forward and reverse mode, any order, as those of `stablemax`; 0 where
+        an entry does not count.
+    Cost: two passes over `x`; the scores are kept for the backward pass.
+    Source: "Grokking at the Edge of Numerical Stability". Deviation: nothing is added
+        to $1 - x$, which is never below 1.
+
+    Example:
+        >>> log_p = softlib.softmax.log_stablemax(jnp.array([2.0, 0.0, -jnp.inf]))
+        >>> print(log_p.round(4))
+        [-0.2877 -1.3863    -inf]
+    """
+    entries = Entries.of("log_stablemax", x, axis, where)
+    return entries.result(_log_stablemax(entries.axes, entries.scores))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _stablemax(axes: tuple[int, ...], x: Array) -> Array:
+    s = stable_weight(x)
+    return s / _positive(s.sum(axes, keepdims=True))
+
+
+@_stablemax.defjvp
+def _(axes, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    p = _stablemax(axes, x)
+    # Not by way of s: the square of its sum overflows.
+    dlog = dx / distance(x)
+    return p, p * (dlog - (p * dlog).sum(axes, keepdims=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _log_stablemax(axes: tuple[int, ...], x: Array) -> Array:
+    return log_stable_weight(x) - jnp.log(
+        _positive(stable_weight(x).sum(axes, keepdims=True))
+    )
+
+
+@_log_stablemax.defjvp
+def _(axes, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    dlog = dx / distance(x)
+    p = _stablemax(axes, x)
+    change = dlog - (p * dlog).sum(axes, keepdims=True)
+    return _log_stablemax(axes, x), jnp.where(x == -jnp.inf, 0, change)
+
+
+def stable_weight(x: Array) -> Array:
+    """The s of StableMax; 0 for -inf. JAX differentiates it exactly."""
+    # No branch overflows or divides by 0 where the other is taken: 1 + |x| >= 1, so
+    # that neither derivative is NaN, and at 0 there is one branch, of slope 1.
+    u = distance(x)
+    return jnp.where(x < 0, 1 / u, u)
+
+
+def log_stable_weight(x: Array) -> Array:
+    """The logarithm of s; -inf for -inf. JAX differentiates it exactly."""
+    magnitude = jnp.where(x < 0, -x, x)
+    return jnp.where(x < 0, -1.0, 1.0).astype(x.dtype) * jnp.log1p(magnitude)
+
+
+def distance(x: Array) -> Array:
+    """1 + |x|, with the slope 1 at 0 that jnp.abs does not have."""
+    return jnp.where(x < 0, 1 - x, 1 + x)
+
+
+def _positive(total: Array) -> Array:
+    """A sum of s as a divisor: 1 in a row without entries, NaN if it overflowed."""
+    return jnp.where(total == jnp.inf, jnp.nan, jnp.where(total == 0, 1, total))

@@ -1,0 +1,271 @@
+"""Softmax and its logarithm against a reference that is known beforehand."""
+
+from typing import Literal, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib.numerics import UnifiedMax, UnifiedMaxState
+from softlib.typing import PerRow
+
+from ._entries import Axis, Entries
+from ._softmax import log_softmax, softmax
+
+
+# For type checkers: what is returned depends on a flag.
+class _Options(TypedDict, total=False):
+    where: Array | None
+    phi: PerRow
+    valid_range: tuple[ArrayLike, ArrayLike]
+    criterion: Literal["row_max", "elementwise"]
+    fallback: bool
+
+
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def unified_max_softmax(
+    x: Array,
+    axis: Axis = -1,
+    *,
+    return_flag: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def unified_max_softmax(
+    x: Array,
+    axis: Axis = -1,
+    *,
+    return_flag: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
+def unified_max_softmax(
+    x: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    phi: PerRow = 0.0,
+    valid_range: tuple[ArrayLike, ArrayLike] = (-70.0, 80.0),
+    criterion: Literal["row_max", "elementwise"] = "row_max",
+    fallback: bool = True,
+    return_flag: bool = False,
+) -> Float[Array, "*shape"] | tuple[Array, Array]:
+    r"""$e^{x_i - \varphi} / \sum_j e^{x_j - \varphi}$ with $\varphi$ given, not found.
+
+    In exact arithmetic every $\varphi$ gives the softmax. With one that is known before
+    the scores are, parts of a row can be summed without knowing its maximum. The price
+    is a range: a row whose largest score is not within $\varphi + (a, b)$ is computed
+    again, with its maximum. Scores that are bounded by construction never are: with a
+    soft cap of at most 70, or normalised queries and keys, `phi=0.0` is safe.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
+        axis: Static; the axis or axes of a row, None for all.
+        where: True for the entries that count; broadcasts to `x`. Others may hold
+            anything, NaN included.
+        phi: $\varphi$: a number, or an array with a value per row, that is in the shape
+            of `x` without `axis`, or one that broadcasts to it; traced.
+        valid_range: $(a, b)$, numbers or arrays like `phi`; see
+            `softlib.numerics.UnifiedMax`.
+        criterion: Static. "row_max" looks at the largest score of a row, "elementwise",
+            the rule of the paper, at every one.
+        fallback: Static; whether to compute rows that leave the range again. Otherwise
+            they are NaN.
+        return_flag: Static. Returns `(result, flag)`, with True in the flag for rows
+            that have left the range, in the shape of `x` without `axis`.
+
+    Returns:
+        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
+        without an entry that counts is 0, and does not leave the range.
+
+    Raises:
+        TypeError: `x` is no floating array, or `where` is not boolean.
+        ValueError: `axis` is no axis of `x`, `where` or `phi` does not broadcast,
+            `criterion` is neither, or the range is empty.
+
+    Derivatives: forward and reverse mode, any order, with respect to `x`; from the
+        result. Zero with respect to `phi` and the range, on which it does not depend.
+    Cost: two passes over `x`, and three more if any row leaves the range (`lax.cond`).
+        Under `vmap` both are always made: put batches into `x` instead.
+    Source: "FlashDecoding++: Faster Large Language Model Inference on GPUs". The
+        default criterion is weaker than the paper's, because a score far below the
+        largest has a weight that rounds to 0 in any softmax.
+
+    Example:
+        >>> x = jnp.array([[4.0, 4.0], [900.0, 900.0]])
+        >>> y, flag = softlib.softmax.unified_max_softmax(x, phi=3.0, return_flag=True)
+        >>> print(y, flag)
+        [[0.5 0.5]
+         [0.5 0.5]] [False  True]
+    """
+    entries = Entries.of("unified_max_softmax", x, axis, where)
+    accumulator = _accumulator(
+        "unified_max_softmax", entries, phi, valid_range, criterion
+    )
+    result, flag = _evaluated(accumulator, entries, fallback, is_log=False)
+    return (result, flag) if return_flag else result
+
+
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def unified_max_log_softmax(
+    x: Array,
+    axis: Axis = -1,
+    *,
+    return_flag: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Array, Array]: ...
+@overload
+# pyrefly: ignore[inconsistent-overload]
+def unified_max_log_softmax(
+    x: Array,
+    axis: Axis = -1,
+    *,
+    return_flag: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Array: ...
+def unified_max_log_softmax(
+    x: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    phi: PerRow = 0.0,
+    valid_range: tuple[ArrayLike, ArrayLike] = (-70.0, 80.0),
+    criterion: Literal["row_max", "elementwise"] = "row_max",
+    fallback: bool = True,
+    return_flag: bool = False,
+) -> Float[Array, "*shape"] | tuple[Array, Array]:
+    r"""$x_i - \varphi - \log \sum_j e^{x_j - \varphi}$ with $\varphi$ given, not found.
+
+    The logarithm of `unified_max_softmax`, which says what $\varphi$ is good for.
+
+    Args:
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
+        axis: Static; the axis or axes of a row, None for all.
+        where: True for the entries that count; broadcasts to `x`.
+        phi: $\varphi$: a number, or an array with a value per row; traced.
+        valid_range: $(a, b)$, numbers or arrays like `phi`.
+        criterion: Static. "row_max" looks at the largest score of a row, "elementwise"
+            at every one.
+        fallback: Static; whether to compute rows that leave the range again. Otherwise
+            they are NaN.
+        return_flag: Static. Returns `(result, flag)`, with True in the flag for rows
+            that have left the range.
+
+    Returns:
+        Logarithms in nats in the dtype of `x`, -inf where an entry does not count. The
+        error is about that of $\varphi$ in the dtype of the sums, if it is large.
+
+    Raises:
+        TypeError: `x` is no floating array, or `where` is not boolean.
+        ValueError: `axis` is no axis of `x`, `where` or `phi` does not broadcast,
+            `criterion` is neither, or the range is empty.
+
+    Derivatives: as `unified_max_softmax`.
+    Cost: as `unified_max_softmax`.
+    Source: "FlashDecoding++: Faster Large Language Model Inference on GPUs".
+
+    Example:
+        >>> x = jnp.array([4.0, -jnp.inf])
+        >>> print(softlib.softmax.unified_max_log_softmax(x, phi=4.0))
+        [  0. -inf]
+    """
+    entries = Entries.of("unified_max_log_softmax", x, axis, where)
+    accumulator = _accumulator(
+        "unified_max_log_softmax", entries, phi, valid_range, criterion
+    )
+    result, flag = _evaluated(accumulator, entries, fallback, is_log=True)
+    return (result, flag) if return_flag else result
+
+
+def _accumulator(
+    function: str,
+    entries: Entries,
+    phi: PerRow,
+    valid_range: tuple[ArrayLike, ArrayLike],
+    criterion: Literal["row_max", "elementwise"],
+) -> UnifiedMax:
+    rows = tuple(n for i, n in enumerate(entries.x.shape) if i not in entries.axes)
+
+    def per_row(name: str, value: ArrayLike) -> ArrayLike:
+        if isinstance(value, int | float):
+            return value
+        value = jnp.asarray(value, entries.x.dtype)
+        why = "a number, or one value per row"
+        checks.require_broadcastable(function, name, value, rows, why)
+        return value.reshape((1,) * (len(rows) - value.ndim) + value.shape)
+
+    if len(valid_range) == 2:
+        low, high = valid_range
+        low, high = per_row("valid_range", low), per_row("valid_range", high)
+        valid_range = (low, high)
+    return UnifiedMax(per_row("phi", phi), valid_range, criterion)
+
+
+# ------------------------------------------------------------- rows are the last axis
+def _evaluated(
+    accumulator: UnifiedMax, entries: Entries, fallback: bool, *, is_log: bool
+) -> tuple[Array, Array]:
+    """The result, and the flags of the rows."""
+    given = entries.rows(entries.scores)
+    # The derivative is that of the result, below: no branch is differentiated.
+    z = lax.stop_gradient(given)
+    state = accumulator.update(accumulator.init(z.shape[:-1], z.dtype), z)
+    flag = accumulator.needs_recompute(state)
+    fast = _fast(accumulator, state, z, is_log)
+    if fallback:
+        exact = log_softmax if is_log else softmax
+        # Row by row: no row depends on whether another one has left the range.
+        again = lambda z, fast: jnp.where(flag[..., None], exact(z), fast)
+        found = lax.cond(flag.any(), again, lambda z, fast: fast, z, fast)
+    else:
+        found = jnp.where(flag[..., None], jnp.nan, fast)
+    derived = _log_softmax_of if is_log else _softmax_of
+    return entries.result(entries.unrows(derived(given, found))), flag
+
+
+def _fast(
+    accumulator: UnifiedMax, state: UnifiedMaxState, z: Array, is_log: bool
+) -> Array:
+    phi = jnp.asarray(accumulator.phi, z.dtype)
+    phi = jnp.broadcast_to(phi, z.shape[:-1])[..., None]
+    total = jnp.where(state.sum == 0, 1, state.sum)[..., None]
+    # Selected on both sides: a reference of -inf would make NaN of an absent score.
+    absent = z == -jnp.inf
+    z = jnp.where(absent, 0, z - phi)
+    if is_log:
+        return jnp.where(absent, -jnp.inf, z - jnp.log(total))
+    return jnp.where(absent, 0, jnp.exp(z) / total)
+
+
+@jax.custom_jvp
+def _softmax_of(z: Array, y: Array) -> Array:
+    """The softmax y of z, with its derivative."""
+    return y
+
+
+@_softmax_of.defjvp
+def _(primals, tangents):
+    y, dz = _softmax_of(*primals), tangents[0]
+    # What does not count may have any tangent.
+    dz = jnp.where(primals[0] == -jnp.inf, 0, dz)
+    return y, y * (dz - (y * dz).sum(-1, keepdims=True))
+
+
+@jax.custom_jvp
+def _log_softmax_of(z: Array, log_y: Array) -> Array:
+    """The logarithm of the softmax of z, with its derivative."""
+    return log_y
+
+
+@_log_softmax_of.defjvp
+def _(primals, tangents):
+    log_y, dz = _log_softmax_of(*primals), tangents[0]
+    absent = primals[0] == -jnp.inf
+    dz = jnp.where(absent, 0, dz)
+    mean = (jnp.exp(log_y) * dz).sum(-1, keepdims=True)
+    return log_y, jnp.where(absent, 0, dz - mean)
