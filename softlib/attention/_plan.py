@@ -116,9 +116,9 @@ def block_plan(
         raise ValueError(
             f"{function}: `key_length` must hold a length per key axis, got ()."
         )
-    for length in (query_length, *lengths):
+    named = [("query_length", query_length), *(("key_length", n) for n in lengths)]
+    for name, length in named:
         if length != 0:
-            name = "query_length" if length is query_length else "key_length"
             checks.require_positive_integer(function, name, length)
     if several:
         mask = per_axis(function, mask, len(lengths))

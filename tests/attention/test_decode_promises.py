@@ -286,6 +286,7 @@ LATER = ("shard_map", "sharded_jit", "checkpoint", "gradient_of_gradient")
 SLOW = dict.fromkeys(LATER, "done by the slow test")
 
 
+@pytest.mark.slow  # that of attention to all keys is not
 @pytest.mark.parametrize(
     ("implementation", "phi", "skip"),
     [

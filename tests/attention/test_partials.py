@@ -119,6 +119,7 @@ LATER = ("shard_map", "sharded_jit", "checkpoint", "hessian_vector_product")
 SLOW = dict.fromkeys(LATER, "done by the slow test")
 
 
+@pytest.mark.slow  # a few lines of arithmetic
 @pytest.mark.parametrize(
     "skip", [SLOW, pytest.param({}, marks=pytest.mark.slow)], ids=["most", "all"]
 )

@@ -93,6 +93,7 @@ def test_row_statistics():
     )
 
 
+@pytest.mark.slow  # a composition on linear_row_statistics
 @pytest.mark.parametrize("vocab_axis", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_linear_softmax_cross_entropy(vocab_axis):
     a = arrays()

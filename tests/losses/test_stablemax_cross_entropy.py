@@ -202,6 +202,7 @@ def test_one_hot_distribution_is_its_class():
 
 
 # ---------------------------------------------------------------------- transformations
+@pytest.mark.slow  # the map alone is not
 @pytest.mark.parametrize(
     "kind", ["ids", pytest.param("distributions", marks=pytest.mark.slow)]
 )
