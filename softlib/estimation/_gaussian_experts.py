@@ -51,12 +51,10 @@ class ExpertGate:
     With scores $s_i = \sigma(\beta_{1i} x)$ it is the softmax of
     $(s_i + \beta_{0i}) / \tau$ over the experts that are selected:
 
-    | gate | options |
-    | --- | --- |
-    | softmax | none, and the temperature 1 |
-    | top-K, as in the statistical theory | `top_k=2` |
-    | dense-to-sparse | none, and another temperature |
-    | dense-to-sparse with activation | `activation=jax.nn.sigmoid` |
+    - softmax: no options, and the temperature 1;
+    - top-K, as in the statistical theory: `top_k=2`;
+    - dense-to-sparse: no options, and another temperature;
+    - dense-to-sparse with activation: `activation=jax.nn.sigmoid`.
 
     Without an `activation` the density is the same for $(c \beta_1, c \beta_0, c \tau)$
     with any $c > 0$, so that a temperature cannot be learned from data.

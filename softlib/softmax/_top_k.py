@@ -28,11 +28,12 @@ def top_k_softmax(
 
     With a bias $b$ three gates go by this name, told apart by `bias_in`:
 
-    | `bias_in` | selected by | weights | known from |
-    | --- | --- | --- | --- |
-    | `"weights"` | $x$ | $x + b$ | the statistical theory of top-K gating |
-    | `"both"` | $x + b$ | $x + b$ | a router whose linear layer has a bias |
-    | `"selection"` | $x + b$ | $x$ | a bias that only balances the load |
+    - `"weights"`: selected by $x$, weights of $x + b$, as in the statistical theory of
+      top-K gating;
+    - `"both"`: selected by $x + b$, weights of $x + b$, as a router whose linear layer
+      has a bias;
+    - `"selection"`: selected by $x + b$, weights of $x$, for a bias that only balances
+      the load.
 
     Softmax of the selected entries equals softmax of all, divided by its sum over the
     selected; without `renormalize` it is not divided, so that the weights tell how much
