@@ -301,7 +301,9 @@ def log1p_pair(x: Array, low: Array | float = 0.0) -> tuple[Array, Array]:
     n, t, t_low, terms = _split(first, 0.0)
     power = power_of_two(n)
     # 1 + x - e^first, the large terms first: they cancel without rounding.
-    total, error = exact_sum(jnp.ones_like(x), x)
+    # XLA takes (1 + x) - 1 for x where it sees that 1 is a constant.
+    one = lax.optimization_barrier(jnp.ones_like(x))
+    total, error = exact_sum(one, x)
     residual = ((total - power) - power * t) + error
     residual = residual + (low - power * (t_low + terms))
     return first, jnp.where(jnp.isfinite(x), residual / total, 0)

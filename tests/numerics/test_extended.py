@@ -262,10 +262,6 @@ def test_a_long_sum_keeps_its_error(length):
         assert abs(math.fsum([h, e, -exact])) <= 2.0**-44 * exact
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12),
-    reason="XLA of that release simplifies what carries the rounding of a logarithm",
-)
 def test_quotients_and_logarithms_of_pairs():
     rng = np.random.default_rng(0)
     high = jnp.asarray(rng.uniform(0.7, 1.4, 5000), jnp.float32)
