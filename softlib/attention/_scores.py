@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from softlib.numerics import PlainSum, RunningMax
+from softlib.softmax._stablemax import stable_weight
 
 type Rows = tuple[Array, ...]
 
@@ -130,8 +131,7 @@ class StableMax(Positive):
     """f(z) = 1 + z for z >= 0, 1 / (1 - z) below."""
 
     def value(self, z: Array) -> Array:
-        # Both branches are finite for every finite z, and so are their derivatives.
-        return jnp.where(z >= 0, 1 + z, 1 / (1 + jnp.abs(z)))
+        return stable_weight(z)
 
     def slope(self, z: Array) -> Array:
         below = 1 / (1 + jnp.abs(z))

@@ -26,6 +26,8 @@ from softlib.attention._linear_recurrence import RecurrentResult
 from softlib.attention._recurrent_attention import LinearAttentionState
 from softlib.attention._selective_scan import selective_scan
 
+from ._head_sizes import head_sizes
+
 # Steps of a state-space model start log-uniformly in this range, per channel or head.
 STEP_RANGE = (1e-3, 0.1)
 RATE_RANGE = (1.0, 16.0)  # of the scalar rates of a head
@@ -518,18 +520,9 @@ class _Heads(nnx.Module):
         rngs: nnx.Rngs,
     ):
         key_heads = num_heads if num_key_heads is None else num_key_heads
-        if num_heads % key_heads:
-            raise ValueError(
-                f"{name}: `num_key_heads` must divide `num_heads` ({num_heads}), "
-                f"got {key_heads}."
-            )
-        if features % num_heads and None in (head_features, value_features):
-            raise ValueError(
-                f"{name}: `num_heads` must divide `features` ({features}) unless "
-                f"`head_features` and `value_features` are given, got {num_heads}."
-            )
-        size = features // num_heads if head_features is None else head_features
-        width = features // num_heads if value_features is None else value_features
+        size, width = head_sizes(
+            name, features, num_heads, key_heads, head_features, value_features
+        )
         self.scale = size**-0.5 if scale is None else scale
 
         def to(heads: int, size: int) -> nnx.LinearGeneral:

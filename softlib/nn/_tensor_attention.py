@@ -17,6 +17,7 @@ from softlib.masks import Block, Mask, PerAxis
 from softlib.typing import Implementations, Precision
 
 from ._attention import static_names
+from ._head_sizes import head_sizes
 
 
 class TensorAttention(nnx.Module):
@@ -121,7 +122,16 @@ class TensorAttention(nnx.Module):
         if order < 2:
             raise ValueError(f"{name}: `order` must be at least 2, got {order}.")
         key_heads = num_heads if num_key_heads is None else num_key_heads
-        size, width = _head_sizes(
+        for option, number in (
+            ("features", features),
+            ("num_heads", num_heads),
+            ("num_key_heads", key_heads),
+            ("head_features", head_features),
+            ("value_features", value_features),
+        ):
+            if number is not None:
+                checks.require_positive_integer(name, option, number)
+        size, width = head_sizes(
             name, features, num_heads, key_heads, head_features, value_features
         )
         if method == "polynomial":
@@ -355,38 +365,6 @@ def _sources(inputs: Array, inputs_kv: Any, axes: int) -> tuple[Array, ...]:
             f"key axis), got {len(inputs_kv)}."
         )
     return tuple(inputs_kv)
-
-
-def _head_sizes(
-    name: str,
-    features: int,
-    num_heads: int,
-    num_key_heads: int,
-    head_features: int | None,
-    value_features: int | None,
-) -> tuple[int, int]:
-    for option, size in (
-        ("features", features),
-        ("num_heads", num_heads),
-        ("num_key_heads", num_key_heads),
-        ("head_features", head_features),
-        ("value_features", value_features),
-    ):
-        if size is not None:
-            checks.require_positive_integer(name, option, size)
-    if num_heads % num_key_heads:
-        raise ValueError(
-            f"{name}: `num_key_heads` must divide `num_heads` ({num_heads}), "
-            f"got {num_key_heads}."
-        )
-    if features % num_heads and None in (head_features, value_features):
-        raise ValueError(
-            f"{name}: `num_heads` must divide `features` ({features}) unless "
-            f"`head_features` and `value_features` are given, got {num_heads}."
-        )
-    size = features // num_heads if head_features is None else head_features
-    width = features // num_heads if value_features is None else value_features
-    return size, width
 
 
 def _kv_sizes(name: str, features: int, given: Any, axes: int) -> tuple[int, ...]:

@@ -235,13 +235,8 @@ def temperature_of_rows(
     if isinstance(temperature, int | float):
         checks.require_positive_number(function, "temperature", temperature)
         return float(temperature)
-    temperature = jnp.asarray(temperature)
-    checks.require_floating(function, temperature=temperature)
-    rows = tuple(n for i, n in enumerate(entries.x.shape) if i not in entries.axes)
-    why = "a number, or one value per row"
-    checks.require_broadcastable(function, "temperature", temperature, rows, why)
-    temperature = jnp.where(temperature > 0, temperature, jnp.nan)
-    return entries.per_row(temperature).astype(entries.x.dtype)
+    temperature = entries.beside(entries.per_row(function, "temperature", temperature))
+    return jnp.where(temperature > 0, temperature, jnp.nan)
 
 
 def tempered(entries: Entries, scores: Array, tau: float | Array) -> Array:

@@ -168,13 +168,8 @@ def row_values(
     function: str, name: str, entries: Entries, value: ArrayLike
 ) -> Float[Array, "*rows"]:
     """One number per row, in the dtype of the sums."""
-    value = jnp.asarray(value)
-    checks.require_floating(function, **{name: value})
-    rows = tuple(n for i, n in enumerate(entries.x.shape) if i not in entries.axes)
-    why = "a number, or one value per row"
-    checks.require_broadcastable(function, name, value, rows, why)
-    value = value.reshape((1,) * (len(rows) - value.ndim) + value.shape)
-    return jnp.broadcast_to(value, rows).astype(entries.x.dtype)
+    value = entries.per_row(function, name, value)
+    return jnp.broadcast_to(value, entries.row_shape)
 
 
 # --------------------------------------------------------------------- rows of a matrix

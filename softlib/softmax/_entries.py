@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from softlib import _checks as checks
@@ -57,6 +58,11 @@ class Entries(NamedTuple):
         return self.x if self.where is None else jnp.where(self.where, self.x, -jnp.inf)
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The axes that are not those of a row."""
+        return tuple(n for i, n in enumerate(self.x.shape) if i not in self.axes)
+
+    @property
     def size(self) -> int:
         """Entries of a row."""
         return math.prod(self.x.shape[axis] for axis in self.axes)
@@ -71,13 +77,21 @@ class Entries(NamedTuple):
 
     def unrows(self, y: Array) -> Array:
         """The inverse of `rows`."""
-        kept = [n for i, n in enumerate(self.x.shape) if i not in self.axes]
-        y = y.reshape(*kept, *(self.x.shape[axis] for axis in self.axes))
+        y = y.reshape(*self.row_shape, *(self.x.shape[axis] for axis in self.axes))
         return jnp.moveaxis(y, range(-len(self.axes), 0), self.axes)
 
-    def per_row(self, value: Array) -> Array:
-        """Anything that broadcasts to the rows, with axes of length 1 for a row."""
-        kept = [n for i, n in enumerate(self.x.shape) if i not in self.axes]
+    def per_row(self, function: str, name: str, value: ArrayLike) -> Array:
+        """An option with a value per row, in the dtype of the sums.
+
+        With as many axes as there are rows' axes, each of them whole or 1.
+        """
         value = jnp.asarray(value)
-        value = value.reshape((1,) * (len(kept) - value.ndim) + value.shape)
+        checks.require_floating(function, **{name: value})
+        why = "a number, or one value per row"
+        checks.require_broadcastable(function, name, value, self.row_shape, why)
+        axes = (1,) * (len(self.row_shape) - value.ndim) + value.shape
+        return value.reshape(axes).astype(self.x.dtype)
+
+    def beside(self, value: Array) -> Array:
+        """What `per_row` gives, with axes of length 1 in the place of a row's."""
         return jnp.expand_dims(value, self.axes)

@@ -132,19 +132,18 @@ def _scaled(
 ) -> tuple[Entries, Array, Array]:
     """The logits by `d`, relative to the largest, and `log(2 + q)`."""
     entries = Entries.of(function, x, axis, where)
-    rows = tuple(n for i, n in enumerate(x.shape) if i not in entries.axes)
 
     def statistic(name: str, value: ArrayLike) -> Array:
-        value = jnp.asarray(value)
-        why = "a number, or one value per row"
-        checks.require_broadcastable(function, name, value, rows, why)
-        value = entries.per_row(value).astype(entries.x.dtype)
-        return lax.stop_gradient(jnp.where(value >= 0, value, jnp.nan))
+        # Counts may be integers.
+        value = entries.per_row(function, name, jnp.asarray(value, entries.x.dtype))
+        value = jnp.where(value >= 0, value, jnp.nan)
+        return lax.stop_gradient(entries.beside(value))
 
     q, d = statistic("similarity", similarity), statistic("distance", distance)
     log_base = jnp.log(2 + q)
-    counts = entries.scores != -jnp.inf
-    scores = jnp.where(counts, entries.scores, 0)
+    scores = entries.scores
+    counts = scores != -jnp.inf
+    scores = jnp.where(counts, scores, 0)
     top = jnp.where(counts, scores, -jnp.inf)
     top = top.max(entries.axes, keepdims=True, initial=-jnp.inf)
     top = lax.stop_gradient(jnp.where(top == -jnp.inf, 0, top))

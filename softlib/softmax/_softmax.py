@@ -141,15 +141,11 @@ def tempered(function: str, entries: Entries, temperature: PerRow) -> Array:
     if isinstance(temperature, int | float):
         checks.require_positive_number(function, "temperature", temperature)
         return entries.scores if temperature == 1 else entries.scores / temperature
-    temperature = jnp.asarray(temperature)
-    checks.require_floating(function, temperature=temperature)
-    rows = tuple(n for i, n in enumerate(entries.x.shape) if i not in entries.axes)
-    why = "a number, or one value per row"
-    checks.require_broadcastable(function, "temperature", temperature, rows, why)
-    temperature = entries.per_row(temperature).astype(entries.x.dtype)
+    temperature = entries.beside(entries.per_row(function, "temperature", temperature))
     # The score of an entry that does not count has no derivative by the temperature.
-    absent = entries.scores == -jnp.inf
-    z = jnp.where(absent, 0, entries.scores) / temperature
+    scores = entries.scores
+    absent = scores == -jnp.inf
+    z = jnp.where(absent, 0, scores) / temperature
     return jnp.where(absent, -jnp.inf, z)
 
 

@@ -8,7 +8,6 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from softlib import _checks as checks
 from softlib.numerics import UnifiedMax, UnifiedMaxState
 from softlib.typing import PerRow
 
@@ -189,15 +188,10 @@ def _accumulator(
     valid_range: tuple[ArrayLike, ArrayLike],
     criterion: Literal["row_max", "elementwise"],
 ) -> UnifiedMax:
-    rows = tuple(n for i, n in enumerate(entries.x.shape) if i not in entries.axes)
-
     def per_row(name: str, value: ArrayLike) -> ArrayLike:
         if isinstance(value, int | float):
             return value
-        value = jnp.asarray(value, entries.x.dtype)
-        why = "a number, or one value per row"
-        checks.require_broadcastable(function, name, value, rows, why)
-        return value.reshape((1,) * (len(rows) - value.ndim) + value.shape)
+        return entries.per_row(function, name, jnp.asarray(value, entries.x.dtype))
 
     if len(valid_range) == 2:
         low, high = valid_range
