@@ -8,29 +8,14 @@ Start reading at `simplex_flow_model/session.py`; the lines that use softlib are
 `simplex_flow_model/model.py` and `simplex_flow_model/toy.py`.
 """
 
-import signal
 import sys
 
-from language_model.failures import Failure, Interrupted
 from simplex_flow_model.options import parse
+from study import program
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    # Until training takes the signals over, Ctrl-C ends the process without a traceback
-    # (the imports alone take seconds, which is also why they come after the parsing).
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from simplex_flow_model.session import run
-
-    try:
-        run(options)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 2
-    except Interrupted as interruption:
-        print(f"stopped: {interruption}", file=sys.stderr)
-        return interruption.exit_code
-    return 0
+    return program.run(parse(arguments), "simplex_flow_model.session")
 
 
 if __name__ == "__main__":
