@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,6 +100,7 @@ def take_turns(
     partner: Callable[[], Mapping[str, float]] | None = None,
     partner_process: int | None = None,
     pause: float = PAUSE,
+    shuffled: bool = False,
 ) -> Turns:
     """Times the programs in turn; each has run before.
 
@@ -110,8 +112,11 @@ def take_turns(
             asked once a round.
         partner_process: Its id, whose work is not foreign.
         pause: Seconds of rest after each program.
+        shuffled: For short programs, which notice who ran before them: another order in
+            every round instead of there and back.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    orders = random.Random(0)
 
     def round_of(names: Iterable[str]) -> None:
         for name in names:
@@ -130,7 +135,10 @@ def take_turns(
         if number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
         # There and back again: a drift within a round then favours nobody.
-        round_of(list(calls) if number % 2 == 0 else list(calls)[::-1])
+        order = list(calls) if number % 2 == 0 else list(calls)[::-1]
+        if shuffled:
+            orders.shuffle(order)
+        round_of(order)
     return Turns(times, load.cores())
 
 

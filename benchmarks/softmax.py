@@ -24,7 +24,7 @@ from .measure import machine, ratio, reason_of, take_turns
 from .report import table
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-SHAPES = ((512, 1024), (64, 65_536), (1024, 65_536))
+SHAPES = ((512, 1024), (4096, 256), (64, 65_536), (1024, 65_536))
 
 type Program = Callable[[Any], Any]
 
@@ -101,14 +101,12 @@ class Line:
 
 
 def compiled(
-    program: Program, shape: tuple[int, int], *, donated: bool
+    program: Program, scores: jax.Array, *, donated: bool
 ) -> Callable[[], Any]:
-    """A call; where the argument is given up, each call has a fresh one."""
-    struct = jax.ShapeDtypeStruct(shape, jnp.float32)
+    """A call; where the argument is given up, on a copy that it goes on with."""
     donate = 0 if donated else ()
-    run = jax.jit(program, donate_argnums=donate).lower(struct).compile()
-    source = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    ready = [source]
+    run = jax.jit(program, donate_argnums=donate).lower(scores).compile()
+    ready = [scores.copy() if donated else scores]
 
     def call() -> Any:
         found = jax.block_until_ready(run(ready[0]))
@@ -122,22 +120,24 @@ def compiled(
 
 
 def measure(shape: tuple[int, int], rounds: int) -> list[Line]:
-    calls = {
-        name: compiled(program, shape, donated=donated)
-        for name, (program, donated) in LIMITS.items()
-    }
-    for case in CASES:
-        for name, program in case.programs.items():
-            calls[f"{case.name}/{name}"] = compiled(
-                program, shape, donated=case.donated
-            )
-    turns = take_turns(calls, rounds=rounds)
+    """Small arrays are repeated more often: a call of theirs is short and varies more.
+
+    The programs of a case read the same array, so that each finds the caches as the
+    others do.
+    """
+    rounds *= max(1, min(25, SHAPES[-1][0] * SHAPES[-1][1] // (shape[0] * shape[1])))
+    scores = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     lines = []
     for case in CASES:
-        least = statistics.median(turns.seconds[case.limit])
+        limit, limit_donated = LIMITS[case.limit]
+        calls = {"limit": compiled(limit, scores, donated=limit_donated)}
+        for name, program in case.programs.items():
+            calls[name] = compiled(program, scores, donated=case.donated)
+        turns = take_turns(calls, rounds=rounds, pause=0, shuffled=True)
+        least = statistics.median(turns.seconds["limit"])
         for name in case.programs:
-            seconds = turns.seconds[f"{case.name}/{name}"]
-            found = ratio(seconds, turns.seconds[f"{case.name}/jax.nn"])
+            seconds = turns.seconds[name]
+            found = ratio(seconds, turns.seconds["jax.nn"])
             middle = statistics.median(seconds)
             text = f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
             lines.append(
@@ -160,7 +160,7 @@ def torch_lines(
     name = "logsumexp" if case.name == "logsumexp" else "softmax"
     call = lambda: getattr(torch, name)(x, -1)
     call()
-    seconds = take_turns({"torch": call}, rounds=rounds).seconds["torch"]
+    seconds = take_turns({"torch": call}, rounds=rounds, pause=0).seconds["torch"]
     middle = statistics.median(seconds)
     return [Line(shape, case.name, "PyTorch", 1e3 * middle, "-", least / middle)]
 

@@ -31,8 +31,9 @@ class Rows(NamedTuple):
 
 def softmax_of(axes: Axes, z: Array) -> Array:
     y = jnp.exp(z - row_max(axes, z))
-    total = y.sum(axes, keepdims=True)
-    return y / jnp.where(total == 0, 1, total)
+    # The entry at the maximum gives 1: only the sum of an empty row is below it. XLA
+    # selects an entry of an array of one column at a time, and takes maxima of several.
+    return y / jnp.maximum(y.sum(axes, keepdims=True), 1)
 
 
 def logsumexp_of(axes: Axes, z: Array) -> Array:
