@@ -4,6 +4,7 @@
 
 VENV := .venv
 OLDEST := .venv-oldest
+KERNELS := .venv-kernels
 PYTHON ?=
 export PYTHON
 # Nothing here may depend on what the caller has put on the path of modules.
@@ -23,7 +24,7 @@ QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest slow lint format docs bench bench-attention \
-  bench-kronecker bench-softmax accuracy clean
+  bench-kronecker bench-softmax accuracy kernels bench-accelerator clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -72,14 +73,24 @@ bench-softmax: $(VENV)/.installed-bench ## the same for softmax, dense and spars
 accuracy: $(VENV)/.installed-bench ## the rounding errors of every map, a table and a plot
 	$(RUN) -m benchmarks.accuracy $(ARGS)
 
+kernels: $(KERNELS)/.installed ## compile every kernel for the TPUs and GPUs it is for
+	$(KERNELS)/bin/python -m benchmarks.compile_kernels $(ARGS)
+
+bench-accelerator: $(VENV)/.installed-bench ## check and time kernels on the GPU or TPU here
+	$(RUN) -m benchmarks.accelerator $(ARGS)
+
 clean: ## remove the environments and whatever was built
-	rm -rf $(VENV) $(OLDEST) build dist docs/_build .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST) $(KERNELS) build dist docs/_build .pytest_cache .ruff_cache \
 	  .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
 	@python=$$(scripts/find-python) && echo "making $(VENV) with $$python" && \
 	  "$$python" -m venv --clear $(VENV)
+
+$(KERNELS)/bin/python:
+	@python=$$(scripts/find-python) && echo "making $(KERNELS) with $$python" && \
+	  "$$python" -m venv --clear $(KERNELS)
 
 $(OLDEST)/bin/python:
 	@python=$$(scripts/find-python --oldest) && echo "making $(OLDEST) with $$python" && \
@@ -109,4 +120,11 @@ $(OLDEST)/.installed: pyproject.toml scripts/lower_bounds.py | $(OLDEST)/bin/pyt
 	@$(OLDEST)/bin/python scripts/lower_bounds.py >$(OLDEST)/constraints.txt
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -c $(OLDEST)/constraints.txt -e '.[test-core]'
+	@touch $@
+
+# Compilers for machines that are not here, beside jax and nothing else of the project's.
+$(KERNELS)/.installed: pyproject.toml | $(KERNELS)/bin/python
+	@echo "installing softlib[kernel-check] into $(KERNELS)"
+	@$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[kernel-check]'
 	@touch $@

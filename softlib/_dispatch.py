@@ -252,8 +252,8 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         >>> text = softlib.explain(loss, hidden, weight, labels)
         linear_row_statistics
           everywhere: xla
-          not pallas_tpu: this version has no tpu kernel for it
-          not pallas_gpu: this version has no cuda kernel for it
+          not pallas_tpu: 4 rows are too few to gain by it
+          not pallas_gpu: it is written for Hopper GPUs, this is another device
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]

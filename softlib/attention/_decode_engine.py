@@ -2,35 +2,29 @@
 
 The operation itself is the fold over a device's own keys. What is done with its sums is
 the same for every implementation: they are added over devices, rows that have left the
-range of the unified maximum are computed again, and the quotient is taken.
+range of the unified maximum are computed again, and the quotient is taken. Where all
+keys are on one device, the unified maximum is an operation of its own: a kernel
+computes rows again by itself.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from softlib import _dispatch
-from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._dispatch import Implementation, Operation, Plan
 from softlib._sharding import automatic_axes, match_varying
 from softlib.numerics import RunningMax
 from softlib.typing import AxisName, Implementations
 
-from . import _decode_stream as stream
+from . import _decode_kernels as kernels, _decode_stream as stream
+from ._decode_kernels import Attended
 from ._decode_stream import Operands, Options
-
-
-class Attended(NamedTuple):
-    """Rows of the result, in the dtype of the sums."""
-
-    out: Float[Array, "B K R Hv"]
-    lse: Float[Array, "B K R"]
-    max_score: Float[Array, "B K R"]
-    # 1 for rows that were computed again: a derivative rule may return floats only.
-    recomputed: Float[Array, "B K R"]
 
 
 class Plans(NamedTuple):
@@ -46,8 +40,11 @@ def attend(
     axis_name: AxisName | None,
     operands: Operands,
 ) -> Attended:
-    plans = Plans(_dispatch.plan(DECODE, names, options, operands), None)
-    if operands.unified is not None:
+    if operands.unified is None or axis_name is not None:
+        plans = Plans(_dispatch.plan(DECODE, names, options, operands), None)
+    else:
+        plans = Plans(_dispatch.plan(UNIFIED, names, options, operands), None)
+    if operands.unified is not None and axis_name is not None:
         running = operands._replace(unified=None)
         plans = plans._replace(again=_dispatch.plan(DECODE, names, options, running))
     if operands.unified is None and plans.first.is_reference:
@@ -109,13 +106,37 @@ def _computed(
         out, lse, top = _by_running_max(plans.first, options, axis_name, operands)
         return Attended(out, lse, top, jnp.zeros_like(lse))
 
-    unified = operands.unified
     state = _dispatch.execute(plans.first, options, operands)
-    if axis_name is not None:
-        state = _unified_over(axis_name, state)
-    flagged = unified.needs_recompute(state)
+    if axis_name is None:
+        return state  # already the result
     assert plans.again is not None
-    again = functools.partial(_by_running_max, plans.again, options, axis_name)
+    return _completed(
+        operands,
+        _unified_over(axis_name, state),
+        functools.partial(_by_running_max, plans.again, options, axis_name),
+    )
+
+
+def _unified_by(
+    fold: Callable[[Options, Operands], Any], options: Options, operands: Operands
+) -> Attended:
+    """By a fold of all keys, and by another one where the range is left."""
+
+    def again(operands: Operands) -> tuple[Array, Array, Array]:
+        return _quotients(fold(options, operands))
+
+    return _completed(operands, fold(options, operands), again)
+
+
+def _completed(
+    operands: Operands,
+    state: Any,
+    again: Callable[[Operands], tuple[Array, Array, Array]],
+) -> Attended:
+    """Sums by the unified maximum as results; of flagged rows those of `again`."""
+    unified = operands.unified
+    assert unified is not None
+    flagged = unified.needs_recompute(state)
     fast = unified.mean(state), unified.finalize(state)
     # The flags come from sums over all devices of the axis, so these devices agree, and
     # none waits in the collectives of a branch that another has not taken.
@@ -144,6 +165,11 @@ def _by_running_max(
         )
         scaled = accumulator.merge(state, common._replace(max=top))
         state = _added_over(axis_name, scaled._replace(max=top))
+    return _quotients(state)
+
+
+def _quotients(state: Any) -> tuple[Array, Array, Array]:
+    accumulator = RunningMax()
     return accumulator.mean(state), accumulator.finalize(state), state.max
 
 
@@ -184,12 +210,28 @@ def _gathers(options: Options, operands: Any) -> str | None:
     )
 
 
+_NAME = "decode_attention"
+# The sums of a device.
 DECODE = Operation(
-    "decode_attention",
+    _NAME,
     (
-        absent("pallas_tpu", "tpu"),
-        absent("pallas_gpu", "cuda"),
+        kernels.TPU_STATE,
+        kernels.GPU_STATE,
         Implementation("xla", stream.forward, note=_gathers),
         Implementation("reference", stream.whole, _no_splits),
+    ),
+)
+# The result by the unified maximum, where one device has all the keys.
+UNIFIED = Operation(
+    _NAME,
+    (
+        kernels.TPU_ATTENDED,
+        kernels.GPU_ATTENDED,
+        Implementation(
+            "xla", functools.partial(_unified_by, stream.forward), note=_gathers
+        ),
+        Implementation(
+            "reference", functools.partial(_unified_by, stream.whole), _no_splits
+        ),
     ),
 )

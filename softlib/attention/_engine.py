@@ -21,7 +21,7 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes
 from softlib.typing import Implementations
 
-from . import _lanes, _stream
+from . import _kernels_gpu, _kernels_tpu, _lanes, _stream, _tuple_kernels
 from ._scores import Result
 from ._stream import BackwardOperands, Gradient
 from ._tiles import Operands, Options, product
@@ -172,11 +172,17 @@ def _note(options: Options, operands: Any) -> str | None:
     )
 
 
-_ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
+_NO_GPU = absent("pallas_gpu", "cuda")
 
 
-def _operations(name: str) -> tuple[Operation, Operation]:
-    """Attention under a name of its own, and its gradient."""
+def _operations(
+    name: str, kernels: Sequence[tuple[Implementation, Implementation]]
+) -> tuple[Operation, Operation]:
+    """Attention under a name of its own, and its gradient.
+
+    `kernels`: of each platform, for both.
+    """
+    of_forward, of_backward = zip(*kernels, strict=True)
     forward = (
         Implementation("xla", _lanes.forward, note=_note),
         Implementation("reference", _reference),
@@ -186,11 +192,20 @@ def _operations(name: str) -> tuple[Operation, Operation]:
         Implementation("reference", _reference_gradient),
     )
     return (
-        Operation(name, (*_ABSENT, *forward)),
-        Operation(f"{name}_gradient", (*_ABSENT, *backward)),
+        Operation(name, (*of_forward, *forward)),
+        Operation(f"{name}_gradient", (*of_backward, *backward)),
     )
 
 
-ATTENTION, ATTENTION_GRADIENT = _operations("dot_product_attention")
+ATTENTION, ATTENTION_GRADIENT = _operations(
+    "dot_product_attention",
+    [
+        (_kernels_tpu.FORWARD, _kernels_tpu.BACKWARD),
+        (_kernels_gpu.FORWARD, _kernels_gpu.BACKWARD),
+    ],
+)
 # The same computations; kernels of the two differ.
-TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations("kronecker_attention")
+TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
+    "kronecker_attention",
+    [(_tuple_kernels.FORWARD, _tuple_kernels.BACKWARD), (_NO_GPU, _NO_GPU)],
+)

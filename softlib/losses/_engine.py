@@ -5,6 +5,7 @@ rules call what is *inside* the decorated functions, never these themselves: oth
 forward mode over the rule, hence every Hessian-vector product, would be an error.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from jaxtyping import Array, Float, Int
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan, absent
 from softlib._dtypes import accumulator_dtype
-from softlib._sharding import automatic_axes
+from softlib._sharding import automatic_axes, match_varying
 from softlib.typing import Implementations
 
-from . import _stream, _tile
+from . import _kernels_gpu, _kernels_tpu, _stream, _tile
 from ._stream import BackwardOperands, Head, HeadGradient
 from ._tile import Modifiers, Options, Ranked, RowCotangents, RowStatistics
 
@@ -70,13 +71,40 @@ def _linear(
 
 def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
     options_of_both = with_residuals(options)
-    kept = None
-    if made.kernels:  # kernels keep nothing
-        found = _dispatch.execute(made, options_of_both, head)
+    if made.kernels:
+        made = _keeping(made, options_of_both, head)
+        found, kept = _dispatch.execute(made, options_of_both, head)
     else:
         found, kept = _stream.forward_keeping(options_of_both, head)
     residuals = (head, found.lse, found.mean_logit, kept)
     return _tile.only(found, options), residuals
+
+
+def _keeping(made: Plan, options: Options, head: Head) -> Plan:
+    """The same plan, whose results come with what the backward pass finds stored.
+
+    A kernel keeps nothing; what stands for it there is read by nobody.
+    """
+    kept = None
+    if made.fallback is not None and made.fallback.name == XLA.name:
+        kept = jax.eval_shape(lambda: _stream.forward_keeping(options, head)[1])
+
+    def of(implementation: Implementation) -> Implementation:
+        def call(options: Options, head: Head) -> tuple[RowStatistics, Array | None]:
+            found = implementation.call(options, head)
+            zeros = None if kept is None else jnp.zeros(kept.shape, kept.dtype)
+            return found, match_varying(zeros, head.hidden)
+
+        if implementation.name == XLA.name:
+            call = _stream.forward_keeping
+        return dataclasses.replace(implementation, call=call)
+
+    return dataclasses.replace(
+        made,
+        operation=dataclasses.replace(made.operation, implementations=(of(XLA),)),
+        kernels=tuple((platform, of(kernel)) for platform, kernel in made.kernels),
+        fallback=None if made.fallback is None else of(made.fallback),
+    )
 
 
 def _linear_backward(
@@ -301,18 +329,21 @@ def gradient_note(options: Options, operands: Any) -> str | None:
 
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
 
+XLA = Implementation("xla", _stream.forward, note=_gathers)
 LINEAR = Operation(
     "linear_row_statistics",
     (
-        *_ABSENT,
-        Implementation("xla", _stream.forward, note=_gathers),
+        _kernels_tpu.FORWARD,
+        _kernels_gpu.FORWARD,
+        XLA,
         Implementation("reference", _linear_reference, _no_filter),
     ),
 )
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (
-        *_ABSENT,
+        _kernels_tpu.BACKWARD,
+        _kernels_gpu.BACKWARD,
         Implementation("xla", _stream.backward, note=gradient_note),
         Implementation("reference", _linear_gradient_reference, _no_filter),
     ),

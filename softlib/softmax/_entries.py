@@ -55,7 +55,11 @@ class Entries(NamedTuple):
     @property
     def scores(self) -> Array:
         """The entries, -inf where they do not count."""
-        return self.x if self.where is None else jnp.where(self.where, self.x, -jnp.inf)
+        return self.given_scores(self.x)
+
+    def given_scores(self, x: Array) -> Array:
+        """The same of the argument as it was given, in its own dtype."""
+        return x if self.where is None else jnp.where(self.where, x, -jnp.inf)
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -6,14 +6,17 @@ once and found in the cache after that.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from softlib._dispatch import Implementation, Operation
+from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes
+
+from . import _kernels as kernels
 
 type Axes = tuple[int, ...]
 
@@ -23,10 +26,33 @@ STEP = 1 << 20
 LEAST = 1 << 25
 
 
+class Options(NamedTuple):
+    """What is static: the axes of a row, and the dtype of the result."""
+
+    axes: Axes
+    dtype: Any
+
+
 class Rows(NamedTuple):
-    """The scores as an operand; entries that do not count are -inf."""
+    """The scores as an operand; entries that do not count are -inf.
+
+    They may be narrower than the sums.
+    """
 
     z: Array
+
+    @property
+    def wide(self) -> Array:
+        """In the dtype of the sums."""
+        return self.z.astype(accumulator_dtype(self.z))
+
+
+def _softmax(options: Options, operands: Rows) -> Array:
+    return softmax_of(options.axes, operands.wide).astype(options.dtype)
+
+
+def _logsumexp(options: Options, operands: Rows) -> Array:
+    return logsumexp_of(options.axes, operands.wide)
 
 
 def softmax_of(axes: Axes, z: Array) -> Array:
@@ -57,21 +83,24 @@ def row_max(axes: Axes, z: Array) -> Array:
     return jnp.expand_dims(lax.reduce(z, least, lax.max, axes), axes)
 
 
-def _logsumexp_by_blocks(axes: Axes, operands: Rows) -> Array:
-    z, rows = operands.z, operands.z.shape[: -len(axes)]
+def _logsumexp_by_blocks(options: Options, operands: Rows) -> Array:
+    axes, z = options.axes, operands.z
+    rows = z.shape[: -len(axes)]
     flat = z.reshape(-1, *z.shape[len(rows) :])
     own = tuple(range(1, flat.ndim))
     step = _rows_of_a_step(axes, z)
+    one = lambda block: logsumexp_of(own, Rows(block).wide)
     whole = len(flat) // step * step
     blocks = flat[:whole].reshape(-1, step, *flat.shape[1:])
-    found = lax.map(lambda block: logsumexp_of(own, block), blocks).reshape(whole)
+    found = lax.map(one, blocks).reshape(whole)
     if whole < len(flat):
-        found = jnp.concatenate([found, logsumexp_of(own, flat[whole:])])
+        found = jnp.concatenate([found, one(flat[whole:])])
     return found.reshape(rows)
 
 
-def _softmax_in_place(axes: Axes, operands: Rows) -> Array:
-    z, rows = operands.z, operands.z.shape[: -len(axes)]
+def _softmax_in_place(options: Options, operands: Rows) -> Array:
+    axes, z = options.axes, operands.wide
+    rows = z.shape[: -len(axes)]
     flat = z.reshape(-1, *z.shape[len(rows) :])
     own = tuple(range(1, flat.ndim))
     step = _rows_of_a_step(axes, z)
@@ -84,7 +113,7 @@ def _softmax_in_place(axes: Axes, operands: Rows) -> Array:
     flat = lax.fori_loop(0, count, visit, flat)
     if rest:
         flat = visit(jnp.asarray(count), flat, rest)
-    return flat.reshape(z.shape)
+    return flat.reshape(z.shape).astype(options.dtype)
 
 
 def _rows_of_a_step(axes: Axes, z: Array) -> int:
@@ -96,7 +125,8 @@ def _count(axes: Axes, z: Array) -> int:
     return math.prod(z.shape[: z.ndim - len(axes)])
 
 
-def _not_rows(axes: Axes, operands: Rows) -> str | None:
+def _not_rows(options: Options, operands: Rows) -> str | None:
+    axes = options.axes
     ndim = operands.z.ndim
     if axes != tuple(range(ndim - len(axes), ndim)) or len(axes) == ndim:
         return f"the axes {axes} of a row are not the last of {ndim}"
@@ -108,19 +138,21 @@ def _not_rows(axes: Axes, operands: Rows) -> str | None:
     return None
 
 
-def _not_worth_it(axes: Axes, operands: Rows) -> str | None:
+def _not_worth_it(options: Options, operands: Rows) -> str | None:
+    axes = options.axes
     size = operands.z.size
     if size < LEAST:
         return f"{size} elements are too few to gain by it"
     if _count(axes, operands.z) < 2 * _rows_of_a_step(axes, operands.z):
         return "there are too few rows"
-    return _not_rows(axes, operands)
+    return _not_rows(options, operands)
 
 
 SOFTMAX = Operation(
     "softmax",
     (
-        Implementation("xla", lambda axes, operands: softmax_of(axes, operands.z)),
+        *kernels.implementations("softmax"),
+        Implementation("xla", _softmax),
         # Not chosen by itself: only the caller knows that the argument is donated.
         Implementation("in_place", _softmax_in_place, _not_rows),
     ),
@@ -128,9 +160,10 @@ SOFTMAX = Operation(
 LOGSUMEXP = Operation(
     "logsumexp",
     (
+        *kernels.implementations("logsumexp"),
         Implementation(
             "xla_blocks", _logsumexp_by_blocks, _not_worth_it, platform="cpu"
         ),
-        Implementation("xla", lambda axes, operands: logsumexp_of(axes, operands.z)),
+        Implementation("xla", _logsumexp),
     ),
 )

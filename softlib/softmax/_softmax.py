@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks, _dispatch
+from softlib._dtypes import accumulator_dtype
 from softlib.typing import Implementations, PerRow
 
 from ._entries import Axis, Entries
-from ._row_blocks import LOGSUMEXP, SOFTMAX, Rows, row_max, softmax_of
+from ._row_blocks import LOGSUMEXP, SOFTMAX, Options, Rows, row_max, softmax_of
 
 
 def softmax(
@@ -55,8 +56,11 @@ def softmax(
         [0.5 0.5 0. ]
     """
     entries = Entries.of("softmax", x, axis, where)
-    z = tempered("softmax", entries, temperature)
-    return entries.result(_softmax(entries.axes, implementation, z))
+    if isinstance(temperature, int | float) and temperature == 1:
+        z = entries.given_scores(x)
+    else:
+        z = tempered("softmax", entries, temperature)
+    return _softmax(Options(entries.axes, entries.dtype), implementation, z)
 
 
 def log_softmax(
@@ -130,7 +134,8 @@ def logsumexp(
         -inf
     """
     entries = Entries.of("logsumexp", x, axis, where)
-    found = _logsumexp(entries.axes, implementation, entries.scores)
+    options = Options(entries.axes, entries.x.dtype)
+    found = _logsumexp(options, implementation, entries.given_scores(x))
     if keepdims:
         found = jnp.expand_dims(found, entries.axes)
     return entries.result(found)
@@ -150,16 +155,19 @@ def tempered(function: str, entries: Entries, temperature: PerRow) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _softmax(axes: tuple[int, ...], names: Implementations, z: Array) -> Array:
-    return _dispatch.run(SOFTMAX, names, axes, Rows(z))
+def _softmax(options: Options, names: Implementations, z: Array) -> Array:
+    return _dispatch.run(SOFTMAX, names, options, Rows(z))
 
 
 @_softmax.defjvp
-def _(axes, names, primals, tangents):
+def _(options, names, primals, tangents):
     (z,), (dz,) = primals, tangents
-    y = _softmax(axes, names, z)
-    dz = jnp.where(z == -jnp.inf, 0, dz)
-    return y, y * (dz - (y * dz).sum(axes, keepdims=True))
+    axes, dtype = options
+    # What derivatives are made of is not rounded to the dtype of the result.
+    y = _softmax(Options(axes, accumulator_dtype(z)), names, z)
+    dz = jnp.where(z == -jnp.inf, 0, dz.astype(y.dtype))
+    dy = y * (dz - (y * dz).sum(axes, keepdims=True))
+    return y.astype(dtype), dy.astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -180,14 +188,15 @@ def _(axes, primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _logsumexp(axes: tuple[int, ...], names: Implementations, z: Array) -> Array:
-    return _dispatch.run(LOGSUMEXP, names, axes, Rows(z))
+def _logsumexp(options: Options, names: Implementations, z: Array) -> Array:
+    return _dispatch.run(LOGSUMEXP, names, options, Rows(z))
 
 
 @_logsumexp.defjvp
-def _(axes, names, primals, tangents):
+def _(options, names, primals, tangents):
     (z,), (dz,) = primals, tangents
+    axes, dtype = options
     # Not exp(z - lse): the rounding of a large logsumexp would be in every weight.
-    p = softmax_of(axes, z)
-    dz = jnp.where(z == -jnp.inf, 0, dz)
-    return _logsumexp(axes, names, z), (p * dz).sum(axes)
+    p = softmax_of(axes, z.astype(dtype))
+    dz = jnp.where(z == -jnp.inf, 0, dz.astype(dtype))
+    return _logsumexp(options, names, z), (p * dz).sum(axes)

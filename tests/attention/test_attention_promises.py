@@ -443,7 +443,8 @@ def test_explain_shows_both_passes(capsys):
     names = [plan.operation.name for plan in text.plans]
     assert names == ["dot_product_attention", "dot_product_attention_gradient"]
     assert "everywhere: xla" in text
-    assert "not pallas_tpu: this version has no tpu kernel for it" in text
+    assert "not pallas_tpu: 8 queries are too few to gain by it" in text
+    assert "not pallas_gpu: it is written for Hopper GPUs" in text
     text = softlib.explain(loss, arrays, ("pallas", "reference"))
     assert "everywhere: reference" in text
 

@@ -1,0 +1,48 @@
+"""One program to compile: a kernel, or a function of softlib, at one shape."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+HOPPER = ("h100",)
+BLACKWELL = ("b200",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is compiled, and what is expected of it.
+
+    Attributes:
+        family: Of kernels, such as `row statistics`.
+        name: Unique in its family.
+        function: Of arrays, all else bound.
+        arguments: Shapes and dtypes; a pytree for each argument.
+        targets: Names of the machines.
+        naive_bytes: Of the float32 logits or scores that a plain program would store;
+            0 if there are none. Temporaries are held against it.
+        flops: Multiplications and additions that the definition asks for.
+        bytes_moved: That have to be read and written at least.
+        spills_on_v4: Vector registers that may be spilled there; nowhere else any may.
+        ours: Whether it has to hold kernels, without spills. What is not ours is
+            compiled only for the tables: peers, and sizes of tiles not chosen.
+        sizes: Of its tiles, if it is one of a sweep over them.
+    """
+
+    family: str
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    targets: tuple[str, ...]
+    naive_bytes: int = 0
+    flops: float = 0
+    bytes_moved: float = 0
+    spills_on_v4: int = 0
+    ours: bool = True
+    sizes: str = ""
+
+
+def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

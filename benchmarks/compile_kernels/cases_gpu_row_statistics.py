@@ -1,0 +1,126 @@
+"""Linear heads on Hopper: the training step of large ones, and each kernel's options.
+
+Through softlib, and the kernels as the engine calls them with every option at once.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu_mosaic import row_statistics as kernels
+from softlib import losses
+
+from .case import HOPPER, Case, array
+from .cases_row_statistics import FAMILY, GEMMA, GPT
+
+# Rows, features and classes that are multiples of nothing that tiles are.
+RAGGED = (4001, 1000, 100_277)
+FEW = ("lse", "label_logits")
+ALL = (
+    *(*FEW, "mean_logit", "sum_logits", "sum_squared_logits"),
+    *("max_logit", "argmax"),
+)
+COTANGENTS = ("g_lse", "g_mean_logit", "g_sum_logits", "g_sum_squared_logits")
+
+
+def cases() -> list[Case]:
+    capped = {"logit_softcap": 30.0}
+    filtered = {"gradient_filter_eps": 2.0**-12}
+    return [
+        _case("Gemma 2 head, training step", _step(**capped), GEMMA),
+        _case("Gemma 2 head, loss", _loss(), GEMMA, passes=1),
+        _case("Gemma 2 head, filter", _step(**capped, **filtered), GEMMA),
+        _case("Gemma 2 head, float16", _step(), GEMMA, jnp.float16),
+        _case("GPT-2 head, loss", _loss(), GPT, passes=1),
+        _case("ragged head, training step", _step(), RAGGED),
+        _case("ragged head, smoothing", _step(label_smoothing=0.1), RAGGED),
+        *_bare("few", GEMMA, FEW, 1, modified=False),
+        *_bare("all", GEMMA, ALL, 1, modified=True),
+        *_bare("all, 2 labels, filter", RAGGED, ALL, 2, modified=True, eps=1e-3),
+        *_bare("8 labels", RAGGED, FEW, 8, modified=False),
+    ]
+
+
+def _loss(**options: Any) -> Any:
+    def loss(hidden: Any, weight: Any, labels: Any) -> Any:
+        return losses.linear_softmax_cross_entropy(
+            *(hidden, weight, labels), implementation="pallas_gpu", **options
+        ).sum()
+
+    return loss
+
+
+def _step(**options: Any) -> Any:
+    return jax.grad(_loss(**options), argnums=(0, 1))
+
+
+def _case(
+    name: str,
+    function: Any,
+    shape: tuple[int, int, int],
+    dtype: Any = jnp.bfloat16,
+    passes: int = 4,
+    more: tuple[Any, ...] = (),
+) -> Case:
+    rows, features, classes = shape
+    arguments = (
+        array(dtype, rows, features),
+        array(dtype, classes, features),
+        *(more or (array(jnp.int32, rows),)),
+    )
+    operands = 2 * features * (rows + classes)
+    return Case(
+        FAMILY,
+        f"gpu {name}",
+        function,
+        arguments,
+        HOPPER,
+        naive_bytes=4 * rows * classes,
+        flops=2 * passes * rows * features * classes,
+        # Read by the forward pass, read and written by the backward one.
+        bytes_moved=operands * (1 if passes == 1 else passes - 1),
+    )
+
+
+def _bare(
+    name: str,
+    shape: tuple[int, int, int],
+    statistics: tuple[str, ...],
+    labels: int,
+    *,
+    modified: bool,
+    eps: float | None = None,
+) -> list[Case]:
+    """The two passes by themselves; `modified` by all that turns products to logits."""
+    rows, _, classes = shape
+    # Of no case above: a kernel that a process has compiled is not compiled again.
+    options = kernels.Options(statistics, 20.0, eps)
+    names = [n for n in COTANGENTS if n.removeprefix("g_") in statistics]
+    known = [n for n in ("lse", "mean_logit") if n in statistics]
+
+    def operands(hidden: Any, weight: Any, labels: Any, row: Any, class_: Any) -> Any:
+        per_row = {"logit_scale": row, "temperature": row} if modified else {}
+        per_class = {"bias": class_, "where": class_} if modified else {}
+        return kernels.Operands(hidden, weight, labels, per_row, per_class)
+
+    def forward(*arrays: Any) -> Any:
+        return kernels.forward(options, operands(*arrays))
+
+    def backward(*arrays: Any) -> Any:
+        row = arrays[3]
+        of_labels = jnp.broadcast_to(row[:, None], (rows, labels))
+        given = dict.fromkeys((*known, *names), row)
+        return kernels.gradient(options, operands(*arrays), given, of_labels)
+
+    more = (
+        array(jnp.int32, rows, labels),
+        array(jnp.float32, rows),
+        array(jnp.float32, classes),
+    )
+    of = functools.partial(_case, shape=shape, more=more)
+    return [
+        of(f"bare {name}, forward", forward, passes=1),
+        of(f"bare {name}, backward", backward, passes=3),
+    ]

@@ -1,0 +1,69 @@
+"""Linear heads: the training step of a large one, and what is ragged or unusual."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softlib import losses
+
+from .case import TPUS, Case, array
+
+FAMILY = "row statistics"
+GEMMA = (8192, 2304, 256_000)
+GPT = (2048, 768, 50_257)
+
+
+def _loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+    found = losses.linear_softmax_cross_entropy(hidden, weight, labels, **options)
+    return found.sum()
+
+
+def _step(**options: Any) -> Any:
+    return jax.grad(functools.partial(_loss, **options), argnums=(0, 1))
+
+
+def _case(
+    name: str,
+    function: Any,
+    shape: tuple[int, int, int],
+    dtype: Any = jnp.bfloat16,
+    passes: int = 4,
+    **more: Any,
+) -> Case:
+    rows, features, classes = shape
+    arguments = (
+        array(dtype, rows, features),
+        array(dtype, classes, features),
+        array(jnp.int32, rows),
+    )
+    size = jnp.dtype(dtype).itemsize
+    # Every operand is read by each of three kernels; gradients are written once.
+    operands = size * features * (rows + classes)
+    return Case(
+        FAMILY,
+        name,
+        function,
+        arguments,
+        TPUS,
+        naive_bytes=4 * rows * classes,
+        flops=2 * passes * rows * features * classes,
+        bytes_moved=operands * (4 if passes > 1 else 1),
+        **more,
+    )
+
+
+def cases() -> list[Case]:
+    return [
+        _case("Gemma 2 head, training step", _step(), GEMMA),
+        _case("Gemma 2 head, loss", _loss, GEMMA, passes=1),
+        _case(
+            "Gemma 2 head, softcap and filter",
+            _step(logit_softcap=30.0, gradient_filter_eps=2.0**-12),
+            GEMMA,
+            spills_on_v4=6,
+        ),
+        _case("GPT-2 head, training step", _step(), GPT, spills_on_v4=1),
+        _case("GPT-2 head, float32", _step(), GPT, jnp.float32, spills_on_v4=4),
+    ]

@@ -1,0 +1,259 @@
+"""Block-sparse attention on TPUs: causal, radial over a video, and its options.
+
+The naive program stores the float32 scores of all pairs; flops are those of the pairs
+that attend. Arguments and results have their heads first, (B, N, T, H), the layout that
+the compiler gives them between projections and kernels; in the user's layout arguments
+of a program are copied once more, which is no matter of the kernels.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.tpu import attention as kernels
+from softlib import attention, masks
+from softlib.attention import _kernels_tpu as adapter
+from softlib.attention._plan import plan_of
+from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
+from softlib.attention._tiles import Operands, Options
+from softlib.masks import Mask
+
+from .case import TPUS, Case, array
+
+_FAMILY = "attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention: a batch entry unless said otherwise.
+
+    Attributes:
+        mask: Of what attends.
+        lengths: Queries and keys.
+        heads: Query heads and key heads.
+        features: Of a query and of a value.
+        dtype: Of all arrays.
+        batch: Entries.
+    """
+
+    mask: Mask
+    lengths: tuple[int, int]
+    heads: tuple[int, int]
+    features: tuple[int, int] = (128, 128)
+    dtype: Any = jnp.bfloat16
+    batch: int = 1
+
+    @property
+    def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Query, key, value, and the cotangent of the output, heads first."""
+        (t, s), (n, k), (h, e) = self.lengths, self.heads, self.features
+        shapes = ((n, t, h), (k, s, h), (k, s, e), (n, t, e))
+        return tuple(array(self.dtype, self.batch, *shape) for shape in shapes)
+
+    @property
+    def naive_bytes(self) -> int:
+        return 4 * self.batch * self.heads[0] * self.lengths[0] * self.lengths[1]
+
+    def flops(self, products: int) -> float:
+        """Of products over so many features, for every pair that attends."""
+        density = self.mask.density(*self.lengths)
+        return 2 * products * density * self.naive_bytes / 4
+
+    def bytes_of(self, names: str) -> int:
+        """Of arrays, each as often as its letter occurs; r are numbers per row."""
+        sizes: dict[str, int] = dict(zip("qkvo", map(_bytes, self.arrays), strict=True))
+        sizes["r"] = 4 * self.batch * self.heads[0] * self.lengths[0]
+        return sum(sizes[name] for name in names)
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def heads_first(function: Any) -> Any:
+    """The same function of arrays whose heads come before positions, and back."""
+
+    def turn(x: Any) -> Any:
+        return jnp.swapaxes(x, 1, 2) if x.ndim > 2 else x
+
+    def call(*arrays: Any) -> Any:
+        return jax.tree.map(turn, function(*map(turn, arrays)))
+
+    return call
+
+
+CAUSAL = Problem(masks.Causal(), (8192, 8192), (8, 2))
+# A video of 33 latent frames of 45 x 80 tokens.
+RADIAL = Problem(masks.Radial(3600), (118_800, 118_800), (24, 24))
+RAGGED = Problem(
+    *(masks.Window(700, 100), (5003, 6001), (6, 3)),
+    features=(72, 80),
+    batch=2,
+)
+# More blocks than one list holds.
+LONG = Problem(masks.All(), (262_144, 262_144), (2, 1))
+WIDE = dataclasses.replace(CAUSAL, dtype=jnp.float32, lengths=(4096, 4096))
+# Keys and values without padding are copies.
+LONG_RAGGED = dataclasses.replace(RAGGED, lengths=(20_003, 24_001))
+RAGGED_WIDE = dataclasses.replace(RAGGED, dtype=jnp.float32)
+
+
+def cases() -> list[Case]:
+    through = [
+        *_through_softlib("causal", CAUSAL),
+        *_through_softlib("radial", RADIAL),
+        *_through_softlib("ragged window", RAGGED),
+        *_through_softlib("long", LONG),
+        *_through_softlib("float32 causal", WIDE),
+        *_through_softlib("float32 ragged window", RAGGED_WIDE),
+        *_through_softlib("softcap", CAUSAL, logit_softcap=50.0),
+        *_through_softlib("softplus", CAUSAL, normalizer="softplus"),
+        *_through_softlib("stablemax", CAUSAL, normalizer="stablemax"),
+        *_with_sinks_and_lengths(),
+    ]
+    bare = [
+        *_bare("causal", CAUSAL),
+        *_bare("radial", RADIAL),
+        *_bare("ragged window", RAGGED),
+        *_bare("plain softplus", CAUSAL, Softplus()),
+        *_bare("log softplus", RAGGED, LogSoftplus()),
+        *_bare("stablemax", RAGGED, StableMax()),
+    ]
+    return [*through, *bare]
+
+
+# ---------------------------------------------------------------------- through softlib
+def _through_softlib(name: str, problem: Problem, **options: Any) -> list[Case]:
+    def forward(query: Any, key: Any, value: Any) -> Any:
+        return attention.dot_product_attention(
+            *(query, key, value),
+            mask=problem.mask,
+            implementation="pallas_tpu",
+            **options,
+        )
+
+    return _forward_and_training(name, problem, forward, problem.arrays[:3])
+
+
+def _with_sinks_and_lengths() -> list[Case]:
+    def forward(query: Any, key: Any, value: Any, sinks: Any, lengths: Any) -> Any:
+        return attention.dot_product_attention(
+            *(query, key, value),
+            mask=LONG_RAGGED.mask,
+            sinks=sinks,
+            key_value_seq_lengths=lengths,
+            implementation="pallas_tpu",
+        )
+
+    extra = (
+        array(jnp.float32, LONG_RAGGED.heads[0]),
+        array(jnp.int32, LONG_RAGGED.batch),
+    )
+    arguments = (*LONG_RAGGED.arrays[:3], *extra)
+    return _forward_and_training("sinks and lengths", LONG_RAGGED, forward, arguments)
+
+
+def _forward_and_training(
+    name: str, problem: Problem, forward: Any, arguments: tuple[Any, ...]
+) -> list[Case]:
+    def training(cotangent: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        call = lambda *arrays: forward(*arrays, *rest)
+        out, pull = jax.vjp(call, query, key, value)
+        return out, pull(cotangent)
+
+    (h, e), cotangent = problem.features, problem.arrays[3]
+    return [
+        _case(
+            *(f"softlib {name}, forward", problem, forward, arguments),
+            products=h + e,
+            moved="qkvor",
+        ),
+        _case(
+            *(f"softlib {name}, training", problem, training, (cotangent, *arguments)),
+            products=4 * h + 3 * e + h + e,
+            moved="qkvorqkvooqkvqkvorqkv",
+        ),
+    ]
+
+
+def _case(
+    name: str,
+    problem: Problem,
+    function: Any,
+    arguments: tuple[Any, ...],
+    *,
+    products: int,
+    moved: str,
+) -> Case:
+    return Case(
+        *(_FAMILY, name, heads_first(function), arguments, TPUS),
+        naive_bytes=problem.naive_bytes,
+        flops=problem.flops(products),
+        bytes_moved=problem.bytes_of(moved),
+    )
+
+
+# ----------------------------------------------------------------------- bare kernels
+def _bare(name: str, problem: Problem, kind: Kind | None = None) -> list[Case]:
+    """Each kernel by itself, as the engine calls it."""
+    (h, e), (t, _), (n, _) = problem.features, problem.lengths, problem.heads
+    per_row = array(jnp.float32, problem.batch, n, t)
+    arguments = (*problem.arrays, per_row, per_row)
+    options = Options(kind or Softmax(), h**-0.5, None, None, problem.dtype)
+
+    def given(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+        """What is static, and what the lists of blocks are made from."""
+        plan = plan_of(problem.mask, problem.lengths)
+        operands = Operands(query, key, value, plan)
+        return adapter.form_of(options, operands)[0], operands
+
+    def forward(query: Any, key: Any, value: Any) -> Any:
+        form, operands = given(query, key, value)
+        tiles, entries = adapter.blocks_of("forward", options, operands)
+        return kernels.attention(
+            *(query, key, value, entries),
+            form=form,
+            tiles=tiles,
+            out_dtype=problem.dtype,
+        )
+
+    def query_gradient(*arrays: Any) -> Any:
+        call: Any = query_gradient
+        form, operands = given(*arrays[:3])
+        tiles, entries = adapter.blocks_of("query", options, operands)
+        return call(*arrays, entries, form=form, tiles=tiles, out_dtype=problem.dtype)
+
+    def key_value_gradient(*arrays: Any) -> Any:
+        call: Any = key_value_gradient
+        form, operands = given(*arrays[:3])
+        tiles, entries = adapter.blocks_of("key", options, operands)
+        out_dtypes = (problem.dtype,) * 2
+        return call(*arrays, entries, form=form, tiles=tiles, out_dtypes=out_dtypes)
+
+    case = functools.partial(_case, problem=problem)
+    return [
+        case(
+            *(f"{name}, forward kernel",),
+            function=forward,
+            arguments=arguments[:3],
+            products=h + e,
+            moved="qkvor",
+        ),
+        case(
+            *(f"{name}, query kernel",),
+            function=query_gradient,
+            arguments=arguments,
+            products=2 * h + e,
+            moved="qkvorrq",
+        ),
+        case(
+            *(f"{name}, key kernel",),
+            function=key_value_gradient,
+            arguments=arguments,
+            products=2 * (h + e),
+            moved="qkvorrkv",
+        ),
+    ]

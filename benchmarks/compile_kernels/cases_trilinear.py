@@ -1,0 +1,126 @@
+"""Attention to pairs of keys in two windows, as two_simplicial_attention runs it."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softlib.attention import kronecker_attention, two_simplicial_attention
+from softlib.masks import Between, Causal, PerAxis, Window
+
+from .case import TPUS, Case, array
+
+FAMILY = "trilinear attention"
+
+
+def cases() -> list[Case]:
+    wide: dict[str, Any] = {
+        "tokens": 8192,
+        "windows": (512, 32),
+        "heads": 8,
+        "key_heads": 2,
+    }
+    float32 = wide | {"spills_on_v4": 128}
+    ragged: dict[str, Any] = {
+        "tokens": 8001,
+        "windows": (500, 60),
+        "heads": 6,
+        "key_heads": 2,
+    }
+    return [
+        *_pair("bfloat16", "bfloat16", **wide),
+        *_pair("float32", "float32", **float32),
+        *_pair("no shared keys", "bfloat16", **wide | {"key_heads": 8}),
+        *_pair(
+            "sixteen query heads", "bfloat16", **wide | {"heads": 16, "key_heads": 1}
+        ),
+        *_pair("wide features", "bfloat16", **wide | {"features": 256}),
+        *_pair("ragged", "bfloat16", **ragged, features=64),
+        *_pair("ragged float32", "float32", **ragged, features=100, spills_on_v4=128),
+        *_joint(),
+    ]
+
+
+def _pair(
+    name: str,
+    dtype: str,
+    *,
+    tokens: int,
+    windows: tuple[int, int],
+    heads: int,
+    key_heads: int,
+    features: int = 128,
+    spills_on_v4: int = 16,
+) -> list[Case]:
+    attend = functools.partial(
+        two_simplicial_attention,
+        window1=windows[0],
+        window2=windows[1],
+        implementation="pallas_tpu",
+    )
+    query = array(dtype, 1, tokens, heads, features)
+    key = array(dtype, 1, tokens, key_heads, features)
+    tuples = tokens * heads * windows[0] * windows[1]
+    return _both(name, attend, (query, key, key, key, key), tuples, spills_on_v4)
+
+
+def _joint() -> list[Case]:
+    """Every unordered pair once, not causal in one axis."""
+    joint = Between(2, 1, Causal(-1))
+    mask = PerAxis(Window(127, 128), Window(63, 0), joint=joint)
+
+    def attend(query: Any, key1: Any, key2: Any, value1: Any, value2: Any) -> Any:
+        return kronecker_attention(
+            query,
+            (key1, key2),
+            (value1, value2),
+            mask=mask,
+            implementation="pallas_tpu",
+        )
+
+    query = array(jnp.bfloat16, 2, 4096, 4, 128)
+    key = array(jnp.bfloat16, 2, 4096, 2, 128)
+    tuples = 2 * 4096 * 4 * 256 * 64
+    return _both("joint mask", attend, (query, key, key, key, key), tuples)
+
+
+def _both(
+    name: str,
+    attend: Any,
+    arguments: tuple[jax.ShapeDtypeStruct, ...],
+    tuples: int,
+    spills_on_v4: int = 16,
+) -> list[Case]:
+    def step(*arrays: Any) -> Any:
+        total = lambda *arrays: attend(*arrays).astype(jnp.float32).sum()
+        return jax.grad(total, argnums=range(5))(*arrays)
+
+    moved = sum(x.size * x.dtype.itemsize for x in arguments)
+    out = arguments[0].size * arguments[0].dtype.itemsize
+    products = 2 * tuples * arguments[0].shape[-1]
+    common: dict[str, Any] = {
+        "arguments": arguments,
+        "targets": TPUS,
+        "naive_bytes": 4 * tuples,
+        "spills_on_v4": spills_on_v4,
+    }
+    return [
+        Case(
+            FAMILY,
+            f"{name}, forward",
+            lambda *arrays: attend(*arrays),
+            flops=2 * products,
+            bytes_moved=moved + out,
+            **common,
+        ),
+        # Two products forward, and six backward; the kernels take 3 + 4 + 4.
+        Case(
+            FAMILY,
+            f"{name}, training step",
+            step,
+            flops=(2 + 6) * products,
+            bytes_moved=3 * moved + 2 * out,
+            **common,
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""Kernels for Mosaic GPU: Hopper and Blackwell."""

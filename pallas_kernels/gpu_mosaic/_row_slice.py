@@ -1,0 +1,360 @@
+r"""The mathematics of a slice of logits, (rows, classes), as registers hold it.
+
+    raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature
+
+A warpgroup holds a tile of logits in the layout of an accumulator, a number per row in
+that layout reduced over classes, a number per class in that layout reduced over rows.
+A tile is taken in slices of a few columns, so that the intermediate values of one slice
+are gone before those of the next one need registers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _ring
+
+FILTER_CLASSES = 128  # of a block that the gradient filter keeps or drops
+_BEYOND = 2**30  # more than any class
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static of the logits and of what is asked of them.
+
+    Attributes:
+        statistics: Names, as `row_statistics.STATISTICS` has them.
+        logit_softcap: c; None for none.
+        classes: How many there are; an array of numbers per class is longer.
+        labels: How many labels a row has.
+        per_row: Names of the numbers per row, in the order of their table.
+        per_class: Names of the numbers per class, likewise.
+        overhang: Whether a tile may reach beyond the last class.
+        filter: Whether the gradient filter asks how far p is from the labels.
+    """
+
+    statistics: tuple[str, ...]
+    logit_softcap: float | None
+    classes: int
+    labels: int
+    per_row: tuple[str, ...]
+    per_class: tuple[str, ...]
+    overhang: bool
+    filter: bool = False
+
+    def wants(self, *names: str) -> bool:
+        return any(name in self.statistics for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Numbers per row of a tile, in registers."""
+
+    values: Mapping[str, Any]
+    labels: tuple[Any, ...]
+
+    @classmethod
+    def load(
+        cls,
+        form: Form,
+        table_ref: Any,
+        labels_ref: Any,
+        first: Any,
+        count: int,
+        layout: Any = plgpu.Layout.WGMMA,
+    ) -> "Rows":
+        """From the tables (names, rows) and (labels, rows) in global memory."""
+        place = pl.ds(first, count)
+        of = lambda ref, at: _ring.read(ref.at[at, place], layout.reduce(1))
+        values = {name: of(table_ref, at) for at, name in enumerate(form.per_row)}
+        labels = tuple(of(labels_ref, at) for at in range(form.labels))
+        return cls(values, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some columns of a tile of logits, and the numbers that belong to them.
+
+    Attributes:
+        form: What is static.
+        raw: Products of hidden and weight, float32, (rows, classes).
+        rows: Numbers per row.
+        classes: Numbers per class, by name.
+        first: The first class.
+        layout: Of `raw`.
+    """
+
+    form: Form
+    raw: Any
+    rows: Rows
+    classes: Mapping[str, Any]
+    first: Any
+    layout: Any = plgpu.Layout.WGMMA
+
+    @classmethod
+    def load(
+        cls,
+        form: Form,
+        raw: Any,
+        rows: Rows,
+        table_ref: Any,
+        first: Any,
+        layout: Any = plgpu.Layout.WGMMA,
+    ) -> "Slice":
+        """With its numbers per class from the table (names, classes)."""
+        place = pl.ds(first, raw.shape[1])
+        of = lambda at: _ring.read(table_ref.at[at, place], layout.reduce(0))
+        classes = {name: of(at) for at, name in enumerate(form.per_class)}
+        # The cast changes nothing: it tells the inference of layouts what `raw` has.
+        # The barrier keeps the compiler from computing all slices at once, for which
+        # there are too few registers.
+        raw = lax.optimization_barrier(plgpu.layout_cast(raw, layout))
+        return cls(form, raw, rows, classes, first, layout)
+
+    def over_rows(self, values: Any) -> Any:
+        return lax.broadcast_in_dim(values, self.raw.shape, (0,))
+
+    def per_row(self, name: str) -> Any:
+        """Spread over the classes; None if there is no such number."""
+        values = self.rows.values.get(name)
+        return None if values is None else self.over_rows(values)
+
+    def per_class(self, name: str) -> Any:
+        values = self.classes.get(name)
+        if values is None:
+            return None
+        return lax.broadcast_in_dim(values, self.raw.shape, (1,))
+
+    @functools.cached_property
+    def ids(self) -> Any:
+        """Of the classes, from 0 in this slice."""
+        return plgpu.broadcasted_iota(jnp.int32, self.raw.shape, 1, layout=self.layout)
+
+    def label(self, index: int) -> Any:
+        """(rows, classes): where the class is this label of the row."""
+        return self.ids == self.over_rows(self.rows.labels[index] - self.first)
+
+    def select(self, z: Any, other: float) -> Any:
+        """`other` in place of overhang and of the classes that are not selected."""
+        if self.form.overhang:
+            z = jnp.where(self.ids < self.form.classes - self.first, z, other)
+        where = self.per_class("where")
+        return z if where is None else jnp.where(where > 0, z, other)
+
+    def logits(self) -> tuple[Any, Any]:
+        """z, and tanh(u / c) or None."""
+        u, saturation, cap = self.raw, None, self.form.logit_softcap
+        scale, bias = self.per_row("logit_scale"), self.per_class("bias")
+        temperature = self.per_row("inverse_temperature")
+        if scale is not None:
+            u = u * scale
+        if bias is not None:
+            u = u + bias
+        if cap is not None:
+            saturation = _tanh(u * (1 / cap))
+            u = cap * saturation
+        if temperature is not None:
+            u = jnp.where(u == -jnp.inf, u, u * temperature)
+        return u, saturation
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    """Absolute error of a few 1e-7; `tanh.approx` would be off by 5e-4 of its result.
+
+    1 / y = rsqrt(y)^2 spares a division.
+    """
+    inverse = lax.rsqrt(jnp.exp(2 * x) + 1)
+    return 1 - 2 * (inverse * inverse)
+
+
+# ------------------------------------------------------------------------------ forward
+def start(form: Form, rows: int, layout: Any = plgpu.Layout.WGMMA) -> dict[str, Any]:
+    """What the forward pass carries from slice to slice: numbers per row, by name."""
+    tops = ("top", "max_logit")
+    return {
+        name: plgpu.layout_cast(
+            jnp.full((rows,), -jnp.inf if name in tops else 0, jnp.float32),
+            layout.reduce(1),
+        )
+        for name in state_names(form)
+    }
+
+
+def state_names(form: Form) -> tuple[str, ...]:
+    names: list[str] = []
+    if form.wants("lse", "mean_logit"):
+        names += ["top", "total"]
+    if form.wants("mean_logit"):
+        names.append("weighted")
+    sums = ("sum_logits", "sum_squared_logits")
+    names += [name for name in sums if form.wants(name)]
+    if form.wants("max_logit", "argmax"):
+        names.append("max_logit")
+    if form.wants("argmax"):
+        names.append("argmax")
+    if form.wants("label_logits"):
+        names += [f"label_{i}" for i in range(form.labels)]
+    return tuple(names)
+
+
+def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
+    """The state with the classes of a slice."""
+    form, after = part.form, dict(state)
+    z, _ = part.logits()
+    present, counted = part.select(z, -jnp.inf), part.select(z, 0)
+    top: Any = None
+    if form.wants("lse", "mean_logit", "max_logit", "argmax"):
+        top = present.max(1)
+    if form.wants("lse", "mean_logit"):
+        after["top"] = jnp.maximum(state["top"], top)
+        shift = jnp.where(after["top"] == -jnp.inf, 0, after["top"])
+        exponentials = jnp.exp(present - part.over_rows(shift))
+        factor = jnp.exp(state["top"] - shift)
+        after["total"] = state["total"] * factor + exponentials.sum(1)
+        if form.wants("mean_logit"):
+            # p z is 0 where z is -inf.
+            added = (exponentials * without_inf(present)).sum(1)
+            after["weighted"] = state["weighted"] * factor + added
+    if form.wants("sum_logits"):
+        after["sum_logits"] = state["sum_logits"] + counted.sum(1)
+    if form.wants("sum_squared_logits"):
+        added = (counted * counted).sum(1)
+        after["sum_squared_logits"] = state["sum_squared_logits"] + added
+    if form.wants("argmax"):
+        # The lowest class that attains the maximum. Numbers of classes are exact in
+        # float32 below 2^24.
+        attained = jnp.where(present == part.over_rows(top), part.ids, _BEYOND)
+        place = (attained.min(1) + part.first).astype(jnp.float32)
+        higher = top > state["max_logit"]
+        after["argmax"] = jnp.where(higher, place, state["argmax"])
+    if form.wants("max_logit", "argmax"):
+        after["max_logit"] = jnp.maximum(state["max_logit"], top)
+    if form.wants("label_logits"):
+        for i in range(form.labels):
+            # From this very tile: by another product it could exceed lse by rounding.
+            found = jnp.where(part.label(i), z, 0).sum(1)
+            after[f"label_{i}"] = state[f"label_{i}"] + found
+    return after
+
+
+def merged(form: Form, state: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The statistics, from states (splits, rows) of parts of the classes in order."""
+    found: dict[str, jax.Array] = {}
+    if form.wants("lse", "mean_logit"):
+        top = state["top"].max(0)
+        shift = jnp.where(top == -jnp.inf, 0, top)
+        factor = jnp.exp(state["top"] - shift[None])
+        total = (state["total"] * factor).sum(0)
+        empty = total == 0
+        safe = jnp.where(empty, 1, total)
+        found["lse"] = jnp.where(empty, -jnp.inf, shift + jnp.log(safe))
+        if form.wants("mean_logit"):
+            weighted = (state["weighted"] * factor).sum(0)
+            found["mean_logit"] = jnp.where(empty, 0, weighted / safe)
+    for name in ("sum_logits", "sum_squared_logits"):
+        if form.wants(name):
+            found[name] = state[name].sum(0)
+    if form.wants("max_logit", "argmax"):
+        found["max_logit"] = state["max_logit"].max(0)
+    if form.wants("argmax"):
+        split = jnp.argmax(state["max_logit"], axis=0)  # the first that attains it
+        place = jnp.take_along_axis(state["argmax"], split[None], axis=0)[0]
+        found["argmax"] = place.astype(jnp.int32)
+    if form.wants("label_logits"):
+        labels = [state[f"label_{i}"].sum(0) for i in range(form.labels)]
+        found["label_logits"] = jnp.stack(labels, axis=1)
+    return {name: found[name] for name in form.statistics}
+
+
+# ----------------------------------------------------------------------------- backward
+@dataclasses.dataclass(frozen=True)
+class Cotangents:
+    """Of a slice.
+
+    Attributes:
+        raw: Of the raw products.
+        biased: Of the logits before the softcap, per entry.
+        logit_scale: Sums per row.
+        temperature: Sums per row.
+        distance: The largest of a probability from what the labels ask, per row, for
+            the gradient filter; infinite for NaN.
+    """
+
+    raw: Any
+    biased: Any
+    logit_scale: Any
+    temperature: Any
+    distance: Any
+
+
+def cotangents(part: Slice) -> Cotangents:
+    form = part.form
+    z, saturation = part.logits()
+    p: Any = _probabilities(part, z) if "lse" in form.per_row else None
+    du = _of_logits(part, z, p)
+    dscale, dtemperature, distance = None, None, None
+    inverse, scale = part.per_row("inverse_temperature"), part.per_row("logit_scale")
+    if inverse is not None:
+        du = du * inverse
+        dtemperature = -(du * without_inf(z)).sum(1)
+    if saturation is not None:
+        du = du * (1 - saturation * saturation)
+    draw = du
+    if scale is not None:
+        dscale = (du * part.raw).sum(1)
+        draw = du * scale
+    if form.filter:
+        if form.labels:
+            hit = part.label(0)
+            for i in range(1, form.labels):
+                hit = hit | part.label(i)
+            p = jnp.abs(p - jnp.where(hit, 1.0, 0.0))
+        distance = jnp.where(p >= 0, p, jnp.inf).max(1)  # a NaN is not small
+    return Cotangents(draw, du, dscale, dtemperature, distance)
+
+
+def _of_logits(part: Slice, z: Any, p: Any) -> Any:
+    """The cotangent of z, term by term.
+
+    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
+    """
+    g = lambda name: part.per_row(f"g_{name}")
+    dz = None
+    if g("lse") is not None or g("mean_logit") is not None:
+        factor = g("lse")
+        if g("mean_logit") is not None:
+            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
+            more = g("mean_logit") * deviation
+            factor = more if factor is None else factor + more
+        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
+        dz = part.select(p * factor, 0)
+    sums = g("sum_logits")
+    if g("sum_squared_logits") is not None:
+        twice = 2 * g("sum_squared_logits") * without_inf(z)
+        sums = twice if sums is None else sums + twice
+    if sums is not None:
+        sums = part.select(sums, 0)
+        dz = sums if dz is None else dz + sums
+    if "g_label_0" in part.form.per_row:
+        for i in range(part.form.labels):
+            onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
+            dz = onehot if dz is None else dz + onehot
+    assert dz is not None
+    return dz
+
+
+def _probabilities(part: Slice, z: Any) -> Any:
+    """An exact 0 where a class is excluded; lse is +inf, not -inf, if all are."""
+    lse = part.per_row("lse")
+    return jnp.exp(part.select(z, -jnp.inf) - lse)
+
+
+def without_inf(z: Any) -> Any:
+    return jnp.where(z == -jnp.inf, 0, z)

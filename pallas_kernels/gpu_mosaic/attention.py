@@ -1,0 +1,255 @@
+"""Block-sparse attention for Hopper: the forward pass.
+
+One block of threads computes 128 queries of a head. Two warpgroups multiply, 64 queries
+each; a third only copies: it walks along the list of the tile and fetches the listed
+tiles of keys and values into a ring in shared memory, ahead of the other two. What is
+not listed is never read. Weights go from the registers of the first product into the
+second.
+
+Lists and masks: `attention_lists`, `attention_scores`. Arrays stay in the layout
+(batch, length, heads, features): a copy takes one head out of it.
+
+Shared memory: the queries, `stages` tiles of keys and of values, and the output where
+it does not fit in the place of the queries. Registers per thread: E / 2 for the output
+and `keys` / 2 for scores.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._devices import Gpu
+from pallas_kernels._results import result
+
+from . import attention_ring as ring
+from .attention_lists import Lists
+from .attention_ring import (
+    MOST_COLUMNS,
+    ROWS,
+    SPARE_BYTES,
+    TILE,
+    WARPGROUPS,
+    Channel,
+    Walk,
+)
+from .attention_scores import LN2, LOG2E, Axis, Form, across
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes of the forward kernel.
+
+    Attributes:
+        keys: Per tile.
+        stages: Tiles of keys, and of values, in shared memory.
+    """
+
+    keys: int = 128
+    stages: int = 2
+
+    def smem_bytes(self, features: int, value_features: int) -> int:
+        ring = self.stages * self.keys * (features + value_features)
+        queries = TILE * (features + (value_features != features) * value_features)
+        return (ring + queries) * 2 + TILE * 4 + SPARE_BYTES
+
+
+def choose_tiles(features: int, value_features: int, device: Gpu) -> Tiles | None:
+    """The most keys per tile, then stages, that registers and shared memory hold.
+
+    A thread keeps half of a row of the output, of which there are `value_features`, and
+    half of a row of scores, beside about 80 other numbers. None if nothing fits.
+    """
+    if value_features > MOST_COLUMNS:
+        return None
+    fitting = (keys for keys in (128, 64) if (value_features + keys) // 2 <= 160)
+    sizes = [(keys, stages) for keys in fitting for stages in (4, 3, 2)]
+    # With one stage nothing is fetched ahead: only where there is no other way.
+    for keys, stages in (*sizes, (64, 1)):
+        tiles = Tiles(keys, stages)
+        if tiles.smem_bytes(features, value_features) <= device.smem_bytes:
+            return tiles
+    return None
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lists: Lists,
+    *,
+    form: Form,
+    tiles: Tiles,
+    sinks: jax.Array | None = None,
+    mask_scalars: jax.Array | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over listed tiles, and the log of the sum of the weights.
+
+    Args:
+        query: (B, T, N, H), bfloat16 or float16, T a multiple of 8, H of 64.
+        key: (B, S, K, H); query head n reads key head n // (N // K).
+        value: (B, S, K, E), E a multiple of 64.
+        lists: Of tiles of `tiles.keys` keys, for each tile of 128 queries. The last
+            tile of keys is listed among those where the mask is evaluated if it is not
+            full.
+        form: Scores and weights.
+        tiles: Sizes.
+        sinks: (N,) float32: one more score per head, without a value; only for weights
+            `softmax`.
+        mask_scalars: (B, n) int32: further arguments of `form.mask`.
+        interpret: As in `plgpu.kernel`.
+
+    Returns:
+        The output in the dtype of `query`, (B, T, N, E), 0 in rows without weights, and
+        the normalizer, float32, (B, N, T): the log-sum in nats, -inf or the sink in
+        rows without weights; the sum itself if weights are not relative.
+    """
+    batch, length, heads, features = query.shape
+    value_features = value.shape[-1]
+    extra = [x for x in (sinks, mask_scalars) if x is not None]
+    operands = (query, key, value, *lists, *extra)
+    scratch: dict[str, Any] = {
+        "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
+        "k": ring.swizzled((tiles.stages, tiles.keys, features), query.dtype),
+        "v": ring.swizzled((tiles.stages, tiles.keys, value_features), value.dtype),
+        "out": ring.swizzled((WARPGROUPS, ROWS, value_features), query.dtype)
+        if features != value_features
+        else None,
+        "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        "staging": ring.staging(tiles.keys, value.dtype, interpret),
+        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
+        "k_ready": plgpu.Barrier(num_barriers=tiles.stages),
+        "v_ready": plgpu.Barrier(num_barriers=tiles.stages),
+        "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+        "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+    }
+    return plgpu.kernel(
+        functools.partial(
+            _forward_kernel,
+            form=form,
+            has_sinks=sinks is not None,
+        ),
+        out_type=(
+            result((batch, length, heads, value_features), query.dtype, *operands),
+            result((batch, heads, length), jnp.float32, *operands),
+        ),
+        scratch_types=scratch,
+        # The tiles of one head run side by side and share its keys in the cache.
+        grid=(lists.tiles.shape[0], heads, batch),
+        grid_names=("tile", "head", "batch"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="block_sparse_attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands)
+
+
+def _forward_kernel(*refs, form, has_sinks, q, k, v, out, lse, staging, **barriers):
+    query_ref, key_ref, value_ref, others_ref, tiles_ref, *rest = refs
+    sinks_ref = rest.pop(0) if has_sinks else None
+    *scalars_refs, out_ref, lse_ref = rest
+    at, head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
+    warpgroup = lax.axis_index("warpgroup")
+    walk = Walk(others_ref, tiles_ref, at)
+    keys = Channel((k,), barriers["k_ready"], barriers["k_free"])
+    values = Channel((v,), barriers["v_ready"], barriers["v_free"])
+    size, last = k.shape[1], form.last(key_ref.shape[1], k.shape[1])
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
+        key_head = lax.div(head, query_ref.shape[2] // key_ref.shape[2])
+
+        def fill(step, _, tile):
+            part = (batch, pl.ds(tile * size, size), key_head)
+            keys.fill(step, key_ref.at[part])
+            values.fill(step, value_ref.at[part])
+
+        ring.feed(walk, fill)
+        keys.close()
+        values.close()
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
+        keys.open()
+        values.open()
+        first = walk.tile * TILE + warpgroup * ROWS
+        own = pl.ds(first, ROWS)
+        staged = None if staging is None else staging.at[warpgroup]
+        ready = barriers["q_ready"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(query_ref.at[batch, own, head], q.at[warpgroup], ready)
+        plgpu.barrier_wait(ready)
+
+        def step(partial, at, carry):
+            total, top, weight = carry
+            (slot,) = keys.wait(at)
+            queries = q.at[ring.anew(warpgroup)]
+            raw = ring.product(queries, ring.transposed(slot), size)
+            keys.release(at)
+
+            one_by_one = partial or not form.is_plain
+            in_parts = ring.by_columns if one_by_one else ring.at_once
+
+            def scores(columns, raw):
+                bits = form.bits(raw)
+                if not partial:
+                    return (bits,)
+                query = Axis(0, first)
+                key = Axis(1, walk.other(at) * size + columns.start)
+                scalars = ring.scalars(scalars_refs, batch)
+                return (form.selected(bits, query, key, last, scalars),)
+
+            (bits,) = in_parts(scores, raw)
+            if form.is_relative:
+                before, top = top, form.top(bits, top)
+                shift = _finite(top)
+                weights = lambda _, bits: (
+                    form.relative(bits, across(shift, bits.shape)),
+                )
+                (p,) = in_parts(weights, bits)
+                decay = jnp.exp2(before - shift)
+                weight = weight * decay + p.sum(1)
+                total = total * across(decay, total.shape)
+            else:
+                (p,) = ring.by_columns(lambda _, bits: form.absolute(bits)[:1], bits)
+                weight = weight + p.sum(1)
+            (slot,) = values.wait(at)
+            p = ring.operand(p.astype(value_ref.dtype), staged)
+            total = ring.added(total, p, slot, staged)
+            values.release(at)
+            return total, top, weight
+
+        top = jnp.full((ROWS,), -jnp.inf, jnp.float32)
+        weight = jnp.zeros((ROWS,), jnp.float32)
+        if sinks_ref is not None:
+            sink = sinks_ref[head] * LOG2E
+            top = jnp.full((ROWS,), sink)
+            weight = jnp.full((ROWS,), jnp.where(sink == -jnp.inf, 0.0, 1.0))
+        carry = ring.zeros(v.shape[2]), ring.per_row(top), ring.per_row(weight)
+        total, top, weight = walk.fold(step, carry)
+
+        empty = weight == 0
+        divisor = jnp.where(empty, 1.0, weight)
+        inverse = jnp.where(empty, 0.0, 1 / divisor)
+        if form.is_relative:
+            bits = _finite(top) + jnp.log2(divisor)
+            weight = jnp.where(empty, -jnp.inf, bits * LN2)
+        lse[warpgroup] = weight
+        total = total * across(inverse, total.shape)
+        slot = (q if out is None else out).at[warpgroup]
+        ring.store(total, slot, out_ref.at[batch, own, head])
+        plgpu.copy_smem_to_gmem(lse.at[warpgroup], lse_ref.at[batch, head, own])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _finite(top: Any) -> Any:
+    """-inf - -inf is NaN: rows that have seen nothing are kept relative to 0."""
+    return jnp.where(top == -jnp.inf, 0.0, top)

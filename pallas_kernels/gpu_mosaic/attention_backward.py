@@ -1,0 +1,232 @@
+r"""Block-sparse attention for Hopper: the backward pass, and in it dQ.
+
+With p the weights over the sum of their row, w their slopes, dp = dO V^T:
+
+    dZ = w (dp - delta),    dQ = dZ K,    dK = dZ^T Q,    dV = p^T dO
+
+Weights are computed again from the log-sum of each row. The kernel of dQ: a block of
+threads has 128 queries and walks along the keys that they attend to, like the forward
+pass. dK and dV: `attention_key_gradients`. Five products would do with one kernel for
+all three; two take seven and need no atomics.
+
+Shared memory: what the block of threads owns, whose place the results take at the end,
+and a ring of what it walks along. Registers per thread: half the features of the
+results, and for scores and dp half a tile each.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._devices import Gpu
+from pallas_kernels._results import result
+
+from . import attention_ring as ring
+from .attention_lists import Lists
+from .attention_ring import (
+    MOST_COLUMNS,
+    ROWS,
+    SPARE_BYTES,
+    TILE,
+    WARPGROUPS,
+    Channel,
+    Walk,
+)
+from .attention_scores import Axis, Form, across
+
+MOST_SUMS = 160  # registers of a thread for results, which leave enough for all else
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """Sizes of the backward kernels.
+
+    Attributes:
+        keys: Per tile of the ring of the kernel of dQ.
+        queries: Per tile of the ring of the kernel of dK and dV.
+        stages: Tiles in either ring.
+        together: Whether one kernel computes dK and dV, or each has its own.
+    """
+
+    keys: int = 64
+    queries: int = 64
+    stages: int = 2
+    together: bool = True
+
+    def smem_bytes(self, features: int, value_features: int) -> int:
+        """Of the kernel that takes most."""
+        rows = TILE + self.stages * max(self.keys, self.queries)
+        return rows * (2 * (features + value_features) + 2 * 4) + SPARE_BYTES
+
+
+def choose_backward_tiles(
+    features: int, value_features: int, device: Gpu
+) -> BackwardTiles | None:
+    """As many stages as shared memory holds, up to four; None if nothing fits.
+
+    A thread keeps half of a row of dK and of dV. Where both take too many registers
+    each has a kernel of its own, and scores are computed once more.
+    """
+    if max(features, value_features) > MOST_COLUMNS:
+        return None
+    together = (features + value_features) // 2 <= MOST_SUMS
+    for stages in (4, 3, 2, 1):
+        tiles = BackwardTiles(stages=stages, together=together)
+        if tiles.smem_bytes(features, value_features) <= device.smem_bytes:
+            return tiles
+    return None
+
+
+def kept(slope: Any, form: Form, *results: int) -> Any:
+    """Slopes as they wait for their product, next to results of so many features.
+
+    Where registers are short, in half of them, rounded as dZ will be.
+    """
+    sums, widest = sum(results) // 2, max(results)
+    crowded = sums > 96 and (widest > 192 or not form.is_plain)
+    return slope.astype(jnp.bfloat16) if crowded else slope
+
+
+def query_gradient(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cotangent: jax.Array,
+    norm: jax.Array,
+    delta: jax.Array,
+    lists: Lists,
+    *,
+    form: Form,
+    tiles: BackwardTiles,
+    mask_scalars: jax.Array | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """The gradient of the queries, dQ.
+
+    Args:
+        query: As in `attention`, like `key`, `value`, `form` and `interpret`.
+        key: See `query`.
+        value: See `query`.
+        cotangent: dO, (B, T, N, E), in the dtype of `query`.
+        norm: (B, N, T), float32: log-sums in bits, inf for an empty row; the inverse of
+            the sum, 0 for an empty row, if weights are not relative.
+        delta: <dO, out> minus the cotangent of the log-sum, (B, N, T), float32.
+        lists: Of tiles of `tiles.keys` keys, for each tile of 128 queries.
+        form: See `query`.
+        tiles: Sizes.
+        mask_scalars: As in `attention`.
+        interpret: See `query`.
+
+    Returns:
+        In the shape and dtype of `query`.
+    """
+    batch, _, heads, features = query.shape
+    value_features, stages = value.shape[-1], tiles.stages
+    operands = (query, key, value, cotangent, norm, delta, *lists)
+    if mask_scalars is not None:
+        operands = (*operands, mask_scalars)
+    return plgpu.kernel(
+        functools.partial(_query_kernel, form=form),
+        out_type=result(query.shape, query.dtype, *operands),
+        scratch_types={
+            "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
+            "do": ring.swizzled((WARPGROUPS, ROWS, value_features), query.dtype),
+            "k": ring.swizzled((stages, tiles.keys, features), key.dtype),
+            "v": ring.swizzled((stages, tiles.keys, value_features), value.dtype),
+            "rows": plgpu.SMEM((2, WARPGROUPS, ROWS), jnp.float32),
+            "staging": ring.staging(tiles.keys, key.dtype, interpret),
+            "owned": plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
+            "k_ready": plgpu.Barrier(num_barriers=stages),
+            "v_ready": plgpu.Barrier(num_barriers=stages),
+            "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        },
+        grid=(lists.tiles.shape[0], heads, batch),
+        grid_names=("tile", "head", "batch"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="attention_query_gradient",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands)
+
+
+def _query_kernel(*refs, form, q, do, k, v, rows, staging, owned, **barriers):
+    *arrays, others_ref, tiles_ref = refs[:8]
+    query_ref, key_ref, value_ref, cotangent_ref, norm_ref, delta_ref = arrays
+    *scalars_refs, dq_ref = refs[8:]
+    at, head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
+    warpgroup = lax.axis_index("warpgroup")
+    walk = Walk(others_ref, tiles_ref, at)
+    keys = Channel((k,), barriers["k_ready"], barriers["k_free"])
+    values = Channel((v,), barriers["v_ready"], barriers["v_free"])
+    size, last = k.shape[1], form.last(key_ref.shape[1], k.shape[1])
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
+        key_head = lax.div(head, query_ref.shape[2] // key_ref.shape[2])
+
+        def fill(step, _, tile):
+            part = (batch, pl.ds(tile * size, size), key_head)
+            keys.fill(step, key_ref.at[part])
+            values.fill(step, value_ref.at[part])
+
+        ring.feed(walk, fill)
+        keys.close()
+        values.close()
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
+        keys.open()
+        values.open()
+        first = walk.tile * TILE + warpgroup * ROWS
+        own = (batch, pl.ds(first, ROWS), head)
+        own_rows = (batch, head, pl.ds(first, ROWS))
+        staged = None if staging is None else staging.at[warpgroup]
+        barrier = owned.at[warpgroup]
+        plgpu.copy_gmem_to_smem(query_ref.at[own], q.at[warpgroup], barrier)
+        plgpu.copy_gmem_to_smem(cotangent_ref.at[own], do.at[warpgroup], barrier)
+        plgpu.copy_gmem_to_smem(norm_ref.at[own_rows], rows.at[0, warpgroup], barrier)
+        plgpu.copy_gmem_to_smem(delta_ref.at[own_rows], rows.at[1, warpgroup], barrier)
+        plgpu.barrier_wait(barrier)
+        norm, delta = (
+            plgpu.load(rows.at[i, warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
+            for i in range(2)
+        )
+
+        def step(partial, at, total):
+            (slot,) = keys.wait(at)
+            own_slot = ring.anew(warpgroup)
+            raw = ring.product(q.at[own_slot], ring.transposed(slot), size)
+
+            def weights(columns, raw):
+                bits = form.bits(raw)
+                if partial:
+                    key = Axis(1, walk.other(at) * size + columns.start)
+                    scalars = ring.scalars(scalars_refs, batch)
+                    bits = form.selected(bits, Axis(0, first), key, last, scalars)
+                _, slope = form.normalised(bits, across(norm, bits.shape))
+                return (kept(slope, form, k.shape[2]),)
+
+            (slope,) = ring.by_columns(weights, raw)
+            answer = across(-delta, slope.shape)
+            (given,) = values.wait(at)
+            answer = ring.added(answer, do.at[own_slot], ring.transposed(given), staged)
+            values.release(at)
+            dz = slope.astype(jnp.float32) * answer
+            dz = ring.operand(dz.astype(key_ref.dtype), staged)
+            total = ring.added(total, dz, slot, staged)
+            keys.release(at)
+            return total
+
+        total = walk.fold(step, ring.zeros(k.shape[2]))
+        ring.store(total * form.scale, q.at[warpgroup], dq_ref.at[own])
+        plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,342 @@
+"""Statistics of the logits `hidden @ weight.T` per row, and gradients, for Hopper.
+
+Forward, one kernel: logits live in accumulators only (`row_statistics_forward`).
+
+Backward, the classes go by in chunks. Of each chunk one kernel computes the logits
+again and stores their cotangents in the dtype of the operands
+(`row_statistics_cotangent`); two more multiply these with the weight and with hidden
+(`row_statistics_products`), add to a float32 gradient of hidden and write the rows of
+the weight's gradient. With the forward pass these are four products, the least that
+does without stored logits; in memory are the cotangents of a chunk and the float32
+gradient of hidden, no copy of the weight.
+
+Every sum has one owner and one order: results repeat bit by bit.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import sequential_vmap
+from jax.experimental import pallas as pl
+
+from pallas_kernels._devices import H100, gpu
+
+from . import _row_slice, _row_tiles
+from ._ring import BLOCK
+from ._row_slice import FILTER_CLASSES, Form
+from ._row_tiles import BackwardTiles, Shapes, Tiles
+from .row_statistics_cotangent import SUMS, chunk_cotangents
+from .row_statistics_forward import partial_states
+from .row_statistics_products import Kept, add_hidden_gradient, write_weight_gradient
+
+
+class Operands(NamedTuple):
+    """Arrays of one call.
+
+    Attributes:
+        hidden: (N, D), bfloat16 or float16, D a multiple of 8.
+        weight: (V, D), of the same dtype.
+        labels: (N, L) int32, or None; a label outside [0, V) is in no class.
+        per_row: Numbers of every row, (N,) float32 each, by name: `logit_scale`,
+            `temperature`.
+        per_class: Numbers of every class, (V,) float32 each: `bias`, and `where`, which
+            is 0 for a class that is not selected.
+    """
+
+    hidden: jax.Array
+    weight: jax.Array
+    labels: jax.Array | None
+    per_row: dict[str, jax.Array]
+    per_class: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is static.
+
+    Attributes:
+        statistics: Names of those that are asked for: `lse`, `label_logits`,
+            `mean_logit`, `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
+        logit_softcap: c of z = c tanh(u / c), or None.
+        filter_eps: Blocks of 128 rows x 128 classes, all of whose probabilities are
+            closer than this to what the labels ask, give no gradient to hidden and
+            weight, and are not multiplied.
+    """
+
+    statistics: tuple[str, ...] = ("lse",)
+    logit_softcap: float | None = None
+    filter_eps: float | None = None
+
+
+class Gradient(NamedTuple):
+    """Of hidden and weight in their dtypes, of the others in float32."""
+
+    hidden: jax.Array
+    weight: jax.Array
+    per_row: dict[str, jax.Array]
+    bias: jax.Array | None
+
+
+class Sums(NamedTuple):
+    """What the backward pass adds up or writes, chunk after chunk."""
+
+    hidden: Any  # (whole tiles of rows, whole tiles of features), float32
+    weight: Any
+    rows: Any | None  # (numbers, padded rows)
+    bias: Any | None  # (chunks, classes of a chunk)
+
+
+def forward(
+    options: Options,
+    operands: Operands,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> dict[str, jax.Array]:
+    """The statistics by name: (N,) float32, argmax as int32, label_logits (N, L).
+
+    Args:
+        options: Static.
+        operands: Arrays.
+        tiles: Static; None chooses them.
+        interpret: As of `plgpu.kernel`.
+    """
+
+    @sequential_vmap
+    def call(operands: Operands) -> dict[str, jax.Array]:
+        rows, _ = operands.hidden.shape
+        if "label_logits" not in options.statistics:
+            operands = operands._replace(labels=None)
+        chosen = tiles_of(options, operands) if tiles is None else tiles
+        assert chosen is not None
+        form = _form(options, operands, chosen.classes)
+        state = partial_states(
+            operands.hidden,
+            operands.weight,
+            _tables(operands, chosen.classes),
+            form,
+            **dataclasses.asdict(chosen),
+            interpret=interpret,
+        )
+        found = _row_slice.merged(form, state)
+        return {name: values[:rows] for name, values in found.items()}
+
+    return _varying(call(_inverted(operands)), operands)
+
+
+def gradient(
+    options: Options,
+    operands: Operands,
+    known: dict[str, jax.Array],
+    label_cotangents: jax.Array | None = None,
+    *,
+    tiles: BackwardTiles | None = None,
+    interpret: Any = None,
+) -> Gradient:
+    """The gradients of hidden, weight, bias, logit_scale and temperature.
+
+    Args:
+        options: Static.
+        operands: As of `forward`.
+        known: (N,) float32 each: `lse` and `mean_logit` of the forward pass as far as
+            they are needed, and the cotangents of statistics, `g_lse` and so on, at
+            least one of them or `label_cotangents`.
+        label_cotangents: (N, L) float32, of label_logits.
+        tiles: Static; None chooses them.
+        interpret: As of `plgpu.kernel`.
+    """
+    if tiles is None:
+        tiles = backward_tiles_of(options, operands, known, label_cotangents)
+        assert tiles is not None
+    active = None
+    if options.filter_eps is not None:
+        active = _active(known, label_cotangents)
+    per_row = {**_inverted(operands).per_row, **known}
+    if "lse" in known:
+        # An empty row: exp(-inf - inf) is 0, exp(-inf + inf) NaN.
+        lse = known["lse"]
+        per_row["lse"] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    if label_cotangents is not None:
+        for i in range(label_cotangents.shape[1]):
+            per_row[f"g_label_{i}"] = label_cotangents[:, i]
+    elif options.filter_eps is None:
+        operands = operands._replace(labels=None)
+    call = sequential_vmap(
+        lambda *arrays: _gradient(options, tiles, interpret, *arrays)
+    )
+    found = call(operands._replace(per_row=per_row), active)
+    return _varying(found, operands)
+
+
+def _gradient(
+    options: Options,
+    tiles: BackwardTiles,
+    interpret: Any,
+    operands: Operands,
+    active: jax.Array | None,
+) -> Gradient:
+    hidden, weight = operands.hidden, operands.weight
+    (rows, features), classes = hidden.shape, weight.shape[0]
+    chunk, width = tiles.chunk, tiles.features
+    chunks, padded = pl.cdiv(classes, chunk), pl.cdiv(rows, BLOCK) * BLOCK
+    form = _form(options, operands, chunk)
+    tables = _tables(operands, chunk)
+    names = tuple(name for name in SUMS if name in form.per_row)
+    product = {"features": width, "stages": tiles.stages, "interpret": interpret}
+
+    def visit(i: Any, sums: Sums) -> None:
+        index = jnp.full((1,), i, jnp.int32)
+        found = chunk_cotangents(
+            index,
+            hidden,
+            weight,
+            tables,
+            form,
+            chunk=chunk,
+            **dataclasses.asdict(tiles.logits),
+            interpret=interpret,
+        )
+        of_hidden = of_weight = None
+        if active is not None:
+            kept = _kept(found.distance, active, options.filter_eps, chunk)
+            of_hidden, of_weight = Kept.of(kept), Kept.of(kept.T)
+        add_hidden_gradient(sums.hidden, index, found.raw, weight, of_hidden, **product)
+        write_weight_gradient(
+            sums.weight, index, found.raw, hidden, of_weight, **product
+        )
+        if sums.rows is not None and found.sums is not None:
+            sums.rows[...] += _varying(found.sums.sum(1), operands)
+        if sums.bias is not None and found.bias is not None:
+            sums.bias[i] = _varying(found.bias.sum(0), operands)
+
+    def visit_all(sums: Sums) -> None:
+        lax.fori_loop(0, chunks, lambda i, _: visit(i, sums), None)
+
+    new = lambda *shape: _varying(jnp.zeros(shape, jnp.float32), operands)
+    zeros = Sums(
+        # A kernel takes no reference that is declared to vary.
+        jnp.zeros((padded, pl.cdiv(features, width) * width), jnp.float32),
+        jnp.zeros(weight.shape, weight.dtype),
+        new(len(names), padded) if names else None,
+        new(chunks, chunk) if "bias" in form.per_class else None,
+    )
+    # In place: references, which a program of XLA alone turns into arrays again. Those
+    # of `jax.new_ref` would not pass through the derivative rules around this one.
+    sums = pl.run_state(visit_all)(zeros)
+    as_given = {"inverse_temperature": "temperature"}
+    table = [] if sums.rows is None else sums.rows[:, :rows]
+    per_row = {as_given.get(n, n): x for n, x in zip(names, table, strict=True)}
+    return Gradient(
+        sums.hidden[:rows, :features].astype(hidden.dtype),
+        sums.weight,
+        per_row,
+        None if sums.bias is None else sums.bias.reshape(-1)[:classes],
+    )
+
+
+def tiles_of(options: Options, operands: Operands) -> Tiles | None:
+    """The tiles that `forward` takes by itself; None if none has enough registers."""
+    carried = _row_slice.state_names(_form(options, operands, 1))
+    numbers = len(operands.per_row) + len(operands.per_class) + len(carried)
+    return _row_tiles.choose_tiles(_shapes(operands, numbers), gpu() or H100)
+
+
+def backward_tiles_of(
+    options: Options,
+    operands: Operands,
+    known: dict[str, jax.Array],
+    label_cotangents: jax.Array | None = None,
+) -> BackwardTiles | None:
+    """The tiles that `gradient` takes by itself; None if none has enough registers."""
+    filtered = options.filter_eps is not None
+    numbers = len(operands.per_row) + len(operands.per_class) + len(known) + filtered
+    numbers += "temperature" in operands.per_row  # its sum costs one more
+    if operands.labels is not None:
+        labels = operands.labels.shape[1]
+        of_labels = label_cotangents is not None
+        numbers += labels * (of_labels + (of_labels or filtered))
+    return _row_tiles.choose_backward_tiles(_shapes(operands, numbers), gpu() or H100)
+
+
+def _shapes(operands: Operands, numbers: int) -> Shapes:
+    rows, features = operands.hidden.shape
+    return Shapes(rows, features, operands.weight.shape[0], numbers)
+
+
+def _form(options: Options, operands: Operands, multiple: int) -> Form:
+    classes = operands.weight.shape[0]
+    return Form(
+        options.statistics,
+        options.logit_softcap,
+        classes,
+        0 if operands.labels is None else operands.labels.shape[1],
+        tuple(operands.per_row),
+        tuple(operands.per_class),
+        overhang=classes % multiple != 0,
+        filter=options.filter_eps is not None and "lse" in operands.per_row,
+    )
+
+
+def _tables(operands: Operands, multiple: int) -> list[jax.Array]:
+    """Numbers per row, labels, and numbers per class, in whole tiles; small copies."""
+
+    def whole(vectors: Any, multiple: int, fill: Any) -> jax.Array:
+        table = jnp.stack(vectors)
+        more = -table.shape[1] % multiple
+        return jnp.pad(table, ((0, 0), (0, more)), constant_values=fill)
+
+    tables = []
+    if operands.per_row:
+        # Behind the last row every p is 0: lse is +inf there.
+        ends = [jnp.inf if name == "lse" else 0 for name in operands.per_row]
+        more = -operands.hidden.shape[0] % BLOCK
+        vectors = [
+            jnp.pad(values, (0, more), constant_values=end)
+            for values, end in zip(operands.per_row.values(), ends, strict=True)
+        ]
+        tables.append(jnp.stack(vectors))
+    if operands.labels is not None:
+        tables.append(whole(list(operands.labels.T), BLOCK, -1))
+    if operands.per_class:
+        tables.append(whole(list(operands.per_class.values()), multiple, 0))
+    return tables
+
+
+def _inverted(operands: Operands) -> Operands:
+    """With 1 / temperature: kernels multiply."""
+    per_row = dict(operands.per_row)
+    if "temperature" in per_row:
+        per_row["inverse_temperature"] = 1 / per_row.pop("temperature")
+    return operands._replace(per_row=per_row)
+
+
+def _active(known: dict[str, jax.Array], label_cotangents: Any) -> jax.Array:
+    """Rows with a cotangent other than 0."""
+    found = [x != 0 for name, x in known.items() if name.startswith("g_")]
+    if label_cotangents is not None:
+        found.append((label_cotangents != 0).any(1))
+    active = jnp.stack(found).any(0)
+    return jnp.pad(active, (0, -active.shape[0] % BLOCK))
+
+
+def _kept(distance: Any, active: jax.Array, eps: float | None, chunk: int) -> jax.Array:
+    """(tiles of rows, blocks of 128 classes): whether the filter keeps a block."""
+    far = ((distance >= eps) & active[None]) | (distance == jnp.inf)
+    blocks = chunk // FILTER_CLASSES
+    return far.reshape(blocks, -1, far.shape[1] // BLOCK, BLOCK).any((1, 3)).T
+
+
+def _varying(tree: Any, operands: Operands) -> Any:
+    """Declared to vary over every mesh axis of shard_map over which an operand does."""
+    axes = frozenset[str]().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
+    )
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)

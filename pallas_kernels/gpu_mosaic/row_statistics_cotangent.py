@@ -1,0 +1,242 @@
+"""Backward, first half, for Hopper: the cotangent of the raw products of some classes.
+
+The logits of a chunk of classes are computed again as in the forward pass, in the same
+tiles with the same ring; what leaves the kernel is their cotangent in the dtype of the
+operands, (padded rows, chunk), 0 in the overhang of both, and a few sums:
+
+    scale, temperature   per row and split            (numbers, splits, padded rows)
+    bias                 per class and warpgroup      (2 x tiles of rows, chunk)
+    distance             per row and block            (blocks, padded rows)
+
+`distance` is what the gradient filter compares with its threshold; a block is a tile,
+or 128 classes of a larger one. The sum over the rows of a warpgroup crosses its warps
+through shared memory that Mosaic reserves once for a block of threads, so the two
+warpgroups take turns there.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _ring, _row_slice
+from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
+from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
+from .row_statistics_forward import unpacked
+
+SUMS = ("logit_scale", "inverse_temperature")  # numbers per row that have a gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Of the cotangent kernel; a part that nobody needs is None."""
+
+    raw: jax.Array
+    sums: jax.Array | None = None
+    bias: jax.Array | None = None
+    distance: jax.Array | None = None
+
+
+def chunk_cotangents(
+    index: jax.Array,
+    hidden: jax.Array,
+    weight: jax.Array,
+    tables: list[jax.Array],
+    form: Form,
+    *,
+    chunk: int,
+    classes: int,
+    columns: int,
+    stages: int,
+    splits: int,
+    interpret: Any,
+) -> Chunk:
+    """Of the classes `i * chunk, ..., (i + 1) * chunk - 1`; `index` is [i], int32.
+
+    `tables` as in `row_statistics_forward.partial_states`, with the cotangents among
+    the numbers per row. `columns` divides 128, `classes` divides `chunk`.
+    """
+    rows, features = hidden.shape
+    tiles = chunk // classes
+    per_split = pl.cdiv(tiles, splits)
+    assert per_split * (splits - 1) < tiles  # no split is empty
+    steps = pl.cdiv(features, SPAN)
+    sums = tuple(name for name in SUMS if name in form.per_row)
+    biased = "bias" in form.per_class
+    width = min(classes, FILTER_CLASSES)
+    of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
+    of_weight = Tile(classes, SPAN, _ring.is_aligned(weight))
+    padded = pl.cdiv(rows, BLOCK) * BLOCK
+    wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    results = {"raw": jax.ShapeDtypeStruct((padded, chunk), hidden.dtype)}
+    if sums:
+        results["sums"] = wide(len(sums), splits, padded)
+    if biased:
+        results["bias"] = wide(padded // ROWS, chunk)
+    if form.filter:
+        results["distance"] = wide(chunk // width, padded)
+
+    def body(
+        index_ref,
+        hidden_ref,
+        weight_ref,
+        *refs,
+        hidden_memory,
+        weight_memory,
+        ready,
+        free,
+        staging,
+        turn=None,
+    ):
+        row_ref, label_ref, class_ref = unpacked(form, refs[: len(tables)])
+        result_refs = dict(zip(results, refs[len(tables) :], strict=True))
+        block, split = lax.axis_index("rows"), lax.axis_index("split")
+        warpgroup = lax.axis_index("warpgroup")
+        first_tile = split * per_split
+        count = jnp.minimum(per_split, tiles - first_tile)
+        ring = Ring(ready, free, stages)
+        hidden_written, hidden_read = of_hidden.views(hidden_memory, interpret)
+        weight_written, weight_read = of_weight.views(weight_memory, interpret)
+        # A product, so that the compiler sees what it is a multiple of.
+        start = index_ref[0] * chunk
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
+
+            def copy(step, slot):
+                column = lax.rem(step, steps) * SPAN
+                first = start + (first_tile + lax.div(step, steps)) * classes
+                of_hidden.fetch(
+                    hidden_written, slot, hidden_ref, block * BLOCK, column, ready
+                )
+                of_weight.fetch(weight_written, slot, weight_ref, first, column, ready)
+
+            ring.fill(count * steps, copy)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_ring.COMPUTE_REGISTERS, action="increase")
+            mine = pl.ds(warpgroup * ROWS, ROWS)
+            own_rows = block * BLOCK + warpgroup * ROWS
+
+            def products(tile):
+                def scope(total):
+                    def begin(slot):
+                        plgpu.wgmma(
+                            total,
+                            hidden_read.at[slot, 0, mine],
+                            _ring.transposed(weight_read.at[slot, 0]),
+                        )
+
+                    ring.multiply(tile * steps, steps, begin, 1)
+                    raw = total[...]  # waits for every product
+                    ring.release(tile * steps + steps - 1)
+                    return raw
+
+                shape = (ROWS, classes)
+                return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+            def visit(tile, totals):
+                raw = products(tile)
+                first = (first_tile + tile) * classes  # in this chunk
+                if biased:
+                    _take_turn(turn, warpgroup, tile)
+                distance: Any = None
+                for at, column in enumerate(range(0, classes, columns)):
+                    # Again for each slice: between slices they would hold registers.
+                    numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
+                    part = Slice.load(
+                        form,
+                        raw[:, column : column + columns],
+                        numbers,
+                        class_ref,
+                        start + first + column,
+                    )
+                    found = _row_slice.cotangents(part)
+                    place = pl.ds(first + column, columns)
+                    slot = staging.at[warpgroup, at % 2]
+                    # The slot's previous copy, two slices ago, has read it.
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    slot[...] = found.raw.astype(slot.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(
+                        slot, result_refs["raw"].at[pl.ds(own_rows, ROWS), place]
+                    )
+                    if biased:
+                        at_rows = 2 * block + warpgroup
+                        result_refs["bias"][at_rows, place] = found.biased.sum(0)
+                    more = {
+                        "logit_scale": found.logit_scale,
+                        "inverse_temperature": found.temperature,
+                    }
+                    totals = {name: totals[name] + more[name] for name in sums}
+                    if form.filter:
+                        far = found.distance
+                        if column % width:
+                            far = jnp.maximum(distance, far)
+                        distance = far
+                        if (column + columns) % width == 0:
+                            at_block = lax.div(first + column, width)
+                            own = pl.ds(own_rows, ROWS)
+                            result_refs["distance"][at_block, own] = distance
+                if biased:
+                    _pass_turn(turn, warpgroup)
+                return totals
+
+            zero = jnp.zeros((ROWS,), jnp.float32)
+            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA.reduce(1))
+            totals = lax.fori_loop(0, count, visit, dict.fromkeys(sums, zero))
+            for at, name in enumerate(sums):
+                result_refs["sums"][at, split, pl.ds(own_rows, ROWS)] = totals[name]
+            if biased:
+                _see_last_turn(turn, warpgroup)
+            plgpu.wait_smem_to_gmem(0)
+
+    memory = {
+        "hidden_memory": of_hidden.memory(stages, hidden.dtype, interpret),
+        "weight_memory": of_weight.memory(stages, weight.dtype, interpret),
+        **_ring.barriers(stages, of_hidden.boxes + of_weight.boxes),
+        "staging": _ring.swizzled((WARPGROUPS, 2, ROWS, columns), hidden.dtype),
+    }
+    if biased:
+        memory["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS)
+    found = plgpu.kernel(
+        body,
+        out_type=tuple(results.values()),
+        scratch_types=memory,
+        grid=(pl.cdiv(rows, BLOCK), splits),
+        grid_names=("rows", "split"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="row_statistics_cotangent",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(index, hidden, weight, *tables)
+    return Chunk(**dict(zip(results, found, strict=True)))
+
+
+def _take_turn(turn: Any, warpgroup: Any, tile: Any) -> None:
+    """The first warpgroup begins; each waits for the other one."""
+
+    @pl.when(warpgroup == 1)
+    def _():
+        plgpu.barrier_wait(turn.at[0])
+
+    @pl.when((warpgroup == 0) & (tile > 0))
+    def _():
+        plgpu.barrier_wait(turn.at[1])
+
+
+def _pass_turn(turn: Any, warpgroup: Any) -> None:
+    plgpu.barrier_arrive(turn.at[warpgroup])
+
+
+def _see_last_turn(turn: Any, warpgroup: Any) -> None:
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.barrier_wait(turn.at[1])

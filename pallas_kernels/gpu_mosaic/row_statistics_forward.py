@@ -1,0 +1,151 @@
+"""Forward kernel of row statistics for Hopper: logits live in accumulators only.
+
+Grid (tiles of 128 rows, splits of the classes). Two warpgroups multiply 64 rows each
+with a tile of classes, stepping over the features in spans of 64; a third one copies.
+The ring holds (128 + classes of a tile) x 128 bytes per slot. After each tile of
+classes the accumulator is folded, slice by slice, into a few numbers per row in
+registers. Each split writes them, (numbers, splits, rows); a few operations of XLA
+merge the splits in their order, so that the result is the same in every run.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _ring, _row_slice
+from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
+from ._row_slice import Form, Rows, Slice
+
+
+def partial_states(
+    hidden: jax.Array,
+    weight: jax.Array,
+    tables: list[jax.Array],
+    form: Form,
+    *,
+    classes: int,
+    columns: int,
+    stages: int,
+    splits: int,
+    interpret: Any,
+) -> dict[str, jax.Array]:
+    """The state of `_row_slice.updated` of every split, (splits, padded rows) by name.
+
+    `tables`: numbers per row, labels, numbers per class; those that are there.
+    """
+    rows, features = hidden.shape
+    tiles = pl.cdiv(weight.shape[0], classes)
+    per_split = pl.cdiv(tiles, splits)
+    assert per_split * (splits - 1) < tiles  # no split is empty
+    steps = pl.cdiv(features, SPAN)
+    names = _row_slice.state_names(form)
+    of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
+    of_weight = Tile(classes, SPAN, _ring.is_aligned(weight))
+
+    def body(
+        hidden_ref, weight_ref, *refs, hidden_memory, weight_memory, ready, free, states
+    ):
+        *table_refs, result_ref = refs
+        row_ref, label_ref, class_ref = unpacked(form, table_refs)
+        block, split = lax.axis_index("rows"), lax.axis_index("split")
+        warpgroup = lax.axis_index("warpgroup")
+        first_tile = split * per_split
+        count = jnp.minimum(per_split, tiles - first_tile)
+        ring = Ring(ready, free, stages)
+        hidden_written, hidden_read = of_hidden.views(hidden_memory, interpret)
+        weight_written, weight_read = of_weight.views(weight_memory, interpret)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
+
+            def copy(step, slot):
+                column = lax.rem(step, steps) * SPAN
+                first = (first_tile + lax.div(step, steps)) * classes
+                of_hidden.fetch(
+                    hidden_written, slot, hidden_ref, block * BLOCK, column, ready
+                )
+                of_weight.fetch(weight_written, slot, weight_ref, first, column, ready)
+
+            ring.fill(count * steps, copy)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def _():
+            plgpu.set_max_registers(_ring.COMPUTE_REGISTERS, action="increase")
+            mine = pl.ds(warpgroup * ROWS, ROWS)
+            own_rows = block * BLOCK + warpgroup * ROWS
+
+            def products(tile):
+                def scope(total):
+                    def start(slot):
+                        plgpu.wgmma(
+                            total,
+                            hidden_read.at[slot, 0, mine],
+                            _ring.transposed(weight_read.at[slot, 0]),
+                        )
+
+                    ring.multiply(tile * steps, steps, start, 1)
+                    raw = total[...]  # waits for every product
+                    ring.release(tile * steps + steps - 1)
+                    return raw
+
+                shape = (ROWS, classes)
+                return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+            def fold(tile, state):
+                raw = products(tile)
+                first = (first_tile + tile) * classes
+                for column in range(0, classes, columns):
+                    # Again for each slice: between slices they would hold registers.
+                    numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
+                    part = Slice.load(
+                        form,
+                        raw[:, column : column + columns],
+                        numbers,
+                        class_ref,
+                        first + column,
+                    )
+                    state = _row_slice.updated(state, part)
+                return state
+
+            state = lax.fori_loop(0, count, fold, _row_slice.start(form, ROWS))
+            for at, name in enumerate(names):
+                states[warpgroup, at] = state[name]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(
+                states.at[warpgroup], result_ref.at[:, split, pl.ds(own_rows, ROWS)]
+            )
+            plgpu.wait_smem_to_gmem(0)
+
+    padded = pl.cdiv(rows, BLOCK) * BLOCK
+    result = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((len(names), splits, padded), jnp.float32),
+        scratch_types={
+            "hidden_memory": of_hidden.memory(stages, hidden.dtype, interpret),
+            "weight_memory": of_weight.memory(stages, weight.dtype, interpret),
+            **_ring.barriers(stages, of_hidden.boxes + of_weight.boxes),
+            "states": plgpu.SMEM((WARPGROUPS, len(names), ROWS), jnp.float32),
+        },
+        grid=(pl.cdiv(rows, BLOCK), splits),
+        grid_names=("rows", "split"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="row_statistics_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(hidden, weight, *tables)
+    return dict(zip(names, result, strict=True))
+
+
+def unpacked(form: Form, refs: Any) -> tuple[Any, Any, Any]:
+    """The tables that are there, None for the others."""
+    refs = iter(refs)
+    of_rows = next(refs) if form.per_row else None
+    labels = next(refs) if form.labels else None
+    of_classes = next(refs) if form.per_class else None
+    return of_rows, labels, of_classes

@@ -1,0 +1,207 @@
+"""Softmax and logsumexp of rows, for Mosaic GPU: Hopper and Blackwell.
+
+One warpgroup has one row, and the grid is the rows. A row goes by in pieces, straight
+from memory into registers and several at a time, so that many reads are under way; the
+maximum and the sum are kept apart for every place of a piece, and put together over
+threads once, at the end of the row. Softmax keeps the row in shared memory in the
+meantime, where each thread finds again what it has put there itself; a row for which
+there is no room is read a second time.
+
+The last piece starts early enough to be full. What it repeats does not count, and is
+written twice with the same value. Rows need no alignment: loads and stores are as wide
+as the length of a row allows.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _devices as devices
+from pallas_kernels._results import result
+
+THREADS = 128
+# Where a running maximum starts: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
+LEAST = float(jnp.finfo(jnp.float32).min)
+# Blocks of threads that should find room on a multiprocessor beside each other.
+BLOCKS = 2
+# Of shared memory: for reductions over threads.
+SLACK_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a row is cut.
+
+    Attributes:
+        piece: Elements of a load, a multiple of 128 times `vector`.
+        vector: Elements side by side that a thread loads at once; a power of 2 that
+            divides the length of a row.
+        group: Pieces that are under way at the same time.
+        keeps: Whether the row stays in shared memory, to be used a second time.
+    """
+
+    piece: int
+    vector: int
+    group: int
+    keeps: bool
+
+    def __str__(self) -> str:
+        kept = ", kept in shared memory" if self.keeps else ""
+        return f"{self.group} pieces of {self.piece} columns at a time{kept}"
+
+
+def choose_tiles(
+    columns: int, dtype: Any, device: devices.Gpu, *, writes: bool
+) -> Tiles:
+    """The widest loads that the length of a row allows; rows are kept while they fit.
+
+    Args:
+        columns: Of the array, at least 128.
+        dtype: Of the array.
+        device: What it is for.
+        writes: Whether the row is needed twice.
+    """
+    size = jnp.dtype(dtype).itemsize
+    piece = min(1024, THREADS << int(math.log2(columns // THREADS)))
+    vector = math.gcd(columns, 16 // size, piece // THREADS)
+    group = min(4, columns // piece)
+    room = device.smem_bytes // BLOCKS - SLACK_BYTES
+    keeps = writes and pl.cdiv(columns, piece) * piece * size <= room
+    return Tiles(piece, vector, group, keeps)
+
+
+def softmax(
+    x: jax.Array,
+    *,
+    out_dtype: Any = None,
+    tiles: Tiles | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """exp(x) by its sum over the last axis; 0 in a row of -inf.
+
+    Args:
+        x: (rows, columns) with 128 columns or more, float32, bfloat16 or float16; -inf
+            does not count, NaN and +inf make their row NaN.
+        out_dtype: Of the result, one of the same; None for that of `x`.
+        tiles: None chooses.
+        interpret: As in `plgpu.kernel`.
+
+    Returns:
+        In the shape of `x`; computed in float32.
+
+    Cost: reads `x` and writes as much once; reads it twice if two rows do not fit the
+    shared memory of a multiprocessor.
+    """
+    return _call(x, jnp.dtype(out_dtype or x.dtype), tiles, interpret)
+
+
+def logsumexp(
+    x: jax.Array, *, tiles: Tiles | None = None, interpret: Any = None
+) -> jax.Array:
+    """log(sum(exp(x))) over the last axis; -inf in a row of -inf, +inf in one with it.
+
+    Args:
+        x: (rows, columns) with 128 columns or more, float32, bfloat16 or float16; NaN
+            makes its row NaN.
+        tiles: None chooses.
+        interpret: As in `plgpu.kernel`.
+
+    Returns:
+        (rows,) in float32.
+
+    Cost: reads `x` once.
+    """
+    return _call(x, None, tiles, interpret)
+
+
+def _call(
+    x: jax.Array, out_dtype: Any, tiles: Tiles | None, interpret: Any
+) -> jax.Array:
+    (rows, columns), writes = x.shape, out_dtype is not None
+    if tiles is None:
+        device = devices.gpu() or devices.H100
+        tiles = choose_tiles(columns, x.dtype, device, writes=writes)
+    kept = pl.cdiv(columns, tiles.piece) * tiles.piece
+    out = (x.shape, out_dtype) if writes else ((rows,), jnp.float32)
+    return plgpu.kernel(
+        functools.partial(_kernel, tiles=tiles, writes=writes),
+        out_type=result(*out, x),
+        scratch_types=(plgpu.SMEM((kept,), x.dtype),) if tiles.keeps else (),
+        grid=(rows,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name="softmax" if writes else "logsumexp",
+    )(x)
+
+
+def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
+    columns, piece = x_ref.shape[1], tiles.piece
+    layout = plgpu.Layout.WG_STRIDED((piece,), vec_size=tiles.vector)
+    row = lax.axis_index("row")
+    count, rest = pl.cdiv(columns, piece), columns % piece
+    groups = (columns // piece) // tiles.group
+
+    def place(i):
+        """Of a piece in the row, and whether its elements come for the first time."""
+        if not rest or not isinstance(i, int) or i < count - 1:
+            return i * piece, None
+        index = plgpu.broadcasted_iota(jnp.int32, (piece,), 0, layout=layout)
+        return columns - piece, index >= piece - rest
+
+    def read(i):
+        start, _ = place(i)
+        return plgpu.load(x_ref.at[row, pl.ds(start, piece)], layout=layout)
+
+    def fold(pieces, state):
+        top, total = state
+        parts = []
+        for i, x in zip(pieces, [read(i) for i in pieces], strict=True):
+            if kept_ref is not None:
+                kept_ref[pl.ds(i * piece, piece)] = x
+            z, (_, is_new) = x.astype(jnp.float32), place(i)
+            parts.append(z if is_new is None else jnp.where(is_new, z, -jnp.inf))
+        new = functools.reduce(jnp.maximum, parts, top)
+        total = total * jnp.exp(top - new)
+        for z in parts:
+            total = total + jnp.exp(z - new)
+        return new, total
+
+    def write(pieces, top, inverse):
+        if kept_ref is None:
+            found = [read(i) for i in pieces]
+        else:
+            spans = [pl.ds(i * piece, piece) for i in pieces]
+            found = [plgpu.load(kept_ref.at[at], layout=layout) for at in spans]
+        for i, x in zip(pieces, found, strict=True):
+            y = jnp.exp(x.astype(jnp.float32) - top) * inverse
+            out_ref[row, pl.ds(place(i)[0], piece)] = y.astype(out_ref.dtype)
+
+    def visit_all(visit, carry):
+        group = tiles.group
+        step = lambda g, carry: visit([g * group + i for i in range(group)], carry)
+        carry = lax.fori_loop(0, groups, step, carry)
+        for i in range(groups * group, count):
+            carry = visit([i], carry)
+        return carry
+
+    full = lambda value: plgpu.layout_cast(
+        jnp.full((piece,), value, jnp.float32), layout
+    )
+    top, total = visit_all(fold, (full(LEAST), full(0.0)))
+    row_top = top.max()
+    row_total = (total * jnp.exp(top - row_top)).sum()
+    if writes:
+        inverse = 1 / jnp.where(row_total == 0, 1, row_total)
+        visit_all(lambda pieces, _: write(pieces, row_top, inverse), None)
+    else:
+        # log(0) is -inf, whatever is added.
+        lse = jnp.where(row_top == jnp.inf, jnp.inf, row_top + jnp.log(row_total))
+        out_ref[row] = lse

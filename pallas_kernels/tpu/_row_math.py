@@ -1,0 +1,335 @@
+r"""The mathematics of a slice of logits, (rows, classes), as vectors of a TPU hold it.
+
+    raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature
+
+Numbers per row are columns, (rows, 1), cut from one table; numbers per class are rows,
+(1, classes), of another. One table costs one block in vector memory, whatever the
+number of its columns, because a block is 128 lanes wide anyway.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Named columns of a table of numbers per row, or rows of one per class."""
+
+    names: tuple[str, ...]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def of_rows(self, table: Any, name: str) -> Any:
+        """(rows, 1), or None."""
+        if name not in self.names:
+            return None
+        at = self.names.index(name)
+        return table[:, at : at + 1]
+
+    def of_classes(self, table: Any, name: str) -> Any:
+        """(1, classes), or None."""
+        if name not in self.names:
+            return None
+        at = self.names.index(name)
+        return table[at : at + 1, :]
+
+    def replaced(self, table: Any, values: dict[str, Any]) -> Any:
+        """The table of numbers per row with some of its columns replaced."""
+        lane = lax.broadcasted_iota(jnp.int32, table.shape, 1)
+        for name, value in values.items():
+            table = jnp.where(lane == self.names.index(name), value, table)
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static of the logits and of what is asked of them.
+
+    Attributes:
+        statistics: Names, in the order of `softlib.losses.RowStatistics`.
+        logit_softcap: c; None for none.
+        labels: How many labels a row has.
+        per_row: Columns of the table of numbers per row.
+        per_class: Rows of the table of numbers per class.
+        filter_eps: Of the gradient filter; None for none.
+    """
+
+    statistics: tuple[str, ...]
+    logit_softcap: float | None
+    labels: int
+    per_row: Columns
+    per_class: Columns
+    filter_eps: float | None = None
+
+    def wants(self, *names: str) -> bool:
+        return any(name in self.statistics for name in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some rows of a tile of logits, and the numbers that belong to them.
+
+    Attributes:
+        form: What is static.
+        raw: Products of hidden and weight, float32, (rows, classes).
+        rows: The part of the table per row, or None.
+        classes: The part of the table per class, or None.
+        labels: (rows, L) int32, or None.
+        ids: The class of each entry, (rows, classes) int32.
+        real: Where the entry is a logit and no overhang; None for everywhere.
+    """
+
+    form: Form
+    raw: Any
+    rows: Any
+    classes: Any
+    labels: Any
+    ids: Any
+    real: Any
+
+    def per_row(self, name: str) -> Any:
+        return self.form.per_row.of_rows(self.rows, name)
+
+    def per_class(self, name: str) -> Any:
+        return self.form.per_class.of_classes(self.classes, name)
+
+    def logits(self) -> tuple[Any, Any]:
+        """z, and tanh(u / c) or None."""
+        u, saturation, cap = self.raw, None, self.form.logit_softcap
+        scale, bias = self.per_row("logit_scale"), self.per_class("bias")
+        temperature = self.per_row("temperature")
+        if scale is not None:
+            u = jnp.where(u == -jnp.inf, u, without_inf(u) * scale)
+        if bias is not None:
+            u = u + bias
+        if self.real is not None and bias is not None:
+            u = jnp.where(self.real, u, 0)
+        if cap is not None:
+            saturation = jnp.tanh(u / cap)
+            u = cap * saturation
+        if temperature is not None:
+            u = jnp.where(u == -jnp.inf, u, without_inf(u) / temperature)
+        return u, saturation
+
+    def select(self, z: Any, other: ArrayLike) -> Any:
+        """`other` in place of overhang and of the classes that are not selected."""
+        if self.real is not None:
+            z = jnp.where(self.real, z, other)
+        where = self.per_class("where")
+        return z if where is None else jnp.where(where > 0, z, other)
+
+    def label(self, index: int) -> Any:
+        """(rows, classes): where the class is this label of the row."""
+        return self.ids == self.labels[:, index : index + 1]
+
+
+# ------------------------------------------------------------------------------ forward
+def state_columns(form: Form) -> Columns:
+    """What the forward pass carries from tile to tile."""
+    names: list[str] = []
+    if form.wants("lse", "mean_logit"):
+        names += ["top", "total"]
+    if form.wants("mean_logit"):
+        names.append("weighted")
+    sums = ("sum_logits", "sum_squared_logits")
+    names += [name for name in sums if form.wants(name)]
+    if form.wants("max_logit", "argmax"):
+        names.append("max_logit")
+    if form.wants("argmax"):
+        names.append("argmax")
+    if form.wants("label_logits"):
+        names += [f"label_{i}" for i in range(form.labels)]
+    return Columns(tuple(names))
+
+
+def result_columns(form: Form) -> Columns:
+    names: list[str] = []
+    for name in form.statistics:
+        labels = range(form.labels)
+        names += [f"label_{i}" for i in labels] if name == "label_logits" else [name]
+    return Columns(tuple(names))
+
+
+def start(columns: Columns, shape: tuple[int, int]) -> Any:
+    tops = {"top": -jnp.inf, "max_logit": -jnp.inf}
+    values = {name: value for name, value in tops.items() if name in columns}
+    return columns.replaced(jnp.zeros(shape, jnp.float32), values)
+
+
+def updated(state: Any, columns: Columns, part: Slice) -> Any:
+    """The state with the classes of a slice."""
+    form = part.form
+    z, _ = part.logits()
+    present, counted = part.select(z, -jnp.inf), part.select(z, 0)
+    before = lambda name: columns.of_rows(state, name)
+    after: dict[str, Any] = {}
+    needs_top = form.wants("lse", "mean_logit", "max_logit", "argmax")
+    tile_top: Any = present.max(1, keepdims=True) if needs_top else None
+    if form.wants("lse", "mean_logit"):
+        top = jnp.maximum(before("top"), tile_top)
+        shift = jnp.where(top == -jnp.inf, 0, top)
+        exponentials = jnp.exp(present - shift)
+        factor = jnp.exp(before("top") - shift)
+        total = exponentials.sum(1, keepdims=True)
+        after |= {"top": top, "total": before("total") * factor + total}
+        if form.wants("mean_logit"):
+            # p z is 0 where z is -inf.
+            added = (exponentials * without_inf(present)).sum(1, keepdims=True)
+            after["weighted"] = before("weighted") * factor + added
+    if form.wants("sum_logits"):
+        after["sum_logits"] = before("sum_logits") + counted.sum(1, keepdims=True)
+    if form.wants("sum_squared_logits"):
+        added = (counted * counted).sum(1, keepdims=True)
+        after["sum_squared_logits"] = before("sum_squared_logits") + added
+    if form.wants("max_logit", "argmax"):
+        known = before("max_logit")
+        if form.wants("argmax"):
+            # The lowest class that attains the maximum. Numbers of classes are exact in
+            # float32 below 2^24.
+            attained = jnp.where(present == tile_top, part.ids, _BEYOND)
+            place = attained.min(1, keepdims=True).astype(jnp.float32)
+            after["argmax"] = jnp.where(tile_top > known, place, before("argmax"))
+        after["max_logit"] = jnp.maximum(known, tile_top)
+    if form.wants("label_logits"):
+        for i in range(form.labels):
+            # From this very tile: by another product it could exceed lse by rounding.
+            found = jnp.where(part.label(i), z, 0).sum(1, keepdims=True)
+            after[f"label_{i}"] = before(f"label_{i}") + found
+    return columns.replaced(state, after)
+
+
+_BEYOND = 2**30
+
+
+def finished(state: Any, columns: Columns, form: Form, width: int) -> Any:
+    """The table of results, (rows, width)."""
+    found = {name: columns.of_rows(state, name) for name in columns.names}
+    if form.wants("lse", "mean_logit"):
+        empty = found["total"] == 0
+        total = jnp.where(empty, 1, found["total"])
+        top = jnp.where(found["top"] == -jnp.inf, 0, found["top"])
+        found["lse"] = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+        if form.wants("mean_logit"):
+            found["mean_logit"] = jnp.where(empty, 0, found["weighted"] / total)
+    results = result_columns(form)
+    table = jnp.zeros((state.shape[0], width), jnp.float32)
+    return results.replaced(table, {name: found[name] for name in results.names})
+
+
+# ----------------------------------------------------------------------------- backward
+@dataclasses.dataclass(frozen=True)
+class Cotangents:
+    """Of a slice.
+
+    Attributes:
+        raw: Of the products, the scale included.
+        biased: Of the bias, before it is summed over rows.
+        logit_scale: (rows, 1), or None.
+        temperature: (rows, 1), or None.
+        distance: For the gradient filter: how far each probability is from what the
+            labels ask; -1 in a row without a cotangent.
+    """
+
+    raw: Any
+    biased: Any
+    logit_scale: Any
+    temperature: Any
+    distance: Any
+
+
+def cotangents(part: Slice) -> Cotangents:
+    form = part.form
+    z, saturation = part.logits()
+    dz = _of_logits(part, z)
+    du, dscale, dtemperature, distance = dz, None, None, None
+    temperature, scale = part.per_row("temperature"), part.per_row("logit_scale")
+    if temperature is not None:
+        terms = dz * without_inf(z) / temperature
+        dtemperature = -terms.sum(1, keepdims=True)
+        du = du / temperature
+    if saturation is not None:
+        du = du * (1 - saturation * saturation)
+    draw = du
+    if scale is not None:
+        dscale = (du * without_inf(part.raw)).sum(1, keepdims=True)
+        draw = du * scale
+    if part.real is not None:
+        # The numbers of a row behind the end may be NaN.
+        draw, du = jnp.where(part.real, draw, 0), jnp.where(part.real, du, 0)
+    if form.filter_eps is not None:
+        distance = _distance(part, z)
+    return Cotangents(draw, du, dscale, dtemperature, distance)
+
+
+def _of_logits(part: Slice, z: Any) -> Any:
+    """The cotangent of z, with p its softmax and m the mean logit, term by term.
+
+    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
+    """
+    g = lambda name: part.per_row(f"g_{name}")
+    dz = None
+    if g("lse") is not None or g("mean_logit") is not None:
+        factor = g("lse")
+        if g("mean_logit") is not None:
+            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
+            more = g("mean_logit") * deviation
+            factor = more if factor is None else factor + more
+        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
+        dz = part.select(_probabilities(part, z) * factor, 0)
+    sums = None
+    if g("sum_logits") is not None:
+        sums = jnp.broadcast_to(g("sum_logits"), z.shape)
+    if g("sum_squared_logits") is not None:
+        twice = 2 * g("sum_squared_logits") * without_inf(z)
+        sums = twice if sums is None else sums + twice
+    if sums is not None:
+        sums = part.select(sums, 0)
+        dz = sums if dz is None else dz + sums
+    for i in range(form_labels(part.form)):
+        onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
+        dz = onehot if dz is None else dz + onehot
+    return jnp.zeros_like(z) if dz is None else dz
+
+
+def form_labels(form: Form) -> int:
+    """How many labels have a cotangent."""
+    return sum(name.startswith("g_label_") for name in form.per_row.names)
+
+
+def _probabilities(part: Slice, z: Any) -> Any:
+    lse = part.per_row("lse")
+    # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
+    offset = jnp.where(lse == -jnp.inf, 0, lse)
+    return jnp.exp(part.select(z, -jnp.inf) - offset)
+
+
+def _distance(part: Slice, z: Any) -> Any:
+    """|p - onehot|, with 1 at each label; infinite for NaN."""
+    distance = part.select(_probabilities(part, z), 0)
+    if part.labels is not None:
+        hit = part.label(0)
+        for i in range(1, part.form.labels):
+            hit = hit | part.label(i)
+        distance = jnp.abs(distance - jnp.where(hit, 1.0, 0.0))
+    active: Any = None
+    for name in part.form.per_row.names:
+        if name.startswith("g_"):
+            some = part.per_row(name) != 0
+            active = some if active is None else active | some
+    distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
+    distance = jnp.where(active, distance, -1.0)
+    return distance if part.real is None else jnp.where(part.real, distance, -1.0)
+
+
+def without_inf(z: Any) -> Any:
+    return jnp.where(z == -jnp.inf, 0, z)

@@ -1,0 +1,269 @@
+r"""Attention over the blocks that a mask leaves, forward.
+
+The grid is (batch entry, query head, entry of a list of blocks); see
+`attention_blocks.py` for the list. A step holds a block of queries, of keys and of
+values, each twice because the next one is on its way, and the state of its rows in
+scratch: the maximum and the sum per lane, (block_query, 128) each, and the weighted sum
+of values, (block_query, E), all float32. The state starts at the first entry of a row
+of blocks and is written at the last one. The scores of a step are made in slices of
+some queries by some keys, so that they live in registers as far as they fit.
+
+Arrays of the user's layout, (B, T, N, H), are transposed to (B, N, T, H), in which the
+rows of one head are a block. Inside a program the compiler gives projections that
+layout from the start; arguments of the program are copied once.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._results import result
+
+from ._row_products import product
+from .attention_blocks import (
+    ALL,
+    LANES,
+    SOME,
+    Call,
+    Entry,
+    Form,
+    add,
+    cost,
+    lanes,
+    passes,
+    stored_length,
+    widths,
+    zero_beyond,
+)
+from .attention_pieces import by_buffer, over_pieces, over_slices, part_of
+from .attention_tiles import Tiles
+from .attention_weights import LOG2_E
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    entries: Any,
+    *,
+    form: Form,
+    tiles: Tiles,
+    out_dtype: Any,
+    sinks: jax.Array | None = None,
+    mask_scalars: jax.Array | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted means of values, and the normalizers.
+
+    Args:
+        query: (B, T, N, H).
+        key: (B, S, K, H), N a multiple of K.
+        value: (B, S, K, E).
+        entries: From `lists`, rows of it being blocks of queries, (lists, entries).
+        form: What is static.
+        tiles: Sizes of blocks, those of the lists, and of slices.
+        out_dtype: Of the means.
+        sinks: (N,); one more score per head. Only for softmax.
+        mask_scalars: (B, n) int32, what the mask takes besides positions.
+        interpret: As in `pallas_call`.
+
+    Returns:
+        (B, T, N, E), and float32 (B, T, N): the logsumexp in nats, or the sum.
+    """
+    batch, length, heads, features = query.shape
+    _, _, key_heads, value_features = value.shape
+    groups = heads // key_heads
+    scalars = []
+    if mask_scalars is not None:
+        scalars.append(mask_scalars.reshape(-1))
+    if sinks is not None:
+        scalars.append(sinks.astype(jnp.float32))
+    rows = lambda width: pl.BlockSpec(
+        (None, None, tiles.query, width),
+        lambda b, n, i, entries, *_: (b, n, Entry(entries[i]).row, 0),
+    )
+    columns = lambda width: pl.BlockSpec(
+        (None, None, tiles.key, width),
+        lambda b, n, i, entries, *_: (
+            b,
+            lax.div(n, groups),
+            Entry(entries[i]).column,
+            0,
+        ),
+    )
+    per_row = pl.BlockSpec(
+        (None, None, 1, tiles.query),
+        lambda b, n, i, entries, *_: (b, n, 0, Entry(entries[i]).row),
+    )
+    operands = (query, key, value)
+    count = entries.shape[0] * entries.shape[1]
+    stored = stored_length(length, tiles.query, entries)
+    wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
+    found = Call(
+        functools.partial(
+            _forward_kernel,
+            form=form,
+            tiles=tiles,
+            has_mask_scalars=mask_scalars is not None,
+            has_sinks=sinks is not None,
+        ),
+        (batch, heads, entries.shape[1]),
+        scalars,
+        [jnp.swapaxes(x, 1, 2) for x in operands],
+        [rows(features), columns(features), columns(value_features)],
+        [
+            result((batch, heads, stored, value_features), out_dtype, *operands),
+            result((batch, heads, 1, stored), jnp.float32, *operands),
+        ],
+        [rows(value_features), per_row],
+        [
+            wide(tiles.query, LANES),
+            wide(tiles.query, LANES),
+            wide(tiles.query, value_features),
+            *[wide(tiles.rows, tiles.keys)] * tiles.buffers,
+            *[pltpu.VMEM((tiles.rows, tiles.keys), value.dtype)] * tiles.buffers,
+            *[wide(tiles.rows, LANES)] * tiles.buffers,
+        ],
+        ("parallel", "parallel", "arbitrary"),
+        cost(
+            batch * heads * count,
+            tiles,
+            products=features + value_features,
+            column_bytes=features * key.dtype.itemsize
+            + value_features * value.dtype.itemsize,
+        ),
+        "block_attention",
+        interpret,
+    ).run(entries)
+    out, normalizer = found
+    out, normalizer = out[:, :, :length], normalizer[:, :, 0, :length]
+    return jnp.swapaxes(out, 1, 2), jnp.swapaxes(normalizer, 1, 2)
+
+
+def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks):
+    refs = list(refs)
+    mask_ref = refs.pop(0) if has_mask_scalars else None
+    sinks_ref = refs.pop(0) if has_sinks else None
+    query_ref, key_ref, value_ref, out_ref, normalizer_ref = refs[:5]
+    top_ref, sum_ref, out_sum_ref = refs[5:8]
+    scores_refs, weights_refs, factor_refs = by_buffer(refs[8:], tiles.buffers)
+    parts = tiles.keys // tiles.part
+    batch, head, step = (pl.program_id(axis) for axis in range(3))
+    entry = Entry(entries_ref[step])
+    weights, masking = form.weights, form.masking
+
+    @pl.when(entry.is_first)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        out_sum_ref[...] = jnp.zeros_like(out_sum_ref)
+        if sinks_ref is not None:
+            # A score that is seen first, with the weight 1 and no value.
+            sink = sinks_ref[head] * LOG2_E
+            lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 1)
+            one = jnp.where(sink == -jnp.inf, 0.0, 1.0)
+            top_ref[...] = jnp.full_like(top_ref, sink)
+            sum_ref[...] = jnp.where(lane == 0, one, 0.0)
+
+    def visit(partial: bool) -> None:
+        straight = tiles.overlapped and form.weights.is_light and not partial
+
+        def multiply(
+            take: Any, fresh: bool, buffer: int, at: tuple[Any, Any], i: Any
+        ) -> None:
+            q = take(0, query_ref[pl.ds(at[0], tiles.rows), :])
+            k = take(1, key_ref[part_of(at[1], i, tiles.part), :])
+            here = (slice(None), part_of(0, i, tiles.part))
+            add(scores_refs[buffer], here, product(q, k, (1, 1)), fresh)
+
+        def weigh(buffer: int, at: tuple[Any, Any], i: Any) -> None:
+            def one(_: Any, here: Any, rows: Any) -> None:
+                z, _ = form.scores(scores_refs[buffer][here, :])
+                e = weights.entries(z)
+                if partial:
+                    starts = (
+                        entry.row * tiles.query + rows.start,
+                        entry.column * tiles.key + at[1],
+                    )
+                    ok = masking.of(z.shape, starts, batch, mask_ref)
+                    e = jnp.where(ok, e, weights.absent)
+                p, total = e, sum_ref[rows, :]
+                if weights.is_log:
+                    before = top_ref[rows, :]
+                    top = jnp.maximum(before, e.max(1, keepdims=True))
+                    shift = jnp.where(top == -jnp.inf, 0.0, top)
+                    factor = jnp.exp2(before - shift)
+                    p = jnp.exp2(e - lanes(shift, tiles.keys))
+                    total = total * factor
+                    top_ref[rows, :] = top
+                    factor_refs[buffer][here, :] = factor
+                sum_ref[rows, :] = total + _by_lanes(p)
+                weights_refs[buffer][here, :] = p.astype(value_ref.dtype)
+
+            over_slices((tiles.rows, tiles.keys), parts, at[0], i, straight, one)
+
+        def shrink(buffer: int, at: tuple[Any, Any], i: Any) -> None:
+            def one(_: Any, here: Any, rows: Any) -> None:
+                kept = out_sum_ref[rows, :]
+                factor = lanes(factor_refs[buffer][here, :], kept.shape[1])
+                out_sum_ref[rows, :] = kept * factor
+
+            over_slices((tiles.rows, tiles.keys), parts, at[0], i, straight, one)
+
+        def gather(
+            take: Any, _: bool, buffer: int, at: tuple[Any, Any], i: Any
+        ) -> None:
+            rows, part = pl.ds(at[0], tiles.rows), part_of(at[1], i, tiles.part)
+            p = take(0, weights_refs[buffer][:, part_of(0, i, tiles.part)])
+            for width in widths(value_ref.shape[1]):
+                v = value_ref[part, width]
+                if partial:
+                    start = entry.column * tiles.key + part.start
+                    v = zero_beyond(v, start, masking.key_length, tiles.key)
+                out_sum_ref[rows, width] += product(p, take(1, v), (1, 0))
+
+        over_pieces(
+            (tiles.query, tiles.key),
+            (tiles.rows, tiles.keys),
+            parts,
+            straight,
+            (
+                passes((query_ref.dtype, key_ref.dtype), form.precision, multiply),
+                [weigh],
+                passes((value_ref.dtype,) * 2, form.precision, gather),
+            ),
+            shrink if weights.is_log else None,
+        )
+
+    pl.when(entry.kind == ALL)(functools.partial(visit, False))
+    pl.when(entry.kind == SOME)(functools.partial(visit, True))
+
+    @pl.when(entry.is_last)
+    def _():
+        def finish(i: Any, _: None) -> None:
+            rows = part_of(0, i, LANES)
+            sums = sum_ref[rows, :]
+            total = sums.sum(1, keepdims=True)
+            empty = total == 0
+            safe = jnp.where(empty, 1.0, total)
+            out = jnp.where(empty, 0.0, out_sum_ref[rows, :] / safe)
+            out_ref[rows, :] = out.astype(out_ref.dtype)
+            normalizer = jnp.broadcast_to(total, sums.shape)
+            if weights.is_log:
+                lse = top_ref[rows, :] * math.log(2.0) + jnp.log(safe)
+                normalizer = jnp.where(empty, -jnp.inf, lse)
+            normalizer_ref[:, rows] = normalizer.T[:1]
+
+        lax.fori_loop(0, tiles.query // LANES, finish, None)
+
+
+def _by_lanes(x: Any) -> Any:
+    """(rows, columns) summed to (rows, 128): additions of registers only."""
+    parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, parts)

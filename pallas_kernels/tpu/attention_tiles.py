@@ -1,0 +1,170 @@
+"""Sizes of the blocks of attention kernels, and what a block costs.
+
+Larger blocks need fewer steps of the grid and read keys less often; smaller ones follow
+a mask more closely. Which weighs more depends on the mask, so the caller counts its
+blocks at each of the candidates and asks for the seconds.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from pallas_kernels._devices import MIB, Tpu
+
+LANES = 128
+
+type Pass = Literal["forward", "query", "key"]
+
+# What a kernel gets on every TPU without asking, less a reserve for the compiler.
+_VMEM_BYTES = 12 * MIB
+# Of one step of a grid, whatever it does.
+_STEP_SECONDS = 0.35e-6
+# Of a pair, in the vector units: from the compiled schedules of blocks of 512 x 512.
+_PAIR_SECONDS = {"forward": 4e-12, "query": 4e-12, "key": 5e-12}
+# An evaluation of the mask, in parts of that.
+_MASK = 0.4
+# Of the peak, in products as short as these.
+_EFFICIENCY = 0.75
+# Passes of the matrix unit for a product of float32.
+_FLOAT32_PASSES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes, multiples of 128.
+
+    Attributes:
+        query: Queries of a block.
+        key: Keys of a block.
+        rows: Queries of a piece; divides `query`. See `attention_pieces.py`.
+        keys: Keys of a piece; divides `key`.
+        part: Columns of a piece whose products are made at a time: keys, or queries
+            where the rows of a piece are keys.
+        overlapped: Whether the stages of successive pieces are.
+    """
+
+    query: int
+    key: int
+    rows: int
+    keys: int
+    part: int = LANES
+    overlapped: bool = True
+
+    @property
+    def buffers(self) -> int:
+        return 2 if self.overlapped else 1
+
+    def __str__(self) -> str:
+        return f"tiles of {self.query} queries x {self.key} keys"
+
+
+def candidates(
+    which: Pass,
+    lengths: tuple[int, int],
+    features: tuple[int, int],
+    dtype: Any,
+    device: Tpu,
+    *,
+    light: bool = True,
+) -> list[Tiles]:
+    """Tiles that fit in vector memory, the largest first.
+
+    Args:
+        which: `forward`, or the gradient of the `query` or of the `key`.
+        lengths: Numbers of queries and keys, at least 128.
+        features: H and E.
+        dtype: The widest of the operands.
+        device: For which the program is.
+        light: Whether the weights are; see `Weights.is_light`.
+    """
+    pieces = _pieces(which, dtype, device, light)
+    found = []
+    for query in (512, 256, 128):
+        for key in (1024, 512, 256, 128):
+            # Beyond the arrays there is nothing to see.
+            if any(
+                size > LANES and size >= 2 * length
+                for size, length in zip((query, key), lengths, strict=True)
+            ):
+                continue
+            tiles = _fitted(pieces, which, query, key)
+            if vmem_bytes(which, tiles, features, dtype) <= _VMEM_BYTES:
+                found.append(tiles)
+    return found
+
+
+def _pieces(which: Pass, dtype: Any, device: Tpu, light: bool) -> Tiles:
+    """The largest pieces, none of whose parts spills registers in any case compiled.
+
+    A part is as wide as the matrix unit where registers allow it: fewer columns leave
+    some of the unit idle.
+    """
+    wide = jnp.dtype(dtype).itemsize > 2
+    if wide:
+        # Products of float32 are several of bfloat16, which keep registers.
+        rows, columns, part = 128, 256, LANES
+    elif not light:
+        rows, columns, part = 256, 256, LANES
+    elif device.matrix_unit > LANES:
+        rows, columns, part = 128, 512, 256
+    else:
+        rows, columns, part = 256, 512, LANES
+    # Where the rows of a piece are keys, its columns are queries.
+    query, key = (columns, rows) if which == "key" else (rows, columns)
+    return Tiles(query, key, query, key, part, overlapped=light and not wide)
+
+
+def _fitted(pieces: Tiles, which: Pass, query: int, key: int) -> Tiles:
+    """Pieces that divide these blocks, of two parts at least if they overlap."""
+    rows, keys = min(query, pieces.rows), min(key, pieces.keys)
+    columns = rows if which == "key" else keys
+    part = max(LANES, min(pieces.part, columns // 2))
+    overlapped = pieces.overlapped and columns > LANES
+    return Tiles(query, key, rows, keys, part, overlapped)
+
+
+def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any) -> int:
+    """An estimate from above."""
+    size = jnp.dtype(dtype).itemsize
+    wide = sum(-(-count // LANES) * LANES for count in features)
+    query_blocks, key_blocks = tiles.query * wide, tiles.key * wide
+    blocks = 2 * size * (query_blocks + key_blocks)
+    if which == "key":
+        results = key_blocks
+    else:
+        results = query_blocks
+        blocks += 2 * 4 * tiles.query * LANES  # numbers per row
+    # The results on their way out, which may be float32, and their sums.
+    results *= 3 * 4
+    # Scores, their cotangents, and both for the matrix unit, twice; or of float32.
+    scores = 4 * tiles.rows * tiles.keys * (6 if size <= 2 else 12)
+    return blocks + results + scores
+
+
+def seconds(
+    which: Pass,
+    tiles: Tiles,
+    features: tuple[int, int],
+    dtype: Any,
+    device: Tpu,
+    *,
+    visited: float,
+    partial: float,
+) -> float:
+    """What so many visited blocks cost, `partial` of them with the mask."""
+    head, value = features
+    products = {
+        "forward": head + value,
+        "query": 2 * head + value,
+        "key": 2 * (head + value),
+    }[which]
+    wide = jnp.dtype(dtype).itemsize
+    passes = _FLOAT32_PASSES if wide > 2 else 1
+    pairs = tiles.query * tiles.key
+    matrix = 2 * passes * products / (_EFFICIENCY * device.flops / device.cores)
+    vector = _PAIR_SECONDS[which]
+    moved = tiles.query if which == "key" else tiles.key
+    copied = moved * (head + value) * wide / (device.bytes_per_second / device.cores)
+    block = max(pairs * max(matrix, vector), copied) + _STEP_SECONDS
+    return visited * block + partial * pairs * _MASK * vector

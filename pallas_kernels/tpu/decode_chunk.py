@@ -1,0 +1,243 @@
+"""Some keys of a block, in the decode kernel: scores, weights, and their sums.
+
+Sums and maxima stay apart by lane until the sequence ends, except for the running
+maximum, which is that of a row.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .decode_tiles import LANES, Form, Tiles
+
+# Of 128 lanes: what is unrolled without spills, as compiled.
+PIECE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Of the pass that is under way, and the scores and weights of a chunk: refs.
+
+    Numbers per row are (rows, 128), some of them apart by lane.
+    """
+
+    weighted: Any
+    top: Any
+    total: Any
+    least: Any
+    scores: Any
+    weights: Any
+
+    def start(self) -> None:
+        for ref, value in (
+            (self.weighted, 0),
+            (self.top, -jnp.inf),
+            (self.total, 0),
+            (self.least, jnp.inf),
+        ):
+            ref[...] = jnp.full_like(ref, value)
+
+
+def visit_chunk(
+    query_ref,
+    visible_ref,
+    numbers_ref,
+    state: State,
+    longest,
+    form: Form,
+    tiles: Tiles,
+    shared: int,
+    key_ref,
+    value_ref,
+    first,
+    index,
+    *,
+    masked: bool,
+    again: bool,
+) -> None:
+    """Some keys of a block: `masked` if not every row sees them all.
+
+    Scores and weights go through vector memory, a few rows at a time: as a value they
+    would need more registers than there are.
+    """
+    lanes = tiles.chunk * form.heads
+    start = pl.multiple_of(index * lanes, lanes)
+    first = first + index * tiles.chunk
+    piece = _piece(lanes, state.weights.dtype)
+
+    def multiply(i, _):
+        at = pl.multiple_of(i * piece, LANES)
+        state.scores[:, pl.ds(at, piece)] = lax.dot_general(
+            query_ref[0],
+            key_ref[pl.ds(start + at, piece)],
+            (((1,), (1,)), ((), ())),
+            precision=form.precision[0],
+            preferred_element_type=jnp.float32,
+        )
+
+    lax.fori_loop(0, lanes // piece, multiply, None)
+    rows, strip = query_ref.shape[1], strip_of(state.weights.dtype)
+
+    def weigh(i, _):
+        here = pl.ds(pl.multiple_of(i * strip, strip), strip)
+        mask = _Mask(
+            form,
+            quotient(here.start + _iota((strip, 1), 0), shared),
+            visible_ref[0, here] - first if masked else None,
+        )
+        _weigh(here, mask, numbers_ref[here], state, form, lanes, again=again)
+
+    lax.fori_loop(0, rows // strip, weigh, None)
+    product = functools.partial(
+        lax.dot_general,
+        dimension_numbers=(((1,), (0,)), ((), ())),
+        precision=form.precision[1],
+        preferred_element_type=jnp.float32,
+    )
+
+    def accumulate(i, _):
+        at = pl.multiple_of(i * piece, LANES)
+        value = value_ref[pl.ds(start + at, piece)]
+        state.weighted[...] += product(state.weights[:, pl.ds(at, piece)], value)
+
+    if not masked and not again:
+        lax.fori_loop(0, lanes // piece, accumulate, None)
+        return
+
+    def values(at, which):
+        """128 places of the block: 0 behind the end, and of other heads than one."""
+        value = value_ref[pl.ds(start + at, LANES)]
+        key, head = _key_and_head(form, at + _iota((LANES, 1), 0))
+        counts = key < (longest - first if masked else tiles.chunk)
+        if which is not None:
+            counts = counts & (head == which)
+        return jnp.where(counts, value, 0)
+
+    def part(i, _):
+        at = pl.multiple_of(i * LANES, LANES)
+        weights = lambda: state.weights[:, pl.ds(at, LANES)]
+        if not again:
+            # A weight of 0 does not protect from what lies behind the end.
+            state.weighted[...] += product(weights(), values(at, None))
+            return
+
+        def of_head(which, _):
+            found = product(weights(), values(at, which))
+            row = quotient(_iota((rows, 1), 0), shared)
+            state.weighted[...] += jnp.where(row == which, found, 0)
+
+        lax.fori_loop(0, form.heads, of_head, None)
+
+    lax.fori_loop(0, lanes // LANES, part, None)
+
+
+class _Mask(NamedTuple):
+    """Of some rows: their head, and how many keys of the chunk they see (None: all)."""
+
+    form: Form
+    head: Any
+    visible: Any
+
+    def __call__(self, z: Any, start: int) -> Any:
+        """-inf for what does not count; `start` is the first lane in the chunk."""
+        key, head = _key_and_head(self.form, start + _iota((1, z.shape[1]), 1))
+        if self.form.heads > 1:
+            z = jnp.where(head == self.head, z, -jnp.inf)
+        if self.visible is not None:
+            z = jnp.where(key < self.visible, z, -jnp.inf)
+        return z
+
+
+def _weigh(
+    rows, mask: _Mask, numbers, state: State, form: Form, lanes: int, *, again: bool
+) -> None:
+    """Turns products into weights, and adds them up."""
+    column = lambda i: jnp.broadcast_to(numbers[:, i : i + 1], state.top[rows].shape)
+    scale, plain = column(0), form.unified and not again
+    is_long = form.elementwise or form.logit_softcap is not None
+    piece = LANES if is_long else _piece(lanes, state.weights.dtype)
+
+    def scores(start):
+        z = state.scores[rows, pl.ds(start, LANES)] * scale
+        if form.logit_softcap is not None:
+            z = form.logit_softcap * jnp.tanh(z * (1 / form.logit_softcap))
+        return mask(z, start)
+
+    def fold(function, carry):
+        """Some lanes after the others: masks of all would need too many registers."""
+
+        def step(i, carry):
+            for start in range(0, piece, LANES):
+                carry = function(pl.multiple_of(i * piece + start, LANES), carry)
+            return carry
+
+        return lax.fori_loop(0, lanes // piece, step, carry)
+
+    def maximum(start, top):
+        z = scores(start)
+        state.scores[rows, pl.ds(start, LANES)] = z
+        return jnp.maximum(top, z)
+
+    def weigh(start, sums):
+        total, top, least = sums
+        z = scores(start) if plain else state.scores[rows, pl.ds(start, LANES)]
+        if plain:
+            top = jnp.maximum(top, z)
+        if least is not None:
+            least = jnp.minimum(least, jnp.where(z == -jnp.inf, jnp.inf, z))
+        weights = jnp.exp(z - reference)
+        state.weights[rows, pl.ds(start, LANES)] = weights.astype(state.weights.dtype)
+        return total + weights, top, least
+
+    old, total, least = state.top[rows], state.total[rows], None
+    if plain:
+        reference, top = column(1), old
+        least = state.least[rows] if form.elementwise else None
+    else:
+        top = fold(maximum, old)
+        top = jnp.broadcast_to(top.max(1, keepdims=True), top.shape)
+        reference = jnp.where(top == -jnp.inf, 0, top)
+        factor = jnp.exp(old - reference)
+        total = total * factor
+        state.weighted[rows] = state.weighted[rows] * factor[:, 0:1]
+    total, top, least = fold(weigh, (total, top, least))
+    state.total[rows], state.top[rows] = total, top
+    if least is not None:
+        state.least[rows] = least
+
+
+def _key_and_head(form: Form, place):
+    """Of places in a chunk, where the heads of a key lie side by side."""
+    key = quotient(place, form.heads)
+    return key, place - key * form.heads
+
+
+def _iota(shape: tuple[int, int], axis: int):
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _piece(lanes: int, dtype: Any) -> int:
+    """Lanes of a product, and of what is unrolled, without spills as compiled."""
+    most = 1 if dtype == jnp.float32 else PIECE
+    return next(n * LANES for n in (most, 1) if lanes % (n * LANES) == 0)
+
+
+def strip_of(dtype: Any) -> int:
+    """Rows that are worked on at a time: those of one register."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def quotient(x, divisor: int):
+    """Of integers that are not negative."""
+    if divisor & (divisor - 1):
+        return lax.div(x, jnp.int32(divisor))
+    return lax.shift_right_logical(x, jnp.int32(divisor.bit_length() - 1))
+
+
+def count_of(n, size: int):
+    """How many pieces of a size; 0 or less if there is nothing."""
+    return lax.div(n + size - 1, jnp.int32(size))

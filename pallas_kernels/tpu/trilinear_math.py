@@ -1,0 +1,124 @@
+"""Arithmetic of trilinear attention inside a kernel: rows, pieces, products.
+
+The matrix unit multiplies bfloat16. An array of float32 is divided into pieces of 8
+bits, whose products are added as far as they count: six of three pieces by three.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .trilinear_tiles import LANES
+
+
+def spread(rows: jax.Array, factors: jax.Array) -> jax.Array:
+    """Rows times each factor: (M, H), (J, H) -> (J * M, H)."""
+    pieces = [rows * factors[j : j + 1] for j in range(factors.shape[0])]
+    return jnp.concatenate(pieces, 0)
+
+
+def gather(found: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
+    """The transpose of `spread`, of pieces of M rows."""
+    pieces = [piece * factors[j : j + 1] for j, piece in enumerate(found)]
+    return functools.reduce(jnp.add, pieces)
+
+
+def parts(x: jax.Array, rows: int) -> list[jax.Array]:
+    return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
+
+
+def along(column: jax.Array, like: Any) -> jax.Array:
+    """One value per row, in all lanes of `column`, in those of `like`."""
+    width = like.shape[1]
+    if width % LANES:
+        return column[:, :1]
+    return jnp.concatenate([column] * (width // LANES), 1)
+
+
+def contract(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
+    """Left @ right.T, both as pieces."""
+    return _dot(left, right, (1, 1))
+
+
+def product(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
+    """Left @ right, both as pieces."""
+    return _dot(left, right, (1, 0))
+
+
+def _dot(
+    left: Sequence[jax.Array], right: Sequence[jax.Array], axes: tuple[int, int]
+) -> jax.Array:
+    """Of pieces laid after each other, one product: it fills a wider matrix unit."""
+    deepest = max(len(left), len(right))
+    pairs = [(n, m) for n in range(len(left)) for m in range(len(right))]
+    pairs = sorted((p for p in pairs if sum(p) < deepest), key=sum, reverse=True)
+    lhs = _joined([left[n] for n, _ in pairs], axes[0])
+    rhs = _joined([right[m] for _, m in pairs], axes[1])
+    return lax.dot_general(
+        lhs,
+        rhs,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _joined(pieces: list[jax.Array], axis: int) -> jax.Array:
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
+
+
+def divided(x: jax.Array, count: int) -> list[jax.Array]:
+    """Bfloat16 that add up to x: rounded if it is one, else 8 bits in each."""
+    pieces = []
+    for _ in range(count - 1):
+        # Bits are cut off as integers: compilers may skip rounding that is undone.
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
+        top = lax.bitcast_convert_type(bits, jnp.float32)
+        pieces.append(top.astype(jnp.bfloat16))
+        x = x - top
+    return [*pieces, x.astype(jnp.bfloat16)]
+
+
+def store(ref: Any, x: jax.Array) -> None:
+    """Its pieces, as many as `ref` holds."""
+    for n, piece in enumerate(divided(x, ref.shape[0])):
+        ref[n] = piece
+
+
+def load(ref: Any, own: Any = slice(None)) -> list[jax.Array]:
+    return [ref[n, own] for n in range(ref.shape[0])]
+
+
+def zeroed(x: jax.Array, start: Any, length: int) -> jax.Array:
+    """0 in the rows at or beyond `length`; the first is at `start`."""
+    if length % x.shape[0] == 0:
+        return x
+    row = start + lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
+    return jnp.where(row < length, x, jnp.zeros_like(x))
+
+
+def as_row(column: jax.Array) -> jax.Array:
+    """(M, 1) -> (1, M)."""
+    return jnp.where(_diagonal(column.shape[0]), column, 0).sum(0, keepdims=True)
+
+
+def as_column(row: jax.Array) -> jax.Array:
+    """(1, M) -> (M, 1)."""
+    return jnp.where(_diagonal(row.shape[1]), row, 0).sum(1, keepdims=True)
+
+
+def _diagonal(size: int) -> jax.Array:
+    line = lambda axis: lax.broadcasted_iota(jnp.int32, (size, size), axis)
+    return line(0) == line(1)
+
+
+def quotient(x: jax.Array, size: int, count: int) -> Any:
+    """X // size for 0 <= x < count * size: comparisons, no division."""
+    if size & (size - 1) == 0:
+        return lax.shift_right_logical(x, size.bit_length() - 1)
+    steps = ((x >= size * n).astype(jnp.int32) for n in range(1, count))
+    return functools.reduce(jnp.add, steps, jnp.zeros_like(x))

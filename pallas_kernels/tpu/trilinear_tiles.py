@@ -1,0 +1,149 @@
+"""Sizes of the tiles of trilinear attention, and what visiting them costs.
+
+Tiles of queries are short, because each visits its own length of keys beyond a window;
+heads, and keys of the first axis, fill the rows of a product. How many rows and lanes a
+tile of scores has is bounded by the vector registers: at these sizes compilers spill
+none, or few where features are many. Blocks of keys are some tiles, so that a step of
+the grid has work for longer than it takes to start one.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+from pallas_kernels._devices import MIB, Tpu
+
+LANES = 128
+# Blocks of one call: of each four words in scalar memory, half a megabyte.
+MOST_ENTRIES = 1 << 15
+
+type Pass = Literal["forward", "query", "first", "second"]
+
+# What a kernel gets on every TPU without asking, less a reserve for the compiler.
+_VMEM_BYTES = 12 * MIB
+# Seconds: what the pipeline of a grid adds to each step.
+_STEP = 0.4e-6
+# Of the peak, in products as short as these.
+_EFFICIENCY = 0.5
+# Per pair, in products of the features of queries and of values.
+_PRODUCTS = {"forward": (1, 1), "query": (2, 1), "first": (2, 2), "second": (2, 2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes, all static.
+
+    Attributes:
+        query: Queries of a tile.
+        groups: Query heads of a tile, a divisor of those that share a key head.
+        combined: Keys of the first axis multiplied into the queries at once.
+        lanes: Keys of the second axis of one product.
+        first: Keys of the first axis in a block, a multiple of `combined`.
+        second: Keys of the second axis in a block, a multiple of `lanes`.
+    """
+
+    query: int
+    groups: int
+    combined: int
+    lanes: int
+    first: int
+    second: int
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tiles of either key axis in a block."""
+        return self.first // self.combined, self.second // self.lanes
+
+    @property
+    def rows(self) -> int:
+        """Of a tile of queries."""
+        return self.groups * self.query
+
+    @property
+    def scores(self) -> int:
+        """Rows of a tile of scores."""
+        return self.rows * self.combined
+
+    def __str__(self) -> str:
+        return f"tiles of {self.query} queries x {self.combined} x {self.lanes} keys"
+
+
+class Problem(NamedTuple):
+    """What a choice depends on.
+
+    Attributes:
+        groups: Query heads per key head.
+        lengths: Of the queries and of both key axes.
+        features: H and E.
+        pieces: Of bfloat16 that a left and a right operand is divided into.
+        wide: Bytes of an element, of the widest array.
+    """
+
+    groups: int
+    lengths: tuple[int, int, int]
+    features: tuple[int, int]
+    pieces: tuple[int, int]
+    wide: int
+
+
+def choose_tiles(which: Pass, problem: Problem, device: Tpu) -> Tiles | None:
+    """Tiles of the forward pass, or of the gradient of what is named.
+
+    None where none fits in vector memory.
+    """
+    query, groups = 16, problem.groups
+    rows, lanes = _limits(which, problem, device)
+    own = max(n for n in range(1, rows // query + 1) if groups % n == 0)
+    combined = 1 << ((rows // (query * own)).bit_length() - 1)
+    length = problem.lengths[2]
+    lanes = min(lanes, -(-length // LANES) * LANES)
+    for second in (512, 256, 128):
+        second = min(second, 4 * lanes, -(-length // lanes) * lanes)
+        tiles = Tiles(query, own, combined, lanes, 8 * combined, second)
+        if vmem_bytes(which, tiles, problem) <= _VMEM_BYTES:
+            return tiles
+    return None
+
+
+def _limits(which: Pass, problem: Problem, device: Tpu) -> tuple[int, int]:
+    """Rows of a tile of scores, and its keys of the second axis."""
+    divided = max(problem.pieces) > 1
+    if which == "second":
+        # Tiles are transposed: rows fill the lanes.
+        return 128, 64 if divided else 128
+    if divided and which == "first":
+        # What is evaluated at the ends of keys takes registers, too.
+        return 16 if any(n % 512 for n in problem.lengths[1:]) else 32, 128
+    if divided or device.vmem_bytes <= 16 * MIB:  # v4 unpacks bfloat16 in registers
+        return 64, 128
+    if which == "first" and max(problem.features) > LANES:
+        return 64, 128
+    return 128 if which == "forward" else 64, 256
+
+
+def vmem_bytes(which: Pass, tiles: Tiles, problem: Problem) -> int:
+    """An estimate from above."""
+    features, (left, right) = sum(problem.features), problem.pieces
+    owned = {"first": tiles.first, "second": tiles.second}.get(which, tiles.rows)
+    keys = tiles.first + tiles.second
+    # Two of everything that comes and goes.
+    blocks = 2 * problem.wide * features * (tiles.rows + keys + owned)
+    scratch = features * (4 * tiles.first + 2 * right * tiles.second)
+    scratch += features * (4 * (tiles.rows + owned) + (2 * left + 4) * tiles.scores)
+    per_row = 4 * 4 * LANES * tiles.scores
+    scores = 4 * tiles.scores * max(tiles.lanes, LANES) * (3 + 3 * left)
+    return blocks + scratch + per_row + scores
+
+
+def seconds(
+    which: Pass, tiles: Tiles, problem: Problem, device: Tpu, visited: int, blocks: int
+) -> float:
+    """Of so many tiles of pairs, in so many blocks, for one key head."""
+    products = sum(
+        n * size for n, size in zip(_PRODUCTS[which], problem.features, strict=True)
+    )
+    left, right = problem.pieces
+    passes = (left * right + max(left, right)) // 2
+    parts = problem.groups // tiles.groups
+    pairs = float(visited) * tiles.scores * tiles.lanes * parts
+    work = 2 * pairs * products * passes
+    return work / (_EFFICIENCY * device.flops) + blocks * parts * _STEP

@@ -1,0 +1,370 @@
+"""The block-sparse kernels for Hopper GPUs, behind the operations of attention.
+
+A plan has blocks that suit a CPU: kernels take its mask and make lists of their own, of
+tiles that fill a GPU. What TMA cannot address, lengths that are no multiples of 8 and
+features that are none of 64, is padded; the mask then excludes the keys added.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels import _devices
+from pallas_kernels.gpu_mosaic.attention import attention, choose_tiles
+from pallas_kernels.gpu_mosaic.attention_backward import (
+    choose_backward_tiles,
+    query_gradient,
+)
+from pallas_kernels.gpu_mosaic.attention_key_gradients import key_gradients
+from pallas_kernels.gpu_mosaic.attention_lists import Lists, lists
+from pallas_kernels.gpu_mosaic.attention_mask import missing
+from pallas_kernels.gpu_mosaic.attention_ring import FEATURES, LENGTHS, TILE
+from pallas_kernels.gpu_mosaic.attention_scores import LOG2E, Form
+from softlib._dispatch import Implementation
+from softlib._sharding import match_varying
+from softlib.masks import Block
+
+from ._plan import Skeleton, plan_of
+from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
+from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
+from ._tiles import Operands, Options
+
+type Pass = Literal["forward", "query", "key"]
+
+# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+LEAST_LENGTH, LEAST_FEATURES = 128, 32
+# Entries of a list, 4 bytes each, all of which are constants of the program.
+MOST_ENTRIES = 1 << 23
+# Entries are estimated from that many rows of tiles, evenly spaced.
+SAMPLE = 64
+_WEIGHTS: dict[Any, Any] = {
+    Softmax(): "softmax",
+    LogSoftplus(): "log_softplus",
+    Softplus(): "softplus",
+    StableMax(): "stablemax",
+}
+
+
+def _forward(options: Options, operands: Operands) -> Result:
+    form, scalars = form_of(options, operands)
+    tiles = tiles_of("forward", operands)
+    assert tiles is not None
+    query, key, value = _arrays(operands)
+    sinks = operands.sinks
+    out, normalizer = attention(
+        query,
+        key,
+        value,
+        lists_of("forward", operands),
+        form=form,
+        tiles=tiles,
+        sinks=None if sinks is None else sinks.astype(jnp.float32),
+        mask_scalars=scalars,
+    )
+    length = operands.plan.lengths[0]
+    out = out[:, :length, :, : _value(operands).shape[-1]]
+    normalizer = jnp.moveaxis(normalizer[..., :length], 1, 2)
+    return match_varying(Result(out, normalizer), *_every(operands))
+
+
+def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    operands = given.operands
+    form, scalars = form_of(options, operands)
+    tiles = tiles_of("query", operands)
+    assert tiles is not None
+    inverse, delta = row_constants(options, given)
+    norm = inverse * LOG2E if options.kind.is_log else inverse
+    rows = lambda x: _padded(jnp.moveaxis(x, 2, 1), {2: LENGTHS})
+    cotangent = given.out_cotangent
+    assert cotangent is not None
+    arrays = (*_arrays(operands), _tiled(cotangent), rows(norm), rows(delta))
+    rest: dict[str, Any] = {"form": form, "tiles": tiles, "mask_scalars": scalars}
+    dq = query_gradient(*arrays, lists_of("query", operands), **rest)
+    dk, dv = key_gradients(*arrays, lists_of("key", operands), **rest)
+    like = lambda x, array: x[:, : array.shape[1], :, : array.shape[3]]
+    dq = like(dq, operands.query)
+    dk, dv = like(dk, operands.key), like(dv, _value(operands))
+    sinks = operands.sinks
+    if sinks is not None:
+        sinks = sinks_gradient(sinks, inverse, delta).astype(sinks.dtype)
+    varying = (*_every(operands), cotangent, given.normalizer_cotangent)
+    dq, dk, dv = match_varying((dq, dk, dv), *varying)
+    return Gradient(dq, dk, dv, None, sinks, ())
+
+
+def _every(operands: Operands) -> list[Array]:
+    """All arrays: results vary over every mesh axis over which one of them does."""
+    leaves = jax.tree.leaves((operands[:3], operands.plan.mask, operands.sinks))
+    return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+
+
+def _value(operands: Operands) -> Array:
+    assert operands.value is not None
+    return operands.value
+
+
+def _arrays(operands: Operands) -> tuple[Array, Array, Array]:
+    return _tiled(operands.query), _tiled(operands.key), _tiled(_value(operands))
+
+
+def _tiled(x: Array) -> Array:
+    """Padded to what TMA addresses; (B, T, N, H)."""
+    return _padded(x, {1: LENGTHS, 3: FEATURES})
+
+
+def _padded(x: Array, multiples: dict[int, int]) -> Array:
+    """With zeros behind the end of some axes, up to a multiple."""
+    width = [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, width) if any(after for _, after in width) else x
+
+
+def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
+    """What is static, and the integers of the mask for each batch entry."""
+    attends, count = _mask(Skeleton.of(operands.plan.mask), operands.plan.lengths)
+    scalars = None
+    if count:
+        batch = operands.query.shape[0]
+        every = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
+        leaves = jax.tree.leaves(operands.plan.mask)
+        scalars = jnp.stack([every(leaf) for leaf in leaves], axis=1)
+    form = Form(
+        attends,
+        operands.plan.lengths[1],
+        options.scale,
+        options.logit_softcap,
+        _WEIGHTS[options.kind],
+    )
+    return form, scalars
+
+
+def _mask(skeleton: Skeleton, lengths: tuple[int, int]) -> tuple[Any, int]:
+    """The mask as kernels call it, and how many integers of it are data."""
+    if not skeleton.mask._is_arithmetic():
+        # Tiles were chosen so that only keys beyond the last are left to exclude.
+        return None, 0
+
+    def attends(query: Any, key: Any, *scalars: Any) -> Any:
+        mask = jax.tree.unflatten(skeleton.structure, scalars)
+        return mask._within(*lengths)(query, key)
+
+    return attends, skeleton.leaves
+
+
+def lists_of(which: Pass, operands: Operands) -> Lists:
+    lengths = operands.plan.lengths
+    return _listed(
+        which, Skeleton.of(operands.plan.mask), lengths, _sizes(which, operands)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(
+    which: Pass, skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
+) -> Lists:
+    plan = plan_of(skeleton.mask, lengths, sizes)
+    if which == "key":
+        return lists(plan.whole[::-1], plan.partial[::-1], plan.grid[1])
+    return lists(plan.whole, plan.partial, plan.grid[0])
+
+
+def _sizes(which: Pass, operands: Operands) -> tuple[int, int]:
+    """Queries and keys of a tile of scores."""
+    tiles = tiles_of(which, operands)
+    assert tiles is not None
+    return (tiles.queries, TILE) if which == "key" else (TILE, tiles.keys)
+
+
+def _features(operands: Operands) -> tuple[int, int]:
+    """Of queries and values, padded."""
+    up = lambda size: -(-size // FEATURES) * FEATURES
+    return up(operands.query.shape[-1]), up(_value(operands).shape[-1])
+
+
+def tiles_of(which: Pass, operands: Operands) -> Any:
+    device = _devices.gpu() or _devices.H100
+    choose = choose_tiles if which == "forward" else choose_backward_tiles
+    return choose(*_features(operands), device)
+
+
+def _why_not(options: Options, operands: Operands) -> str | None:
+    return (
+        _why_no_device()
+        or _why_no_option(options, operands)
+        or _why_no_shape(operands)
+        or _why_no_tiles(operands)
+        or _why_no_mask(operands, ("forward",))
+    )
+
+
+def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
+    operands = given.operands
+    reason = _why_not(options, operands)
+    if reason is not None:
+        return reason
+    if options.wide_gradients:
+        return "gradients are to be float32, it rounds them to the dtype of the arrays"
+    if tiles_of("query", operands) is None:
+        return f"the sums of {_both(operands)} do not fit the registers"
+    return _why_no_mask(operands, ("query", "key"))
+
+
+def _why_no_device() -> str | None:
+    generation = _devices.gpu_generation()
+    if generation == "hopper":
+        return None
+    found = "another device" if generation is None else f"a {generation.title()}"
+    return f"it is written for Hopper GPUs, this is {found}"
+
+
+def _why_no_option(options: Options, operands: Operands) -> str | None:
+    value = operands.value
+    if value is None:
+        return "it computes no statistics without values"
+    if options.kind not in _WEIGHTS:
+        return f"it has no weights of kind {type(options.kind).__name__}"
+    if operands.bias is not None:
+        return "it takes no bias"
+    if operands.dense is not None:
+        return "it takes no boolean array as a mask"
+    dtype = operands.query.dtype
+    arrays = {"query": operands.query, "key": operands.key, "value": value}
+    for name, array in arrays.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"`{name}` is {array.dtype}, not bfloat16 or float16"
+        if array.dtype != dtype:
+            return f"`{name}` is {array.dtype}, `query` is {dtype}"
+    if not options.kind.is_log and dtype == jnp.float16:
+        return "weights that are summed as they are may leave the range of float16"
+    if operands.dtype != jnp.float32:
+        return f"the sums are {operands.dtype}, not float32"
+    if options.out_dtype != dtype:
+        return f"the output is to be {options.out_dtype}, not {dtype} as the arrays"
+    if options.precision not in (None, "default", lax.Precision.DEFAULT):
+        return f"weights are rounded to the {dtype} of the arrays"
+    return None
+
+
+def _why_no_shape(operands: Operands) -> str | None:
+    (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
+    if not (batch and heads and key_heads):
+        return "an axis is empty"
+    if max(batch, heads) > 65_535:
+        return f"{max(batch, heads)} heads or batch entries are more than 65535"
+    for name, size, least in (
+        ("queries", operands.plan.lengths[0], LEAST_LENGTH),
+        ("keys", operands.plan.lengths[1], LEAST_LENGTH),
+        ("features of a query", features, LEAST_FEATURES),
+        ("features of a value", _value(operands).shape[-1], LEAST_FEATURES),
+    ):
+        if size < least:
+            return f"{size} {name} are too few to gain by it"
+    return None
+
+
+def _why_no_tiles(operands: Operands) -> str | None:
+    if tiles_of("forward", operands) is None:
+        return f"tiles of {_both(operands)} do not fit the registers or shared memory"
+    return None
+
+
+def _both(operands: Operands) -> str:
+    sizes = operands.query.shape[-1], _value(operands).shape[-1]
+    return "{} features of a query and {} of a value".format(*sizes)
+
+
+def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
+    plan = operands.plan
+    if plan.counts is not None:
+        return "its lists of blocks are static, those of the plan are data"
+    if any(plan.mask._leaf_ranks()):
+        return "it looks into no array of a mask"
+    skeleton = Skeleton.of(plan.mask)
+    lacks = _lacking(skeleton, plan.lengths)
+    if lacks:
+        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
+    for which in passes:
+        sizes = _sizes(which, operands)
+        if _looks_up(skeleton, plan.lengths, sizes):
+            return "the mask looks into an array inside of tiles of {} x {}".format(
+                *sizes
+            )
+        entries = _entries(skeleton, plan.lengths, sizes)
+        if entries > MOST_ENTRIES:
+            return f"a list of {entries} tiles is longer than {MOST_ENTRIES}"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking(skeleton: Skeleton, lengths: tuple[int, int]) -> list[str]:
+    attends, scalars = _mask(skeleton, lengths)
+    return [] if attends is None else missing(attends, scalars)
+
+
+@functools.lru_cache(maxsize=256)
+def _looks_up(
+    skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
+) -> bool:
+    """Whether a mask that is no arithmetic decides inside of a tile."""
+    if skeleton.mask._is_arithmetic():
+        return False
+    return bool((_kinds(skeleton, lengths, sizes) == Block.SOME).any())
+
+
+@functools.lru_cache(maxsize=256)
+def _entries(
+    skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
+) -> int:
+    """About how many tiles are listed."""
+    kinds = _kinds(skeleton, lengths, sizes, SAMPLE)
+    every = -(-lengths[0] // sizes[0]) / len(kinds)
+    return int((kinds != Block.NONE).sum() * every)
+
+
+def _kinds(
+    skeleton: Skeleton,
+    lengths: tuple[int, int],
+    sizes: tuple[int, int],
+    most_rows: int | None = None,
+) -> np.ndarray:
+    """What the mask says of tiles; of no more rows of them than that."""
+    rows, columns = (-(-n // size) for n, size in zip(lengths, sizes, strict=True))
+    some = min(rows, most_rows or rows)
+    start = np.linspace(0, rows - 1, some, dtype=int)[:, None] * sizes[0]
+    key_start = np.arange(columns)[None] * sizes[1]
+    kinds = skeleton.mask.block_status(
+        start,
+        np.minimum(start + sizes[0], lengths[0]),
+        key_start,
+        np.minimum(key_start + sizes[1], lengths[1]),
+    )
+    return np.broadcast_to(kinds, (some, columns))
+
+
+def _pads(operands: Operands) -> str:
+    shapes = (operands.query.shape, operands.key.shape, _value(operands).shape)
+    fits = all(
+        length % LENGTHS == 0 and features % FEATURES == 0
+        for _, length, _, features in shapes
+    )
+    return "" if fits else "; arrays are copied to pad them"
+
+
+def _note(options: Options, operands: Operands) -> str:
+    tiles = tiles_of("forward", operands)
+    return f"{tiles}{_pads(operands)}"
+
+
+def _backward_note(options: Options, given: BackwardOperands) -> str:
+    tiles = tiles_of("query", given.operands)
+    return f"{tiles}{_pads(given.operands)}"
+
+
+FORWARD = Implementation("pallas_gpu", _forward, _why_not, platform="cuda", note=_note)
+BACKWARD = Implementation(
+    "pallas_gpu", _backward, _backward_why_not, platform="cuda", note=_backward_note
+)

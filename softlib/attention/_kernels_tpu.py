@@ -1,0 +1,332 @@
+"""The block-sparse kernels for TPUs, behind the operations of attention.
+
+A plan has blocks that suit a CPU: kernels take its mask and make lists of their own, at
+the sizes that cost least on the TPU for which the program is traced.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels import _devices
+from pallas_kernels.tpu import attention_blocks as blocks
+from pallas_kernels.tpu.attention import attention
+from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
+from pallas_kernels.tpu.attention_query_gradient import query_gradient
+from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
+from pallas_kernels.tpu.attention_weights import Weights
+from softlib._dispatch import Implementation
+from softlib.masks import Block, block_map
+
+from ._plan import Skeleton, plan_of
+from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
+from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
+from ._tiles import Operands, Options
+
+# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+LEAST_LENGTH, LEAST_FEATURES = 128, 32
+# Of one call, whose list has to fit in scalar memory.
+MOST_ENTRIES = blocks.MOST_ENTRIES
+# Sizes are chosen by that many rows of blocks, evenly spaced.
+SAMPLE = 64
+PRECISIONS: dict[Any, lax.Precision] = {
+    None: lax.Precision.HIGHEST,
+    "default": lax.Precision.DEFAULT,
+    "high": lax.Precision.HIGH,
+    "highest": lax.Precision.HIGHEST,
+    lax.Precision.DEFAULT: lax.Precision.DEFAULT,
+    lax.Precision.HIGH: lax.Precision.HIGH,
+    lax.Precision.HIGHEST: lax.Precision.HIGHEST,
+}
+_KINDS: dict[Any, Weights] = {
+    Softmax(): Weights("softmax"),
+    LogSoftplus(): Weights("log_softplus"),
+    Softplus(): Weights("softplus"),
+    StableMax(): Weights("stablemax"),
+}
+
+
+# Compiled functions, because these remember their traces: a call traces its kernels
+# even where it is lowered for a CPU.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _forward(options: Options, operands: Operands) -> Result:
+    form, scalars = form_of(options, operands)
+    tiles, entries = blocks_of("forward", options, operands)
+    out, normalizer = attention(
+        operands.query,
+        operands.key,
+        _value(operands),
+        entries,
+        form=form,
+        tiles=tiles,
+        out_dtype=options.out_dtype,
+        sinks=operands.sinks,
+        mask_scalars=scalars,
+    )
+    return Result(out, normalizer)
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    operands = given.operands
+    form, scalars = form_of(options, operands)
+    inverse, delta = row_constants(options, given)
+    value, cotangent = _value(operands), given.out_cotangent
+    assert cotangent is not None
+    arrays = (operands.query, operands.key, value, cotangent, inverse, delta)
+    of = lambda x: jnp.float32 if options.wide_gradients else x.dtype
+    tiles, entries = blocks_of("query", options, operands)
+    dq = query_gradient(
+        *arrays,
+        entries,
+        form=form,
+        tiles=tiles,
+        out_dtype=of(operands.query),
+        mask_scalars=scalars,
+    )
+    tiles, entries = blocks_of("key", options, operands)
+    dk, dv = key_value_gradient(
+        *arrays,
+        entries,
+        form=form,
+        tiles=tiles,
+        out_dtypes=(of(operands.key), of(value)),
+        mask_scalars=scalars,
+    )
+    sinks = operands.sinks
+    if sinks is not None:
+        sinks = sinks_gradient(sinks, inverse, delta).astype(of(sinks))
+    return Gradient(dq, dk, dv, None, sinks, ())
+
+
+def _value(operands: Operands) -> Array:
+    assert operands.value is not None
+    return operands.value
+
+
+def form_of(options: Options, operands: Operands) -> tuple[blocks.Form, Array | None]:
+    """What is static, and the integers of the mask for each batch entry."""
+    mask, lengths = operands.plan.mask, operands.plan.lengths
+    leaves, structure = jax.tree.flatten(mask)
+    batch = operands.query.shape[0]
+    scalars = None
+    if leaves:
+        every = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
+        scalars = jnp.stack([every(leaf) for leaf in leaves], axis=1)
+
+    def attends(query: Any, key: Any, *scalars: Any) -> Any:
+        return jax.tree.unflatten(structure, scalars)._within(*lengths)(query, key)
+
+    if not mask._is_arithmetic():
+        # Tiles were chosen so that only the overhang is evaluated.
+        attends = lambda query, key, *_: key == key
+    masking = blocks.Masking(attends, lengths[1], len(leaves))
+    form = blocks.Form(
+        _KINDS[options.kind],
+        options.scale,
+        options.logit_softcap,
+        PRECISIONS[options.precision],
+        masking,
+    )
+    return form, scalars
+
+
+def blocks_of(
+    which: Pass, options: Options, operands: Operands
+) -> tuple[Tiles, np.ndarray]:
+    """Sizes, and the list of blocks at these sizes."""
+    skeleton, lengths = Skeleton.of(operands.plan.mask), operands.plan.lengths
+    tiles = _tiles(which, options, operands)
+    assert tiles is not None
+    return tiles, _lists(which == "key", skeleton, lengths, tiles.query, tiles.key)
+
+
+@functools.lru_cache(maxsize=64)
+def _lists(
+    by_columns: bool, skeleton: Skeleton, lengths: tuple[int, int], *sizes: int
+) -> np.ndarray:
+    plan = plan_of(skeleton.mask, lengths, sizes)
+    rows, columns = np.concatenate([plan.whole, plan.partial], axis=1)
+    whole = np.arange(len(rows)) < plan.whole.shape[1]
+    if by_columns:  # queries of the overhang hold anything
+        whole &= (rows + 1) * sizes[0] <= lengths[0]
+    axes = (columns, rows) if by_columns else (rows, columns)
+    row_count = plan.grid[int(by_columns)]
+    return blocks.lists(*axes, whole, row_count, most_entries=MOST_ENTRIES)
+
+
+def _tiles(which: Pass, options: Options, operands: Operands) -> Tiles | None:
+    """The sizes that cost least for the mask; None if there are none."""
+    mask = Skeleton.of(operands.plan.mask)
+    return _cheapest(mask, *_limits(which, options, operands))
+
+
+def _limits(which: Pass, options: Options, operands: Operands) -> Any:
+    """What sizes depend on besides the mask."""
+    arrays = (operands.query, operands.key, operands.value)
+    return (
+        which,
+        operands.plan.lengths,
+        (operands.query.shape[-1], _value(operands).shape[-1]),
+        jnp.result_type(*arrays),
+        _devices.tpu(),
+        _KINDS[options.kind].is_light,
+    )
+
+
+def _candidates(which: Pass, options: Options, operands: Operands) -> list[Tiles]:
+    *limits, light = _limits(which, options, operands)
+    return candidates(*limits, light=light)
+
+
+def _is_countable(lengths: tuple[int, int], tiles: Tiles) -> bool:
+    sizes = (tiles.query, tiles.key)
+    return max(map(_count_of, lengths, sizes)) <= blocks.MOST_BLOCKS
+
+
+@functools.lru_cache(maxsize=256)
+def _cheapest(
+    skeleton: Skeleton,
+    which: Pass,
+    lengths: tuple[int, int],
+    features: tuple[int, int],
+    dtype: Any,
+    device: _devices.Tpu,
+    light: bool,
+) -> Tiles | None:
+    costs = {}
+    arithmetic = skeleton.mask._is_arithmetic()
+    for tiles in candidates(which, lengths, features, dtype, device, light=light):
+        if not _is_countable(lengths, tiles):
+            continue
+        sizes = (tiles.query, tiles.key)
+        visited, partial = _counts(skeleton, lengths, sizes, all_rows=not arithmetic)
+        if arithmetic or not partial:
+            costs[tiles] = seconds(
+                which, tiles, features, dtype, device, visited=visited, partial=partial
+            )
+    return min(costs, key=lambda tiles: costs[tiles], default=None)
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(
+    skeleton: Skeleton,
+    lengths: tuple[int, int],
+    sizes: tuple[int, int],
+    *,
+    all_rows: bool,
+) -> tuple[float, float]:
+    """Blocks that are visited, and those of them where the mask decides."""
+    if all_rows:
+        kinds, every = block_map(skeleton.mask, lengths, sizes), 1.0
+    else:
+        rows, columns = map(_count_of, lengths, sizes)
+        row = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLE), dtype=int))
+        kinds = skeleton.mask.block_status(
+            row[:, None] * sizes[0],
+            np.minimum((row[:, None] + 1) * sizes[0], lengths[0]),
+            np.arange(columns)[None] * sizes[1],
+            np.minimum(np.arange(1, columns + 1)[None] * sizes[1], lengths[1]),
+        )
+        kinds = np.broadcast_to(kinds, (len(row), columns))
+        every = rows / len(row)
+    count = lambda found: float(found.sum() * every)
+    return count(kinds != Block.NONE), count(kinds == Block.SOME)
+
+
+def _count_of(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _why_not(options: Options, operands: Operands) -> str | None:
+    plan, value = operands.plan, operands.value
+    if value is None:
+        return "it computes no statistics without values"
+    if options.kind not in _KINDS:
+        return f"it has no weights of kind {type(options.kind).__name__}"
+    if operands.bias is not None:
+        return "it takes no bias"
+    if operands.dense is not None:
+        return "it takes no boolean array as a mask"
+    (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
+    if not (batch and heads and key_heads):
+        return "an axis is empty"
+    for name, size, least in (
+        ("queries", plan.lengths[0], LEAST_LENGTH),
+        ("keys", plan.lengths[1], LEAST_LENGTH),
+        ("features of a query", features, LEAST_FEATURES),
+        ("features of a value", value.shape[-1], LEAST_FEATURES),
+    ):
+        if size < least:
+            return f"{size} {name} are too few to gain by it"
+    arrays = {"query": operands.query, "key": operands.key, "value": value}
+    for name, array in arrays.items():
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"`{name}` is {array.dtype}, not float32 or bfloat16"
+    if operands.dtype != jnp.float32:
+        return f"the sums are {operands.dtype}, not float32"
+    return _why_no_precision(options, arrays) or _why_no_blocks(options, operands)
+
+
+def _why_no_precision(options: Options, arrays: dict[str, Any]) -> str | None:
+    if options.precision not in PRECISIONS:
+        return f"it has no precision {options.precision!r}"
+    asked = options.precision not in (None, "default", lax.Precision.DEFAULT)
+    for name, array in arrays.items():
+        if asked and array.dtype != jnp.float32:
+            return f"weights are rounded to the {array.dtype} of `{name}`"
+    return None
+
+
+def _why_no_blocks(options: Options, operands: Operands) -> str | None:
+    plan = operands.plan
+    if plan.counts is not None:
+        return "its lists of blocks are static, those of the plan are data"
+    if any(plan.mask._leaf_ranks()):
+        return "it looks into no array of a mask"
+    return _why_no_tiles(("forward",), options, operands)
+
+
+def _why_no_tiles(
+    passes: tuple[Pass, ...], options: Options, operands: Operands
+) -> str | None:
+    for which in passes:
+        if _tiles(which, options, operands) is not None:
+            continue
+        features = operands.query.shape[-1], _value(operands).shape[-1]
+        fitting = _candidates(which, options, operands)
+        lengths = operands.plan.lengths
+        if not fitting:
+            return "no tile of {} and {} features fits the vector memory".format(
+                *features
+            )
+        if not any(_is_countable(lengths, tiles) for tiles in fitting):
+            return f"{max(lengths)} positions are more than {blocks.MOST_BLOCKS} blocks"
+        return "the mask looks into an array inside of blocks of 128 or more"
+    return None
+
+
+def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
+    operands = given.operands
+    reason = _why_not(options, operands)
+    return reason or _why_no_tiles(("query", "key"), options, operands)
+
+
+def _note(options: Options, operands: Operands) -> str:
+    return str(_tiles("forward", options, operands))
+
+
+def _backward_note(options: Options, given: BackwardOperands) -> str:
+    query, key = (_tiles(which, options, given.operands) for which in ("query", "key"))
+    return f"{query} for queries, {key} for keys and values"
+
+
+FORWARD = Implementation("pallas_tpu", _forward, _why_not, platform="tpu", note=_note)
+BACKWARD = Implementation(
+    "pallas_tpu", _backward, _backward_why_not, platform="tpu", note=_backward_note
+)

@@ -1,0 +1,173 @@
+"""Which blocks the kernels for pairs of keys visit, at which sizes, and in which order.
+
+Sums over pairs do not depend on the order of the two key axes: the one that costs less
+on the TPU for which the program is traced is multiplied into the queries.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import _devices, _trilinear as lists
+from pallas_kernels.tpu.trilinear_tiles import (
+    LANES,
+    MOST_ENTRIES,
+    Pass,
+    Problem,
+    Tiles,
+    choose_tiles,
+    seconds,
+)
+from softlib import masks
+from softlib.masks import PerAxis
+
+from ._plan import Skeleton
+from ._tiles import Operands, Options
+
+# Of bfloat16, that float32 on the left of a product is divided into.
+PIECES: dict[Any, int] = {
+    None: 3,
+    "default": 1,
+    "high": 2,
+    "highest": 3,
+    lax.Precision.DEFAULT: 1,
+    lax.Precision.HIGH: 2,
+    lax.Precision.HIGHEST: 3,
+}
+_OWNERS = {"forward": 0, "query": 0, "first": 1, "second": 2}
+
+
+class Order(NamedTuple):
+    """The order of the key axes, and the sizes of each kernel."""
+
+    swapped: bool
+    tiles: tuple[Tiles, ...]
+
+
+def chosen_order(
+    passes: tuple[Any, ...], options: Options, operands: Operands
+) -> Order | str:
+    """The cheaper order, or why there is none."""
+    value = operands.value
+    assert value is not None
+    up = lambda n: -(-n // LANES) * LANES
+    arrays = (operands.query, operands.key, value, *operands.outer[0])
+    problem = Problem(
+        operands.groups,
+        operands.plan.lengths,
+        (up(operands.query.shape[-1]), up(value.shape[-1])),
+        pieces_of(options, operands),
+        max(x.dtype.itemsize for x in arrays),
+    )
+    skeleton = Skeleton.of(operands.plan.mask)
+    return _cheapest(passes, skeleton, problem, _devices.tpu())
+
+
+@functools.lru_cache(maxsize=64)
+def _cheapest(
+    passes: tuple[Any, ...],
+    skeleton: Skeleton,
+    problem: Problem,
+    device: _devices.Tpu,
+) -> Order | str:
+    found: dict[Order, float] = {}
+    reason = "no tile fits the vector memory"
+    query, *keys = problem.lengths
+    for swapped in (False, True):
+        first, second = keys[::-1] if swapped else keys
+        own = problem._replace(lengths=(query, first, second))
+        tiles, cost = [], 0.0
+        for which in passes:
+            chosen = choose_tiles(which, own, device)
+            if chosen is None:
+                break
+            one, two = _axes(skeleton, own.lengths, swapped, chosen)
+            blocks, visited = (int(n) for n in (one.per_row * two.per_row).sum(1))
+            if blocks + max(*one.grid, *two.grid) > MOST_ENTRIES:
+                reason = (
+                    f"{blocks} blocks of keys are more than its lists hold; masks "
+                    "such as windows leave fewer"
+                )
+                break
+            cost += seconds(which, chosen, own, device, visited, blocks)
+            tiles.append(chosen)
+        if len(tiles) == len(passes):
+            found[Order(swapped, tuple(tiles))] = cost
+    return min(found, key=lambda order: found[order], default=reason)
+
+
+@functools.lru_cache(maxsize=64)
+def _axes(
+    skeleton: Skeleton, lengths: tuple[int, int, int], swapped: bool, tiles: Tiles
+) -> list[lists.Axis]:
+    mask = ordered(skeleton.mask, swapped)
+    sizes = (tiles.combined, tiles.lanes)
+    return [
+        lists.axis(
+            (masks.All() if axis is None else axis).block_status,
+            (lengths[0], length),
+            tiles.query,
+            size,
+            count,
+        )
+        for axis, length, size, count in zip(
+            mask.axes, lengths[1:], sizes, tiles.counts, strict=True
+        )
+    ]
+
+
+def visits_of(
+    which: Pass, operands: Operands, tiles: Tiles, order: Order
+) -> lists.Visits:
+    """The lists of one kernel."""
+    lengths = lengths_of(operands, order.swapped)
+    skeleton = Skeleton.of(operands.plan.mask)
+    return _listed(_OWNERS[which], skeleton, lengths, order.swapped, tiles)
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(
+    owner: int,
+    skeleton: Skeleton,
+    lengths: tuple[int, int, int],
+    swapped: bool,
+    tiles: Tiles,
+) -> lists.Visits:
+    joint = ordered(skeleton.mask, swapped).joint
+    sizes = (tiles.query, tiles.first, tiles.second)
+
+    def status(*at: np.ndarray) -> np.ndarray:
+        edges = []
+        for index, size, length in zip(at, sizes, lengths, strict=True):
+            edges += [index * size, np.minimum((index + 1) * size, length)]
+        return functools.reduce(np.minimum, [part._status(*edges) for part in joint])
+
+    first, second = _axes(skeleton, lengths, swapped, tiles)
+    return lists.visits(first, second, owner, status if joint else None)
+
+
+def ordered(mask: PerAxis, swapped: bool) -> PerAxis:
+    """The mask of the key axes in that order."""
+    return mask._permuted((1, 0)) if swapped else mask
+
+
+def lengths_of(operands: Operands, swapped: bool) -> tuple[int, int, int]:
+    """Of the queries, and of the key axes in that order."""
+    query, *keys = operands.plan.lengths
+    first, second = keys[::-1] if swapped else keys
+    return query, first, second
+
+
+def pieces_of(options: Options, operands: Operands) -> tuple[int, int]:
+    """Of the left and the right operands of products.
+
+    Not divided they are rounded to bfloat16, which keys and values may be already.
+    """
+    asked = PIECES[options.precision]
+    arrays = (*operands.outer[0], operands.key, operands.value)
+    if any(x is not None and x.dtype == jnp.float32 for x in arrays):
+        return asked, asked
+    return (1 if options.precision is None else asked), 1

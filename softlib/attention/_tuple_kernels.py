@@ -1,0 +1,222 @@
+"""The kernels for pairs of keys, behind the operations of attention over tuples.
+
+A plan has blocks that suit a CPU: kernels take its mask and have lists of their own.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.tpu import trilinear, trilinear_gradient
+from pallas_kernels.tpu.trilinear_blocks import Masks
+from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
+from softlib._dispatch import Implementation
+from softlib.masks import Between
+
+from ._scores import Result, Softmax
+from ._stream import BackwardOperands, Gradient, row_constants
+from ._tiles import Operands, Options
+from ._tuple_blocks import (
+    PIECES,
+    Order,
+    chosen_order,
+    lengths_of,
+    ordered,
+    pieces_of,
+    visits_of,
+)
+
+# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+LEAST_LENGTH, LEAST_FEATURES = 128, 32
+# Of the backward pass, where products of pieces of more leave registers for none.
+MOST_FLOAT32_FEATURES = LANES
+_BACKWARD: tuple[Pass, ...] = ("query", "first", "second")
+
+
+def _forward(options: Options, operands: Operands) -> Result:
+    order = chosen_order(("forward",), options, operands)
+    assert isinstance(order, Order)
+    first, second = _sides(operands, order)
+    out, lse = trilinear.forward(
+        _flat(operands.query),
+        first,
+        second,
+        visits_of("forward", operands, order.tiles[0], order),
+        tiles=order.tiles[0],
+        **_form(options, operands, order),
+    )
+    out = _heads(out, operands.query.shape[2], _value(operands).shape[-1])
+    return Result(out.astype(options.out_dtype), lse)
+
+
+def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    operands, cotangent = given.operands, given.out_cotangent
+    assert cotangent is not None
+    order = chosen_order(_BACKWARD, options, operands)
+    assert isinstance(order, Order)
+    visits = [
+        visits_of(which, operands, tiles, order)
+        for which, tiles in zip(_BACKWARD, order.tiles, strict=True)
+    ]
+    first, second = _sides(operands, order)
+    dq, *found = trilinear_gradient.gradient(
+        _flat(operands.query),
+        first,
+        second,
+        _flat(cotangent),
+        *row_constants(options, given),
+        (visits[0], visits[1], visits[2]),
+        tiles=(order.tiles[0], order.tiles[1], order.tiles[2]),
+        dtype=jnp.float32 if options.wide_gradients else None,
+        **_form(options, operands, order),
+    )
+    if order.swapped:
+        found = found[::-1]
+    heads, features = operands.key.shape[2:]
+    outer, last = (
+        (_heads(key, heads, features), _heads(value, heads, _value(operands).shape[-1]))
+        for key, value in found
+    )
+    dq = _heads(dq, *operands.query.shape[2:])
+    return Gradient(dq, last[0], last[1], None, None, (), (outer,))
+
+
+def _value(operands: Operands) -> Array:
+    assert operands.value is not None
+    return operands.value
+
+
+def _form(options: Options, operands: Operands, order: Order) -> dict[str, Any]:
+    """What is static."""
+    mask = ordered(operands.plan.mask, order.swapped)
+    mask = mask._within(*lengths_of(operands, order.swapped))
+    first, second = (None if axis is None else axis._attends for axis in mask.axes)
+
+    def joint(*indices: Any) -> Any:
+        found = [part._attends(*indices) for part in mask.joint]
+        return functools.reduce(jnp.logical_and, found)
+
+    return {
+        "masks": Masks(first, second, joint if mask.joint else None),
+        "scale": options.scale,
+        "heads": operands.key.shape[2],
+        "groups": operands.groups,
+        "pieces": pieces_of(options, operands),
+    }
+
+
+def _sides(operands: Operands, order: Order) -> list[tuple[Array, Array]]:
+    """Keys and values of the first axis, and of the second."""
+    pairs = [*operands.outer, (operands.key, _value(operands))]
+    pairs = [(_flat(key), _flat(value)) for key, value in pairs]
+    return pairs[::-1] if order.swapped else pairs
+
+
+def _flat(x: Array) -> Array:
+    """Heads after each other, each of whole lanes."""
+    over = ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % LANES))
+    x = jnp.pad(x, over) if over[-1][1] else x
+    return x.reshape(*x.shape[:2], -1)
+
+
+def _heads(x: Array, heads: int, features: int) -> Array:
+    """The inverse."""
+    return x.reshape(*x.shape[:2], heads, -1)[..., :features]
+
+
+# --------------------------------------------------------------------- what is refused
+def _why_not(options: Options, operands: Operands) -> str | None:
+    if len(operands.outer) != 1:
+        return f"it takes two key axes, not {len(operands.outer) + 1}"
+    if operands.value is None:
+        return "it computes no statistics without values"
+    if options.kind != Softmax():
+        return f"it has no weights of kind {type(options.kind).__name__}"
+    if options.logit_softcap is not None:
+        return "it has no softcap"
+    if operands.bias is not None or operands.dense is not None:
+        return "it takes no array over tuples"
+    if operands.sinks is not None or operands.rows:
+        return "it takes no array over rows"
+    query, *lengths = operands.plan.lengths
+    batch, _, heads, features = operands.query.shape
+    if not (batch and heads):
+        return "an axis is empty"
+    for name, size, least in (
+        ("queries", query, LEAST_LENGTH),
+        ("keys", min(lengths), LEAST_LENGTH),
+        ("features of a query", features, LEAST_FEATURES),
+        ("features of a value", operands.value.shape[-1], LEAST_FEATURES),
+    ):
+        if size < least:
+            return f"{size} {name} are too few to gain by it"
+    arrays = (operands.query, operands.key, operands.value, *operands.outer[0])
+    for array in arrays:
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"an argument is {array.dtype}, not float32 or bfloat16"
+    if options.precision not in PIECES:
+        return f"it has no precision {options.precision!r}"
+    return _why_no_mask(operands)
+
+
+def _why_no_mask(operands: Operands) -> str | None:
+    plan = operands.plan
+    if plan.counts is not None:
+        return "its lists of blocks are static, those of the plan are data"
+    if jax.tree.leaves(plan.mask):
+        return "it looks into no array of a mask"
+    if not plan.mask._is_arithmetic():
+        return "the mask is no arithmetic on positions"
+    if not all(isinstance(part, Between) for part in plan.mask.joint):
+        return "it evaluates no function as a joint mask, only masks.Between"
+    return None
+
+
+def _forward_why_not(options: Options, operands: Operands) -> str | None:
+    return _why_not(options, operands) or _no_tiles(("forward",), options, operands)
+
+
+def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
+    operands = given.operands
+    reason = _why_not(options, operands)
+    if reason is not None:
+        return reason
+    features = max(operands.query.shape[-1], _value(operands).shape[-1])
+    if max(pieces_of(options, operands)) > 1 and features > MOST_FLOAT32_FEATURES:
+        return f"{features} features of float32 would not fit the registers"
+    return _no_tiles(_BACKWARD, options, operands)
+
+
+def _no_tiles(
+    passes: tuple[Any, ...], options: Options, operands: Operands
+) -> str | None:
+    order = chosen_order(passes, options, operands)
+    return order if isinstance(order, str) else None
+
+
+def _note(passes: tuple[Any, ...], options: Options, operands: Operands) -> str | None:
+    order = chosen_order(passes, options, operands)
+    assert isinstance(order, Order)
+    names = (
+        f"{tiles} ({which})" for which, tiles in zip(passes, order.tiles, strict=True)
+    )
+    return ", ".join(names)
+
+
+FORWARD = Implementation(
+    "pallas_tpu",
+    _forward,
+    _forward_why_not,
+    platform="tpu",
+    note=functools.partial(_note, ("forward",)),
+)
+BACKWARD = Implementation(
+    "pallas_tpu",
+    _backward,
+    _backward_why_not,
+    platform="tpu",
+    note=lambda options, given: _note(_BACKWARD, options, given.operands),
+)

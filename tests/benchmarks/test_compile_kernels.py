@@ -1,0 +1,163 @@
+"""What compilers print, and what is made of it; `make kernels` runs compilers."""
+
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compile_kernels import report, roofline, targets
+from benchmarks.compile_kernels.case import Case, array
+from benchmarks.compile_kernels.cases import all_cases, chosen
+from benchmarks.compile_kernels.compiled import (
+    Compiled,
+    Kernel,
+    faults,
+    gpu_kernels,
+    tpu_kernels,
+)
+
+PROGRAM = """\
+ENTRY %main {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %rows.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", \
+backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0",\
+"size":"4096"},{"memory_space":"1","offset":"4096","size":"1024"}]}
+}
+"""
+BUNDLES = """\
+a comment
+MXU, XLU, VSTORE:SPILL, VLOAD:FILL
+== UTILIZATION:
+2 0 1 0
+1 1 0 1
+"""
+GPU_PROGRAM = """\
+ENTRY %main {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %mpmd_map.2 = f32[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/rows/mpmd_map"}, backend_config={kernel_hash = "\\22a\\\\"}
+}
+"""
+PRINTED = """\
+Resources(smem_scratch_bytes=2048, tmem=0)
+Compiling entry function 'rows_mosaic_gpu_kernel' for 'sm_90a'
+ptxas info    : (C7519) Potential Performance Loss: x in function 'rows'
+ptxas info    : 8 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @P0  HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4] ;
+"""
+CASE = Case(
+    "rows",
+    "small",
+    lambda x: x,
+    (array(jnp.bfloat16, 8, 128),),
+    ("v5e",),
+    naive_bytes=1000,
+    flops=1e9,
+    bytes_moved=1e6,
+)
+KERNEL = Kernel("rows", 5120, 0, 3, 2)
+GOOD = Compiled("rows", "small", "v5e", None, 1, 1, 20, 2e9, 3e6, (KERNEL,))
+
+
+def test_a_tpu_program():
+    (kernel,) = tpu_kernels(PROGRAM, {"rows.1": BUNDLES}.__getitem__)
+    assert kernel == Kernel("rows.1", 5120, 1, 3, 2)
+    # Without a dump the program still says what it holds.
+    (kernel,) = tpu_kernels(PROGRAM, lambda name: "")
+    assert (kernel.memory_bytes, kernel.instructions) == (5120, 0)
+
+
+def test_a_gpu_program():
+    known = {}
+    (kernel,) = gpu_kernels(GPU_PROGRAM, PRINTED, known)
+    note = "(C7519) Potential Performance Loss: x"
+    assert kernel == Kernel("rows", 2048, 12, 1, 2, 168, (note,))
+    # The second time it is not assembled again.
+    assert gpu_kernels(GPU_PROGRAM, "Resources(smem_scratch_bytes=2048)", known) == (
+        kernel,
+    )
+    assert gpu_kernels("ENTRY %main {}", "", known) == ()
+    with pytest.raises(ValueError, match="printed nothing of"):
+        gpu_kernels(GPU_PROGRAM, "", {})
+
+
+def test_two_gpu_kernels_of_one_program():
+    second = GPU_PROGRAM.splitlines()[2].replace("map.2", "map.10").replace("ROOT ", "")
+    program = GPU_PROGRAM + second.replace("rows", "sums").replace("22a", "22b")
+    resources, rest = PRINTED.split("\n", 1)
+    printed = "\n".join(
+        [
+            resources,
+            resources.replace("2048", "4096"),
+            rest.replace("'rows", "'sums").replace("12 bytes spill", "99 bytes spill"),
+            rest,
+        ]
+    )
+    found = gpu_kernels(program, printed, {})
+    facts = [(kernel.name, kernel.memory_bytes, kernel.spills) for kernel in found]
+    assert facts == [("rows", 2048, 12), ("sums", 4096, 99)]
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"error": "no"}, "no"),
+        ({"kernels": ()}, "no kernel"),
+        ({"temp_bytes": 21}, "21 temporary bytes"),
+        ({"kernels": (dataclasses.replace(KERNEL, spills=1),)}, "rows spills 1"),
+        (
+            {"kernels": (dataclasses.replace(KERNEL, notes=("wgmma serialized",)),)},
+            "serialized",
+        ),
+    ],
+)
+def test_faults(change, fault):
+    assert not list(faults(CASE, GOOD))
+    (found,) = faults(CASE, dataclasses.replace(GOOD, **change))
+    assert fault in found
+
+
+def test_spills_are_allowed_on_v4_where_a_case_says_so():
+    spilling = dataclasses.replace(KERNEL, spills=2)
+    case = dataclasses.replace(CASE, spills_on_v4=2)
+    on = lambda target: dataclasses.replace(GOOD, target=target, kernels=(spilling,))
+    assert not list(faults(case, on("v4")))
+    assert list(faults(case, on("v5e")))
+
+
+def test_numbers_survive_json():
+    assert report.from_json(report.to_json([GOOD])) == [GOOD]
+
+
+def test_the_page_has_a_line_for_every_kernel_and_failure():
+    text = report.markdown([CASE], [GOOD])
+    assert "| small | v5e | 20 B | 2.00% | `rows` | 5 KiB | - | 3 | 2 | 0 |" in text
+    failed = dataclasses.replace(GOOD, error="it broke\nbadly")
+    assert "| small | v5e | it broke |" in report.markdown([CASE], [failed])
+    assert "it broke" in report.row(failed)
+    assert "rows: matrix_instructions 3" in report.row(GOOD)
+
+
+def test_the_roofline_compares_least_and_counted():
+    (text,) = roofline.markdown([CASE], [GOOD])
+    # 1e9 / 197e12 s against 2e9 / 197e12 s: half of the peak.
+    assert "| 1 GFLOP | 1 MB | products | 5.08 µs | 2 GFLOP | 3 MB | 10.2 µs | 50%" in (
+        text
+    )
+
+
+def test_names_are_unique_on_each_target():
+    for target in targets.TARGETS:
+        cases = sorted((c.family, c.name) for c in chosen("", "", target))
+        assert cases, target
+        assert not [a for a, b in itertools.pairwise(cases) if a == b]
+    assert {case.family for case in all_cases()} >= {"row statistics"}
+
+
+def test_targets_have_devices():
+    assert set(roofline.DEVICES) == set(targets.TARGETS)
+    assert targets.is_tpu("v5e")
+    assert not targets.is_tpu("h100")

@@ -1,0 +1,416 @@
+"""Block-sparse attention for Hopper, in the interpreter, against the dense oracle."""
+
+import dataclasses
+import faulthandler
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from pallas_kernels._devices import H100
+from pallas_kernels.gpu_mosaic import (
+    attention as kernels,
+    attention_backward as gradients,
+)
+from pallas_kernels.gpu_mosaic.attention_lists import lists
+from pallas_kernels.gpu_mosaic.attention_mask import evaluate, missing
+from softlib import attention, explain, masks
+from softlib.attention import _kernels_gpu
+from softlib.attention._plan import plan_of
+from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
+from softlib.attention._stream import BackwardOperands
+from softlib.attention._tiles import Operands, Options
+from softlib.testing import assert_close
+from tests.oracles.attention import attention as oracle
+
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
+# A barrier that nobody arrives at would hang for ever.
+SECONDS = 300
+# Rings of two slots, which three tiles wrap.
+SMALL = kernels.Tiles(keys=64, stages=2)
+CAUSAL, SOFTMAX = masks.Causal(), Softmax()
+NORMALIZERS: dict[Any, str] = {
+    Softmax(): "softmax",
+    LogSoftplus(): "softplus",
+    Softplus(): "softplus",
+    StableMax(): "stablemax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention; `lengths` limits the keys of each batch entry."""
+
+    mask: masks.Mask = CAUSAL
+    T: int = 136
+    S: int = 200
+    N: int = 1
+    K: int = 1
+    H: int = 64
+    E: int = 64
+    B: int = 1
+    kind: Kind = SOFTMAX
+    softcap: float | None = None
+    sinks: bool = False
+    lengths: tuple[int, ...] | None = None
+    dtype: str = "bfloat16"
+    spread: float = 1.0
+
+    def operands(self) -> Operands:
+        random = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(random.normal(size=shape), self.dtype)
+        query = draw(self.B, self.T, self.N, self.H) * self.spread
+        key, value = (draw(self.B, self.S, self.K, n) for n in (self.H, self.E))
+        mask = self.mask
+        if self.lengths is not None:
+            mask = mask & masks.Padding(key=jnp.asarray(self.lengths, jnp.int32))
+        plan = plan_of(mask, (self.T, self.S))
+        sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
+        return Operands(*(query, key, value, plan), sinks=sinks if self.sinks else None)
+
+    def options(self) -> Options:
+        scale = self.H**-0.5
+        return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
+
+
+# No key for the first queries, a whole tile of them, no query for the last keys.
+LATE = masks.Causal(-140)
+BANDED = ~masks.Window(90, 20)
+PROBLEMS = {
+    "heads in groups": Problem(masks.Causal(60), N=2, E=128),
+    "empty tile, sinks": Problem(LATE, T=264, sinks=True),
+    "float16, overhang": Problem(BANDED, T=135, S=203, dtype="float16", H=96),
+    "log softplus, softcap": Problem(
+        masks.Radial(70), T=72, S=140, kind=LogSoftplus(), softcap=3.0, spread=4.0
+    ),
+    "lengths, extreme scores": Problem(
+        masks.All(), T=64, S=136, B=2, lengths=(0, 70), spread=300.0
+    ),
+}
+SLOW = {
+    "lengths, softplus": Problem(
+        masks.All(), T=64, S=136, B=2, kind=Softplus(), lengths=(0, 70)
+    ),
+    "stablemax": Problem(masks.Radial(5), B=2, kind=StableMax()),
+    "whole": Problem(masks.All(), T=256, S=256, H=128, E=128),
+    "softcap": Problem(softcap=2.0, E=72, spread=3.0, dtype="float16"),
+    "log softplus": Problem(LATE, T=264, kind=LogSoftplus(), spread=20.0),
+    "softplus": Problem(BANDED, kind=Softplus(), softcap=2.0, N=2, K=2),
+    "lengths and sinks": Problem(
+        BANDED, B=2, N=4, K=2, lengths=(0, 100), sinks=True, dtype="float16"
+    ),
+    "empty rows": Problem(LATE | masks.Prefix(3), T=264, kind=StableMax()),
+    "one slot, kernels apart": Problem(T=128, S=128, H=256, E=256, N=2),
+    "looked up by tile": Problem(
+        masks.Blocks(np.array([[1, 0], [0, 1], [1, 1]], bool), 128), T=290, S=201
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels in the interpreter, with small tiles."""
+    for name in ("attention", "query_gradient", "key_gradients"):
+        kernel = functools.partial(getattr(_kernels_gpu, name), interpret=SIMULATED)
+        monkeypatch.setattr(_kernels_gpu, name, kernel)
+    monkeypatch.setattr(_kernels_gpu, "choose_tiles", lambda *_: SMALL)
+
+
+def check(problem: Problem) -> Any:
+    """Output, normalizers and gradients against the oracle; they are returned too."""
+    operands, options = problem.operands(), problem.options()
+    found = jax.jit(functools.partial(_kernels_gpu.FORWARD.call, options))(operands)
+    random = np.random.default_rng(1)
+    g_out = jnp.asarray(random.normal(size=found.out.shape), problem.dtype)
+    g_lse = random.normal(size=found.normalizer.shape)
+    allowed = np.asarray(operands.plan.mask.materialize(problem.T, problem.S))
+    allowed = allowed.reshape(-1, 1, problem.T, problem.S)
+    expected = oracle(
+        *(np.asarray(x, np.float64) for x in operands[:3]),
+        allowed=allowed,
+        scale=options.scale,
+        logit_softcap=problem.softcap,
+        sinks=operands.sinks,
+        normalizer=NORMALIZERS[problem.kind],
+        g_out=np.asarray(g_out, np.float64),
+        g_lse=g_lse,
+    )
+    normalizer, lse = np.asarray(found.normalizer, np.float64), found.normalizer
+    g_normalizer = g_lse
+    if not problem.kind.is_log:
+        with np.errstate(divide="ignore"):
+            lse = np.log(normalizer)
+        g_normalizer = g_lse / np.where(normalizer == 0, 1, normalizer)
+    # Scores are sums of products, and errors of a large score are those of its weight.
+    c = 4 * max(problem.spread / 10, 1)
+    length = max(problem.S, problem.T)
+    assert_close(lse, expected.lse, dtype=jnp.float32, length=length)
+    assert_close(found.out, expected.out, dtype=problem.dtype, length=length, c=c)
+    given = BackwardOperands(
+        *(operands, found.out, found.normalizer, g_out),
+        jnp.asarray(g_normalizer, jnp.float32),
+    )
+    gradient = jax.jit(functools.partial(_kernels_gpu.BACKWARD.call, options))(given)
+    for name in ("query", "key", "value", "sinks"):
+        value = getattr(gradient, name)
+        if value is not None:
+            wanted = expected.gradients[name]
+            assert_close(value, wanted, dtype=problem.dtype, length=length, c=c)
+    # Exact where nobody attends: to whom, or by whom.
+    some = allowed.any((0, 1))
+    nobody, unread = ~some.any(1), ~some.any(0)
+    np.testing.assert_array_equal(found.out[:, nobody], 0)
+    np.testing.assert_array_equal(gradient.query[:, nobody], 0)
+    for found_of in (gradient.key, gradient.value):
+        np.testing.assert_array_equal(found_of[:, unread], 0)
+    if not problem.sinks:
+        np.testing.assert_array_equal(lse[:, nobody], -np.inf)
+    return found, gradient
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_output_and_gradients(name, interpreted):
+    check(PROBLEMS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_outputs_and_gradients(name, interpreted):
+    check(SLOW[name])
+
+
+def test_nan_in_tiles_that_are_not_listed_is_not_read(interpreted):
+    problem = Problem(masks.Blocks(np.array([[1, 0, 1]], bool), 64), T=64, S=192)
+    operands, options = problem.operands(), problem.options()
+    unread = (jnp.arange(192) // 64 == 1)[None, :, None, None]
+    assert operands.value is not None
+    spoilt = operands._replace(
+        key=jnp.where(unread, jnp.nan, operands.key),
+        value=jnp.where(unread, jnp.nan, operands.value),
+    )
+    call = jax.jit(functools.partial(_kernels_gpu.FORWARD.call, options))
+    for found, expected in zip(call(spoilt)[:2], call(operands)[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+# ---------------------------------------------------------------------- lists and masks
+def test_lists_hold_every_tile_once_and_the_longest_first():
+    plan = plan_of(masks.Causal(), (1000, 1000), (128, 64))
+    found = lists(plan.whole, plan.partial, plan.grid[0])
+    entries = {(0, *pair) for pair in plan.whole.T} | {
+        (1, *pair) for pair in plan.partial.T
+    }
+    for tile, start, some, stop in found.tiles:
+        for at in range(start, stop):
+            entries.remove((int(at >= some), tile, found.others[at]))
+    assert not entries
+    counts = found.tiles[:, 3] - found.tiles[:, 1]
+    assert (np.diff(counts) <= 0).all()
+    assert sorted(found.tiles[:, 0]) == list(range(plan.grid[0]))
+
+
+def test_without_any_pair_there_is_still_an_entry_to_read():
+    none = np.zeros((2, 0), np.int32)
+    found = lists(none, none, 3)
+    assert len(found.others) == 1
+    np.testing.assert_array_equal(found.tiles[:, 1:], 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ~masks.Window(3, 5) & masks.Dilated(3),
+        masks.Radial(300, rule="pow2", min_window=96),
+        (masks.Chunked(7) | masks.GlobalTokens(2, 9)).shift(3),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_masks_in_other_words_are_the_same(mask):
+    query, key = jnp.arange(70)[:, None] * 11, jnp.arange(90)[None] * 7
+    query, key = (jnp.broadcast_to(x, (70, 90)) for x in (query, key))
+    found = evaluate(lambda *at: mask(*at), query, key)
+    np.testing.assert_array_equal(found, mask(query, key))
+    assert missing(lambda *at: mask(*at), 0) == []
+
+
+# -------------------------------------------------------------------------- tile sizes
+@pytest.mark.parametrize("features", [64, 128, 192, 256])
+@pytest.mark.parametrize("value_features", [64, 128, 192, 256])
+def test_tiles_fit(features, value_features):
+    for choose in (kernels.choose_tiles, gradients.choose_backward_tiles):
+        tiles = choose(features, value_features, H100)
+        assert tiles is not None
+        assert tiles.smem_bytes(features, value_features) <= H100.smem_bytes
+
+
+def test_no_tiles_for_features_that_do_not_fit():
+    assert kernels.choose_tiles(1024, 64, H100) is None
+    assert kernels.choose_tiles(64, 320, H100) is None
+    assert gradients.choose_backward_tiles(256, 320, H100) is None
+
+
+# ----------------------------------------------------------------------------- dispatch
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+QUERY, KEY = array(2, 256, 4, 64), array(2, 384, 2, 64)
+
+
+def machine(kind: str) -> Any:
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def hopper() -> Any:
+    return machine("NVIDIA H100 80GB HBM3")
+
+
+def training(query: Any, key: Any, value: Any, **options: Any) -> Any:
+    out = attention.dot_product_attention(query, key, value, **options)
+    return out.astype(jnp.float32).sum()
+
+
+def test_lowered_for_hopper_a_training_step_is_three_kernels():
+    step = jax.jit(jax.grad(functools.partial(training, is_causal=True), (0, 1, 2)))
+    with hopper():
+        traced = step.trace(QUERY, KEY, KEY)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        plain = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert text.count("@mosaic_gpu") == 3
+    assert "stablehlo.while" not in text
+    assert "custom_call" not in plain
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowered_inside_shard_map(check_vma):
+    """The interpreter does not run there: what is declared of results is checked."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((2,), ("data",), (AxisType.Auto,), abstract_device=device)
+    call = functools.partial(training, mask=masks.Window(30, 0))
+
+    def step(sinks: Any, *arrays: Any) -> Any:
+        lengths = jnp.full(arrays[0].shape[0], 99)
+        loss = lambda sinks, *qkv: call(
+            *qkv, sinks=sinks, key_value_seq_lengths=lengths
+        )
+        return jax.grad(loss, (0, 1, 2, 3))(sinks, *arrays)
+
+    rows = PartitionSpec("data")
+    specs = PartitionSpec(), rows, rows, rows
+    with jax.sharding.use_abstract_mesh(mesh):
+        sharded = jax.shard_map(
+            step, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=check_vma
+        )
+        traced = jax.jit(sharded).trace(array(4, dtype=jnp.float32), QUERY, KEY, KEY)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA A100-SXM4-40GB"])
+def test_other_gpus_get_no_kernel(kind, capsys):
+    with machine(kind):
+        text = explain(training, QUERY, KEY, KEY)
+        program = jax.jit(training).trace(QUERY, KEY, KEY)
+        lowered = program.lower(lowering_platforms=("cuda",)).as_text()
+    capsys.readouterr()
+    found = "a Blackwell" if kind.endswith("B200") else "another device"
+    assert f"not pallas_gpu: it is written for Hopper GPUs, this is {found}" in text
+    assert "custom_call" not in lowered
+
+
+def test_explain_tells_the_tiles_and_the_padding(capsys):
+    odd = array(1, 300, 2, 80), array(1, 301, 2, 80)
+    with hopper():
+        text = explain(jax.grad(training, (0, 1, 2)), *odd, odd[1])
+        aligned = explain(training, QUERY, KEY, KEY)
+    capsys.readouterr()
+    assert text.count("cuda: pallas_gpu") == 2
+    assert "pallas_gpu: Tiles(keys=128, stages=2); arrays are copied to pad" in text
+    assert "pad" not in aligned
+
+
+IDS = jnp.zeros(256, jnp.int32)
+REFUSALS: dict[str, dict[str, Any]] = {
+    "`query` is float32, not bfloat16 or float16": {"dtype": jnp.float32},
+    "`key` is float16, `query` is bfloat16": {"key_dtype": jnp.float16},
+    "64 queries are too few": {"T": 64},
+    "16 features of a query are too few": {"H": 16},
+    "320 features of a query and 320 of a value": {"H": 320},
+    "it takes no bias": {"bias": jnp.zeros((1, 1, 256, 256))},
+    "no boolean array as a mask": {"mask": np.ones((1, 1, 256, 256), bool)},
+    "it looks into no array of a mask": {"mask": masks.Segments(IDS, IDS)},
+    "the mask looks into an array inside of tiles of 128 x 128": {
+        "mask": masks.Blocks(np.eye(8, dtype=bool), 32)
+    },
+    "may leave the range of float16": {
+        "dtype": jnp.float16,
+        "key_dtype": jnp.float16,
+        "normalizer": "stablemax",
+    },
+    "weights are rounded to the bfloat16": {"precision": "highest"},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_it_cannot_do_it_says(reason, capsys):
+    given = dict(REFUSALS[reason])
+    T, H = given.pop("T", 256), given.pop("H", 64)
+    dtype = given.pop("dtype", jnp.bfloat16)
+    query = array(1, T, 2, H, dtype=dtype)
+    key = array(1, 256, 2, H, dtype=given.pop("key_dtype", jnp.bfloat16))
+    with hopper():
+        text = explain(functools.partial(training, **given), query, key, key)
+        assert "cuda: pallas_gpu" not in text
+        assert reason in text
+        with pytest.raises(NotImplementedError, match="pallas_gpu"):
+            jax.eval_shape(
+                functools.partial(training, implementation="pallas_gpu", **given),
+                *(query, key, key),
+            )
+    capsys.readouterr()
+
+
+class Curved(masks.Mask):
+    """A mask that takes a sine."""
+
+    def _attends(self, query_index, key_index):
+        return jnp.sin(query_index + key_index) > 0
+
+
+def reason_of(mask: masks.Mask, length: int, block: int) -> str | None:
+    """Why there is no kernel for the mask, of arrays that are not there."""
+    plan = plan_of(mask, (length, length), (block, block))
+    found = []
+
+    def call(query: Any, key: Any, value: Any) -> None:
+        operands = Operands(query, key, value, plan)
+        found.append(_kernels_gpu.FORWARD.why_not(Problem().options(), operands))
+
+    with hopper():
+        jax.eval_shape(call, *(array(1, length, 1, 64),) * 3)
+    return found[0]
+
+
+def test_operations_that_kernels_lack_are_named():
+    curved = jax.tree_util.register_static(Curved)()
+    reason = reason_of(curved, 256, 128)
+    assert reason == "the mask takes operations that it lacks: sin"
+
+
+def test_lists_that_are_too_long():
+    reason = reason_of(masks.Causal(), 1 << 21, 1 << 14)
+    assert reason is not None
+    assert "is longer than" in reason

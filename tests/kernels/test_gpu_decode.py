@@ -1,0 +1,262 @@
+"""Decode attention on Hopper, in the simulating interpreter, against the oracle."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import softlib
+from pallas_kernels._devices import H100
+from pallas_kernels.gpu_mosaic import decode as kernels
+from pallas_kernels.gpu_mosaic.attention_ring import SPARE_BYTES
+from pallas_kernels.gpu_mosaic.decode import Tiles
+from softlib.attention import _decode_kernels, decode_attention
+from softlib.testing import assert_close
+from tests.attention.decode_problems import oracle, problem
+
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
+# A ring of two tiles of 64 keys that wraps, with a ragged last one.
+LENGTHS = (152, 70, 0)
+HOPPER = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`decode_attention` by the kernel, with two stages."""
+    for name in ("LEAST_KEYS", "LEAST_FEATURES"):
+        monkeypatch.setattr(_decode_kernels, name, 1)
+    monkeypatch.setattr(_decode_kernels.devices, "gpu_generation", lambda: "hopper")
+    taken = lambda *arrays, default, cuda, tpu=None: cuda(*arrays)
+    monkeypatch.setattr(jax.lax, "platform_dependent", taken)
+    choose: Any = kernels.choose_tiles
+
+    def few_stages(*args, **options):
+        return Tiles(choose(*args, **options).splits, 2)
+
+    monkeypatch.setattr(kernels, "choose_tiles", few_stages)
+    simulated = functools.partial(kernels.decode, interpret=SIMULATED)
+    monkeypatch.setattr(kernels, "decode", simulated)
+
+    def call(arrays, lengths, **options):
+        if lengths is not None:
+            options["key_value_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
+        decode = functools.partial(
+            decode_attention,
+            **{"num_splits": 1, **options},
+            implementation="pallas_gpu",
+            return_statistics=True,
+        )
+        return jax.jit(lambda arrays: decode(**arrays))(arrays)
+
+    return call
+
+
+def small(dtype="bfloat16", *, B=3, S=152, N=2, K=1, **sizes):
+    arrays = problem(dtype, B=B, S=S, N=N, K=K, **{"H": 64, "Hv": 64, **sizes})
+    return {**arrays, "scale": arrays["scale"] * 0.3}
+
+
+# Sizes, options of the kernel and of the oracle, options of the kernel.
+CASES: dict[str, Any] = {
+    "running maximum": ({}, {}, {}),
+    "two splits": ({}, {}, {"num_splits": 2}),
+    "more splits than tiles have": ({"B": 1}, {}, {"num_splits": 3, "phi": 0.3}),
+    "no lengths": ({"lengths": None, "S": 128, "B": 1}, {}, {"phi": 0.3}),
+    "two heads, elementwise": (
+        {"N": 6, "K": 2, "B": 1},
+        {},
+        {"phi": jnp.linspace(-2, 2, 6), "criterion": "elementwise"},
+    ),
+    "causal draft, softcap": (
+        {"T": 5, "B": 2},
+        {"is_causal": True, "logit_softcap": 2.0},
+        {"phi": 0.0},
+    ),
+    "features of two spans": ({"B": 1, "H": 128, "Hv": 192}, {}, {"phi": 0.3}),
+    "float16, sinks": ({"dtype": "float16", "B": 2, "sinks": True}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_oracle(name, interpreted):
+    sizes, shared, options = CASES[name]
+    sizes = dict(sizes)
+    lengths = sizes.pop("lengths", LENGTHS[: sizes.get("B", 3)])
+    arrays = small(**sizes)
+    out, statistics = interpreted(arrays, lengths, **shared, **options)
+    expected = oracle(arrays, lengths=lengths, **shared)
+    dtype = arrays["query"].dtype
+    assert out.dtype == dtype
+    assert_close(out, expected.out, dtype=dtype, length=152)
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=152)
+    assert_close(statistics.max_score, expected.max_score, dtype="float32", length=64)
+    assert not statistics.needs_recompute.any()
+
+
+# Of NumPy, which multiplies in the interpreter.
+NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+
+RANGES: dict[str, Any] = {
+    "above": ((-70.0, 5.0), "row_max", 1),
+    "below": ((6.0, 80.0), "row_max", 2),
+    "an element": ((-4.0, 80.0), "elementwise", 1),
+    "overflow": ((-70.0, 2000.0), "row_max", 1),
+}
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("name", RANGES)
+def test_rows_that_leave_the_range_are_done_again(name, interpreted):
+    """Right results, and flags exactly where the criterion says."""
+    valid_range, criterion, splits = RANGES[name]
+    arrays, lengths = small(N=3), (152, 20, 0)
+    if name == "overflow":
+        arrays["query"] = arrays["query"].at[0].multiply(64)
+    out, statistics = interpreted(
+        arrays,
+        lengths,
+        phi=0.5,
+        valid_range=valid_range,
+        criterion=criterion,
+        num_splits=splits,
+    )
+    expected = oracle(arrays, lengths=lengths)
+    flags = expected.outside(0.5, valid_range, criterion)
+    if name == "overflow":
+        flags = flags | (expected.max_score > 80)
+    assert flags.any()
+    assert not flags.all()
+    np.testing.assert_array_equal(statistics.needs_recompute, flags)
+    assert_close(out, expected.out, dtype="bfloat16", length=152)
+    # Scores of some hundreds are as exact as their products.
+    length = 152 * 64**2 if name == "overflow" else 152
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_what_lies_behind_the_length_does_not_matter(phi, interpreted):
+    arrays, lengths = small(B=2), LENGTHS[:2]
+    behind = np.arange(152)[None] >= np.array(lengths)[:, None]
+    arrays = {
+        name: jnp.where(behind[..., None, None], jnp.nan, array).astype(array.dtype)
+        if name in ("key", "value")
+        else array
+        for name, array in arrays.items()
+    }
+    clean = {n: np.nan_to_num(np.asarray(a, np.float64)) for n, a in arrays.items()}
+    out, _ = interpreted(arrays, lengths, phi=phi)
+    expected = oracle(clean, lengths=lengths)
+    assert_close(out, expected.out, dtype="bfloat16", length=152)
+
+
+@NOT_FINITE
+def test_a_reference_that_is_no_number_is_not_used(interpreted):
+    arrays = small()
+    phi = jnp.asarray([np.nan, -np.inf])
+    out, statistics = interpreted(arrays, LENGTHS, phi=phi, num_splits=2)
+    expected = oracle(arrays, lengths=LENGTHS)
+    assert_close(out, expected.out, dtype="bfloat16", length=152)
+    np.testing.assert_array_equal(
+        statistics.needs_recompute, expected.max_score > -np.inf
+    )
+
+
+# --------------------------------------------------------------------------- tile sizes
+@pytest.mark.parametrize("features", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_tiles_fit(features):
+    tiles = kernels.choose_tiles(4, 8, 32_768, features, H100)
+    assert tiles is not None
+    ring = tiles.stages * 2 * kernels.KEYS * sum(features)
+    rest = 2 * kernels.ROWS * features[0] + 4 * kernels.ROWS * kernels.COLUMNS
+    assert ring + rest + SPARE_BYTES <= H100.smem_bytes
+    assert tiles.stages >= 2
+
+
+def test_splits_fill_the_device():
+    choose: Any = functools.partial(
+        kernels.choose_tiles, heads=8, features=(128, 128), device=H100
+    )
+    assert choose(64, keys=32_768).splits == 1
+    assert choose(1, keys=32_768).splits * 8 >= 2 * 132
+    assert choose(1, keys=1024).splits == 2  # of 16 tiles
+    assert choose(1, keys=1024, splits=5).splits == 5
+    assert choose(1, keys=128, splits=128).splits == 2
+
+
+# ----------------------------------------------------------------------------- dispatch
+def machine(kind: str) -> AbstractMesh:
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform="gpu")
+    return AbstractMesh((), (), abstract_device=device)
+
+
+def arrays_of(*, key=(4, 4096, 8, 128), dtype=jnp.bfloat16, **shapes):
+    shapes = {"query": (4, 1, 32, key[3]), "key": key, "value": key, **shapes}
+    return {n: jax.ShapeDtypeStruct(shape, dtype) for n, shape in shapes.items()}
+
+
+def lowered(call: Any, platform: str, kind: str) -> str:
+    with jax.sharding.use_abstract_mesh(machine(kind)):
+        traced = jax.jit(call).trace(**arrays_of())
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_the_program_of_hopper_has_the_kernel_and_no_other_has(phi):
+    call = functools.partial(decode_attention, phi=phi)
+    text = lowered(call, "cuda", HOPPER)
+    assert text.count("@mosaic_gpu") == 1
+    assert "stablehlo.dot_general" not in text
+    assert "@mosaic_gpu" not in lowered(call, "cuda", "NVIDIA B200")
+    assert "custom_call" not in lowered(call, "cpu", "cpu")
+
+
+def test_derivatives_have_the_kernel():
+    def loss(arrays):
+        out = decode_attention(**arrays, phi=0.0)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    call = lambda **arrays: jax.grad(loss)(arrays)
+    assert "@mosaic_gpu" in lowered(call, "cuda", HOPPER)
+
+
+def explained(capsys, arrays, **options):
+    with jax.sharding.use_abstract_mesh(machine(HOPPER)):
+        text = softlib.explain(functools.partial(decode_attention, **options), **arrays)
+    capsys.readouterr()
+    return text
+
+
+def test_explain_tells_the_splits(capsys):
+    for phi in (None, 0.0):
+        text = explained(capsys, arrays_of(), phi=phi)
+        assert "cuda: pallas_gpu" in text
+        assert "pallas_gpu: 8 splits of the keys, " in text
+
+
+REFUSALS: dict[str, Any] = {
+    "512 keys are too few": (arrays_of(key=(4, 512, 8, 128)), {}),
+    "4098 keys are not a multiple of 8": (arrays_of(key=(4, 4098, 8, 128)), {}),
+    "`query` is float32, not bfloat16 or float16": (arrays_of(dtype=jnp.float32), {}),
+    "96 features of a key are not a multiple": (arrays_of(key=(4, 4096, 8, 96)), {}),
+    "320 features of a key are more than": (arrays_of(key=(4, 4096, 8, 320)), {}),
+    "80 rows of queries of a head": (arrays_of(query=(4, 20, 32, 128)), {}),
+    "weights relative to phi": (arrays_of(dtype=jnp.float16), {"phi": 0.0}),
+    "products are those of the bfloat16": (arrays_of(), {"precision": "highest"}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_it_cannot_do_it_says(reason, capsys):
+    arrays, options = REFUSALS[reason]
+    assert f"not pallas_gpu: {reason}" in explained(capsys, arrays, **options)
+
+
+def test_other_machines_are_refused(capsys):
+    text = softlib.explain(decode_attention, **arrays_of())
+    capsys.readouterr()
+    assert "not pallas_gpu: it is written for Hopper GPUs" in text

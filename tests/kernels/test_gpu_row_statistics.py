@@ -1,0 +1,254 @@
+"""The row-statistics kernels for GPUs, in the interpreter, against the oracle."""
+
+import dataclasses
+import faulthandler
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu_mosaic import row_statistics as kernels
+from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
+from softlib.losses import _engine, _kernels_gpu
+from softlib.losses._stream import BackwardOperands, Head
+from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
+from softlib.testing import assert_close
+from tests.oracles import row_statistics as oracle
+
+SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
+SECONDS = 300  # after which a barrier at which nobody arrives has hung
+FEW = ("lse", "label_logits")
+ALL = oracle.STATISTICS
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs():
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One head; `classes_of_tile` and `chunk` are small, so that rings wrap."""
+
+    rows: int
+    features: int
+    classes: int
+    dtype: str = "bfloat16"
+    statistics: tuple[str, ...] = FEW
+    labels: int = 1
+    bias: bool = False
+    infinite: bool = False
+    per_row: bool = False
+    class_where: bool = False
+    softcap: float | None = None
+    classes_of_tile: int = 64
+    splits: int = 2
+    chunk: int = 128
+
+    def head(self) -> Head:
+        random = np.random.default_rng(0)
+        cast = lambda x: jnp.asarray(x, self.dtype)
+        weight = random.normal(size=(self.classes, self.features))
+        weight *= 2 / np.sqrt(self.features)
+        labels = random.integers(-1, self.classes, (self.rows, self.labels))
+        factors = lambda: jnp.asarray(random.uniform(0.5, 1.5, self.rows), jnp.float32)
+        bias = random.normal(size=self.classes)
+        bias[::7] = -np.inf if self.infinite else 0
+        return Head(
+            cast(random.normal(size=(self.rows, self.features))),
+            cast(weight),
+            jnp.asarray(labels, jnp.int32),
+            Modifiers(
+                jnp.asarray(bias, jnp.float32) if self.bias else None,
+                factors() if self.per_row else None,
+                factors() if self.per_row else None,
+                jnp.asarray(random.uniform(size=self.classes) < 0.7)
+                if self.class_where
+                else None,
+            ),
+        )
+
+    def options(self) -> Options:
+        options = Options(self.statistics, self.softcap)
+        return _engine.with_residuals(options)
+
+    def tiles(self) -> Tiles:
+        return Tiles(self.classes_of_tile, 32, 2, self.splits)
+
+    def backward_tiles(self) -> BackwardTiles:
+        splits = min(self.splits, self.chunk // self.classes_of_tile)
+        tiles = dataclasses.replace(self.tiles(), splits=splits)
+        return BackwardTiles(tiles, self.chunk, 64, 2)
+
+
+PROBLEMS = {
+    # Two tiles of rows and of features, three chunks of classes; nothing divides.
+    "ragged": Problem(137, 72, 300),
+    "float16, all": Problem(
+        *(70, 64, 200, "float16"),
+        statistics=ALL,
+        labels=2,
+        bias=True,
+        per_row=True,
+        class_where=True,
+        softcap=3.0,
+    ),
+    "minus infinity": Problem(
+        *(16, 64, 150),
+        statistics=("lse", "mean_logit", "max_logit", "argmax"),
+        bias=True,
+        infinite=True,
+        per_row=True,
+        splits=1,
+    ),
+}
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Runs kernels in the interpreter, in small tiles; the cost model is tested below.
+
+    The interpreter is asked for by name and not forced from outside: there the ring
+    has one view of its memory, of which the interpreter otherwise makes two memories.
+    """
+
+    def give(tiles: Tiles, backward_tiles: BackwardTiles) -> None:
+        for name, chosen in (("forward", tiles), ("gradient", backward_tiles)):
+            call = getattr(kernels, name)
+            small = functools.partial(call, tiles=chosen, interpret=SIMULATED)
+            monkeypatch.setattr(kernels, name, small)
+
+    return give
+
+
+def statistics_of(options: Options, head: Head) -> RowStatistics:
+    return jax.jit(functools.partial(_kernels_gpu.FORWARD.call, options))(head)
+
+
+def gradient_of(options: Options, head: Head, rows: RowCotangents) -> Any:
+    call = functools.partial(_kernels_gpu.BACKWARD.call, options)
+    return jax.jit(call)(BackwardOperands(head, rows))
+
+
+def cotangents_of(statistics: RowStatistics) -> RowStatistics:
+    random = np.random.default_rng(1)
+    some = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)
+    return jax.tree.map(some, _engine.differentiable(statistics))
+
+
+def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
+    bias, scale, temperature, where = head.modifiers
+    known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
+    given = {n: x for n, x in cotangents._asdict().items() if x is not None}
+    return oracle.row_statistics(
+        np.asarray(head.labels),
+        None if where is None else np.asarray(where),
+        cotangents=given,
+        hidden=head.hidden,
+        weight=head.weight,
+        logit_softcap=problem.softcap,
+        **{name: x for name, x in known.items() if x is not None},
+    )
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_statistics_and_gradients(name, simulated):
+    problem = PROBLEMS[name]
+    simulated(problem.tiles(), problem.backward_tiles())
+    head, options = problem.head(), problem.options()
+    found = statistics_of(options, head)
+    cotangents = cotangents_of(found)
+    expected = expected_of(problem, head, cotangents)
+    length = max(problem.rows, problem.features, problem.classes)
+    for key in options.statistics:
+        value, wanted = getattr(found, key), expected.values[key]
+        if key == "argmax":
+            np.testing.assert_array_equal(value, wanted)
+        else:
+            assert_close(value, wanted, dtype=jnp.float32, length=length)
+
+    rows = RowCotangents(found.lse, found.mean_logit, cotangents)
+    gradient = gradient_of(options, head, rows)
+    pairs = {
+        "hidden": gradient.hidden,
+        "weight": gradient.weight,
+        "bias": gradient.modifiers.bias,
+        "logit_scale": gradient.modifiers.logit_scale,
+        "temperature": gradient.modifiers.temperature,
+    }
+    for key, value in pairs.items():
+        if value is None:
+            continue
+        # The cotangents of logits are rounded before they are multiplied.
+        assert_close(value, expected.gradients[key], dtype=problem.dtype, length=length)
+
+
+def test_a_row_without_a_class(simulated):
+    """Nothing is selected: lse is -inf, all gradients are 0, not NaN."""
+    problem = Problem(16, 64, 130, statistics=(*FEW, "mean_logit"), splits=1)
+    simulated(problem.tiles(), problem.backward_tiles())
+    head, options = problem.head(), problem.options()
+    nothing = jnp.zeros(problem.classes, bool)
+    head = head._replace(modifiers=Modifiers(None, None, None, nothing))
+    found = statistics_of(options, head)
+    np.testing.assert_array_equal(found.lse, -np.inf)
+    np.testing.assert_array_equal(found.mean_logit, 0)
+    ones = RowStatistics(lse=jnp.ones(problem.rows), mean_logit=jnp.ones(problem.rows))
+    rows = RowCotangents(found.lse, found.mean_logit, ones)
+    gradient = gradient_of(options, head, rows)
+    np.testing.assert_array_equal(gradient.hidden, 0)
+    np.testing.assert_array_equal(gradient.weight, 0)
+
+
+def test_extreme_logits(simulated):
+    problem = Problem(16, 64, 130, splits=2)
+    simulated(problem.tiles(), problem.backward_tiles())
+    head = problem.head()
+    head = head._replace(hidden=head.hidden * 1e4)
+    found = statistics_of(problem.options(), head)
+    expected = expected_of(problem, head, RowStatistics())
+    for key in FEW:
+        value, wanted = getattr(found, key), expected.values[key]
+        assert_close(value, wanted, dtype=jnp.float32, length=problem.features)
+
+
+# Tiles of 256 classes have two blocks of the filter, of 64 half of one.
+@pytest.mark.parametrize(
+    "classes_of_tile", [64, pytest.param(256, marks=pytest.mark.slow)]
+)
+def test_the_filter_drops_the_blocks_that_the_stream_drops(classes_of_tile, simulated):
+    problem = Problem(200, 64, 400, classes_of_tile=classes_of_tile, chunk=256)
+    simulated(problem.tiles(), problem.backward_tiles())
+    head = problem.head()
+    # Sure of the label, whose tile then has nothing to learn either; the rest is not.
+    assert head.labels is not None
+    sure = 30 * head.weight[jnp.clip(head.labels[:, 0], 0)]
+    first = jnp.arange(200)[:, None] < 130
+    head = head._replace(hidden=jnp.where(first, sure, head.hidden))
+    options = dataclasses.replace(problem.options(), gradient_filter_eps=1e-2)
+    stream = next(i for i in _engine.LINEAR.implementations if i.name == "xla")
+    statistics = jax.jit(lambda head: stream.call(options, head))(head)
+    rows = RowCotangents(statistics.lse, None, cotangents_of(statistics))
+    given = BackwardOperands(head, rows)
+    plain = jax.jit(_engine.LINEAR_GRADIENT.plain.call, static_argnums=0)
+    expected = plain(options, given)
+    everything = plain(dataclasses.replace(options, gradient_filter_eps=None), given)
+    assert jnp.abs(expected.weight - everything.weight).max() > 1e-3
+    gradient = gradient_of(options, head, rows)
+    for value, wanted in zip(gradient[:2], expected[:2], strict=True):
+        wanted = np.asarray(wanted, np.float64)
+        assert_close(value, wanted, dtype=problem.dtype, length=400)
+
+
+def test_nothing_that_has_a_gradient():
+    problem = Problem(16, 64, 130, statistics=("max_logit",))
+    rows = RowCotangents(None, None, RowStatistics())
+    gradient = gradient_of(problem.options(), problem.head(), rows)
+    np.testing.assert_array_equal(gradient.hidden, 0)
+    np.testing.assert_array_equal(gradient.weight, 0)

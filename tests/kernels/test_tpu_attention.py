@@ -1,0 +1,405 @@
+"""Block-sparse attention for TPUs, in the interpreter, against the dense oracle."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
+from pallas_kernels.tpu import attention_blocks, attention_tiles
+from pallas_kernels.tpu.attention_tiles import Tiles
+from softlib import attention, explain, masks
+from softlib.attention import _kernels_tpu
+from softlib.attention._plan import plan_of
+from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
+from softlib.attention._stream import BackwardOperands
+from softlib.attention._tiles import Operands, Options
+from softlib.testing import assert_close
+from tests.oracles.attention import attention as oracle
+
+SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+CAUSAL, SOFTMAX = masks.Causal(), Softmax()
+# Two pieces of each kind, so that buffers are used again, and two parts.
+SMALL = Tiles(128, 256, 64, 256)
+NORMALIZERS: dict[Any, str] = {
+    Softmax(): "softmax",
+    LogSoftplus(): "softplus",
+    Softplus(): "softplus",
+    StableMax(): "stablemax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention; `lengths` limits the keys of each batch entry."""
+
+    mask: masks.Mask = CAUSAL
+    T: int = 150
+    S: int = 300
+    N: int = 2
+    K: int = 1
+    H: int = 24
+    E: int = 40
+    B: int = 1
+    kind: Kind = SOFTMAX
+    softcap: float | None = None
+    sinks: bool = False
+    lengths: tuple[int, ...] | None = None
+    dtype: str = "float32"
+    spread: float = 1.0
+    tiles: Tiles = SMALL
+
+    def operands(self) -> Operands:
+        random = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(random.normal(size=shape), self.dtype)
+        query = draw(self.B, self.T, self.N, self.H) * self.spread
+        key, value = (draw(self.B, self.S, self.K, n) for n in (self.H, self.E))
+        mask = self.mask
+        if self.lengths is not None:
+            mask = mask & masks.Padding(key=jnp.asarray(self.lengths, jnp.int32))
+        plan = plan_of(mask, (self.T, self.S))
+        sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
+        return Operands(*(query, key, value, plan), sinks=sinks if self.sinks else None)
+
+    def options(self) -> Options:
+        scale = self.H**-0.5
+        return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
+
+
+BANDED = masks.Window(40, 20)
+# No key for the first queries, no query for the last keys.
+LATE = masks.Causal(-140) & masks.Window(60, 0)
+UNEVEN = Tiles(256, 128, 128, 128)
+IN_TURN = Tiles(128, 256, 64, 128, overlapped=False)
+PROBLEMS = {
+    "causal": Problem(tiles=IN_TURN),
+    "aligned, heads in groups": Problem(
+        *(masks.All(), 256, 256, 6, 2, 128, 128), dtype="bfloat16"
+    ),
+    "radial": Problem(masks.Radial(70), T=280, S=280, N=1, dtype="bfloat16"),
+    "empty rows, sinks": Problem(LATE, T=300, S=400, sinks=True, tiles=IN_TURN),
+    "lengths": Problem(
+        *(BANDED, 150, 300), B=2, lengths=(0, 100), sinks=True, dtype="bfloat16"
+    ),
+    "softplus": Problem(LATE, T=260, N=1, kind=Softplus(), dtype="bfloat16"),
+    "log softplus": Problem(kind=LogSoftplus(), softcap=3.0, dtype="bfloat16"),
+    "stablemax": Problem(
+        LATE | masks.Prefix(3), K=2, B=2, kind=StableMax(), dtype="bfloat16"
+    ),
+    "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
+}
+# The same with other tiles, dtypes and combinations.
+MORE = {
+    "groups, a late start": Problem(masks.Causal(150), N=6, K=2, B=2, tiles=IN_TURN),
+    "window": Problem(BANDED, T=300, S=270, N=1, dtype="bfloat16", tiles=UNEVEN),
+    "dropped frames": Problem(masks.Radial(5), S=290, N=1, E=136, dtype="bfloat16"),
+    "empty rows and columns": Problem(LATE, T=300, S=400, dtype="bfloat16"),
+    "softcap": Problem(softcap=2.0, H=136, spread=3.0, tiles=IN_TURN),
+    "float32 softplus": Problem(LATE, T=260, N=1, kind=Softplus(), tiles=IN_TURN),
+    "float32 stablemax": Problem(BANDED, N=1, kind=StableMax(), tiles=IN_TURN),
+    "float32 log softplus": Problem(kind=LogSoftplus(), softcap=3.0, tiles=IN_TURN),
+    "overlapped float32": Problem(N=1, T=270, sinks=True),
+}
+
+
+@pytest.fixture
+def given_tiles(monkeypatch):
+    """Small tiles, and lists that hold few entries."""
+
+    def give(
+        tiles: Tiles, mode: Any, most_entries: int = attention_blocks.MOST_ENTRIES
+    ) -> None:
+        for name in ("attention", "query_gradient", "key_value_gradient"):
+            kernel = getattr(_kernels_tpu, name)
+            kernel = functools.partial(kernel, interpret=mode)
+            monkeypatch.setattr(_kernels_tpu, name, kernel)
+        turned = dataclasses.replace(tiles, rows=min(tiles.query, 128), keys=128)
+        of = lambda which, *_: turned if which == "key" else tiles
+        monkeypatch.setattr(_kernels_tpu, "_tiles", of)
+        monkeypatch.setattr(_kernels_tpu, "MOST_ENTRIES", most_entries)
+        forget()
+
+    def forget() -> None:
+        _kernels_tpu._lists.cache_clear()
+        for implementation in (_kernels_tpu.FORWARD, _kernels_tpu.BACKWARD):
+            call: Any = implementation.call
+            call.clear_cache()  # of traces with other tiles
+
+    yield give
+    forget()
+
+
+def check(problem: Problem) -> Any:
+    """Output, normalizers and gradients against the oracle; they are returned too."""
+    operands, options = problem.operands(), problem.options()
+    found = jax.jit(functools.partial(_kernels_tpu.FORWARD.call, options))(operands)
+    random = np.random.default_rng(1)
+    g_out = jnp.asarray(random.normal(size=found.out.shape), problem.dtype)
+    g_lse = random.normal(size=found.normalizer.shape)
+    plan = operands.plan
+    allowed = np.asarray(plan.mask.materialize(problem.T, problem.S))
+    allowed = allowed.reshape(-1, 1, problem.T, problem.S)
+    arrays = [np.asarray(x, np.float64) for x in operands[:3]]
+    expected = oracle(
+        *arrays,
+        allowed=allowed,
+        scale=options.scale,
+        logit_softcap=problem.softcap,
+        sinks=operands.sinks,
+        normalizer=NORMALIZERS[problem.kind],
+        g_out=np.asarray(g_out, np.float64),
+        g_lse=g_lse,
+    )
+    normalizer, lse = np.asarray(found.normalizer, np.float64), found.normalizer
+    g_normalizer = g_lse
+    if not problem.kind.is_log:
+        with np.errstate(divide="ignore"):
+            lse = np.log(normalizer)
+        g_normalizer = g_lse / np.where(normalizer == 0, 1, normalizer)
+    # Scores are sums of products, and errors of a large score are those of its weight.
+    within = {"length": max(problem.S, problem.T), "dtype": jnp.float32}
+    in_dtype = {**within, "dtype": problem.dtype}
+    assert_close(lse, expected.lse, **within)
+    assert_close(found.out, expected.out, **in_dtype, c=4 * problem.spread)
+    given = BackwardOperands(
+        *(operands, found.out, found.normalizer, g_out),
+        jnp.asarray(g_normalizer, jnp.float32),
+    )
+    gradient = jax.jit(functools.partial(_kernels_tpu.BACKWARD.call, options))(given)
+    for name in ("query", "key", "value", "sinks"):
+        value = getattr(gradient, name)
+        if value is not None:
+            wanted = expected.gradients[name]
+            assert_close(value, wanted, **in_dtype, c=4 * problem.spread)
+    return found, gradient
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_output_and_gradients(name, given_tiles):
+    given_tiles(PROBLEMS[name].tiles, True)
+    check(PROBLEMS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_outputs_and_gradients(name, given_tiles):
+    given_tiles(MORE[name].tiles, True)
+    check(MORE[name])
+
+
+def test_nothing_races(given_tiles):
+    given_tiles(SMALL, SIMULATED)
+    check(PROBLEMS["lengths"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_nothing_races_anywhere(name, given_tiles):
+    given_tiles(PROBLEMS[name].tiles, SIMULATED)
+    check(PROBLEMS[name])
+
+
+def test_several_lists_write_one_result(given_tiles):
+    given_tiles(SMALL, True, most_entries=4)
+    check(Problem(T=300, S=600, N=1, dtype="bfloat16"))
+
+
+def test_what_no_query_reads_may_be_nan(given_tiles):
+    """Blocks outside of the list are not fetched, and its empty rows are written."""
+    given_tiles(SMALL, True)
+    mask = masks.Causal(-140) & masks.Window(100, 0)
+    problem = Problem(mask, T=300, S=520, N=1, dtype="bfloat16")
+    operands, options = problem.operands(), problem.options()
+    beyond = jnp.arange(520)[None, :, None, None] >= 256
+    blank = lambda x: jnp.where(beyond, jnp.nan, x)
+    forward = jax.jit(functools.partial(_kernels_tpu.FORWARD.call, options))
+    expected = forward(operands)
+    given = operands._replace(key=blank(operands.key), value=blank(operands.value))
+    found = forward(given)
+    np.testing.assert_array_equal(found.out, expected.out)
+    np.testing.assert_array_equal(found.out[:, :140], 0)
+    np.testing.assert_array_equal(found.normalizer[:, :140], -np.inf)
+
+
+# ----------------------------------------------------------------- lists and tile sizes
+def entries_of(packed: np.ndarray) -> np.ndarray:
+    """(row, column, kind, first, last) of every entry."""
+    return np.stack([packed >> 17, packed >> 4 & 8191, packed >> 2 & 3, *flags(packed)])
+
+
+def flags(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return packed >> 1 & 1, packed & 1
+
+
+def test_a_list_holds_every_block_once_and_rows_without_one():
+    rows, columns = np.array([3, 0, 0]), np.array([1, 2, 0])
+    whole = np.array([False, True, False])
+    (found,) = attention_blocks.lists(rows, columns, whole, 5)
+    some, every, nothing = attention_blocks.SOME, attention_blocks.ALL, 0
+    expected = [
+        *[(0, 0, some, 1, 0), (0, 2, every, 0, 1), (1, 0, nothing, 1, 1)],
+        *[(2, 0, nothing, 1, 1), (3, 1, some, 1, 1), (4, 0, nothing, 1, 1)],
+    ]
+    np.testing.assert_array_equal(entries_of(found).T, expected)
+
+
+def test_lists_that_are_cut_keep_rows_together():
+    rows, columns = np.divmod(np.arange(30), 3)
+    found = attention_blocks.lists(rows, columns, rows >= 0, 10, most_entries=7)
+    assert found.shape == (5, 6)
+    for part in found:
+        row, _, _, first, last = entries_of(part)
+        np.testing.assert_array_equal(row, np.sort(row))
+        assert first.sum() == last.sum() == len(set(row.tolist())) == 2
+
+
+def test_nothing_is_done_by_what_fills_a_short_list():
+    rows, columns = np.array([0, 0, 0, 1]), np.array([0, 1, 2, 0])
+    found = attention_blocks.lists(rows, columns, rows >= 0, 2, most_entries=3)
+    row, column, kind, first, last = entries_of(found[1])
+    np.testing.assert_array_equal(row, 1)
+    np.testing.assert_array_equal(column, 0)
+    assert (kind.tolist(), first.tolist(), last.tolist()) == (
+        [2, 0, 0],
+        [1, 0, 0],
+        [1, 0, 0],
+    )
+
+
+@pytest.mark.parametrize(
+    "device", [V4, V5E, V5P, V6E, V7X, ANY_TPU], ids=lambda d: d.name
+)
+@pytest.mark.parametrize("which", ["forward", "query", "key"])
+def test_tiles_fit_and_are_divided_by_their_pieces(device, which):
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for light in (True, False):
+            found = attention_tiles.candidates(
+                which, (8192, 8192), (128, 128), dtype, device, light=light
+            )
+            assert found
+            for tiles in found:
+                size = attention_tiles.vmem_bytes(which, tiles, (128, 128), dtype)
+                assert size <= device.vmem_bytes
+                assert tiles.query % tiles.rows == tiles.key % tiles.keys == 0
+                columns = tiles.rows if which == "key" else tiles.keys
+                assert columns % tiles.part == tiles.part % 128 == 0
+
+
+def test_a_narrow_band_gets_smaller_tiles_than_a_full_square():
+    def chosen(mask: masks.Mask) -> Any:
+        query = key = value = jnp.zeros((1, 8192, 1, 128), jnp.bfloat16)
+        operands = Operands(query, key, value, plan_of(mask, (8192, 8192)))
+        options = Options(SOFTMAX, 1.0, None, None, jnp.bfloat16)
+        return _kernels_tpu._tiles("forward", options, operands)
+
+    narrow, full = chosen(masks.Window(127, 0)), chosen(masks.All())
+    assert narrow.query * narrow.key < full.query * full.key
+
+
+# ----------------------------------------------------------------------------- dispatch
+def arrays(
+    T=256, S=256, N=4, K=2, H=64, E=64, dtype: Any = jnp.bfloat16, batch=(2,)
+) -> list[Any]:
+    shapes = ((T, N, H), (S, K, H), (S, K, E))
+    return [jax.ShapeDtypeStruct((*batch, *shape), dtype) for shape in shapes]
+
+
+def training(query, key, value, *rest, **options):
+    attend: Any = functools.partial(attention.dot_product_attention, **options)
+    return attend(query, key, value, *rest).astype(jnp.float32).sum()
+
+
+def test_lowered_for_a_tpu_a_training_step_is_three_kernels():
+    step = jax.grad(functools.partial(training, is_causal=True), argnums=(0, 1, 2))
+    traced = jax.jit(step).trace(*arrays())
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 3
+    assert "stablehlo.while" not in text
+    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "tpu_custom_call" not in cuda
+
+
+def test_explain_tells_the_tiles(capsys):
+    step = jax.grad(functools.partial(training, is_causal=True), argnums=(0, 1, 2))
+    text = explain(step, *arrays())
+    capsys.readouterr()
+    assert text.count("tpu: pallas_tpu") == 2
+    assert "pallas_tpu: tiles of 256 queries x 256 keys" in text
+
+
+REFUSALS = {
+    "100 queries are too few": ({"T": 100}, {}),
+    "16 features of a query are too few": ({"H": 16}, {}),
+    "an axis is empty": ({"batch": (0,)}, {}),
+    "`query` is float16": ({"dtype": jnp.float16}, {}),
+    "it takes no bias": ({}, {"bias": jnp.zeros((1, 1, 256, 256))}),
+    "no boolean array": ({}, {"mask": np.ones((1, 1, 256, 256), bool)}),
+    "no array of a mask": ({}, {"mask": masks.Segments(np.zeros(256, int))}),
+    "weights are rounded": ({}, {"precision": "highest"}),
+    "inside of blocks of 128": (
+        {},
+        {"mask": masks.Blocks(np.tri(8, dtype=bool), 32)},
+    ),
+    "no tile of 65536 and 64 features": ({"H": 65_536, "T": 128, "S": 128}, {}),
+    "are more than 8192 blocks": (
+        {"T": 128, "S": (8192 << 10) + 1, "batch": (1,)},
+        {"mask": masks.Window(100, 0)},
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_it_cannot_do_it_says(reason, capsys):
+    shapes, options = REFUSALS[reason]
+    given = arrays(**shapes)
+    text = explain(functools.partial(training, **options), *given)
+    capsys.readouterr()
+    assert reason in text
+    assert "tpu: pallas_tpu" not in text
+    pinned = functools.partial(training, implementation="pallas_tpu", **options)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(pinned, *given)
+
+
+ACCEPTED = {
+    "blocks of its own": {"mask": masks.Blocks(np.tri(2, dtype=bool), 128)},
+    "lengths": {"key_value_seq_lengths": np.array([3, 200])},
+    "an offset that is data": {"is_causal": True, "query_offset": np.array([0, 7])},
+    "softcap": {"logit_softcap": 5.0, "sinks": jnp.zeros(4)},
+    "softplus": {"normalizer": "softplus"},
+    "stablemax": {"normalizer": "stablemax", "local_window_size": 10},
+    "a traced scale": {"scale": jnp.float32(2)},
+    "radial": {"mask": masks.Radial(50, rule="pow2", min_window=16)},
+    "dilated": {"mask": masks.Dilated(3) & ~masks.Causal(-5)},
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_it_accepts_lowers(name):
+    pinned = functools.partial(training, implementation="pallas_tpu", **ACCEPTED[name])
+    step = jax.jit(jax.grad(pinned, argnums=(0, 1, 2)))
+    traced = step.trace(*arrays(T=300, S=260))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 3
+
+
+def test_a_second_call_traces_no_kernel_again(monkeypatch):
+    """What a trace costs on a CPU, where no kernel runs."""
+    given = arrays(T=320, S=320)
+    attend = lambda *a: attention.dot_product_attention(*a, is_causal=True)
+    kernel, calls = _kernels_tpu.attention, []
+
+    def counted(*args, **options):
+        calls.append(None)
+        return kernel(*args, **options)
+
+    monkeypatch.setattr(_kernels_tpu, "attention", counted)
+    for _ in range(3):
+        jax.jit(lambda *a: attend(*a)).trace(*given)
+    assert len(calls) == 1

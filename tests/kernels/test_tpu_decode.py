@@ -1,0 +1,314 @@
+"""Decode attention on TPUs, in the simulating interpreter, against the oracle."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import softlib
+from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
+from pallas_kernels.tpu import decode as kernels
+from pallas_kernels.tpu.decode import Tiles
+from softlib.attention import _decode_kernels, decode_attention
+from softlib.testing import assert_close
+from tests.attention.decode_problems import oracle, problem
+
+SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+PLAIN: Any = True
+LENGTHS = (150, 0, 77)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """`decode_attention` by the kernel, with small tiles; the mode may be set."""
+    monkeypatch.setattr(_decode_kernels, "LEAST_KEYS", 1)
+    monkeypatch.setattr(_decode_kernels, "LEAST_FEATURES", 1)
+    taken = lambda *arrays, default, tpu, cuda=None: tpu(*arrays)
+    monkeypatch.setattr(jax.lax, "platform_dependent", taken)
+
+    def call(arrays, lengths, *, tiles, mode=PLAIN, **options):
+        monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: tiles)
+        if lengths is not None:
+            options["key_value_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
+        decode = functools.partial(
+            decode_attention,
+            **options,
+            implementation="pallas_tpu",
+            return_statistics=True,
+        )
+        with pltpu.force_tpu_interpret_mode(mode):
+            return jax.jit(lambda arrays: decode(**arrays))(arrays)
+
+    return call
+
+
+def small(dtype="float32", *, B=3, S=150, seed=0, **sizes):
+    return problem(dtype, B=B, S=S, seed=seed, **{"H": 16, "Hv": 24, **sizes})
+
+
+# Sizes, tiles, options of the kernel and of the oracle, options of the kernel.
+CASES: dict[str, Any] = {
+    "running maximum": ({}, Tiles(64, 64), {}, {}),
+    "no lengths": ({"lengths": None, "S": 128, "B": 2}, Tiles(64, 64), {}, {}),
+    "one head": ({"N": 3, "K": 1}, Tiles(128, 128), {}, {"phi": 0.3}),
+    "three heads": ({"N": 9, "K": 3}, Tiles(128, 128), {}, {"phi": 0.3}),
+    "unified": ({"N": 8}, Tiles(64, 64), {}, {"phi": 0.3}),
+    "per head, elementwise": (
+        {"B": 2, "lengths": (150, 77)},
+        Tiles(64, 64),
+        {},
+        {"phi": jnp.linspace(-2, 2, 4), "criterion": "elementwise"},
+    ),
+    "causal draft, softcap": (
+        {"T": 3, "lengths": (150, 2, 65)},
+        Tiles(64, 64),
+        {"is_causal": True, "logit_softcap": 2.0},
+        {"phi": 0.0},
+    ),
+    "sinks": ({"sinks": True, "B": 2}, Tiles(128, 64), {"logit_softcap": 2.0}, {}),
+    "bfloat16": ({"dtype": "bfloat16"}, Tiles(64, 64), {}, {"phi": 0.3}),
+    "bfloat16, running": (
+        {"dtype": "bfloat16", "N": 10, "K": 5, "T": 2},
+        Tiles(128, 128),
+        {},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_oracle(name, interpreted):
+    sizes, tiles, shared, options = CASES[name]
+    sizes = dict(sizes)
+    lengths = sizes.pop("lengths", LENGTHS[: sizes.get("B", 3)])
+    arrays = small(**sizes)
+    mode: Any = SIMULATED if name in SIMULATED_CASES else PLAIN
+    out, statistics = interpreted(
+        arrays, lengths, tiles=tiles, mode=mode, **shared, **options
+    )
+    expected = oracle(arrays, lengths=lengths, **shared)
+    dtype = arrays["query"].dtype
+    assert out.dtype == dtype
+    assert_close(out, expected.out, dtype=dtype, length=150)
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=150)
+    assert_close(statistics.max_score, expected.max_score, dtype="float32", length=16)
+    assert not statistics.needs_recompute.any()
+
+
+# These with races.
+SIMULATED_CASES = ("running maximum", "unified", "bfloat16")
+
+RANGES: dict[str, Any] = {
+    "above": ((-70.0, 3.0), "row_max"),
+    "below": ((2.0, 80.0), "row_max"),
+    "an element": ((-5.0, 80.0), "elementwise"),
+    "overflow": ((-70.0, 2000.0), "row_max"),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_rows_that_leave_the_range_are_done_again(name, interpreted):
+    """Right results, and flags exactly where the criterion says."""
+    arrays = small(B=3, N=6, K=2, H=6)
+    lengths, (valid_range, criterion) = (150, 40, 0), RANGES[name]
+    if name == "overflow":
+        arrays["query"] = arrays["query"].at[0].multiply(200)
+    out, statistics = interpreted(
+        arrays,
+        lengths,
+        tiles=Tiles(64, 64),
+        mode=SIMULATED if name == "overflow" else PLAIN,
+        phi=0.5,
+        valid_range=valid_range,
+        criterion=criterion,
+    )
+    expected = oracle(arrays, lengths=lengths)
+    flags = expected.outside(0.5, valid_range, criterion)
+    if name == "overflow":
+        flags = flags | (expected.max_score > 80)
+    assert flags.any()
+    assert not flags.all()
+    np.testing.assert_array_equal(statistics.needs_recompute, flags)
+    scale = 200 if name == "overflow" else 1
+    # Scores of some hundreds are as exact as their products.
+    length = 150 * scale**2 if scale > 1 else 150
+    assert_close(out, expected.out, dtype="float32", length=length)
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+
+
+def test_what_lies_behind_the_length_does_not_matter(interpreted):
+    arrays, lengths = small(B=2), (150, 77)
+    behind = np.arange(150)[None] >= np.array(lengths)[:, None]
+    arrays = {
+        name: jnp.where(behind[..., None, None], np.nan, array)
+        if name in ("key", "value")
+        else array
+        for name, array in arrays.items()
+    }
+    clean = {n: np.nan_to_num(a) for n, a in arrays.items()}
+    expected = oracle(clean, lengths=lengths)
+    mode: Any = pltpu.InterpretParams(uninitialized_memory="nan")
+    # The range is left, so that both passes meet what lies behind.
+    options = {"phi": 0.0, "valid_range": (-70.0, 4.0)}
+    out, statistics = interpreted(
+        arrays, lengths, tiles=Tiles(64, 64), mode=mode, **options
+    )
+    assert statistics.needs_recompute.any()
+    assert_close(out, expected.out, dtype="float32", length=150)
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_nan_stays_with_the_rows_of_its_head(phi, interpreted):
+    """All heads share a product: what is not finite in one is not in the others."""
+    arrays = small(B=2)
+    arrays["value"] = arrays["value"].at[0, 7, 1].set(np.nan)
+    arrays["key"] = arrays["key"].at[1, 8, 0].set(np.nan)
+    arrays["value"] = arrays["value"].at[1, 9, 1, 0].set(np.inf)
+    mode = PLAIN
+    out, _ = interpreted(arrays, None, tiles=Tiles(64, 64), mode=mode, phi=phi)
+    nan = np.isnan(out[:, 0])
+    np.testing.assert_array_equal(nan[0].all(1), [False, False, True, True])
+    np.testing.assert_array_equal(nan[0].any(1), [False, False, True, True])
+    np.testing.assert_array_equal(nan[1].any(1), [True, True, False, False])
+    assert np.isinf(out[1, 0, 2:, 0]).all()
+    assert np.isfinite(out[1, 0, 2:, 1:]).all()
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_gradients_are_those_of_plain_jax(monkeypatch):
+    """The kernel's lse and out are all that the derivative needs of it."""
+    arrays = small(B=2)
+    lengths = jnp.asarray([150, 31])
+
+    def loss(arrays, implementation=None):
+        options: Any = {"key_value_seq_lengths": lengths, "phi": 0.5}
+        out, lse = decode_attention(
+            **arrays,
+            **options,
+            valid_range=(-70.0, 4.0),
+            implementation=implementation,
+            return_lse=True,
+        )
+        return (out**2).sum() + (lse**2).sum()
+
+    gradient = lambda name: jax.jit(
+        jax.grad(functools.partial(loss, implementation=name))
+    )
+    plain = gradient("xla")(arrays)
+    monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: Tiles(64, 64))
+    with pltpu.force_tpu_interpret_mode(PLAIN):
+        found = gradient("pallas_tpu")(arrays)
+    for name, value in found.items():
+        assert_close(value, np.asarray(plain[name]), dtype="float32", length=150)
+
+
+# --------------------------------------------------------------------------- tile sizes
+@pytest.mark.parametrize("device", [V4, V5E, V5P, V6E, V7X, ANY_TPU], ids=str)
+@pytest.mark.parametrize("heads", [1, 3, 8, 12, 64])
+def test_tiles_fit(device, heads):
+    for features, size in (((128, 128), 2), ((64, 96), 4), ((576, 512), 2)):
+        tiles = kernels.choose_tiles(
+            heads, 32_768, heads, features, (size, size), device
+        )
+        assert tiles is not None
+        assert tiles.keys % tiles.chunk == 0
+        assert tiles.chunk * heads % 128 == 0
+        arrays = (jnp.zeros((1, 1, heads, n), f"float{8 * size}") for n in features)
+        assert kernels.vmem_bytes(tiles, *arrays) <= device.vmem_bytes
+
+
+def test_a_faster_memory_has_larger_blocks():
+    choose = functools.partial(kernels.choose_tiles, 32, 32_768, 8, (128, 128), (2, 2))
+    slow, fast = choose(V5E), choose(V6E)
+    assert slow is not None
+    assert fast is not None
+    assert slow.keys < fast.keys
+
+
+# ----------------------------------------------------------------------------- dispatch
+ARRAYS = {
+    "query": jax.ShapeDtypeStruct((4, 1, 32, 128), jnp.bfloat16),
+    "key": jax.ShapeDtypeStruct((4, 4096, 8, 128), jnp.bfloat16),
+    "value": jax.ShapeDtypeStruct((4, 4096, 8, 128), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_lowered_for_a_tpu_it_is_one_kernel(phi):
+    traced = jax.jit(functools.partial(decode_attention, phi=phi)).trace(**ARRAYS)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 1
+    assert "stablehlo.dot_general" not in text
+    assert "stablehlo.while" not in text
+    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("phi", [None, 0.0])
+def test_devices_that_share_the_keys_have_a_kernel_each(phi):
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    P = jax.sharding.PartitionSpec
+    cache = P(None, "i")
+    call = jax.shard_map(
+        lambda query, key, value: decode_attention(
+            query, key, value, axis_name="i", phi=phi
+        ),
+        mesh=mesh,
+        in_specs=(P(), cache, cache),
+        out_specs=P(),
+    )
+    text = jax.jit(call).trace(*ARRAYS.values()).lower(lowering_platforms=("tpu",))
+    # With phi the kernel by the running maximum stands by.
+    assert text.as_text().count("@tpu_custom_call") == (1 if phi is None else 2)
+
+
+def test_derivatives_have_the_kernel():
+    loss = lambda query, key, value: (
+        decode_attention(query, key, value, phi=0.0).astype(jnp.float32) ** 2
+    ).sum()
+    for call in (jax.grad(loss), jax.grad(lambda *a: (jax.grad(loss)(*a) ** 2).sum())):
+        lowered = jax.jit(call).trace(*ARRAYS.values())
+        text = lowered.lower(lowering_platforms=("tpu",)).as_text()
+        assert "@tpu_custom_call" in text
+
+
+def explained(capsys, *, key_shape=(4, 4096, 8, 128), dtype=jnp.bfloat16, **options):
+    arrays = {
+        "query": jax.ShapeDtypeStruct((4, 1, 32, key_shape[3]), dtype),
+        "key": jax.ShapeDtypeStruct(key_shape, dtype),
+        "value": jax.ShapeDtypeStruct(key_shape, dtype),
+    }
+    for name in ("query", "value"):
+        shape = options.pop(name, arrays[name].shape)
+        arrays[name] = jax.ShapeDtypeStruct(shape, dtype)
+    text = softlib.explain(functools.partial(decode_attention, **options), **arrays)
+    capsys.readouterr()
+    return text
+
+
+def test_explain_tells_the_blocks(capsys):
+    for phi in (None, 0.0):
+        text = explained(capsys, phi=phi)
+        assert "tpu: pallas_tpu" in text
+        assert "pallas_tpu: blocks of " in text
+
+
+REFUSALS: dict[str, Any] = {
+    "512 keys are too few": {"key_shape": (4, 512, 8, 128)},
+    "16 features of a key are too few": {"key_shape": (4, 4096, 8, 16)},
+    "`query` is float16, not float32 or bfloat16": {"dtype": jnp.float16},
+    "it reads the keys of a sequence in one go (num_splits)": {"num_splits": 2},
+    "320 rows of queries are more than 256": {"query": (4, 10, 32, 128)},
+    "products are those of the bfloat16 of `key`": {"precision": "highest"},
+    "an array is empty": {"query": (4, 0, 32, 128)},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_it_cannot_do_it_says(reason, capsys):
+    text = explained(capsys, **REFUSALS[reason])
+    assert f"not pallas_tpu: {reason}" in text
+    assert "tpu: pallas_tpu" not in text.replace("not pallas_tpu", "")

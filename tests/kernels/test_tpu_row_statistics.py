@@ -1,0 +1,340 @@
+"""The row-statistics kernels for TPUs, in the interpreter, against the oracle."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels._devices import ANY_TPU, V4, V5E, V6E, V7X
+from pallas_kernels.tpu import _row_call, _row_tiles
+from softlib import explain, losses
+from softlib.losses import _engine, _kernels_tpu
+from softlib.losses._stream import BackwardOperands, Head
+from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
+from softlib.testing import assert_close
+from tests.oracles import row_statistics as oracle
+
+SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+FEW = ("lse", "label_logits")
+ALL = oracle.STATISTICS
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One head; `tiles` are (rows, classes, features) of a step."""
+
+    rows: int
+    features: int
+    classes: int
+    tiles: tuple[int, int, int]
+    dtype: str = "float32"
+    statistics: tuple[str, ...] = FEW
+    labels: int = 1
+    vocab_axis: int = 0
+    bias: bool = False
+    infinite: bool = False
+    per_row: bool = False
+    class_where: bool = False
+    softcap: float | None = None
+
+    def head(self) -> Head:
+        random = np.random.default_rng(0)
+        cast = lambda x: jnp.asarray(x, self.dtype)
+        weight = random.normal(size=(self.classes, self.features))
+        weight *= 2 / np.sqrt(self.features)
+        labels = random.integers(-1, self.classes, (self.rows, self.labels))
+        factors = lambda: jnp.asarray(random.uniform(0.5, 1.5, self.rows), jnp.float32)
+        bias = random.normal(size=self.classes)
+        bias[::7] = -np.inf if self.infinite else 0
+        return Head(
+            cast(random.normal(size=(self.rows, self.features))),
+            cast(weight if self.vocab_axis == 0 else weight.T),
+            jnp.asarray(labels, jnp.int32),
+            Modifiers(
+                jnp.asarray(bias, jnp.float32) if self.bias else None,
+                factors() if self.per_row else None,
+                factors() if self.per_row else None,
+                jnp.asarray(random.uniform(size=self.classes) < 0.7)
+                if self.class_where
+                else None,
+            ),
+        )
+
+    def options(self) -> Options:
+        options = Options(self.statistics, self.softcap, self.vocab_axis)
+        return _engine.with_residuals(options)
+
+
+PROBLEMS = {
+    "aligned": Problem(32, 256, 256, (16, 128, 256), "bfloat16"),
+    "ragged": Problem(37, 72, 300, (16, 128, 72)),
+    "one tile": Problem(5, 40, 100, (16, 128, 40)),
+    "parts of D": Problem(37, 384, 300, (16, 128, 128), "bfloat16"),
+    "columns": Problem(20, 256, 300, (16, 256, 128), vocab_axis=1),
+    "all": Problem(
+        *(20, 64, 300, (16, 256, 64)),
+        statistics=ALL,
+        labels=2,
+        bias=True,
+        per_row=True,
+        class_where=True,
+    ),
+    "minus infinity": Problem(
+        *(37, 72, 300, (16, 128, 72), "bfloat16"),
+        statistics=("lse", "mean_logit", "max_logit", "argmax"),
+        bias=True,
+        infinite=True,
+        per_row=True,
+    ),
+    "all, columns, softcap": Problem(
+        *(40, 256, 300, (16, 128, 128), "bfloat16"),
+        statistics=ALL,
+        labels=2,
+        vocab_axis=1,
+        per_row=True,
+        class_where=True,
+        softcap=3.0,
+    ),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles for small problems; the cost model is tested below."""
+
+    def give(tiles: tuple[int, int, int]) -> None:
+        chosen = _row_tiles.Tiles(*tiles, vmem_bytes=8 << 20)
+        monkeypatch.setattr(_row_call, "tiles_of", lambda *_: chosen)
+
+    return give
+
+
+def interpreted(call: Any, mode: Any, *arguments: Any) -> Any:
+    with pltpu.force_tpu_interpret_mode(mode):
+        return jax.jit(call)(*arguments)
+
+
+def cotangents_of(statistics: RowStatistics) -> RowStatistics:
+    random = np.random.default_rng(1)
+    some = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)
+    return jax.tree.map(some, _engine.differentiable(statistics))
+
+
+def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
+    bias, scale, temperature, where = head.modifiers
+    known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
+    given = {n: x for n, x in cotangents._asdict().items() if x is not None}
+    return oracle.row_statistics(
+        np.asarray(head.labels),
+        None if where is None else np.asarray(where),
+        cotangents=given,
+        hidden=head.hidden,
+        weight=head.weight,
+        vocab_axis=problem.vocab_axis,
+        logit_softcap=problem.softcap,
+        **{name: x for name, x in known.items() if x is not None},
+    )
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_statistics_and_gradients(name, small_tiles):
+    problem = PROBLEMS[name]
+    small_tiles(problem.tiles)
+    head, options = problem.head(), problem.options()
+    found = interpreted(
+        lambda head: _kernels_tpu.FORWARD.call(options, head), SIMULATED, head
+    )
+    cotangents = cotangents_of(found)
+    expected = expected_of(problem, head, cotangents)
+    length = max(problem.rows, problem.features, problem.classes)
+    for key in options.statistics:
+        value, wanted = getattr(found, key), expected.values[key]
+        if key == "argmax":
+            np.testing.assert_array_equal(value, wanted)
+        else:
+            assert_close(value, wanted, dtype=jnp.float32, length=length)
+
+    known = RowCotangents(found.lse, found.mean_logit, cotangents)
+    gradient = interpreted(
+        lambda given: _kernels_tpu.BACKWARD.call(options, given),
+        SIMULATED,
+        BackwardOperands(head, known),
+    )
+    pairs = {
+        "hidden": gradient.hidden,
+        "weight": gradient.weight,
+        "bias": gradient.modifiers.bias,
+        "logit_scale": gradient.modifiers.logit_scale,
+        "temperature": gradient.modifiers.temperature,
+    }
+    for key, value in pairs.items():
+        if value is None:
+            continue
+        # The cotangents of bfloat16 logits are rounded before they are multiplied.
+        assert_close(value, expected.gradients[key], dtype=problem.dtype, length=length)
+
+
+def test_a_row_without_a_class_and_a_nan_behind_the_end(small_tiles):
+    """Nothing is selected: lse is -inf, all gradients are 0, not NaN."""
+    small_tiles((16, 128, 72))
+    problem = dataclasses.replace(PROBLEMS["ragged"], statistics=(*FEW, "mean_logit"))
+    head, options = problem.head(), problem.options()
+    nothing = jnp.zeros(problem.classes, bool)
+    head = head._replace(modifiers=Modifiers(None, None, None, nothing))
+    mode = pltpu.InterpretParams(uninitialized_memory="nan")
+    call = lambda head: _kernels_tpu.FORWARD.call(options, head)
+    found = interpreted(call, mode, head)
+    np.testing.assert_array_equal(found.lse, -np.inf)
+    np.testing.assert_array_equal(found.mean_logit, 0)
+    ones = RowStatistics(lse=jnp.ones(problem.rows), mean_logit=jnp.ones(problem.rows))
+    known = RowCotangents(found.lse, found.mean_logit, ones)
+    gradient = interpreted(
+        lambda given: _kernels_tpu.BACKWARD.call(options, given),
+        mode,
+        BackwardOperands(head, known),
+    )
+    np.testing.assert_array_equal(gradient.hidden, 0)
+    np.testing.assert_array_equal(gradient.weight, 0)
+
+
+def test_the_filter_drops_the_blocks_that_the_stream_drops(small_tiles):
+    small_tiles((128, 256, 72))
+    problem = Problem(300, 72, 500, (128, 256, 72))
+    head = problem.head()
+    # Sure of the label, whose tile then has nothing to learn either; the rest is not.
+    assert head.labels is not None
+    sure = 8 * head.weight[jnp.clip(head.labels[:, 0], 0)]
+    first = jnp.arange(300)[:, None] < 150
+    head = head._replace(hidden=jnp.where(first, sure, head.hidden))
+    options = dataclasses.replace(
+        problem.options(), gradient_filter_eps=1e-2, statistics=FEW
+    )
+    stream = next(i for i in _engine.LINEAR.implementations if i.name == "xla")
+    statistics = jax.jit(lambda head: stream.call(options, head))(head)
+    known = RowCotangents(statistics.lse, None, cotangents_of(statistics))
+    given = BackwardOperands(head, known)
+    plain = jax.jit(_engine.LINEAR_GRADIENT.plain.call, static_argnums=0)
+    expected = plain(options, given)
+    everything = plain(dataclasses.replace(options, gradient_filter_eps=None), given)
+    assert jnp.abs(expected.weight - everything.weight).max() > 1e-4
+    gradient = interpreted(
+        lambda given: _kernels_tpu.BACKWARD.call(options, given), SIMULATED, given
+    )
+    for value, wanted in zip(gradient[:2], expected[:2], strict=True):
+        assert_close(value, np.asarray(wanted), dtype=jnp.float32, length=500)
+
+
+# --------------------------------------------------------------------------- tile sizes
+@pytest.mark.parametrize("device", [V4, V5E, V6E, V7X, ANY_TPU], ids=lambda d: d.name)
+@pytest.mark.parametrize("kind", ["forward", "hidden", "weight"])
+def test_tiles_fit_and_divide_the_features(device, kind):
+    shapes = _row_tiles.Shapes(8192, 2304, 256_000, 2, 2, labels=True)
+    tiles = _row_tiles.choose_tiles(kind, shapes, device)
+    assert tiles is not None
+    assert tiles.vmem_bytes <= device.vmem_bytes
+    assert shapes.features % tiles.features == 0
+    assert tiles.classes % 128 == 0
+    assert tiles.rows % 16 == 0
+
+
+def test_more_vector_memory_gives_larger_tiles():
+    shapes = _row_tiles.Shapes(8192, 2304, 256_000, 2, 2)
+    small, large = (_row_tiles.choose_tiles("hidden", shapes, d) for d in (V4, V6E))
+    assert small is not None
+    assert large is not None
+    assert small.rows < large.rows
+
+
+def test_no_tiles_for_features_that_do_not_fit():
+    shapes = _row_tiles.Shapes(8192, 10**6 + 1, 256_000, 2, 2)
+    assert _row_tiles.choose_tiles("hidden", shapes, V4) is None
+
+
+# ----------------------------------------------------------------------------- dispatch
+HEAD = (
+    jax.ShapeDtypeStruct((256, 128), jnp.bfloat16),
+    jax.ShapeDtypeStruct((50_257, 128), jnp.bfloat16),
+    jax.ShapeDtypeStruct((256,), jnp.int32),
+)
+
+
+def training(hidden, weight, labels, **options):
+    loss = losses.linear_softmax_cross_entropy(hidden, weight, labels, **options)
+    return loss.mean()
+
+
+def test_lowered_for_a_tpu_a_training_step_is_three_kernels():
+    step = jax.jit(jax.grad(training, argnums=(0, 1)))
+    traced = step.trace(*HEAD)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 3
+    assert "stablehlo.while" not in text
+    assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_explain_tells_the_tiles(capsys):
+    text = explain(jax.grad(training, argnums=(0, 1)), *HEAD)
+    capsys.readouterr()
+    assert text.count("tpu: pallas_tpu") == 2
+    assert "pallas_tpu: tiles of 256 rows x" in text
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rows are too few": ({"hidden": (8, 128)}, {}),
+    "classes are too few": ({"weight": (100, 128)}, {}),
+    "is float16": ({"dtype": jnp.float16}, {}),
+    "it chooses its own tiles": ({}, {"vocab_chunk": 1000}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_what_it_cannot_do_it_says(reason, capsys):
+    shapes, options = REFUSALS[reason]
+    dtype = shapes.get("dtype", jnp.bfloat16)
+    rows, features = shapes.get("hidden", (256, 128))
+    arrays = (
+        jax.ShapeDtypeStruct((rows, features), dtype),
+        jax.ShapeDtypeStruct(shapes.get("weight", (50_257, 128)), dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+    text = explain(lambda *a: training(*a, **options), *arrays)
+    capsys.readouterr()
+    assert f"not pallas_tpu: {reason}" in text or reason in text
+    assert "tpu: pallas_tpu" not in text
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(
+            lambda *a: training(*a, implementation="pallas_tpu", **options), *arrays
+        )
+
+
+def test_on_a_cpu_the_forward_pass_still_keeps_products():
+    """Few rows and many features: the plain stream stores what it needs again."""
+    hidden, weight, labels = (
+        jax.ShapeDtypeStruct((1024, 512), jnp.float32),
+        jax.ShapeDtypeStruct((8192, 512), jnp.float32),
+        jax.ShapeDtypeStruct((1024,), jnp.int32),
+    )
+
+    def products(implementation):
+        step = jax.grad(
+            lambda *a: training(*a, implementation=implementation), argnums=(0, 1)
+        )
+        text = jax.jit(step).lower(hidden, weight, labels).as_text()
+        return text.count("stablehlo.dot_general")
+
+    assert products(None) == products("xla")
+
+
+def test_labels_beyond_what_is_compared():
+    head = PROBLEMS["aligned"].head()
+    rows = jnp.zeros((256, 9), jnp.int32)
+    head = head._replace(
+        hidden=jnp.zeros((256, 128)), weight=jnp.zeros((4096, 128)), labels=rows
+    )
+    reason = _kernels_tpu.FORWARD.why_not(Options(FEW), head)
+    assert reason is not None
+    assert "9 labels a row" in reason
