@@ -42,6 +42,31 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_left_out(request: pytest.FixtureRequest):
+    """Where a kernel would be accepted it is refused: to trace it takes long.
+
+    Nothing would run it there; `tests/kernels` does.
+    """
+    # Not above: annotations are checked in what is imported after pytest has started.
+    from softlib import _dispatch
+
+    folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+    if folder == "kernels" or folder == request.path.name:
+        yield
+        return
+    real = _dispatch._why_not
+
+    def why_not(implementation: Any, options: Any, operands: Any) -> str | None:
+        reason = real(implementation, options, operands)
+        is_kernel = implementation.platform in ("tpu", "cuda")
+        return "this test leaves kernels out" if is_kernel and not reason else reason
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "_why_not", why_not)
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
     """The folder that holds pyproject.toml."""

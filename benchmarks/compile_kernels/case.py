@@ -22,10 +22,11 @@ class Case:
         arguments: Shapes and dtypes; a pytree for each argument.
         targets: Names of the machines.
         naive_bytes: Of the float32 logits or scores that a plain program would store;
-            0 if there are none. Temporaries are held against it.
+            0 if there are none.
+        most_temporaries: As a share of them.
         flops: Multiplications and additions that the definition asks for.
         bytes_moved: That have to be read and written at least.
-        spills_on_v4: Vector registers that may be spilled there; nowhere else any may.
+        spills: Registers that may be spilled: an exception, with its reason.
         ours: Whether it has to hold kernels, without spills. What is not ours is
             compiled only for the tables: peers, and sizes of tiles not chosen.
         sizes: Of its tiles, if it is one of a sweep over them.
@@ -37,9 +38,10 @@ class Case:
     arguments: tuple[Any, ...]
     targets: tuple[str, ...]
     naive_bytes: int = 0
+    most_temporaries: float = 0.02
     flops: float = 0
     bytes_moved: float = 0
-    spills_on_v4: int = 0
+    spills: int = 0
     ours: bool = True
     sizes: str = ""
 

@@ -21,7 +21,6 @@ def cases() -> list[Case]:
         "heads": 8,
         "key_heads": 2,
     }
-    float32 = wide | {"spills_on_v4": 128}
     ragged: dict[str, Any] = {
         "tokens": 8001,
         "windows": (500, 60),
@@ -30,14 +29,14 @@ def cases() -> list[Case]:
     }
     return [
         *_pair("bfloat16", "bfloat16", **wide),
-        *_pair("float32", "float32", **float32),
+        *_pair("float32", "float32", **wide),
         *_pair("no shared keys", "bfloat16", **wide | {"key_heads": 8}),
         *_pair(
             "sixteen query heads", "bfloat16", **wide | {"heads": 16, "key_heads": 1}
         ),
         *_pair("wide features", "bfloat16", **wide | {"features": 256}),
         *_pair("ragged", "bfloat16", **ragged, features=64),
-        *_pair("ragged float32", "float32", **ragged, features=100, spills_on_v4=128),
+        *_pair("ragged float32", "float32", **ragged, features=100),
         *_joint(),
     ]
 
@@ -51,7 +50,6 @@ def _pair(
     heads: int,
     key_heads: int,
     features: int = 128,
-    spills_on_v4: int = 16,
 ) -> list[Case]:
     attend = functools.partial(
         two_simplicial_attention,
@@ -62,7 +60,7 @@ def _pair(
     query = array(dtype, 1, tokens, heads, features)
     key = array(dtype, 1, tokens, key_heads, features)
     tuples = tokens * heads * windows[0] * windows[1]
-    return _both(name, attend, (query, key, key, key, key), tuples, spills_on_v4)
+    return _both(name, attend, (query, key, key, key, key), tuples)
 
 
 def _joint() -> list[Case]:
@@ -90,7 +88,6 @@ def _both(
     attend: Any,
     arguments: tuple[jax.ShapeDtypeStruct, ...],
     tuples: int,
-    spills_on_v4: int = 16,
 ) -> list[Case]:
     def step(*arrays: Any) -> Any:
         total = lambda *arrays: attend(*arrays).astype(jnp.float32).sum()
@@ -103,7 +100,10 @@ def _both(
         "arguments": arguments,
         "targets": TPUS,
         "naive_bytes": 4 * tuples,
-        "spills_on_v4": spills_on_v4,
+        # Heads are moved behind one another, which some compilers copy for.
+        "most_temporaries": 0.06,
+        # One, on v5p, where keys have many heads.
+        "spills": 1,
     }
     return [
         Case(

@@ -19,6 +19,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._row_formulas import (
+    cotangent_of_logits,
+    state_names,
+    without_inf,
+)
+
 from . import _ring
 
 FILTER_CLASSES = 128  # of a block that the gradient filter keeps or drops
@@ -183,25 +189,8 @@ def start(form: Form, rows: int, layout: Any = plgpu.Layout.WGMMA) -> dict[str, 
             jnp.full((rows,), -jnp.inf if name in tops else 0, jnp.float32),
             layout.reduce(1),
         )
-        for name in state_names(form)
+        for name in state_names(form.statistics, form.labels)
     }
-
-
-def state_names(form: Form) -> tuple[str, ...]:
-    names: list[str] = []
-    if form.wants("lse", "mean_logit"):
-        names += ["top", "total"]
-    if form.wants("mean_logit"):
-        names.append("weighted")
-    sums = ("sum_logits", "sum_squared_logits")
-    names += [name for name in sums if form.wants(name)]
-    if form.wants("max_logit", "argmax"):
-        names.append("max_logit")
-    if form.wants("argmax"):
-        names.append("argmax")
-    if form.wants("label_logits"):
-        names += [f"label_{i}" for i in range(form.labels)]
-    return tuple(names)
 
 
 def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
@@ -298,7 +287,8 @@ def cotangents(part: Slice) -> Cotangents:
     form = part.form
     z, saturation = part.logits()
     p: Any = _probabilities(part, z) if "lse" in form.per_row else None
-    du = _of_logits(part, z, p)
+    labels = form.labels if "g_label_0" in form.per_row else 0
+    du = cotangent_of_logits(part, z, p, labels)
     dscale, dtemperature, distance = None, None, None
     inverse, scale = part.per_row("inverse_temperature"), part.per_row("logit_scale")
     if inverse is not None:
@@ -320,41 +310,7 @@ def cotangents(part: Slice) -> Cotangents:
     return Cotangents(draw, du, dscale, dtemperature, distance)
 
 
-def _of_logits(part: Slice, z: Any, p: Any) -> Any:
-    """The cotangent of z, term by term.
-
-    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
-    """
-    g = lambda name: part.per_row(f"g_{name}")
-    dz = None
-    if g("lse") is not None or g("mean_logit") is not None:
-        factor = g("lse")
-        if g("mean_logit") is not None:
-            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
-            more = g("mean_logit") * deviation
-            factor = more if factor is None else factor + more
-        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
-        dz = part.select(p * factor, 0)
-    sums = g("sum_logits")
-    if g("sum_squared_logits") is not None:
-        twice = 2 * g("sum_squared_logits") * without_inf(z)
-        sums = twice if sums is None else sums + twice
-    if sums is not None:
-        sums = part.select(sums, 0)
-        dz = sums if dz is None else dz + sums
-    if "g_label_0" in part.form.per_row:
-        for i in range(part.form.labels):
-            onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
-            dz = onehot if dz is None else dz + onehot
-    assert dz is not None
-    return dz
-
-
 def _probabilities(part: Slice, z: Any) -> Any:
     """An exact 0 where a class is excluded; lse is +inf, not -inf, if all are."""
     lse = part.per_row("lse")
     return jnp.exp(part.select(z, -jnp.inf) - lse)
-
-
-def without_inf(z: Any) -> Any:
-    return jnp.where(z == -jnp.inf, 0, z)

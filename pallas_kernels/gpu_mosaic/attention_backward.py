@@ -170,17 +170,9 @@ def _query_kernel(*refs, form, q, do, k, v, rows, staging, owned, **barriers):
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
         key_head = lax.div(head, query_ref.shape[2] // key_ref.shape[2])
-
-        def fill(step, _, tile):
-            part = (batch, pl.ds(tile * size, size), key_head)
-            keys.fill(step, key_ref.at[part])
-            values.fill(step, value_ref.at[part])
-
-        ring.feed(walk, fill)
-        keys.close()
-        values.close()
+        fills = (keys, key_ref), (values, value_ref)
+        ring.feed_keys(walk, fills, (batch, key_head), size)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():

@@ -137,6 +137,25 @@ def feed(walk: Walk, fill: Callable[[Any, Any, Any], None], *, rounds: int = 1) 
     lax.fori_loop(0, rounds * walk.count, step, (0, 0, walk.other(0)))
 
 
+def feed_keys(
+    walk: Walk, fills: Sequence[tuple[Channel, Any]], head: tuple[Any, Any], size: int
+) -> None:
+    """What the warpgroup of memory does for the one tile of queries of a block.
+
+    `fills`: channels with the arrays that they bring. `head`: batch entry and key head.
+    """
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    batch, key_head = head
+
+    def fill(step, _, tile):
+        for channel, ref in fills:
+            channel.fill(step, ref.at[batch, pl.ds(tile * size, size), key_head])
+
+    feed(walk, fill)
+    for channel, _ in fills:
+        channel.close()
+
+
 def scalars(scalars_refs: Sequence[Any], batch: Any) -> list[Any]:
     """What masks are told of a batch entry, from one array of it or none."""
     return [ref[batch, i] for ref in scalars_refs for i in range(ref.shape[1])]

@@ -23,6 +23,7 @@ from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 
 from pallas_kernels._devices import H100, gpu
+from pallas_kernels._row_formulas import state_names
 
 from . import _row_slice, _row_tiles
 from ._ring import BLOCK
@@ -239,7 +240,8 @@ def _gradient(
 
 def tiles_of(options: Options, operands: Operands) -> Tiles | None:
     """The tiles that `forward` takes by itself; None if none has enough registers."""
-    carried = _row_slice.state_names(_form(options, operands, 1))
+    labels = 0 if operands.labels is None else operands.labels.shape[1]
+    carried = state_names(options.statistics, labels)
     numbers = len(operands.per_row) + len(operands.per_class) + len(carried)
     return _row_tiles.choose_tiles(_shapes(operands, numbers), gpu() or H100)
 

@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._row_formulas import state_names
+
 from . import _ring, _row_slice
 from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
 from ._row_slice import Form, Rows, Slice
@@ -42,7 +44,7 @@ def partial_states(
     per_split = pl.cdiv(tiles, splits)
     assert per_split * (splits - 1) < tiles  # no split is empty
     steps = pl.cdiv(features, SPAN)
-    names = _row_slice.state_names(form)
+    names = state_names(form.statistics, form.labels)
     of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
     of_weight = Tile(classes, SPAN, _ring.is_aligned(weight))
 

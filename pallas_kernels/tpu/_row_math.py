@@ -14,6 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from pallas_kernels._row_formulas import (
+    cotangent_of_logits,
+    state_names,
+    without_inf,
+)
+
 LANES = 128
 
 
@@ -136,20 +142,7 @@ class Slice:
 # ------------------------------------------------------------------------------ forward
 def state_columns(form: Form) -> Columns:
     """What the forward pass carries from tile to tile."""
-    names: list[str] = []
-    if form.wants("lse", "mean_logit"):
-        names += ["top", "total"]
-    if form.wants("mean_logit"):
-        names.append("weighted")
-    sums = ("sum_logits", "sum_squared_logits")
-    names += [name for name in sums if form.wants(name)]
-    if form.wants("max_logit", "argmax"):
-        names.append("max_logit")
-    if form.wants("argmax"):
-        names.append("argmax")
-    if form.wants("label_logits"):
-        names += [f"label_{i}" for i in range(form.labels)]
-    return Columns(tuple(names))
+    return Columns(state_names(form.statistics, form.labels))
 
 
 def result_columns(form: Form) -> Columns:
@@ -250,7 +243,9 @@ class Cotangents:
 def cotangents(part: Slice) -> Cotangents:
     form = part.form
     z, saturation = part.logits()
-    dz = _of_logits(part, z)
+    has_slope = any(name in form.per_row for name in ("g_lse", "g_mean_logit"))
+    p = _probabilities(part, z) if has_slope else None
+    dz = cotangent_of_logits(part, z, p, form_labels(form))
     du, dscale, dtemperature, distance = dz, None, None, None
     temperature, scale = part.per_row("temperature"), part.per_row("logit_scale")
     if temperature is not None:
@@ -269,36 +264,6 @@ def cotangents(part: Slice) -> Cotangents:
     if form.filter_eps is not None:
         distance = _distance(part, z)
     return Cotangents(draw, du, dscale, dtemperature, distance)
-
-
-def _of_logits(part: Slice, z: Any) -> Any:
-    """The cotangent of z, with p its softmax and m the mean logit, term by term.
-
-    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
-    """
-    g = lambda name: part.per_row(f"g_{name}")
-    dz = None
-    if g("lse") is not None or g("mean_logit") is not None:
-        factor = g("lse")
-        if g("mean_logit") is not None:
-            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
-            more = g("mean_logit") * deviation
-            factor = more if factor is None else factor + more
-        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
-        dz = part.select(_probabilities(part, z) * factor, 0)
-    sums = None
-    if g("sum_logits") is not None:
-        sums = jnp.broadcast_to(g("sum_logits"), z.shape)
-    if g("sum_squared_logits") is not None:
-        twice = 2 * g("sum_squared_logits") * without_inf(z)
-        sums = twice if sums is None else sums + twice
-    if sums is not None:
-        sums = part.select(sums, 0)
-        dz = sums if dz is None else dz + sums
-    for i in range(form_labels(part.form)):
-        onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
-        dz = onehot if dz is None else dz + onehot
-    return jnp.zeros_like(z) if dz is None else dz
 
 
 def form_labels(form: Form) -> int:
@@ -329,7 +294,3 @@ def _distance(part: Slice, z: Any) -> Any:
     distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
     distance = jnp.where(active, distance, -1.0)
     return distance if part.real is None else jnp.where(part.real, distance, -1.0)
-
-
-def without_inf(z: Any) -> Any:
-    return jnp.where(z == -jnp.inf, 0, z)

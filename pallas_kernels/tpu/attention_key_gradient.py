@@ -2,8 +2,9 @@ r"""The gradients of the keys and values of block-sparse attention.
 
     dv_j = sum_i p_ij do_i                         dk_j = a sum_i ds_ij q_i
 
-in the notation of `attention_query_gradient`; summed along columns of blocks. The kernel visits the query heads of a key head one after the other in the last axis of
-its grid, while the block of keys stays. Its tiles of scores have keys as rows: then no
+in the notation of `attention_query_gradient`; summed along columns of blocks. The
+kernel visits the query heads of a key head one after the other in the last axis of its
+grid, while the block of keys stays. Its tiles of scores have keys as rows: then no
 product has a transposed left operand, and numbers per query are rows of lanes, as they
 lie in memory.
 """
@@ -160,7 +161,8 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
 
     def visit(partial: bool) -> None:
-        straight = tiles.overlapped and form.weights.is_light and not partial
+        light = form.weights.is_light and form.logit_softcap is None
+        straight = tiles.overlapped and light and not partial
 
         def queries_of(ref: Any, part: Any, width: Any = slice(None)) -> Any:
             x = ref[part, width]

@@ -16,12 +16,12 @@ from jaxtyping import Array
 from pallas_kernels import _devices as devices
 from pallas_kernels.gpu_mosaic import decode as gpu
 from pallas_kernels.tpu import decode as tpu
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.numerics import RunningMaxState, UnifiedMaxState
 
 from ._decode_stream import Operands, Options, State
-from ._kernels_tpu import PRECISIONS
 
 # Shorter caches are read before a kernel has started.
 LEAST_KEYS = 1024
@@ -77,7 +77,7 @@ def _on_tpu(options: Options, operands: Operands, *, falls_back: bool) -> tpu.Su
     assert tiles is not None
     products = ((operands.query, operands.key), (operands.value,))
     precision = [
-        PRECISIONS[options.precision]
+        limits.PRECISIONS[options.precision]
         if all(x.dtype == jnp.float32 for x in arrays)
         else lax.Precision.DEFAULT
         for arrays in products
@@ -213,10 +213,9 @@ def _merged(found: gpu.Sums, reference: Array) -> tuple[Array, Array]:
 
 
 def _not_on_gpu(options: Options, operands: Operands) -> str | None:
-    generation = devices.gpu_generation()
-    if generation != "hopper":
-        return "it is written for Hopper GPUs"
-    reason = _unfit(options, operands, (jnp.bfloat16, jnp.float16))
+    dtypes = (jnp.bfloat16, jnp.float16)
+    reason = limits.why_not_hopper(devices.gpu_generation())
+    reason = reason or _unfit(options, operands, dtypes)
     if reason is not None:
         return reason
     key, value = operands.key, operands.value
@@ -271,26 +270,25 @@ def _unfit(options: Options, operands: Operands, dtypes: tuple[Any, ...]) -> str
     query, key, value = operands.query, operands.key, operands.value
     if not (query.size and key.size and value.size):
         return "an array is empty"
-    for name, size, least in (
+    sizes = (
         ("keys", key.shape[1], LEAST_KEYS),
         ("features of a key", key.shape[3], LEAST_FEATURES),
         ("features of a value", value.shape[3], LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.dtype not in dtypes:
-            names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-            return f"`{name}` is {array.dtype}, not {names}"
+    )
+    arrays = {"query": query, "key": key, "value": value}
+    reason = (
+        limits.why_too_small(sizes)
+        or limits.why_wrong_dtype(arrays, dtypes)
+        or limits.why_no_precision(options.precision)
+    )
+    if reason is not None:
+        return reason
     if query.dtype != key.dtype:
         return f"`query` is {query.dtype} and `key` is {key.dtype}"
     if operands.dtype != jnp.float32:
         return f"the sums are {operands.dtype}, not float32"
-    if options.precision not in PRECISIONS:
-        return f"it has no precision {options.precision!r}"
-    asked = options.precision not in (None, "default", lax.Precision.DEFAULT)
     for name, array in (("key", key), ("value", value)):
-        if asked and array.dtype != jnp.float32:
+        if limits.is_exact(options.precision) and array.dtype != jnp.float32:
             return f"products are those of the {array.dtype} of `{name}`"
     return None
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import _devices
@@ -25,6 +24,7 @@ from pallas_kernels.gpu_mosaic.attention_lists import Lists, lists
 from pallas_kernels.gpu_mosaic.attention_mask import missing
 from pallas_kernels.gpu_mosaic.attention_ring import FEATURES, LENGTHS, TILE
 from pallas_kernels.gpu_mosaic.attention_scores import LOG2E, Form
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.masks import Block
@@ -193,7 +193,7 @@ def tiles_of(which: Pass, operands: Operands) -> Any:
 
 def _why_not(options: Options, operands: Operands) -> str | None:
     return (
-        _why_no_device()
+        limits.why_not_hopper(_devices.gpu_generation())
         or _why_no_option(options, operands)
         or _why_no_shape(operands)
         or _why_no_tiles(operands)
@@ -213,14 +213,6 @@ def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
     return _why_no_mask(operands, ("query", "key"))
 
 
-def _why_no_device() -> str | None:
-    generation = _devices.gpu_generation()
-    if generation == "hopper":
-        return None
-    found = "another device" if generation is None else f"a {generation.title()}"
-    return f"it is written for Hopper GPUs, this is {found}"
-
-
 def _why_no_option(options: Options, operands: Operands) -> str | None:
     value = operands.value
     if value is None:
@@ -233,9 +225,10 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return "it takes no boolean array as a mask"
     dtype = operands.query.dtype
     arrays = {"query": operands.query, "key": operands.key, "value": value}
+    reason = limits.why_wrong_dtype(arrays, (jnp.bfloat16, jnp.float16))
+    if reason is not None:
+        return reason
     for name, array in arrays.items():
-        if array.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"`{name}` is {array.dtype}, not bfloat16 or float16"
         if array.dtype != dtype:
             return f"`{name}` is {array.dtype}, `query` is {dtype}"
     if not options.kind.is_log and dtype == jnp.float16:
@@ -244,7 +237,7 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return f"the sums are {operands.dtype}, not float32"
     if options.out_dtype != dtype:
         return f"the output is to be {options.out_dtype}, not {dtype} as the arrays"
-    if options.precision not in (None, "default", lax.Precision.DEFAULT):
+    if limits.is_exact(options.precision):
         return f"weights are rounded to the {dtype} of the arrays"
     return None
 
@@ -255,15 +248,13 @@ def _why_no_shape(operands: Operands) -> str | None:
         return "an axis is empty"
     if max(batch, heads) > 65_535:
         return f"{max(batch, heads)} heads or batch entries are more than 65535"
-    for name, size, least in (
+    sizes = (
         ("queries", operands.plan.lengths[0], LEAST_LENGTH),
         ("keys", operands.plan.lengths[1], LEAST_LENGTH),
         ("features of a query", features, LEAST_FEATURES),
         ("features of a value", _value(operands).shape[-1], LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
-    return None
+    )
+    return limits.why_too_small(sizes)
 
 
 def _why_no_tiles(operands: Operands) -> str | None:

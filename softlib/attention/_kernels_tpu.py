@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import _devices
@@ -20,6 +19,7 @@ from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
 from pallas_kernels.tpu.attention_query_gradient import query_gradient
 from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
 from pallas_kernels.tpu.attention_weights import Weights
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib.masks import Block, block_map
 
@@ -34,15 +34,6 @@ LEAST_LENGTH, LEAST_FEATURES = 128, 32
 MOST_ENTRIES = blocks.MOST_ENTRIES
 # Sizes are chosen by that many rows of blocks, evenly spaced.
 SAMPLE = 64
-PRECISIONS: dict[Any, lax.Precision] = {
-    None: lax.Precision.HIGHEST,
-    "default": lax.Precision.DEFAULT,
-    "high": lax.Precision.HIGH,
-    "highest": lax.Precision.HIGHEST,
-    lax.Precision.DEFAULT: lax.Precision.DEFAULT,
-    lax.Precision.HIGH: lax.Precision.HIGH,
-    lax.Precision.HIGHEST: lax.Precision.HIGHEST,
-}
 _KINDS: dict[Any, Weights] = {
     Softmax(): Weights("softmax"),
     LogSoftplus(): Weights("log_softplus"),
@@ -130,7 +121,7 @@ def form_of(options: Options, operands: Operands) -> tuple[blocks.Form, Array | 
         _KINDS[options.kind],
         options.scale,
         options.logit_softcap,
-        PRECISIONS[options.precision],
+        limits.PRECISIONS[options.precision],
         masking,
     )
     return form, scalars
@@ -256,29 +247,28 @@ def _why_not(options: Options, operands: Operands) -> str | None:
     (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
     if not (batch and heads and key_heads):
         return "an axis is empty"
-    for name, size, least in (
+    sizes = (
         ("queries", plan.lengths[0], LEAST_LENGTH),
         ("keys", plan.lengths[1], LEAST_LENGTH),
         ("features of a query", features, LEAST_FEATURES),
         ("features of a value", value.shape[-1], LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
+    )
     arrays = {"query": operands.query, "key": operands.key, "value": value}
-    for name, array in arrays.items():
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"`{name}` is {array.dtype}, not float32 or bfloat16"
+    dtypes = (jnp.float32, jnp.bfloat16)
+    reason = limits.why_too_small(sizes) or limits.why_wrong_dtype(arrays, dtypes)
+    if reason is not None:
+        return reason
     if operands.dtype != jnp.float32:
         return f"the sums are {operands.dtype}, not float32"
     return _why_no_precision(options, arrays) or _why_no_blocks(options, operands)
 
 
 def _why_no_precision(options: Options, arrays: dict[str, Any]) -> str | None:
-    if options.precision not in PRECISIONS:
-        return f"it has no precision {options.precision!r}"
-    asked = options.precision not in (None, "default", lax.Precision.DEFAULT)
+    reason = limits.why_no_precision(options.precision)
+    if reason is not None:
+        return reason
     for name, array in arrays.items():
-        if asked and array.dtype != jnp.float32:
+        if limits.is_exact(options.precision) and array.dtype != jnp.float32:
             return f"weights are rounded to the {array.dtype} of `{name}`"
     return None
 

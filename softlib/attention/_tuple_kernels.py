@@ -13,6 +13,7 @@ from jaxtyping import Array
 from pallas_kernels.tpu import trilinear, trilinear_gradient
 from pallas_kernels.tpu.trilinear_blocks import Masks
 from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib.masks import Between
 
@@ -145,14 +146,15 @@ def _why_not(options: Options, operands: Operands) -> str | None:
     batch, _, heads, features = operands.query.shape
     if not (batch and heads):
         return "an axis is empty"
-    for name, size, least in (
+    sizes = (
         ("queries", query, LEAST_LENGTH),
         ("keys", min(lengths), LEAST_LENGTH),
         ("features of a query", features, LEAST_FEATURES),
         ("features of a value", operands.value.shape[-1], LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
+    )
+    reason = limits.why_too_small(sizes)
+    if reason is not None:
+        return reason
     arrays = (operands.query, operands.key, operands.value, *operands.outer[0])
     for array in arrays:
         if array.dtype not in (jnp.float32, jnp.bfloat16):

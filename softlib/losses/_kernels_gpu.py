@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from pallas_kernels import _devices as devices
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
 from . import _tile
@@ -25,7 +26,6 @@ MOST_ELEMENTS = 1 << 31
 # Copies address rows that begin at multiples of 16 bytes.
 ALIGNMENT = 8
 # All of them the same: products of 16-bit numbers are exact.
-PRECISIONS = (None, "default", "high", "highest", *jax.lax.Precision)
 
 NO_TILES = "so many statistics, labels and options do not fit the registers"
 
@@ -95,21 +95,20 @@ def _operands(head: Head) -> kernels.Operands:
 
 
 def _why_not(options: Options, head: Head) -> str | None:
-    generation = devices.gpu_generation()
-    if generation != "hopper":
-        found = "another device" if generation is None else f"a {generation.title()}"
-        return f"it is written for Hopper GPUs, this is {found}"
+    reason = limits.why_not_hopper(devices.gpu_generation())
+    if reason is not None:
+        return reason
     (rows, features), classes = head.hidden.shape, head.weight.shape[options.vocab_axis]
-    for name, size, least in (
+    sizes = (
         ("rows", rows, LEAST_ROWS),
         ("classes", classes, LEAST_CLASSES),
         ("features", features, LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
-    for name, array in (("hidden", head.hidden), ("weight", head.weight)):
-        if array.dtype not in (jnp.bfloat16, jnp.float16):
-            return f"`{name}` is {array.dtype}, not bfloat16 or float16"
+    )
+    arrays = {"hidden": head.hidden, "weight": head.weight}
+    dtypes = (jnp.bfloat16, jnp.float16)
+    reason = limits.why_too_small(sizes) or limits.why_wrong_dtype(arrays, dtypes)
+    if reason is not None:
+        return reason
     if head.hidden.dtype != head.weight.dtype:
         return f"`hidden` is {head.hidden.dtype}, `weight` is {head.weight.dtype}"
     if head.dtype != jnp.float32:
@@ -135,9 +134,7 @@ def _unfit(options: Options, head: Head) -> str | None:
         return f"{classes} classes are too many for argmax"
     if options.vocab_chunk is not None or options.token_chunk is not None:
         return "it chooses its own tiles (vocab_chunk, token_chunk)"
-    if options.precision not in PRECISIONS:
-        return f"it has no precision {options.precision!r}"
-    return None
+    return limits.why_no_precision(options.precision)
 
 
 def _forward_why_not(options: Options, head: Head) -> str | None:

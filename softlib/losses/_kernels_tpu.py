@@ -3,10 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.tpu import row_statistics as kernels
+from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
 from . import _tile
@@ -19,15 +19,6 @@ LEAST_ROWS, LEAST_CLASSES, LEAST_FEATURES = 64, 2048, 64
 MOST_LABELS = 8
 # Numbers of classes are kept in float32 while the largest logit is looked for.
 MOST_CLASSES = 1 << 24
-PRECISIONS: dict[Any, lax.Precision] = {
-    None: lax.Precision.HIGHEST,
-    "default": lax.Precision.DEFAULT,
-    "high": lax.Precision.HIGH,
-    "highest": lax.Precision.HIGHEST,
-    lax.Precision.DEFAULT: lax.Precision.DEFAULT,
-    lax.Precision.HIGH: lax.Precision.HIGH,
-    lax.Precision.HIGHEST: lax.Precision.HIGHEST,
-}
 
 
 def _forward(options: Options, head: Head) -> RowStatistics:
@@ -68,7 +59,7 @@ def _options(options: Options) -> kernels.Options:
         options.statistics,
         options.logit_softcap,
         options.vocab_axis,
-        PRECISIONS[options.precision],
+        limits.PRECISIONS[options.precision],
         options.gradient_filter_eps,
     )
 
@@ -91,16 +82,16 @@ def _operands(head: Head) -> kernels.Operands:
 
 def _why_not(options: Options, head: Head) -> str | None:
     (rows, features), classes = head.hidden.shape, head.weight.shape[options.vocab_axis]
-    for name, size, least in (
+    sizes = (
         ("rows", rows, LEAST_ROWS),
         ("classes", classes, LEAST_CLASSES),
         ("features", features, LEAST_FEATURES),
-    ):
-        if size < least:
-            return f"{size} {name} are too few to gain by it"
-    for name, array in (("hidden", head.hidden), ("weight", head.weight)):
-        if array.dtype not in (jnp.float32, jnp.bfloat16):
-            return f"`{name}` is {array.dtype}, not float32 or bfloat16"
+    )
+    arrays = {"hidden": head.hidden, "weight": head.weight}
+    dtypes = (jnp.float32, jnp.bfloat16)
+    reason = limits.why_too_small(sizes) or limits.why_wrong_dtype(arrays, dtypes)
+    if reason is not None:
+        return reason
     if head.dtype != jnp.float32:
         return f"the sums are {head.dtype}, not float32"
     if options.exclude_labels:
@@ -113,9 +104,7 @@ def _why_not(options: Options, head: Head) -> str | None:
         return f"{classes} classes are too many for argmax"
     if options.vocab_chunk is not None or options.token_chunk is not None:
         return "it chooses its own tiles (vocab_chunk, token_chunk)"
-    if options.precision not in PRECISIONS:
-        return f"it has no precision {options.precision!r}"
-    return None
+    return limits.why_no_precision(options.precision)
 
 
 def _no_tiles(kinds: tuple[Any, ...], options: Options, head: Head) -> str | None:

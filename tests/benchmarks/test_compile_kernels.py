@@ -120,12 +120,12 @@ def test_faults(change, fault):
     assert fault in found
 
 
-def test_spills_are_allowed_on_v4_where_a_case_says_so():
+def test_spills_are_allowed_on_v4_and_where_a_case_says_so():
     spilling = dataclasses.replace(KERNEL, spills=2)
-    case = dataclasses.replace(CASE, spills_on_v4=2)
     on = lambda target: dataclasses.replace(GOOD, target=target, kernels=(spilling,))
-    assert not list(faults(case, on("v4")))
-    assert list(faults(case, on("v5e")))
+    assert not list(faults(CASE, on("v4")))
+    assert list(faults(CASE, on("v5e")))
+    assert not list(faults(dataclasses.replace(CASE, spills=2), on("v5e")))
 
 
 def test_numbers_survive_json():

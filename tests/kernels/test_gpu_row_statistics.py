@@ -17,12 +17,11 @@ from softlib.losses import _engine, _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head
 from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
 from softlib.testing import assert_close
-from tests.oracles import row_statistics as oracle
+from tests.kernels import row_problems as problems
+from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 SECONDS = 300  # after which a barrier at which nobody arrives has hung
-FEW = ("lse", "label_logits")
-ALL = oracle.STATISTICS
 
 
 @pytest.fixture(autouse=True)
@@ -33,50 +32,12 @@ def no_test_hangs():
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One head; `classes_of_tile` and `chunk` are small, so that rings wrap."""
+class Problem(problems.Problem):
+    """With small tiles and chunks, so that rings wrap."""
 
-    rows: int
-    features: int
-    classes: int
-    dtype: str = "bfloat16"
-    statistics: tuple[str, ...] = FEW
-    labels: int = 1
-    bias: bool = False
-    infinite: bool = False
-    per_row: bool = False
-    class_where: bool = False
-    softcap: float | None = None
     classes_of_tile: int = 64
     splits: int = 2
     chunk: int = 128
-
-    def head(self) -> Head:
-        random = np.random.default_rng(0)
-        cast = lambda x: jnp.asarray(x, self.dtype)
-        weight = random.normal(size=(self.classes, self.features))
-        weight *= 2 / np.sqrt(self.features)
-        labels = random.integers(-1, self.classes, (self.rows, self.labels))
-        factors = lambda: jnp.asarray(random.uniform(0.5, 1.5, self.rows), jnp.float32)
-        bias = random.normal(size=self.classes)
-        bias[::7] = -np.inf if self.infinite else 0
-        return Head(
-            cast(random.normal(size=(self.rows, self.features))),
-            cast(weight),
-            jnp.asarray(labels, jnp.int32),
-            Modifiers(
-                jnp.asarray(bias, jnp.float32) if self.bias else None,
-                factors() if self.per_row else None,
-                factors() if self.per_row else None,
-                jnp.asarray(random.uniform(size=self.classes) < 0.7)
-                if self.class_where
-                else None,
-            ),
-        )
-
-    def options(self) -> Options:
-        options = Options(self.statistics, self.softcap)
-        return _engine.with_residuals(options)
 
     def tiles(self) -> Tiles:
         return Tiles(self.classes_of_tile, 32, 2, self.splits)
@@ -136,27 +97,6 @@ def gradient_of(options: Options, head: Head, rows: RowCotangents) -> Any:
     return jax.jit(call)(BackwardOperands(head, rows))
 
 
-def cotangents_of(statistics: RowStatistics) -> RowStatistics:
-    random = np.random.default_rng(1)
-    some = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)
-    return jax.tree.map(some, _engine.differentiable(statistics))
-
-
-def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
-    bias, scale, temperature, where = head.modifiers
-    known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
-    given = {n: x for n, x in cotangents._asdict().items() if x is not None}
-    return oracle.row_statistics(
-        np.asarray(head.labels),
-        None if where is None else np.asarray(where),
-        cotangents=given,
-        hidden=head.hidden,
-        weight=head.weight,
-        logit_softcap=problem.softcap,
-        **{name: x for name, x in known.items() if x is not None},
-    )
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_statistics_and_gradients(name, simulated):
     problem = PROBLEMS[name]
@@ -165,28 +105,10 @@ def test_statistics_and_gradients(name, simulated):
     found = statistics_of(options, head)
     cotangents = cotangents_of(found)
     expected = expected_of(problem, head, cotangents)
-    length = max(problem.rows, problem.features, problem.classes)
-    for key in options.statistics:
-        value, wanted = getattr(found, key), expected.values[key]
-        if key == "argmax":
-            np.testing.assert_array_equal(value, wanted)
-        else:
-            assert_close(value, wanted, dtype=jnp.float32, length=length)
-
+    problems.check_statistics(problem, found, expected)
     rows = RowCotangents(found.lse, found.mean_logit, cotangents)
     gradient = gradient_of(options, head, rows)
-    pairs = {
-        "hidden": gradient.hidden,
-        "weight": gradient.weight,
-        "bias": gradient.modifiers.bias,
-        "logit_scale": gradient.modifiers.logit_scale,
-        "temperature": gradient.modifiers.temperature,
-    }
-    for key, value in pairs.items():
-        if value is None:
-            continue
-        # The cotangents of logits are rounded before they are multiplied.
-        assert_close(value, expected.gradients[key], dtype=problem.dtype, length=length)
+    problems.check_gradient(problem, gradient, expected)
 
 
 def test_a_row_without_a_class(simulated):

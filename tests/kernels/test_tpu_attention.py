@@ -16,59 +16,26 @@ from pallas_kernels.tpu.attention_tiles import Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _kernels_tpu
 from softlib.attention._plan import plan_of
-from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
-from softlib.attention._stream import BackwardOperands
+from softlib.attention._scores import LogSoftplus, Softplus, StableMax
 from softlib.attention._tiles import Operands, Options
-from softlib.testing import assert_close
-from tests.oracles.attention import attention as oracle
+from tests.kernels import attention_problems as problems
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-CAUSAL, SOFTMAX = masks.Causal(), Softmax()
 # Two pieces of each kind, so that buffers are used again, and two parts.
 SMALL = Tiles(128, 256, 64, 256)
-NORMALIZERS: dict[Any, str] = {
-    Softmax(): "softmax",
-    LogSoftplus(): "softplus",
-    Softplus(): "softplus",
-    StableMax(): "stablemax",
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One attention; `lengths` limits the keys of each batch entry."""
+class Problem(problems.Problem):
+    """With its tiles."""
 
-    mask: masks.Mask = CAUSAL
     T: int = 150
     S: int = 300
     N: int = 2
-    K: int = 1
     H: int = 24
     E: int = 40
-    B: int = 1
-    kind: Kind = SOFTMAX
-    softcap: float | None = None
-    sinks: bool = False
-    lengths: tuple[int, ...] | None = None
     dtype: str = "float32"
-    spread: float = 1.0
     tiles: Tiles = SMALL
-
-    def operands(self) -> Operands:
-        random = np.random.default_rng(0)
-        draw = lambda *shape: jnp.asarray(random.normal(size=shape), self.dtype)
-        query = draw(self.B, self.T, self.N, self.H) * self.spread
-        key, value = (draw(self.B, self.S, self.K, n) for n in (self.H, self.E))
-        mask = self.mask
-        if self.lengths is not None:
-            mask = mask & masks.Padding(key=jnp.asarray(self.lengths, jnp.int32))
-        plan = plan_of(mask, (self.T, self.S))
-        sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
-        return Operands(*(query, key, value, plan), sinks=sinks if self.sinks else None)
-
-    def options(self) -> Options:
-        scale = self.H**-0.5
-        return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
 
 
 BANDED = masks.Window(40, 20)
@@ -135,48 +102,7 @@ def given_tiles(monkeypatch):
 
 
 def check(problem: Problem) -> Any:
-    """Output, normalizers and gradients against the oracle; they are returned too."""
-    operands, options = problem.operands(), problem.options()
-    found = jax.jit(functools.partial(_kernels_tpu.FORWARD.call, options))(operands)
-    random = np.random.default_rng(1)
-    g_out = jnp.asarray(random.normal(size=found.out.shape), problem.dtype)
-    g_lse = random.normal(size=found.normalizer.shape)
-    plan = operands.plan
-    allowed = np.asarray(plan.mask.materialize(problem.T, problem.S))
-    allowed = allowed.reshape(-1, 1, problem.T, problem.S)
-    arrays = [np.asarray(x, np.float64) for x in operands[:3]]
-    expected = oracle(
-        *arrays,
-        allowed=allowed,
-        scale=options.scale,
-        logit_softcap=problem.softcap,
-        sinks=operands.sinks,
-        normalizer=NORMALIZERS[problem.kind],
-        g_out=np.asarray(g_out, np.float64),
-        g_lse=g_lse,
-    )
-    normalizer, lse = np.asarray(found.normalizer, np.float64), found.normalizer
-    g_normalizer = g_lse
-    if not problem.kind.is_log:
-        with np.errstate(divide="ignore"):
-            lse = np.log(normalizer)
-        g_normalizer = g_lse / np.where(normalizer == 0, 1, normalizer)
-    # Scores are sums of products, and errors of a large score are those of its weight.
-    within = {"length": max(problem.S, problem.T), "dtype": jnp.float32}
-    in_dtype = {**within, "dtype": problem.dtype}
-    assert_close(lse, expected.lse, **within)
-    assert_close(found.out, expected.out, **in_dtype, c=4 * problem.spread)
-    given = BackwardOperands(
-        *(operands, found.out, found.normalizer, g_out),
-        jnp.asarray(g_normalizer, jnp.float32),
-    )
-    gradient = jax.jit(functools.partial(_kernels_tpu.BACKWARD.call, options))(given)
-    for name in ("query", "key", "value", "sinks"):
-        value = getattr(gradient, name)
-        if value is not None:
-            wanted = expected.gradients[name]
-            assert_close(value, wanted, **in_dtype, c=4 * problem.spread)
-    return found, gradient
+    return problems.check(problem, _kernels_tpu, c=4 * problem.spread)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -294,7 +220,7 @@ def test_a_narrow_band_gets_smaller_tiles_than_a_full_square():
     def chosen(mask: masks.Mask) -> Any:
         query = key = value = jnp.zeros((1, 8192, 1, 128), jnp.bfloat16)
         operands = Operands(query, key, value, plan_of(mask, (8192, 8192)))
-        options = Options(SOFTMAX, 1.0, None, None, jnp.bfloat16)
+        options = Options(problems.SOFTMAX, 1.0, None, None, jnp.bfloat16)
         return _kernels_tpu._tiles("forward", options, operands)
 
     narrow, full = chosen(masks.Window(127, 0)), chosen(masks.All())

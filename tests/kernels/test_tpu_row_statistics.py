@@ -13,91 +13,53 @@ from pallas_kernels._devices import ANY_TPU, V4, V5E, V6E, V7X
 from pallas_kernels.tpu import _row_call, _row_tiles
 from softlib import explain, losses
 from softlib.losses import _engine, _kernels_tpu
-from softlib.losses._stream import BackwardOperands, Head
+from softlib.losses._stream import BackwardOperands
 from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
 from softlib.testing import assert_close
-from tests.oracles import row_statistics as oracle
+from tests.kernels import row_problems as problems
+from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-FEW = ("lse", "label_logits")
-ALL = oracle.STATISTICS
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One head; `tiles` are (rows, classes, features) of a step."""
+class Problem(problems.Problem):
+    """With the rows, classes and features of a step."""
 
-    rows: int
-    features: int
-    classes: int
-    tiles: tuple[int, int, int]
-    dtype: str = "float32"
-    statistics: tuple[str, ...] = FEW
-    labels: int = 1
-    vocab_axis: int = 0
-    bias: bool = False
-    infinite: bool = False
-    per_row: bool = False
-    class_where: bool = False
-    softcap: float | None = None
-
-    def head(self) -> Head:
-        random = np.random.default_rng(0)
-        cast = lambda x: jnp.asarray(x, self.dtype)
-        weight = random.normal(size=(self.classes, self.features))
-        weight *= 2 / np.sqrt(self.features)
-        labels = random.integers(-1, self.classes, (self.rows, self.labels))
-        factors = lambda: jnp.asarray(random.uniform(0.5, 1.5, self.rows), jnp.float32)
-        bias = random.normal(size=self.classes)
-        bias[::7] = -np.inf if self.infinite else 0
-        return Head(
-            cast(random.normal(size=(self.rows, self.features))),
-            cast(weight if self.vocab_axis == 0 else weight.T),
-            jnp.asarray(labels, jnp.int32),
-            Modifiers(
-                jnp.asarray(bias, jnp.float32) if self.bias else None,
-                factors() if self.per_row else None,
-                factors() if self.per_row else None,
-                jnp.asarray(random.uniform(size=self.classes) < 0.7)
-                if self.class_where
-                else None,
-            ),
-        )
-
-    def options(self) -> Options:
-        options = Options(self.statistics, self.softcap, self.vocab_axis)
-        return _engine.with_residuals(options)
+    tiles: tuple[int, int, int] = (16, 128, 72)
 
 
 PROBLEMS = {
-    "aligned": Problem(32, 256, 256, (16, 128, 256), "bfloat16"),
-    "ragged": Problem(37, 72, 300, (16, 128, 72)),
-    "one tile": Problem(5, 40, 100, (16, 128, 40)),
-    "parts of D": Problem(37, 384, 300, (16, 128, 128), "bfloat16"),
-    "columns": Problem(20, 256, 300, (16, 256, 128), vocab_axis=1),
+    "aligned": Problem(32, 256, 256, tiles=(16, 128, 256)),
+    "ragged": Problem(37, 72, 300, "float32"),
+    "one tile": Problem(5, 40, 100, "float32", tiles=(16, 128, 40)),
+    "parts of D": Problem(37, 384, 300, tiles=(16, 128, 128)),
+    "columns": Problem(20, 256, 300, "float32", vocab_axis=1, tiles=(16, 256, 128)),
     "all": Problem(
-        *(20, 64, 300, (16, 256, 64)),
+        *(20, 64, 300, "float32"),
         statistics=ALL,
         labels=2,
         bias=True,
         per_row=True,
         class_where=True,
+        tiles=(16, 256, 64),
     ),
     "minus infinity": Problem(
-        *(37, 72, 300, (16, 128, 72), "bfloat16"),
+        *(37, 72, 300),
         statistics=("lse", "mean_logit", "max_logit", "argmax"),
         bias=True,
         infinite=True,
         per_row=True,
     ),
     "all, columns, softcap": Problem(
-        *(40, 256, 300, (16, 128, 128), "bfloat16"),
+        *(40, 256, 300),
         statistics=ALL,
         labels=2,
         vocab_axis=1,
         per_row=True,
         class_where=True,
         softcap=3.0,
+        tiles=(16, 128, 128),
     ),
 }
 
@@ -118,28 +80,6 @@ def interpreted(call: Any, mode: Any, *arguments: Any) -> Any:
         return jax.jit(call)(*arguments)
 
 
-def cotangents_of(statistics: RowStatistics) -> RowStatistics:
-    random = np.random.default_rng(1)
-    some = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)
-    return jax.tree.map(some, _engine.differentiable(statistics))
-
-
-def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
-    bias, scale, temperature, where = head.modifiers
-    known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
-    given = {n: x for n, x in cotangents._asdict().items() if x is not None}
-    return oracle.row_statistics(
-        np.asarray(head.labels),
-        None if where is None else np.asarray(where),
-        cotangents=given,
-        hidden=head.hidden,
-        weight=head.weight,
-        vocab_axis=problem.vocab_axis,
-        logit_softcap=problem.softcap,
-        **{name: x for name, x in known.items() if x is not None},
-    )
-
-
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_statistics_and_gradients(name, small_tiles):
     problem = PROBLEMS[name]
@@ -150,32 +90,14 @@ def test_statistics_and_gradients(name, small_tiles):
     )
     cotangents = cotangents_of(found)
     expected = expected_of(problem, head, cotangents)
-    length = max(problem.rows, problem.features, problem.classes)
-    for key in options.statistics:
-        value, wanted = getattr(found, key), expected.values[key]
-        if key == "argmax":
-            np.testing.assert_array_equal(value, wanted)
-        else:
-            assert_close(value, wanted, dtype=jnp.float32, length=length)
-
+    problems.check_statistics(problem, found, expected)
     known = RowCotangents(found.lse, found.mean_logit, cotangents)
     gradient = interpreted(
         lambda given: _kernels_tpu.BACKWARD.call(options, given),
         SIMULATED,
         BackwardOperands(head, known),
     )
-    pairs = {
-        "hidden": gradient.hidden,
-        "weight": gradient.weight,
-        "bias": gradient.modifiers.bias,
-        "logit_scale": gradient.modifiers.logit_scale,
-        "temperature": gradient.modifiers.temperature,
-    }
-    for key, value in pairs.items():
-        if value is None:
-            continue
-        # The cotangents of bfloat16 logits are rounded before they are multiplied.
-        assert_close(value, expected.gradients[key], dtype=problem.dtype, length=length)
+    problems.check_gradient(problem, gradient, expected)
 
 
 def test_a_row_without_a_class_and_a_nan_behind_the_end(small_tiles):
@@ -203,7 +125,7 @@ def test_a_row_without_a_class_and_a_nan_behind_the_end(small_tiles):
 
 def test_the_filter_drops_the_blocks_that_the_stream_drops(small_tiles):
     small_tiles((128, 256, 72))
-    problem = Problem(300, 72, 500, (128, 256, 72))
+    problem = Problem(300, 72, 500, "float32")
     head = problem.head()
     # Sure of the label, whose tile then has nothing to learn either; the rest is not.
     assert head.labels is not None

@@ -1,0 +1,61 @@
+"""Formulas of row statistics that do not depend on where numbers lie."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def state_names(statistics: tuple[str, ...], labels: int) -> tuple[str, ...]:
+    """What the forward pass carries from tile to tile."""
+    names: list[str] = []
+    if "lse" in statistics or "mean_logit" in statistics:
+        names += ["top", "total"]
+    if "mean_logit" in statistics:
+        names.append("weighted")
+    names += [n for n in ("sum_logits", "sum_squared_logits") if n in statistics]
+    if "max_logit" in statistics or "argmax" in statistics:
+        names.append("max_logit")
+    if "argmax" in statistics:
+        names.append("argmax")
+    if "label_logits" in statistics:
+        names += [f"label_{i}" for i in range(labels)]
+    return tuple(names)
+
+
+def cotangent_of_logits(part: Any, z: Any, p: Any, labels: int) -> Any:
+    """The cotangent of z, with p its softmax and m the mean logit, term by term.
+
+    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
+
+    Args:
+        part: A slice; its `per_row(name)` may be broadcast to z, and is None for what
+            has no cotangent.
+        z: Logits.
+        p: Their softmax, or None if neither lse nor mean_logit has a cotangent.
+        labels: How many labels have a cotangent.
+    """
+    g = lambda name: part.per_row(f"g_{name}")
+    dz: Any = None
+    if g("lse") is not None or g("mean_logit") is not None:
+        factor = g("lse")
+        if g("mean_logit") is not None:
+            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
+            more = g("mean_logit") * deviation
+            factor = more if factor is None else factor + more
+        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
+        dz = part.select(p * factor, 0)
+    sums = g("sum_logits")
+    if g("sum_squared_logits") is not None:
+        twice = 2 * g("sum_squared_logits") * without_inf(z)
+        sums = twice if sums is None else sums + twice
+    if sums is not None:
+        sums = part.select(jnp.broadcast_to(sums, z.shape), 0)
+        dz = sums if dz is None else dz + sums
+    for i in range(labels):
+        onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
+        dz = onehot if dz is None else dz + onehot
+    return jnp.zeros_like(z) if dz is None else dz
+
+
+def without_inf(z: Any) -> Any:
+    return jnp.where(z == -jnp.inf, 0, z)

@@ -1,0 +1,124 @@
+"""Problems of block-sparse attention, and what every kernel for it must give."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softlib import masks
+from softlib.attention._plan import plan_of
+from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
+from softlib.attention._stream import BackwardOperands
+from softlib.attention._tiles import Operands, Options
+from softlib.testing import assert_close
+from tests.oracles.attention import attention as oracle
+
+CAUSAL, SOFTMAX = masks.Causal(), Softmax()
+NORMALIZERS: dict[Any, str] = {
+    Softmax(): "softmax",
+    LogSoftplus(): "softplus",
+    Softplus(): "softplus",
+    StableMax(): "stablemax",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One attention; `lengths` limits the keys of each batch entry."""
+
+    mask: masks.Mask = CAUSAL
+    T: int = 136
+    S: int = 200
+    N: int = 1
+    K: int = 1
+    H: int = 64
+    E: int = 64
+    B: int = 1
+    kind: Kind = SOFTMAX
+    softcap: float | None = None
+    sinks: bool = False
+    lengths: tuple[int, ...] | None = None
+    dtype: str = "bfloat16"
+    spread: float = 1.0
+
+    def operands(self) -> Operands:
+        random = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(random.normal(size=shape), self.dtype)
+        query = draw(self.B, self.T, self.N, self.H) * self.spread
+        key, value = (draw(self.B, self.S, self.K, n) for n in (self.H, self.E))
+        mask = self.mask
+        if self.lengths is not None:
+            mask = mask & masks.Padding(key=jnp.asarray(self.lengths, jnp.int32))
+        plan = plan_of(mask, (self.T, self.S))
+        sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
+        return Operands(*(query, key, value, plan), sinks=sinks if self.sinks else None)
+
+    def options(self) -> Options:
+        scale = self.H**-0.5
+        return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
+
+
+def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
+    """Output, normalizers and gradients against the oracle; they are returned too.
+
+    Args:
+        problem: What is computed.
+        adapter: The module with the implementations FORWARD and BACKWARD.
+        c: Of the tolerance. Errors of a large score are those of its weight, so it has
+            to grow with them.
+    """
+    operands, options = problem.operands(), problem.options()
+    found = jax.jit(functools.partial(adapter.FORWARD.call, options))(operands)
+    random = np.random.default_rng(1)
+    g_out = jnp.asarray(random.normal(size=found.out.shape), problem.dtype)
+    g_lse = random.normal(size=found.normalizer.shape)
+    allowed = np.asarray(operands.plan.mask.materialize(problem.T, problem.S))
+    allowed = allowed.reshape(-1, 1, problem.T, problem.S)
+    expected = oracle(
+        *(np.asarray(x, np.float64) for x in operands[:3]),
+        allowed=allowed,
+        scale=options.scale,
+        logit_softcap=problem.softcap,
+        sinks=operands.sinks,
+        normalizer=NORMALIZERS[problem.kind],
+        g_out=np.asarray(g_out, np.float64),
+        g_lse=g_lse,
+    )
+    normalizer, lse = np.asarray(found.normalizer, np.float64), found.normalizer
+    g_normalizer = g_lse
+    if not problem.kind.is_log:
+        with np.errstate(divide="ignore"):
+            lse = np.log(normalizer)
+        g_normalizer = g_lse / np.where(normalizer == 0, 1, normalizer)
+    length = max(problem.S, problem.T)
+    assert_close(lse, expected.lse, dtype=jnp.float32, length=length)
+    assert_close(found.out, expected.out, dtype=problem.dtype, length=length, c=c)
+    given = BackwardOperands(
+        *(operands, found.out, found.normalizer, g_out),
+        jnp.asarray(g_normalizer, jnp.float32),
+    )
+    gradient = jax.jit(functools.partial(adapter.BACKWARD.call, options))(given)
+    for name in ("query", "key", "value", "sinks"):
+        value = getattr(gradient, name)
+        if value is not None:
+            wanted = expected.gradients[name]
+            assert_close(value, wanted, dtype=problem.dtype, length=length, c=c)
+    _check_nobody(problem, allowed, found, gradient, lse)
+    return found, gradient
+
+
+def _check_nobody(
+    problem: Problem, allowed: np.ndarray, found: Any, gradient: Any, lse: Any
+) -> None:
+    """Exact where nobody attends: to whom, or by whom."""
+    some = allowed.any((0, 1))
+    nobody, unread = ~some.any(1), ~some.any(0)
+    np.testing.assert_array_equal(found.out[:, nobody], 0)
+    np.testing.assert_array_equal(gradient.query[:, nobody], 0)
+    for found_of in (gradient.key, gradient.value):
+        np.testing.assert_array_equal(found_of[:, unread], 0)
+    if not problem.sinks:
+        np.testing.assert_array_equal(lse[:, nobody], -np.inf)

@@ -1,0 +1,51 @@
+"""Interpreters are slow: what only `make slow` runs.
+
+The default suite runs every kernel with every dtype, with ragged edges and with empty
+rows. Most of the other options are for `make slow`.
+"""
+
+import pytest
+
+SLOW = {
+    "test_gpu_attention.py": (
+        "test_output_and_gradients[lengths, extreme scores]",
+        "test_output_and_gradients[log softplus, softcap]",
+        "test_lowered_inside_shard_map[False]",
+    ),
+    "test_gpu_row_statistics.py": ("test_statistics_and_gradients[minus infinity]",),
+    "test_tpu_attention.py": (
+        "test_output_and_gradients[causal]",
+        "test_output_and_gradients[lengths]",
+        "test_output_and_gradients[stablemax]",
+        "test_output_and_gradients[log softplus]",
+        "test_output_and_gradients[extreme scores]",
+    ),
+    "test_tpu_decode.py": (
+        "test_matches_the_oracle[bfloat16, running]",
+        "test_matches_the_oracle[sinks]",
+        "test_matches_the_oracle[no lengths]",
+        "test_matches_the_oracle[running maximum]",
+        "test_matches_the_oracle[three heads]",
+        "test_rows_that_leave_the_range_are_done_again[below]",
+        "test_rows_that_leave_the_range_are_done_again[overflow]",
+    ),
+    "test_tpu_row_statistics.py": (
+        "test_statistics_and_gradients[columns]",
+        "test_statistics_and_gradients[all]",
+        "test_statistics_and_gradients[minus infinity]",
+        "test_statistics_and_gradients[one tile]",
+    ),
+    "test_tpu_trilinear.py": (
+        "test_simulated[bfloat16-simulated]",
+        "test_interpreted[plain-three heads]",
+        "test_interpreted[plain-empty rows]",
+        "test_interpreted[plain-joint]",
+    ),
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.name in SLOW.get(item.path.name, ()):
+            item.add_marker(pytest.mark.slow)
