@@ -6,6 +6,7 @@ be timed, with peers that compute the same.
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -103,8 +104,7 @@ def _cross_entropy(implementation: str | None) -> Program:
 
 def _tokamax_cross_entropy(name: Literal["mosaic_tpu", "chunked_xla"]) -> Program:
     def program(hidden: Any, weight: Any, labels: Any) -> Any:
-        import tokamax
-
+        tokamax: Any = importlib.import_module("tokamax")
         # It takes (D, V): one pass over the weight more, of a hundred products with it.
         return tokamax.linear_softmax_cross_entropy_loss(
             hidden, labels, weight.T, reduction="none", implementation=name
@@ -145,8 +145,7 @@ def _jax_nn_attention(name: str | None) -> Program:
 
 
 def _tokamax_attention(query: Any, key: Any, value: Any) -> Any:
-    import tokamax
-
+    tokamax: Any = importlib.import_module("tokamax")
     return tokamax.dot_product_attention(query, key, value, is_causal=True)
 
 

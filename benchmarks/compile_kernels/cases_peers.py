@@ -1,6 +1,7 @@
 """The training step of a large head in tokamax, compiled for the same devices."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 from typing import Any
@@ -15,8 +16,7 @@ FAMILY = "peers"
 
 
 def _loss(hidden: Any, weight: Any, labels: Any, *, implementation: Any) -> Any:
-    import tokamax
-
+    tokamax: Any = importlib.import_module("tokamax")
     logging.getLogger("absl").setLevel(logging.ERROR)  # it has not been tuned for this
     return tokamax.linear_softmax_cross_entropy_loss(
         hidden, labels, weight, reduction="sum", implementation=implementation
@@ -27,8 +27,7 @@ def _for_another_machine(function: Any) -> Any:
     """With tokamax told not to look for the device at which a program is traced."""
 
     def call(*arguments: Any) -> Any:
-        import tokamax
-
+        tokamax: Any = importlib.import_module("tokamax")
         with tokamax.config.cross_compile(True):
             return function(*arguments)
 
