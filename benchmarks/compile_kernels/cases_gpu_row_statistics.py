@@ -3,6 +3,7 @@
 Through softlib, and the kernels as the engine calls them with every option at once.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from softlib import losses
 
 from .case import HOPPER, Case, array
-from .cases_row_statistics import FAMILY, GEMMA, GPT
+from .cases_row_statistics import FAMILY, GEMMA, GPT, SMALL
 
 # Rows, features and classes that are multiples of nothing that tiles are.
 RAGGED = (4001, 1000, 100_277)
@@ -34,6 +35,10 @@ def cases() -> list[Case]:
         _case("Gemma 2 head, filter", _step(**capped, **filtered), GEMMA),
         _case("Gemma 2 head, float16", _step(), GEMMA, jnp.float16),
         _case("GPT-2 head, loss", _loss(), GPT, passes=1),
+        # The gradient of hidden is summed in float32 beside so few logits.
+        dataclasses.replace(
+            _case("small head, training step", _step(), SMALL), most_temporaries=0.1
+        ),
         _case("ragged head, training step", _step(), RAGGED),
         _case("ragged head, smoothing", _step(label_smoothing=0.1), RAGGED),
         *_bare("few", GEMMA, FEW, 1, modified=False),

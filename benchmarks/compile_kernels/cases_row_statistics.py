@@ -13,6 +13,7 @@ from .case import TPUS, Case, array
 FAMILY = "row statistics"
 GEMMA = (8192, 2304, 256_000)
 GPT = (2048, 768, 50_257)
+SMALL = (2048, 512, 16_384)
 
 
 def _loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
@@ -64,5 +65,6 @@ def cases() -> list[Case]:
             GEMMA,
         ),
         _case("GPT-2 head, training step", _step(), GPT),
+        _case("small head, training step", _step(), SMALL),
         _case("GPT-2 head, float32", _step(), GPT, jnp.float32),
     ]
