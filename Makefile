@@ -38,7 +38,7 @@ test: lint $(VENV)/.installed-test ## lint, types and the test suite
 
 # A release that lacks something fails in the first cases already.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 4 tests/numerics tests/softmax \
+	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 8 tests/numerics tests/softmax \
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
 	  tests/optim tests/test_dispatch.py $(ARGS)
 

@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--case", default="", help="only cases with this in their name")
     parser.add_argument(
+        "--every", type=int, default=1, help="of a target compile every so many-th case"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=2, help="targets that are compiled at a time"
     )
     parser.add_argument(
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(chosen("all", ""), from_json(NUMBERS.read_text()))
         return 0
     if options.write:
-        options.family, options.case = "all", ""
+        options.family, options.case, options.every = "all", "", 1
     cases = chosen(options.family, options.case)
     by_key = {(c.family, c.name, target): c for c in cases for target in c.targets}
     reasons = {target: targets.missing(target) for target in options.targets}
@@ -67,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def compiled_for(target: str) -> list[Compiled]:
         found = []
-        for compiled in compile_all(target, options.family, options.case):
+        for compiled in compile_all(
+            target, options.family, options.case, options.every
+        ):
             print(row(compiled), flush=True)
             found.append(compiled)
         return found

@@ -65,6 +65,7 @@ def cases() -> list[Case]:
             GEMMA,
         ),
         _case("GPT-2 head, training step", _step(), GPT),
-        _case("small head, training step", _step(), SMALL),
+        # One layout of an argument counts beside so few logits.
+        _case("small head, training step", _step(), SMALL, most_temporaries=0.1),
         _case("GPT-2 head, float32", _step(), GPT, jnp.float32),
     ]

@@ -14,12 +14,14 @@ from .compiled import Compiled
 LIMIT = 300.0  # seconds for one program
 
 
-def compile_all(target: str, family: str, name: str) -> Iterator[Compiled]:
+def compile_all(
+    target: str, family: str, name: str, every: int = 1
+) -> Iterator[Compiled]:
     """All cases of the target; a case that ends its process is an error of its own."""
-    cases = chosen(family, name, target)
+    cases = chosen(family, name, target, every)
     done = 0
     while done < len(cases):
-        for compiled in _answers(target, family, name, str(done)):
+        for compiled in _answers(target, family, name, str(every), str(done)):
             yield compiled
             done += 1
         if done < len(cases):

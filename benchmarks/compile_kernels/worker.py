@@ -47,10 +47,10 @@ def environment(dumps: str) -> dict[str, str]:
 
 
 def main(target: str, dumps: str, *which: str) -> None:
-    """`which`: family and part of a name, then the number of cases to leave out."""
-    family, name, start = which
+    """`which`: what `chosen` takes, then the number of cases that are done."""
+    family, name, every, start = which
     with os.fdopen(os.dup(1), "w") as answers:
-        for case in chosen(family, name, target)[int(start) :]:
+        for case in chosen(family, name, target, int(every))[int(start) :]:
             try:
                 compiled = _compile(case, target, pathlib.Path(dumps))
             except Exception as error:  # the table has a row for it
