@@ -122,7 +122,7 @@ $(OLDEST)/.installed: pyproject.toml scripts/lower_bounds.py | $(OLDEST)/bin/pyt
 	  -c $(OLDEST)/constraints.txt -e '.[test-core]'
 	@touch $@
 
-# Compilers for machines that are not here, beside jax and nothing else of the project's.
+# Compilers for machines that are not here; they take 2 GB.
 $(KERNELS)/.installed: pyproject.toml | $(KERNELS)/bin/python
 	@echo "installing softlib[kernel-check] into $(KERNELS)"
 	@$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check \

@@ -22,8 +22,8 @@ from softlib.attention._plan import plan_of
 from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
 from softlib.attention._tiles import Operands, Options
 
+from .attention_problems import CAUSAL, RADIAL, Problem, forward_and_training
 from .case import HOPPER, Case, array
-from .cases_tpu_attention import CAUSAL, RADIAL, Problem
 
 _FAMILY = "attention"
 # Lengths and features that TMA cannot address: arrays are padded.
@@ -84,7 +84,8 @@ def _through_softlib(name: str, problem: Problem, **options: Any) -> list[Case]:
             **options,
         )
 
-    return _forward_and_training(name, problem, forward, _arrays(problem)[:3])
+    name, arrays = f"gpu softlib {name}", _arrays(problem)
+    return forward_and_training(name, problem, forward, arrays, (), _case)
 
 
 def _with_sinks_and_lengths() -> list[Case]:
@@ -98,32 +99,8 @@ def _with_sinks_and_lengths() -> list[Case]:
         )
 
     extra = (array(jnp.float32, RAGGED.heads[0]), array(jnp.int32, RAGGED.batch))
-    arguments = (*_arrays(RAGGED)[:3], *extra)
-    return _forward_and_training("sinks and lengths", RAGGED, forward, arguments)
-
-
-def _forward_and_training(
-    name: str, problem: Problem, forward: Any, arguments: tuple[Any, ...]
-) -> list[Case]:
-    def training(cotangent: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        call = lambda *arrays: forward(*arrays, *rest)
-        out, pull = jax.vjp(call, query, key, value)
-        return out, pull(cotangent)
-
-    (h, e), cotangent = problem.features, _arrays(problem)[3]
-    return [
-        _case(
-            *(f"gpu softlib {name}, forward", problem, forward, arguments),
-            products=h + e,
-            moved="qkvor",
-        ),
-        _case(
-            f"gpu softlib {name}, training",
-            *(problem, training, (cotangent, *arguments)),
-            products=4 * h + 3 * e + h + e,
-            moved="qkvorqkvooqkvqkvorqkv",
-        ),
-    ]
+    name, arrays = "gpu softlib sinks and lengths", _arrays(RAGGED)
+    return forward_and_training(name, RAGGED, forward, arrays, extra, _case)
 
 
 def _case(

@@ -23,58 +23,11 @@ from softlib.attention import _kernels_tpu as adapter
 from softlib.attention._plan import plan_of
 from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
 from softlib.attention._tiles import Operands, Options
-from softlib.masks import Mask
 
+from .attention_problems import CAUSAL, RADIAL, Problem, forward_and_training
 from .case import TPUS, Case, array
 
 _FAMILY = "attention"
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One attention: a batch entry unless said otherwise.
-
-    Attributes:
-        mask: Of what attends.
-        lengths: Queries and keys.
-        heads: Query heads and key heads.
-        features: Of a query and of a value.
-        dtype: Of all arrays.
-        batch: Entries.
-    """
-
-    mask: Mask
-    lengths: tuple[int, int]
-    heads: tuple[int, int]
-    features: tuple[int, int] = (128, 128)
-    dtype: Any = jnp.bfloat16
-    batch: int = 1
-
-    @property
-    def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Query, key, value, and the cotangent of the output, heads first."""
-        (t, s), (n, k), (h, e) = self.lengths, self.heads, self.features
-        shapes = ((n, t, h), (k, s, h), (k, s, e), (n, t, e))
-        return tuple(array(self.dtype, self.batch, *shape) for shape in shapes)
-
-    @property
-    def naive_bytes(self) -> int:
-        return 4 * self.batch * self.heads[0] * self.lengths[0] * self.lengths[1]
-
-    def flops(self, products: int) -> float:
-        """Of products over so many features, for every pair that attends."""
-        density = self.mask.density(*self.lengths)
-        return 2 * products * density * self.naive_bytes / 4
-
-    def bytes_of(self, names: str) -> int:
-        """Of arrays, each as often as its letter occurs; r are numbers per row."""
-        sizes: dict[str, int] = dict(zip("qkvo", map(_bytes, self.arrays), strict=True))
-        sizes["r"] = 4 * self.batch * self.heads[0] * self.lengths[0]
-        return sum(sizes[name] for name in names)
-
-
-def _bytes(x: jax.ShapeDtypeStruct) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def heads_first(function: Any) -> Any:
@@ -89,9 +42,6 @@ def heads_first(function: Any) -> Any:
     return call
 
 
-CAUSAL = Problem(masks.Causal(), (8192, 8192), (8, 2))
-# A video of 33 latent frames of 45 x 80 tokens.
-RADIAL = Problem(masks.Radial(3600), (118_800, 118_800), (24, 24))
 RAGGED = Problem(
     *(masks.Window(700, 100), (5003, 6001), (6, 3)),
     features=(72, 80),
@@ -139,7 +89,8 @@ def _through_softlib(name: str, problem: Problem, **options: Any) -> list[Case]:
             **options,
         )
 
-    return _forward_and_training(name, problem, forward, problem.arrays[:3])
+    name = f"softlib {name}"
+    return forward_and_training(name, problem, forward, problem.arrays, (), _case)
 
 
 def _with_sinks_and_lengths() -> list[Case]:
@@ -156,31 +107,9 @@ def _with_sinks_and_lengths() -> list[Case]:
         array(jnp.float32, LONG_RAGGED.heads[0]),
         array(jnp.int32, LONG_RAGGED.batch),
     )
-    arguments = (*LONG_RAGGED.arrays[:3], *extra)
-    return _forward_and_training("sinks and lengths", LONG_RAGGED, forward, arguments)
-
-
-def _forward_and_training(
-    name: str, problem: Problem, forward: Any, arguments: tuple[Any, ...]
-) -> list[Case]:
-    def training(cotangent: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        call = lambda *arrays: forward(*arrays, *rest)
-        out, pull = jax.vjp(call, query, key, value)
-        return out, pull(cotangent)
-
-    (h, e), cotangent = problem.features, problem.arrays[3]
-    return [
-        _case(
-            *(f"softlib {name}, forward", problem, forward, arguments),
-            products=h + e,
-            moved="qkvor",
-        ),
-        _case(
-            *(f"softlib {name}, training", problem, training, (cotangent, *arguments)),
-            products=4 * h + 3 * e + h + e,
-            moved="qkvorqkvooqkvqkvorqkv",
-        ),
-    ]
+    name = "softlib sinks and lengths"
+    arrays = LONG_RAGGED.arrays
+    return forward_and_training(name, LONG_RAGGED, forward, arrays, extra, _case)
 
 
 def _case(

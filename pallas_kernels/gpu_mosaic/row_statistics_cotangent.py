@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _ring, _row_slice
+from ._logit_tiles import LogitTiles
 from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
 from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
 from .row_statistics_forward import unpacked
@@ -99,24 +100,23 @@ def chunk_cotangents(
         first_tile = split * per_split
         count = jnp.minimum(per_split, tiles - first_tile)
         ring = Ring(ready, free, stages)
-        hidden_written, hidden_read = of_hidden.views(hidden_memory, interpret)
-        weight_written, weight_read = of_weight.views(weight_memory, interpret)
+        logits = LogitTiles(
+            ring,
+            (of_hidden, of_weight),
+            (
+                of_hidden.views(hidden_memory, interpret),
+                of_weight.views(weight_memory, interpret),
+            ),
+            steps,
+            classes,
+        )
         # A product, so that the compiler sees what it is a multiple of.
         start = index_ref[0] * chunk
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
-
-            def copy(step, slot):
-                column = lax.rem(step, steps) * SPAN
-                first = start + (first_tile + lax.div(step, steps)) * classes
-                of_hidden.fetch(
-                    hidden_written, slot, hidden_ref, block * BLOCK, column, ready
-                )
-                of_weight.fetch(weight_written, slot, weight_ref, first, column, ready)
-
-            ring.fill(count * steps, copy)
+            first_class = lambda tile: start + (first_tile + tile) * classes
+            logits.fetch(count, hidden_ref, weight_ref, block, first_class)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
@@ -124,25 +124,8 @@ def chunk_cotangents(
             mine = pl.ds(warpgroup * ROWS, ROWS)
             own_rows = block * BLOCK + warpgroup * ROWS
 
-            def products(tile):
-                def scope(total):
-                    def begin(slot):
-                        plgpu.wgmma(
-                            total,
-                            hidden_read.at[slot, 0, mine],
-                            _ring.transposed(weight_read.at[slot, 0]),
-                        )
-
-                    ring.multiply(tile * steps, steps, begin, 1)
-                    raw = total[...]  # waits for every product
-                    ring.release(tile * steps + steps - 1)
-                    return raw
-
-                shape = (ROWS, classes)
-                return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
-
             def visit(tile, totals):
-                raw = products(tile)
+                raw = logits.product(tile, mine)
                 first = (first_tile + tile) * classes  # in this chunk
                 if biased:
                     _take_turn(turn, warpgroup, tile)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._row_formulas import state_names
 
 from . import _ring, _row_slice
+from ._logit_tiles import LogitTiles
 from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
 from ._row_slice import Form, Rows, Slice
 
@@ -58,22 +59,21 @@ def partial_states(
         first_tile = split * per_split
         count = jnp.minimum(per_split, tiles - first_tile)
         ring = Ring(ready, free, stages)
-        hidden_written, hidden_read = of_hidden.views(hidden_memory, interpret)
-        weight_written, weight_read = of_weight.views(weight_memory, interpret)
+        logits = LogitTiles(
+            ring,
+            (of_hidden, of_weight),
+            (
+                of_hidden.views(hidden_memory, interpret),
+                of_weight.views(weight_memory, interpret),
+            ),
+            steps,
+            classes,
+        )
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
-
-            def copy(step, slot):
-                column = lax.rem(step, steps) * SPAN
-                first = (first_tile + lax.div(step, steps)) * classes
-                of_hidden.fetch(
-                    hidden_written, slot, hidden_ref, block * BLOCK, column, ready
-                )
-                of_weight.fetch(weight_written, slot, weight_ref, first, column, ready)
-
-            ring.fill(count * steps, copy)
+            first_class = lambda tile: (first_tile + tile) * classes
+            logits.fetch(count, hidden_ref, weight_ref, block, first_class)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
@@ -81,25 +81,8 @@ def partial_states(
             mine = pl.ds(warpgroup * ROWS, ROWS)
             own_rows = block * BLOCK + warpgroup * ROWS
 
-            def products(tile):
-                def scope(total):
-                    def start(slot):
-                        plgpu.wgmma(
-                            total,
-                            hidden_read.at[slot, 0, mine],
-                            _ring.transposed(weight_read.at[slot, 0]),
-                        )
-
-                    ring.multiply(tile * steps, steps, start, 1)
-                    raw = total[...]  # waits for every product
-                    ring.release(tile * steps + steps - 1)
-                    return raw
-
-                shape = (ROWS, classes)
-                return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
-
             def fold(tile, state):
-                raw = products(tile)
+                raw = logits.product(tile, mine)
                 first = (first_tile + tile) * classes
                 for column in range(0, classes, columns):
                     # Again for each slice: between slices they would hold registers.

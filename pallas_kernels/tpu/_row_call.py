@@ -17,6 +17,7 @@ from . import _row_filter as filter_, _row_math as rows_of, _row_products as pro
 from ._row_math import LANES, Columns, Form, Slice
 from ._row_operands import Operands, Options, tiles_of
 from ._row_tiles import SHARE, Pass, Tiles
+from .bfloat16_parts import pairs, part_count, parts_of, product
 
 # Shape, dtype and block of a result.
 type Block = tuple[tuple[int, ...], Any, tuple[int, ...]]
@@ -155,7 +156,7 @@ class Call:
         """
         shape, ref = step.refs[to].shape[len(part) :], step.refs[to]
         # Parts of one product after the other: together they would spill.
-        for which in products.pairs((self._count(names[0]), self._count(names[1]))):
+        for which in pairs((self._count(names[0]), self._count(names[1]))):
             factors = [
                 self._factor(step, name, i, to)
                 for name, i in zip(names, which, strict=True)
@@ -166,7 +167,7 @@ class Call:
             ) -> None:
                 index, places = (*part, rows, columns), at(rows, columns)
                 first, second = (f(x) for f, x in zip(factors, places, strict=True))
-                found = products.product(first, second, contract)
+                found = product(first, second, contract)
                 ref[index] = found if fresh else ref[index] + found
 
             products.each_block(shape, block, turned=contract[0] == 0)
@@ -189,7 +190,7 @@ class Call:
             "weight": weight,
             "draw": jnp.promote_types(hidden, weight),
         }
-        return products.part_count(dtypes[name], self.options.precision)
+        return part_count(dtypes[name], self.options.precision)
 
     def visit(self, step: Step, body: Callable[[Any, Slice], None]) -> None:
         """Calls `body` with the slices of the tile, one after the other."""
@@ -301,7 +302,7 @@ class Call:
     def note_cotangents(self, step: Step, at: Any, raw: Any) -> None:
         """Keeps those of some rows, as the products want them."""
         draw = step.refs["draw"]
-        for i, part in enumerate(products.parts_of(raw, draw.shape[0])):
+        for i, part in enumerate(parts_of(raw, draw.shape[0])):
             draw[i, at, :] = part
 
     def write_sum(self, refs: dict[str, Any], axis: int) -> None:

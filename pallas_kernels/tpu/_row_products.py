@@ -1,63 +1,22 @@
-"""Products of tiles on the matrix unit, which multiplies numbers of bfloat16.
+"""Products of tiles on the matrix unit, in blocks that leave nothing to spill.
 
-A number of float32 is the sum of three of bfloat16, each with 8 of its 24 bits. Left to
-the compiler, a product of float32 is divided anew for every block of it, in registers
-that it does not have; here a tile is divided once.
+Left to the compiler, numbers of float32 are divided into parts of bfloat16 anew for
+every block, in registers that it does not have; here a tile is divided once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels._devices import V4, V5E, V5P, tpu
 
-# Bits of float32 that bfloat16 has.
-_UPPER = 0xFFFF0000
-_COUNTS = {lax.Precision.HIGHEST: 3, lax.Precision.HIGH: 2, lax.Precision.DEFAULT: 1}
+from .bfloat16_parts import parts_of
 
 # From the rows and columns of a part of a factor to what it holds.
 type Factor = Callable[[Any], Any]
-
-
-def part_count(dtype: Any, precision: lax.Precision) -> int:
-    """How many numbers of bfloat16 stand for one of the dtype."""
-    return 1 if dtype == jnp.bfloat16 else _COUNTS[precision]
-
-
-def parts_of(x: Any, count: int) -> Iterator[Any]:
-    """Numbers of bfloat16, the largest first; their sum is x if they are three."""
-    for _ in range(count - 1):
-        # Rounding to bfloat16 and back would be simplified away by some compilers.
-        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(_UPPER)
-        upper = lax.bitcast_convert_type(bits, jnp.float32)
-        yield upper.astype(jnp.bfloat16)
-        x = x - upper
-    yield x.astype(jnp.bfloat16)
-
-
-def pairs(counts: tuple[int, int]) -> list[tuple[int, int]]:
-    """The products of parts that reach the bits of float32.
-
-    The smallest first: they are rounded off least.
-    """
-    every = [(i, j) for i in range(counts[0]) for j in range(counts[1])]
-    enough = (pair for pair in every if sum(pair) < max(counts))
-    return sorted(enough, key=sum, reverse=True)
-
-
-def product(first: Any, second: Any, contract: tuple[int, int]) -> Any:
-    return lax.dot_general(
-        first,
-        second,
-        (((contract[0],), (contract[1],)), ((), ())),
-        # Any other precision is refused for bfloat16.
-        precision=lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def each_block(

@@ -25,7 +25,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._results import result
 
-from ._row_products import product
 from .attention_blocks import (
     ALL,
     LANES,
@@ -34,6 +33,7 @@ from .attention_blocks import (
     Entry,
     Form,
     add,
+    by_row,
     cost,
     lanes,
     passes,
@@ -44,6 +44,7 @@ from .attention_blocks import (
 from .attention_pieces import by_buffer, over_pieces, over_slices, part_of
 from .attention_tiles import Tiles
 from .attention_weights import LOG2_E
+from .bfloat16_parts import product
 
 
 def attention(
@@ -84,23 +85,7 @@ def attention(
         scalars.append(mask_scalars.reshape(-1))
     if sinks is not None:
         scalars.append(sinks.astype(jnp.float32))
-    rows = lambda width: pl.BlockSpec(
-        (None, None, tiles.query, width),
-        lambda b, n, i, entries, *_: (b, n, Entry(entries[i]).row, 0),
-    )
-    columns = lambda width: pl.BlockSpec(
-        (None, None, tiles.key, width),
-        lambda b, n, i, entries, *_: (
-            b,
-            lax.div(n, groups),
-            Entry(entries[i]).column,
-            0,
-        ),
-    )
-    per_row = pl.BlockSpec(
-        (None, None, 1, tiles.query),
-        lambda b, n, i, entries, *_: (b, n, 0, Entry(entries[i]).row),
-    )
+    rows, columns, per_row = by_row(tiles, groups)
     operands = (query, key, value)
     count = entries.shape[0] * entries.shape[1]
     stored = stored_length(length, tiles.query, entries)

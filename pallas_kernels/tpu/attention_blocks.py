@@ -22,10 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ._row_products import pairs, part_count, parts_of
 from .attention_pieces import Stage
 from .attention_tiles import LANES, Tiles
 from .attention_weights import Weights
+from .bfloat16_parts import pairs, part_count, parts_of
 
 # Blocks along an axis that 13 bits can tell apart.
 MOST_BLOCKS = 1 << 13
@@ -326,6 +326,34 @@ class Call:
             interpret=self.interpret,
             name=self.name,
         )(jnp.asarray(entries), *self.scalars, *self.inputs, *before)
+
+
+def by_row(
+    tiles: Any, groups: int
+) -> tuple[Callable[[int], Any], Callable[[int], Any], Any]:
+    """How arrays are cut where rows of blocks stay: those of queries, those of keys.
+
+    Both for a number of features; then numbers per query. `groups`: heads of queries
+    of a head of keys.
+    """
+    rows = lambda width: pl.BlockSpec(
+        (None, None, tiles.query, width),
+        lambda b, n, i, entries, *_: (b, n, Entry(entries[i]).row, 0),
+    )
+    columns = lambda width: pl.BlockSpec(
+        (None, None, tiles.key, width),
+        lambda b, n, i, entries, *_: (
+            b,
+            lax.div(n, groups),
+            Entry(entries[i]).column,
+            0,
+        ),
+    )
+    per_row = pl.BlockSpec(
+        (None, None, 1, tiles.query),
+        lambda b, n, i, entries, *_: (b, n, 0, Entry(entries[i]).row),
+    )
+    return rows, columns, per_row
 
 
 def stored_length(length: int, size: int, entries: Any) -> int:

@@ -20,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._results import result
 
-from ._row_products import product
 from .attention_blocks import (
     ALL,
     LANES,
@@ -38,6 +37,7 @@ from .attention_blocks import (
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_pieces import Stage, by_buffer, over_pieces, over_slices, part_of
 from .attention_tiles import Tiles
+from .bfloat16_parts import product
 
 
 def key_value_gradient(

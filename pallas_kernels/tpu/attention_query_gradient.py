@@ -21,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._results import result
 
-from ._row_products import product
 from .attention_blocks import (
     ALL,
     LANES,
@@ -30,6 +29,7 @@ from .attention_blocks import (
     Entry,
     Form,
     add,
+    by_row,
     column,
     cost,
     lanes,
@@ -41,6 +41,7 @@ from .attention_blocks import (
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_pieces import Stage, by_buffer, over_pieces, over_slices, part_of
 from .attention_tiles import Tiles
+from .bfloat16_parts import product
 
 
 def query_gradient(
@@ -81,23 +82,7 @@ def query_gradient(
     batch, length, heads, features = query.shape
     _, _, key_heads, value_features = value.shape
     groups = heads // key_heads
-    rows = lambda width: pl.BlockSpec(
-        (None, None, tiles.query, width),
-        lambda b, n, i, entries, *_: (b, n, Entry(entries[i]).row, 0),
-    )
-    columns = lambda width: pl.BlockSpec(
-        (None, None, tiles.key, width),
-        lambda b, n, i, entries, *_: (
-            b,
-            lax.div(n, groups),
-            Entry(entries[i]).column,
-            0,
-        ),
-    )
-    per_row = pl.BlockSpec(
-        (None, None, 1, tiles.query),
-        lambda b, n, i, entries, *_: (b, n, 0, Entry(entries[i]).row),
-    )
+    rows, columns, per_row = by_row(tiles, groups)
     operands = (query, key, value, cotangent, inverse, delta)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     stored = stored_length(length, tiles.query, entries)

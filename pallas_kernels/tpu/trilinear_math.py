@@ -1,7 +1,6 @@
 """Arithmetic of trilinear attention inside a kernel: rows, pieces, products.
 
-The matrix unit multiplies bfloat16. An array of float32 is divided into pieces of 8
-bits, whose products are added as far as they count: six of three pieces by three.
+An array of float32 is divided into pieces of bfloat16, see `bfloat16_parts`.
 """
 
 import functools
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import bfloat16_parts as parts_
 from .trilinear_tiles import LANES
 
 
@@ -53,18 +53,10 @@ def _dot(
     left: Sequence[jax.Array], right: Sequence[jax.Array], axes: tuple[int, int]
 ) -> jax.Array:
     """Of pieces laid after each other, one product: it fills a wider matrix unit."""
-    deepest = max(len(left), len(right))
-    pairs = [(n, m) for n in range(len(left)) for m in range(len(right))]
-    pairs = sorted((p for p in pairs if sum(p) < deepest), key=sum, reverse=True)
+    pairs = parts_.pairs((len(left), len(right)))
     lhs = _joined([left[n] for n, _ in pairs], axes[0])
     rhs = _joined([right[m] for _, m in pairs], axes[1])
-    return lax.dot_general(
-        lhs,
-        rhs,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
+    return parts_.product(lhs, rhs, axes)
 
 
 def _joined(pieces: list[jax.Array], axis: int) -> jax.Array:
@@ -73,14 +65,7 @@ def _joined(pieces: list[jax.Array], axis: int) -> jax.Array:
 
 def divided(x: jax.Array, count: int) -> list[jax.Array]:
     """Bfloat16 that add up to x: rounded if it is one, else 8 bits in each."""
-    pieces = []
-    for _ in range(count - 1):
-        # Bits are cut off as integers: compilers may skip rounding that is undone.
-        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-65536)
-        top = lax.bitcast_convert_type(bits, jnp.float32)
-        pieces.append(top.astype(jnp.bfloat16))
-        x = x - top
-    return [*pieces, x.astype(jnp.bfloat16)]
+    return list(parts_.parts_of(x, count))
 
 
 def store(ref: Any, x: jax.Array) -> None:

@@ -61,8 +61,8 @@ class _Rows(NamedTuple):
         numbers = [operands.scale]
         if operands.unified is not None:
             low, high = operands.unified.valid_range
-            limits = jnp.finfo(jnp.float32)
-            lowest = math.log(2 * float(limits.tiny) / float(limits.eps))
+            float32 = jnp.finfo(jnp.float32)
+            lowest = math.log(2 * float(float32.tiny) / float(float32.eps))
             numbers += [operands.unified.phi, jnp.maximum(low, lowest), high]
         query = operands.query.reshape(batch, rows, size)
         numbers = tuple(every(x) for x in numbers)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels import _devices, _trilinear as lists
+from pallas_kernels.tpu.bfloat16_parts import part_count
 from pallas_kernels.tpu.trilinear_tiles import (
     LANES,
     MOST_ENTRIES,
@@ -21,22 +21,12 @@ from pallas_kernels.tpu.trilinear_tiles import (
     choose_tiles,
     seconds,
 )
-from softlib import masks
+from softlib import _kernel_limits as limits, masks
 from softlib.masks import PerAxis
 
 from ._plan import Skeleton
 from ._tiles import Operands, Options
 
-# Of bfloat16, that float32 on the left of a product is divided into.
-PIECES: dict[Any, int] = {
-    None: 3,
-    "default": 1,
-    "high": 2,
-    "highest": 3,
-    lax.Precision.DEFAULT: 1,
-    lax.Precision.HIGH: 2,
-    lax.Precision.HIGHEST: 3,
-}
 _OWNERS = {"forward": 0, "query": 0, "first": 1, "second": 2}
 
 
@@ -166,7 +156,7 @@ def pieces_of(options: Options, operands: Operands) -> tuple[int, int]:
 
     Not divided they are rounded to bfloat16, which keys and values may be already.
     """
-    asked = PIECES[options.precision]
+    asked = part_count(jnp.float32, limits.PRECISIONS[options.precision])
     arrays = (*operands.outer[0], operands.key, operands.value)
     if any(x is not None and x.dtype == jnp.float32 for x in arrays):
         return asked, asked

@@ -21,7 +21,6 @@ from ._scores import Result, Softmax
 from ._stream import BackwardOperands, Gradient, row_constants
 from ._tiles import Operands, Options
 from ._tuple_blocks import (
-    PIECES,
     Order,
     chosen_order,
     lengths_of,
@@ -159,9 +158,7 @@ def _why_not(options: Options, operands: Operands) -> str | None:
     for array in arrays:
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"an argument is {array.dtype}, not float32 or bfloat16"
-    if options.precision not in PIECES:
-        return f"it has no precision {options.precision!r}"
-    return _why_no_mask(operands)
+    return limits.why_no_precision(options.precision) or _why_no_mask(operands)
 
 
 def _why_no_mask(operands: Operands) -> str | None:

@@ -1,0 +1,70 @@
+"""Raw logits of a block of rows, tile after tile of classes, in a ring of features."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import _ring
+from ._ring import BLOCK, ROWS, SPAN, Ring, Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitTiles:
+    """Of one block of threads.
+
+    Attributes:
+        ring: Whose slots hold a span of features of both operands.
+        operands: How hidden and weight lie in a slot.
+        memory: Of both: what copies write, and what is multiplied.
+        steps: Spans of features, which a tile takes.
+        classes: Of a tile.
+    """
+
+    ring: Ring
+    operands: tuple[Tile, Tile]
+    memory: tuple[tuple[Any, Any], tuple[Any, Any]]
+    steps: int
+    classes: int
+
+    def fetch(
+        self,
+        count: Any,
+        hidden_ref: Any,
+        weight_ref: Any,
+        block: Any,
+        first_class: Callable[[Any], Any],
+    ) -> None:
+        """From the memory warpgroup: `count` tiles, each from its first class on."""
+        plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
+        (of_hidden, of_weight), ready = self.operands, self.ring.ready
+        (hidden, _), (weight, _) = self.memory
+
+        def copy(step: Any, slot: Any) -> None:
+            column = lax.rem(step, self.steps) * SPAN
+            first = first_class(lax.div(step, self.steps))
+            of_hidden.fetch(hidden, slot, hidden_ref, block * BLOCK, column, ready)
+            of_weight.fetch(weight, slot, weight_ref, first, column, ready)
+
+        self.ring.fill(count * self.steps, copy)
+
+    def product(self, tile: Any, rows: Any) -> Any:
+        """From a compute warpgroup: the logits of its `rows` of the block, float32."""
+        ring, steps = self.ring, self.steps
+        (_, hidden), (_, weight) = self.memory
+
+        def scope(total: Any) -> Any:
+            def start(slot: Any) -> None:
+                classes = _ring.transposed(weight.at[slot, 0])
+                plgpu.wgmma(total, hidden.at[slot, 0, rows], classes)
+
+            ring.multiply(tile * steps, steps, start, 1)
+            raw = total[...]  # waits for every product
+            ring.release(tile * steps + steps - 1)
+            return raw
+
+        return pl.run_scoped(scope, plgpu.ACC((ROWS, self.classes), jnp.float32))

@@ -1,0 +1,91 @@
+"""What the adapters of the row-statistics kernels have in common."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from softlib import _kernel_limits as limits
+
+from . import _tile
+from ._stream import Head, HeadGradient
+from ._tile import Modifiers, Options, RowCotangents
+
+# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+LEAST_ROWS, LEAST_CLASSES, LEAST_FEATURES = 64, 2048, 64
+# Every label costs a comparison per logit.
+MOST_LABELS = 8
+# Numbers of classes are kept in float32 while the largest logit is looked for.
+MOST_CLASSES = 1 << 24
+
+
+def known_of(rows: RowCotangents) -> dict[str, Array]:
+    """What the backward pass knows of each row, by name; not of labels."""
+    g = rows.cotangents
+    known = {
+        "lse": rows.lse,
+        "mean_logit": rows.mean_logit,
+        "g_lse": g.lse,
+        "g_mean_logit": g.mean_logit,
+        "g_sum_logits": g.sum_logits,
+        "g_sum_squared_logits": g.sum_squared_logits,
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def tables_of(head: Head) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Float32 numbers of every row, and of every class, by name."""
+    bias, scale, temperature, where = head.modifiers
+    every = lambda x: jnp.broadcast_to(x, head.hidden.shape[:1])
+    wide = lambda x: x.astype(jnp.float32)
+    present = lambda table: {k: v for k, v in table.items() if v is not None}
+    per_row = present({"logit_scale": scale, "temperature": temperature})
+    per_class = present({"bias": bias, "where": where})
+    return (
+        {name: wide(every(x)) for name, x in per_row.items()},
+        {name: wide(x) for name, x in per_class.items()},
+    )
+
+
+def gradient_of(
+    head: Head,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    per_row: dict[str, Array],
+) -> HeadGradient:
+    """Results of kernels in the shapes and dtypes of the operands."""
+    modifiers = Modifiers(
+        _tile.cast_like(head.modifiers.bias, bias),
+        _tile.summed_like(head.modifiers.logit_scale, per_row.get("logit_scale")),
+        _tile.summed_like(head.modifiers.temperature, per_row.get("temperature")),
+        None,
+    )
+    return HeadGradient(hidden, weight, modifiers)
+
+
+def why_not_arrays(
+    options: Options, head: Head, dtypes: tuple[DTypeLike, ...]
+) -> str | None:
+    (rows, features), classes = head.hidden.shape, head.weight.shape[options.vocab_axis]
+    sizes = (
+        ("rows", rows, LEAST_ROWS),
+        ("classes", classes, LEAST_CLASSES),
+        ("features", features, LEAST_FEATURES),
+    )
+    arrays = {"hidden": head.hidden, "weight": head.weight}
+    return limits.why_too_small(sizes) or limits.why_wrong_dtype(arrays, dtypes)
+
+
+def why_not_options(options: Options, head: Head) -> str | None:
+    classes = head.weight.shape[options.vocab_axis]
+    if options.exclude_labels:
+        return "it does not leave the labels out of the sums"
+    if head.ranked is not None:
+        return "it has no label_rank"
+    if head.labels is not None and head.labels.shape[1] > MOST_LABELS:
+        return f"{head.labels.shape[1]} labels a row are more than {MOST_LABELS}"
+    if options.wants("argmax") and classes >= MOST_CLASSES:
+        return f"{classes} classes are too many for argmax"
+    if options.vocab_chunk is not None or options.token_chunk is not None:
+        return "it chooses its own tiles (vocab_chunk, token_chunk)"
+    return limits.why_no_precision(options.precision)
