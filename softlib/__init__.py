@@ -7,6 +7,8 @@
 - `softlib.numerics`: the streaming accumulators they are built on.
 - `softlib.estimation`: small models, fitted with a stated guarantee.
 - `softlib.decoding`: drawing sequences from models.
+- `softlib.scoring`: judging given text by its log-probabilities.
+- `softlib.information`: numbers about distributions.
 - `softlib.optim`: gradient transformations (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
@@ -21,9 +23,11 @@ from . import (
     attention as attention,
     decoding as decoding,
     estimation as estimation,
+    information as information,
     losses as losses,
     masks as masks,
     numerics as numerics,
+    scoring as scoring,
     softmax as softmax,
     typing as typing,
 )
@@ -36,12 +40,14 @@ __all__ = [
     "decoding",
     "estimation",
     "explain",
+    "information",
     "losses",
     "masked_mean",
     "masks",
     "nn",
     "numerics",
     "optim",
+    "scoring",
     "softmax",
     "testing",
     "typing",
