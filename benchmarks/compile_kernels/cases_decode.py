@@ -70,9 +70,6 @@ _PROBLEMS = {
         options=_UNIFIED,
     ),
 }
-# A product of float32 is six of bfloat16, for which it has too few registers.
-# Products of float32 are divided by the compiler; on v6e that spills.
-_SPILLS = {"float32": 32}
 
 
 def cases() -> list[Case]:
@@ -104,6 +101,5 @@ def _case(name: str, problem: Problem) -> Case:
         # A ragged cache is laid out anew, scores or not.
         naive_bytes=0 if name == "ragged" else 4 * (pairs + arguments[2].size),
         flops=2 * pairs * (size + width),
-        spills=_SPILLS.get(name, 0),
         bytes_moved=moved + batch * heads * queries * (4 + width * 2),
     )

@@ -6,12 +6,14 @@ maximum, which is that of a row.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from .bfloat16_parts import pairs, part_count, parts_of, product
 from .decode_tiles import LANES, Form, Tiles
 
 # Of 128 lanes: what is unrolled without spills, as compiled.
@@ -71,13 +73,10 @@ def visit_chunk(
 
     def multiply(i, _):
         at = pl.multiple_of(i * piece, LANES)
-        state.scores[:, pl.ds(at, piece)] = lax.dot_general(
-            query_ref[0],
-            key_ref[pl.ds(start + at, piece)],
-            (((1,), (1,)), ((), ())),
-            precision=form.precision[0],
-            preferred_element_type=jnp.float32,
-        )
+        key = key_ref[pl.ds(start + at, piece)]
+        for n, found in enumerate(_products(query_ref[0], key, 1, form.precision[0])):
+            here = state.scores.at[:, pl.ds(at, piece)]
+            here[...] = found if n == 0 else here[...] + found
 
     lax.fori_loop(0, lanes // piece, multiply, None)
     rows, strip = query_ref.shape[1], strip_of(state.weights.dtype)
@@ -92,17 +91,13 @@ def visit_chunk(
         _weigh(here, mask, numbers_ref[here], state, form, lanes, again=again)
 
     lax.fori_loop(0, rows // strip, weigh, None)
-    product = functools.partial(
-        lax.dot_general,
-        dimension_numbers=(((1,), (0,)), ((), ())),
-        precision=form.precision[1],
-        preferred_element_type=jnp.float32,
-    )
+    products = functools.partial(_products, contract=0, precision=form.precision[1])
 
     def accumulate(i, _):
         at = pl.multiple_of(i * piece, LANES)
         value = value_ref[pl.ds(start + at, piece)]
-        state.weighted[...] += product(state.weights[:, pl.ds(at, piece)], value)
+        for found in products(state.weights[:, pl.ds(at, piece)], value):
+            state.weighted[...] += found
 
     if not masked and not again:
         lax.fori_loop(0, lanes // piece, accumulate, None)
@@ -122,17 +117,32 @@ def visit_chunk(
         weights = lambda: state.weights[:, pl.ds(at, LANES)]
         if not again:
             # A weight of 0 does not protect from what lies behind the end.
-            state.weighted[...] += product(weights(), values(at, None))
+            for found in products(weights(), values(at, None)):
+                state.weighted[...] += found
             return
 
         def of_head(which, _):
-            found = product(weights(), values(at, which))
             row = quotient(_iota((rows, 1), 0), shared)
-            state.weighted[...] += jnp.where(row == which, found, 0)
+            for found in products(weights(), values(at, which)):
+                state.weighted[...] += jnp.where(row == which, found, 0)
 
         lax.fori_loop(0, form.heads, of_head, None)
 
     lax.fori_loop(0, lanes // LANES, part, None)
+
+
+def _products(
+    first: Any, second: Any, contract: int, precision: lax.Precision
+) -> Iterator[Any]:
+    """Their sum is the product of the last axis with `contract`; the smallest first.
+
+    One after another: what the compiler makes of a product of float32 spills.
+    """
+    left, right = (
+        list(parts_of(x, part_count(x.dtype, precision))) for x in (first, second)
+    )
+    for i, j in pairs((len(left), len(right))):
+        yield product(left[i], right[j], (1, contract))
 
 
 class _Mask(NamedTuple):

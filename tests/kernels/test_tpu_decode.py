@@ -173,8 +173,9 @@ def test_nan_stays_with_the_rows_of_its_head(phi, interpreted):
     nan = np.isnan(out[:, 0])
     np.testing.assert_array_equal(nan[0].all(1), [False, False, True, True])
     np.testing.assert_array_equal(nan[0].any(1), [False, False, True, True])
-    np.testing.assert_array_equal(nan[1].any(1), [True, True, False, False])
-    assert np.isinf(out[1, 0, 2:, 0]).all()
+    np.testing.assert_array_equal(nan[1].all(1), [True, True, False, False])
+    # Infinity or NaN: a product of float32 is one of parts, some of which are 0.
+    assert not np.isfinite(out[1, 0, 2:, 0]).any()
     assert np.isfinite(out[1, 0, 2:, 1:]).all()
 
 
