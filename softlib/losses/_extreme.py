@@ -45,8 +45,8 @@ def linear_decoupled_softmax_loss(
         hidden: Embeddings of the queries.
         label_embeddings: One row per label, or one column with `vocab_axis=1`.
         positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
-            Another id out of range makes the loss NaN, and the row has no gradient. A
-            positive on an excluded label costs +inf, without gradient.
+            Another id out of range makes the loss NaN, a positive on an excluded label
+            +inf; such a row has no gradient.
         weights: $w_l$, differentiable, in the place of $1 / |P|$: how relevant a
             positive is. They are not divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
@@ -152,8 +152,8 @@ def multilabel_softmax_loss(
     Args:
         scores: Of all labels, -inf for one that cannot be.
         positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
-            id out of range makes the loss NaN, and the row has no gradient. A positive
-            on an excluded label costs +inf, without gradient.
+            id out of range makes the loss NaN, a positive on an excluded label +inf;
+            such a row has no gradient.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
         **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
@@ -217,8 +217,8 @@ def soft_top_k_loss(
         scores: $x$, of all labels, -inf for one that cannot be; NaN or +inf make their
             row NaN.
         positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
-            id out of range makes the loss NaN, and the row has no gradient. A positive
-            on an excluded label costs +inf, without gradient.
+            id out of range makes the loss NaN, a positive on an excluded label +inf;
+            such a row has no gradient.
         k: What $z$ sums to: a number (static) or an array with a value per row
             (traced), positive, not necessarily whole. None: as many as the row has
             positives.

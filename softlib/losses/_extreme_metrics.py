@@ -185,7 +185,7 @@ def label_propensities(
     Example:
         >>> counts = jnp.array([1, 10, 1000])
         >>> print((100 * softlib.losses.label_propensities(counts, 10_000)).astype(int))
-        [10 22 76]
+        [10 21 76]
     """
     function = "label_propensities"
     checks.require_positive_integer(function, "num_examples", num_examples)

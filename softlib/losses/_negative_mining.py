@@ -233,7 +233,7 @@ def in_batch_positives(
             f"{function}: `labels` must have one axis, got shape {labels.shape}."
         )
     known = jnp.where(labels < 0, PADDING - 1, labels)
-    return (positives[:, :, None] == known).any(1)
+    return (positives[:, :, None] == known[None, None]).any(1)
 
 
 def hard_negative_recall(
@@ -303,13 +303,13 @@ def hard_negative_recall(
     def of_batch(batch: Array) -> Array:
         points = jnp.where(batch < 0, 0, batch)
         s = embeddings[points] @ label_embeddings.T
-        allowed = jnp.arange(count) != points[:, None]
+        allowed = jnp.arange(count)[None] != points[:, None]
         if positives is not None:
             allowed = allowed & ~positives[points]
         s = jnp.where(allowed, s.astype(accumulator_dtype(s)), -jnp.inf)
         hardest, places = jax.lax.top_k(s, num_negatives)
         exists = hardest != -jnp.inf
-        together = (places[:, :, None] == batch).any(2) & exists
+        together = (places[:, :, None] == batch[None, None]).any(2) & exists
         return together.sum(1) / jnp.maximum(exists.sum(1), 1)
 
     found = jax.lax.map(of_batch, batches).astype(jnp.float32)

@@ -35,8 +35,8 @@ def linear_one_versus_all_loss(
         hidden: Embeddings of the queries.
         label_embeddings: One row per label, or one column with `vocab_axis=1`.
         positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
-            Another id out of range makes the loss NaN, and the row has no gradient. A
-            positive on an excluded label costs +inf, without gradient.
+            Another id out of range makes the loss NaN, a positive on an excluded label
+            +inf; such a row has no gradient.
         weights: Factors of the positives' terms, differentiable. None: 1 each.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.

@@ -106,7 +106,9 @@ class Positives:
         assert isinstance(source, GivenLogits)
         logits = jnp.where(self.present, source.final_logits(), 0)
         if not of_all:
-            others = ~self.present if classes is None else classes & ~self.present
+            others = ~self.present
+            if classes is not None:
+                others = others & jnp.broadcast_to(classes, others.shape)
             modifiers = source.modifiers._replace(class_where=others)
             source = dataclasses.replace(source, modifiers=modifiers)
         found = source.statistics(names)
@@ -114,7 +116,7 @@ class Positives:
 
     def sum(self, weights: Array, costs: Array) -> Float[Array, "*batch"]:
         """The weighted costs of the positives, each finite or +inf or NaN."""
-        # An infinite cost has no gradient, and one without a weight is none.
+        # A row of infinite cost has no gradient; without a weight no cost is infinite.
         infinite = costs == jnp.inf
         used = self.present & (weights != 0)
         finite = jnp.where(used, weights * jnp.where(infinite | ~used, 0, costs), 0)

@@ -119,8 +119,8 @@ def sampled_softmax_loss(
 
     negatives = scores("...d,sd->...s", drawn)
     own = scores("...d,...kd->...k", jnp.where(ids < 0, 0, ids))
-    hit = (drawn[:, None] == ids[..., None, :]).any(-1)
-    shape = (1,) * (hit.ndim - 1) + drawn.shape
+    shape = (1,) * len(source.batch) + drawn.shape
+    hit = (drawn.reshape(*shape, 1) == ids[..., None, :]).any(-1)
     correction = (log_q + math.log(num_sampled)).astype(dtype).reshape(shape)
     corrected = jnp.where(hit, -jnp.inf, negatives - correction)
     some = (corrected != -jnp.inf).any(-1, keepdims=True)

@@ -4,13 +4,13 @@ For a row of scores z, the columns that count and the set P of its positives:
 
     decoupled    sum_(l in P) w_l log(1 + sum_(j not in P) exp(z_j - z_l)),  w = 1 / |P|
     multilabel   sum_(l in P) log sum_j exp(z_j - z_l)
-    one_versus_all
-                 sum_(l in P) w_l log(1 + exp(-z_l)) + sum_(j not in P) log(1 + exp(z_j))
+    one_versus_all  sum_(l in P) w_l log(1 + exp(-z_l))
+                 + sum_(j not in P) log(1 + exp(z_j))
     soft_top_k   -sum_(l in P) w_l log sigma(alpha (z_l + t)),  sum_j sigma(..) = k
 
 Gradients are written down, not differentiated. A row without positives is 0 in all but
-one-versus-all; a row with an id that is no class is NaN, with gradient 0; a positive on
-a column that does not count costs infinity, without gradient.
+one-versus-all; a row with an id that is no class is NaN, with gradient 0; one with a
+positive on a column that does not count is infinite, with gradient 0.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,8 @@ def decoupled(z, columns, positives, weights=None):
         top = max(z[j] for j in [*negatives, l])
         mass = {j: np.exp(z[j] - top) for j in negatives}
         total = sum(mass.values()) + np.exp(z[l] - top)
-        cost = np.log1p(sum(np.exp(z[j] - z[l]) for j in negatives))
+        ratio = np.logaddexp.reduce([z[j] - z[l] for j in negatives])
+        cost = np.logaddexp(0, ratio)
         loss, dw[l] = loss + w * cost, cost
         for j in negatives:
             dz[j] += w * mass[j] / total
@@ -97,6 +98,9 @@ def soft_top_k(z, columns, positives, weights=None, *, k=None, alpha=1.0):
     slopes = {j: p * (1 - p) for j, p in chosen.items()}
     loss, dz, dw = 0.0, np.zeros(len(z)), {}
     for l, w in _of_weights(positives, weights, False).items():
+        if not columns[l]:
+            loss += np.inf if w else 0.0
+            continue
         dw[l] = np.logaddexp(0, -alpha * (z[l] + t))
         loss += w * dw[l]
         factor = w * alpha * (1 - chosen[l])
@@ -130,7 +134,10 @@ def losses_of(loss, z, ids, *, weights=None, class_where=None, where=None, **opt
         if weights is not None:
             given = {l: float(weights[i][p]) for l, p in places.items()}
         found = loss(z[i], columns[i], list(places), given, **options)
-        values[i], dz[i] = found.loss, found.gradient
+        values[i] = found.loss
+        if np.isinf(found.loss):
+            continue
+        dz[i] = found.gradient
         for l, slope in found.by_weights.items():
             dw[i, places[l]] = slope
     return values, dz, dw
@@ -147,10 +154,11 @@ def triplet(s, positives, margin, k, tau=None):
         if tau is None:
             found.append(sum(costs) / max(1, len(costs)))
             continue
-        active = [np.exp((x - max(hardest)) / tau) for x in hardest if x - row[i] > -margin]
-        used = [c for c in costs if c > 0]
-        pairs = zip(active, used, strict=True)
-        found.append(sum(a * c for a, c in pairs) / sum(active) if active else 0.0)
+        top = max(hardest, default=0.0)
+        pairs = list(zip(hardest, costs, strict=True))
+        shares = [np.exp((x - top) / tau) if c > 0 else 0.0 for x, c in pairs]
+        total = sum(share * c for share, (_, c) in zip(shares, pairs, strict=True))
+        found.append(total / sum(shares) if sum(shares) else 0.0)
     return np.array(found)
 
 
