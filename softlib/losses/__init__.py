@@ -11,6 +11,9 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_softmax_cross_entropy`, `softmax_cross_entropy`
 - `linear_softmax_cross_entropy_sum`: its sum over rows, three products for four
 - `linear_multi_label_cross_entropy`, `multi_label_cross_entropy`: several labels a row
+- `linear_decoupled_softmax_loss`, `decoupled_softmax_loss`, `multilabel_softmax_loss`,
+  `linear_one_versus_all_loss`, `one_versus_all_loss`, `soft_top_k_loss`,
+  `sampled_softmax_loss`: many positives among very many labels
 - `linear_softmax_focal_loss`, `softmax_focal_loss`
 - `linear_comp_sum_loss`, `comp_sum_loss`, and two of its members by name:
   `linear_generalized_cross_entropy_loss`, `generalized_cross_entropy_loss`,
@@ -21,6 +24,7 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_entropy`, `softmax_entropy`
 - `linear_top1_correct`, `softmax_top1_correct`
 - `linear_label_rank`, `label_rank`
+- `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
 Of logits, with other maps in the place of softmax:
@@ -28,6 +32,13 @@ Of logits, with other maps in the place of softmax:
 - `stablemax_cross_entropy`
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
+
+Batches whose labels are hard negatives of each other, with the clusters of
+`softlib.numerics.balanced_kmeans`: `ngame_batches`, `draw_positives`,
+`in_batch_positives`, `in_batch_triplet_loss`, `hard_negative_recall`.
+
+How good a ranking is: `precision_at_k`, `recall_at_k`,
+`propensity_scored_precision_at_k`, `label_propensities`.
 
 Numbers about training:
 
@@ -64,6 +75,18 @@ from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
 )
+from ._extreme import (
+    decoupled_softmax_loss as decoupled_softmax_loss,
+    linear_decoupled_softmax_loss as linear_decoupled_softmax_loss,
+    multilabel_softmax_loss as multilabel_softmax_loss,
+    soft_top_k_loss as soft_top_k_loss,
+)
+from ._extreme_metrics import (
+    label_propensities as label_propensities,
+    precision_at_k as precision_at_k,
+    propensity_scored_precision_at_k as propensity_scored_precision_at_k,
+    recall_at_k as recall_at_k,
+)
 from ._fenchel_young import (
     bi_tempered_logistic_loss as bi_tempered_logistic_loss,
     entmax_loss as entmax_loss,
@@ -91,6 +114,17 @@ from ._multi_label import (
     linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
+from ._negative_mining import (
+    draw_positives as draw_positives,
+    hard_negative_recall as hard_negative_recall,
+    in_batch_positives as in_batch_positives,
+    in_batch_triplet_loss as in_batch_triplet_loss,
+    ngame_batches as ngame_batches,
+)
+from ._one_versus_all import (
+    linear_one_versus_all_loss as linear_one_versus_all_loss,
+    one_versus_all_loss as one_versus_all_loss,
+)
 from ._router import (
     cv_squared as cv_squared,
     importance_loss as importance_loss,
@@ -101,6 +135,7 @@ from ._row_statistics import (
     linear_row_statistics as linear_row_statistics,
     row_statistics as row_statistics,
 )
+from ._sampled_softmax import sampled_softmax_loss as sampled_softmax_loss
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
@@ -116,26 +151,36 @@ from ._token_metrics import (
     softmax_token_metrics as softmax_token_metrics,
     softmax_top1_correct as softmax_top1_correct,
 )
+from ._top_k import TopK as TopK, linear_top_k as linear_top_k
 
 __all__ = [
     "RowStatistics",
     "TokenMetrics",
+    "TopK",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cv_squared",
+    "decoupled_softmax_loss",
+    "draw_positives",
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
+    "hard_negative_recall",
     "importance_loss",
+    "in_batch_positives",
+    "in_batch_triplet_loss",
+    "label_propensities",
     "label_rank",
     "linear_comp_sum_loss",
+    "linear_decoupled_softmax_loss",
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
     "linear_label_rank",
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
+    "linear_one_versus_all_loss",
     "linear_poly1_cross_entropy",
     "linear_row_statistics",
     "linear_softmax_cross_entropy",
@@ -145,15 +190,24 @@ __all__ = [
     "linear_token_log_probs",
     "linear_token_metrics",
     "linear_top1_correct",
+    "linear_top_k",
     "load_balancing_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
+    "multilabel_softmax_loss",
     "naive_loss_minimization_alignment",
+    "ngame_batches",
+    "one_versus_all_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "precision_at_k",
+    "propensity_scored_precision_at_k",
+    "recall_at_k",
     "router_z_loss",
     "row_statistics",
+    "sampled_softmax_loss",
     "sdm_loss",
+    "soft_top_k_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",

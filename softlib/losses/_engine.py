@@ -270,6 +270,7 @@ def _reference(
         sum_squared_logits=(counted * counted).sum(1),
         max_logit=jax.lax.stop_gradient(present).max(1),
         argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
+        sum_softplus=jax.nn.softplus(weighed).sum(1),
     )
     if labels is not None:
         inside = labels >= 0

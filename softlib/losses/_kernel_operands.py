@@ -78,6 +78,8 @@ def why_not_arrays(
 
 def why_not_options(options: Options, head: Head) -> str | None:
     classes = head.weight.shape[options.vocab_axis]
+    if options.wants("sum_softplus"):
+        return "it has no sum_softplus"
     if options.exclude_labels:
         return "it does not leave the labels out of the sums"
     if head.ranked is not None:

@@ -24,7 +24,7 @@ from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
 from ._options import LinearHeadOptions, LogitsOptions, require_known
-from ._stream import Head, product
+from ._stream import Head, product, top_classes
 from ._tile import (
     FILTER_BLOCK,
     Modifiers,
@@ -157,6 +157,11 @@ class LinearHead:
         _check_filtered(self.function, names, self.options)
         return _statistics(self, self._merged_statistics, names, labels)
 
+    def without_labels(self) -> "LinearHead":
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        options = dataclasses.replace(self.options, exclude_labels=True)
+        return dataclasses.replace(self, options=options)
+
     def _merged_statistics(
         self, names: Sequence[str], labels: Array | None, label_logits: Array | None
     ) -> RowStatistics:
@@ -255,6 +260,21 @@ class LinearHead:
         arrays = (self.hidden, self.weight, known, self.modifiers, terms)
         return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
 
+    def top_classes(self, count: int) -> tuple[Array, Array]:
+        """The greatest logits of this device's classes, and these; no gradient."""
+        batch, vocabulary, options = self.batch, self._own_classes, self.options
+
+        def engine(hidden, weight, modifiers):
+            rows, inputs = _collapsed(hidden, batch), (*batch, vocabulary)
+            modifiers = _collapsed_modifiers(modifiers, inputs)
+            head = match_varying(Head(rows, weight, None, modifiers))
+            found = top_classes(options, lax.stop_gradient(head), count)
+            return tuple(array.reshape(*batch, count) for array in found)
+
+        rows = lambda spec: PartitionSpec(*spec[: len(batch)], None)
+        specs = lambda spec: (rows(spec), rows(spec))
+        return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
+
     def final_logits(self) -> Array:
         """The logits themselves, where rows x vocabulary is small."""
         batch, options, dtype = self.batch, self.options, self.dtype
@@ -331,7 +351,7 @@ class GivenLogits:
         return _statistics(self, self._own_statistics, names, labels)
 
     def without_labels(self) -> "GivenLogits":
-        """The same, but lse and mean_logit are those of the classes but the labels."""
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
         options = dataclasses.replace(self.options, exclude_labels=True)
         return dataclasses.replace(self, options=options)
 
@@ -436,7 +456,7 @@ def _check_axis(function: str, axis_name: AxisName) -> None:
 def _check_filtered(function: str, names: Sequence[str], options: Options) -> None:
     if options.gradient_filter_eps is None:
         return
-    for name in ("mean_logit", "sum_logits", "sum_squared_logits"):
+    for name in ("mean_logit", "sum_logits", "sum_squared_logits", "sum_softplus"):
         if name in names:
             raise ValueError(
                 f"{function}: `gradient_filter_eps` must be None where the gradient of "

@@ -136,6 +136,45 @@ def statistics(
     return _tile.finalize(state, options), kept
 
 
+def top_classes(
+    options: Options, head: Head, count: int
+) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
+    """The greatest logits of each row and their classes, the lower first on ties.
+
+    -inf and -1 where a row has fewer selected classes than `count`.
+    """
+    cut, size = _pieces(options, head)
+    inf = jnp.inf
+
+    def of(group: Index | None) -> tuple[Array, Array]:
+        mine = rows_of(head, cut, group)
+        rows = mine.hidden.shape[0]
+
+        def step(best, start, size):
+            part = _classes_of(mine, start, size, options)
+            z = _tile.select(_logits(part, options).z, part.modifiers.class_where, -inf)
+            values, places = lax.top_k(z, min(count, size))
+            ids = jnp.concatenate([best[1], start + places], axis=1)
+            both = jnp.concatenate([best[0], values], axis=1)
+            values, places = lax.top_k(both, count)
+            return values, jnp.take_along_axis(ids, places, axis=1)
+
+        empty = (
+            jnp.full((rows, count), -inf, head.dtype),
+            jnp.full((rows, count), -1, jnp.int32),
+        )
+        empty = match_varying(empty, head.hidden)
+        vocabulary = mine.weight.shape[options.vocab_axis]
+        values, ids = _chunks.fold(step, empty, vocabulary, size)
+        return values, jnp.where(values == -inf, -1, ids)
+
+    if cut.whole:
+        return of(0)
+    total = match_varying(cut.zeros(jax.eval_shape(of, 0)), head.hidden)
+    visit = lambda total, group: cut.add(total, of(group), group)
+    return cut.joined(cut.fold(visit, total))
+
+
 # ----------------------------------------------------------------------------- backward
 def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     head = operands.head

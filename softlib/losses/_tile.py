@@ -32,6 +32,7 @@ STATISTICS = (
     "max_logit",
     "argmax",
     "label_rank",
+    "sum_softplus",
 )
 
 
@@ -57,6 +58,8 @@ class RowStatistics(NamedTuple):
         label_rank: How many selected classes come before the label in descending order
             of $z$, the lower class first on ties, int32: 0 for the argmax. $V$ for a
             label that is outside $[0, V)$ or not selected.
+        sum_softplus: $\sum_j \log(1 + e^{z_j})$: what the classes cost, each a question
+            of its own, if the row has none of them.
 
     Derivatives: see `linear_row_statistics`.
     Cost: a handful of numbers per row.
@@ -75,6 +78,7 @@ class RowStatistics(NamedTuple):
     max_logit: Float[Array, "*rows"] | None = None
     argmax: Int[Array, "*rows"] | None = None
     label_rank: Int[Array, "*rows"] | None = None
+    sum_softplus: Float[Array, "*rows"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,9 @@ class Options:
     token_chunk: int | None = None
     gradient_filter_eps: float | None = None
     precision: Precision = None
-    # Whether lse and mean_logit are those of the classes other than the labels, from
-    # which a loss near 0 follows without cancellation: lse - z_y rounds to 0 early.
+    # Whether lse, mean_logit and sum_softplus are those of the classes other than the
+    # labels, from which a loss near 0 follows without cancellation: lse - z_y rounds to
+    # 0 early.
     exclude_labels: bool = False
 
     def wants(self, *names: str) -> bool:
@@ -153,6 +158,7 @@ class State(NamedTuple):
     max_logit: Array | None
     argmax: Array | None
     label_rank: Array | None
+    sum_softplus: Array | None
 
 
 _ACCUMULATOR = RunningMax()
@@ -182,6 +188,7 @@ def init(
         jnp.full(rows, -jnp.inf, dtype) if track_max else None,
         jnp.zeros(rows, jnp.int32) if options.wants("argmax") else None,
         None if ranked is None else jnp.zeros(ranked.labels.shape, jnp.int32),
+        zeros("sum_softplus"),
     )
 
 
@@ -199,6 +206,9 @@ def update(
     z, axis = tile.z, tile.class_axis
     present = select(z, class_where, -jnp.inf, axis)  # for maxima and exponentials
     counted = select(z, class_where, 0, axis)  # for sums
+    weighed = present
+    if exclude_labels:
+        weighed = _without_labels(present, labels, start, tile)
 
     exponentials = state.exponentials
     if exponentials is not None:
@@ -206,11 +216,8 @@ def update(
         if exponentials.weighted is not None:
             finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
             weigh = lambda e: (e * finite).sum(axis)
-        counting = present
-        if exclude_labels:
-            counting = _without_labels(present, labels, start, tile)
         exponentials = _ACCUMULATOR.update(
-            exponentials, counting, axis=axis, weigh=weigh
+            exponentials, weighed, axis=axis, weigh=weigh
         )
 
     label_logits = state.label_logits
@@ -252,6 +259,7 @@ def update(
         max_logit,
         argmax,
         label_rank,
+        plus(state.sum_softplus, lambda: jax.nn.softplus(weighed)),
     )
 
 
@@ -288,6 +296,7 @@ def finalize(state: State, options: Options) -> RowStatistics:
         state.max_logit,
         state.argmax,
         state.label_rank,
+        state.sum_softplus,
     )
     return only(found, options)
 
@@ -359,14 +368,14 @@ def _cotangent_of_logits(
 ) -> Array:
     """The cotangent of z, for p = exp(z - lse) and the mean logit m, term by term.
 
-    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
-    With `exclude_labels` p is 0 at the labels.
+    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + g_softplus sigmoid(z)
+    + sum of g_label onehot. With `exclude_labels` p and sigmoid(z) are 0 at the labels.
     """
     z, axis, g = tile.z, tile.class_axis, rows.cotangents
     per_row = functools.partial(_over_rows, class_axis=axis)
     dz = None
+    others = labels if options.exclude_labels else None
     if g.lse is not None or g.mean_logit is not None:
-        others = labels if options.exclude_labels else None
         p = _probabilities(tile, rows, class_where, start, others)
         factors = [] if g.lse is None else [per_row(g.lse)]
         if g.mean_logit is not None:
@@ -382,6 +391,10 @@ def _cotangent_of_logits(
     if g.sum_squared_logits is not None:
         twice = 2 * per_row(g.sum_squared_logits) * _without_inf(z)
         of_sums = twice if of_sums is None else of_sums + twice
+    if g.sum_softplus is not None:
+        weighed = z if others is None else _without_labels(z, others, start, tile)
+        slopes = per_row(g.sum_softplus) * jax.nn.sigmoid(weighed)
+        of_sums = slopes if of_sums is None else of_sums + slopes
     if of_sums is not None:
         of_sums = select(of_sums, class_where, 0, axis)
         dz = of_sums if dz is None else dz + of_sums
@@ -425,7 +438,8 @@ def _not_negligible(
     """
     z, axis = tile.z, tile.class_axis
     assert options.gradient_filter_eps is not None
-    distance = _probabilities(tile, rows, modifiers.class_where)
+    others = labels if options.exclude_labels else None
+    distance = _probabilities(tile, rows, modifiers.class_where, start, others)
     if labels is not None:
         ones = jnp.ones(labels.shape, z.dtype)
         onehot = jnp.minimum(_scattered(ones, labels - start, tile), 1)

@@ -29,6 +29,7 @@ def merged(
         sum_logits=_sum(local.sum_logits, axis_name),
         sum_squared_logits=_sum(local.sum_squared_logits, axis_name),
         label_rank=_sum(local.label_rank, axis_name),
+        sum_softplus=_sum(local.sum_softplus, axis_name),
     )
     if local.lse is not None:
         top = lax.pmax(lax.stop_gradient(local.lse), axis_name)

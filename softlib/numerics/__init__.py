@@ -9,9 +9,12 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 `extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
 `extended_to_float`.
 
+Clusters of one size: `balanced_kmeans`.
+
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 """
 
+from ._balanced_kmeans import balanced_kmeans as balanced_kmeans
 from ._extended import (
     ExtendedFloat as ExtendedFloat,
     extended_add as extended_add,
@@ -44,6 +47,7 @@ __all__ = [
     "TwoPassState",
     "UnifiedMax",
     "UnifiedMaxState",
+    "balanced_kmeans",
     "distance_quantile",
     "dkw_radius",
     "extended_add",

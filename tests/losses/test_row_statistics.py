@@ -44,6 +44,7 @@ def check(case, implementation):
             # As for a mean over the classes: float16 holds no sum of 1e5 squares.
             "sum_logits": problem.cotangent() / problem.classes,
             "sum_squared_logits": problem.cotangent() / problem.classes,
+            "sum_softplus": problem.cotangent() / problem.classes,
         }
         if labels is not None:
             several = labels.shape[len(problem.batch) :]

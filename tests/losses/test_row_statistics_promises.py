@@ -72,6 +72,7 @@ def test_matches_independent_vectors(implementation):
         for vocab_axis in (0, 1):
             function = linear(
                 implementation,
+                statistics=oracle.STATISTICS,
                 chunk=8,
                 vocab_axis=vocab_axis,
                 class_where=data["in_class_where"],

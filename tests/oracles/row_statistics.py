@@ -10,12 +10,14 @@ and, over the columns that `class_where` selects, with p = softmax(z):
 
     lse = log sum e^z   mean_logit = sum p z   sum_logits = sum z
     sum_squared_logits = sum z^2   max_logit = max z   argmax = its lowest index
+    sum_softplus = sum log(1 + e^z)
     label_logits = z at the labels, whether selected or not
 
 A label outside [0, V) has logit 0. A row without a selected column has lse and maximum
 -inf and 0 for the rest. p z is 0 where z is -inf. The gradients are
 
     dz = p (g_lse + g_mean (1 + z - mean)) + g_sum + 2 g_sq z + sum_l g_label_l [y_l]
+         + g_softplus / (1 + e^-z)
     du = dz / temperature (1 - (cap / c)^2)
     dhidden = (scale du) weight    dweight = (scale du)^T hidden    dbias = sum_n du
     dscale_n = sum_j du raw        dtemperature_n = -sum_j dz z / temperature
@@ -28,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Those that kernels have too.
 STATISTICS = (
     "lse",
     "label_logits",
@@ -75,6 +78,12 @@ def softmax(z, columns):
     return e / np.where(empty, 1, total)[:, None], lse
 
 
+def softplus(z):
+    """Log(1 + e^z)."""
+    small = np.where(z.real > 0, -z, z)
+    return np.where(z.real > 0, z, 0) + np.log1p(np.exp(small))
+
+
 def product(p, z):
     """P z, 0 where p is 0 (z may be -inf there)."""
     return np.where(p == 0, 0, p * np.where(p == 0, 0, z))
@@ -92,6 +101,7 @@ def statistics_of(z, labels=None, class_where=None):
         "sum_logits": np.where(columns, z, 0).sum(axis=1),
         "sum_squared_logits": np.where(columns, z * z, 0).sum(axis=1),
     }
+    values["sum_softplus"] = np.where(columns, softplus(z), 0).sum(axis=1)
     visible = np.where(columns, z.real, -np.inf)
     values["max_logit"] = visible.max(axis=1)
     values["argmax"] = visible.argmax(axis=1)
@@ -116,6 +126,9 @@ def statistics_gradient(z, cotangents, labels=None, class_where=None):
         dz += np.where(columns, cotangents["sum_logits"][:, None], 0)
     if "sum_squared_logits" in cotangents:
         dz += np.where(columns, 2 * cotangents["sum_squared_logits"][:, None] * z, 0)
+    if "sum_softplus" in cotangents:
+        slope = np.exp(z - softplus(z))
+        dz += np.where(columns, cotangents["sum_softplus"][:, None] * slope, 0)
     if "label_logits" in cotangents and labels is not None:
         some = columns.any(axis=1)
         for row, several in enumerate(labels):

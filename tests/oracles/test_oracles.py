@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.oracles.cross_entropy import token_metrics
-from tests.oracles.row_statistics import DIFFERENTIABLE, row_statistics
+from tests.oracles.row_statistics import DIFFERENTIABLE, STATISTICS, row_statistics
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 STEP = 1e-40
@@ -63,7 +63,8 @@ def test_row_statistics_gradients(source, per_row, softcap):
         "logit_softcap": softcap,
     }
     call = lambda **a: row_statistics(**options, **a)
-    for chosen in (*([name] for name in DIFFERENTIABLE), DIFFERENTIABLE):
+    names = (*DIFFERENTIABLE, "sum_softplus")
+    for chosen in (*([name] for name in names), names):
         cotangents = {
             name: random.normal(size=labels.shape if name == "label_logits" else (2, 3))
             for name in chosen
@@ -131,8 +132,8 @@ def test_row_statistics_vectors():
     values, gradients = row_statistics(
         data["in_labels"], data["in_class_where"], cotangents=cotangents, **source
     )
-    for name, value in values.items():
-        close(value, data[f"out_{name}"])
+    for name in STATISTICS:
+        close(values[name], data[f"out_{name}"])
     for name in ("hidden", "weight", "bias"):
         close(gradients[name], data[f"out_grad_{name}"])
 

@@ -1,0 +1,99 @@
+"""The losses that are compared, each a line; and their batches."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from softlib import losses
+
+from .glosses import Glosses
+from .model import SCALE, Classifier, Head
+from .options import Options
+
+type PerRow = Callable[[Head, Array, Array], Array]
+
+
+def of(name: str, options: Options) -> Callable[..., Array]:
+    """The mean loss of a batch of words (B, W) with positives (B, K) and a key."""
+    per_row = _per_row(name, options)
+
+    def loss(model: Classifier, words: Array, positives: Array, key: Array) -> Array:
+        return per_row(model.head(words), positives, key).mean()
+
+    return loss
+
+
+def _per_row(name: str, options: Options) -> PerRow:
+    shared = {"logit_scale": SCALE}
+    if name == "softmax":
+        return lambda head, ids, key: losses.linear_multi_label_cross_entropy(
+            head.queries,
+            head.labels,
+            ids,
+            label_where=ids >= 0,
+            bias=head.bias,
+            **shared,
+        )
+    if name == "decoupled":
+        return lambda head, ids, key: losses.linear_decoupled_softmax_loss(
+            head.queries, head.labels, ids, bias=head.bias, **shared
+        )
+    if name == "top-k":
+        return lambda head, ids, key: losses.soft_top_k_loss(
+            SCALE * (head.queries @ head.labels.T) + head.bias[None],
+            ids,
+            k=float(options.k),
+        )
+    if name == "one-versus-all":
+        return lambda head, ids, key: losses.linear_one_versus_all_loss(
+            head.queries, head.labels, ids, bias=head.bias, **shared
+        )
+    return lambda head, ids, key: losses.sampled_softmax_loss(
+        head.queries,
+        head.labels,
+        ids,
+        key=key,
+        num_sampled=options.sampled,
+        bias=head.bias,
+        **shared,
+    )
+
+
+def bias_of(name: str, labels: int) -> float:
+    """Where the scores start: yes or no among many begins with no."""
+    return -math.log(labels) if name == "one-versus-all" else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Definitions in random order, a function of the seed and the step alone."""
+
+    glosses: Glosses
+    size: int
+    seed: int
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray, Array]:
+        training = self.glosses.training
+        epoch, first = divmod(step * self.size, len(training) - self.size + 1)
+        order = np.random.default_rng([self.seed, epoch]).permutation(training)
+        rows = order[first : first + self.size]
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        return self.glosses.words[rows], self.glosses.positives[rows], key
+
+
+def gradients_of_the_surest(scores: np.ndarray, positives: np.ndarray) -> dict:
+    """Slopes by the score of the first positive, for the picture."""
+    ids = jnp.asarray(positives)
+    found = {}
+    for name, loss in (
+        ("softmax", losses.multilabel_softmax_loss),
+        ("decoupled", losses.decoupled_softmax_loss),
+    ):
+        total = lambda s, loss=loss: loss(s, ids).sum()
+        found[name] = np.asarray(jax.grad(total)(jnp.asarray(scores))[:, 0])
+    return found

@@ -1,0 +1,282 @@
+r"""Losses of rows with many positives among very many labels.
+
+Multi-label softmax makes the positives of a row compete with each other; decoupled
+softmax lets each compete with the negatives alone; soft top-k asks for all of them to
+be among the first k. One-versus-all is in its own file.
+"""
+
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib.softmax import log_soft_top_k
+from softlib.typing import PerRow
+
+from ._options import LinearHeadOptions, LogitsOptions
+from ._positives import Positives
+from ._sources import GivenLogits, LinearHead, Source
+
+
+def linear_decoupled_softmax_loss(
+    hidden: Float[Array, "*batch D"],
+    label_embeddings: Float[Array, "L D"] | Float[Array, "D L"],
+    positives: Integer[Array, "*batch K"],
+    *,
+    weights: Float[Array, "*batch K"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Decoupled softmax loss over a table of labels, without the scores of its rows.
+
+    With the positives $P$ of a row and $N$ the logsumexp of the scores of all *other*
+    labels,
+
+    $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{N - z_l}\bigr) :$$
+
+    each positive is classified among itself and the negatives. In the sum of ordinary
+    cross-entropies over the positives (`linear_multi_label_cross_entropy`) they compete
+    with each other: the optimum has equal scores for all of them, and a positive that
+    is more certain than $1 / |P|$ is pushed down. Here the gradient of a positive is
+    never positive, and with one positive the loss is cross-entropy.
+
+    Args:
+        hidden: Embeddings of the queries.
+        label_embeddings: One row per label, or one column with `vocab_axis=1`.
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
+            Another id out of range makes the loss NaN, a positive on an excluded label
+            +inf; such a row has no gradient.
+        weights: $w_l$, differentiable, in the place of $1 / |P|$: how relevant a
+            positive is. They are not divided by their sum.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale` (the reciprocal of the paper's temperature),
+            `logit_softcap`, `temperature`, `class_where`, `vocab_axis`, `vocab_chunk`,
+            `token_chunk`, `gradient_filter_eps`, `axis_name`, `precision` and
+            `implementation`, as in `linear_softmax_cross_entropy`.
+
+    Returns:
+        The loss per row in nats, float32 (float64 if an argument is float64). A row
+        without positives, or without negatives, has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `weights`.
+    Cost: as `linear_softmax_cross_entropy`; each tile of scores is compared with all
+        $K$ ids of its rows, forward and backward.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification". The negatives are
+        summed without the positives; they are not found as a difference, which leaves
+        no digit where a positive stands out, nor by writing a low score.
+
+    Example:
+        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> loss = softlib.losses.linear_decoupled_softmax_loss
+        >>> print(loss(hidden, table, jnp.array([[0, 2], [1, -1]])).round(4))
+        [0.5032 0.2395]
+    """
+    function = "linear_decoupled_softmax_loss"
+    source = LinearHead.of(function, hidden, label_embeddings, **options)
+    return _decoupled(source, positives, weights, where)
+
+
+def decoupled_softmax_loss(
+    scores: Float[Array, "*batch L"],
+    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
+    *,
+    weights: Float[Array, "*batch M"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Decoupled softmax loss of scores: each positive against the negatives alone.
+
+    The loss of `linear_decoupled_softmax_loss` from scores that exist.
+
+    Args:
+        scores: Of all labels, -inf for one that cannot be.
+        positives: A mask over the labels, or ids that -1 fills up, with the exceptions
+            described in `linear_decoupled_softmax_loss`.
+        weights: $w_l$, differentiable, of the shape of `positives`, in the place of
+            $1 / |P|$; they are not divided by their sum.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row in nats, float32 (float64 if an argument is float64). A row
+        without positives, or without negatives, has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_decoupled_softmax_loss`.
+    Cost: a few passes over `scores` forward, one backward.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification".
+
+    Example:
+        >>> scores = jnp.array([[2.0, 1.0, 0.0]])
+        >>> loss = softlib.losses.decoupled_softmax_loss
+        >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
+        [0.2201]
+    """
+    source = GivenLogits.of("decoupled_softmax_loss", scores, **options)
+    return _decoupled(source, positives, weights, where)
+
+
+def multilabel_softmax_loss(
+    scores: Float[Array, "*batch L"],
+    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
+    *,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""The sum of the cross-entropies of a row's positives, each among all labels.
+
+    $$L = \sum_{l \in P} (\mathrm{lse} - z_l), \qquad
+    \frac{\partial L}{\partial z_l} = |P|\, p_l - 1 \quad (l \in P) :$$
+
+    a positive more certain than $1 / |P|$ is pushed down, and the optimum gives all
+    positives the same score. What InfoNCE becomes with several positives, and what
+    `decoupled_softmax_loss` is compared with.
+
+    It is $|P|$ times `multi_label_cross_entropy`, which takes the mean, or any weights,
+    smoothing and a penalty, and lists of ids only; for a linear head use
+    `linear_multi_label_cross_entropy`, with weights of 1 for this sum.
+
+    Args:
+        scores: Of all labels, -inf for one that cannot be.
+        positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
+            id out of range makes the loss NaN, a positive on an excluded label +inf;
+            such a row has no gradient.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row in nats, float32 (float64 if an argument is float64). A row
+        without positives has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`.
+    Cost: one pass over `scores` forward, one backward.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification", where it is the
+        baseline.
+
+    Example:
+        >>> scores = jnp.array([[2.0, 1.0, 0.0]])
+        >>> loss = softlib.losses.multilabel_softmax_loss
+        >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
+        [1.8152]
+    """
+    source = GivenLogits.of("multilabel_softmax_loss", scores, **options)
+    rows = Positives.of(source, positives, where, required=True)
+    every, own = rows.statistics(source, ("lse",), of_all=True)
+    assert every.lse is not None
+    lse = every.lse[..., None]
+    counts = rows.present & (lse != -jnp.inf)
+    possible = counts & (own != -jnp.inf)
+    costs = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
+    costs = jnp.where(counts & ~possible, jnp.inf, costs)
+    return rows.exceptions(rows.sum(rows.weights(source, None, total=True), costs))
+
+
+def soft_top_k_loss(
+    scores: Float[Array, "*batch L"],
+    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
+    *,
+    k: PerRow | None,
+    alpha: PerRow = 1.0,
+    weights: Float[Array, "*batch M"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Soft top-k loss: how far the positives are from being among the first k labels.
+
+    With $\sigma$ the logistic function and a threshold $t$ per row that makes the $z$
+    sum to $k$ (`softlib.softmax.soft_top_k`),
+
+    $$L = -\frac{1}{|P|} \sum_{l \in P} \log z_l, \qquad
+    z_l = \sigma(\alpha (x_l + t)), \qquad \sum_j z_j = k .$$
+
+    The loss of a metric that looks at the first $k$, such as recall at $k$: it is near
+    0 as soon as all positives are among them, in whatever order. Choose $k$ at least
+    the number of positives, or not all of them can be chosen.
+
+    Args:
+        scores: $x$, of all labels, -inf for one that cannot be; NaN or +inf make their
+            row NaN.
+        positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
+            id out of range makes the loss NaN, a positive on an excluded label +inf;
+            such a row has no gradient.
+        k: What $z$ sums to: a number (static) or an array with a value per row
+            (traced), positive, not necessarily whole. None: as many as the row has
+            positives.
+        alpha: Sharpness, positive: a number (static) or an array (traced).
+        weights: $w_l$, differentiable, of the shape of `positives`, in the place of
+            $1 / |P|$; they are not divided by their sum.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        positives has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Derivatives: forward and reverse mode, any order, with respect to `scores`, `k` and
+        `alpha` too; see `soft_top_k`.
+    Cost: that of `soft_top_k`: dozens of passes over `scores`. There is no form on a
+        linear head, whose scores would have to be computed anew in each pass.
+    Source: "Dual-Encoders for Extreme Multi-Label Classification", which trains with
+        $\alpha$ from the temperature of the scores and with $k$ or $|P|$.
+
+    Example:
+        >>> scores = jnp.array([[3.0, 2.0, -3.0, -4.0]])
+        >>> positives = jnp.array([[True, True, False, False]])
+        >>> loss = softlib.losses.soft_top_k_loss
+        >>> print(loss(scores, positives, k=2, alpha=4.0).round(4))
+        [0.]
+    """
+    source = GivenLogits.of("soft_top_k_loss", scores, **options)
+    rows = Positives.of(source, positives, where, required=True)
+    if k is None:
+        k = jnp.maximum(rows.count, 1).astype(source.dtype)
+    masked = source.masked(rows.where)
+    log_z = log_soft_top_k(masked.final_logits(), k, alpha=alpha)
+    if rows.ids is not None:
+        log_z = masked.at_labels(log_z, rows.ids)
+    some = jnp.asarray(masked.count_classes()) > 0
+    counts = rows.present & (some[..., None] if some.ndim else some)
+    costs = jnp.where(counts, 0 - log_z, 0)
+    return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
+
+
+def _decoupled(
+    source: Source, positives: Array, weights: Array | None, where: Array | None
+) -> Array:
+    rows = Positives.of(source, positives, where, required=True)
+    others, own = rows.statistics(source, ("lse",))
+    assert others.lse is not None
+    lse = others.lse[..., None]
+    # Without a competitor a positive costs nothing.
+    counts = rows.present & (lse != -jnp.inf)
+    possible = counts & (own != -jnp.inf)
+    margin = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
+    costs = jnp.where(possible, jax.nn.softplus(margin), 0)
+    costs = jnp.where(counts & ~possible, jnp.inf, costs)
+    return rows.exceptions(rows.sum(rows.weights(source, weights), costs))

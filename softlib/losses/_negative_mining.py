@@ -1,0 +1,317 @@
+r"""Hard negatives from the batch itself: which points share one, and what they cost.
+
+Points that are near each other are put into the same batch, where the label drawn for
+one is a hard negative for its neighbours, at no further encoding. How: clusters of the
+embeddings (`softlib.numerics.balanced_kmeans`), batches of whole clusters
+(`ngame_batches`), one positive drawn for each point (`draw_positives`), and a mask of
+which drawn labels are positives of which points (`in_batch_positives`), for any loss of
+a (B, B) array of scores.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib.typing import Scalar
+
+from ._positives import PADDING, require_ids
+
+
+def in_batch_triplet_loss(
+    similarity: Float[Array, "B M"],
+    positives: Bool[Array, "B M"],
+    *,
+    margin: Scalar = 0.3,
+    num_negatives: int = 10,
+    weight_temperature: Scalar | None = None,
+    where: Bool[Array, " B"] | None = None,
+) -> Float[Array, " B"]:
+    r"""Triplet margin loss of each point against the hardest negatives of its batch.
+
+    Row $i$ has its own label in column $i$. With $s^+ = s_{ii}$, the $k$ greatest
+    scores $s_1, \dots, s_k$ among the columns that are no positives of the row, and
+    $l_j = \max(0, s_j - s^+ + m)$,
+
+    $$L = \frac{1}{k} \sum_j l_j \quad\text{or}\quad
+    L = \sum_j w_j l_j, \qquad
+    w = \operatorname{softmax}(s_j / \tau) \text{ over the } j \text{ with } l_j > 0 .$$
+
+    Args:
+        similarity: Scores of the points (rows) and of the labels drawn for them, in the
+            same order; further columns are further labels.
+        positives: Which labels are positives of which points: those of the diagonal,
+            and every other label of the batch that happens to be one
+            (`in_batch_positives`), which must not be pushed away.
+        margin: $m$; a number is static, an array traced.
+        num_negatives: $k$, static, at least 1. A row with fewer has what it has, and
+            their mean.
+        weight_temperature: $\tau > 0$, static or traced: harder negatives count more.
+            None: the mean.
+        where: True for the rows that count. Elsewhere the loss and the gradients of the
+            row are 0, whatever it holds; its column stays a negative of other rows.
+
+    Returns:
+        The loss per row, float32 (float64 for float64). 0 with gradient 0 for a row
+        without negatives, or all of whose negatives are below $s^+ - m$.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Derivatives: forward and reverse mode; the weights have a derivative too.
+    Cost: a sort of each row for its greatest `num_negatives` entries.
+    Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification". Its
+        public code gives negatives with $l_j = 0$ the exponent 0 in the softmax, so
+        that they take weight, and divides by $k$; here they have the weight 0, and $L$
+        is the weighted mean.
+
+    Example:
+        >>> similarity = jnp.array([[0.9, 0.8], [0.1, 0.5]])
+        >>> loss = softlib.losses.in_batch_triplet_loss
+        >>> print(loss(similarity, jnp.eye(2, dtype=bool), margin=0.35).round(4))
+        [0.25 0.  ]
+    """
+    function = "in_batch_triplet_loss"
+    checks.require_floating(function, similarity=similarity)
+    checks.require_boolean(function, positives=positives, where=where)
+    if similarity.ndim != 2 or similarity.shape[0] > similarity.shape[1]:
+        raise ValueError(
+            f"{function}: `similarity` must have shape (B, M) with M >= B, "
+            f"got {similarity.shape}."
+        )
+    shape, why = similarity.shape, "the shape of `similarity`"
+    checks.require_shape(function, "positives", positives, shape, why)
+    checks.require_shape(function, "where", where, shape[:1], "one per row")
+    checks.require_positive_integer(function, "num_negatives", num_negatives)
+    checks.require_scalar(function, "margin", margin, 0, float("inf"))
+    if weight_temperature is not None and jnp.ndim(weight_temperature) != 0:
+        raise ValueError(
+            f"{function}: `weight_temperature` must be a number or a scalar array, "
+            f"got shape {jnp.shape(weight_temperature)}."
+        )
+    if isinstance(weight_temperature, int | float):
+        checks.require_positive_number(
+            function, "weight_temperature", weight_temperature
+        )
+
+    s = similarity.astype(accumulator_dtype(similarity))
+    if where is not None:
+        s = jnp.where(where[:, None], s, 0)
+    own = jnp.diagonal(s)[:, None]
+    others = jnp.where(positives, -jnp.inf, s)
+    hardest, _ = jax.lax.top_k(others, min(num_negatives, shape[1]))
+    exists = hardest != -jnp.inf
+    violation = jnp.where(exists, jnp.where(exists, hardest, 0) - own + margin, 0)
+    cost = jnp.maximum(violation, 0)
+    if weight_temperature is None:
+        loss = cost.sum(1) / jnp.maximum(exists.sum(1), 1)
+    else:
+        active = exists & ~(violation <= 0)  # NaN is active
+        some = active.any(1, keepdims=True)
+        exponents = jnp.where(active, hardest / weight_temperature, -jnp.inf)
+        w = jax.nn.softmax(jnp.where(some, exponents, 0), axis=1)
+        loss = (jnp.where(active, w, 0) * cost).sum(1)
+    return loss if where is None else jnp.where(where, loss, 0)
+
+
+def ngame_batches(
+    clusters: Integer[Array, "clusters size"], *, batch_size: int, key: Array
+) -> Int[Array, "batches B"]:
+    """Batches of an epoch: the clusters in random order, cut into pieces of one size.
+
+    A batch holds whole clusters but for those at its ends; with clusters of one point
+    it is a random batch. Larger clusters make harder negatives, and more of them false:
+    the paper starts with 1 and doubles the size as training goes on, and clusters anew
+    every few epochs with the embeddings of the day.
+
+    Args:
+        clusters: Of `softlib.numerics.balanced_kmeans`: indices, -1 for none.
+        batch_size: Static, at least 1.
+        key: PRNG key; one for each epoch.
+
+    Returns:
+        Indices, int32, each of `clusters` exactly once. What is missing to full batches
+        is -1 and stands at the very end: leave the last batches out, or mask them.
+
+    Raises:
+        TypeError: `clusters` are no integers, or `batch_size` is no Python int.
+        ValueError: `clusters` have not two axes, or `batch_size` is below 1.
+
+    Derivatives: none, the results are indices.
+    Cost: one sort of the number of points.
+    Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification".
+
+    Example:
+        >>> clusters = jnp.array([[0, 1], [2, 3], [4, -1]])
+        >>> key = jax.random.key(1)
+        >>> print(softlib.losses.ngame_batches(clusters, batch_size=2, key=key).shape)
+        (3, 2)
+    """
+    function = "ngame_batches"
+    checks.require_integer(function, clusters=clusters)
+    checks.require_positive_integer(function, "batch_size", batch_size)
+    if clusters.ndim != 2:
+        raise ValueError(
+            f"{function}: `clusters` must have shape (clusters, size), "
+            f"got {clusters.shape}."
+        )
+    flat = jax.random.permutation(key, clusters, axis=0).reshape(-1)
+    flat = flat[jnp.argsort(flat < 0, stable=True)].astype(jnp.int32)
+    batches = -(-flat.size // batch_size)
+    missing = batches * batch_size - flat.size
+    filled = jnp.pad(flat, (0, missing), constant_values=PADDING)
+    return jnp.where(filled < 0, PADDING, filled).reshape(batches, batch_size)
+
+
+def draw_positives(
+    key: Array, positives: Integer[Array, "*batch K"]
+) -> Int[Array, "*batch"]:
+    """One positive label of each row, uniformly at random.
+
+    Args:
+        key: PRNG key.
+        positives: Ids; -1 (any negative id) fills a list up.
+
+    Returns:
+        An id of each row, int32; -1 for a row without any.
+
+    Raises:
+        TypeError: `positives` are no integers.  ValueError: they have no axis of ids.
+
+    Derivatives: none, the results are ids.
+    Cost: a random number per id.
+    Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification".
+
+    Example:
+        >>> positives = jnp.array([[7, -1], [-1, -1]])
+        >>> print(softlib.losses.draw_positives(jax.random.key(0), positives))
+        [ 7 -1]
+    """
+    function = "draw_positives"
+    checks.require_integer(function, positives=positives)
+    checks.require_rank(function, "positives", positives, 1, "(..., K)")
+    if positives.shape[-1] == 0:
+        return jnp.full(positives.shape[:-1], PADDING, jnp.int32)
+    lots = jnp.where(positives >= 0, jax.random.uniform(key, positives.shape), -1)
+    place = lots.argmax(-1)[..., None]
+    drawn = jnp.take_along_axis(positives, place, axis=-1)[..., 0].astype(jnp.int32)
+    return jnp.where(drawn < 0, PADDING, drawn)
+
+
+def in_batch_positives(
+    positives: Integer[Array, "B K"], labels: Integer[Array, " M"]
+) -> Bool[Array, "B M"]:
+    """Which labels of a batch are positives of which of its points.
+
+    Args:
+        positives: Ids of all positives of each point; -1 fills a list up.
+        labels: Ids of the labels of the batch, such as one drawn for each point. -1 is
+            no label, and a positive of nobody.
+
+    Returns:
+        True where label `labels[j]` is a positive of point i.
+
+    Raises:
+        TypeError: An argument is not of integers.  ValueError: Its axes are not these.
+
+    Derivatives: none.
+    Cost: B K M comparisons.
+    Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification".
+
+    Example:
+        >>> positives = jnp.array([[0, 2], [1, -1], [2, -1]])
+        >>> print(softlib.losses.in_batch_positives(positives, jnp.array([0, 1, 2]))[0])
+        [ True False  True]
+    """
+    function = "in_batch_positives"
+    checks.require_integer(function, labels=labels)
+    require_ids(function, positives, positives.shape[:1])
+    if labels.ndim != 1:
+        raise ValueError(
+            f"{function}: `labels` must have one axis, got shape {labels.shape}."
+        )
+    known = jnp.where(labels < 0, PADDING - 1, labels)
+    return (positives[:, :, None] == known[None, None]).any(1)
+
+
+def hard_negative_recall(
+    embeddings: Float[Array, "N D"],
+    label_embeddings: Float[Array, "N D"],
+    batches: Integer[Array, "batches B"],
+    *,
+    num_negatives: int = 20,
+    positives: Bool[Array, "N N"] | None = None,
+) -> Float[Array, " N"]:
+    r"""The share of each point's hardest negatives that are in its batch.
+
+    The hardest negatives of point $i$ are the `num_negatives` greatest $\langle x_i,
+    y_j \rangle$ among the labels of all other points $j$ that are no positives of $i$.
+    In random batches the share is that of the batch in all points.
+
+    Args:
+        embeddings: $x$, of the points.
+        label_embeddings: $y$, of the label drawn for each point; `embeddings` itself
+            measures how near to each other the points of a batch are.
+        batches: Of `ngame_batches`: indices, -1 for none.
+        num_negatives: Static, at least 1.
+        positives: True where the label of point $j$ is one of point $i$'s, beside its
+            own. None: nowhere.
+
+    Returns:
+        A number in $[0, 1]$ per point, float32. 0 for a point in no batch, and for one
+        without negatives.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, or `num_negatives` is out of range.
+
+    Derivatives: none, the result counts.
+    Cost: $N^2 D$ products, a batch of rows at a time: for some thousand points.
+    Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification",
+        whose analysis bounds what is missed.
+
+    Example:
+        >>> x = jnp.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> batches = jnp.array([[0, 1], [2, 3]])
+        >>> recall = softlib.losses.hard_negative_recall
+        >>> print(recall(x, x, batches, num_negatives=1))
+        [1. 1. 1. 1.]
+    """
+    function = "hard_negative_recall"
+    checks.require_floating(
+        function, embeddings=embeddings, label_embeddings=label_embeddings
+    )
+    checks.require_integer(function, batches=batches)
+    checks.require_boolean(function, positives=positives)
+    checks.require_positive_integer(function, "num_negatives", num_negatives)
+    checks.require_rank(function, "embeddings", embeddings, 2, "(N, D)")
+    count = embeddings.shape[0]
+    why = "the shape of `embeddings`"
+    shape = embeddings.shape
+    checks.require_shape(function, "label_embeddings", label_embeddings, shape, why)
+    checks.require_shape(
+        function, "positives", positives, (count, count), "all pairs of points"
+    )
+    if num_negatives >= count:
+        raise ValueError(
+            f"{function}: `num_negatives` must be below the number of points, {count}, "
+            f"got {num_negatives}."
+        )
+
+    def of_batch(batch: Array) -> Array:
+        points = jnp.where(batch < 0, 0, batch)
+        s = embeddings[points] @ label_embeddings.T
+        allowed = jnp.arange(count)[None] != points[:, None]
+        if positives is not None:
+            allowed = allowed & ~positives[points]
+        s = jnp.where(allowed, s.astype(accumulator_dtype(s)), -jnp.inf)
+        hardest, places = jax.lax.top_k(s, num_negatives)
+        exists = hardest != -jnp.inf
+        together = (places[:, :, None] == batch[None, None]).any(2) & exists
+        return together.sum(1) / jnp.maximum(exists.sum(1), 1)
+
+    found = jax.lax.map(of_batch, batches).astype(jnp.float32)
+    at = jnp.where(batches < 0, count, batches).reshape(-1)
+    return jnp.zeros(count, jnp.float32).at[at].set(found.reshape(-1), mode="drop")

@@ -1,0 +1,155 @@
+"""The labels that a row has among many: a mask over the classes, or a list of ids.
+
+Both become the same numbers per row: logits of the positives with their weights, and
+statistics of the classes that are none. The two are kept apart from the start: what a
+loss near 0 depends on is lost in a sum over all classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from softlib import _checks as checks
+
+from ._rows import rows_that_count
+from ._sources import GivenLogits, Source, labels_in_range
+from ._tile import RowStatistics
+
+# The id that fills a list up.
+PADDING = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Positives:
+    """One entry per class or per id of a list; `present` says which are positives.
+
+    A row that `where` drops has none.
+    """
+
+    present: Bool[Array, "*batch M"]
+    ids: Int[Array, "*batch M"] | None  # None: the entries are the classes
+    outside: Bool[Array, "*batch"] | None  # an id that is no class
+    where: Bool[Array, "*batch"] | None
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        positives: ArrayLike,
+        where: ArrayLike | None,
+        *,
+        required: bool,
+    ) -> "Positives":
+        """With `required`, a row without positives is one that does not count."""
+        function, batch = source.function, source.batch
+        positives = jnp.asarray(positives)
+        where = rows_that_count(source, where)
+        if positives.dtype == jnp.bool_ and isinstance(source, GivenLogits):
+            shape = source.logits.shape
+            why = "the shape of `scores`"
+            checks.require_shape(function, "positives", positives, shape, why)
+            where = _of_some(positives, where) if required else where
+            if where is not None:
+                positives = positives & where[..., None]
+            return cls(positives, None, None, where)
+        require_ids(function, positives, batch, masks=isinstance(source, GivenLogits))
+        present = positives != PADDING
+        where = _of_some(present, where) if required else where
+        if where is not None:
+            present = present & where[..., None]
+        ids = jnp.where(present, labels_in_range(positives, source.vocabulary), PADDING)
+        outside = (present & (ids < 0)).any(-1)
+        return cls(present, ids, outside, where)
+
+    def weights(
+        self, source: Source, weights: ArrayLike | None, *, total: bool = False
+    ) -> Float[Array, "*batch M"]:
+        """As given, or equal ones that sum to 1, or are 1; 0 where is no positive."""
+        if weights is None:
+            ones = self.present.astype(source.dtype)
+            return ones if total else ones / jnp.maximum(self.count[..., None], 1)
+        weights = jnp.asarray(weights)
+        checks.require_floating(source.function, weights=weights)
+        shape, why = self.present.shape, "the shape of `positives`"
+        checks.require_shape(source.function, "weights", weights, shape, why)
+        wide = jnp.promote_types(weights.dtype, source.dtype)
+        return jnp.where(self.present, weights, 0).astype(wide)
+
+    @property
+    def count(self) -> Int[Array, "*batch"]:
+        return self.present.sum(-1, dtype=jnp.int32)
+
+    def statistics(
+        self, source: Source, names: Sequence[str], *, of_all: bool = False
+    ) -> tuple[RowStatistics, Float[Array, "*batch M"]]:
+        """Of the classes that are no positives, or of all; and the positives' logits.
+
+        The logit of a positive on an excluded class is -inf; that of what is no
+        positive is 0. A positive of +inf is NaN.
+        """
+        source = source.masked(self.where)
+        classes = source.modifiers.class_where
+        if self.ids is not None:
+            known = [*names, "label_logits"]
+            weighed = source if of_all else source.without_labels()
+            found = weighed.statistics(known, self.ids)
+            logits = found.label_logits
+            assert logits is not None
+            if classes is not None:
+                excluded = (source.at_labels(classes, self.ids) == 0) & (self.ids >= 0)
+                logits = jnp.where(excluded, -jnp.inf, logits)
+            return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
+        assert isinstance(source, GivenLogits)
+        logits = jnp.where(self.present, source.final_logits(), 0)
+        if not of_all:
+            others = ~self.present
+            if classes is not None:
+                others = others & jnp.broadcast_to(classes, others.shape)
+            modifiers = source.modifiers._replace(class_where=others)
+            source = dataclasses.replace(source, modifiers=modifiers)
+        found = source.statistics(names)
+        return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
+
+    def sum(self, weights: Array, costs: Array) -> Float[Array, "*batch"]:
+        """The weighted costs of the positives, each finite or +inf or NaN."""
+        # A row of infinite cost has no gradient; without a weight no cost is infinite.
+        infinite = costs == jnp.inf
+        used = self.present & (weights != 0)
+        finite = jnp.where(used, weights * jnp.where(infinite | ~used, 0, costs), 0)
+        loss = finite.sum(-1)
+        signs = lax.stop_gradient(jnp.sign(weights))
+        limit = jnp.where(used & infinite, signs, 0).sum(-1)
+        return jnp.where(limit == 0, loss, jnp.copysign(jnp.inf, limit))
+
+    def exceptions(self, loss: Array) -> Float[Array, "*batch"]:
+        """NaN for an id that is no class, 0 where `where` is False."""
+        if self.outside is not None:
+            loss = jnp.where(self.outside, jnp.nan, loss)
+        return loss if self.where is None else jnp.where(self.where, loss, 0)
+
+
+def require_ids(
+    function: str, positives: Array, batch: tuple[int, ...], *, masks: bool = False
+) -> None:
+    """Class ids (*batch, K)."""
+    if not jnp.issubdtype(positives.dtype, jnp.integer):
+        or_mask = ", or a boolean mask over the classes" if masks else ""
+        raise TypeError(
+            f"{function}: `positives` must be class ids of an integer dtype{or_mask}, "
+            f"got {positives.dtype}."
+        )
+    if positives.ndim != len(batch) + 1 or positives.shape[:-1] != batch:
+        axes = ", ".join(map(str, (*batch, "K")))
+        raise ValueError(
+            f"{function}: `positives` must have shape ({axes}) (several per row), "
+            f"got {positives.shape}."
+        )
+
+
+def _of_some(present: Array, where: Array | None) -> Bool[Array, "*batch"]:
+    some = present.any(-1)
+    return some if where is None else where & some

@@ -1,0 +1,146 @@
+r"""Softmax against a sample of the labels, where a pass over all is too much."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from softlib import _checks as checks
+from softlib.typing import PerRow, Precision
+
+from ._positives import Positives
+from ._sources import LinearHead
+
+DISTRIBUTIONS = ("log_uniform", "uniform")
+
+
+def sampled_softmax_loss(
+    hidden: Float[Array, "*batch D"],
+    label_embeddings: Float[Array, "L D"],
+    positives: Integer[Array, "*batch K"],
+    *,
+    key: Array,
+    num_sampled: int,
+    distribution: str = "log_uniform",
+    bias: Float[Array, " L"] | None = None,
+    logit_scale: PerRow | None = None,
+    weights: Float[Array, "*batch K"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    precision: Precision = None,
+) -> Float[Array, "*batch"]:
+    r"""Decoupled softmax loss against negatives that are drawn, the same for all rows.
+
+    Of $S$ labels $j$ drawn with replacement from $q$, those that are positives of the
+    row (accidental hits) are left out, and the others stand for all negatives:
+
+    $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{\hat N - z_l}\bigr), \qquad
+    e^{\hat N} = \sum_{j \text{ drawn}, j \notin P} \frac{e^{z_j}}{S\, q_j} .$$
+
+    The sum $e^{\hat N}$ has the mean of `linear_decoupled_softmax_loss`, and its
+    variance falls as $1 / S$. **Bias:** its logarithm is not linear: on average the
+    loss is too low (by up to $\mathrm{Var} / 2$ of the relative error of the sum), and
+    so are the slopes of the negatives; both vanish as $S$ grows. It is a loss to train
+    with; measure with the exact one.
+
+    Args:
+        hidden: Embeddings of the queries.
+        label_embeddings: One row per label.
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
+            Another id out of range makes the loss NaN, and the row has no gradient.
+        key: PRNG key; the same key draws the same labels.
+        num_sampled: $S$, static.
+        distribution: Static. "uniform", or "log_uniform" with $q_j = \log((j + 2) / (j
+            + 1)) / \log(L + 1)$, which fits labels in the order of falling frequency.
+        bias: Added to the scaled products.
+        logit_scale: A scalar or one per row, differentiable; the reciprocal of a
+            temperature.
+        weights: $w_l$, differentiable, in the place of $1 / |P|$; they are not divided
+            by their sum.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        precision: Static precision of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+        The loss per row in nats, float32 (float64 if an argument is float64). A row
+        without positives, or all of whose draws are its positives, has loss 0 and
+        gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, `num_sampled` is below 1, or
+            `distribution` is unknown.
+
+    Derivatives: forward and reverse mode, any order, with respect to `hidden`,
+        `label_embeddings`, `bias`, `logit_scale` and `weights`. Labels that were not
+        drawn and are no positive have gradient 0.
+    Cost: $N (S + K) D$ products and $N (S + K)$ scores in memory for $N$ rows, $N K S$
+        comparisons; no pass over all labels, but the gradient of `label_embeddings` is
+        an array of its size.
+    Source: "On Using Very Large Target Vocabulary for Neural Machine Translation", with
+        the positives of "Dual-Encoders for Extreme Multi-Label Classification". A
+        positive is not drawn, so its score is not corrected by its $q$.
+
+    Example:
+        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> options = {"key": jax.random.key(0), "num_sampled": 2000}
+        >>> loss = softlib.losses.sampled_softmax_loss
+        >>> print(loss(hidden, table, jnp.array([[0, 2], [1, -1]]), **options).round(1))
+        [0.5 0.2]
+    """
+    function = "sampled_softmax_loss"
+    checks.require_positive_integer(function, "num_sampled", num_sampled)
+    checks.require_one_of(function, "distribution", distribution, DISTRIBUTIONS)
+    source = LinearHead.of(
+        function, hidden, label_embeddings, bias=bias, logit_scale=logit_scale
+    )
+    rows = Positives.of(source, positives, where, required=True)
+    source, ids = source.masked(rows.where), rows.ids
+    assert ids is not None
+    modifiers, dtype = source.modifiers, source.dtype
+    drawn, log_q = _draw(key, num_sampled, source.vocabulary, distribution)
+
+    def scores(equation: str, labels: Array) -> Array:
+        products = jnp.einsum(
+            equation,
+            source.hidden,
+            source.weight[labels],
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+        if modifiers.logit_scale is not None:
+            scale = modifiers.logit_scale.astype(dtype)
+            products = products * (scale[..., None] if scale.ndim else scale)
+        if modifiers.bias is None:
+            return products
+        added = modifiers.bias.astype(dtype)[labels]
+        shape = (1,) * (products.ndim - added.ndim) + added.shape
+        return products + added.reshape(shape)
+
+    negatives = scores("...d,sd->...s", drawn)
+    own = scores("...d,...kd->...k", jnp.where(ids < 0, 0, ids))
+    shape = (1,) * len(source.batch) + drawn.shape
+    hit = (drawn.reshape(*shape, 1) == ids[..., None, :]).any(-1)
+    correction = (log_q + math.log(num_sampled)).astype(dtype).reshape(shape)
+    corrected = jnp.where(hit, -jnp.inf, negatives - correction)
+    some = (corrected != -jnp.inf).any(-1, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(some, corrected, 0), axis=-1, keepdims=True)
+    counts = rows.present & some
+    margin = jnp.where(counts, total - own, 0)
+    costs = jnp.where(counts, jax.nn.softplus(margin), 0)
+    return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
+
+
+def _draw(
+    key: Array, count: int, labels: int, distribution: str
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """Labels drawn with replacement, and the logarithms of their probabilities."""
+    if distribution == "uniform":
+        drawn = jax.random.randint(key, (count,), 0, labels)
+        return drawn, jnp.full(count, -math.log(labels), jnp.float32)
+    uniform = jax.random.uniform(key, (count,), jnp.float32)
+    # The inverse of log(j + 1) / log(L + 1); rounding must not reach label L.
+    place = jnp.exp(uniform * math.log(labels + 1)).astype(jnp.int32) - 1
+    drawn = jnp.clip(place, 0, labels - 1)
+    share = jnp.log1p(1 / (drawn + 1.0)) / math.log(labels + 1)
+    return drawn, jnp.log(share)
