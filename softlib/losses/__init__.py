@@ -23,6 +23,8 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -116,6 +118,10 @@ from ._token_metrics import (
     softmax_token_metrics as softmax_token_metrics,
     softmax_top1_correct as softmax_top1_correct,
 )
+from ._vq_logits import (
+    vq_softmax_cross_entropy as vq_softmax_cross_entropy,
+    vq_token_counts as vq_token_counts,
+)
 
 __all__ = [
     "RowStatistics",
@@ -165,5 +171,7 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "vq_softmax_cross_entropy",
+    "vq_token_counts",
     "zero_loss_fraction",
 ]
