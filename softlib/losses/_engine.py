@@ -261,7 +261,7 @@ def _reference(
         own = (classes == labels[..., None]).any(1)
         weighed = jnp.where(own, -jnp.inf, present)
     if modifiers.class_log_weights is not None:
-        weighed = weighed + modifiers.class_log_weights.astype(z.dtype)
+        weighed = weighed + modifiers.class_log_weights.astype(z.dtype)[None]
     top = jax.lax.stop_gradient(weighed).max(1)
     empty = top == -jnp.inf
     shift = jnp.where(empty, 0, top)

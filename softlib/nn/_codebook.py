@@ -247,8 +247,8 @@ def codebook_ema_update(
         >>> state = softlib.nn.codebook_state(jnp.array([[0.0], [1.0]]))
         >>> rows, mapping = jnp.array([[2.0], [4.0]]), jnp.array([1, 1])
         >>> new = softlib.nn.codebook_ema_update(state, rows, mapping, decay=0.5)
-        >>> print(new.codebook[:, 0].round(4), new.counts)
-        [0.     2.3333] [0.5 1.5]
+        >>> print(new.codebook[:, 0].round(2), new.counts)
+        [0.   2.33] [0.5 1.5]
     """
     function = "codebook_ema_update"
     embeddings, _ = _tables(function, embeddings, state.codebook)

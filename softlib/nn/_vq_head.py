@@ -28,8 +28,9 @@ class CodebookVariable(nnx.Variable):
     `nnx.state(head, CodebookVariable)` selects the mapping, and the moving averages of
     a head that learns it; optimizers and gradients select `nnx.Param` and leave it out.
 
-    Derivatives: none.
-    Cost: that of its arrays.
+    Args:
+        value: The array.
+        metadata: As in `nnx.Variable`.
 
     Example:
         >>> head = softlib.nn.VQLogitsHead(4, 9, 3, rngs=nnx.Rngs(0))
@@ -37,6 +38,9 @@ class CodebookVariable(nnx.Variable):
         >>> print(jnp.bincount(state["mapping"][...]))
         [3 3 3]
     """
+
+    def __init__(self, value: Array, **metadata: Any):
+        super().__init__(value, **metadata)
 
 
 class VQLogitsHead(nnx.Module):
@@ -133,20 +137,19 @@ class VQLogitsHead(nnx.Module):
         self.logit_softcap = logit_softcap
         self.dtype = dtype
         self.mapping = CodebookVariable(mapping)
-        self.token_bias = None
-        if use_token_bias:
-            self.token_bias = nnx.Param(jnp.zeros(num_classes, param_dtype))
+        bias = jnp.zeros(num_classes, param_dtype)
+        self.token_bias = nnx.Param(bias) if use_token_bias else None
         codebook = kernel_init(rngs.params(), (num_codes, features), param_dtype)
-        self.embedding = self.moving_counts = self.moving_sums = None
-        if not learn_mapping:
+        if learn_mapping:
+            table = kernel_init(rngs.params(), (num_classes, features), param_dtype)
+            state = codebook_state(codebook)
+            self.embedding = nnx.Param(table)
+            self.codebook = CodebookVariable(codebook)
+            self.moving_counts = CodebookVariable(state.counts)
+            self.moving_sums = CodebookVariable(state.sums)
+        else:
+            self.embedding = self.moving_counts = self.moving_sums = None
             self.codebook = nnx.Param(codebook)
-            return
-        table = kernel_init(rngs.params(), (num_classes, features), param_dtype)
-        self.embedding = nnx.Param(table)
-        self.codebook = CodebookVariable(codebook)
-        state = codebook_state(codebook)
-        self.moving_counts = CodebookVariable(state.counts)
-        self.moving_sums = CodebookVariable(state.sums)
 
     @classmethod
     def from_table(

@@ -127,10 +127,11 @@ def vq_logits(
     require_token_bias(function, token_bias, mapping)
     valid = (mapping >= 0) & (mapping < num_codes)
     logits = jnp.take(logits, jnp.where(valid, mapping, 0), axis=-1)
-    logits = jnp.where(valid, logits, jnp.nan)
+    logits = jnp.where(_row(valid, logits), logits, jnp.nan)
     if token_bias is None:
         return logits
-    return logits + token_bias.astype(jnp.promote_types(token_bias.dtype, logits.dtype))
+    bias = token_bias.astype(jnp.promote_types(token_bias.dtype, logits.dtype))
+    return logits + _row(bias, logits)
 
 
 def vq_sample(
@@ -197,6 +198,8 @@ def vq_sample(
     if isinstance(mapping, TokenClusters):
         clusters = mapping
         checks.require_integer(function, **clusters._asdict())
+        shape, why = (num_codes,), "one per code"
+        checks.require_shape(function, "mapping.counts", clusters.counts, shape, why)
         of_tokens = jnp.zeros(clusters.tokens.shape, jnp.int32)
         places = clusters.starts, jnp.arange(num_codes, dtype=jnp.int32)
         sorted_codes = of_tokens.at[places[0]].max(places[1], mode="drop")
@@ -206,9 +209,6 @@ def vq_sample(
         require_mapping(function, mapping, num_codes)
         clusters = vq_clusters(mapping, num_codes)
         sorted_codes = mapping[clusters.tokens]
-    checks.require_shape(
-        function, "mapping.counts", clusters.counts, (num_codes,), "one per code"
-    )
     token_bias = None if token_bias is None else jnp.asarray(token_bias)
     require_token_bias(function, token_bias, clusters.tokens)
 
@@ -217,7 +217,7 @@ def vq_sample(
     log_weights = log_weights_of(
         sorted_codes, num_codes, clusters.counts, sorted_bias, logits.dtype
     )
-    code = jax.random.categorical(of_code, logits + log_weights)
+    code = jax.random.categorical(of_code, logits + _row(log_weights, logits))
     first, count = clusters.starts[code], clusters.counts[code]
     if sorted_bias is None:
         place = jax.random.randint(of_token, code.shape, 0, jnp.maximum(count, 1))
@@ -271,3 +271,8 @@ def _first_above(
     # The last place is always above, so `low` never passes `high`.
     steps = len(summed).bit_length()
     return lax.fori_loop(0, steps, halve, (first, last))[1]
+
+
+def _row(values: Array, like: Array) -> Array:
+    """Numbers along the last axis, with as many axes as `like`."""
+    return values.reshape((1,) * (like.ndim - 1) + values.shape)
