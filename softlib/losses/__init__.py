@@ -27,6 +27,8 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -152,6 +154,10 @@ from ._token_metrics import (
     softmax_top1_correct as softmax_top1_correct,
 )
 from ._top_k import TopK as TopK, linear_top_k as linear_top_k
+from ._vq_logits import (
+    vq_softmax_cross_entropy as vq_softmax_cross_entropy,
+    vq_token_counts as vq_token_counts,
+)
 
 __all__ = [
     "RowStatistics",
@@ -219,5 +225,7 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "vq_softmax_cross_entropy",
+    "vq_token_counts",
     "zero_loss_fraction",
 ]

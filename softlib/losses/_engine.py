@@ -34,7 +34,7 @@ class Given(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        return accumulator_dtype(self.logits, *self.modifiers[:3])
+        return accumulator_dtype(self.logits, *self.modifiers.floating)
 
 
 class GivenGradient(NamedTuple):
@@ -184,10 +184,15 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     raw = operands.logits.astype(operands.dtype)
     tile = _tile.logits_of(raw, options, operands.modifiers)
     labels, ranked = operands.labels, operands.ranked
-    where = operands.modifiers.class_where
     state = _tile.init(options, raw.shape[0], labels, ranked, raw.dtype)
     state = _tile.update(
-        state, tile, 0, labels, ranked, where, exclude_labels=options.exclude_labels
+        state,
+        tile,
+        0,
+        labels,
+        ranked,
+        operands.modifiers,
+        exclude_labels=options.exclude_labels,
     )
     return _tile.finalize(state, options)
 
@@ -201,7 +206,7 @@ def _given_gradient_xla(
     found = _tile.cotangent_of_raw(
         tile, 0, given.labels, rows, options, given.modifiers
     )
-    bias, scale, temperature = given.modifiers[:3]
+    bias, scale, temperature, _, log_weights = given.modifiers
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
         Modifiers(
@@ -209,6 +214,7 @@ def _given_gradient_xla(
             _tile.summed_like(scale, found.logit_scale),
             _tile.summed_like(temperature, found.temperature),
             None,
+            _tile.cast_like(log_weights, found.class_log_weights),
         ),
     )
 
@@ -248,12 +254,15 @@ def _reference(
     where = modifiers.class_where
     present = _tile.select(z, where, -jnp.inf)
     counted = _tile.select(z, where, 0)
-    weighed = present
+    asked = present
     if options.exclude_labels:
         assert labels is not None
         classes = jnp.arange(z.shape[1])[None, None, :]
         own = (classes == labels[..., None]).any(1)
-        weighed = jnp.where(own, -jnp.inf, present)
+        asked = jnp.where(own, -jnp.inf, present)
+    weighed = asked
+    if modifiers.class_log_weights is not None:
+        weighed = weighed + modifiers.class_log_weights.astype(z.dtype)[None]
     top = jax.lax.stop_gradient(weighed).max(1)
     empty = top == -jnp.inf
     shift = jnp.where(empty, 0, top)
@@ -262,7 +271,7 @@ def _reference(
     total = jnp.where(empty, 1, exponentials.sum(1))
     lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
     p = exponentials / total[:, None]
-    finite = jnp.where(weighed == -jnp.inf, 0, weighed)
+    finite = jnp.where(weighed == -jnp.inf, 0, present)
     found = RowStatistics(
         lse=lse,
         mean_logit=(p * finite).sum(1),
@@ -270,7 +279,7 @@ def _reference(
         sum_squared_logits=(counted * counted).sum(1),
         max_logit=jax.lax.stop_gradient(present).max(1),
         argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
-        sum_softplus=jax.nn.softplus(weighed).sum(1),
+        sum_softplus=jax.nn.softplus(asked).sum(1),
     )
     if labels is not None:
         inside = labels >= 0

@@ -123,6 +123,11 @@ class LinearHead:
             axis_name,
         )
 
+    def counting(self, class_log_weights: Array) -> "LinearHead":
+        """The same, with classes that stand for e^w each in every sum over p."""
+        modifiers = self.modifiers._replace(class_log_weights=class_log_weights)
+        return dataclasses.replace(self, modifiers=modifiers)
+
     @property
     def batch(self) -> Shape:
         return self.hidden.shape[:-1]
@@ -139,7 +144,7 @@ class LinearHead:
 
     @property
     def dtype(self) -> Any:
-        return accumulator_dtype(self.hidden, self.weight, *_floating(self.modifiers))
+        return accumulator_dtype(self.hidden, self.weight, *self.modifiers.floating)
 
     def masked(self, where: Bool[Array, "*batch"] | None) -> "LinearHead":
         """Rows that do not count become zeros before any arithmetic: 0 * NaN is NaN."""
@@ -334,7 +339,7 @@ class GivenLogits:
 
     @property
     def dtype(self) -> Any:
-        return accumulator_dtype(self.logits, *_floating(self.modifiers))
+        return accumulator_dtype(self.logits, *self.modifiers.floating)
 
     def masked(self, where: Bool[Array, "*batch"] | None) -> "GivenLogits":
         if where is None:
@@ -561,10 +566,6 @@ def _filter(
 
 
 # ------------------------------------------------------------------------------- shapes
-def _floating(modifiers: Modifiers) -> tuple[Array | None, ...]:
-    return (modifiers.bias, modifiers.logit_scale, modifiers.temperature)
-
-
 def _masked(modifiers: Modifiers, where: Array) -> Modifiers:
     ones = lambda value: (
         value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
@@ -593,6 +594,7 @@ def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
         jax.tree.map(collapse, modifiers.logit_scale),
         jax.tree.map(collapse, modifiers.temperature),
         where,
+        modifiers.class_log_weights,
     )
 
 

@@ -37,7 +37,7 @@ class Head(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        return accumulator_dtype(self.hidden, self.weight, *self.modifiers[:3])
+        return accumulator_dtype(self.hidden, self.weight, *self.modifiers.floating)
 
 
 class HeadGradient(NamedTuple):
@@ -66,6 +66,7 @@ class ClassSums(NamedTuple):
 
     weight: Array
     bias: Float[Array, " classes"] | None
+    class_log_weights: Float[Array, " classes"] | None = None
 
 
 # ------------------------------------------------------------------------------ forward
@@ -108,14 +109,13 @@ def statistics(
     def update(state, start, size):
         part = _classes_of(head, start, size, options)
         tile = _logits(part, options, axis)
-        where = part.modifiers.class_where
         state = _tile.update(
             state,
             tile,
             start,
             head.labels,
             head.ranked,
-            where,
+            part.modifiers,
             exclude_labels=options.exclude_labels,
         )
         return state, tile.raw
@@ -186,10 +186,11 @@ def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
 
 def class_zeros(head: Head, weight_dtype: DTypeLike) -> ClassSums:
     """The buffers of the gradients per class, before any row has added to them."""
-    bias = head.modifiers.bias
+    one_each = lambda x: None if x is None else jnp.zeros(x.shape, head.dtype)
     zeros = ClassSums(
         jnp.zeros(head.weight.shape, weight_dtype),
-        None if bias is None else jnp.zeros(bias.shape, head.dtype),
+        one_each(head.modifiers.bias),
+        one_each(head.modifiers.class_log_weights),
     )
     return match_varying(zeros, head.hidden)
 
@@ -238,10 +239,11 @@ def gradient_sums(
             dhidden = product(draw, mine.weight, contract, options, dtype)
             dweight = product(columns, draw, (1, 0), options, dtype)
         of_rows = RowSums(dhidden, found.logit_scale, found.temperature)
-        return cut.add(total, of_rows, group), ClassSums(dweight, found.bias)
+        of_classes = ClassSums(dweight, found.bias, found.class_log_weights)
+        return cut.add(total, of_rows, group), of_classes
 
     def step(carry, start, size, raw=None):
-        total, (dweight, dbias) = carry
+        total, (dweight, *per_class) = carry
         part = _classes_of(head, start, size, options)
         if cut.whole:
             total, found = of_tile(total, part, start, 0, raw)
@@ -253,7 +255,8 @@ def gradient_sums(
                 return total, jax.tree.map(jnp.add, found, more)
 
             none = ClassSums(
-                zeros(features, size), None if dbias is None else zeros(size)
+                zeros(features, size),
+                *(None if x is None else zeros(size) for x in per_class),
             )
             total, found = cut.fold(visit, (total, none))
         slice_ = found.weight.astype(dweight.dtype)
@@ -267,9 +270,11 @@ def gradient_sums(
             return lax.dynamic_update_slice_in_dim(buffer, values, start, axis)
 
         dweight = write(dweight, slice_, options.vocab_axis)
-        if dbias is not None:
-            dbias = write(dbias, found.bias, 0)
-        return total, ClassSums(dweight, dbias)
+        per_class = [
+            None if buffer is None else write(buffer, values, 0)
+            for buffer, values in zip(per_class, found[1:], strict=True)
+        ]
+        return total, ClassSums(dweight, *per_class)
 
     def step_kept(carry, start, size):
         assert kept is not None
@@ -296,7 +301,7 @@ def gradient_sums(
 
 def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
     """The sums in the dtypes and shapes of the operands."""
-    bias, scale, temperature, _ = head.modifiers
+    bias, scale, temperature, _, log_weights = head.modifiers
     return HeadGradient(
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
@@ -305,6 +310,7 @@ def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
             _tile.summed_like(scale, sums.logit_scale),
             _tile.summed_like(temperature, sums.temperature),
             None,
+            _tile.cast_like(log_weights, classes.class_log_weights),
         ),
     )
 
@@ -344,11 +350,13 @@ def _classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
     def cut(array: Array, axis: int = 0) -> Array:
         return lax.dynamic_slice_in_dim(array, start, size, axis)
 
-    bias, class_where = head.modifiers.bias, head.modifiers.class_where
+    modifiers = head.modifiers
     return head._replace(
         weight=cut(head.weight, options.vocab_axis),
-        modifiers=head.modifiers._replace(
-            bias=jax.tree.map(cut, bias), class_where=jax.tree.map(cut, class_where)
+        modifiers=modifiers._replace(
+            bias=jax.tree.map(cut, modifiers.bias),
+            class_where=jax.tree.map(cut, modifiers.class_where),
+            class_log_weights=jax.tree.map(cut, modifiers.class_log_weights),
         ),
     )
 

@@ -5,6 +5,10 @@ Everything an implementation needs between two matrix products, written once:
     raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature,
     z -> the statistics of its rows, and cotangents of the statistics -> those of raw.
 
+Where a class stands for several, `class_log_weights` w counts it as often as e^w says:
+lse is that of z + w and the mean is over its softmax; z itself and what is read off it
+stay as they are.
+
 An array per row is (rows,), an array per class (classes,), a scalar (). A tile may also
 lie the other way, (classes, rows): `class_axis` says which of its axes is the classes.
 """
@@ -112,6 +116,11 @@ class Modifiers(NamedTuple):
     logit_scale: Array | None  # () or (rows,)
     temperature: Array | None  # () or (rows,)
     class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
+    class_log_weights: Array | None = None  # (V,)
+
+    @property
+    def floating(self) -> tuple[Array | None, ...]:
+        return (*self[:3], self.class_log_weights)
 
 
 class Ranked(NamedTuple):
@@ -198,17 +207,17 @@ def update(
     start: int | Int[Array, ""],
     labels: Int[Array, "rows L"] | None,
     ranked: Ranked | None,
-    class_where: Bool[Array, "..."] | None,
+    modifiers: Modifiers,
     *,
     exclude_labels: bool = False,
 ) -> State:
     """Adds the classes `start, start + 1, ...` to the statistics."""
-    z, axis = tile.z, tile.class_axis
+    z, axis, class_where = tile.z, tile.class_axis, modifiers.class_where
     present = select(z, class_where, -jnp.inf, axis)  # for maxima and exponentials
     counted = select(z, class_where, 0, axis)  # for sums
-    weighed = present
+    asked = present
     if exclude_labels:
-        weighed = _without_labels(present, labels, start, tile)
+        asked = _without_labels(present, labels, start, tile)
 
     exponentials = state.exponentials
     if exponentials is not None:
@@ -217,7 +226,7 @@ def update(
             finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
             weigh = lambda e: (e * finite).sum(axis)
         exponentials = _ACCUMULATOR.update(
-            exponentials, weighed, axis=axis, weigh=weigh
+            exponentials, _weighted(asked, modifiers, axis), axis=axis, weigh=weigh
         )
 
     label_logits = state.label_logits
@@ -259,7 +268,7 @@ def update(
         max_logit,
         argmax,
         label_rank,
-        plus(state.sum_softplus, lambda: jax.nn.softplus(weighed)),
+        plus(state.sum_softplus, lambda: jax.nn.softplus(asked)),
     )
 
 
@@ -324,6 +333,7 @@ class RawCotangents(NamedTuple):
     bias: Array | None  # (classes,)
     logit_scale: Array | None  # (rows,)
     temperature: Array | None  # (rows,)
+    class_log_weights: Array | None = None  # (classes,)
 
 
 def cotangent_of_raw(
@@ -334,7 +344,7 @@ def cotangent_of_raw(
     options: Options,
     modifiers: Modifiers,
 ) -> RawCotangents:
-    dz = _cotangent_of_logits(tile, start, labels, rows, options, modifiers.class_where)
+    dz = _cotangent_of_logits(tile, start, labels, rows, options, modifiers)
     axis, dtype = tile.class_axis, dz.dtype
 
     dtemperature = None
@@ -355,7 +365,10 @@ def cotangent_of_raw(
         # Only the products are spared: sums per class and per row stay exact.
         kept = _not_negligible(tile, start, labels, rows, options, modifiers)
         draw = jnp.where(kept, draw, 0)
-    return RawCotangents(draw, dbias, dscale, dtemperature)
+    dweights = None
+    if modifiers.class_log_weights is not None:
+        dweights = _cotangent_of_weights(tile, start, labels, rows, options, modifiers)
+    return RawCotangents(draw, dbias, dscale, dtemperature, dweights)
 
 
 def _cotangent_of_logits(
@@ -364,7 +377,7 @@ def _cotangent_of_logits(
     labels: Int[Array, "rows L"] | None,
     rows: RowCotangents,
     options: Options,
-    class_where: Bool[Array, "..."] | None,
+    modifiers: Modifiers,
 ) -> Array:
     """The cotangent of z, for p = exp(z - lse) and the mean logit m, term by term.
 
@@ -373,10 +386,11 @@ def _cotangent_of_logits(
     """
     z, axis, g = tile.z, tile.class_axis, rows.cotangents
     per_row = functools.partial(_over_rows, class_axis=axis)
+    class_where = modifiers.class_where
     dz = None
     others = labels if options.exclude_labels else None
     if g.lse is not None or g.mean_logit is not None:
-        p = _probabilities(tile, rows, class_where, start, others)
+        p = _probabilities(tile, rows, modifiers, start, others)
         factors = [] if g.lse is None else [per_row(g.lse)]
         if g.mean_logit is not None:
             assert rows.mean_logit is not None
@@ -405,10 +419,35 @@ def _cotangent_of_logits(
     return jnp.zeros_like(z) if dz is None else dz
 
 
+def _cotangent_of_weights(
+    tile: Tile,
+    start: int | Int[Array, ""],
+    labels: Int[Array, "rows L"] | None,
+    rows: RowCotangents,
+    options: Options,
+    modifiers: Modifiers,
+) -> Array:
+    """Per class, that of its logarithmic weight: the sum of p (g_lse + g_mean (z - m)).
+
+    Unlike a change of z it moves only the distribution over which the mean is taken.
+    """
+    z, axis, g = tile.z, tile.class_axis, rows.cotangents
+    if g.lse is None and g.mean_logit is None:
+        return jnp.zeros(z.shape[axis], z.dtype)
+    others = labels if options.exclude_labels else None
+    p = _probabilities(tile, rows, modifiers, start, others)
+    slopes = [] if g.lse is None else [_over_rows(g.lse, axis)]
+    if g.mean_logit is not None:
+        assert rows.mean_logit is not None
+        deviation = _without_inf(z) - _over_rows(rows.mean_logit, axis)
+        slopes.append(_over_rows(g.mean_logit, axis) * deviation)
+    return select(p * sum(slopes), modifiers.class_where, 0, axis).sum(1 - axis)
+
+
 def _probabilities(
     tile: Tile,
     rows: RowCotangents,
-    class_where: Bool[Array, "..."] | None,
+    modifiers: Modifiers,
     start: int | Int[Array, ""] = 0,
     excluded_labels: Int[Array, "rows L"] | None = None,
 ) -> Array:
@@ -416,9 +455,10 @@ def _probabilities(
     assert rows.lse is not None
     # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
     offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
-    present = select(tile.z, class_where, -jnp.inf, tile.class_axis)
+    present = select(tile.z, modifiers.class_where, -jnp.inf, tile.class_axis)
     if excluded_labels is not None:
         present = _without_labels(present, excluded_labels, start, tile)
+    present = _weighted(present, modifiers, tile.class_axis)
     return jnp.exp(present - _over_rows(offset, tile.class_axis))
 
 
@@ -439,7 +479,7 @@ def _not_negligible(
     z, axis = tile.z, tile.class_axis
     assert options.gradient_filter_eps is not None
     others = labels if options.exclude_labels else None
-    distance = _probabilities(tile, rows, modifiers.class_where, start, others)
+    distance = _probabilities(tile, rows, modifiers, start, others)
     if labels is not None:
         ones = jnp.ones(labels.shape, z.dtype)
         onehot = jnp.minimum(_scattered(ones, labels - start, tile), 1)
@@ -527,6 +567,14 @@ def select(
     if where.ndim == 1:
         where = _over_classes(where, class_axis)
     return jnp.where(where, z, other)
+
+
+def _weighted(present: Array, modifiers: Modifiers, class_axis: int) -> Array:
+    """Logits whose exponentials count as often as the weights of the classes say."""
+    weights = modifiers.class_log_weights
+    if weights is None:
+        return present
+    return present + _over_classes(weights.astype(present.dtype), class_axis)
 
 
 def _without_inf(z: Array) -> Array:

@@ -1,6 +1,13 @@
 """Flax modules; each owns parameters and calls public functions of softlib.
 
 - `OutputHead` (NNX), `LinenOutputHead` (linen): the output layer of a language model.
+- `VQLogitsHead` (NNX), `CodebookVariable`: a head whose tokens share codes, with
+  `vq_logits`, `vq_sample`, `vq_clusters`, `TokenClusters`; its codes come from
+  `frequency_mapping`, `kmeans`, `KMeans`, `assign_codes`, `straight_through_codes`,
+  `codebook_ema_update`, `codebook_state`, `CodebookState`.
+- `FourierHead` (NNX): a head over bins of a number, with `fourier_logits`,
+  `fourier_cross_entropy`, `fourier_log_density`, `fourier_cdf`, `fourier_sample`,
+  `fourier_smoothness_penalty`, `smoothness_metric`.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
 - `TensorAttention` (NNX): multi-head attention over tuples of keys.
 - `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
@@ -11,12 +18,31 @@
 """
 
 from ._attention import attention_fn as attention_fn
+from ._codebook import (
+    CodebookState as CodebookState,
+    KMeans as KMeans,
+    assign_codes as assign_codes,
+    codebook_ema_update as codebook_ema_update,
+    codebook_state as codebook_state,
+    frequency_mapping as frequency_mapping,
+    kmeans as kmeans,
+    straight_through_codes as straight_through_codes,
+)
 from ._expert_dispatch import (
     ExpertRows as ExpertRows,
     capacity_dispatch as capacity_dispatch,
     capacity_experts as capacity_experts,
     dropless_experts as dropless_experts,
 )
+from ._fourier_density import (
+    fourier_cdf as fourier_cdf,
+    fourier_cross_entropy as fourier_cross_entropy,
+    fourier_log_density as fourier_log_density,
+    fourier_logits as fourier_logits,
+    fourier_sample as fourier_sample,
+    fourier_smoothness_penalty as fourier_smoothness_penalty,
+)
+from ._fourier_head import FourierHead as FourierHead
 from ._linen_output_head import LinenOutputHead as LinenOutputHead
 from ._mixture_of_experts import (
     MixtureOfExperts as MixtureOfExperts,
@@ -31,15 +57,30 @@ from ._recurrent import (
     QuasiLSTM as QuasiLSTM,
     SelectiveScan as SelectiveScan,
 )
+from ._smoothness import smoothness_metric as smoothness_metric
 from ._tensor_attention import TensorAttention as TensorAttention
 from ._video import (
     VideoPositions as VideoPositions,
     VideoTransformerBlock as VideoTransformerBlock,
 )
+from ._vq_head import (
+    CodebookVariable as CodebookVariable,
+    VQLogitsHead as VQLogitsHead,
+)
+from ._vq_logits import (
+    TokenClusters as TokenClusters,
+    vq_clusters as vq_clusters,
+    vq_logits as vq_logits,
+    vq_sample as vq_sample,
+)
 
 __all__ = [
+    "CodebookState",
+    "CodebookVariable",
     "ExpertRows",
+    "FourierHead",
     "GatedLinearAttention",
+    "KMeans",
     "LinearAttention",
     "LinenOutputHead",
     "MixtureOfExperts",
@@ -50,10 +91,28 @@ __all__ = [
     "SelectionBias",
     "SelectiveScan",
     "TensorAttention",
+    "TokenClusters",
+    "VQLogitsHead",
     "VideoPositions",
     "VideoTransformerBlock",
+    "assign_codes",
     "attention_fn",
     "capacity_dispatch",
     "capacity_experts",
+    "codebook_ema_update",
+    "codebook_state",
     "dropless_experts",
+    "fourier_cdf",
+    "fourier_cross_entropy",
+    "fourier_log_density",
+    "fourier_logits",
+    "fourier_sample",
+    "fourier_smoothness_penalty",
+    "frequency_mapping",
+    "kmeans",
+    "smoothness_metric",
+    "straight_through_codes",
+    "vq_clusters",
+    "vq_logits",
+    "vq_sample",
 ]

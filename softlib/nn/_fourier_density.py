@@ -1,0 +1,431 @@
+r"""Densities on [-1, 1] as squared magnitudes of Fourier series.
+
+With complex $a_0, \ldots, a_n$ the density is $f(x) = |A(x)|^2 / (2 \sum |a_l|^2)$ for
+$A(x) = \sum_l a_l e^{i \pi l x}$. Squaring a sum of n + 1 terms costs less than the
+autocorrelation of the coefficients and cannot become negative by rounding; in real
+arithmetic it is two products with tables of cosines and sines.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+
+# Of a bisection: [-1, 1] ends as an interval of 2**-29.
+_STEPS = 30
+
+
+def fourier_logits(
+    coefficients: Float[Array, "*batch C"], num_bins: int, *, eps: float = 1e-5
+) -> Float[Array, "*batch m"]:
+    r"""Logits of equal bins of [-1, 1] under a Fourier density.
+
+    $y_j = f(b_j) / \sum_k f(b_k)$ at the centres $b_j = -1 + (2 j + 1) / m$; the logits
+    are $\log(y_j + \varepsilon)$. A softmax of them is $(y + \varepsilon) / (1 + m
+    \varepsilon)$: no bin is impossible, and a share of $m \varepsilon$ of the mass is
+    spread evenly (1 % for 1,000 bins). `fourier_cross_entropy` does without.
+
+    With fewer frequencies than bins $y_j = 2 f(b_j) / m$, because the waves sum to 0.
+
+    Args:
+        coefficients: $n + 1$ real parts, then as many imaginary parts: C = 2 (n + 1).
+            Their common factor, also a complex one, does not matter. All zeros are the
+            uniform density, from which no gradient leads away.
+        num_bins: Static number of bins m. More than m / 2 frequencies alias.
+        eps: Static, positive.
+
+    Returns:
+        Logits, float32 (float64 for float64 coefficients).
+
+    Raises:
+        TypeError: `coefficients` does not hold floating numbers.
+        ValueError: The last axis is odd or empty, or an option is out of range.
+
+    Derivatives: forward and reverse mode, any order; finite where the density is 0.
+    Cost: 4 n m multiply-adds per row.
+    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
+        Distributions", in the squared form.
+
+    Example:
+        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])  # 1 + exp(i pi x) / 2
+        >>> print(jax.nn.softmax(softlib.nn.fourier_logits(coefficients, 4)).round(2))
+        [0.11 0.39 0.39 0.11]
+    """
+    function = "fourier_logits"
+    a = _coefficients(function, coefficients)
+    checks.require_positive_integer(function, "num_bins", num_bins)
+    checks.require_positive_number(function, "eps", eps)
+    power = _power_at_bins(_scaled(a), num_bins)
+    total = power.sum(axis=-1, keepdims=True)
+    # Of as many frequencies as bins all bins can be roots.
+    none = total == 0
+    y = jnp.where(none, 1 / num_bins, power / jnp.where(none, 1, total))
+    return jnp.log(y + eps)
+
+
+def fourier_cross_entropy(
+    coefficients: Float[Array, "*batch C"],
+    labels: Integer[Array, "*batch"],
+    *,
+    num_bins: int,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Cross-entropy of bins under a Fourier density, in nats per row, without a floor.
+
+    $-\log y_k$ with $y$ as in `fourier_logits`. With fewer frequencies than bins the
+    sum over the bins is $m \sum |a_l|^2$ exactly, so that only the label's bin is
+    evaluated.
+
+    Args:
+        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
+        labels: Bins in $[0, m)$. Outside, the loss is NaN and the row has no gradient.
+        num_bins: Static number of bins m.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            loss and gradient are exactly 0, whatever the row holds.
+
+    Returns:
+        The loss per row, float32 (float64 for float64 coefficients). Where the density
+        is 0 it is large and finite: some 87 nats in float32, 708 in float64.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Derivatives: forward and reverse mode, any order; finite where the density is 0.
+    Cost: 4 n multiply-adds per row; with as many frequencies as bins or more, 4 n m.
+    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
+        Distributions", without its floor under the probabilities.
+
+    Example:
+        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
+        >>> loss = softlib.nn.fourier_cross_entropy
+        >>> print(loss(coefficients, jnp.array(1), num_bins=4).round(3))
+        0.938
+    """
+    function = "fourier_cross_entropy"
+    a, labels = _coefficients(function, coefficients), jnp.asarray(labels)
+    checks.require_integer(function, labels=labels)
+    batch = a.shape[:-1]
+    checks.require_shape(function, "labels", labels, batch, "the batch shape")
+    checks.require_positive_integer(function, "num_bins", num_bins)
+    if where is not None:
+        where = jnp.asarray(where)
+        checks.require_boolean(function, where=where)
+        checks.require_broadcastable(function, "where", where, batch, "the batch shape")
+        where = jnp.broadcast_to(where, batch)
+        a = jnp.where(where[..., None], a, 0)
+    valid = (labels >= 0) & (labels < num_bins)
+    bins = jnp.where(valid, labels, 0)
+    a = _scaled(a)
+    if a.shape[-1] // 2 <= num_bins:  # n < m
+        total = num_bins * _norm(a)
+        power = _power(a, *(table.T[bins] for table in _bin_tables(a, num_bins)))
+    else:
+        powers = _power_at_bins(a, num_bins)
+        total = powers.sum(axis=-1)
+        power = jnp.take_along_axis(powers, bins[..., None], axis=-1)[..., 0]
+    loss = _log(total) - _log(power)
+    loss = jnp.where(valid, loss, jnp.nan)
+    return loss if where is None else jnp.where(where, loss, 0)
+
+
+def fourier_log_density(
+    coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
+) -> Float[Array, "..."]:
+    r"""Logarithm of a Fourier density at points of [-1, 1], without bins.
+
+    $\log f(x)$, in nats: the negative log-likelihood of a continuous target is its
+    negative.
+
+    Args:
+        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
+        x: Points; their axes broadcast with those of the rows. Outside of [-1, 1] the
+            result is -inf without a gradient.
+
+    Returns:
+        float32 (float64 if an argument is float64). At a root of the density it is
+        large and finite: some -87 in float32, -708 in float64.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode, any order, of both; finite at roots.
+    Cost: 4 n multiply-adds and 2 n cosines per point.
+    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
+        Distributions", in the squared form.
+
+    Example:
+        >>> coefficients, x = jnp.array([1.0, 0.5, 0.0, 0.0]), jnp.array([-1.0, 0.0])
+        >>> print(softlib.nn.fourier_log_density(coefficients, x).round(1))
+        [-2.3 -0.1]
+    """
+    function = "fourier_log_density"
+    a = _scaled(_coefficients(function, coefficients))
+    a, x = _with_points(function, a, x)
+    outside = (x < -1) | (x > 1)
+    angles = math.pi * _frequencies(a) * jnp.where(outside, 0, x)[..., None]
+    power = _power(a, jnp.cos(angles), jnp.sin(angles))
+    return jnp.where(outside, -jnp.inf, _log(power) - jnp.log(2 * _norm(a)))
+
+
+def fourier_cdf(
+    coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
+) -> Float[Array, "..."]:
+    r"""Probability of what is below a point, under a Fourier density.
+
+    $F(x) = \frac{x + 1}{2} + \mathrm{Re} \sum_{k = 1}^n \frac{c_k}{c_0}
+    \frac{e^{i \pi k x} - (-1)^k}{i \pi k}$ with the autocorrelation $c_k = \sum_l
+    a_{l + k} \bar a_l$.
+
+    Args:
+        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
+        x: Points; their axes broadcast with those of the rows. 0 below -1, 1 above 1.
+
+    Returns:
+        Probabilities, float32 (float64 if an argument is float64).
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: forward and reverse mode; with respect to `x` the density.
+    Cost: 8 n^2 multiply-adds per row, n per point.
+    Source: the integral of the density of "Fourier Head: Helping Large Language Models
+        Learn Complex Probability Distributions".
+
+    Example:
+        >>> coefficients, x = jnp.array([1.0, 0.5, 0.0, 0.0]), jnp.array([-0.5, 0.0])
+        >>> print(softlib.nn.fourier_cdf(coefficients, x).round(4))
+        [0.1227 0.5   ]
+    """
+    function = "fourier_cdf"
+    a = _coefficients(function, coefficients)
+    series = jnp.concatenate(_autocorrelation(_scaled(a), normalize=True), axis=-1)
+    both, x = _with_points(function, series, x)
+    real, imaginary = jnp.split(both, 2, axis=-1)
+    return _distribution(real, imaginary, x)
+
+
+def fourier_sample(
+    key: PRNGKeyArray,
+    coefficients: Float[Array, "*rows C"],
+    shape: tuple[int, ...] | None = None,
+) -> Float[Array, "..."]:
+    """Draws from a Fourier density, by bisection of its distribution function.
+
+    Args:
+        key: A key of `jax.random`.
+        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
+        shape: Static shape of the result, to which the rows broadcast; None is one draw
+            per row.
+
+    Returns:
+        Numbers in [-1, 1], float32 (float64 for float64 coefficients), within 1e-6 of
+        the exact quantile, or 2e-9 for float64, where the density is not 0.
+
+    Raises:
+        TypeError: `coefficients` does not hold floating numbers.
+        ValueError: Shapes do not fit together.
+
+    Derivatives: none, a draw: the gradient is stopped.
+    Cost: 30 evaluations of the distribution function per number.
+    Source: the continuous form of "Fourier Head: Helping Large Language Models Learn
+        Complex Probability Distributions"; bisection is softlib's.
+
+    Example:
+        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
+        >>> x = softlib.nn.fourier_sample(jax.random.key(0), coefficients, (1000,))
+        >>> print(x.shape, bool((abs(x) < 0.5).mean() > 0.7))
+        (1000,) True
+    """
+    function = "fourier_sample"
+    a = lax.stop_gradient(_coefficients(function, coefficients))
+    rows = a.shape[:-1]
+    shape = rows if shape is None else tuple(shape)
+    if len(rows) > len(shape) or jnp.broadcast_shapes(rows, shape) != shape:
+        raise ValueError(
+            f"{function}: `shape` must be one to which the rows {rows} broadcast, "
+            f"got {shape}."
+        )
+    real, imaginary = _autocorrelation(_scaled(a), normalize=True)
+    spread = lambda c: jnp.broadcast_to(
+        c.reshape((1,) * (len(shape) - len(rows)) + c.shape), (*shape, c.shape[-1])
+    )
+    real, imaginary = spread(real), spread(imaginary)
+    wanted = jax.random.uniform(key, shape, a.dtype)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        below = _distribution(real, imaginary, middle) < wanted
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    start = jnp.full(shape, -1, a.dtype), jnp.full(shape, 1, a.dtype)
+    low, high = lax.fori_loop(0, _STEPS, halve, start)
+    return (low + high) / 2
+
+
+def fourier_smoothness_penalty(
+    coefficients: Float[Array, "*batch C"], *, normalize: bool = True
+) -> Float[Array, "*batch"]:
+    r"""What a rough Fourier density costs, per row.
+
+    $4 \pi^2 \sum_{k = 1}^n k^2 |c_k / c_0|^2$ with the autocorrelation $c_k = \sum_l
+    a_{l + k} \bar a_l$: four times $\int_{-1}^1 f'(x)^2 dx$.
+
+    Args:
+        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
+        normalize: Static. False leaves out the division by $c_0$, as the paper's code:
+            then shrinking the coefficients lowers the penalty and smooths nothing.
+
+    Returns:
+        The penalty, float32 (float64 for float64 coefficients); 0 for coefficients that
+        are all 0.
+
+    Raises:
+        TypeError: `coefficients` does not hold floating numbers.
+        ValueError: The last axis is odd or empty.
+
+    Derivatives: forward and reverse mode, any order.
+    Cost: 8 n^2 multiply-adds per row.
+    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
+        Distributions"; the normalization is softlib's.
+
+    Example:
+        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
+        >>> print(f"{softlib.nn.fourier_smoothness_penalty(coefficients):.3f}")
+        6.317
+    """
+    a = _coefficients("fourier_smoothness_penalty", coefficients)
+    a = _scaled(a) if normalize else a
+    real, imaginary = _autocorrelation(a, normalize=normalize)
+    k = jnp.arange(1, a.shape[-1] // 2, dtype=a.dtype)
+    squares = jnp.square(real) + jnp.square(imaginary)
+    return 4 * math.pi**2 * jnp.sum(squares * _row(k * k, squares), axis=-1)
+
+
+# --------------------------------------------------------------------------- the series
+def _coefficients(function: str, coefficients: Array) -> Float[Array, "*batch C"]:
+    coefficients = jnp.asarray(coefficients)
+    checks.require_floating(function, coefficients=coefficients)
+    size = coefficients.shape[-1] if coefficients.ndim else 0
+    if size == 0 or size % 2:
+        raise ValueError(
+            f"{function}: `coefficients` must have a last axis of n + 1 real and n + 1 "
+            f"imaginary parts, got shape {coefficients.shape}."
+        )
+    return coefficients.astype(accumulator_dtype(coefficients))
+
+
+def _scaled(a: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    """The same density by coefficients of size 1, whose squares are in range.
+
+    As no common factor matters, neither does the derivative of this one.
+    """
+    size = lax.stop_gradient(jnp.abs(a).max(axis=-1, keepdims=True))
+    zero = size == 0
+    constant = jnp.zeros(a.shape[-1], a.dtype).at[0].set(1)
+    return jnp.where(zero, _row(constant, a), a / jnp.where(zero, 1, size))
+
+
+def _norm(a: Array) -> Array:
+    return jnp.square(a).sum(axis=-1)
+
+
+def _log(power: Array) -> Array:
+    """Finite for 0, as is its slope."""
+    return jnp.log(power + jnp.finfo(power.dtype).tiny)
+
+
+def _power(a: Array, cosines: Array, sines: Array) -> Array:
+    """|A|^2 at one point per row."""
+    real, imaginary = jnp.split(a, 2, axis=-1)
+    at = lambda x, y: jnp.sum(x * cosines + y * sines, axis=-1)
+    return jnp.square(at(real, -imaginary)) + jnp.square(at(imaginary, real))
+
+
+def _power_at_bins(a: Array, num_bins: int) -> Float[Array, "*batch m"]:
+    real, imaginary = jnp.split(a, 2, axis=-1)
+    cosines, sines = _bin_tables(a, num_bins)
+    of = lambda x, table: jnp.matmul(x, table, precision=lax.Precision.HIGHEST)
+    real, imaginary = (
+        of(real, cosines) - of(imaginary, sines),
+        of(real, sines) + of(imaginary, cosines),
+    )
+    return jnp.square(real) + jnp.square(imaginary)
+
+
+def _bin_tables(a: Array, num_bins: int) -> tuple[Array, Array]:
+    """Cosines and sines of pi l b for each frequency l and bin centre b."""
+    return _tables(a.shape[-1] // 2, num_bins, a.dtype)
+
+
+def _tables(frequencies: int, num_bins: int, dtype: DTypeLike) -> tuple[Array, Array]:
+    centres = -1 + (2 * np.arange(num_bins) + 1) / num_bins
+    angles = np.pi * np.outer(np.arange(frequencies), centres)
+    return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+
+
+def _autocorrelation(
+    a: Float[Array, "*batch C"], *, normalize: bool
+) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
+    """Real and imaginary parts of c_1 to c_n, or of c_k / c_0.
+
+    They are the Fourier coefficients of |A|^2, a sum of n + 1 waves and their
+    conjugates, which 2 n + 2 points determine.
+    """
+    frequencies = a.shape[-1] // 2
+    points = 2 * frequencies
+    power = _power_at_bins(a, points)
+    cosines, sines = _tables(frequencies, points, a.dtype)
+    of = lambda table: jnp.matmul(power, table.T, precision=lax.Precision.HIGHEST)
+    divisor = points * _norm(a)[..., None] if normalize else points
+    real, imaginary = of(cosines) / divisor, -of(sines) / divisor
+    return real[..., 1:], imaginary[..., 1:]
+
+
+def _distribution(real: Array, imaginary: Array, x: Array) -> Array:
+    """F(x) from c_k / c_0; the axes but the last are those of x."""
+    inside = jnp.clip(x, -1, 1)
+    k = jnp.arange(1, real.shape[-1] + 1, dtype=real.dtype)
+    angles = math.pi * _row(k, real) * inside[..., None]
+    signs = jnp.where(k % 2 == 0, 1.0, -1.0).astype(real.dtype)
+    # (r + i s)(cos + i sin - sign) / (i pi k), of which the real part.
+    waves = real * jnp.sin(angles) + imaginary * (jnp.cos(angles) - _row(signs, real))
+    total = jnp.sum(waves / (math.pi * _row(k, real)), axis=-1)
+    return jnp.clip((inside + 1) / 2 + total, 0, 1)
+
+
+def _frequencies(a: Array) -> Array:
+    return _row(jnp.arange(a.shape[-1] // 2, dtype=a.dtype), a)
+
+
+def _row(values: Array, like: Array) -> Array:
+    """Numbers along the last axis, with as many axes as `like`."""
+    return values.reshape((1,) * (like.ndim - 1) + values.shape)
+
+
+def _with_points(function: str, coefficients: Array, x: Array) -> tuple[Array, Array]:
+    """Both over the same batch axes and in the same dtype."""
+    a, x = coefficients, jnp.asarray(x)
+    checks.require_floating(function, x=x)
+    dtype = accumulator_dtype(a, x)
+    try:
+        batch = jnp.broadcast_shapes(a.shape[:-1], x.shape)
+    except ValueError:
+        raise ValueError(
+            f"{function}: `x` must broadcast with the rows of `coefficients`, got "
+            f"shapes {x.shape} and {a.shape}."
+        ) from None
+    a = a.reshape((1,) * (len(batch) - a.ndim + 1) + a.shape)
+    x = x.reshape((1,) * (len(batch) - x.ndim) + x.shape)
+    a = jnp.broadcast_to(a, (*batch, a.shape[-1])).astype(dtype)
+    return a, jnp.broadcast_to(x, batch).astype(dtype)
