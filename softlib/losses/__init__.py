@@ -23,6 +23,18 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+With a temperature per row:
+
+- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`, and the best
+  temperature: `linear_optimal_temperature`, `optimal_temperature`
+- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
+  `GlobalContrastiveUpdate`: running means over a data set
+
+Against adversaries, and what the comp-sum losses guarantee:
+
+- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
+- `comp_sum_transformation`, `comp_sum_regret_bound`
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -38,6 +50,10 @@ The same losses of log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 """
 
+from ._adversarial import (
+    projected_gradient_ascent as projected_gradient_ascent,
+    smooth_adversarial_comp_sum_loss as smooth_adversarial_comp_sum_loss,
+)
 from ._collapse import (
     naive_loss_minimization_alignment as naive_loss_minimization_alignment,
     softmax_collapse_fraction as softmax_collapse_fraction,
@@ -52,7 +68,17 @@ from ._comp_sum import (
     linear_mean_absolute_error_loss as linear_mean_absolute_error_loss,
     mean_absolute_error_loss as mean_absolute_error_loss,
 )
+from ._comp_sum_bounds import (
+    comp_sum_regret_bound as comp_sum_regret_bound,
+    comp_sum_transformation as comp_sum_transformation,
+)
 from ._compose import TokenMetrics as TokenMetrics
+from ._contrastive_temperature import (
+    GlobalContrastiveState as GlobalContrastiveState,
+    GlobalContrastiveUpdate as GlobalContrastiveUpdate,
+    global_contrastive_update as global_contrastive_update,
+    robust_contrastive_loss as robust_contrastive_loss,
+)
 from ._cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
     softmax_cross_entropy as softmax_cross_entropy,
@@ -91,6 +117,12 @@ from ._multi_label import (
     linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
+from ._robust_temperature import (
+    linear_optimal_temperature as linear_optimal_temperature,
+    linear_robust_softmax_cross_entropy as linear_robust_softmax_cross_entropy,
+    optimal_temperature as optimal_temperature,
+    robust_softmax_cross_entropy as robust_softmax_cross_entropy,
+)
 from ._router import (
     cv_squared as cv_squared,
     importance_loss as importance_loss,
@@ -118,15 +150,20 @@ from ._token_metrics import (
 )
 
 __all__ = [
+    "GlobalContrastiveState",
+    "GlobalContrastiveUpdate",
     "RowStatistics",
     "TokenMetrics",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
+    "comp_sum_regret_bound",
+    "comp_sum_transformation",
     "cv_squared",
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
+    "global_contrastive_update",
     "importance_loss",
     "label_rank",
     "linear_comp_sum_loss",
@@ -136,7 +173,9 @@ __all__ = [
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
+    "linear_optimal_temperature",
     "linear_poly1_cross_entropy",
+    "linear_robust_softmax_cross_entropy",
     "linear_row_statistics",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
@@ -149,11 +188,16 @@ __all__ = [
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "naive_loss_minimization_alignment",
+    "optimal_temperature",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "projected_gradient_ascent",
+    "robust_contrastive_loss",
+    "robust_softmax_cross_entropy",
     "router_z_loss",
     "row_statistics",
     "sdm_loss",
+    "smooth_adversarial_comp_sum_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
