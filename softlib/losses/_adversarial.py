@@ -1,4 +1,4 @@
-r"""Adversarial training: a smooth comp-sum loss, and the ascent that finds adversaries."""
+r"""Adversarial training: a smooth comp-sum loss, and an ascent to find adversaries."""
 
 import math
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def smooth_adversarial_comp_sum_loss(
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs the limit of the comp-sum
             loss for $p_y = 0$.
-        tau: $\tau \geq 0$ of the comp-sum loss, 1 for cross-entropy; a number is static,
-            an array traced and differentiable.
+        tau: $\tau \geq 0$ of the comp-sum loss, 1 for cross-entropy; a number is
+            static, an array traced and differentiable.
         rho: $\rho > 0$, the margin; a number or a traced scalar.
         nu: $\nu \geq 0$, the weight of robustness, usually tuned; a number or a traced
             scalar.
@@ -104,10 +104,11 @@ def smooth_adversarial_comp_sum_loss(
     clean = comp_sum_from_log_prob(log_prob, tau=tau)
 
     counts = rows_that_count(source, where)
-    final = lambda z: (
+    clean_logits, moved_logits = (
         GivenLogits.of(function, z, **options).masked(counts).final_logits()
+        for z in (logits, other)
     )
-    moved = _margin_distance(final(logits), final(other), labels)
+    moved = _margin_distance(clean_logits, moved_logits, labels)
     # What has no finite loss keeps it, and has no slope.
     usual = jnp.isfinite(clean)
     loss = jnp.where(usual, clean + nu * jnp.where(usual, moved, 0), clean)
@@ -115,8 +116,8 @@ def smooth_adversarial_comp_sum_loss(
 
 
 def projected_gradient_ascent(
-    objective: Callable[[Float[Array, "B *shape"]], Float[Array, " B"]],
-    x: Float[Array, "B *shape"],
+    objective: Callable[[Float[Array, "B ..."]], Float[Array, " B"]],
+    x: Float[Array, "B ..."],
     *,
     radius: Scalar,
     norm: float,
@@ -124,7 +125,7 @@ def projected_gradient_ascent(
     step_size: Scalar,
     key: Key[Array, ""],
     bounds: tuple[float, float] | None = None,
-) -> Float[Array, "B *shape"]:
+) -> Float[Array, "B ..."]:
     r"""Points of a ball around each example at which an objective is large.
 
     From a random point of the ball, `steps` times a step along the gradient (its sign
@@ -157,9 +158,9 @@ def projected_gradient_ascent(
     Example:
         >>> target = jnp.array([[1.0, 0.0]])
         >>> found = softlib.losses.projected_gradient_ascent(
-        ...     lambda x: (x * target).sum(-1), jnp.zeros((1, 2)), radius=0.5, norm=2,
-        ...     steps=20, step_size=0.1, key=jax.random.key(0))
-        >>> print(jnp.abs(found.round(1)))
+        ...     lambda x: (x * target).sum(-1), jnp.zeros((1, 2)), radius=0.5,
+        ...     norm=2, steps=20, step_size=0.1, key=jax.random.key(0))
+        >>> print(found.round(2))
         [[0.5 0. ]]
     """
     function = "projected_gradient_ascent"
@@ -198,11 +199,8 @@ def projected_gradient_ascent(
         points = project(points + step_size * direction)
         now = of(points)
         better = now > value
-        return (
-            points,
-            jnp.where(_like(better, best), points, best),
-            jnp.where(better, now, value),
-        )
+        best = jnp.where(_like(better, best), points, best)
+        return points, best, jnp.where(better, now, value)
 
     start = project(centre + radius * _random(key, centre, norm))
     state = (start, start, of(start))

@@ -133,7 +133,7 @@ def _check(function: str, tau: Scalar, num_classes: int) -> None:
 
 
 def _transformation(beta: Array, tau: Scalar, num_classes: int) -> Array:
-    # With beta = tanh(B) and d = 2 - tau: log a = d log cosh(B / d) - log cosh(B), which
+    # With beta = tanh(B) and d = 2 - tau: log a = d log cosh(B / d) - log cosh(B). That
     # is s G for s = 1 - tau, and T = -G (e^{sG} - 1) / (sG) times 2^s or n^s.
     s = 1 - jnp.asarray(tau, beta.dtype)
     is_linear = s <= -1
@@ -147,7 +147,7 @@ def _transformation(beta: Array, tau: Scalar, num_classes: int) -> Array:
     tiny = jnp.abs(u) < jnp.finfo(u.dtype).eps
     quotient = expm1(jnp.where(tiny, 1, u)) / jnp.where(tiny, 1, u)
     base = jnp.where(s < 0, math.log(num_classes), math.log(2))
-    curved = -g * jnp.where(tiny, 1 + u / 2, quotient) * jnp.exp(s * base)
+    curved = (0 - g) * jnp.where(tiny, 1 + u / 2, quotient) * jnp.exp(s * base)
 
     a = jnp.where(is_linear, jnp.asarray(tau, beta.dtype) - 1, 1)
     return jnp.where(is_linear, beta / (a * jnp.exp(a * math.log(num_classes))), curved)

@@ -54,8 +54,9 @@ def linear_robust_softmax_cross_entropy(
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
         temperature: $\tau > 0$; a number or an array that is a scalar or one value per
-            row, differentiable. Divides the logits after bias and softcap. `softlib.nn.TempNet` predicts it,
-            `linear_optimal_temperature` finds the best.
+            row, differentiable. Divides the logits after bias and softcap.
+            `softlib.nn.TempNet` predicts it, `linear_optimal_temperature` finds the
+            best.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever `hidden`, `labels` and
