@@ -59,8 +59,8 @@ def robust_contrastive_loss(
         >>> similarity = jnp.array([[0.9, 0.1], [0.5, 0.8]])
         >>> loss = softlib.losses.robust_contrastive_loss
         >>> rows, columns = loss(similarity, 0.1, 0.2, rho=1.0)
-        >>> print(rows.round(3), columns.round(3))
-        [-0.7 -0.2] [-0.2 -0.5]
+        >>> print(rows.round(2) + 1, columns.round(2) + 1)
+        [0.3 0.8] [0.8 0.5]
     """
     function = "robust_contrastive_loss"
     similarity = jnp.asarray(similarity)
@@ -134,8 +134,8 @@ class GlobalContrastiveUpdate(NamedTuple):
         >>> state = softlib.losses.GlobalContrastiveState(jnp.full(3, -jnp.inf))
         >>> update = softlib.losses.global_contrastive_update
         >>> h = jnp.array([[0.0, -0.1]])
-        >>> print(update(state, jnp.array([1]), h, 0.1, gamma=0.9).weights.round(3))
-        [[0.731 0.269]]
+        >>> print(update(state, jnp.array([1]), h, 0.1, gamma=0.9).weights.round(2))
+        [[0.73 0.27]]
     """
 
     state: GlobalContrastiveState

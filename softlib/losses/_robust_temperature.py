@@ -84,7 +84,7 @@ def linear_robust_softmax_cross_entropy(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> robust = softlib.losses.linear_robust_softmax_cross_entropy
         >>> print(robust(hidden, weight, jnp.array([0, 1]), 0.5, rho=0.1).round(4))
-        [-0.3795 -0.4812]
+        [-0.3795 -0.4813]
     """
     function = "linear_robust_softmax_cross_entropy"
     source = LinearHead.of(function, hidden, weight, temperature=temperature, **options)
@@ -195,8 +195,8 @@ def linear_optimal_temperature(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> best = softlib.losses.linear_optimal_temperature
         >>> sizes = {"temperature_min": 0.1, "temperature_max": 10.0}
-        >>> print(best(hidden, weight, rho=0.5, **sizes).round(3))
-        [0.391 0.783]
+        >>> print(best(hidden, weight, rho=0.5, **sizes).round(2))
+        [0.45 0.91]
     """
     function = "linear_optimal_temperature"
     _check_search(function, rho, temperature_min, temperature_max, num_steps, options)
@@ -275,9 +275,10 @@ def optimal_temperature(
 
     Example:
         >>> logits = jnp.array([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]])
+        >>> sizes = {"temperature_min": 0.1, "temperature_max": 10.0}
         >>> best = softlib.losses.optimal_temperature
-        >>> print(best(logits, rho=0.5, temperature_min=0.1, temperature_max=10.0))
-        [0.7826 1.5652]
+        >>> print(best(logits, rho=0.5, **sizes).round(2))
+        [0.91 1.82]
     """
     function = "optimal_temperature"
     _check_search(function, rho, temperature_min, temperature_max, num_steps, options)
