@@ -160,8 +160,8 @@ def projected_gradient_ascent(
         >>> found = softlib.losses.projected_gradient_ascent(
         ...     lambda x: (x * target).sum(-1), jnp.zeros((1, 2)), radius=0.5,
         ...     norm=2, steps=20, step_size=0.1, key=jax.random.key(0))
-        >>> print(found.round(2))
-        [[0.5 0. ]]
+        >>> print(found.round(2) + 1)
+        [[1.5 1. ]]
     """
     function = "projected_gradient_ascent"
     x = jnp.asarray(x)

@@ -106,11 +106,11 @@ def comp_sum_regret_bound(
 
     Example:
         >>> bound = softlib.losses.comp_sum_regret_bound
-        >>> for tau in (1.0, 1.5, 2.0):
-        ...     print(bound(jnp.array([0.01, 0.1]), tau=tau, num_classes=10).round(2))
-        [0.14 0.44]
-        [0.18 0.58]
-        [0.1 1. ]
+        >>> for tau in (1.0, 1.5, 2.0):  # in percent
+        ...     print((100 * bound(jnp.array(0.01), tau=tau, num_classes=10)).round())
+        14.0
+        18.0
+        10.0
     """
     function = "comp_sum_regret_bound"
     regret = jnp.asarray(surrogate_regret)

@@ -134,8 +134,9 @@ class GlobalContrastiveUpdate(NamedTuple):
         >>> state = softlib.losses.GlobalContrastiveState(jnp.full(3, -jnp.inf))
         >>> update = softlib.losses.global_contrastive_update
         >>> h = jnp.array([[0.0, -0.1]])
-        >>> print(update(state, jnp.array([1]), h, 0.1, gamma=0.9).weights.round(2))
-        [[0.73 0.27]]
+        >>> found = update(state, jnp.array([1]), h, 0.1, gamma=0.9)
+        >>> print((100 * found.weights).round())
+        [[73. 27.]]
     """
 
     state: GlobalContrastiveState

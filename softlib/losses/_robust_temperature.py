@@ -195,8 +195,8 @@ def linear_optimal_temperature(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> best = softlib.losses.linear_optimal_temperature
         >>> sizes = {"temperature_min": 0.1, "temperature_max": 10.0}
-        >>> print(best(hidden, weight, rho=0.5, **sizes).round(2))
-        [0.45 0.91]
+        >>> print((100 * best(hidden, weight, rho=0.5, **sizes)).round())
+        [45. 91.]
     """
     function = "linear_optimal_temperature"
     _check_search(function, rho, temperature_min, temperature_max, num_steps, options)
@@ -232,7 +232,8 @@ def linear_optimal_temperature(
     inside = inside & (slope < -jnp.finfo(slope.dtype).tiny)
     found = _implicit(log_tau, excess(source, rho, log_tau), slope, inside)
     found = jnp.clip(jnp.exp(found), lax.stop_gradient(low), lax.stop_gradient(high))
-    return jnp.where(log_tau <= ends[0], low, jnp.where(log_tau < ends[1], found, high))
+    found = jnp.where(log_tau <= ends[0], low, found)
+    return jnp.where(log_tau >= ends[1], high, found)
 
 
 def optimal_temperature(
@@ -277,8 +278,8 @@ def optimal_temperature(
         >>> logits = jnp.array([[2.0, 0.0, 0.0], [4.0, 0.0, 0.0]])
         >>> sizes = {"temperature_min": 0.1, "temperature_max": 10.0}
         >>> best = softlib.losses.optimal_temperature
-        >>> print(best(logits, rho=0.5, **sizes).round(2))
-        [0.91 1.82]
+        >>> print((100 * best(logits, rho=0.5, **sizes)).round())
+        [ 91. 182.]
     """
     function = "optimal_temperature"
     _check_search(function, rho, temperature_min, temperature_max, num_steps, options)
@@ -295,7 +296,7 @@ def _temperature_of(
     # A maximum of 0 keeps z / tau finite for a small tau.
     top = z.max(-1, keepdims=True)
     z = z - jnp.where(jnp.isfinite(top), top, 0)
-    log_classes = jnp.log(jnp.maximum((z > -jnp.inf).sum(-1), 1).astype(z.dtype))
+    log_classes = jnp.log(jnp.maximum((z != -jnp.inf).sum(-1), 1).astype(z.dtype))
 
     def excess(log_tau: Array) -> Array:
         _, x, mean, _ = _moments(z, jnp.exp(log_tau))
@@ -329,7 +330,7 @@ def _temperature_jvp(num_steps, primals, tangents):
 
 def _moments(z: Array, tau: Array) -> tuple[Array, Array, Array, Array]:
     """Softmax, scaled logits, their mean under it, and which entries are there."""
-    finite = z > -jnp.inf
+    finite = z != -jnp.inf  # NaN counts, and makes its row NaN
     x = jnp.where(finite, z / tau[..., None], -jnp.inf)
     w = jnp.where(finite.any(-1, keepdims=True), jax.nn.softmax(x), 0)
     w = jnp.where(finite, w, 0)
