@@ -28,6 +28,17 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
 Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
+With a temperature per row:
+
+- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`, and the best
+  temperature: `linear_optimal_temperature`, `optimal_temperature`
+- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
+  `GlobalContrastiveUpdate`: running means over a data set
+
+Against adversaries, and what the comp-sum losses guarantee:
+
+- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
+- `comp_sum_transformation`, `comp_sum_regret_bound`
 
 Of logits, with other maps in the place of softmax:
 
@@ -51,6 +62,10 @@ The same losses of log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 """
 
+from ._adversarial import (
+    projected_gradient_ascent as projected_gradient_ascent,
+    smooth_adversarial_comp_sum_loss as smooth_adversarial_comp_sum_loss,
+)
 from ._collapse import (
     naive_loss_minimization_alignment as naive_loss_minimization_alignment,
     softmax_collapse_fraction as softmax_collapse_fraction,
@@ -65,7 +80,17 @@ from ._comp_sum import (
     linear_mean_absolute_error_loss as linear_mean_absolute_error_loss,
     mean_absolute_error_loss as mean_absolute_error_loss,
 )
+from ._comp_sum_bounds import (
+    comp_sum_regret_bound as comp_sum_regret_bound,
+    comp_sum_transformation as comp_sum_transformation,
+)
 from ._compose import TokenMetrics as TokenMetrics
+from ._contrastive_temperature import (
+    GlobalContrastiveState as GlobalContrastiveState,
+    GlobalContrastiveUpdate as GlobalContrastiveUpdate,
+    global_contrastive_update as global_contrastive_update,
+    robust_contrastive_loss as robust_contrastive_loss,
+)
 from ._cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
     softmax_cross_entropy as softmax_cross_entropy,
@@ -126,6 +151,11 @@ from ._negative_mining import (
 from ._one_versus_all import (
     linear_one_versus_all_loss as linear_one_versus_all_loss,
     one_versus_all_loss as one_versus_all_loss,
+from ._robust_temperature import (
+    linear_optimal_temperature as linear_optimal_temperature,
+    linear_robust_softmax_cross_entropy as linear_robust_softmax_cross_entropy,
+    optimal_temperature as optimal_temperature,
+    robust_softmax_cross_entropy as robust_softmax_cross_entropy,
 )
 from ._router import (
     cv_squared as cv_squared,
@@ -160,12 +190,16 @@ from ._vq_logits import (
 )
 
 __all__ = [
+    "GlobalContrastiveState",
+    "GlobalContrastiveUpdate",
     "RowStatistics",
     "TokenMetrics",
     "TopK",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
+    "comp_sum_regret_bound",
+    "comp_sum_transformation",
     "cv_squared",
     "decoupled_softmax_loss",
     "draw_positives",
@@ -173,6 +207,7 @@ __all__ = [
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "hard_negative_recall",
+    "global_contrastive_update",
     "importance_loss",
     "in_batch_positives",
     "in_batch_triplet_loss",
@@ -187,7 +222,9 @@ __all__ = [
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
     "linear_one_versus_all_loss",
+    "linear_optimal_temperature",
     "linear_poly1_cross_entropy",
+    "linear_robust_softmax_cross_entropy",
     "linear_row_statistics",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
@@ -209,11 +246,18 @@ __all__ = [
     "precision_at_k",
     "propensity_scored_precision_at_k",
     "recall_at_k",
+    "optimal_temperature",
+    "poly1_cross_entropy",
+    "poly1_from_log_prob",
+    "projected_gradient_ascent",
+    "robust_contrastive_loss",
+    "robust_softmax_cross_entropy",
     "router_z_loss",
     "row_statistics",
     "sampled_softmax_loss",
     "sdm_loss",
     "soft_top_k_loss",
+    "smooth_adversarial_comp_sum_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",

@@ -12,6 +12,7 @@
 - `TensorAttention` (NNX): multi-head attention over tuples of keys.
 - `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
   `capacity_dispatch`, `capacity_experts`, `dropless_experts`, `ExpertRows`: its parts.
+- `TempNet`, `PrototypeTempNet` (NNX): a softmax temperature per row.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
 - `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
   `QuasiLSTM` (NNX): linear systems with varying parameters.
@@ -58,6 +59,10 @@ from ._recurrent import (
     SelectiveScan as SelectiveScan,
 )
 from ._smoothness import smoothness_metric as smoothness_metric
+from ._temperature_network import (
+    PrototypeTempNet as PrototypeTempNet,
+    TempNet as TempNet,
+)
 from ._tensor_attention import TensorAttention as TensorAttention
 from ._video import (
     VideoPositions as VideoPositions,
@@ -86,10 +91,12 @@ __all__ = [
     "MixtureOfExperts",
     "NormalizedAttention",
     "OutputHead",
+    "PrototypeTempNet",
     "QuasiLSTM",
     "RouterReport",
     "SelectionBias",
     "SelectiveScan",
+    "TempNet",
     "TensorAttention",
     "TokenClusters",
     "VQLogitsHead",

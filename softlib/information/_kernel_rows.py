@@ -1,0 +1,133 @@
+"""Gaussian kernels of weighted samples, row by row and as logarithms.
+
+Every estimate on them is a log-sum-exp over rows of log-sum-exps within a row, so that
+nothing underflows and a row is all that has to exist at a time.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.special import logsumexp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib.typing import Scalar
+
+
+class Weights(NamedTuple):
+    """Normalised weights of N samples as logarithms; -inf drops a sample."""
+
+    log: Float[Array, " N"]
+    keep: Bool[Array, " N"]
+    empty: Bool[Array, ""]  # no sample counts; `log` is then that of equal weights
+
+
+class Axis(NamedTuple):
+    """Points in units of the bandwidth, relative to a common centre."""
+
+    points: Float[Array, "N D"]
+    squares: Float[Array, " N"]
+
+
+def checked_points(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:
+    """Floating arrays (N, d); a vector is refused, it would be one point of N axes."""
+    found = tuple(jnp.asarray(array) for array in arrays.values())
+    for name, array in zip(arrays, found, strict=True):
+        checks.require_floating(function, **{name: array})
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(
+                f"{function}: `{name}` must have shape (N, d) with N and d at least 1, "
+                f"got {array.shape}. Numbers are points of one axis: `{name}[:, None]`."
+            )
+    return found
+
+
+def check_bandwidth(function: str, **bandwidths: Scalar) -> None:
+    for name, value in bandwidths.items():
+        if isinstance(value, int | float):
+            checks.require_positive_number(function, name, value)
+        checks.require_scalar(function, name, value, 0, math.inf)
+
+
+def check_row_chunk(function: str, row_chunk: int | None) -> None:
+    if row_chunk is not None:
+        checks.require_positive_integer(function, "row_chunk", row_chunk)
+
+
+def weights_of(
+    function: str,
+    count: int,
+    weights: ArrayLike | None,
+    where: ArrayLike | None,
+    dtype: DTypeLike,
+    suffix: str = "",
+) -> Weights:
+    keep = jnp.ones(count, bool) if where is None else jnp.asarray(where)
+    why = "one per sample"
+    checks.require_boolean(function, **{f"where{suffix}": keep})
+    checks.require_shape(function, f"where{suffix}", keep, (count,), why)
+    log = jnp.zeros(count, dtype)
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        checks.require_floating(function, **{f"weights{suffix}": weights})
+        checks.require_shape(function, f"weights{suffix}", weights, (count,), why)
+        keep = keep & (weights != 0)
+        log = jnp.log(jnp.where(keep, weights, 1).astype(dtype))
+    empty = ~keep.any()
+    # With equal weights an empty sample has finite sums, which the caller drops.
+    log = jnp.where(empty, 0, jnp.where(keep, log, -jnp.inf))
+    return Weights(log - logsumexp(log), keep, empty)
+
+
+def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, ...]:
+    """Arrays of one space, centred by the first, in units of the bandwidth.
+
+    Differences do not depend on the centre, but |a|² + |b|² - 2 ab loses all digits far
+    from it; its derivative is 0 for the same reason.
+    """
+    dtype = accumulator_dtype(*arrays, weights.log)
+    first = jnp.where(weights.keep[:, None], arrays[0], 0).astype(dtype)
+    centre = lax.stop_gradient((jnp.exp(weights.log)[:, None] * first).sum(0))
+
+    def axis(array: Array) -> Axis:
+        shifted = (array.astype(dtype) - centre[None]) / bandwidth
+        return Axis(shifted, (shifted**2).sum(-1))
+
+    return tuple(axis(array) for array in arrays)
+
+
+def select(keep: Bool[Array, " N"], array: Array) -> Array:
+    """Dropped samples become 0 before any arithmetic: 0 * NaN is NaN."""
+    return jnp.where(keep[:, None], array, 0)
+
+
+def log_kernel_row(row: Axis, others: Axis, index: Array | None) -> Float[Array, " N"]:
+    """-|a - b|² / 2 of one point and all others; exactly 0 at the point's own index."""
+    product = jnp.dot(others.points, row.points, precision=lax.Precision.HIGHEST)
+    squared = jnp.maximum(row.squares + others.squares - 2 * product, 0)
+    if index is not None:
+        own = jnp.arange(others.squares.shape[0]) == index
+        squared = jnp.where(own, 0, squared)
+    return -squared / 2
+
+
+def over_rows(function: Callable[..., Any], rows: Any, row_chunk: int | None) -> Any:
+    """`function` of each row and its index; a chunk of rows at a time if asked for."""
+    count = jax.tree.leaves(rows)[0].shape[0]
+    indexed = (jnp.arange(count), *rows)
+    if row_chunk is None:
+        return jax.vmap(function)(*indexed)
+    # Without the checkpoint the kernels of all chunks would wait for the backward pass.
+    once = jax.checkpoint(lambda row: function(*row))
+    return lax.map(once, indexed, batch_size=row_chunk)
+
+
+def mean_log(weights: Weights, values: Float[Array, " N"]) -> Float[Array, ""]:
+    """The logarithm of the weighted mean of e^values."""
+    return logsumexp(values + weights.log)

@@ -1,0 +1,243 @@
+r"""Adversarial training: a smooth comp-sum loss, and an ascent to find adversaries."""
+
+import math
+from collections.abc import Callable
+from typing import Unpack
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer, Key
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib.typing import Scalar
+
+from ._comp_sum import comp_sum_from_log_prob
+from ._compose import log_probability_of_labels
+from ._options import LogitsOptions
+from ._rows import rows_that_count
+from ._sources import GivenLogits, labels_in_range
+
+
+def smooth_adversarial_comp_sum_loss(
+    logits: Float[Array, "*batch V"],
+    adversarial_logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    tau: Scalar = 1.0,
+    rho: Scalar = 1.0,
+    nu: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Smooth adversarial comp-sum loss of logits at an input and at its adversary.
+
+    With the margins $\Delta_k(x) = z_y(x) - z_k(x)$ of the other classes,
+
+    $$L = \Phi^\tau\left(\sum_{k \neq y} e^{-\Delta_k(x) / \rho}\right) +
+      \nu\, \lVert \Delta(x') - \Delta(x) \rVert_2 ,$$
+
+    the comp-sum loss of $z / \rho$ at the clean input, and how far the adversary moves
+    the margins. For $\nu \geq \sqrt{n - 1} / \rho$ and the $x'$ of the ball that
+    maximises the second term it bounds the worst comp-sum loss of the margins, each cut
+    off beyond $\rho$, over the ball. The adversary thus maximises the norm, without
+    regard to the label's loss: see `projected_gradient_ascent`.
+
+    Args:
+        logits: At the clean inputs.
+        adversarial_logits: At the adversaries; a constant added to a row changes
+            nothing.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs the limit of the comp-sum
+            loss for $p_y = 0$.
+        tau: $\tau \geq 0$ of the comp-sum loss, 1 for cross-entropy; a number is
+            static, an array traced and differentiable.
+        rho: $\rho > 0$, the margin; a number or a traced scalar.
+        nu: $\nu \geq 0$, the weight of robustness, usually tuned; a number or a traced
+            scalar.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the other arrays hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `class_where` and
+            `implementation`, as in `softmax_cross_entropy`, of both arrays.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown or
+            `temperature`, which is `rho`.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `comp_sum_loss`; the norm has gradient 0 where both logits agree,
+        though it has a kink there: start an ascent from a random point.
+    Cost: one pass over each array forward, one backward.
+    Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
+
+    Example:
+        >>> clean, moved = jnp.array([[2.0, 0.0]]), jnp.array([[1.0, 0.5]])
+        >>> loss = softlib.losses.smooth_adversarial_comp_sum_loss
+        >>> print(loss(clean, moved, jnp.array([0]), nu=0.1).round(4))
+        [0.2769]
+    """
+    function = "smooth_adversarial_comp_sum_loss"
+    if isinstance(rho, int | float):
+        checks.require_positive_number(function, "rho", rho)
+    checks.require_scalar(function, "rho", rho, 0, math.inf)
+    checks.require_scalar(function, "nu", nu, 0, math.inf)
+    checks.require_scalar(function, "tau", tau, 0, math.inf)
+    if "temperature" in options:
+        raise TypeError(
+            f"{function}: `temperature` must not be given, `rho` is it, "
+            f"got {options['temperature']!r}."
+        )
+    source = GivenLogits.of(function, logits, temperature=rho, **options)
+    other = jnp.asarray(adversarial_logits)
+    checks.require_floating(function, adversarial_logits=other)
+    shape = source.logits.shape
+    why = "the shape of `logits`"
+    checks.require_shape(function, "adversarial_logits", other, shape, why)
+    log_prob = log_probability_of_labels(source, labels, where)
+    clean = comp_sum_from_log_prob(log_prob, tau=tau)
+
+    counts = rows_that_count(source, where)
+    clean_logits, moved_logits = (
+        GivenLogits.of(function, z, **options).masked(counts).final_logits()
+        for z in (logits, other)
+    )
+    moved = _margin_distance(clean_logits, moved_logits, labels)
+    # What has no finite loss keeps it, and has no slope.
+    usual = jnp.isfinite(clean)
+    loss = jnp.where(usual, clean + nu * jnp.where(usual, moved, 0), clean)
+    return loss if counts is None else jnp.where(counts, loss, 0)
+
+
+def projected_gradient_ascent(
+    objective: Callable[[Float[Array, "B ..."]], Float[Array, " B"]],
+    x: Float[Array, "B ..."],
+    *,
+    radius: Scalar,
+    norm: float,
+    steps: int,
+    step_size: Scalar,
+    key: Key[Array, ""],
+    bounds: tuple[float, float] | None = None,
+) -> Float[Array, "B ..."]:
+    r"""Points of a ball around each example at which an objective is large.
+
+    From a random point of the ball, `steps` times a step along the gradient (its sign
+    for $\ell_\infty$, its direction for $\ell_2$) and back into the ball: the usual
+    attack. Returned is the best point that was visited, example by example.
+
+    Args:
+        objective: A value per example, of which only its own input is changed.
+        x: The centres.
+        radius: Of the ball, at least 0; a number or a traced scalar.
+        norm: Static; 2 or `math.inf`, over all axes but the first.
+        steps: Static number of steps.
+        step_size: Length of a step in the norm, at least 0; a number or a traced
+            scalar. `2.5 * radius / steps` reaches every point of the ball.
+        key: Of the random start.
+        bounds: Static least and largest value of an entry, as of an image, or None.
+
+    Returns:
+        Points of the dtype and shape of `x`, within the radius of it (up to rounding).
+
+    Raises:
+        TypeError: `x` is not floating.
+        ValueError: `x` has no axis, the objective is not one number per example, or an
+            option is out of range.
+
+    Derivatives: 0; the points are constants to what is trained on them.
+    Cost: `steps` + 1 values and gradients of the objective, one after another.
+    Source: "Towards Deep Learning Models Resistant to Adversarial Attacks".
+
+    Example:
+        >>> target = jnp.array([[1.0, 0.0]])
+        >>> found = softlib.losses.projected_gradient_ascent(
+        ...     lambda x: (x * target).sum(-1), jnp.zeros((1, 2)), radius=0.5,
+        ...     norm=2, steps=20, step_size=0.1, key=jax.random.key(0))
+        >>> print(found.round(2) + 1)
+        [[1.5 1. ]]
+    """
+    function = "projected_gradient_ascent"
+    x = jnp.asarray(x)
+    checks.require_floating(function, x=x)
+    checks.require_rank(function, "x", x, 1, "(B, ...)")
+    checks.require_one_of(function, "norm", norm, (2, math.inf))
+    checks.require_positive_integer(function, "steps", steps)
+    checks.require_scalar(function, "radius", radius, 0, math.inf)
+    checks.require_scalar(function, "step_size", step_size, 0, math.inf)
+    centre = lax.stop_gradient(x).astype(accumulator_dtype(x))
+    of = lambda points: lax.stop_gradient(objective(points.astype(x.dtype)))
+    found = jax.eval_shape(objective, x).shape
+    if found != x.shape[:1]:
+        raise ValueError(
+            f"{function}: `objective` must give one number per example, shape "
+            f"{x.shape[:1]}, got {found}."
+        )
+    gradient = jax.grad(lambda points: objective(points.astype(x.dtype)).sum())
+
+    def project(points: Array) -> Array:
+        change = points - centre
+        if norm == 2:
+            length = _length(change)
+            change = change * jnp.where(length > radius, radius / _some(length), 1)
+        else:
+            change = jnp.clip(change, -radius, radius)
+        points = centre + change
+        # A box contains the centres, so that cutting brings a point nearer to them.
+        return points if bounds is None else jnp.clip(points, *bounds)
+
+    def step(_, state):
+        points, best, value = state
+        slope = gradient(points)
+        direction = jnp.sign(slope) if norm != 2 else slope / _some(_length(slope))
+        points = project(points + step_size * direction)
+        now = of(points)
+        better = now > value
+        best = jnp.where(_like(better, best), points, best)
+        return points, best, jnp.where(better, now, value)
+
+    start = project(centre + radius * _random(key, centre, norm))
+    state = (start, start, of(start))
+    return lax.stop_gradient(lax.fori_loop(0, steps, step, state)[1]).astype(x.dtype)
+
+
+def _margin_distance(clean: Array, moved: Array, labels: ArrayLike) -> Array:
+    """The l2 norm of the changes of z_y - z_k, without n - 1 differences in memory."""
+    labels = labels_in_range(jnp.asarray(labels), clean.shape[-1])
+    there = (clean > -jnp.inf) & (moved > -jnp.inf)
+    change = jnp.where(there, moved, 0) - jnp.where(there, clean, 0)
+    own = jnp.take_along_axis(change, jnp.maximum(labels, 0)[..., None], -1)
+    squared = (jnp.where(there, own - change, 0) ** 2).sum(-1)
+    # The norm has no derivative at 0 and JAX gives NaN: 0 is one of its subgradients.
+    some = squared > 0
+    return jnp.where(some, jnp.sqrt(jnp.where(some, squared, 1)), 0)
+
+
+def _random(key: Array, like: Array, norm: float) -> Array:
+    """Uniform in the unit ball of the norm, one for each example."""
+    if norm != 2:
+        return jax.random.uniform(key, like.shape, like.dtype, -1, 1)
+    key_direction, key_length = jax.random.split(key)
+    direction = jax.random.normal(key_direction, like.shape, like.dtype)
+    size = math.prod(like.shape[1:])
+    length = jax.random.uniform(key_length, like.shape[:1], like.dtype) ** (1 / size)
+    return direction / _some(_length(direction)) * _like(length, like)
+
+
+def _length(points: Array) -> Array:
+    axes = tuple(range(1, points.ndim))
+    return jnp.sqrt((points**2).sum(axes, keepdims=True))
+
+
+def _some(length: Array) -> Array:
+    return jnp.where(length > 0, length, 1)
+
+
+def _like(per_example: Array, points: Array) -> Array:
+    return per_example.reshape(-1, *(1,) * (points.ndim - 1))

@@ -1,0 +1,326 @@
+"""The smooth adversarial comp-sum loss and projected gradient ascent."""
+
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib.losses import (
+    comp_sum_loss,
+    projected_gradient_ascent,
+    smooth_adversarial_comp_sum_loss,
+)
+from softlib.testing import assert_close, check_transformations
+from tests.losses.problems import assert_agrees
+
+CASE = pathlib.Path(__file__).parent.parent / "data" / "comp_sum_losses_case0.npz"
+ROWS, CLASSES = 8, 5
+
+
+def phi(u, tau):
+    return math.log1p(u) if tau == 1 else ((1 + u) ** (1 - tau) - 1) / (1 - tau)
+
+
+def by_definition(clean, moved, labels, tau, rho, nu, class_where=None):
+    """Margins one by one."""
+    found = []
+    chosen = (
+        range(clean.shape[1]) if class_where is None else np.flatnonzero(class_where)
+    )
+    for z, other, y in zip(clean, moved, labels, strict=True):
+        rest = [k for k in chosen if k != y]
+        margins = np.array([z[y] - z[k] for k in rest])
+        change = np.array([other[y] - other[k] for k in rest]) - margins
+        loss = phi(np.exp(-margins / rho).sum(), tau)
+        found.append(loss + nu * np.sqrt((change**2).sum()))
+    return np.array(found)
+
+
+def arrays(dtype="float32", seed=0):
+    random = np.random.default_rng(seed)
+    clean = jnp.asarray(random.normal(size=(ROWS, CLASSES)), dtype)
+    moved = clean + jnp.asarray(0.3 * random.normal(size=clean.shape), dtype)
+    return clean, moved, jnp.arange(ROWS) % CLASSES
+
+
+run = jax.jit(smooth_adversarial_comp_sum_loss)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("excluded", [False, True])
+def test_matches_the_definition(dtype, excluded):
+    with jax.enable_x64(dtype == "float64"):
+        clean, moved, labels = arrays(dtype)
+        where = np.ones(CLASSES, bool)
+        if excluded:
+            where[3], labels = False, jnp.where(labels == 3, 0, labels)
+        computed = jnp.promote_types(dtype, jnp.float32)
+        for tau in (0.0, 1.0, 1.7):
+            found = run(
+                clean,
+                moved,
+                labels,
+                tau=jnp.asarray(tau, computed),
+                rho=jnp.asarray(0.8, computed),
+                nu=jnp.asarray(1.5, computed),
+                class_where=jnp.asarray(where),
+            )
+            wanted = by_definition(
+                np.float64(clean), np.float64(moved), labels, tau, 0.8, 1.5, where
+            )
+            assert found.dtype == computed
+            assert_close(found, wanted, dtype=computed, length=CLASSES)
+
+
+def test_matches_independent_vectors():
+    with jax.enable_x64():
+        data = np.load(CASE)
+        names = ("logits", "logits_adversarial", "labels")
+        given = [jnp.asarray(data[f"in_{name}"]) for name in names]
+        for tau in (0.0, 1.0):
+            found = run(*given, tau=tau, rho=data["in_rho"], nu=data["in_nu"])
+            wanted = data[f"out_smooth_adversarial_tau{tau:.0f}"]
+            assert_agrees(found, wanted, jnp.float64, 0)
+
+
+def test_a_shift_of_all_logits_is_no_attack():
+    clean, moved, labels = arrays()
+    loss = run(clean, moved, labels, nu=2.0)
+    shifted = run(clean - 3, moved + 5, labels, nu=2.0)
+    assert_close(shifted, loss, dtype=jnp.float32, length=CLASSES)
+    found = run(clean, clean + 1, labels, rho=0.5, nu=2.0)
+    plain = comp_sum_loss(clean, labels, temperature=0.5)
+    np.testing.assert_allclose(found, plain, atol=1e-5)
+
+
+def test_without_an_attack_the_norm_has_gradient_zero():
+    """The derivative of a norm at 0 is 0 / 0."""
+    clean, _, labels = arrays()
+    total = lambda clean, moved: run(clean, moved, labels).sum()
+    of_clean, of_moved = jax.jit(jax.grad(total, (0, 1)))(clean, clean)
+    np.testing.assert_array_equal(of_moved, 0)
+    wanted = jax.grad(lambda z: comp_sum_loss(z, labels).sum())(clean)
+    assert_close(of_clean, wanted, dtype=jnp.float32, length=CLASSES)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
+def test_it_bounds_the_adversarial_margin_loss(tau):
+    """Of linear models in the plane, over a grid of the ball, for the paper's nu."""
+    random = np.random.default_rng(0)
+    angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    grid = np.concatenate([r * circle for r in (0.25, 0.5, 0.75, 1.0)])
+    tightest = np.inf
+    for n in (2, 3, 4):
+        for _ in range(20):
+            weight = random.normal(size=(n, 2))
+            x, y, rho = random.normal(size=2), 0, random.uniform(0.3, 2)
+            radius = random.uniform(0.05, 1)
+            clean, moved = weight @ x, (x + radius * grid) @ weight.T
+            margins = moved[:, [y]] - moved[:, 1:]
+            cut = np.clip(1 - margins / rho, 0, 1).sum(1)
+            worst = max(phi(u, tau) for u in cut)
+            change = np.linalg.norm(margins - (clean[y] - clean[1:]), axis=1)
+            adversary = moved[change.argmax()]
+            found = run(
+                *(jnp.asarray(z[None], jnp.float32) for z in (clean, adversary)),
+                jnp.array([y]),
+                tau=tau,
+                rho=rho,
+                nu=math.sqrt(n - 1) / rho,
+            )
+            assert found[0] >= worst - 1e-5
+            tightest = min(tightest, float(found[0]) - worst)
+    assert tightest < 0.5
+
+
+def test_exceptions_in_their_order():
+    """A masked row with NaN, a bad label, an excluded label; gradients stay finite."""
+    clean, moved, _ = arrays()
+    clean = clean.at[0].set(jnp.nan)
+    labels = jnp.array([-1, -1, 3, CLASSES, 0, 1, 2, 4])
+    where, class_where = jnp.arange(ROWS) != 0, jnp.arange(CLASSES) != 3
+
+    @jax.jit
+    def run(clean, moved, nu):
+        loss, pull = jax.vjp(
+            lambda *a: smooth_adversarial_comp_sum_loss(
+                a[0], a[1], labels, nu=a[2], where=where, class_where=class_where
+            ),
+            clean,
+            moved,
+            nu,
+        )
+        return loss, pull(jnp.ones(ROWS))
+
+    loss, gradients = run(clean, moved, jnp.float32(0.5))
+    np.testing.assert_array_equal(np.isnan(loss), [0, 1, 0, 1, 0, 0, 0, 0])
+    assert loss[0] == 0
+    assert loss[2] == jnp.inf
+    for gradient in gradients:
+        assert jnp.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradients[0][:4], 0)
+    np.testing.assert_array_equal(gradients[1][:4], 0)
+
+
+@pytest.mark.slow
+def test_loss_under_every_transformation():
+    clean, moved, labels = arrays()
+
+    def function(clean, moved, tau, rho, nu):
+        return smooth_adversarial_comp_sum_loss(
+            clean, moved, labels[: clean.shape[0]], tau=tau, rho=rho, nu=nu
+        )
+
+    skip = dict.fromkeys(("shard_map", "sharded_jit"), "labels are closed over")
+    skip["forward_mode"] = "the statistics have a custom_vjp"
+    skip["vmap"] = "labels are closed over"
+    scalars = (jnp.float32(0.3), jnp.float32(0.8), jnp.float32(1.5))
+    check_transformations(function, clean, moved, *scalars, rows=(0, 1), skip=skip)
+
+
+# ------------------------------------------------------------------------------- ascent
+@pytest.mark.parametrize("norm", [2, math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ascent_finds_the_corner_of_a_linear_objective(norm, dtype):
+    random = np.random.default_rng(0)
+    slope = jnp.asarray(random.normal(size=(3, 2, 4)), jnp.float32)
+    x = jnp.asarray(random.normal(size=slope.shape), dtype)
+    found = jax.jit(
+        lambda x, key, radius: projected_gradient_ascent(
+            lambda points: (points * slope).sum((1, 2)),
+            x,
+            radius=radius,
+            norm=norm,
+            steps=30,
+            step_size=0.05,
+            key=key,
+        )
+    )(x, jax.random.key(0), 0.25)
+    assert found.dtype == x.dtype
+    length = jnp.sqrt((slope**2).sum((1, 2), keepdims=True))
+    direction = jnp.sign(slope) if norm == math.inf else slope / length
+    wanted = np.float32(x) + 0.25 * np.asarray(direction)
+    np.testing.assert_allclose(
+        np.float32(found), wanted, atol=2e-3 if dtype == "float32" else 4e-2
+    )
+
+
+@pytest.mark.parametrize("norm", [2, math.inf])
+def test_ascent_stays_in_ball_and_box_and_never_gets_worse(norm):
+    """Of an objective with many maxima, and steps that are far too long."""
+    x = jax.random.uniform(jax.random.key(1), (6, 10))
+    objective = lambda points: jnp.sin(20 * points).sum(1)
+
+    @functools.partial(jax.jit, static_argnames="steps")
+    def ascend(steps):
+        found = projected_gradient_ascent(
+            objective,
+            x,
+            radius=0.3,
+            norm=norm,
+            steps=steps,
+            step_size=0.5,
+            key=jax.random.key(2),
+            bounds=(0.0, 1.0),
+        )
+        return found, objective(found)
+
+    before = -jnp.inf
+    for steps in (1, 4, 16):
+        found, value = ascend(steps)
+        assert (jnp.linalg.norm(found - x, norm, axis=1) <= 0.3 + 1e-6).all()
+        assert ((found >= 0) & (found <= 1)).all()
+        assert (value >= before).all()
+        before = value
+    assert value.mean() > objective(x).mean() + 1
+
+
+def test_ascent_starts_at_random_and_leaves_a_norm_at_its_kink():
+    """From the centre the gradient of the distance is 0: it would stay there."""
+    x = jnp.zeros((4, 3))
+    length = lambda points: jnp.where(
+        (points == 0).all(1), 0, jnp.linalg.norm(points + 1e-30, axis=1)
+    )
+    found = projected_gradient_ascent(
+        length, x, radius=1.0, norm=2, steps=20, step_size=0.2, key=jax.random.key(0)
+    )
+    np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), 1, atol=1e-5)
+
+
+def test_adversaries_are_constants_and_a_radius_of_zero_changes_nothing():
+    x = jax.random.normal(jax.random.key(0), (4, 3))
+
+    def attack(x, radius):
+        return projected_gradient_ascent(
+            lambda points: (points**2).sum(1),
+            x,
+            radius=radius,
+            norm=math.inf,
+            steps=3,
+            step_size=0.1,
+            key=jax.random.key(1),
+        )
+
+    slope = jax.jit(jax.grad(lambda x: attack(x, 0.1).sum()))(x)
+    np.testing.assert_array_equal(slope, 0)
+    np.testing.assert_allclose(attack(x, 0.0), x, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------- errors
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rho": 0.0}, ValueError, "`rho` must be positive and finite, got 0"),
+        ({"nu": -1}, ValueError, "`nu` must be >= 0, got -1"),
+        ({"tau": -1}, ValueError, "`tau` must be >= 0, got -1"),
+        ({"temperature": 2.0}, TypeError, "`temperature` must not be given"),
+        ({"nothing": 2.0}, TypeError, r"`\*\*options` must be among"),
+        (
+            {"adversarial_logits": jnp.ones((ROWS, 2))},
+            ValueError,
+            r"`adversarial_logits` must have shape \(8, 5\)",
+        ),
+        ({"labels": jnp.ones(ROWS)}, TypeError, "`labels` must have an integer"),
+    ],
+)
+def test_errors_of_the_loss(change, error, message):
+    names = ("logits", "adversarial_logits", "labels")
+    given = dict(zip(names, arrays(), strict=True))
+    with pytest.raises(error, match=f"^smooth_adversarial_comp_sum_loss: {message}"):
+        smooth_adversarial_comp_sum_loss(**{**given, **change})
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": jnp.ones((2, 3), int)}, TypeError, "`x` must have a floating dtype"),
+        ({"x": jnp.ones(())}, ValueError, "`x` must have at least 1 axis"),
+        ({"norm": 1}, ValueError, "`norm` must be one of 2, inf, got 1"),
+        ({"steps": 0}, ValueError, "`steps` must be at least 1, got 0"),
+        ({"radius": -1.0}, ValueError, "`radius` must be >= 0, got -1"),
+        (
+            {"objective": lambda x: x.sum()},
+            ValueError,
+            r"`objective` must give one number per example, shape \(2,\), got \(\)",
+        ),
+    ],
+)
+def test_errors_of_the_ascent(change, error, message):
+    options = {
+        "objective": lambda x: x.sum(1),
+        "x": jnp.ones((2, 3)),
+        "radius": 0.1,
+        "norm": 2,
+        "steps": 1,
+        "step_size": 0.1,
+        "key": jax.random.key(0),
+    }
+    with pytest.raises(error, match=f"^projected_gradient_ascent: {message}"):
+        projected_gradient_ascent(**{**options, **change})
