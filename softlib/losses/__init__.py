@@ -64,6 +64,18 @@ from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
 )
+from ._factored_spherical import (
+    FactoredSphericalState as FactoredSphericalState,
+    factored_spherical_init as factored_spherical_init,
+    factored_spherical_rebase as factored_spherical_rebase,
+    factored_spherical_statistics as factored_spherical_statistics,
+    factored_spherical_weight as factored_spherical_weight,
+)
+from ._factored_spherical_step import (
+    FactoredSphericalStep as FactoredSphericalStep,
+    factored_spherical_sgd_step as factored_spherical_sgd_step,
+    factored_spherical_sgd_update as factored_spherical_sgd_update,
+)
 from ._fenchel_young import (
     bi_tempered_logistic_loss as bi_tempered_logistic_loss,
     entmax_loss as entmax_loss,
@@ -104,6 +116,21 @@ from ._row_statistics import (
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
+from ._spherical import (
+    linear_log_spherical_softmax_loss as linear_log_spherical_softmax_loss,
+    linear_log_taylor_softmax_loss as linear_log_taylor_softmax_loss,
+    linear_spherical_squared_error as linear_spherical_squared_error,
+    log_spherical_softmax_loss as log_spherical_softmax_loss,
+    log_taylor_softmax_loss as log_taylor_softmax_loss,
+    spherical_squared_error as spherical_squared_error,
+)
+from ._spherical_family import (
+    SphericalStatistics as SphericalStatistics,
+    log_spherical_softmax_from_statistics as log_spherical_softmax_from_statistics,
+    log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
+    spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
+    z_loss_from_statistics as z_loss_from_statistics,
+)
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
@@ -116,15 +143,28 @@ from ._token_metrics import (
     softmax_token_metrics as softmax_token_metrics,
     softmax_top1_correct as softmax_top1_correct,
 )
+from ._z_loss import (
+    linear_z_loss as linear_z_loss,
+    z_loss as z_loss,
+)
 
 __all__ = [
+    "FactoredSphericalState",
+    "FactoredSphericalStep",
     "RowStatistics",
+    "SphericalStatistics",
     "TokenMetrics",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cv_squared",
     "entmax_loss",
+    "factored_spherical_init",
+    "factored_spherical_rebase",
+    "factored_spherical_sgd_step",
+    "factored_spherical_sgd_update",
+    "factored_spherical_statistics",
+    "factored_spherical_weight",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "importance_loss",
@@ -133,6 +173,8 @@ __all__ = [
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
     "linear_label_rank",
+    "linear_log_spherical_softmax_loss",
+    "linear_log_taylor_softmax_loss",
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
@@ -141,11 +183,17 @@ __all__ = [
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
+    "linear_spherical_squared_error",
     "linear_symmetric_cross_entropy",
     "linear_token_log_probs",
     "linear_token_metrics",
     "linear_top1_correct",
+    "linear_z_loss",
     "load_balancing_loss",
+    "log_spherical_softmax_from_statistics",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_from_statistics",
+    "log_taylor_softmax_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "naive_loss_minimization_alignment",
@@ -162,8 +210,12 @@ __all__ = [
     "softmax_token_metrics",
     "softmax_top1_correct",
     "sparsemax_loss",
+    "spherical_squared_error",
+    "spherical_squared_error_from_statistics",
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "z_loss",
+    "z_loss_from_statistics",
     "zero_loss_fraction",
 ]

@@ -137,11 +137,13 @@ def _linear_gradient_reference(
     head = operands.head
 
     def statistics(hidden, weight, modifiers):
-        modifiers = modifiers._replace(class_where=head.modifiers.class_where)
+        modifiers = modifiers._replace(
+            class_where=head.modifiers.class_where, centre=head.modifiers.centre
+        )
         same = head._replace(hidden=hidden, weight=weight, modifiers=modifiers)
         return differentiable(_linear_reference(options, same))
 
-    modifiers = head.modifiers._replace(class_where=None)
+    modifiers = head.modifiers._replace(class_where=None, centre=None)
     _, pull = jax.vjp(statistics, head.hidden, head.weight, modifiers)
     return HeadGradient(*pull(operands.rows.cotangents))
 
@@ -226,11 +228,13 @@ def _given_gradient_reference(
     given = operands.given
 
     def statistics(logits, modifiers):
-        modifiers = modifiers._replace(class_where=given.modifiers.class_where)
+        modifiers = modifiers._replace(
+            class_where=given.modifiers.class_where, centre=given.modifiers.centre
+        )
         same = given._replace(logits=logits, modifiers=modifiers)
         return differentiable(_given_reference(options, same))
 
-    modifiers = given.modifiers._replace(class_where=None)
+    modifiers = given.modifiers._replace(class_where=None, centre=None)
     _, pull = jax.vjp(statistics, given.logits, modifiers)
     return GivenGradient(*pull(operands.rows.cotangents))
 

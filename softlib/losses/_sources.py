@@ -573,6 +573,7 @@ def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
         jax.tree.map(collapse, modifiers.logit_scale),
         jax.tree.map(collapse, modifiers.temperature),
         where,
+        jax.tree.map(collapse, modifiers.centre),
     )
 
 

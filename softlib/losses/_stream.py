@@ -257,7 +257,7 @@ def gradient_sums(
 
 def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
     """The sums in the dtypes and shapes of the operands."""
-    bias, scale, temperature, _ = head.modifiers
+    bias, scale, temperature = head.modifiers[:3]
     return HeadGradient(
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
@@ -324,6 +324,7 @@ def rows_of(head: Head, cut: RowCut, group: Index | None) -> Head:
         modifiers=modifiers._replace(
             logit_scale=take(modifiers.logit_scale),
             temperature=take(modifiers.temperature),
+            centre=take(modifiers.centre),
         ),
     )
 
