@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
@@ -210,14 +211,16 @@ def factored_spherical_sgd_update(
     mean_moved = moved.sum(0) / classes
 
     own = label_deviations(state, jnp.where(labels < classes, labels, 0))
+    mixing = product(state.mixing, step)
+    through = jnp.linalg.solve(mixing.T, moved.T).T
+    # Rows are read before they are written: otherwise XLA copies them all.
+    through, own = lax.optimization_barrier((through, own))
+
     cross = product(step, product(own.T, moved))
     by_class = _sum_by_label(moved, labels)
     gram = product(step, product(state.gram, step)) - cross - cross.T
     gram = gram + product(by_class.T, by_class)
     gram = gram - classes * jnp.outer(mean_moved, mean_moved)
-
-    mixing = product(state.mixing, step)
-    through = jnp.linalg.solve(mixing.T, moved.T).T
     return FactoredSphericalState(
         state.rows.at[labels].add(-through, mode="drop"),
         mixing,
@@ -243,7 +246,7 @@ def _require_plain_sgd(function: str, learning_rate: Any, weight_decay: Any) -> 
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
     ):
-        if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array):
+        if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
             raise TypeError(
                 f"{function}: `{name}` must be a number or a scalar array, "
                 f"got {type(value).__name__}: a head in factors takes plain SGD only."
