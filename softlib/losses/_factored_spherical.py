@@ -125,7 +125,9 @@ def factored_spherical_init(weight: Float[Array, "V D"]) -> FactoredSphericalSta
     identity = jnp.eye(features, dtype=weight.dtype)
     offset = jnp.zeros(features, weight.dtype)
     # Its own rebase takes out what rounding left of the mean, and has the one product.
-    state = FactoredSphericalState(weight - mean, identity, offset, mean, identity)
+    state = FactoredSphericalState(
+        weight - mean[None], identity, offset, mean, identity
+    )
     return factored_spherical_rebase(state)
 
 
@@ -151,7 +153,7 @@ def factored_spherical_weight(
          [0. 1. 0.]
          [0. 0. 1.]]
     """
-    return product(state.rows, state.mixing) + (state.offset + state.mean)
+    return product(state.rows, state.mixing) + (state.offset + state.mean)[None]
 
 
 def factored_spherical_statistics(
@@ -250,7 +252,7 @@ def factored_spherical_rebase(
     def step(carry, start, size):
         rows, total, gram = carry
         part = lax.dynamic_slice_in_dim(rows, start, size)
-        part = product(part, state.mixing) + state.offset
+        part = product(part, state.mixing) + state.offset[None]
         rows = lax.dynamic_update_slice_in_dim(rows, part, start, 0)
         return rows, total + part.sum(0), gram + product(part.T, part)
 
@@ -308,7 +310,8 @@ def label_deviations(
 ) -> Float[Array, "*batch D"]:
     """Rows of the head less its mean row; anything for a label of -1."""
     rows = state.rows[jnp.maximum(labels, 0)]
-    return product(rows, state.mixing) + state.offset
+    deviations = product(rows, state.mixing)
+    return deviations + jnp.broadcast_to(state.offset, deviations.shape)
 
 
 def product(x: Array, y: Array) -> Array:
