@@ -124,10 +124,9 @@ def factored_spherical_init(weight: Float[Array, "V D"]) -> FactoredSphericalSta
     mean = weight.mean(0)
     identity = jnp.eye(features, dtype=weight.dtype)
     offset = jnp.zeros(features, weight.dtype)
-    # Its own rebase takes out what rounding left of the mean, and has the one product.
-    state = FactoredSphericalState(
-        weight - mean[None], identity, offset, mean, identity
-    )
+    rows = weight - mean[None]
+    # A rebase takes out what rounding left of the mean, and has the Gram matrix.
+    state = FactoredSphericalState(rows, identity, offset, mean, identity)
     return factored_spherical_rebase(state)
 
 

@@ -7,7 +7,7 @@ Row by row over the selected columns with finite logits, o of them n, y the labe
     log_taylor       -log((1 + o_y + o_y^2 / 2) / sum (1 + o + o^2 / 2))
     squared_error    sum (o - [y])^2
 
-A row that `where` drops is 0, a label outside [0, V) is NaN, a row without a column 0, a
+A row that `where` drops is 0, a label outside [0, V) NaN, a row without a column 0, a
 label on a column that is not selected +inf; the gradient is 0 in all of these.
 """
 
