@@ -113,6 +113,17 @@ from ._extreme_metrics import (
     precision_at_k as precision_at_k,
     propensity_scored_precision_at_k as propensity_scored_precision_at_k,
     recall_at_k as recall_at_k,
+from ._factored_spherical import (
+    FactoredSphericalState as FactoredSphericalState,
+    factored_spherical_init as factored_spherical_init,
+    factored_spherical_rebase as factored_spherical_rebase,
+    factored_spherical_statistics as factored_spherical_statistics,
+    factored_spherical_weight as factored_spherical_weight,
+)
+from ._factored_spherical_step import (
+    FactoredSphericalStep as FactoredSphericalStep,
+    factored_spherical_sgd_step as factored_spherical_sgd_step,
+    factored_spherical_sgd_update as factored_spherical_sgd_update,
 )
 from ._fenchel_young import (
     bi_tempered_logistic_loss as bi_tempered_logistic_loss,
@@ -171,6 +182,21 @@ from ._sampled_softmax import sampled_softmax_loss as sampled_softmax_loss
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
+from ._spherical import (
+    linear_log_spherical_softmax_loss as linear_log_spherical_softmax_loss,
+    linear_log_taylor_softmax_loss as linear_log_taylor_softmax_loss,
+    linear_spherical_squared_error as linear_spherical_squared_error,
+    log_spherical_softmax_loss as log_spherical_softmax_loss,
+    log_taylor_softmax_loss as log_taylor_softmax_loss,
+    spherical_squared_error as spherical_squared_error,
+)
+from ._spherical_family import (
+    SphericalStatistics as SphericalStatistics,
+    log_spherical_softmax_from_statistics as log_spherical_softmax_from_statistics,
+    log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
+    spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
+    z_loss_from_statistics as z_loss_from_statistics,
+)
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
@@ -192,7 +218,16 @@ from ._vq_logits import (
 __all__ = [
     "GlobalContrastiveState",
     "GlobalContrastiveUpdate",
+from ._z_loss import (
+    linear_z_loss as linear_z_loss,
+    z_loss as z_loss,
+)
+
+__all__ = [
+    "FactoredSphericalState",
+    "FactoredSphericalStep",
     "RowStatistics",
+    "SphericalStatistics",
     "TokenMetrics",
     "TopK",
     "bi_tempered_logistic_loss",
@@ -204,6 +239,12 @@ __all__ = [
     "decoupled_softmax_loss",
     "draw_positives",
     "entmax_loss",
+    "factored_spherical_init",
+    "factored_spherical_rebase",
+    "factored_spherical_sgd_step",
+    "factored_spherical_sgd_update",
+    "factored_spherical_statistics",
+    "factored_spherical_weight",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "hard_negative_recall",
@@ -218,6 +259,8 @@ __all__ = [
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
     "linear_label_rank",
+    "linear_log_spherical_softmax_loss",
+    "linear_log_taylor_softmax_loss",
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
@@ -229,12 +272,18 @@ __all__ = [
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
+    "linear_spherical_squared_error",
     "linear_symmetric_cross_entropy",
     "linear_token_log_probs",
     "linear_token_metrics",
     "linear_top1_correct",
     "linear_top_k",
+    "linear_z_loss",
     "load_balancing_loss",
+    "log_spherical_softmax_from_statistics",
+    "log_spherical_softmax_loss",
+    "log_taylor_softmax_from_statistics",
+    "log_taylor_softmax_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "multilabel_softmax_loss",
@@ -266,10 +315,14 @@ __all__ = [
     "softmax_token_metrics",
     "softmax_top1_correct",
     "sparsemax_loss",
+    "spherical_squared_error",
+    "spherical_squared_error_from_statistics",
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
     "vq_softmax_cross_entropy",
     "vq_token_counts",
+    "z_loss",
+    "z_loss_from_statistics",
     "zero_loss_fraction",
 ]

@@ -110,7 +110,7 @@ def linear_softmax_cross_entropy(
             the label's included. A number is static, an array traced.
         logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
             logits from drifting; often called z-loss, a name this library keeps for
-            the spherical loss. A number is static, an array traced.
+            the loss `z_loss`, which is another. A number is static, an array traced.
         class_weights: A factor $a_y$ of the first term, one number per class,
             differentiable. The penalty is no class's term and keeps its size, and
             nothing is divided by a sum of weights. A label of weight 0 costs 0, on an
@@ -248,7 +248,7 @@ def softmax_cross_entropy(
             the label's included. A number is static, an array traced.
         logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
             logits from drifting; often called z-loss, a name this library keeps for
-            the spherical loss. A number is static, an array traced.
+            the loss `z_loss`, which is another. A number is static, an array traced.
         class_weights: Factors $a_j$, one number per class, differentiable: the loss is
             $\sum_j a_j t_j (\mathrm{lse} - z_j) + \lambda\, \mathrm{lse}^2$, with $t$
             the label (or $q$) after smoothing, as in PyTorch. The penalty is no class's

@@ -137,11 +137,13 @@ def _linear_gradient_reference(
     head = operands.head
 
     def statistics(hidden, weight, modifiers):
-        modifiers = modifiers._replace(class_where=head.modifiers.class_where)
+        modifiers = modifiers._replace(
+            class_where=head.modifiers.class_where, centre=head.modifiers.centre
+        )
         same = head._replace(hidden=hidden, weight=weight, modifiers=modifiers)
         return differentiable(_linear_reference(options, same))
 
-    modifiers = head.modifiers._replace(class_where=None)
+    modifiers = head.modifiers._replace(class_where=None, centre=None)
     _, pull = jax.vjp(statistics, head.hidden, head.weight, modifiers)
     return HeadGradient(*pull(operands.rows.cotangents))
 
@@ -206,7 +208,8 @@ def _given_gradient_xla(
     found = _tile.cotangent_of_raw(
         tile, 0, given.labels, rows, options, given.modifiers
     )
-    bias, scale, temperature, _, log_weights = given.modifiers
+    bias, scale, temperature = given.modifiers[:3]
+    log_weights = given.modifiers.class_log_weights
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
         Modifiers(
@@ -232,11 +235,13 @@ def _given_gradient_reference(
     given = operands.given
 
     def statistics(logits, modifiers):
-        modifiers = modifiers._replace(class_where=given.modifiers.class_where)
+        modifiers = modifiers._replace(
+            class_where=given.modifiers.class_where, centre=given.modifiers.centre
+        )
         same = given._replace(logits=logits, modifiers=modifiers)
         return differentiable(_given_reference(options, same))
 
-    modifiers = given.modifiers._replace(class_where=None)
+    modifiers = given.modifiers._replace(class_where=None, centre=None)
     _, pull = jax.vjp(statistics, given.logits, modifiers)
     return GivenGradient(*pull(operands.rows.cotangents))
 

@@ -34,7 +34,7 @@ def known_of(rows: RowCotangents) -> dict[str, Array]:
 
 def tables_of(head: Head) -> tuple[dict[str, Array], dict[str, Array]]:
     """Float32 numbers of every row, and of every class, by name."""
-    bias, scale, temperature, where, _ = head.modifiers
+    bias, scale, temperature, where = head.modifiers[:4]
     every = lambda x: jnp.broadcast_to(x, head.hidden.shape[:1])
     wide = lambda x: x.astype(jnp.float32)
     present = lambda table: {k: v for k, v in table.items() if v is not None}
@@ -84,6 +84,8 @@ def why_not_options(options: Options, head: Head) -> str | None:
         return "it does not leave the labels out of the sums"
     if head.modifiers.class_log_weights is not None:
         return "it counts every class once (class_log_weights)"
+    if head.modifiers.centre is not None:
+        return "it does not centre the logits of a row"
     if head.ranked is not None:
         return "it has no label_rank"
     if head.labels is not None and head.labels.shape[1] > MOST_LABELS:

@@ -595,6 +595,7 @@ def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
         jax.tree.map(collapse, modifiers.temperature),
         where,
         modifiers.class_log_weights,
+        jax.tree.map(collapse, modifiers.centre),
     )
 
 

@@ -301,7 +301,8 @@ def gradient_sums(
 
 def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
     """The sums in the dtypes and shapes of the operands."""
-    bias, scale, temperature, _, log_weights = head.modifiers
+    bias, scale, temperature = head.modifiers[:3]
+    log_weights = head.modifiers.class_log_weights
     return HeadGradient(
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
@@ -371,6 +372,7 @@ def rows_of(head: Head, cut: RowCut, group: Index | None) -> Head:
         modifiers=modifiers._replace(
             logit_scale=take(modifiers.logit_scale),
             temperature=take(modifiers.temperature),
+            centre=take(modifiers.centre),
         ),
     )
 

@@ -2,7 +2,7 @@ r"""The mathematics of one tile of logits: (rows, classes) of a longer row.
 
 Everything an implementation needs between two matrix products, written once:
 
-    raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature,
+    raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature - m,
     z -> the statistics of its rows, and cotangents of the statistics -> those of raw.
 
 Where a class stands for several, `class_log_weights` w counts it as often as e^w says:
@@ -117,6 +117,9 @@ class Modifiers(NamedTuple):
     temperature: Array | None  # () or (rows,)
     class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
     class_log_weights: Array | None = None  # (V,)
+    # (rows,), subtracted from the final logits; a constant. A loss that does not change
+    # with it takes the mean of the row, and sums of squares are those of deviations.
+    centre: Array | None = None
 
     @property
     def floating(self) -> tuple[Array | None, ...]:
@@ -153,6 +156,8 @@ def logits_of(
     if modifiers.temperature is not None:
         temperature = _over_rows(modifiers.temperature.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u / temperature)
+    if modifiers.centre is not None:
+        u = u - _over_rows(modifiers.centre.astype(raw.dtype), class_axis)
     return Tile(raw, saturation, u, class_axis)
 
 
@@ -352,6 +357,8 @@ def cotangent_of_raw(
     if modifiers.temperature is not None:
         temperature = _over_rows(modifiers.temperature.astype(dtype), axis)
         finite = _without_inf(tile.z)
+        if modifiers.centre is not None:
+            finite = finite + _over_rows(modifiers.centre.astype(dtype), axis)
         dtemperature = -(dz * finite / temperature).sum(axis)
         du = du / temperature
     if tile.saturation is not None:

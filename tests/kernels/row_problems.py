@@ -69,7 +69,7 @@ def cotangents_of(statistics: RowStatistics) -> RowStatistics:
 
 
 def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
-    bias, scale, temperature, where = head.modifiers
+    bias, scale, temperature, where = head.modifiers[:4]
     known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
     given = {n: x for n, x in cotangents._asdict().items() if x is not None}
     return oracle.row_statistics(

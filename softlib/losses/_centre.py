@@ -1,0 +1,86 @@
+"""Logits of a source less their mean, for losses that only see deviations from it.
+
+The variance from a sum of squares loses digits when the mean is large: logits of mean
+1000 and standard deviation 1 give 1.09 in float32. The engine therefore subtracts a
+number per row from each logit before it is squared. That number may be any: what is
+computed from deviations does not change with it, so it has no derivative.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from softlib._sharding import in_auto_mode
+
+from ._sources import GivenLogits, LinearHead, Source
+
+
+def without_infinite(source: Source) -> Source:
+    """The same source, of whose classes those with a final logit of -inf are excluded.
+
+    Of a linear head a logit is -inf by the bias only, and not after a softcap.
+    """
+    modifiers = source.modifiers
+    if isinstance(source, GivenLogits):
+        counts = source.final_logits() != -jnp.inf
+    elif modifiers.bias is None or source.options.logit_softcap is not None:
+        return source
+    else:
+        counts = modifiers.bias != -jnp.inf
+        if modifiers.class_where is not None:
+            counts = counts & modifiers.class_where
+    modifiers = modifiers._replace(class_where=counts)
+    return dataclasses.replace(source, modifiers=modifiers)
+
+
+def centred(source: Source) -> Source:
+    """The same source with logits less the mean of their row, up to rounding."""
+    classes = jnp.maximum(source.count_classes(), 1)
+    if isinstance(source, GivenLogits) or source.options.logit_softcap is not None:
+        total = source.statistics(("sum_logits",)).sum_logits
+        assert total is not None
+        mean = total / classes
+    else:
+        mean = _mean_of_linear_head(source) / classes
+    # A row that is NaN or infinite stays so without it.
+    mean = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
+    modifiers = source.modifiers._replace(centre=mean)
+    return dataclasses.replace(source, modifiers=modifiers)
+
+
+def _mean_of_linear_head(source: LinearHead) -> Float[Array, "*batch"]:
+    """Times the number of classes: from the sum of the weights, without a stream."""
+    batch, dtype, axis = source.batch, source.dtype, source.options.vocab_axis
+
+    def total(hidden, weight, modifiers):
+        bias, scale, temperature, where = modifiers[:4]
+        if where is not None:
+            weight = jnp.where(jnp.expand_dims(where, 1 - axis), weight, 0)
+            bias = None if bias is None else jnp.where(where, bias, 0)
+        of_classes = weight.sum(axis, dtype=dtype)
+        of_bias = jnp.zeros((), dtype) if bias is None else bias.sum(dtype=dtype)
+        if source.axis_name is not None:
+            of_classes = lax.psum(of_classes, source.axis_name)
+            of_bias = lax.psum(of_bias, source.axis_name)
+        u = jnp.einsum(
+            "...d,d->...",
+            hidden,
+            of_classes,
+            precision=source.options.precision,
+            preferred_element_type=dtype,
+        )
+        u = u if scale is None else u * scale.astype(dtype)
+        u = u + of_bias
+        return u if temperature is None else u / temperature.astype(dtype)
+
+    specs = lambda spec: PartitionSpec(*spec[: len(batch)])
+    return in_auto_mode(
+        total,
+        specs,
+        lax.stop_gradient(source.hidden),
+        lax.stop_gradient(source.weight),
+        lax.stop_gradient(source.modifiers),
+    )

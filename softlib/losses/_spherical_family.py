@@ -1,0 +1,295 @@
+r"""The spherical family: losses of a logit and the sums of all and of their squares.
+
+Each loss is written once, on these numbers, whatever they come from: a linear head or
+logits by the row-statistics engine, or a factored head. Deviations from the mean come
+apart from it, because differences of large sums have no digits left.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from softlib import _checks as checks
+from softlib.typing import Scalar
+
+from ._centre import centred, without_infinite
+from ._rows import mark, rows_that_count
+from ._sources import Source
+
+STATISTICS = ("label_logits", "sum_logits", "sum_squared_logits")
+
+
+class SphericalStatistics(NamedTuple):
+    r"""What a loss of the spherical family sees of a row of logits $o_1, \dots, o_n$.
+
+    With the mean $\mu = \frac{1}{n} \sum_j o_j$:
+
+    Attributes:
+        label_deviation: $o_y - \mu$.
+        mean_logit: $\mu$.
+        sum_squared_deviations: $\sum_j (o_j - \mu)^2$.
+        classes: $n$, a floating scalar so that cotangents of all have one dtype.
+
+    Derivatives: what computed it says so; see `factored_spherical_statistics`.
+    Cost: four numbers per row.
+
+    Example:
+        >>> one, two = jnp.asarray(1.0), jnp.asarray(2.0)
+        >>> s = softlib.losses.SphericalStatistics(one, two, two, two)
+        >>> print(softlib.losses.z_loss_from_statistics(s, a=1.0, b=1.0).round(4))
+        0.6931
+    """
+
+    label_deviation: Float[Array, "*batch"]
+    mean_logit: Float[Array, "*batch"]
+    sum_squared_deviations: Float[Array, "*batch"]
+    classes: Float[Array, ""]
+
+
+def z_loss_from_statistics(
+    statistics: SphericalStatistics,
+    *,
+    a: Scalar,
+    b: Scalar,
+    epsilon: Scalar = 1e-12,
+) -> Float[Array, "*batch"]:
+    r"""Z-loss from `SphericalStatistics`, per row; the loss of `z_loss`.
+
+    Args:
+        statistics: Of `factored_spherical_statistics`, or made by other means.
+        a: Sharpness, positive; static or traced.
+        b: The score that the label is to reach; static or traced.
+        epsilon: Added to the variance, $\geq 0$; static or traced.
+
+    Returns:
+        The loss per row, in the dtype of the statistics.
+
+    Raises:
+        ValueError: `a`, `b` or `epsilon` is no scalar or out of range.
+
+    Derivatives: any order, with respect to the statistics and the parameters.
+    Cost: a few operations per row.
+    Source: "The Z-loss: a shift and scale invariant classification loss belonging to
+        the Spherical Family".
+
+    Example:
+        >>> one, nine = jnp.ones(1), 9 * jnp.ones(1)
+        >>> s = softlib.losses.SphericalStatistics(one, one, nine, jnp.asarray(9.0))
+        >>> print(softlib.losses.z_loss_from_statistics(s, a=2.0, b=1.0).round(4))
+        [0.3466]
+    """
+    require_z_parameters("z_loss_from_statistics", a, b, epsilon)
+    deviation, _, squares, classes = statistics
+    return z_loss_of(deviation, squares, classes, a, b, epsilon)
+
+
+def log_spherical_softmax_from_statistics(
+    statistics: SphericalStatistics, *, epsilon: Scalar = 1e-6
+) -> Float[Array, "*batch"]:
+    r"""Log-spherical softmax loss from `SphericalStatistics`, in nats per row.
+
+    The loss of `log_spherical_softmax_loss`.
+
+    Args:
+        statistics: Of `factored_spherical_statistics`, or made by other means.
+        epsilon: $\epsilon > 0$; static or traced.
+
+    Returns:
+        The loss per row, in the dtype of the statistics.
+
+    Raises:
+        ValueError: `epsilon` is no scalar or a number that is not positive.
+
+    Derivatives: any order, with respect to the statistics and `epsilon`.
+    Cost: a few operations per row.
+    Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
+        Family".
+
+    Example:
+        >>> zero, two = jnp.zeros(1), 2 * jnp.ones(1)
+        >>> s = softlib.losses.SphericalStatistics(two, zero, 4 * two, two[0])
+        >>> print(softlib.losses.log_spherical_softmax_from_statistics(s).round(4))
+        [0.6931]
+    """
+    function = "log_spherical_softmax_from_statistics"
+    require_positive(function, "epsilon", epsilon)
+    label, _, squares = _sums(statistics)
+    return log_spherical_of(label, squares, statistics.classes, epsilon)
+
+
+def log_taylor_softmax_from_statistics(
+    statistics: SphericalStatistics,
+) -> Float[Array, "*batch"]:
+    r"""Log-Taylor softmax loss from `SphericalStatistics`, in nats per row.
+
+    The loss of `log_taylor_softmax_loss`.
+
+    Args:
+        statistics: Of `factored_spherical_statistics`, or made by other means.
+
+    Returns:
+        The loss per row, in the dtype of the statistics.
+
+    Derivatives: any order, with respect to the statistics.
+    Cost: a few operations per row.
+    Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
+        Family".
+
+    Example:
+        >>> zero = jnp.zeros(1)
+        >>> s = softlib.losses.SphericalStatistics(zero, zero, zero, jnp.asarray(2.0))
+        >>> print(softlib.losses.log_taylor_softmax_from_statistics(s).round(4))
+        [0.6931]
+    """
+    label, total, squares = _sums(statistics)
+    return log_taylor_of(label, total, squares, statistics.classes)
+
+
+def spherical_squared_error_from_statistics(
+    statistics: SphericalStatistics,
+) -> Float[Array, "*batch"]:
+    r"""Squared distance to the one-hot label from `SphericalStatistics`, per row.
+
+    The loss of `spherical_squared_error`.
+
+    Args:
+        statistics: Of `factored_spherical_statistics`, or made by other means.
+
+    Returns:
+        The loss per row, in the dtype of the statistics.
+
+    Derivatives: any order, with respect to the statistics.
+    Cost: a few operations per row.
+    Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
+        Sparse Targets".
+
+    Example:
+        >>> zero = jnp.zeros(1)
+        >>> s = softlib.losses.SphericalStatistics(zero, zero, zero, jnp.asarray(2.0))
+        >>> print(softlib.losses.spherical_squared_error_from_statistics(s))
+        [1.]
+    """
+    label, _, squares = _sums(statistics)
+    return squared_error_of(label, squares)
+
+
+# ------------------------------------------------------------------------- the formulas
+def z_loss_of(
+    deviation: Array,
+    squares: Array,
+    classes: ArrayLike,
+    a: Scalar,
+    b: Scalar,
+    epsilon: Scalar,
+) -> Array:
+    """Of the label's deviation from the mean and the sum of squared deviations."""
+    variance = squares / classes + epsilon
+    flat = variance == 0  # the slope of the root is infinite there
+    sigma = jnp.sqrt(jnp.where(flat, 1, variance))
+    score = jnp.where(flat, 0, deviation) / sigma
+    return jax.nn.softplus(a * (b - score)) / a
+
+
+def log_spherical_of(
+    label: Array, squares: Array, classes: ArrayLike, epsilon: Scalar
+) -> Array:
+    cost = jnp.log(squares + classes * epsilon) - jnp.log(label * label + epsilon)
+    return _at_least_zero(cost)
+
+
+def log_taylor_of(
+    label: Array, total: Array, squares: Array, classes: ArrayLike
+) -> Array:
+    # 1 + z + z^2 / 2 = ((1 + z)^2 + 1) / 2, which does not cancel.
+    own = ((1 + label) ** 2 + 1) / 2
+    return _at_least_zero(jnp.log(classes + total + squares / 2) - jnp.log(own))
+
+
+def squared_error_of(label: Array, squares: Array) -> Array:
+    return _at_least_zero(squares - label * label) + (label - 1) ** 2
+
+
+def _sums(statistics: SphericalStatistics) -> tuple[Array, Array, Array]:
+    """Logit of the label, sum of the logits, sum of their squares."""
+    deviation, mean, squares, classes = statistics
+    return deviation + mean, classes * mean, squares + classes * mean**2
+
+
+def _at_least_zero(values: Array) -> Array:
+    """What is not negative but for rounding, with the slope that it has anyway."""
+    return values + lax.stop_gradient(jnp.maximum(values, 0) - values)
+
+
+# ------------------------------------------------------------------------------ sources
+class Sums(NamedTuple):
+    """Of a row of logits: numbers that a formula above may be applied to."""
+
+    label: Array
+    total: Array
+    squares: Array
+    classes: Array
+
+
+def loss_of_sums(
+    source: Source,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    formula: Callable[[Sums], Array],
+    *,
+    deviations: bool = False,
+) -> Float[Array, "*batch"]:
+    """The loss per row with the exceptions that every loss makes.
+
+    With `deviations` the logits are taken less the mean of their row.
+    """
+    function = source.function
+    where = rows_that_count(source, where)
+    source = without_infinite(source.masked(where))
+    labels = jnp.asarray(labels)
+    checks.require_integer(function, labels=labels)
+    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
+    if deviations:
+        source = centred(source)
+    marked = mark(source, labels, where, None)
+    found = source.statistics(STATISTICS, marked.labels)
+    assert found.label_logits is not None
+    assert found.sum_logits is not None
+    assert found.sum_squared_logits is not None
+    classes = jnp.broadcast_to(jnp.asarray(source.count_classes()), source.batch)
+    empty, outside = classes == 0, marked.labels < 0
+    excluded = False if marked.excluded is None else marked.excluded
+    usual = ~(empty | outside | excluded)
+    classes = jnp.maximum(classes, 1).astype(source.dtype)
+    label = jnp.where(usual, found.label_logits, 0)
+    # Selected before the formula: its slope may be infinite where there is no loss.
+    total = jnp.where(usual, found.sum_logits, 0)
+    squares = jnp.where(usual, found.sum_squared_logits, 1)
+    if deviations:
+        mean = total / classes  # of what centring left: rounding errors
+        label, total = label - mean, jnp.zeros_like(total)
+        squares = _at_least_zero(squares - classes * mean * mean)
+    # What overflows, or came from +inf, is no number.
+    squares = jnp.where(squares == jnp.inf, jnp.nan, squares)
+    loss = formula(Sums(label, total, squares, classes))
+    loss = jnp.where(excluded, jnp.inf, jnp.where(usual, loss, 0))
+    loss = jnp.where(outside, jnp.nan, jnp.where(empty, 0, loss))
+    return loss if where is None else jnp.where(where, loss, 0)
+
+
+def require_z_parameters(function: str, a: Scalar, b: Scalar, epsilon: Scalar) -> None:
+    require_positive(function, "a", a)
+    checks.require_scalar(function, "b", b, -math.inf, math.inf)
+    checks.require_scalar(function, "epsilon", epsilon, 0, math.inf)
+
+
+def require_positive(function: str, name: str, value: Scalar) -> None:
+    if isinstance(value, int | float):
+        checks.require_positive_number(function, name, value)
+    else:
+        checks.require_scalar(function, name, value, 0, math.inf)

@@ -1,0 +1,159 @@
+"""The Z-loss: how far the label's standard score is below a wanted one."""
+
+from typing import Unpack
+
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib.typing import Scalar
+
+from ._options import LinearHeadOptions, LogitsOptions
+from ._sources import GivenLogits, LinearHead, Source
+from ._spherical_family import Sums, loss_of_sums, require_z_parameters, z_loss_of
+
+
+def linear_z_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    a: Scalar,
+    b: Scalar,
+    epsilon: Scalar = 1e-12,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LinearHeadOptions],
+) -> Float[Array, "*batch"]:
+    r"""Z-loss of a linear head, per row, without its logits.
+
+    With mean $\mu$ and standard deviation $\sigma$ of the $n$ logits of a row,
+
+    $$L = \frac{1}{a} \log\bigl(1 + e^{a (b - z)}\bigr), \qquad
+        z = \frac{o_y - \mu}{\sqrt{\sigma^2 + \epsilon}} .$$
+
+    Standardised logits are what is compared, so that neither a shift nor a positive
+    scale of the logits changes the loss. Once the label's score $z$ is above $b$ the
+    row has hardly any gradient, which makes $b$ the knob for what is trained: a large
+    one the first place, a small one a place among the first k. Scores are at most
+    $\sqrt{n - 1}$, which is reached when all other logits are equal, and $b$ is chosen
+    against that: 3 for 10 classes, 890 for 793,471.
+
+    This is the loss of the paper below. What other libraries call z-loss, a multiple of
+    the square of the logsumexp, is `logsumexp_penalty` of the cross-entropies here.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class costs +inf, without gradient.
+        a: Sharpness, positive: for large ones the loss is $\max(b - z, 0)$. A number is
+            static, an array traced and differentiable.
+        b: The score that the label is to reach. Static or traced, as `a`.
+        epsilon: $\epsilon \geq 0$, static or traced. The slope of the score is at most
+            $1 / \sqrt\epsilon$: at a head of zeros, where all logits are equal, that is
+            finite but large, so start from random weights. With 0 the gradient of such
+            a row is 0.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
+            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps` (which has
+            to be None: every class has a part in the gradient), `axis_name`,
+            `precision` and `implementation`, as in `linear_softmax_cross_entropy`.
+            Classes that `class_where` excludes, or a bias of -inf without a softcap,
+            are in neither mean nor deviation.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_row_statistics`, and with respect to `a`, `b` and `epsilon`.
+    Cost: as `linear_softmax_cross_entropy` without exponentials, in plain JAX on every
+        platform. The logits are squared less their mean, which comes from the sum of
+        the weights; with a softcap it takes another stream. For a head whose step does
+        not grow with the vocabulary see `factored_spherical_init`.
+    Source: "The Z-loss: a shift and scale invariant classification loss belonging to
+        the Spherical Family". It has no $\epsilon$.
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, 0])
+        >>> loss = softlib.losses.linear_z_loss(hidden, weight, labels, a=1.0, b=1.0)
+        >>> print(loss.round(4))
+        [0.5073 1.8738]
+    """
+    source = LinearHead.of("linear_z_loss", hidden, weight, **options)
+    return _z_loss(source, labels, where, a, b, epsilon)
+
+
+def z_loss(
+    logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    a: Scalar,
+    b: Scalar,
+    epsilon: Scalar = 1e-12,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsOptions],
+) -> Float[Array, "*batch"]:
+    r"""Z-loss of logits, per row: softplus of what the label's standard score lacks.
+
+    The loss of `linear_z_loss` from logits that exist. Not `logsumexp_penalty`, which
+    others call z-loss.
+
+    Args:
+        logits: Any scores; only their deviations from the mean in units of the standard
+            deviation matter. -inf never counts.
+        labels: Class ids in $[0, V)$, with the exceptions described in
+            `linear_z_loss`. The label of a logit of -inf costs +inf, without gradient.
+        a: Sharpness, positive; a number is static, an array traced and differentiable.
+        b: The score that the label is to reach, at most $\sqrt{V - 1}$ of which are
+            possible; static or traced.
+        epsilon: $\epsilon \geq 0$, added to the variance; static or traced.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
+            hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
+            and `implementation`, as in `softmax_cross_entropy`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_z_loss`. Of a row they add up to 0, and so do their products
+        with the logits, up to `epsilon`.
+    Cost: two passes over `logits` forward (the mean, then the squares), one backward
+        that writes their gradient; kept are the arguments and a bit for each logit.
+    Source: as `linear_z_loss`.
+
+    Example:
+        >>> logits, labels = jnp.array([[3.0, 0.0, 0.0]]), jnp.array([0])
+        >>> print(softlib.losses.z_loss(logits, labels, a=1.0, b=2.0**0.5).round(4))
+        [0.6931]
+    """
+    source = GivenLogits.of("z_loss", logits, **options)
+    return _z_loss(source, labels, where, a, b, epsilon)
+
+
+def _z_loss(
+    source: Source,
+    labels: Array,
+    where: Array | None,
+    a: Scalar,
+    b: Scalar,
+    epsilon: Scalar,
+) -> Array:
+    require_z_parameters(source.function, a, b, epsilon)
+
+    def formula(sums: Sums) -> Array:
+        return z_loss_of(sums.label, sums.squares, sums.classes, a, b, epsilon)
+
+    return loss_of_sums(source, labels, where, formula, deviations=True)
