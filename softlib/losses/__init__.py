@@ -23,6 +23,12 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of log-probabilities of sequences: preferences, and what is to be forgotten:
+
+- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
+- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
+- `negative_preference_loss`, `gradient_ascent_loss`
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -91,6 +97,11 @@ from ._multi_label import (
     linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
+from ._preference import (
+    dpo_loss as dpo_loss,
+    preference_margin as preference_margin,
+    simpo_loss as simpo_loss,
+)
 from ._router import (
     cv_squared as cv_squared,
     importance_loss as importance_loss,
@@ -104,6 +115,10 @@ from ._row_statistics import (
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
+from ._sequence_log_probs import (
+    linear_sequence_log_probs as linear_sequence_log_probs,
+    sequence_log_probs as sequence_log_probs,
+)
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
@@ -116,6 +131,10 @@ from ._token_metrics import (
     softmax_token_metrics as softmax_token_metrics,
     softmax_top1_correct as softmax_top1_correct,
 )
+from ._unlearning import (
+    gradient_ascent_loss as gradient_ascent_loss,
+    negative_preference_loss as negative_preference_loss,
+)
 
 __all__ = [
     "RowStatistics",
@@ -124,9 +143,11 @@ __all__ = [
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cv_squared",
+    "dpo_loss",
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
+    "gradient_ascent_loss",
     "importance_loss",
     "label_rank",
     "linear_comp_sum_loss",
@@ -138,6 +159,7 @@ __all__ = [
     "linear_multi_label_cross_entropy",
     "linear_poly1_cross_entropy",
     "linear_row_statistics",
+    "linear_sequence_log_probs",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
@@ -149,11 +171,15 @@ __all__ = [
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "naive_loss_minimization_alignment",
+    "negative_preference_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "preference_margin",
     "router_z_loss",
     "row_statistics",
     "sdm_loss",
+    "sequence_log_probs",
+    "simpo_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
