@@ -275,8 +275,8 @@ def sampled_differential_information(
         - \frac{\sum_s w_s d_s}{\sum_s w_s},$$
 
     for spaces that cannot be enumerated, such as sentences. The weights span hundreds
-    of nats and are heavy-tailed: the estimate falls short until the draws hold what is
-    rare under the reference, so read it beside the effective sample size.
+    of nats and are heavy-tailed: the estimate is off until the draws hold what is rare
+    under the reference, so read it beside the effective sample size.
 
     Args:
         logps: $\log \pi$ of the draws, sums over tokens, normalised: here a constant
@@ -312,7 +312,9 @@ def sampled_differential_information(
     policy, reference = space.arrays
     possible = jnp.isfinite(policy) & jnp.isfinite(reference)
     log_w = jnp.where(possible, -reference, jnp.nan)
-    share = jnp.exp(space.normalized(log_w))  # of the weight, 0 for other draws
+    log_share = space.normalized(log_w)
+    # Of the weight: 0 for other draws, and for all of a bad row.
+    share = jnp.exp(jnp.where(jnp.isnan(log_share), -jnp.inf, log_share))
     count = space.members.sum(axis)
     some = count > 0
     log_count = jnp.log(jnp.where(some, count, 1).astype(share.dtype))
@@ -321,7 +323,7 @@ def sampled_differential_information(
     d = jnp.where(possible, policy - reference, 0)
     mean = jnp.where(share > 0, share * d, 0).sum(axis)
     squares = (share * share).sum(axis)
-    size = jnp.where(some, 1 / jnp.where(some, squares, 1), 0)
+    size = jnp.where(some, 1 / jnp.where(squares > 0, squares, 1), 0)
     entropy = jnp.where(some, jnp.where(some, log_normalizer, 0) - mean, 0)
     nan = lambda x: jnp.where(bad, jnp.nan, x)
     return SampledEntropy(nan(entropy), nan(log_normalizer), nan(size))

@@ -42,7 +42,7 @@ def preference_margin(
 
     Returns:
         $h$ per pair, float32 (float64 if an argument is float64). NaN where the pair
-        has a NaN or infinities that cancel.
+        has a NaN or infinities that cancel; without a gradient where it is not finite.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -63,16 +63,16 @@ def preference_margin(
     """
     function = "preference_margin"
     require_positive_scalar(function, "beta", beta)
-    margin, where = _margin(
+    difference, where = _difference(
         function,
         where,
-        beta,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
-    return counted(where, margin)
+    difference, limit = finite_part(difference)
+    return counted(where, beta * difference + limit)
 
 
 def dpo_loss(
@@ -121,8 +121,8 @@ def dpo_loss(
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per pair, float32 (float64 if an argument is float64). NaN where $h$
-        is.
+        The loss per pair, float32 (float64 if an argument is float64). Where $h$ is
+        infinite or NaN, its limit or NaN without a gradient.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -130,7 +130,7 @@ def dpo_loss(
             `label_smoothing` are set.
 
     Derivatives: forward and reverse, any order; 0 for the log-probabilities of the
-        reference, and 0 where $h$ is infinite.
+        reference.
     Cost: a few operations for each pair.
     Source: "Provably Robust DPO: Aligning Language Models with Noisy Feedback"; the
         plain loss of "Direct Preference Optimization: Your Language Model is Secretly a
@@ -153,17 +153,17 @@ def dpo_loss(
             f"conservative loss, the other the robust one), got "
             f"{_shown(label_smoothing)} and {_shown(flip_rate)}."
         )
-    margin, where = _margin(
+    difference, where = _difference(
         function,
         where,
-        beta,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
     slope = label_smoothing if _is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
-    return counted(where, _logistic(margin, slope))
+    difference, limit = finite_part(difference)
+    return counted(where, _logistic(beta * difference, slope, limit))
 
 
 def simpo_loss(
@@ -197,14 +197,14 @@ def simpo_loss(
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per pair, float32 (float64 if an argument is float64).
+        The loss per pair, float32 (float64 if an argument is float64). Where the means
+        differ by an infinity or NaN, the limit or NaN without a gradient.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes differ, or an option is out of range.
 
-    Derivatives: forward and reverse, any order; none for the lengths, and 0 where the
-        margin is infinite.
+    Derivatives: forward and reverse, any order; none for the lengths.
     Cost: a few operations for each pair.
     Source: "SimPO: Simple Preference Optimization with a Reference-Free Reward", as
         "CDR: Customizable Density Ratios of Strong-over-weak LLMs for Preference
@@ -232,8 +232,8 @@ def simpo_loss(
         strict=True,
     ):
         means.append(_mean(function, total, name, lengths))
-    margin = beta * (means[0] - means[1]) - gamma
-    return counted(where, _logistic(margin, 0.0))
+    difference, limit = finite_part(means[0] - means[1])
+    return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
 
 
 def log_probs_of_sequences(
@@ -260,6 +260,13 @@ def counted(where: Array | None, values: Array) -> Array:
     return values if where is None else jnp.where(where, values, 0)
 
 
+def finite_part(values: Array) -> tuple[Array, Array]:
+    """The values with 0 for what is not finite, and without a gradient the rest."""
+    finite = jnp.isfinite(values)
+    rest = lax.stop_gradient(values)
+    return jnp.where(finite, values, 0), jnp.where(finite, 0, rest)
+
+
 def require_positive_scalar(function: str, name: str, value: Scalar) -> None:
     """A scalar array, or a finite number above 0."""
     checks.require_scalar(function, name, value, -math.inf, math.inf)
@@ -269,33 +276,32 @@ def require_positive_scalar(function: str, name: str, value: Scalar) -> None:
         )
 
 
-def _margin(
-    function: str, where: ArrayLike | None, beta: Scalar, **arrays: ArrayLike
+def _difference(
+    function: str, where: ArrayLike | None, **arrays: ArrayLike
 ) -> tuple[Array, Array | None]:
+    """The margin over beta."""
     (chosen, rejected, *reference), where = log_probs_of_sequences(
         function, where, **arrays
     )
     ref_chosen, ref_rejected = map(lax.stop_gradient, reference)
-    # The differences first: each is small beside the sums over tokens.
-    return beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), where
+    # Policy minus reference first: each is small beside the sums over tokens.
+    return (chosen - ref_chosen) - (rejected - ref_rejected), where
 
 
-def _logistic(h: Array, slope: Scalar) -> Array:
-    """softplus(-h) + slope * h, at an infinite h its limit, without a gradient there.
+def _logistic(h: Array, slope: Scalar, limit: Array) -> Array:
+    """softplus(-h) + slope * h; its limit where `limit` is not 0.
 
     Both smoothed forms, a softplus(-h) + b softplus(h), are of this form because
     softplus(h) = softplus(-h) + h.
     """
-    infinite = jnp.isinf(h)
-    finite = jnp.where(infinite, 0, h)
-    value = jax.nn.softplus(-finite)
-    if _is_zero(slope):
-        at_plus: ArrayLike = 0.0
-    else:
-        value = value + slope * finite
-        fixed = lax.stop_gradient(slope)
-        at_plus = jnp.where(fixed == 0, 0.0, jnp.where(fixed > 0, jnp.inf, -jnp.inf))
-    return jnp.where(infinite, jnp.where(h > 0, at_plus, jnp.inf), value)
+    value = jax.nn.softplus(-h)
+    at_plus: ArrayLike = 0.0
+    if not _is_zero(slope):
+        value = value + slope * h
+        fixed = jnp.asarray(lax.stop_gradient(slope), h.dtype)
+        at_plus = jnp.where(fixed == 0, 0, jnp.copysign(jnp.inf, fixed))
+    infinite = jnp.where(limit > 0, at_plus, jnp.inf)
+    return jnp.where(limit == 0, value, jnp.where(jnp.isnan(limit), limit, infinite))
 
 
 def _mean(function: str, total: Array, name: str, lengths: ArrayLike) -> Array:

@@ -1,12 +1,18 @@
 """Losses that make given sequences less likely, from their log-probabilities."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib.typing import Scalar
 
-from ._preference import counted, log_probs_of_sequences, require_positive_scalar
+from ._preference import (
+    counted,
+    finite_part,
+    log_probs_of_sequences,
+    require_positive_scalar,
+)
 
 
 def negative_preference_loss(
@@ -43,7 +49,8 @@ def negative_preference_loss(
 
     Returns:
         The loss per sequence, positive, float32 (float64 if an argument is float64). A
-        sequence without tokens costs $2 \log 2 / \beta$.
+        sequence without tokens costs $2 \log 2 / \beta$, one that is impossible already
+        0; without a gradient where the log-ratio is infinite or NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -65,8 +72,10 @@ def negative_preference_loss(
         function, where, logps=logps, ref_logps=ref_logps
     )
     # log(1 + ratio**beta) would overflow: log-ratios of sequences are hundreds of nats.
-    log_ratio = logps - lax.stop_gradient(ref_logps)
-    return counted(where, 2 / beta * jax.nn.softplus(beta * log_ratio))
+    log_ratio, limit = finite_part(logps - lax.stop_gradient(ref_logps))
+    value = 2 / beta * jax.nn.softplus(beta * log_ratio)
+    # -inf, a sequence that is impossible already, costs nothing.
+    return counted(where, jnp.where(limit == 0, value, jnp.maximum(limit, 0)))
 
 
 def gradient_ascent_loss(
