@@ -47,17 +47,18 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 def wanted_of(name, arrays, beta):
     arrays = [np.asarray(a).astype(np.float64) for a in arrays]
     count = len(arrays[0])
-    h = oracle.margin(*arrays, beta)
+    chosen, rejected, ref_chosen, ref_rejected = arrays
+    h = oracle.margin(chosen, rejected, ref_chosen, ref_rejected, beta)
     return {
         "dpo": lambda: oracle.dpo(h),
         "robust": lambda: oracle.robust(h, 0.2),
         "conservative": lambda: oracle.conservative(h, 0.2),
         "margin": lambda: np.array(h),
         "simpo": lambda: oracle.simpo(
-            *arrays[:2], np.arange(3, 3 + count), np.full(count, 4), beta, 1.0
+            chosen, rejected, np.arange(3, 3 + count), np.full(count, 4), beta, 1.0
         ),
-        "npo": lambda: oracle.negative_preference(arrays[0], arrays[2], beta),
-        "ascent": lambda: arrays[0],
+        "npo": lambda: oracle.negative_preference(chosen, ref_chosen, beta),
+        "ascent": lambda: chosen,
     }[name]()
 
 
@@ -161,7 +162,7 @@ def test_an_impossible_sequence_costs_the_limit_without_a_gradient(
     options = {option: jnp.asarray(rate) if traced else rate}
 
     def run(arrays, options):
-        loss = losses.dpo_loss(*arrays, reference, reference, **options)
+        loss = losses.dpo_loss(arrays[0], arrays[1], reference, reference, **options)
         return loss[:2].sum(), loss
 
     gradients, loss = grad(lambda a: run(a, options), has_aux=True)((chosen, rejected))
@@ -312,7 +313,7 @@ def test_rates_and_beta_may_be_swept_and_differentiated():
 
         swept = jax.jit(jax.vmap(loss))(values)
         one_by_one = [loss(float(v)) for v in values]
-        assert_close(swept, np.float32(one_by_one), dtype="float32", length=PAIRS)
+        assert_close(swept, jnp.stack(one_by_one), dtype="float32", length=PAIRS)
         slope = grad(loss)(values[1])
         step = 1e-2
         numeric = (loss(values[1] + step) - loss(values[1] - step)) / (2 * step)

@@ -48,7 +48,8 @@ def of(linear, **options):
 def test_matches_oracle(linear, dtype):
     with jax.enable_x64(dtype == "float64"):
         hidden, weight, labels, where = problem(dtype)
-        wide = np.float64(hidden) @ np.float64(weight).T
+        hidden_64, weight_64 = (np.asarray(a).astype(float) for a in (hidden, weight))
+        wide = hidden_64 @ weight_64.T
         wanted = oracle.sequence_log_probs(wide, np.asarray(labels), np.asarray(where))
         options = {"vocab_chunk": 4} if linear else {}
         call = of(linear, **options)
@@ -61,8 +62,8 @@ def test_matches_oracle(linear, dtype):
 
 def test_matches_independent_vectors():
     with jax.enable_x64(), np.load(DATA / "npo_case0.npz") as data:
-        given = {name: jnp.asarray(data[f"in_{name}"]) for name in ("labels", "where")}
-        run = jax.jit(lambda z: losses.sequence_log_probs(z, **given))
+        labels, where = (jnp.asarray(data[f"in_{n}"]) for n in ("labels", "where"))
+        run = jax.jit(lambda z: losses.sequence_log_probs(z, labels, where=where))
         for logits, wanted in (("logits", "logp"), ("ref_logits", "ref_logp")):
             actual = run(jnp.asarray(data[f"in_{logits}"]))
             assert_close(actual, data[f"out_{wanted}"], dtype="float64", length=77)
@@ -124,16 +125,14 @@ def test_a_bad_label_makes_its_sequence_nan_without_a_gradient(linear):
 
 def test_gradient_of_npo_through_logits_matches_independent_vectors():
     with jax.enable_x64(), np.load(DATA / "npo_case0.npz") as data:
-        given = {name: jnp.asarray(data[f"in_{name}"]) for name in ("labels", "where")}
-        reference = losses.sequence_log_probs(
-            jnp.asarray(data["in_ref_logits"]), **given
-        )
+        labels, where = (jnp.asarray(data[f"in_{n}"]) for n in ("labels", "where"))
+        reference = jnp.asarray(data["out_ref_logp"])
         beta = float(data["in_beta"])
 
         @jax.jit
         @jax.grad
         def run(logits):
-            logps = losses.sequence_log_probs(logits, **given)
+            logps = losses.sequence_log_probs(logits, labels, where=where)
             return losses.negative_preference_loss(logps, reference, beta=beta).sum()
 
         gradient = run(jnp.asarray(data["in_logits"]))

@@ -38,15 +38,11 @@ def test_rewards_match_oracle(dtype, normalize):
         of = functools.partial(scoring.density_ratio_reward, normalize=normalize)
         actual = jax.jit(lambda s, w, m: of(s, w, where=m))(strong, weak, where)
         assert actual.dtype == jnp.promote_types(dtype, jnp.float32)
-        wanted = oracle.density_ratio(
-            *(np.asarray(a).astype(float) for a in (strong, weak)), where, normalize
-        )
+        wide = [np.asarray(a).astype(float) for a in (strong, weak)]
+        wanted = oracle.density_ratio(wide[0], wide[1], where, normalize)
         assert_close(actual, wanted, dtype=actual.dtype, length=LENGTH)
-        full = oracle.density_ratio(
-            *(np.asarray(a).astype(float) for a in (strong, weak)),
-            np.ones_like(where),
-            normalize,
-        )
+        everywhere = np.ones_like(where)
+        full = oracle.density_ratio(wide[0], wide[1], everywhere, normalize)
         assert_close(of(strong, weak), full, dtype=actual.dtype, length=LENGTH)
 
 
