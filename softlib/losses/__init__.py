@@ -39,6 +39,11 @@ Against adversaries, and what the comp-sum losses guarantee:
 
 - `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
 - `comp_sum_transformation`, `comp_sum_regret_bound`
+Of log-probabilities of sequences: preferences, and what is to be forgotten:
+
+- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
+- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
+- `negative_preference_loss`, `gradient_ascent_loss`
 
 Of logits, with other maps in the place of softmax:
 
@@ -167,6 +172,10 @@ from ._robust_temperature import (
     linear_robust_softmax_cross_entropy as linear_robust_softmax_cross_entropy,
     optimal_temperature as optimal_temperature,
     robust_softmax_cross_entropy as robust_softmax_cross_entropy,
+from ._preference import (
+    dpo_loss as dpo_loss,
+    preference_margin as preference_margin,
+    simpo_loss as simpo_loss,
 )
 from ._router import (
     cv_squared as cv_squared,
@@ -196,6 +205,9 @@ from ._spherical_family import (
     log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
     spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
     z_loss_from_statistics as z_loss_from_statistics,
+from ._sequence_log_probs import (
+    linear_sequence_log_probs as linear_sequence_log_probs,
+    sequence_log_probs as sequence_log_probs,
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
@@ -213,6 +225,9 @@ from ._top_k import TopK as TopK, linear_top_k as linear_top_k
 from ._vq_logits import (
     vq_softmax_cross_entropy as vq_softmax_cross_entropy,
     vq_token_counts as vq_token_counts,
+from ._unlearning import (
+    gradient_ascent_loss as gradient_ascent_loss,
+    negative_preference_loss as negative_preference_loss,
 )
 
 __all__ = [
@@ -238,6 +253,7 @@ __all__ = [
     "cv_squared",
     "decoupled_softmax_loss",
     "draw_positives",
+    "dpo_loss",
     "entmax_loss",
     "factored_spherical_init",
     "factored_spherical_rebase",
@@ -249,6 +265,7 @@ __all__ = [
     "generalized_cross_entropy_loss",
     "hard_negative_recall",
     "global_contrastive_update",
+    "gradient_ascent_loss",
     "importance_loss",
     "in_batch_positives",
     "in_batch_triplet_loss",
@@ -269,6 +286,7 @@ __all__ = [
     "linear_poly1_cross_entropy",
     "linear_robust_softmax_cross_entropy",
     "linear_row_statistics",
+    "linear_sequence_log_probs",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
@@ -301,12 +319,18 @@ __all__ = [
     "projected_gradient_ascent",
     "robust_contrastive_loss",
     "robust_softmax_cross_entropy",
+    "negative_preference_loss",
+    "poly1_cross_entropy",
+    "poly1_from_log_prob",
+    "preference_margin",
     "router_z_loss",
     "row_statistics",
     "sampled_softmax_loss",
     "sdm_loss",
     "soft_top_k_loss",
     "smooth_adversarial_comp_sum_loss",
+    "sequence_log_probs",
+    "simpo_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",

@@ -1,3 +1,14 @@
-"""Judging given text by its given log-probabilities: a number per text."""
+"""Judging given text by its given log-probabilities: a number per text.
 
-__all__: list[str] = []
+Rewards and preferences from two language models:
+
+- `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
+"""
+
+from ._density_ratio import (
+    PreferenceAnnotation as PreferenceAnnotation,
+    annotate_preferences as annotate_preferences,
+    density_ratio_reward as density_ratio_reward,
+)
+
+__all__ = ["PreferenceAnnotation", "annotate_preferences", "density_ratio_reward"]

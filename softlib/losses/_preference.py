@@ -1,0 +1,332 @@
+r"""Losses of pairs of sequences, one preferred to the other, from log-probabilities."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Num
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+from softlib.typing import Scalar
+
+
+def preference_margin(
+    chosen_logps: Float[Array, "*batch"],
+    rejected_logps: Float[Array, "*batch"],
+    ref_chosen_logps: Float[Array, "*batch"],
+    ref_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""By how much the implicit reward prefers the chosen sequence, per pair.
+
+    $$h = \beta \Bigl[\log \frac{\pi(y_w)}{\pi_\mathrm{ref}(y_w)}
+        - \log \frac{\pi(y_l)}{\pi_\mathrm{ref}(y_l)}\Bigr]$$
+
+    $\sigma(h)$ is the probability of the pair's order in the model of Bradley and
+    Terry, and the share of pairs with $h > 0$ the accuracy of the implicit reward.
+
+    Args:
+        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+            from `linear_sequence_log_probs`.
+        rejected_logps: $\log \pi(y_l)$ of the others.
+        ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
+        ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
+        beta: $\beta > 0$; a number is static, an array traced and differentiable.
+        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
+            the result and all gradients are exactly 0, whatever the arguments hold.
+
+    Returns:
+        $h$ per pair, float32 (float64 if an argument is float64). NaN where the pair
+        has a NaN or infinities that cancel; without a gradient where it is not finite.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes differ, or `beta` is out of range.
+
+    Derivatives: forward and reverse, any order; 0 for the log-probabilities of the
+        reference, which is fixed.
+    Cost: a few operations for each pair.
+    Source: "Direct Preference Optimization: Your Language Model is Secretly a Reward
+        Model".
+
+    Example:
+        >>> chosen, rejected = jnp.array([-10.0, -8.0]), jnp.array([-12.0, -8.0])
+        >>> reference = jnp.array([-11.0, -9.0])
+        >>> margin = softlib.losses.preference_margin
+        >>> print(margin(chosen, rejected, reference, reference, beta=0.5))
+        [1. 0.]
+    """
+    function = "preference_margin"
+    require_positive_scalar(function, "beta", beta)
+    difference, where = _difference(
+        function,
+        where,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+    difference, limit = finite_part(difference)
+    return counted(where, beta * difference + limit)
+
+
+def dpo_loss(
+    chosen_logps: Float[Array, "*batch"],
+    rejected_logps: Float[Array, "*batch"],
+    ref_chosen_logps: Float[Array, "*batch"],
+    ref_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    flip_rate: Scalar = 0.0,
+    label_smoothing: Scalar = 0.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Direct preference optimisation, per pair: plain, robust or conservative.
+
+    Of the margin $h$ of `preference_margin`, with the flip rate $\epsilon$ or the
+    smoothing $s$,
+
+    $$L = -\log \sigma(h), \qquad
+      L_\mathrm{robust} = -\log \sigma(h) - \frac{\epsilon}{1 - 2 \epsilon} h, \qquad
+      L_\mathrm{conservative} = -\log \sigma(h) + s\, h .$$
+
+    If a share $\epsilon$ of the pairs is in the wrong order, the robust loss has the
+    expectation that the plain one has on the right order,
+    $(1 - \epsilon) L(h) + \epsilon L(-h) = -\log \sigma(h)$, and restores the scale of
+    the reward. It is the quotient $[(1 - \epsilon) \ell(h) - \epsilon \ell(-h)] /
+    (1 - 2 \epsilon)$ of the paper, without its cancellation near $\epsilon = 1/2$. The
+    conservative loss is cross-entropy with smoothed labels, least at
+    $\sigma(h) = 1 - s$: it makes the margin smaller still.
+
+    The robust loss may be negative, and has no lower bound: where fewer pairs than
+    $\epsilon$ contradict a direction of the parameters, it falls along that direction
+    for ever. `flip_rate` must not exceed the true rate.
+
+    Args:
+        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+            from `linear_sequence_log_probs`.
+        rejected_logps: $\log \pi(y_l)$ of the others.
+        ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
+        ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
+        beta: $\beta > 0$; a number is static, an array traced and differentiable.
+        flip_rate: $0 \leq \epsilon < 1/2$ (rDPO); a number is static, an array traced.
+        label_smoothing: $0 \leq s \leq 1/2$ (cDPO); likewise. Not both: a traced number
+            counts as set. (Elsewhere one name, `label_smoothing`, means either.)
+        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+
+    Returns:
+        The loss per pair, float32 (float64 if an argument is float64). Where $h$ is
+        infinite or NaN, its limit or NaN without a gradient.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes differ, an option is out of range, or both `flip_rate` and
+            `label_smoothing` are set.
+
+    Derivatives: forward and reverse, any order; 0 for the log-probabilities of the
+        reference.
+    Cost: a few operations for each pair.
+    Source: "Provably Robust DPO: Aligning Language Models with Noisy Feedback"; the
+        plain loss of "Direct Preference Optimization: Your Language Model is Secretly a
+        Reward Model".
+
+    Example:
+        >>> chosen, rejected = jnp.array([-10.0, -8.0]), jnp.array([-12.0, -8.0])
+        >>> reference = jnp.array([-11.0, -9.0])
+        >>> dpo = softlib.losses.dpo_loss
+        >>> print(dpo(chosen, rejected, reference, reference).round(4))
+        [0.5981 0.6931]
+    """
+    function = "dpo_loss"
+    require_positive_scalar(function, "beta", beta)
+    checks.require_scalar(function, "flip_rate", flip_rate, 0, math.nextafter(0.5, 0))
+    checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 0.5)
+    if not (_is_zero(flip_rate) or _is_zero(label_smoothing)):
+        raise ValueError(
+            f"{function}: `label_smoothing` must be 0 with `flip_rate` (the one is the "
+            f"conservative loss, the other the robust one), got "
+            f"{_shown(label_smoothing)} and {_shown(flip_rate)}."
+        )
+    difference, where = _difference(
+        function,
+        where,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )
+    slope = label_smoothing if _is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
+    difference, limit = finite_part(difference)
+    return counted(where, _logistic(beta * difference, slope, limit))
+
+
+def simpo_loss(
+    chosen_logps: Float[Array, "*batch"],
+    rejected_logps: Float[Array, "*batch"],
+    chosen_lengths: Num[Array, "*batch"],
+    rejected_lengths: Num[Array, "*batch"],
+    *,
+    beta: Scalar = 2.0,
+    gamma: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Simple preference optimisation, per pair: mean log-probabilities, no reference.
+
+    $$L = -\log \sigma\Bigl(\beta \Bigl[\frac{\log \pi(y_w)}{|y_w|}
+        - \frac{\log \pi(y_l)}{|y_l|}\Bigr] - \gamma\Bigr)$$
+
+    The division takes away the advantage of short sequences; the target margin
+    $\gamma$ asks for more than the right order.
+
+    Args:
+        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+            from `linear_sequence_log_probs`; divided here.
+        rejected_logps: $\log \pi(y_l)$ of the others.
+        chosen_lengths: $|y_w|$, the tokens in each sum: `where.sum(-1)`. A sequence of
+            length 0 has mean 0 without gradient; a negative length gives NaN.
+        rejected_lengths: $|y_l|$.
+        beta: $\beta > 0$; a number is static, an array traced and differentiable.
+        gamma: $\gamma \geq 0$; likewise.
+        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+
+    Returns:
+        The loss per pair, float32 (float64 if an argument is float64). Where the means
+        differ by an infinity or NaN, the limit or NaN without a gradient.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes differ, or an option is out of range.
+
+    Derivatives: forward and reverse, any order; none for the lengths.
+    Cost: a few operations for each pair.
+    Source: "SimPO: Simple Preference Optimization with a Reference-Free Reward", as
+        "CDR: Customizable Density Ratios of Strong-over-weak LLMs for Preference
+        Annotation" uses it. The defaults are common practice, not of either paper.
+
+    Example:
+        >>> chosen, rejected = jnp.array([-10.0]), jnp.array([-12.0])
+        >>> lengths = jnp.array([5]), jnp.array([4])
+        >>> print(softlib.losses.simpo_loss(chosen, rejected, *lengths).round(2))
+        [0.31]
+    """
+    function = "simpo_loss"
+    require_positive_scalar(function, "beta", beta)
+    checks.require_scalar(function, "gamma", gamma, 0, math.inf)
+    (chosen, rejected), where = log_probs_of_sequences(
+        function, where, chosen_logps=chosen_logps, rejected_logps=rejected_logps
+    )
+    means = []
+    for total, (name, lengths) in zip(
+        (chosen, rejected),
+        {
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+        }.items(),
+        strict=True,
+    ):
+        means.append(_mean(function, total, name, lengths))
+    difference, limit = finite_part(means[0] - means[1])
+    return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
+
+
+def log_probs_of_sequences(
+    function: str, where: ArrayLike | None, **arrays: ArrayLike
+) -> tuple[list[Array], Array | None]:
+    """Checked log-probabilities of one shape and dtype, 0 where `where` is False."""
+    found = {name: jnp.asarray(array) for name, array in arrays.items()}
+    checks.require_floating(function, **found)
+    first = next(iter(found))
+    shape = found[first].shape
+    for name, array in found.items():
+        checks.require_shape(function, name, array, shape, f"the shape of `{first}`")
+    if where is not None:
+        where = jnp.asarray(where)
+        checks.require_boolean(function, where=where)
+        checks.require_broadcastable(function, "where", where, shape, "the batch shape")
+        where = jnp.broadcast_to(where, shape)
+    dtype = accumulator_dtype(*found.values())
+    return [counted(where, array.astype(dtype)) for array in found.values()], where
+
+
+def counted(where: Array | None, values: Array) -> Array:
+    """0 where `where` is False."""
+    return values if where is None else jnp.where(where, values, 0)
+
+
+def finite_part(values: Array) -> tuple[Array, Array]:
+    """The values with 0 for what is not finite, and without a gradient the rest."""
+    finite = jnp.isfinite(values)
+    rest = lax.stop_gradient(values)
+    return jnp.where(finite, values, 0), jnp.where(finite, 0, rest)
+
+
+def require_positive_scalar(function: str, name: str, value: Scalar) -> None:
+    """A scalar array, or a finite number above 0."""
+    checks.require_scalar(function, name, value, -math.inf, math.inf)
+    if isinstance(value, int | float) and not 0 < value < math.inf:
+        raise ValueError(
+            f"{function}: `{name}` must be positive and finite, got {value}."
+        )
+
+
+def _difference(
+    function: str, where: ArrayLike | None, **arrays: ArrayLike
+) -> tuple[Array, Array | None]:
+    """The margin over beta."""
+    (chosen, rejected, *reference), where = log_probs_of_sequences(
+        function, where, **arrays
+    )
+    ref_chosen, ref_rejected = map(lax.stop_gradient, reference)
+    # Policy minus reference first: each is small beside the sums over tokens.
+    return (chosen - ref_chosen) - (rejected - ref_rejected), where
+
+
+def _logistic(h: Array, slope: Scalar, limit: Array) -> Array:
+    """softplus(-h) + slope * h; its limit where `limit` is not 0.
+
+    Both smoothed forms, a softplus(-h) + b softplus(h), are of this form because
+    softplus(h) = softplus(-h) + h.
+    """
+    value = jax.nn.softplus(-h)
+    at_plus: ArrayLike = 0.0
+    if not _is_zero(slope):
+        value = value + slope * h
+        fixed = jnp.asarray(lax.stop_gradient(slope), h.dtype)
+        at_plus = jnp.where(fixed == 0, 0, jnp.copysign(jnp.inf, fixed))
+    infinite = jnp.where(limit > 0, at_plus, jnp.inf)
+    return jnp.where(limit == 0, value, jnp.where(jnp.isnan(limit), limit, infinite))
+
+
+def _mean(function: str, total: Array, name: str, lengths: ArrayLike) -> Array:
+    lengths = jnp.asarray(lengths)
+    if not (
+        jnp.issubdtype(lengths.dtype, jnp.integer)
+        or jnp.issubdtype(lengths.dtype, jnp.floating)
+    ):
+        raise TypeError(
+            f"{function}: `{name}` must be numbers of tokens (an integer or floating "
+            f"dtype), got {lengths.dtype}."
+        )
+    checks.require_shape(
+        function, name, lengths, total.shape, "the shape of `chosen_logps`"
+    )
+    lengths = lax.stop_gradient(lengths)
+    mean = total / jnp.where(lengths > 0, lengths, 1).astype(total.dtype)
+    without = jnp.where(lengths == 0, 0.0, jnp.nan).astype(total.dtype)
+    return jnp.where(lengths > 0, mean, without)
+
+
+def _is_zero(value: Scalar) -> bool:
+    """Whether an option is statically off; a traced one is never off."""
+    return isinstance(value, int | float) and value == 0
+
+
+def _shown(value: Scalar) -> str:
+    return str(value) if isinstance(value, int | float) else "a traced number"

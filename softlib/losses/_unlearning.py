@@ -1,0 +1,112 @@
+"""Losses that make given sequences less likely, from their log-probabilities."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from softlib.typing import Scalar
+
+from ._preference import (
+    counted,
+    finite_part,
+    log_probs_of_sequences,
+    require_positive_scalar,
+)
+
+
+def negative_preference_loss(
+    logps: Float[Array, "*batch"],
+    ref_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Negative preference optimisation (NPO), per sequence to be forgotten.
+
+    $$L = -\frac{2}{\beta} \log \sigma\Bigl(-\beta \log
+        \frac{\pi(y)}{\pi_\mathrm{ref}(y)}\Bigr)
+        = \frac{2}{\beta} \log\Bigl(1 + \Bigl(\frac{\pi(y)}{\pi_\mathrm{ref}(y)}
+        \Bigr)^\beta\Bigr)$$
+
+    The half of the loss of `dpo_loss` that rejects, without a chosen sequence. Its
+    slope in $\log \pi$ is $2 \sigma(\beta \log (\pi / \pi_\mathrm{ref}))$: 1 at the
+    start, where it is `gradient_ascent_loss`, and falling to 0 as the sequence is
+    forgotten, so that the model diverges with the logarithm of time and not linearly.
+    Usually added to a loss that retains the rest, such as cross-entropy on other text.
+
+    Args:
+        logps: $\log \pi(y)$, sums over tokens as from `linear_sequence_log_probs` (a
+            mean would be another method).
+        ref_logps: $\log \pi_\mathrm{ref}(y)$, of the model before unlearning.
+        beta: $\beta > 0$; a number is static, an array traced and differentiable.
+            $\beta \to 0$ is gradient ascent up to the constant $2 \log 2 / \beta$,
+            which takes the digits of a float32 value, but not of its gradient;
+            $\beta \to \infty$ the hinge $2 \max(\log (\pi / \pi_\mathrm{ref}), 0)$.
+        where: True for the sequences that count; broadcasts to the batch shape.
+            Elsewhere the loss and all gradients are exactly 0, whatever the arguments
+            hold.
+
+    Returns:
+        The loss per sequence, positive, float32 (float64 if an argument is float64). A
+        sequence without tokens costs $2 \log 2 / \beta$, one that is impossible already
+        0; without a gradient where the log-ratio is infinite or NaN.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes differ, or `beta` is out of range.
+
+    Derivatives: forward and reverse, any order; 0 for `ref_logps`, which are fixed.
+    Cost: a few operations for each sequence.
+    Source: "Negative Preference Optimization: From Catastrophic Collapse to Effective
+        Unlearning".
+
+    Example:
+        >>> logps, ref_logps = jnp.array([-10.0, -200.0]), jnp.array([-10.0, -10.0])
+        >>> print(softlib.losses.negative_preference_loss(logps, ref_logps).round(4))
+        [13.8629  0.    ]
+    """
+    function = "negative_preference_loss"
+    require_positive_scalar(function, "beta", beta)
+    (logps, ref_logps), where = log_probs_of_sequences(
+        function, where, logps=logps, ref_logps=ref_logps
+    )
+    # log(1 + ratio**beta) would overflow: log-ratios of sequences are hundreds of nats.
+    log_ratio, limit = finite_part(logps - lax.stop_gradient(ref_logps))
+    value = 2 / beta * jax.nn.softplus(beta * log_ratio)
+    # -inf, a sequence that is impossible already, costs nothing.
+    return counted(where, jnp.where(limit == 0, value, jnp.maximum(limit, 0)))
+
+
+def gradient_ascent_loss(
+    logps: Float[Array, "*batch"], *, where: Bool[Array, "..."] | None = None
+) -> Float[Array, "*batch"]:
+    r"""$\log \pi(y)$ itself, per sequence to be forgotten: the loss without a brake.
+
+    Descending on it ascends on cross-entropy. It has no lower bound and a slope of 1
+    however unlikely the sequence has become, so that a model which is trained on it
+    long enough loses everything else: the baseline of `negative_preference_loss`.
+
+    Args:
+        logps: $\log \pi(y)$, sums over tokens as from `linear_sequence_log_probs`.
+        where: True for the sequences that count; broadcasts to the batch shape.
+            Elsewhere the loss and all gradients are exactly 0.
+
+    Returns:
+        The loss per sequence, at most 0, float32 (float64 for float64).
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: `where` does not broadcast.
+
+    Derivatives: 1.
+    Cost: none.
+    Source: the baseline of "Negative Preference Optimization: From Catastrophic
+        Collapse to Effective Unlearning".
+
+    Example:
+        >>> print(softlib.losses.gradient_ascent_loss(jnp.array([-10.0, -200.0])))
+        [ -10. -200.]
+    """
+    (logps,), where = log_probs_of_sequences("gradient_ascent_loss", where, logps=logps)
+    return counted(where, logps)

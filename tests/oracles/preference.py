@@ -1,0 +1,106 @@
+"""Losses of sequences by their definitions, a pair at a time: NumPy, float64."""
+
+import numpy as np
+
+
+def sequence_log_probs(logits, labels, where):
+    """The sum over the tokens that count of log softmax at the label."""
+    logits = np.asarray(logits, np.float64)
+    totals = np.zeros(labels.shape[0])
+    for b in range(labels.shape[0]):
+        for t in range(labels.shape[1]):
+            if where[b, t]:
+                z = logits[b, t]
+                top = z.max()
+                weights = [np.exp(x - top) for x in z]
+                totals[b] += z[labels[b, t]] - top - np.log(sum(weights))
+    return totals
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.float64(x)))
+
+
+def margin(chosen, rejected, ref_chosen, ref_rejected, beta):
+    return [
+        beta * (np.float64(w) - np.float64(rw) - np.float64(x) + np.float64(rx))
+        for w, x, rw, rx in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True)
+    ]
+
+
+def dpo(h):
+    return np.array([-np.log(sigmoid(x)) for x in h])
+
+
+def conservative(h, smoothing):
+    plain, reverse = dpo(h), dpo([-x for x in h])
+    return (1 - smoothing) * plain + smoothing * reverse
+
+
+def robust(h, flip_rate):
+    plain, reverse = dpo(h), dpo([-x for x in h])
+    return ((1 - flip_rate) * plain - flip_rate * reverse) / (1 - 2 * flip_rate)
+
+
+def simpo(chosen, rejected, chosen_lengths, rejected_lengths, beta, gamma):
+    found = []
+    for w, x, n, m in zip(
+        chosen, rejected, chosen_lengths, rejected_lengths, strict=True
+    ):
+        difference = np.float64(w) / int(n) - np.float64(x) / int(m)
+        found.append(-np.log(sigmoid(beta * difference - gamma)))
+    return np.array(found)
+
+
+def negative_preference(logps, ref_logps, beta):
+    return np.array(
+        [
+            -2 / beta * np.log(sigmoid(-beta * (np.float64(p) - np.float64(r))))
+            for p, r in zip(logps, ref_logps, strict=True)
+        ]
+    )
+
+
+def differential(logp, ref_logp):
+    """Q = (pi / ref) / sum(pi / ref) along the last axis, and its entropy."""
+    ratio = np.exp(np.asarray(logp, np.float64) - np.asarray(ref_logp, np.float64))
+    q = ratio / ratio.sum(-1, keepdims=True)
+    safe = np.where(q > 0, q, 1)
+    return q, -(q * np.log(safe)).sum(-1)
+
+
+def dpo_optimal(ref, chosen, rejected, beta):
+    weight = np.float64(ref) * (np.float64(chosen) / np.float64(rejected)) ** (1 / beta)
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def optimal_rejected(ref, target, beta):
+    weight = np.float64(ref) * (np.float64(ref) / np.float64(target)) ** beta
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def density_ratio(strong, weak, where, normalize):
+    rewards = np.zeros(strong.shape[:-1])
+    for i in np.ndindex(rewards.shape):
+        terms = [
+            np.float64(s) - np.float64(w)
+            for s, w, counts in zip(strong[i], weak[i], where[i], strict=True)
+            if counts
+        ]
+        rewards[i] = sum(terms) / (max(len(terms), 1) if normalize == "mean" else 1)
+    return rewards
+
+
+def annotate(rewards, where):
+    """(chosen, rejected, margin) of each row, by walking through it."""
+    found = []
+    for row, exists in zip(rewards, where, strict=True):
+        real = [i for i in range(len(row)) if exists[i]]
+        if not real:
+            found.append((0, 0, 0.0))
+            continue
+        chosen = max(real, key=lambda i: (row[i], -i))
+        rejected = min(real, key=lambda i: (row[i], i))
+        gap = 0.0 if chosen == rejected else float(row[chosen]) - float(row[rejected])
+        found.append((chosen, rejected, gap))
+    return found
