@@ -23,6 +23,18 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Two predictions at once, a student's and a teacher's, of two heads or of logits:
+
+- `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
+- `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
+- `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
+- `linear_kl_to_reference`, `kl_to_reference`: the mean over a sequence's tokens
+- `linear_knowledge_distillation_loss`, `knowledge_distillation_loss`
+- `linear_normalized_distillation_loss`, `normalized_distillation_loss`
+- `decoupled_distillation_loss`
+- `universal_self_distillation_loss`, `USKDTerms`, `zipf_soft_labels`: no teacher
+- `mcmi_loss`: of a teacher
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -60,6 +72,21 @@ from ._cross_entropy import (
 from ._cross_entropy_sum import (
     linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
 )
+from ._distillation import (
+    decoupled_distillation_loss as decoupled_distillation_loss,
+    knowledge_distillation_loss as knowledge_distillation_loss,
+    linear_knowledge_distillation_loss as linear_knowledge_distillation_loss,
+    linear_normalized_distillation_loss as linear_normalized_distillation_loss,
+    normalized_distillation_loss as normalized_distillation_loss,
+)
+from ._divergences import (
+    linear_jensen_shannon_divergence as linear_jensen_shannon_divergence,
+    linear_kl_divergence as linear_kl_divergence,
+    linear_soft_target_cross_entropy as linear_soft_target_cross_entropy,
+    softmax_jensen_shannon_divergence as softmax_jensen_shannon_divergence,
+    softmax_kl_divergence as softmax_kl_divergence,
+    softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
+)
 from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
@@ -74,11 +101,18 @@ from ._focal import (
     linear_softmax_focal_loss as linear_softmax_focal_loss,
     softmax_focal_loss as softmax_focal_loss,
 )
+from ._kl_to_reference import (
+    kl_to_reference as kl_to_reference,
+    linear_kl_to_reference as linear_kl_to_reference,
+)
 from ._label_rank import (
     label_rank as label_rank,
     linear_label_rank as linear_label_rank,
 )
 from ._logits import linear_logits as linear_logits
+from ._mcmi import (
+    mcmi_loss as mcmi_loss,
+)
 from ._mixtures import (
     linear_poly1_cross_entropy as linear_poly1_cross_entropy,
     linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
@@ -104,6 +138,11 @@ from ._row_statistics import (
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
+from ._self_distillation import (
+    USKDTerms as USKDTerms,
+    universal_self_distillation_loss as universal_self_distillation_loss,
+    zipf_soft_labels as zipf_soft_labels,
+)
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
@@ -120,24 +159,34 @@ from ._token_metrics import (
 __all__ = [
     "RowStatistics",
     "TokenMetrics",
+    "USKDTerms",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cv_squared",
+    "decoupled_distillation_loss",
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "importance_loss",
+    "kl_to_reference",
+    "knowledge_distillation_loss",
     "label_rank",
     "linear_comp_sum_loss",
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
+    "linear_jensen_shannon_divergence",
+    "linear_kl_divergence",
+    "linear_kl_to_reference",
+    "linear_knowledge_distillation_loss",
     "linear_label_rank",
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
+    "linear_normalized_distillation_loss",
     "linear_poly1_cross_entropy",
     "linear_row_statistics",
+    "linear_soft_target_cross_entropy",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
@@ -146,9 +195,11 @@ __all__ = [
     "linear_token_metrics",
     "linear_top1_correct",
     "load_balancing_loss",
+    "mcmi_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "naive_loss_minimization_alignment",
+    "normalized_distillation_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
     "router_z_loss",
@@ -158,6 +209,9 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_entropy",
     "softmax_focal_loss",
+    "softmax_jensen_shannon_divergence",
+    "softmax_kl_divergence",
+    "softmax_soft_target_cross_entropy",
     "softmax_token_log_probs",
     "softmax_token_metrics",
     "softmax_top1_correct",
@@ -165,5 +219,7 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "universal_self_distillation_loss",
     "zero_loss_fraction",
+    "zipf_soft_labels",
 ]
