@@ -1,10 +1,16 @@
 """Numbers about distributions: divergences, mutual information, and what they bound.
 
-From samples, by Gaussian kernels; scalars of a whole set:
-
+- `conditional_mutual_information` of inputs and predictions given the class, and the
+  centroids it needs: `class_centroids`, `class_centroid_sums`, `CentroidSums`,
+  `centroid_update`
+- `differential_information`, `differential_information_entropy`
+- `sampled_differential_information`, `SampledEntropy`: of sequences
+- `dpo_optimal_policy`, `optimal_rejected_distribution`
+What preference optimisation learns, as information:
 - `cauchy_schwarz_divergence`, `cauchy_schwarz_mutual_information`,
   `conditional_cauchy_schwarz_divergence`, `median_bandwidth`
 - `cs_information_bottleneck_loss`: of regression
+From samples, by Gaussian kernels; scalars of a whole set:
 """
 
 from ._cauchy_schwarz import (
@@ -14,20 +20,13 @@ from ._cauchy_schwarz import (
     cs_information_bottleneck_loss as cs_information_bottleneck_loss,
     median_bandwidth as median_bandwidth,
 )
-
-__all__ = [
-    "cauchy_schwarz_divergence",
-    "cauchy_schwarz_mutual_information",
-    "conditional_cauchy_schwarz_divergence",
-    "cs_information_bottleneck_loss",
-    "median_bandwidth",
-What preference optimisation learns, as information:
-
-- `differential_information`, `differential_information_entropy`
-- `sampled_differential_information`, `SampledEntropy`: of sequences
-- `dpo_optimal_policy`, `optimal_rejected_distribution`
-"""
-
+from ._conditional import (
+    CentroidSums as CentroidSums,
+    centroid_update as centroid_update,
+    class_centroid_sums as class_centroid_sums,
+    class_centroids as class_centroids,
+    conditional_mutual_information as conditional_mutual_information,
+)
 from ._differential import (
     SampledEntropy as SampledEntropy,
     differential_information as differential_information,
@@ -38,10 +37,20 @@ from ._differential import (
 )
 
 __all__ = [
+    "CentroidSums",
     "SampledEntropy",
+    "cauchy_schwarz_divergence",
+    "cauchy_schwarz_mutual_information",
+    "centroid_update",
+    "class_centroid_sums",
+    "class_centroids",
+    "conditional_cauchy_schwarz_divergence",
+    "conditional_mutual_information",
+    "cs_information_bottleneck_loss",
     "differential_information",
     "differential_information_entropy",
     "dpo_optimal_policy",
+    "median_bandwidth",
     "optimal_rejected_distribution",
     "sampled_differential_information",
 ]

@@ -1,5 +1,33 @@
 """Losses over large vocabularies, from a linear head or from logits.
 
+- `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
+- `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
+- `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
+- `linear_kl_to_reference`, `kl_to_reference`: the mean over a sequence's tokens
+- `linear_knowledge_distillation_loss`, `knowledge_distillation_loss`
+- `linear_normalized_distillation_loss`, `normalized_distillation_loss`
+- `decoupled_distillation_loss`
+- `universal_self_distillation_loss`, `USKDTerms`, `zipf_soft_labels`: no teacher
+- `mcmi_loss`: of a teacher
+Two predictions at once, a student's and a teacher's, of two heads or of logits:
+- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
+- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
+- `negative_preference_loss`, `gradient_ascent_loss`
+Of log-probabilities of sequences: preferences, and what is to be forgotten:
+- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
+- `comp_sum_transformation`, `comp_sum_regret_bound`
+Against adversaries, and what the comp-sum losses guarantee:
+- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`, and the best
+  temperature: `linear_optimal_temperature`, `optimal_temperature`
+- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
+  `GlobalContrastiveUpdate`: running means over a data set
+With a temperature per row:
+Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
+How good a ranking is: `precision_at_k`, `recall_at_k`,
+`propensity_scored_precision_at_k`, `label_propensities`.
+Batches whose labels are hard negatives of each other, with the clusters of
+`softlib.numerics.balanced_kmeans`: `ngame_batches`, `draw_positives`,
+`in_batch_positives`, `in_batch_triplet_loss`, `hard_negative_recall`.
 Row statistics, the engine everything else is composed of:
 
 - `linear_row_statistics`, `row_statistics`, `RowStatistics`
@@ -27,36 +55,11 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
-Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
-With a temperature per row:
-
-- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`, and the best
-  temperature: `linear_optimal_temperature`, `optimal_temperature`
-- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
-  `GlobalContrastiveUpdate`: running means over a data set
-
-Against adversaries, and what the comp-sum losses guarantee:
-
-- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
-- `comp_sum_transformation`, `comp_sum_regret_bound`
-Of log-probabilities of sequences: preferences, and what is to be forgotten:
-
-- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
-- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
-- `negative_preference_loss`, `gradient_ascent_loss`
-
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
-
-Batches whose labels are hard negatives of each other, with the clusters of
-`softlib.numerics.balanced_kmeans`: `ngame_batches`, `draw_positives`,
-`in_batch_positives`, `in_batch_triplet_loss`, `hard_negative_recall`.
-
-How good a ranking is: `precision_at_k`, `recall_at_k`,
-`propensity_scored_precision_at_k`, `label_propensities`.
 
 Numbers about training:
 
@@ -89,7 +92,9 @@ from ._comp_sum_bounds import (
     comp_sum_regret_bound as comp_sum_regret_bound,
     comp_sum_transformation as comp_sum_transformation,
 )
-from ._compose import TokenMetrics as TokenMetrics
+from ._compose import (
+    TokenMetrics as TokenMetrics,
+)
 from ._contrastive_temperature import (
     GlobalContrastiveState as GlobalContrastiveState,
     GlobalContrastiveUpdate as GlobalContrastiveUpdate,
@@ -102,6 +107,21 @@ from ._cross_entropy import (
 )
 from ._cross_entropy_sum import (
     linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
+)
+from ._distillation import (
+    decoupled_distillation_loss as decoupled_distillation_loss,
+    knowledge_distillation_loss as knowledge_distillation_loss,
+    linear_knowledge_distillation_loss as linear_knowledge_distillation_loss,
+    linear_normalized_distillation_loss as linear_normalized_distillation_loss,
+    normalized_distillation_loss as normalized_distillation_loss,
+)
+from ._divergences import (
+    linear_jensen_shannon_divergence as linear_jensen_shannon_divergence,
+    linear_kl_divergence as linear_kl_divergence,
+    linear_soft_target_cross_entropy as linear_soft_target_cross_entropy,
+    softmax_jensen_shannon_divergence as softmax_jensen_shannon_divergence,
+    softmax_kl_divergence as softmax_kl_divergence,
+    softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
 )
 from ._entropy import (
     linear_entropy as linear_entropy,
@@ -118,6 +138,7 @@ from ._extreme_metrics import (
     precision_at_k as precision_at_k,
     propensity_scored_precision_at_k as propensity_scored_precision_at_k,
     recall_at_k as recall_at_k,
+)
 from ._factored_spherical import (
     FactoredSphericalState as FactoredSphericalState,
     factored_spherical_init as factored_spherical_init,
@@ -140,11 +161,20 @@ from ._focal import (
     linear_softmax_focal_loss as linear_softmax_focal_loss,
     softmax_focal_loss as softmax_focal_loss,
 )
+from ._kl_to_reference import (
+    kl_to_reference as kl_to_reference,
+    linear_kl_to_reference as linear_kl_to_reference,
+)
 from ._label_rank import (
     label_rank as label_rank,
     linear_label_rank as linear_label_rank,
 )
-from ._logits import linear_logits as linear_logits
+from ._logits import (
+    linear_logits as linear_logits,
+)
+from ._mcmi import (
+    mcmi_loss as mcmi_loss,
+)
 from ._mixtures import (
     linear_poly1_cross_entropy as linear_poly1_cross_entropy,
     linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
@@ -167,15 +197,17 @@ from ._negative_mining import (
 from ._one_versus_all import (
     linear_one_versus_all_loss as linear_one_versus_all_loss,
     one_versus_all_loss as one_versus_all_loss,
+)
+from ._preference import (
+    dpo_loss as dpo_loss,
+    preference_margin as preference_margin,
+    simpo_loss as simpo_loss,
+)
 from ._robust_temperature import (
     linear_optimal_temperature as linear_optimal_temperature,
     linear_robust_softmax_cross_entropy as linear_robust_softmax_cross_entropy,
     optimal_temperature as optimal_temperature,
     robust_softmax_cross_entropy as robust_softmax_cross_entropy,
-from ._preference import (
-    dpo_loss as dpo_loss,
-    preference_margin as preference_margin,
-    simpo_loss as simpo_loss,
 )
 from ._router import (
     cv_squared as cv_squared,
@@ -187,9 +219,20 @@ from ._row_statistics import (
     linear_row_statistics as linear_row_statistics,
     row_statistics as row_statistics,
 )
-from ._sampled_softmax import sampled_softmax_loss as sampled_softmax_loss
+from ._sampled_softmax import (
+    sampled_softmax_loss as sampled_softmax_loss,
+)
 from ._sdm import (
     sdm_loss as sdm_loss,
+)
+from ._self_distillation import (
+    USKDTerms as USKDTerms,
+    universal_self_distillation_loss as universal_self_distillation_loss,
+    zipf_soft_labels as zipf_soft_labels,
+)
+from ._sequence_log_probs import (
+    linear_sequence_log_probs as linear_sequence_log_probs,
+    sequence_log_probs as sequence_log_probs,
 )
 from ._spherical import (
     linear_log_spherical_softmax_loss as linear_log_spherical_softmax_loss,
@@ -205,14 +248,13 @@ from ._spherical_family import (
     log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
     spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
     z_loss_from_statistics as z_loss_from_statistics,
-from ._sequence_log_probs import (
-    linear_sequence_log_probs as linear_sequence_log_probs,
-    sequence_log_probs as sequence_log_probs,
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
-from ._tile import RowStatistics as RowStatistics
+from ._tile import (
+    RowStatistics as RowStatistics,
+)
 from ._token_metrics import (
     linear_token_log_probs as linear_token_log_probs,
     linear_token_metrics as linear_token_metrics,
@@ -221,18 +263,18 @@ from ._token_metrics import (
     softmax_token_metrics as softmax_token_metrics,
     softmax_top1_correct as softmax_top1_correct,
 )
-from ._top_k import TopK as TopK, linear_top_k as linear_top_k
-from ._vq_logits import (
-    vq_softmax_cross_entropy as vq_softmax_cross_entropy,
-    vq_token_counts as vq_token_counts,
+from ._top_k import (
+    TopK as TopK,
+    linear_top_k as linear_top_k,
+)
 from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
     negative_preference_loss as negative_preference_loss,
 )
-
-__all__ = [
-    "GlobalContrastiveState",
-    "GlobalContrastiveUpdate",
+from ._vq_logits import (
+    vq_softmax_cross_entropy as vq_softmax_cross_entropy,
+    vq_token_counts as vq_token_counts,
+)
 from ._z_loss import (
     linear_z_loss as linear_z_loss,
     z_loss as z_loss,
@@ -241,19 +283,23 @@ from ._z_loss import (
 __all__ = [
     "FactoredSphericalState",
     "FactoredSphericalStep",
+    "GlobalContrastiveState",
+    "GlobalContrastiveUpdate",
     "RowStatistics",
     "SphericalStatistics",
     "TokenMetrics",
     "TopK",
+    "USKDTerms",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "cv_squared",
+    "decoupled_distillation_loss",
     "decoupled_softmax_loss",
-    "draw_positives",
     "dpo_loss",
+    "draw_positives",
     "entmax_loss",
     "factored_spherical_init",
     "factored_spherical_rebase",
@@ -263,30 +309,38 @@ __all__ = [
     "factored_spherical_weight",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
-    "hard_negative_recall",
     "global_contrastive_update",
     "gradient_ascent_loss",
+    "hard_negative_recall",
     "importance_loss",
     "in_batch_positives",
     "in_batch_triplet_loss",
+    "kl_to_reference",
+    "knowledge_distillation_loss",
     "label_propensities",
     "label_rank",
     "linear_comp_sum_loss",
     "linear_decoupled_softmax_loss",
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
+    "linear_jensen_shannon_divergence",
+    "linear_kl_divergence",
+    "linear_kl_to_reference",
+    "linear_knowledge_distillation_loss",
     "linear_label_rank",
     "linear_log_spherical_softmax_loss",
     "linear_log_taylor_softmax_loss",
     "linear_logits",
     "linear_mean_absolute_error_loss",
     "linear_multi_label_cross_entropy",
+    "linear_normalized_distillation_loss",
     "linear_one_versus_all_loss",
     "linear_optimal_temperature",
     "linear_poly1_cross_entropy",
     "linear_robust_softmax_cross_entropy",
     "linear_row_statistics",
     "linear_sequence_log_probs",
+    "linear_soft_target_cross_entropy",
     "linear_softmax_cross_entropy",
     "linear_softmax_cross_entropy_sum",
     "linear_softmax_focal_loss",
@@ -302,39 +356,40 @@ __all__ = [
     "log_spherical_softmax_loss",
     "log_taylor_softmax_from_statistics",
     "log_taylor_softmax_loss",
+    "mcmi_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "multilabel_softmax_loss",
     "naive_loss_minimization_alignment",
+    "negative_preference_loss",
     "ngame_batches",
+    "normalized_distillation_loss",
     "one_versus_all_loss",
-    "poly1_cross_entropy",
-    "poly1_from_log_prob",
-    "precision_at_k",
-    "propensity_scored_precision_at_k",
-    "recall_at_k",
     "optimal_temperature",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "precision_at_k",
+    "preference_margin",
     "projected_gradient_ascent",
+    "propensity_scored_precision_at_k",
+    "recall_at_k",
     "robust_contrastive_loss",
     "robust_softmax_cross_entropy",
-    "negative_preference_loss",
-    "poly1_cross_entropy",
-    "poly1_from_log_prob",
-    "preference_margin",
     "router_z_loss",
     "row_statistics",
     "sampled_softmax_loss",
     "sdm_loss",
-    "soft_top_k_loss",
-    "smooth_adversarial_comp_sum_loss",
     "sequence_log_probs",
     "simpo_loss",
+    "smooth_adversarial_comp_sum_loss",
+    "soft_top_k_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
     "softmax_focal_loss",
+    "softmax_jensen_shannon_divergence",
+    "softmax_kl_divergence",
+    "softmax_soft_target_cross_entropy",
     "softmax_token_log_probs",
     "softmax_token_metrics",
     "softmax_top1_correct",
@@ -344,9 +399,11 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "universal_self_distillation_loss",
     "vq_softmax_cross_entropy",
     "vq_token_counts",
     "z_loss",
     "z_loss_from_statistics",
     "zero_loss_fraction",
+    "zipf_soft_labels",
 ]

@@ -322,7 +322,7 @@ def _no_filter(options: Options, operands: Any) -> str | None:
     return "it has no gradient filter (gradient_filter_eps)"
 
 
-def _gathers(options: Options, operands: Any) -> str | None:
+def gathers(options: Options, operands: Any) -> str | None:
     axes = automatic_axes()
     if not axes:
         return None
@@ -334,7 +334,7 @@ def _gathers(options: Options, operands: Any) -> str | None:
 
 
 def gradient_note(options: Options, operands: Any) -> str | None:
-    notes = [_gathers(options, operands)]
+    notes = [gathers(options, operands)]
     if options.gradient_filter_eps is not None:
         notes.append(
             "`gradient_filter_eps` drops blocks of the gradient, saves no time"
@@ -344,7 +344,7 @@ def gradient_note(options: Options, operands: Any) -> str | None:
 
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
 
-XLA = Implementation("xla", _stream.forward, note=_gathers)
+XLA = Implementation("xla", _stream.forward, note=gathers)
 LINEAR = Operation(
     "linear_row_statistics",
     (

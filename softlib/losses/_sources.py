@@ -179,17 +179,21 @@ class LinearHead:
             local.add("max_logit")
         offset = first_class(self.axis_name, self._own_classes)
         if labels is not None:
-            labels = labels - offset  # one of another device is out of range: 0
+            labels = self.local_labels(labels)
         found = self._own_statistics(sorted(local), labels, label_logits)
         return only(
             merged(found, self.axis_name, offset), self.options.including(*names)
         )
 
+    def local_labels(self, labels: Array) -> Array:
+        """Ids among this device's classes; one of another device is out of range."""
+        if self.axis_name is None:
+            return labels
+        return labels - first_class(self.axis_name, self._own_classes)
+
     def at_labels(self, per_class: Array, labels: Array) -> Array:
         """A number per class at each label; anything for a label out of range."""
-        local = labels
-        if self.axis_name is not None:
-            local = labels - first_class(self.axis_name, self._own_classes)
+        local = self.local_labels(labels)
 
         def look_up(local, per_class):
             inside = (local >= 0) & (local < self._own_classes)
@@ -214,10 +218,10 @@ class LinearHead:
 
         def engine(hidden, weight, labels, label_logits, modifiers):
             head = Head(
-                _collapsed(hidden, batch),
+                collapsed(hidden, batch),
                 weight,
-                _label_rows(labels, batch, vocabulary),
-                _collapsed_modifiers(modifiers, (*batch, vocabulary)),
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, (*batch, vocabulary)),
                 _ranked(labels, label_logits, batch),
             )
             found = _engine.linear(self.implementation, options, match_varying(head))
@@ -248,13 +252,13 @@ class LinearHead:
 
         def engine(hidden, weight, labels, modifiers, terms):
             head = Head(
-                _collapsed(hidden, batch),
+                collapsed(hidden, batch),
                 weight,
-                _label_rows(labels, batch, vocabulary),
-                _collapsed_modifiers(modifiers, (*batch, vocabulary)),
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, (*batch, vocabulary)),
             )
             flat = lambda tree: jax.tree.map(
-                lambda a: _collapsed(jnp.asarray(a), batch), tree
+                lambda a: collapsed(jnp.asarray(a), batch), tree
             )
             terms = _in_forward.RowTerms(
                 flat(terms.factors), terms.scalars, flat(terms.marks)
@@ -270,8 +274,8 @@ class LinearHead:
         batch, vocabulary, options = self.batch, self._own_classes, self.options
 
         def engine(hidden, weight, modifiers):
-            rows, inputs = _collapsed(hidden, batch), (*batch, vocabulary)
-            modifiers = _collapsed_modifiers(modifiers, inputs)
+            rows, inputs = collapsed(hidden, batch), (*batch, vocabulary)
+            modifiers = collapsed_modifiers(modifiers, inputs)
             head = match_varying(Head(rows, weight, None, modifiers))
             found = top_classes(options, lax.stop_gradient(head), count)
             return tuple(array.reshape(*batch, count) for array in found)
@@ -285,7 +289,7 @@ class LinearHead:
         batch, options, dtype = self.batch, self.options, self.dtype
 
         def engine(hidden, weight, modifiers):
-            rows = _collapsed(hidden, batch)
+            rows = collapsed(hidden, batch)
             raw = product(rows, weight, (1, 1 - options.vocab_axis), options, dtype)
             raw = raw.reshape(*batch, self._own_classes)
             return _final_logits(raw, batch, options, modifiers)
@@ -368,9 +372,9 @@ class GivenLogits:
 
         def engine(logits, labels, label_logits, modifiers):
             given = _engine.Given(
-                _collapsed(logits, batch),
-                _label_rows(labels, batch, vocabulary),
-                _collapsed_modifiers(modifiers, logits.shape),
+                collapsed(logits, batch),
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, logits.shape),
                 _ranked(labels, label_logits, batch),
             )
             found = _engine.given(self.implementation, options, match_varying(given))
@@ -576,19 +580,19 @@ def _masked(modifiers: Modifiers, where: Array) -> Modifiers:
     )
 
 
-def _collapsed(array: Array, batch: Shape) -> Array:
+def collapsed(array: Array, batch: Shape) -> Array:
     """Makes the batch axes one axis of rows; a scalar stays one."""
     if array.ndim == 0 and batch:
         return array
     return array.reshape(math.prod(batch), *array.shape[len(batch) :])
 
 
-def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
+def collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
     batch = shape[:-1]
     where = modifiers.class_where
     if where is not None and where.ndim > 1:
-        where = _collapsed(jnp.broadcast_to(where, shape), batch)
-    collapse = functools.partial(_collapsed, batch=batch)
+        where = collapsed(jnp.broadcast_to(where, shape), batch)
+    collapse = functools.partial(collapsed, batch=batch)
     return Modifiers(
         modifiers.bias,
         jax.tree.map(collapse, modifiers.logit_scale),
@@ -602,8 +606,8 @@ def _collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
 def _final_logits(
     raw: Array, batch: Shape, options: Options, modifiers: Modifiers
 ) -> Array:
-    modifiers = _collapsed_modifiers(modifiers, raw.shape)
-    z = logits_of(_collapsed(raw, batch), options, modifiers).z
+    modifiers = collapsed_modifiers(modifiers, raw.shape)
+    z = logits_of(collapsed(raw, batch), options, modifiers).z
     return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
 
 
@@ -622,11 +626,11 @@ def _of_rows_with_classes(
     return jnp.where(some, labels, -1)
 
 
-def _label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
+def label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
     """(rows, L) int32, with -1, which no class has, for every id out of range."""
     if labels is None:
         return None
-    rows = _collapsed(labels_in_range(labels, vocabulary), batch)
+    rows = collapsed(labels_in_range(labels, vocabulary), batch)
     return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
 
 

@@ -10,6 +10,7 @@ For few rows, where one more product costs more than memory, the forward stream 
 the raw products of its first classes and the backward one finds them there.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,15 @@ from softlib._sharding import match_varying
 
 from . import _chunks, _tile
 from ._chunks import Index, RowCut
-from ._tile import Modifiers, Options, Ranked, RowCotangents, RowStatistics
+from ._tile import (
+    Modifiers,
+    Options,
+    Ranked,
+    RawCotangents,
+    RowCotangents,
+    RowStatistics,
+    Tile,
+)
 
 
 class Head(NamedTuple):
@@ -71,23 +80,28 @@ class ClassSums(NamedTuple):
 
 # ------------------------------------------------------------------------------ forward
 def forward(options: Options, head: Head) -> RowStatistics:
-    cut, size = _pieces(options, head)
+    cut, size = pieces(options, head)
 
     def of(group: Index | None) -> RowStatistics:
         mine = rows_of(head, cut, group)
         return statistics(options, mine, size)[0]
 
+    return by_rows(cut, of, head.hidden)
+
+
+def by_rows(cut: RowCut, of: Callable[[Index | None], Any], like: Array) -> Any:
+    """What `of` finds for each group of rows, as arrays over all rows."""
     if cut.whole:
         return of(0)
     piece = jax.eval_shape(of, 0)
-    total = match_varying(cut.zeros(piece), head.hidden)
+    total = match_varying(cut.zeros(piece), like)
     visit = lambda total, group: cut.add(total, of(group), group)
     return cut.joined(cut.fold(visit, total))
 
 
 def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Array | None]:
     """The statistics, with what the backward pass should find stored."""
-    cut, size = _pieces(options, head)
+    cut, size = pieces(options, head)
     rows, features = head.hidden.shape
     vocabulary = head.weight.shape[options.vocab_axis]
     keep = 0
@@ -107,8 +121,8 @@ def statistics(
     axis = 0 if keep and _across(options, rows) else 1
 
     def update(state, start, size):
-        part = _classes_of(head, start, size, options)
-        tile = _logits(part, options, axis)
+        part = classes_of(head, start, size, options)
+        tile = tile_of(part, options, axis)
         state = _tile.update(
             state,
             tile,
@@ -143,7 +157,7 @@ def top_classes(
 
     -inf and -1 where a row has fewer selected classes than `count`.
     """
-    cut, size = _pieces(options, head)
+    cut, size = pieces(options, head)
     inf = jnp.inf
 
     def of(group: Index | None) -> tuple[Array, Array]:
@@ -151,8 +165,9 @@ def top_classes(
         rows = mine.hidden.shape[0]
 
         def step(best, start, size):
-            part = _classes_of(mine, start, size, options)
-            z = _tile.select(_logits(part, options).z, part.modifiers.class_where, -inf)
+            part = classes_of(mine, start, size, options)
+            z = tile_of(part, options).z
+            z = _tile.select(z, part.modifiers.class_where, -inf)
             values, places = lax.top_k(z, min(count, size))
             ids = jnp.concatenate([best[1], start + places], axis=1)
             both = jnp.concatenate([best[0], values], axis=1)
@@ -168,17 +183,13 @@ def top_classes(
         values, ids = _chunks.fold(step, empty, vocabulary, size)
         return values, jnp.where(values == -inf, -1, ids)
 
-    if cut.whole:
-        return of(0)
-    total = match_varying(cut.zeros(jax.eval_shape(of, 0)), head.hidden)
-    visit = lambda total, group: cut.add(total, of(group), group)
-    return cut.joined(cut.fold(visit, total))
+    return by_rows(cut, of, head.hidden)
 
 
 # ----------------------------------------------------------------------------- backward
 def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
     head = operands.head
-    cut, size = _pieces(options, head)
+    cut, size = pieces(options, head)
     classes = class_zeros(head, head.weight.dtype)
     sums, classes = gradient_sums(options, operands, cut, size, classes)
     return gradient_of(head, sums, classes)
@@ -209,59 +220,102 @@ def gradient_sums(
     `classes` are the buffers of the weight's and the bias' gradient.
     """
     head, known, kept = operands
-    features = head.hidden.shape[1]
-    vocabulary = head.weight.shape[options.vocab_axis]
-    dtype = head.dtype
-    across = cut.whole and _across(options, cut.size)
+
+    def cotangents(tiles, parts, start, group):
+        (tile,), (part,) = tiles, parts
+        rows = cut.take(known, group)
+        found = _tile.cotangent_of_raw(
+            tile, start, part.labels, rows, options, part.modifiers
+        )
+        return (found,)
+
+    (sums,), (classes,) = gradient_sums_of_heads(
+        (options,), (head,), cotangents, cut, size, (classes,), kept=kept, add=add
+    )
+    return sums, classes
+
+
+# (tile, rows and classes of each head; first class; group of rows) -> of each tile
+type TileCotangents = Callable[
+    [tuple[Tile, ...], tuple[Head, ...], Index, Index | None],
+    tuple[RawCotangents, ...],
+]
+
+
+def gradient_sums_of_heads(
+    options: tuple[Options, ...],
+    heads: tuple[Head, ...],
+    cotangents: TileCotangents,
+    cut: RowCut,
+    size: int,
+    classes: tuple[ClassSums, ...],
+    *,
+    kept: Array | None = None,
+    add: bool = False,
+) -> tuple[tuple[RowSums, ...], tuple[ClassSums, ...]]:
+    """`gradient_sums` of heads over one vocabulary, whose tiles are visited together.
+
+    The cotangents of a head's tile may depend on the tiles of all. `kept` are the raw
+    products of the first classes of a single head.
+    """
+    vocabulary = heads[0].weight.shape[options[0].vocab_axis]
+    across = cut.whole and all(_across(own, cut.size) for own in options)
     class_axis = 0 if across else 1
     copied = _copied_on_cpu if cut.size >= _MANY else lambda array: array
-    zeros = lambda *shape: match_varying(jnp.zeros(shape, dtype), head.hidden)
+    zeros = lambda head, *shape: match_varying(
+        jnp.zeros(shape, head.dtype), head.hidden
+    )
 
-    def of_tile(total, part, start, group, raw):
-        """One tile's share of the sums per row and per class."""
-        mine = rows_of(part, cut, group)
-        if raw is None:
-            tile = _logits(mine, options, class_axis)
-        else:
-            tile = _tile.logits_of(raw, options, mine.modifiers, class_axis)
-        found = _tile.cotangent_of_raw(
-            tile, start, mine.labels, cut.take(known, group), options, mine.modifiers
-        )
+    def products(own: Options, mine: Head, found: RawCotangents):
         # Products in the dtype of the operands, as forward; their sums are wider.
-        draw = found.raw.astype(_product_dtype(head))
+        draw = found.raw.astype(_product_dtype(mine))
         if across:
             columns = copied(mine.weight.T)
-            dhidden = product(columns, draw, (1, 0), options, dtype)
-            dweight = product(draw, mine.hidden, (1, 0), options, dtype)
+            dhidden = product(columns, draw, (1, 0), own, mine.dtype)
+            dweight = product(draw, mine.hidden, (1, 0), own, mine.dtype)
         else:
             columns = copied(mine.hidden.T)
-            contract = (1, options.vocab_axis)
-            dhidden = product(draw, mine.weight, contract, options, dtype)
-            dweight = product(columns, draw, (1, 0), options, dtype)
+            contract = (1, own.vocab_axis)
+            dhidden = product(draw, mine.weight, contract, own, mine.dtype)
+            dweight = product(columns, draw, (1, 0), own, mine.dtype)
         of_rows = RowSums(dhidden, found.logit_scale, found.temperature)
-        of_classes = ClassSums(dweight, found.bias, found.class_log_weights)
+        return of_rows, ClassSums(dweight, found.bias, found.class_log_weights)
+
+    def of_tile(total, parts, start, group, raw):
+        """One tile's share of the sums per row and per class, of every head."""
+        mine = tuple(rows_of(part, cut, group) for part in parts)
+        if raw is None:
+            tiles = tuple(map(lambda m, o: tile_of(m, o, class_axis), mine, options))
+        else:
+            own, modifiers = options[0], mine[0].modifiers
+            tiles = (_tile.logits_of(raw, own, modifiers, class_axis),)
+        found = cotangents(tiles, mine, start, group)
+        pairs = tuple(map(products, options, mine, found))
+        of_rows, of_classes = zip(*pairs, strict=True)
         return cut.add(total, of_rows, group), of_classes
 
+    def none_of(head: Head, size: int) -> ClassSums:
+        one_each = lambda x: None if x is None else zeros(head, size)
+        return ClassSums(
+            zeros(head, head.hidden.shape[1], size),
+            one_each(head.modifiers.bias),
+            one_each(head.modifiers.class_log_weights),
+        )
+
     def step(carry, start, size, raw=None):
-        total, (dweight, *per_class) = carry
-        part = _classes_of(head, start, size, options)
+        total, buffers = carry
+        parts = tuple(map(lambda h, o: classes_of(h, start, size, o), heads, options))
         if cut.whole:
-            total, found = of_tile(total, part, start, 0, raw)
+            total, found = of_tile(total, parts, start, 0, raw)
         else:
 
             def visit(both, group):
                 total, found = both
-                total, more = of_tile(total, part, start, group, None)
+                total, more = of_tile(total, parts, start, group, None)
                 return total, jax.tree.map(jnp.add, found, more)
 
-            none = ClassSums(
-                zeros(features, size),
-                *(None if x is None else zeros(size) for x in per_class),
-            )
+            none = tuple(none_of(head, size) for head in heads)
             total, found = cut.fold(visit, (total, none))
-        slice_ = found.weight.astype(dweight.dtype)
-        if options.vocab_axis == 0 and not across:
-            slice_ = copied(slice_).T
 
         def write(buffer, values, axis):
             if add:
@@ -269,34 +323,45 @@ def gradient_sums(
                 values = old + values
             return lax.dynamic_update_slice_in_dim(buffer, values, start, axis)
 
-        dweight = write(dweight, slice_, options.vocab_axis)
-        per_class = [
-            None if buffer is None else write(buffer, values, 0)
-            for buffer, values in zip(per_class, found[1:], strict=True)
-        ]
-        return total, ClassSums(dweight, *per_class)
+        def written(own: Options, buffer: ClassSums, found: ClassSums) -> ClassSums:
+            slice_ = found.weight.astype(buffer.weight.dtype)
+            if own.vocab_axis == 0 and not across:
+                slice_ = copied(slice_).T
+            per_class = (
+                None if old is None else write(old, new, 0)
+                for old, new in zip(buffer[1:], found[1:], strict=True)
+            )
+            return ClassSums(write(buffer.weight, slice_, own.vocab_axis), *per_class)
+
+        return total, tuple(map(written, options, buffers, found))
 
     def step_kept(carry, start, size):
         assert kept is not None
         raw = lax.dynamic_slice_in_dim(kept, start, size, class_axis)
         return step(carry, start, size, raw)
 
-    rows = cut.size
-    per_row = lambda operand: None if operand is None else zeros(rows)
-    piece = RowSums(
-        zeros(features, rows) if across else zeros(rows, features),
-        per_row(head.modifiers.logit_scale),
-        per_row(head.modifiers.temperature),
-    )
-    carry = (match_varying(cut.zeros(piece), head.hidden), classes)
+    def piece(head: Head) -> RowSums:
+        rows, features = cut.size, head.hidden.shape[1]
+        per_row = lambda operand: None if operand is None else zeros(head, rows)
+        return RowSums(
+            zeros(head, features, rows) if across else zeros(head, rows, features),
+            per_row(head.modifiers.logit_scale),
+            per_row(head.modifiers.temperature),
+        )
+
+    total = cut.zeros(tuple(map(piece, heads)))
+    carry = (match_varying(total, heads[0].hidden), classes)
     first = 0
     if kept is not None:
         assert cut.whole
+        assert len(heads) == 1
         first = kept.shape[class_axis]
         carry = _chunks.fold(step_kept, carry, first, size)
     total, classes = _chunks.fold(step, carry, vocabulary, size, first)
     sums = cut.joined(total)
-    return sums._replace(hidden=sums.hidden.T) if across else sums, classes
+    if across:
+        sums = tuple(own._replace(hidden=own.hidden.T) for own in sums)
+    return sums, classes
 
 
 def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
@@ -331,7 +396,7 @@ def _across(options: Options, rows: int) -> bool:
     return options.vocab_axis == 0 and rows >= _MANY
 
 
-def _pieces(options: Options, head: Head) -> tuple[RowCut, int]:
+def pieces(options: Options, head: Head) -> tuple[RowCut, int]:
     """How the rows are cut, and the number of classes per step."""
     rows, features = head.hidden.shape
     strided = options.gradient_filter_eps is None
@@ -347,7 +412,7 @@ def classes_per_step(options: Options, head: Head, rows: int) -> int:
     return min(size, vocabulary)
 
 
-def _classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
+def classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
     def cut(array: Array, axis: int = 0) -> Array:
         return lax.dynamic_slice_in_dim(array, start, size, axis)
 
@@ -377,7 +442,7 @@ def rows_of(head: Head, cut: RowCut, group: Index | None) -> Head:
     )
 
 
-def _logits(head: Head, options: Options, class_axis: int = 1) -> _tile.Tile:
+def tile_of(head: Head, options: Options, class_axis: int = 1) -> Tile:
     operands = (head.hidden, head.weight)
     contract = (1, 1 - options.vocab_axis)
     if class_axis == 0:

@@ -350,8 +350,20 @@ def cotangent_of_raw(
     modifiers: Modifiers,
 ) -> RawCotangents:
     dz = _cotangent_of_logits(tile, start, labels, rows, options, modifiers)
-    axis, dtype = tile.class_axis, dz.dtype
+    found = through_modifiers(tile, dz, modifiers)
+    if modifiers.class_log_weights is not None:
+        dweights = _cotangent_of_weights(tile, start, labels, rows, options, modifiers)
+        found = found._replace(class_log_weights=dweights)
+    if options.gradient_filter_eps is None:
+        return found
+    # Only the products are spared: sums per class and per row stay exact.
+    kept = _not_negligible(tile, start, labels, rows, options, modifiers)
+    return found._replace(raw=jnp.where(kept, found.raw, 0))
 
+
+def through_modifiers(tile: Tile, dz: Array, modifiers: Modifiers) -> RawCotangents:
+    """From the cotangent of the final logits to those of what made them."""
+    axis, dtype = tile.class_axis, dz.dtype
     dtemperature = None
     du = dz
     if modifiers.temperature is not None:
@@ -368,14 +380,7 @@ def cotangent_of_raw(
     if modifiers.logit_scale is not None:
         dscale = (du * _without_inf(tile.raw)).sum(axis)
         draw = du * _over_rows(modifiers.logit_scale.astype(dtype), axis)
-    if options.gradient_filter_eps is not None:
-        # Only the products are spared: sums per class and per row stay exact.
-        kept = _not_negligible(tile, start, labels, rows, options, modifiers)
-        draw = jnp.where(kept, draw, 0)
-    dweights = None
-    if modifiers.class_log_weights is not None:
-        dweights = _cotangent_of_weights(tile, start, labels, rows, options, modifiers)
-    return RawCotangents(draw, dbias, dscale, dtemperature, dweights)
+    return RawCotangents(draw, dbias, dscale, dtemperature)
 
 
 def _cotangent_of_logits(
@@ -460,13 +465,24 @@ def _probabilities(
 ) -> Array:
     """Of a tile's classes, among all; an exact 0 where a class is excluded."""
     assert rows.lse is not None
+    return jnp.exp(log_probabilities(tile, rows.lse, modifiers, start, excluded_labels))
+
+
+def log_probabilities(
+    tile: Tile,
+    lse: Float[Array, " rows"],
+    modifiers: Modifiers,
+    start: int | Int[Array, ""] = 0,
+    excluded_labels: Int[Array, "rows L"] | None = None,
+) -> Array:
+    """Of a tile's classes, for the lse of all; -inf where a class is excluded."""
     # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
-    offset = jnp.where(rows.lse == -jnp.inf, 0, rows.lse)
+    offset = jnp.where(lse == -jnp.inf, 0, lse)
     present = select(tile.z, modifiers.class_where, -jnp.inf, tile.class_axis)
     if excluded_labels is not None:
         present = _without_labels(present, excluded_labels, start, tile)
     present = _weighted(present, modifiers, tile.class_axis)
-    return jnp.exp(present - _over_rows(offset, tile.class_axis))
+    return present - _over_rows(offset, tile.class_axis)
 
 
 def _not_negligible(

@@ -18,7 +18,9 @@
   `QuasiLSTM` (NNX): linear systems with varying parameters.
 """
 
-from ._attention import attention_fn as attention_fn
+from ._attention import (
+    attention_fn as attention_fn,
+)
 from ._codebook import (
     CodebookState as CodebookState,
     KMeans as KMeans,
@@ -43,14 +45,20 @@ from ._fourier_density import (
     fourier_sample as fourier_sample,
     fourier_smoothness_penalty as fourier_smoothness_penalty,
 )
-from ._fourier_head import FourierHead as FourierHead
-from ._linen_output_head import LinenOutputHead as LinenOutputHead
+from ._fourier_head import (
+    FourierHead as FourierHead,
+)
+from ._linen_output_head import (
+    LinenOutputHead as LinenOutputHead,
+)
 from ._mixture_of_experts import (
     MixtureOfExperts as MixtureOfExperts,
     RouterReport as RouterReport,
     SelectionBias as SelectionBias,
 )
-from ._output_head import OutputHead as OutputHead
+from ._output_head import (
+    OutputHead as OutputHead,
+)
 from ._recurrent import (
     GatedLinearAttention as GatedLinearAttention,
     LinearAttention as LinearAttention,
@@ -58,12 +66,16 @@ from ._recurrent import (
     QuasiLSTM as QuasiLSTM,
     SelectiveScan as SelectiveScan,
 )
-from ._smoothness import smoothness_metric as smoothness_metric
+from ._smoothness import (
+    smoothness_metric as smoothness_metric,
+)
 from ._temperature_network import (
     PrototypeTempNet as PrototypeTempNet,
     TempNet as TempNet,
 )
-from ._tensor_attention import TensorAttention as TensorAttention
+from ._tensor_attention import (
+    TensorAttention as TensorAttention,
+)
 from ._video import (
     VideoPositions as VideoPositions,
     VideoTransformerBlock as VideoTransformerBlock,

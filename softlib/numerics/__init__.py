@@ -1,5 +1,6 @@
 """Accumulators that the engines fold with.
 
+Clusters of one size: `balanced_kmeans`.
 - `RunningMax`, `RunningMaxState`: streaming logsumexp with weighted sums.
 - `UnifiedMax`, `UnifiedMaxState`: the same against one reference known beforehand.
 - `TwoPass`, `TwoPassState`: the same in extended floats, rescaled without rounding.
@@ -9,12 +10,12 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 `extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
 `extended_to_float`.
 
-Clusters of one size: `balanced_kmeans`.
-
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 """
 
-from ._balanced_kmeans import balanced_kmeans as balanced_kmeans
+from ._balanced_kmeans import (
+    balanced_kmeans as balanced_kmeans,
+)
 from ._extended import (
     ExtendedFloat as ExtendedFloat,
     extended_add as extended_add,
@@ -24,8 +25,14 @@ from ._extended import (
     extended_sum as extended_sum,
     extended_to_float as extended_to_float,
 )
-from ._plain_sum import PlainSum as PlainSum, PlainSumState as PlainSumState
-from ._running_max import RunningMax as RunningMax, RunningMaxState as RunningMaxState
+from ._plain_sum import (
+    PlainSum as PlainSum,
+    PlainSumState as PlainSumState,
+)
+from ._running_max import (
+    RunningMax as RunningMax,
+    RunningMaxState as RunningMaxState,
+)
 from ._similarity import (
     distance_quantile as distance_quantile,
     dkw_radius as dkw_radius,
@@ -35,7 +42,10 @@ from ._two_pass import (
     TwoPass as TwoPass,
     TwoPassState as TwoPassState,
 )
-from ._unified_max import UnifiedMax as UnifiedMax, UnifiedMaxState as UnifiedMaxState
+from ._unified_max import (
+    UnifiedMax as UnifiedMax,
+    UnifiedMaxState as UnifiedMaxState,
+)
 
 __all__ = [
     "ExtendedFloat",

@@ -1,8 +1,7 @@
 """Judging given text by its given log-probabilities: a number per text.
 
-Rewards and preferences from two language models:
-
 - `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
+Rewards and preferences from two language models:
 """
 
 from ._density_ratio import (
@@ -11,4 +10,8 @@ from ._density_ratio import (
     density_ratio_reward as density_ratio_reward,
 )
 
-__all__ = ["PreferenceAnnotation", "annotate_preferences", "density_ratio_reward"]
+__all__ = [
+    "PreferenceAnnotation",
+    "annotate_preferences",
+    "density_ratio_reward",
+]

@@ -1,0 +1,410 @@
+r"""Knowledge distillation: a teacher's whole prediction in the place of a label."""
+
+import math
+from typing import Any, TypedDict, Unpack
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from softlib import _checks as checks
+from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
+
+from . import _pair_terms
+from ._compose import log_probability_of_labels
+from ._expm1 import expm1
+from ._pairs import SourcePair
+from ._rows import rows_that_count, weigh
+from ._sources import labels_in_range
+
+
+class LogitsDistillationOptions(TypedDict, total=False):
+    """Options of student and, with `target_`, teacher; the temperature is the loss'."""
+
+    bias: Array | None
+    logit_scale: PerRow | None
+    logit_softcap: float | None
+    target_bias: Array | None
+    target_logit_scale: PerRow | None
+    target_logit_softcap: float | None
+    class_where: Array | None
+    implementation: Implementations
+
+
+class HeadDistillationOptions(LogitsDistillationOptions, total=False):
+    """The same of two linear heads."""
+
+    vocab_axis: int
+    target_vocab_axis: int
+    vocab_chunk: int | None
+    token_chunk: int | None
+    axis_name: AxisName | None
+    precision: Precision
+
+
+def linear_knowledge_distillation_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "*batch E"],
+    teacher_weight: Float[Array, "V E"] | Float[Array, "E V"],
+    *,
+    temperature: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[HeadDistillationOptions],
+) -> Float[Array, "*batch"]:
+    r"""Knowledge distillation between two linear heads, without the logits of either.
+
+    With $S_T$ and $P_T$ the softmax of the student's and the teacher's logits over $T$,
+    in nats per row,
+
+    $$L = T^2\, \mathrm{KL}(P_T \,\|\, S_T) .$$
+
+    The factor keeps the gradient's size for any temperature: for large $T$ it tends to
+    that of half the squared distance of the centred logits, over the number of classes.
+
+    Args:
+        hidden: The student's inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        teacher_hidden: The teacher's inputs of its head, of any number of features.
+        teacher_weight: Of the same classes; one column per class with
+            `target_vocab_axis=1`.
+        temperature: $T > 0$; a number is static, an array traced and differentiable
+            (through the student; the teacher is constant).
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale`, `logit_softcap`, `vocab_axis` of the student
+            and, with `target_` in front, of the teacher; `class_where`, `vocab_chunk`,
+            `token_chunk`, `axis_name`, `precision` and `implementation` of both.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_kl_divergence`; the teacher has none.
+    Cost: as `linear_kl_divergence` with a constant second head.
+    Source: "Distilling the Knowledge in a Neural Network".
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> kd = softlib.losses.linear_knowledge_distillation_loss
+        >>> print(kd(hidden, weight, hidden, 2 * weight, temperature=2.0).round(4))
+        [0.114  0.3275]
+    """
+    function = "linear_knowledge_distillation_loss"
+    _check_temperature(function, temperature)
+    heads = (hidden, weight, teacher_hidden, teacher_weight)
+    pair = SourcePair.of_heads(function, *heads, temperature=temperature, **options)
+    return _knowledge_distillation(pair, temperature, where)
+
+
+def knowledge_distillation_loss(
+    logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    *,
+    temperature: Scalar = 1.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsDistillationOptions],
+) -> Float[Array, "*batch"]:
+    r"""Knowledge distillation of logits: $T^2$ times a divergence from the teacher's.
+
+    The loss of `linear_knowledge_distillation_loss` from logits that exist.
+
+    Args:
+        logits: The student's unnormalised log-probabilities.
+        teacher_logits: The teacher's, over the same classes.
+        temperature: $T > 0$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: `bias`, `logit_scale`, `logit_softcap` of the student and, with
+            `target_` in front, of the teacher; `class_where` and `implementation` of
+            both.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `softmax_kl_divergence`; the teacher has none.
+    Cost: as `softmax_kl_divergence`.
+    Source: "Distilling the Knowledge in a Neural Network".
+
+    Example:
+        >>> logits, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[2.0, 0.0]])
+        >>> kd = softlib.losses.knowledge_distillation_loss
+        >>> print(kd(logits, teacher, temperature=2.0).round(4))
+        [0.4438]
+    """
+    function = "knowledge_distillation_loss"
+    _check_temperature(function, temperature)
+    pair = SourcePair.of_logits(
+        function, logits, teacher_logits, temperature=temperature, **options
+    )
+    return _knowledge_distillation(pair, temperature, where)
+
+
+def linear_normalized_distillation_loss(
+    hidden: Float[Array, "*batch D"],
+    weight: Float[Array, "V D"] | Float[Array, "D V"],
+    teacher_hidden: Float[Array, "*batch E"],
+    teacher_weight: Float[Array, "V E"] | Float[Array, "E V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    temperature: Scalar = 1.0,
+    gamma: Scalar = 1.5,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[HeadDistillationOptions],
+) -> Float[Array, "*batch"]:
+    r"""Normalized distillation (NKD) of two linear heads, without either's logits.
+
+    With $S$ and $P$ the softmax of the student's and the teacher's logits, and
+    $\hat S$, $\hat P$ that of their logits over $\lambda$ among the classes other than
+    the label $y$, in nats per row,
+
+    $$L = -P_y \log S_y
+        - \gamma \lambda^2 \sum_{j \neq y} \hat P_j \log \hat S_j .$$
+
+    Among the other classes both distributions sum to 1, so that the student's can meet
+    the teacher's; without the normalisation it cannot unless $S_y = P_y$. It is added
+    to cross-entropy with the label. Its minimum is not 0 but $\gamma \lambda^2$ times
+    the entropy of $\hat P$.
+
+    Args:
+        hidden: The student's inputs of the head.
+        weight: One row per class, or one column with `vocab_axis=1`.
+        teacher_hidden: The teacher's inputs of its head, of any number of features.
+        teacher_weight: Of the same classes; one column per class with
+            `target_vocab_axis=1`.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class leaves the second term.
+        temperature: $\lambda > 0$, of the second term alone; a number is static, an
+            array traced and differentiable (through the student).
+        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: As in `linear_knowledge_distillation_loss`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0, one with two classes no second term.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `linear_kl_divergence`, and with respect to `gamma`; the teacher has
+        none.
+    Cost: six products of N V D forward and seven backward.
+    Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
+        Approach with Normalized Loss and Customized Soft Labels".
+
+    Example:
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> nkd = softlib.losses.linear_normalized_distillation_loss
+        >>> heads = (hidden, weight, hidden, 2 * weight)
+        >>> print(nkd(*heads, jnp.array([0, 1])).round(4))
+        [1.4737 1.271 ]
+    """
+    function = "linear_normalized_distillation_loss"
+    _check_temperature(function, temperature)
+    heads = (hidden, weight, teacher_hidden, teacher_weight)
+    pair = SourcePair.of_heads(function, *heads, **options)
+    heated = SourcePair.of_heads(function, *heads, temperature=temperature, **options)
+    return _normalized(pair, heated, labels, temperature, gamma, where)
+
+
+def normalized_distillation_loss(
+    logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    temperature: Scalar = 1.0,
+    gamma: Scalar = 1.5,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsDistillationOptions],
+) -> Float[Array, "*batch"]:
+    r"""Normalized distillation (NKD) of logits, to be added to cross-entropy.
+
+    The loss of `linear_normalized_distillation_loss` from logits that exist. Its
+    gradient is $P_y (S - e_y)$ and, on the other classes,
+    $\gamma \lambda (\hat S - \hat P)$.
+
+    Args:
+        logits: The student's unnormalised log-probabilities.
+        teacher_logits: The teacher's, over the same classes.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class leaves the second term.
+        temperature: $\lambda > 0$, of the second term alone; a number is static, an
+            array traced and differentiable (through the student).
+        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: As in `knowledge_distillation_loss`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0, one with two classes no second term.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `softmax_kl_divergence`, and with respect to `gamma`; the teacher
+        has none.
+    Cost: a few passes over both logits.
+    Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
+        Approach with Normalized Loss and Customized Soft Labels".
+
+    Example:
+        >>> logits, teacher = jnp.zeros((1, 3)), jnp.array([[2.0, 1.0, 0.0]])
+        >>> nkd = softlib.losses.normalized_distillation_loss
+        >>> print(nkd(logits, teacher, jnp.array([0])).round(4))
+        [1.7706]
+    """
+    function = "normalized_distillation_loss"
+    _check_temperature(function, temperature)
+    both = (logits, teacher_logits)
+    pair = SourcePair.of_logits(function, *both, **options)
+    heated = SourcePair.of_logits(function, *both, temperature=temperature, **options)
+    return _normalized(pair, heated, labels, temperature, gamma, where)
+
+
+def decoupled_distillation_loss(
+    logits: Float[Array, "*batch V"],
+    teacher_logits: Float[Array, "*batch V"],
+    labels: Integer[Array, "*batch"],
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 8.0,
+    temperature: Scalar = 4.0,
+    where: Bool[Array, "..."] | None = None,
+    **options: Unpack[LogitsDistillationOptions],
+) -> Float[Array, "*batch"]:
+    r"""Decoupled knowledge distillation (DKD) of logits, in nats per row.
+
+    $$L = T^2 \bigl(\alpha\, \mathrm{KL}((P_y, 1 - P_y) \,\|\, (S_y, 1 - S_y))
+        + \beta\, \mathrm{KL}(\hat P \,\|\, \hat S)\bigr)$$
+
+    with all distributions at temperature $T$ and $\hat P$, $\hat S$ those among the
+    classes other than the label. Plain distillation is $\alpha = 1$ and
+    $\beta = 1 - P_y$: what a teacher knows of the other classes counts least where it
+    is sure. Cross-entropy with the label is added to it.
+
+    Args:
+        logits: The student's unnormalised log-probabilities.
+        teacher_logits: The teacher's, over the same classes.
+        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
+            gradient. The label of an excluded class has probability 0 in both.
+        alpha: Factor of the first term, $\geq 0$; an array is traced, differentiable.
+        beta: Factor of the second term, $\geq 0$; an array is traced, differentiable.
+        temperature: $T > 0$; a number is static, an array traced and differentiable.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the loss and all gradients are exactly 0, whatever the arguments hold.
+        **options: As in `knowledge_distillation_loss`.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64). A row without
+        classes has loss 0 and gradient 0, one with two classes no second term.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        ValueError: Shapes do not fit together, or an option is out of range.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `softmax_kl_divergence`, and with respect to `alpha` and `beta`; the
+        teacher has none.
+    Cost: a few passes over both logits.
+    Source: "Decoupled Knowledge Distillation".
+
+    Example:
+        >>> logits, teacher = jnp.zeros((1, 3)), jnp.array([[2.0, 1.0, 0.0]])
+        >>> dkd = softlib.losses.decoupled_distillation_loss
+        >>> print(dkd(logits, teacher, jnp.array([0]), temperature=1.0).round(4))
+        [1.1056]
+    """
+    function = "decoupled_distillation_loss"
+    _check_temperature(function, temperature)
+    checks.require_scalar(function, "alpha", alpha, 0, math.inf)
+    checks.require_scalar(function, "beta", beta, 0, math.inf)
+    pair = SourcePair.of_logits(
+        function, logits, teacher_logits, temperature=temperature, **options
+    ).with_constant_target()
+    labels, where, outside = _valid(pair, labels, where)
+    student, teacher = (
+        _label_and_rest(log_probability_of_labels(source, labels, where))
+        for source in (pair.own, pair.target)
+    )
+    binary = _pair_terms.values("kl", teacher, student, None).sum(-1)
+    others = pair.divergence("kl", excluded_labels=labels, where=where)
+    loss = alpha * jnp.where(where, binary, 0) + beta * others
+    return _with_outside(temperature**2 * loss, outside)
+
+
+# ------------------------------------------------------------------------- compositions
+def _knowledge_distillation(
+    pair: SourcePair, temperature: Scalar, where: Array | None
+) -> Array:
+    divergence = pair.with_constant_target().divergence("kl", where=where)
+    return temperature**2 * divergence
+
+
+def _normalized(
+    pair: SourcePair,
+    heated: SourcePair,
+    labels: Array,
+    temperature: Scalar,
+    gamma: Scalar,
+    where: Array | None,
+) -> Array:
+    checks.require_scalar(pair.function, "gamma", gamma, 0, math.inf)
+    labels, where, outside = _valid(pair, labels, where)
+    pair, heated = pair.with_constant_target(), heated.with_constant_target()
+    confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
+    log_prob = log_probability_of_labels(pair.own, labels, where)
+    target = weigh(confidence, 0 - log_prob)
+    others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
+    return _with_outside(target + gamma * temperature**2 * others, outside)
+
+
+def _valid(
+    pair: SourcePair, labels: Any, where: Array | None
+) -> tuple[Array, Bool[Array, "*batch"], Bool[Array, "*batch"]]:
+    """Labels, the rows that count and have one, and those that count and have none."""
+    source = pair.own
+    labels = jnp.asarray(labels)
+    checks.require_integer(source.function, labels=labels)
+    why = "the batch shape"
+    checks.require_shape(source.function, "labels", labels, source.batch, why)
+    where = rows_that_count(source, where)
+    kept = jnp.ones(source.batch, bool) if where is None else where
+    labels = labels_in_range(labels, source.vocabulary)
+    return jnp.where(labels < 0, 0, labels), kept & (labels >= 0), kept & (labels < 0)
+
+
+def _with_outside(loss: Array, outside: Bool[Array, "*batch"]) -> Array:
+    return jnp.where(outside, jnp.nan, loss)
+
+
+def _label_and_rest(log_prob: Float[Array, "*batch"]) -> Float[Array, "*batch 2"]:
+    """Of p, the pair (log p, log(1 - p)); the rest of a certain label is -inf."""
+    certain = log_prob == 0
+    x = jnp.where(certain, -1, log_prob)
+    # log(1 - e^x), by the form that does not cancel.
+    near = x > -math.log(2)
+    of_near = jnp.log(-expm1(jnp.where(near, x, -1)))
+    of_far = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
+    rest = jnp.where(certain, -jnp.inf, jnp.where(near, of_near, of_far))
+    return jnp.stack([log_prob, rest], axis=-1)
+
+
+def _check_temperature(function: str, temperature: Scalar) -> None:
+    checks.require_scalar(function, "temperature", temperature, 0, math.inf)

@@ -1,0 +1,185 @@
+"""The operation of two heads at once, and its one derivative rule.
+
+Two passes over the vocabulary: the logsumexp of each head by the row-statistics engine,
+then the sums over classes of both. One pass would have to subtract logits of one head
+from those of the other under the exponentials of a maximum not yet known, and lose
+what distinguishes distributions that are close.
+
+As in `_engine`, the rules call what is inside the decorated function, so that they can
+be differentiated themselves.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from softlib import _dispatch
+from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._sharding import match_varying
+from softlib.typing import Implementations
+
+from . import _engine, _pair_stream, _pair_terms, _stream, _tile
+from ._engine import Given
+from ._pair_stream import KnownPair, Pair, PairBackwardOperands, PairOptions
+from ._pair_terms import Slopes, Terms
+from ._stream import Head
+from ._tile import Options, RowStatistics
+from ._vocabulary_parallel import first_class, merged
+
+
+class GivenPair(NamedTuple):
+    """The operands of a divergence on logits that exist."""
+
+    target: Given
+    other: Given
+    mixture: Float[Array, ""] | None
+
+
+def linear(
+    names: Implementations, options: PairOptions, pair: Pair
+) -> Float[Array, " rows"]:
+    """The divergence per row; of the own classes if the vocabulary is divided."""
+    made = _dispatch.plan(PAIR, names, options, pair)
+    if made.is_reference:
+        lse = tuple(
+            map(functools.partial(_lse, names, options), options.both, pair.both)
+        )
+        return _dispatch.execute(made, options, KnownPair(pair, lse))
+    return _linear(made, names, options, pair)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _linear(
+    made: Plan, names: Implementations, options: PairOptions, pair: Pair
+) -> Float[Array, " rows"]:
+    return _sums(made, names, options, pair)[1].value
+
+
+def _sums(
+    made: Plan, names: Implementations, options: PairOptions, pair: Pair
+) -> tuple[KnownPair, Terms]:
+    lse = tuple(map(functools.partial(_lse, names, options), options.both, pair.both))
+    known = KnownPair(pair, lse)
+    found = _dispatch.execute(made, options, known)
+    return known, found._replace(value=_unless_empty(found.value, lse))
+
+
+def _linear_forward(
+    made: Plan, names: Implementations, options: PairOptions, pair: Pair
+):
+    known, (value, slopes) = _sums(made, names, options, pair)
+    if options.axis_name is not None:
+        # A device's own classes have the derivatives of a sum over all classes.
+        slopes = lax.psum(slopes, options.axis_name)
+        slopes = match_varying(slopes, pair.target.hidden)
+    return value, (known, slopes)
+
+
+def _linear_backward(
+    made: Plan,
+    names: Implementations,
+    options: PairOptions,
+    residuals: tuple[KnownPair, Slopes],
+    cotangent: Float[Array, " rows"],
+):
+    known, sums = residuals
+    gradient = _dispatch.run(
+        PAIR_GRADIENT, names, options, PairBackwardOperands(known, sums, cotangent)
+    )
+    head = lambda g: Head(g.hidden, g.weight, None, g.modifiers)
+    return (Pair(head(gradient.target), head(gradient.other), gradient.mixture),)
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _lse(
+    names: Implementations, options: PairOptions, own: Options, head: Head
+) -> Float[Array, " rows"]:
+    """Of all classes, by the row-statistics engine without its derivative rule."""
+    own = own.including("lse")
+    made = _dispatch.plan(_engine.LINEAR, names, own, head)
+    found: RowStatistics = _dispatch.execute(made, own, head)
+    axis = options.axis_name
+    if axis is not None:
+        offset = first_class(axis, head.weight.shape[own.vocab_axis])
+        found = merged(found, axis, offset)
+        found = match_varying(found, head.hidden)
+    assert found.lse is not None
+    return found.lse
+
+
+def _unless_empty(value: Array, lse: tuple[Array, ...]) -> Array:
+    """0 where one of the heads has no class."""
+    empty = (lse[0] == -jnp.inf) | (lse[1] == -jnp.inf)
+    return jnp.where(empty, 0, value)
+
+
+# ------------------------------------------------------------------------- given logits
+def given(
+    names: Implementations, options: PairOptions, operands: GivenPair
+) -> Float[Array, " rows"]:
+    """The divergence per row, of logits; a composition that JAX differentiates."""
+
+    def lse(own: Options, logits: Given) -> Array:
+        found = _engine.given(names, own.including("lse"), logits).lse
+        assert found is not None
+        return found
+
+    both = operands[:2]
+    known = tuple(map(lse, options.both, both))
+    raws = tuple(o.logits.astype(o.dtype) for o in both)
+    return _of_raw(options, raws, both, known, operands.mixture)
+
+
+def _of_raw(
+    options: PairOptions,
+    raws: tuple[Array, ...],
+    operands: tuple[Given, ...] | tuple[Head, ...],
+    lse: tuple[Array, ...],
+    mixture: Array | None,
+) -> Float[Array, " rows"]:
+    def log_p(raw: Array, own: Options, operand: Given | Head, lse: Array) -> Array:
+        modifiers = operand.modifiers
+        tile = _tile.logits_of(raw, own, modifiers)
+        labels = operand.labels if own.exclude_labels else None
+        return _tile.log_probabilities(tile, lse, modifiers, 0, labels)
+
+    s, t = map(log_p, raws, options.both, operands, lse)
+    dtype = jnp.promote_types(s.dtype, t.dtype)
+    found = _pair_terms.values(
+        options.divergence, s.astype(dtype), t.astype(dtype), mixture
+    )
+    return _unless_empty(found.sum(1), lse)
+
+
+def _reference(options: PairOptions, known: KnownPair) -> Float[Array, " rows"]:
+    heads = known.pair.both
+    raws = tuple(
+        _stream.product(h.hidden, h.weight, (1, 1 - o.vocab_axis), o, h.dtype)
+        for h, o in zip(heads, options.both, strict=True)
+    )
+    return _of_raw(options, raws, heads, known.lse, known.pair.mixture)
+
+
+_ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
+
+PAIR = Operation(
+    "linear_divergence",
+    (
+        *_ABSENT,
+        Implementation("xla", _pair_stream.forward, note=_engine.gathers),
+        Implementation("reference", _reference),
+    ),
+)
+PAIR_GRADIENT = Operation(
+    "linear_divergence_gradient",
+    (
+        *_ABSENT,
+        Implementation("xla", _pair_stream.backward, note=_engine.gathers),
+    ),
+)

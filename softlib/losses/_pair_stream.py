@@ -1,0 +1,169 @@
+"""Two linear heads over one vocabulary in lockstep: sums over the classes of both.
+
+A second use of the loops of `_stream`: every step takes the same slice of both weights,
+and a tile of log-probabilities of either head gives the sums per row, backward the
+cotangents of both tiles. Neither head's logits exist beyond a tile.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from softlib._sharding import match_varying
+from softlib.typing import AxisName
+
+from . import _chunks, _pair_terms, _stream, _tile
+from ._chunks import RowCut
+from ._pair_terms import Divergence, Slopes, Terms
+from ._stream import Head, HeadGradient
+from ._tile import Options, RawCotangents, Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class PairOptions:
+    """What is static in a divergence of two heads."""
+
+    divergence: Divergence
+    target: Options
+    other: Options
+    axis_name: AxisName | None = None  # over which the vocabulary is divided
+
+    @property
+    def both(self) -> tuple[Options, Options]:
+        return self.target, self.other
+
+
+class Pair(NamedTuple):
+    """The operands of a divergence; both heads have the same rows and classes."""
+
+    target: Head
+    other: Head
+    mixture: Float[Array, ""] | None
+
+    @property
+    def both(self) -> tuple[Head, Head]:
+        return self.target, self.other
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        dtype = jnp.promote_types(self.target.dtype, self.other.dtype)
+        return dtype if self.mixture is None else _with(dtype, self.mixture)
+
+
+class KnownPair(NamedTuple):
+    """With the logsumexp of every row, of all classes: target, other."""
+
+    pair: Pair
+    lse: tuple[Float[Array, " rows"], ...]
+
+
+class PairGradient(NamedTuple):
+    target: HeadGradient
+    other: HeadGradient
+    mixture: Array | None
+
+
+class PairBackwardOperands(NamedTuple):
+    known: KnownPair
+    sums: Slopes  # of all classes, one number per row
+    cotangent: Float[Array, " rows"]
+
+
+def forward(options: PairOptions, known: KnownPair) -> Terms:
+    """The sums over classes of `_pair_terms.terms`."""
+    pair = known.pair
+    cut, size = _pieces(options, pair)
+    vocabulary = pair.target.weight.shape[options.target.vocab_axis]
+
+    def of(group):
+        mine = tuple(_stream.rows_of(head, cut, group) for head in pair.both)
+        lse = cut.take(known.lse, group)
+
+        def step(sums, start, size):
+            parts = tuple(
+                _stream.classes_of(head, start, size, own)
+                for head, own in zip(mine, options.both, strict=True)
+            )
+            tiles = tuple(map(_stream.tile_of, parts, options.both))
+            s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
+            found = _pair_terms.terms(options.divergence, s, t, pair.mixture)
+            return jax.tree.map(lambda sum_, term: sum_ + term.sum(1), sums, found)
+
+        zeros = jnp.zeros(mine[0].hidden.shape[0], pair.dtype)
+        mixture = None if options.divergence != "jensen_shannon" else zeros
+        sums = Terms(zeros, Slopes(zeros, zeros, mixture))
+        sums = match_varying(sums, pair.target.hidden)
+        return _chunks.fold(step, sums, vocabulary, size)
+
+    return _stream.by_rows(cut, of, pair.target.hidden)
+
+
+def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradient:
+    (pair, lse), sums, cotangent = operands
+    cut, size = _pieces(options, pair)
+    rows = (lse, sums, cotangent)
+
+    def cotangents(tiles, parts, start, group):
+        axis = tiles[0].class_axis
+        lse, sums, g = cut.take(rows, group)
+        s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
+        found = _pair_terms.terms(options.divergence, s, t, pair.mixture).slopes
+        per_row = lambda values: jnp.expand_dims(values, axis)
+
+        def of(tile: Tile, part: Head, log_p, slope, total) -> RawCotangents:
+            # log p = z - lse: the cotangent of z is the slope less p times its sum.
+            dz = per_row(g) * (slope - jnp.exp(log_p) * per_row(total))
+            dz = dz.astype(tile.z.dtype)
+            return _tile.through_modifiers(tile, dz, part.modifiers)
+
+        return (
+            of(tiles[0], parts[0], s, found.target, sums.target),
+            of(tiles[1], parts[1], t, found.other, sums.other),
+        )
+
+    classes = tuple(_stream.class_zeros(h, h.weight.dtype) for h in pair.both)
+    found = _stream.gradient_sums_of_heads(
+        options.both, pair.both, cotangents, cut, size, classes
+    )
+    target, other = map(_stream.gradient_of, pair.both, *found)
+    mixture = pair.mixture
+    if mixture is not None:
+        assert sums.mixture is not None
+        mixture = (cotangent * sums.mixture).sum().astype(mixture.dtype)
+    return PairGradient(target, other, mixture)
+
+
+def _log_probabilities(
+    tiles: tuple[Tile, ...],
+    parts: tuple[Head, ...],
+    lse: tuple[Array, ...],
+    start: _chunks.Index,
+    options: PairOptions,
+    pair: Pair,
+) -> tuple[Array, Array]:
+    def of(tile: Tile, part: Head, lse: Array, own: Options) -> Array:
+        labels = part.labels if own.exclude_labels else None
+        found = _tile.log_probabilities(tile, lse, part.modifiers, start, labels)
+        return found.astype(pair.dtype)
+
+    target, other = map(of, tiles, parts, lse, options.both)
+    return target, other
+
+
+def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
+    """Rows per step as the head with more features alone, and half its classes.
+
+    So both heads' tiles take the place of one.
+    """
+    of_each = map(_stream.pieces, options.both, pair.both)
+    cut, size = min(of_each, key=lambda pieces: pieces[0].size)
+    if options.target.vocab_chunk is None:
+        size = max(size // 2, min(size, 512))
+    return cut, size
+
+
+def _with(dtype: jnp.dtype, array: Array) -> jnp.dtype:
+    return jnp.promote_types(dtype, array.dtype)
