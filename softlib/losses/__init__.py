@@ -23,6 +23,16 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of whole sequences:
+
+- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`: of n-grams
+
+and of token log-probabilities, such as those of `linear_token_log_probs`:
+
+- `soft_bellman_residual`, `oreo_value_loss`, `oreo_policy_loss`: offline rewards
+- `trice_loss`, `trice_weights`: chains of thought as latent variables
+- `smoothed_token_loss`, `top_k_mean`: the worst tokens weigh more
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -60,6 +70,10 @@ from ._cross_entropy import (
 from ._cross_entropy_sum import (
     linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
 )
+from ._edit_invariant import (
+    edit_invariant_sequence_loss as edit_invariant_sequence_loss,
+    linear_edit_invariant_sequence_loss as linear_edit_invariant_sequence_loss,
+)
 from ._entropy import (
     linear_entropy as linear_entropy,
     softmax_entropy as softmax_entropy,
@@ -77,6 +91,10 @@ from ._focal import (
 from ._label_rank import (
     label_rank as label_rank,
     linear_label_rank as linear_label_rank,
+)
+from ._latent_rationale import (
+    trice_loss as trice_loss,
+    trice_weights as trice_weights,
 )
 from ._logits import linear_logits as linear_logits
 from ._mixtures import (
@@ -104,6 +122,15 @@ from ._row_statistics import (
 from ._sdm import (
     sdm_loss as sdm_loss,
 )
+from ._smoothed import (
+    smoothed_token_loss as smoothed_token_loss,
+    top_k_mean as top_k_mean,
+)
+from ._soft_bellman import (
+    oreo_policy_loss as oreo_policy_loss,
+    oreo_value_loss as oreo_value_loss,
+    soft_bellman_residual as soft_bellman_residual,
+)
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
@@ -124,12 +151,14 @@ __all__ = [
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cv_squared",
+    "edit_invariant_sequence_loss",
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "importance_loss",
     "label_rank",
     "linear_comp_sum_loss",
+    "linear_edit_invariant_sequence_loss",
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
     "linear_label_rank",
@@ -149,11 +178,15 @@ __all__ = [
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "naive_loss_minimization_alignment",
+    "oreo_policy_loss",
+    "oreo_value_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
     "router_z_loss",
     "row_statistics",
     "sdm_loss",
+    "smoothed_token_loss",
+    "soft_bellman_residual",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
@@ -165,5 +198,8 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "top_k_mean",
+    "trice_loss",
+    "trice_weights",
     "zero_loss_fraction",
 ]
