@@ -124,5 +124,7 @@ def identical_groups(
         checks.require_shape(function, "where", where, sequences.shape, why)
         one, two = where[:, None], where[None]
         equal = (equal & one & two) | (~one & ~two)
+    if not len(sequences):
+        return jnp.zeros(0, jnp.int32)
     # The first True of a row; its own place is one.
     return jnp.argmax(equal.all(-1), axis=1).astype(jnp.int32)

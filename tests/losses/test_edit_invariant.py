@@ -18,12 +18,13 @@ from softlib.testing import assert_close, check_transformations
 from tests.oracles import edit_invariant as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/eisl_case0.npz"
-BATCH, LENGTH, TOKENS, FEATURES, CLASSES = 4, 7, 5, 3, 11
-NGRAMS, WEIGHTS = (1, 2, 3), (0.5, 0.3, 0.2)
+BATCH, LENGTH, TOKENS, FEATURES, CLASSES = 4, 6, 4, 3, 7
+NGRAMS, WEIGHTS = (1, 3), (0.6, 0.4)
+# Two lengths of n-grams: each is compiled for itself.
 LINEAR: Any = functools.partial(
-    losses.linear_edit_invariant_sequence_loss, vocab_chunk=4
+    losses.linear_edit_invariant_sequence_loss, vocab_chunk=4, ngrams=(1, 2)
 )
-STORED: Any = losses.edit_invariant_sequence_loss
+STORED: Any = functools.partial(losses.edit_invariant_sequence_loss, ngrams=(1, 2))
 both_sources = pytest.mark.parametrize("name", ["linear", "logits"])
 
 
@@ -46,7 +47,7 @@ def labels_and_masks() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     labels = np.random.default_rng(3).integers(0, CLASSES, (BATCH, TOKENS))
     labels[0, 1] = labels[0, 3]  # a label that comes twice
     where = np.ones((BATCH, LENGTH), bool)
-    where[1, [0, 4]], where[2] = False, False
+    where[1, 2], where[2] = False, False
     label_where = np.ones((BATCH, TOKENS), bool)
     label_where[1, 3:], label_where[3, 1:] = False, False
     return labels, where, label_where
@@ -65,14 +66,18 @@ def differentiated(function, floating, **others):
     return loss, gradients
 
 
-# ----------------------------------------------------------------------------- oracles
-@both_sources
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("mode", ["softmax", "logsumexp"])
+# ------------------------------------------------------------------------------ oracles
+@pytest.mark.parametrize(
+    ("name", "dtype", "mode"),
+    [
+        ("linear", "float64", "softmax"),
+        ("linear", "bfloat16", "logsumexp"),
+        ("logits", "float32", "softmax"),
+        ("logits", "float16", "logsumexp"),
+    ],
+)
 def test_matches_oracle(name, dtype, mode):
     """What does not count is NaN, or a label out of range."""
-    if name == "linear" and dtype == "float16" and mode == "logsumexp":
-        pytest.skip("each dtype and each mode has met this source")
     with jax.enable_x64(dtype == "float64"):
         function, arrays = source(name, dtype)
         labels, where, label_where = labels_and_masks()
@@ -134,8 +139,9 @@ def test_matches_independent_vectors():
         close(other, data["out_loss_logsumexp"])
 
 
-@pytest.mark.parametrize("vocab_axis", [0, 1])
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize(
+    ("vocab_axis", "implementation"), [(1, "xla"), (0, "reference")]
+)
 def test_both_sources_agree_with_every_option(vocab_axis, implementation):
     """Also where a label is excluded, in gradients of every argument."""
     with jax.enable_x64():
@@ -146,7 +152,7 @@ def test_both_sources_agree_with_every_option(vocab_axis, implementation):
             "bias": draw(CLASSES),
             "logit_scale": draw(BATCH, LENGTH),
             "temperature": draw(BATCH, LENGTH),
-            "weights": draw(3),
+            "weights": draw(2),
             "floor": jnp.asarray(-2.5),
         }
         labels, where, label_where = labels_and_masks()
@@ -174,23 +180,26 @@ def test_both_sources_agree_with_every_option(vocab_axis, implementation):
 
         pair = [differentiated(f, arrays | more) for f in (streamed, stored)]
         for one, two in zip(*map(jax.tree.leaves, pair), strict=True):
-            assert_close(one, two, dtype="float64", length=CLASSES)
+            assert_close(one, two, dtype="float64", length=BATCH * LENGTH, c=8)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (6, 1), (5, 5), (3, 8)])
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_every_pair_of_lengths(shape, n):
-    random = np.random.default_rng(n)
+@pytest.mark.parametrize("shape", [(1, 4), (6, 1), (9, 9), (3, 8)])
+def test_every_pair_of_lengths(shape):
+    random = np.random.default_rng(0)
     length, tokens = shape
     z = random.normal(size=(length, CLASSES)).astype(np.float32)
     labels = random.integers(0, CLASSES, tokens)
     every = np.ones(length, bool), np.ones(tokens, bool)
-    wanted = oracle.loss(np.float64(z), labels, (n,), (1.0,), "softmax", -20.0, *every)
-    found = STORED(jnp.asarray(z), jnp.asarray(labels), ngrams=(n,))
-    assert_close(found, wanted, dtype="float32", length=CLASSES)
+    lengths = (1, 2, 3, 7)
+    run = lambda z: [STORED(z, jnp.asarray(labels), ngrams=(n,)) for n in lengths]
+    for n, found in zip(lengths, jax.jit(run)(jnp.asarray(z)), strict=True):
+        wanted = oracle.loss(
+            np.float64(z), labels, (n,), (1.0,), "softmax", -20.0, *every
+        )
+        assert_close(found, wanted, dtype="float32", length=CLASSES)
 
 
-# ---------------------------------------------------------------------------- promises
+# ----------------------------------------------------------------------------- promises
 @both_sources
 def test_an_n_gram_as_long_as_both_is_the_mean_cross_entropy(name):
     function, arrays = source(name)
@@ -213,14 +222,14 @@ def test_an_n_gram_as_long_as_both_is_the_mean_cross_entropy(name):
 
 
 def test_a_shifted_sequence_is_expensive_for_cross_entropy_alone():
-    """Sure of every token, one place late: 8.01 against less than 1; aligned 0.06."""
+    """Sure of every token, one place late: 8.01 against less than 1."""
     random = np.random.default_rng(1)
     labels = jnp.asarray(random.permutation(30)[:12])
     aligned = 8 * jax.nn.one_hot(labels, 30)
     shifted = jnp.roll(aligned, 1, axis=0)
     assert losses.softmax_cross_entropy(shifted, labels).mean() > 8
     assert STORED(shifted, labels, ngrams=(2,)) < 1
-    np.testing.assert_allclose(STORED(aligned, labels, ngrams=(2,)), 0.06, atol=0.01)
+    assert STORED(aligned, labels, ngrams=(2,)) < 0.1
 
 
 @both_sources
@@ -230,7 +239,6 @@ def test_no_n_gram_that_counts_gives_loss_and_gradient_zero(name):
     for options in (
         {"where": jnp.zeros((BATCH, LENGTH), bool)},
         {"label_where": jnp.zeros((BATCH, TOKENS), bool)},
-        {"ngrams": (TOKENS + 1,)},
         {"class_where": jnp.zeros(CLASSES, bool)},
     ):
         call = functools.partial(function, **options)
@@ -270,12 +278,12 @@ def test_extreme_logits_are_cut_at_the_floor_without_gradient():
     logits = jnp.full((1, 3, 4), -1e4).at[:, :, 0].set(1e4).at[0, 1, 2].set(-jnp.inf)
     labels = jnp.array([[1, 2, 3]])
     loss, gradients = differentiated(
-        functools.partial(STORED, class_where=jnp.arange(4) != 3),
+        functools.partial(STORED, ngrams=(1, 2, 4), class_where=jnp.arange(4) != 3),
         {"logits": logits},
         labels=labels,
         floor=-7.5,
     )
-    np.testing.assert_allclose(loss, 3 / 4 * 7.5)  # one of four lengths has no n-gram
+    np.testing.assert_allclose(loss, 2 / 3 * 7.5)  # there is no n-gram of length 4
     np.testing.assert_array_equal(gradients["logits"], 0)
 
 
@@ -309,22 +317,25 @@ def test_gumbel_loss_is_at_least_that_of_the_best_window():
     """A weighted mean of g, whatever the weights; of one window exactly g."""
     _, arrays = source("logits")
     labels = jnp.asarray(labels_and_masks()[0])
-    draw = lambda n, key: STORED(
-        **arrays, labels=labels, ngrams=(n,), mode="gumbel", key=jax.random.key(key)
+    draw = jax.jit(
+        lambda key: STORED(
+            **arrays, labels=labels, ngrams=(1,), mode="gumbel", key=jax.random.key(key)
+        )
     )
     log_p = jax.nn.log_softmax(arrays["logits"])
     g = jnp.take_along_axis(log_p, labels[:, None], axis=-1)
     least, most = 0 - g.max(1).mean(-1), 0 - g.min(1).mean(-1)
     for key in range(5):
-        assert (draw(1, key) >= least - 1e-6).all()
-        assert (draw(1, key) <= most + 1e-6).all()
+        assert (draw(key) >= least - 1e-6).all()
+        assert (draw(key) <= most + 1e-6).all()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given_examples(seed=st.integers(0, 2**31))
 def test_algebra(seed):
-    """No n-gram minds a number added to the logits of a position; the unigram loss does
-    not mind the order of either sequence; logsumexp is the smallest of the modes.
+    """A number added to a position, the order of words, and of the two modes.
+
+    No n-gram minds the first, the unigram loss not the second; logsumexp is below.
     """
     random = np.random.default_rng(seed)
     logits = jnp.asarray(2 * random.normal(size=(6, CLASSES)), jnp.float32)
@@ -374,7 +385,8 @@ def test_any_number_of_batch_axes(name, batch):
     found = jax.jit(function)(hidden, labels)
     assert found.shape == batch
     flat = hidden.reshape(-1, LENGTH, FEATURES), labels.reshape(-1, TOKENS)
-    each = [STORED(h @ weight.T, y) for h, y in zip(*flat, strict=True)]
+    one = jax.jit(lambda h, y: STORED(h @ weight.T, y))
+    each = [one(h, y) for h, y in zip(*flat, strict=True)]
     assert_close(found.reshape(-1), np.array(each), dtype="float32", length=CLASSES)
 
 
@@ -440,7 +452,7 @@ def test_divided_classes_give_the_numbers_of_one_device(shape, kind, check_vma):
         assert_close(one, two, dtype=jnp.float32, length=classes)
 
 
-# ---------------------------------------------------------------------------- headline
+# ----------------------------------------------------------------------------- headline
 def test_targets_with_edits_blur_cross_entropy_more_than_n_grams():
     """Logits per position, trained on copies with words inserted, dropped or repeated.
 
@@ -503,11 +515,10 @@ def test_targets_with_edits_blur_cross_entropy_more_than_n_grams():
         return np.mean([pair in wanted for pair in itertools.pairwise(words.tolist())])
 
     plain, invariant = precision(0), precision(0.1)
-    print(plain, invariant)
     assert invariant > plain
 
 
-# ------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------- errors
 BAD = [
     ("labels", {"labels": jnp.zeros((BATCH, 3))}, TypeError, "float32."),
     ("labels", {"labels": jnp.zeros(3, int)}, ValueError, "(3,)."),
@@ -524,13 +535,13 @@ BAD = [
     ("ngrams", {"ngrams": (0,)}, ValueError, "0."),
     ("ngrams", {"ngrams": ()}, ValueError, "none."),
     ("ngrams", {"ngrams": (1.0,)}, TypeError, "float."),
-    ("weights", {"weights": (1.0, 2.0)}, ValueError, "(2,)."),
-    ("weights", {"weights": jnp.ones(4, int)}, TypeError, "int32."),
+    ("weights", {"weights": (1.0, 2.0, 3.0)}, ValueError, "(3,)."),
+    ("weights", {"weights": jnp.ones(2, int)}, TypeError, "int32."),
     ("mode", {"mode": "hard"}, ValueError, "'hard'."),
     ("key", {"mode": "gumbel"}, TypeError, "None."),
     ("floor", {"floor": 1.0}, ValueError, "1.0."),
     ("floor", {"floor": -np.inf}, ValueError, "-inf."),
-    ("floor", {"floor": jnp.zeros(2)}, ValueError, "(2,)."),
+    ("floor", {"floor": jnp.zeros(2)}, ValueError, "shape (2,)."),
 ]
 
 

@@ -93,13 +93,9 @@ def test_a_chain_that_is_wrong_has_summand_and_gradient_zero():
 
 
 def test_an_inconsistent_proposal_does_not_count():
-    """A proposal cannot be correct where the chain, which would have taken it, is not."""
-    one = losses.trice_weights(
-        jnp.array([True, True, True]), jnp.array([True, True, False])
-    )
-    two = losses.trice_weights(
-        jnp.array([True, True, False]), jnp.array([True, True, False])
-    )
+    """The chain would have taken a proposal that is correct."""
+    chain = jnp.array([True, True, False])
+    one, two = (losses.trice_weights(p, chain) for p in (jnp.ones(3, bool), chain))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -128,7 +124,7 @@ def test_under_every_transformation():
 
 
 # ----------------------------------------------------------------------------- headline
-QUESTIONS, RATIONALES, REPEATS = 16, 20, 4000
+QUESTIONS, RATIONALES, REPEATS = 16, 20, 2000
 
 
 def gradients(scale, control_variate):
@@ -179,12 +175,14 @@ def test_the_control_variate_takes_the_variance_of_an_accurate_model(
     assert accuracy > 0.99 if scale else accuracy < 0.5
     ratio = reduced.var(0).sum() / plain.var(0).sum()
     assert least < ratio < most
+    # Sums over all entries: single ones are rare events, whose error is unknown.
+    directions = np.random.default_rng(1).normal(size=(exact.size, 4))
     for found in (plain, reduced):
-        error = found.std(0) / REPEATS**0.5
-        assert (np.abs(found.mean(0) - exact) < 5 * error + 1e-7).all()
+        sums = (found - exact).reshape(REPEATS, -1) @ directions
+        assert (np.abs(sums.mean(0)) < 5 * sums.std(0) / REPEATS**0.5).all()
 
 
-# -------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------- errors
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
     ("argument", "value", "error", "got"),

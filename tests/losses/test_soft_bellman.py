@@ -64,10 +64,17 @@ def per_argument(function, arrays):
     return loss, gradients
 
 
-# ----------------------------------------------------------------------------- oracles
-@every_level
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("terminal", [False, True])
+# ------------------------------------------------------------------------------ oracles
+@pytest.mark.parametrize(
+    ("level", "dtype", "terminal"),
+    [
+        ("step", "float64", False),
+        ("step", "float32", True),
+        ("token", "bfloat16", False),
+        ("token", "float16", True),
+        ("response", "float32", False),
+    ],
+)
 def test_matches_oracle(level, dtype, terminal):
     """Values and gradients of both losses; what `where` drops is NaN."""
     with jax.enable_x64(dtype == "float64"):
@@ -118,20 +125,21 @@ def test_matches_independent_vectors():
         )
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 257])
+@pytest.mark.parametrize("length", [1, 2, 65])
 def test_residual_matches_oracle_for_every_length(length):
     arrays, where, _ = problem("float32", length=length)
     exact = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
     wanted = oracle.residual(**exact, beta=BETA, where=where)
-    found = losses.soft_bellman_residual(**arrays, beta=BETA, where=jnp.asarray(where))
+    run = jax.jit(functools.partial(losses.soft_bellman_residual, beta=BETA))
+    found = run(**arrays, where=jnp.asarray(where))
     assert_close(found, wanted, dtype="float32", length=length)
 
 
-# ------------------------------------------------------------------------------ promises
+# ----------------------------------------------------------------------------- promises
 @every_level
 def test_both_losses_have_the_same_value(level):
     arrays, where, steps = problem("float32")
-    make = lambda f: f(level, steps, jnp.asarray(where))(**arrays)
+    make = lambda f: jax.jit(f(level, steps, jnp.asarray(where)))(**arrays)
     assert_close(make(policy), make(value), dtype="float32", length=LENGTH)
 
 
@@ -166,7 +174,7 @@ def test_no_token_at_all(make):
     arrays = {name: jnp.zeros((3, 0)) for name in ("logps", "ref_logps", "values")}
     steps = jnp.zeros((3, 0), int)
     for level in LEVELS:
-        found = make(level, steps, None)(**arrays, rewards=jnp.ones(3))
+        found = jax.jit(make(level, steps, None))(**arrays, rewards=jnp.ones(3))
         np.testing.assert_array_equal(found, np.zeros(3))
 
 
@@ -222,13 +230,11 @@ def test_beta_may_be_traced_and_differentiated():
             ).sum()
         )
         slope = jax.grad(call)(jnp.asarray(BETA))
-        numeric = (
-            call(jnp.asarray(BETA + 1e-6)) - call(jnp.asarray(BETA - 1e-6))
-        ) / 2e-6
-        np.testing.assert_allclose(slope, numeric, rtol=1e-6)
+        more, less = call(jnp.asarray(BETA + 1e-6)), call(jnp.asarray(BETA - 1e-6))
+        np.testing.assert_allclose(slope, (more - less) / 2e-6, rtol=1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**31), split=st.integers(1, LENGTH - 1))
 def test_the_residual_obeys_the_bellman_equation(seed, split):
     """V_t - V_s = delta_t - delta_s + sum of r - beta l in between; shift by reward."""
@@ -248,6 +254,7 @@ def _residual(arrays):
     return losses.soft_bellman_residual(**arrays, beta=BETA)
 
 
+@pytest.mark.slow
 def test_residual_under_every_transformation():
     arrays, where, _ = problem("float32")
     check_transformations(
@@ -259,10 +266,8 @@ def test_residual_under_every_transformation():
     )
 
 
-@pytest.mark.parametrize(
-    "level",
-    ["step", *(pytest.param(n, marks=pytest.mark.slow) for n in ("token", "response"))],
-)
+@pytest.mark.slow
+@every_level
 def test_policy_loss_under_every_transformation(level):
     arrays, where, steps = problem("float32")
     reason = "what comes after an action is held fixed, by definition"
@@ -287,7 +292,7 @@ def test_policy_loss_under_every_transformation(level):
     )
 
 
-# ------------------------------------------------------------------------------ headline
+# ----------------------------------------------------------------------------- headline
 class Tree:
     """Every node has three children; a leaf is rewarded or not."""
 
@@ -312,7 +317,7 @@ class Tree:
         self.reference = logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
     def solve(self, beta):
-        """Backwards: V = beta log sum exp(log pi_ref + Q / beta), and the best policy."""
+        """Backwards: V = beta log sum exp(log pi_ref + Q / beta); the best policy."""
         value, log_policy = np.zeros(self.inner), np.zeros_like(self.reference)
         below = self.rewards
         for d in range(self.depth - 1, -1, -1):
@@ -345,7 +350,7 @@ def test_the_optimum_of_a_tree_has_no_residual():
 
 
 def test_training_on_a_tree_finds_the_optimal_value_and_policy():
-    """81 trajectories of the reference, all at once: success 0.26 becomes 0.9999."""
+    """81 trajectories of the reference, all at once: success 0.08 becomes 0.999."""
     with jax.enable_x64():
         tree, beta = Tree(), 0.1
         value, log_policy = tree.solve(beta)
@@ -356,46 +361,36 @@ def test_training_on_a_tree_finds_the_optimal_value_and_policy():
         def loss(parameters):
             log_pi = jax.nn.log_softmax(parameters["logits"])[states, actions]
             values = parameters["values"][states]
-            options = {"beta": beta}
-            of_value = losses.oreo_value_loss(values, log_pi, ref, rewards, **options)
-            of_policy = losses.oreo_policy_loss(log_pi, ref, values, rewards, **options)
-            return (of_value + of_policy).mean()
+            return (
+                losses.oreo_value_loss(values, log_pi, ref, rewards, beta=beta)
+                + losses.oreo_policy_loss(log_pi, ref, values, rewards, beta=beta)
+            ).mean()
 
-        optimizer = optax.adam(3e-2)
+        # At a constant rate Adam jumps away again from an optimum that it has reached.
+        optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, 2000))
 
         def step(carry, _):
             parameters, state = carry
             updates, state = optimizer.update(jax.grad(loss)(parameters), state)
-            return (optax.apply_updates(parameters, updates), state), None
+            parameters = optax.apply_updates(parameters, updates)
+            policy = jnp.exp(jax.nn.log_softmax(parameters["logits"]))
+            distance = jnp.abs(policy - np.exp(log_policy)).sum(1).max() / 2
+            off = jnp.abs(parameters["values"] - value).max()
+            return (parameters, state), (off, distance)
 
-        start = {
-            "values": jnp.zeros(tree.inner),
-            "logits": jnp.asarray(tree.reference),
-        }
-        run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=500)[0])
-        carry = run((start, optimizer.init(start)))
-        after_500 = carry[0]
-        for _ in range(3):
-            carry = run(carry)
-        after_2000 = carry[0]
-
-        def errors(parameters):
-            found = np.asarray(jax.nn.log_softmax(parameters["logits"]))
-            distance = np.abs(np.exp(found) - np.exp(log_policy)).sum(1).max() / 2
-            return np.abs(parameters["values"] - value).max(), distance, found
-
-        off, distance, _ = errors(after_500)
-        assert off < 5e-3
-        assert distance < 5e-3
-        off, distance, found = errors(after_2000)
-        assert max(off, distance) < 1e-6
+        start = {"values": jnp.zeros(tree.inner), "logits": jnp.asarray(tree.reference)}
+        run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2000))
+        (parameters, _), (off, distance) = run((start, optimizer.init(start)))
+        assert max(off[500], distance[500]) < 1e-2
+        assert max(off[-1], distance[-1]) < 1e-6
         best = tree.success(log_policy)
-        assert tree.success(tree.reference) < 0.35
+        assert tree.success(tree.reference) < 0.1
         assert best > 0.999
+        found = np.asarray(jax.nn.log_softmax(parameters["logits"]))
         np.testing.assert_allclose(tree.success(found), best, atol=1e-6)
 
 
-# -------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------- errors
 BAD = [
     ("logps", jnp.zeros((2, 3), int), TypeError, "int32."),
     ("ref_logps", jnp.zeros((2, 4)), ValueError, "(2, 4)."),

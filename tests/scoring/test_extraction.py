@@ -49,7 +49,7 @@ _confidence = jax.jit(calibrated_confidence)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_does_not_underflow(dtype):
-    """exp(-110) is 0 in float32, and exp(-800) in float64; how often each came counts."""
+    """exp(-110) is 0 in float32, and exp(-800) in float64."""
     for nll in (110, 800):
         found = calibrated_confidence(jnp.full(4, nll, dtype), jnp.array([0, 1, 1, 1]))
         assert found.dtype == dtype
