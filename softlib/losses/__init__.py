@@ -55,6 +55,16 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+Of whole sequences:
+
+- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`: of n-grams
+
+and of token log-probabilities, such as those of `linear_token_log_probs`:
+
+- `soft_bellman_residual`, `oreo_value_loss`, `oreo_policy_loss`: offline rewards
+- `trice_loss`, `trice_weights`: chains of thought as latent variables
+- `smoothed_token_loss`, `top_k_mean`: the worst tokens weigh more
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`
@@ -122,6 +132,9 @@ from ._divergences import (
     softmax_jensen_shannon_divergence as softmax_jensen_shannon_divergence,
     softmax_kl_divergence as softmax_kl_divergence,
     softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
+from ._edit_invariant import (
+    edit_invariant_sequence_loss as edit_invariant_sequence_loss,
+    linear_edit_invariant_sequence_loss as linear_edit_invariant_sequence_loss,
 )
 from ._entropy import (
     linear_entropy as linear_entropy,
@@ -175,6 +188,11 @@ from ._logits import (
 from ._mcmi import (
     mcmi_loss as mcmi_loss,
 )
+from ._latent_rationale import (
+    trice_loss as trice_loss,
+    trice_weights as trice_weights,
+)
+from ._logits import linear_logits as linear_logits
 from ._mixtures import (
     linear_poly1_cross_entropy as linear_poly1_cross_entropy,
     linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
@@ -248,6 +266,14 @@ from ._spherical_family import (
     log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
     spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
     z_loss_from_statistics as z_loss_from_statistics,
+from ._smoothed import (
+    smoothed_token_loss as smoothed_token_loss,
+    top_k_mean as top_k_mean,
+)
+from ._soft_bellman import (
+    oreo_policy_loss as oreo_policy_loss,
+    oreo_value_loss as oreo_value_loss,
+    soft_bellman_residual as soft_bellman_residual,
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
@@ -300,6 +326,7 @@ __all__ = [
     "decoupled_softmax_loss",
     "dpo_loss",
     "draw_positives",
+    "edit_invariant_sequence_loss",
     "entmax_loss",
     "factored_spherical_init",
     "factored_spherical_rebase",
@@ -321,6 +348,7 @@ __all__ = [
     "label_rank",
     "linear_comp_sum_loss",
     "linear_decoupled_softmax_loss",
+    "linear_edit_invariant_sequence_loss",
     "linear_entropy",
     "linear_generalized_cross_entropy_loss",
     "linear_jensen_shannon_divergence",
@@ -366,6 +394,8 @@ __all__ = [
     "normalized_distillation_loss",
     "one_versus_all_loss",
     "optimal_temperature",
+    "oreo_policy_loss",
+    "oreo_value_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
     "precision_at_k",
@@ -383,6 +413,8 @@ __all__ = [
     "simpo_loss",
     "smooth_adversarial_comp_sum_loss",
     "soft_top_k_loss",
+    "smoothed_token_loss",
+    "soft_bellman_residual",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
@@ -404,6 +436,9 @@ __all__ = [
     "vq_token_counts",
     "z_loss",
     "z_loss_from_statistics",
+    "top_k_mean",
+    "trice_loss",
+    "trice_weights",
     "zero_loss_fraction",
     "zipf_soft_labels",
 ]

@@ -10,6 +10,8 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 `extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
 `extended_to_float`.
 
+A weighted sum from fewer terms: `systematic_resample`.
+
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 """
 
@@ -33,6 +35,9 @@ from ._running_max import (
     RunningMax as RunningMax,
     RunningMaxState as RunningMaxState,
 )
+from ._plain_sum import PlainSum as PlainSum, PlainSumState as PlainSumState
+from ._resampling import systematic_resample as systematic_resample
+from ._running_max import RunningMax as RunningMax, RunningMaxState as RunningMaxState
 from ._similarity import (
     distance_quantile as distance_quantile,
     dkw_radius as dkw_radius,
@@ -67,4 +72,5 @@ __all__ = [
     "extended_sum",
     "extended_to_float",
     "similarity_depth",
+    "systematic_resample",
 ]

@@ -1,0 +1,135 @@
+"""Chains of thought as latent variables: weights and surrogate of one TRICE step."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
+
+
+def trice_weights(
+    proposal_correct: Bool[Array, " M"], chain_correct: Bool[Array, " M"]
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    r"""Weights of the gradients of remembered and proposed rationales.
+
+    For question $m$ with a rationale $z_m$ in memory (after the update by
+    `softlib.decoding.independence_chain_update`) and a proposal $\tilde z_m$ drawn from
+    the model, the gradient of the marginal likelihood of the answers is estimated by
+
+    $$\frac{1}{N} \sum_m \bigl[\nabla \log p(z_m) - \beta_m \nabla \log p(\tilde z_m)
+      \bigr], \qquad \beta_m = \frac{1}{N - 1} \sum_{m' \neq m} \tilde c_{m'} ,$$
+
+    over the $N$ questions whose memory is correct. The second term has mean 0: it is a
+    control variate, and its factor is the acceptance rate among the other questions. As
+    the model becomes accurate the terms cancel, and with them the variance.
+
+    Args:
+        proposal_correct: $\tilde c_m$: the proposal ends in the right answer, so that
+            the chain has moved to it.
+        chain_correct: The rationale in memory does, after the update. A question
+            without a correct rationale so far has weight 0.
+
+    Returns:
+        Weights of the remembered rationales, $1 / N$, and of the proposals, $-\beta_m /
+        N$, in the default float dtype. With one question $\beta$ is 0.
+
+    Raises:
+        TypeError: An argument is not boolean.  ValueError: Shapes differ.
+
+    Derivatives: none, they are counts.
+    Cost: O(M).
+    Source: "Training Chain-of-Thought via Latent-Variable Inference".
+
+    Example:
+        >>> proposed, chain = jnp.array([True, False]), jnp.array([True, True])
+        >>> print(*softlib.losses.trice_weights(proposed, chain))
+        [0.5 0.5] [ 0.  -0.5]
+    """
+    function = "trice_weights"
+    dtype = jnp.result_type(float)
+    return _weights(*_checked(function, proposal_correct, chain_correct), dtype)
+
+
+def trice_loss(
+    chain_logps: Float[Array, " M"],
+    proposal_logps: Float[Array, " M"],
+    proposal_correct: Bool[Array, " M"],
+    chain_correct: Bool[Array, " M"],
+) -> Float[Array, " M"]:
+    r"""Summands whose gradient is that of the negative marginal log-likelihood.
+
+    $-w_m \log p(z_m) - \tilde w_m \log p(\tilde z_m)$ with `trice_weights`. Their sum
+    is trained on; the mean over questions is already in the weights. Its value is no
+    likelihood and need not fall: watch the mean of `proposal_correct` instead.
+
+    Args:
+        chain_logps: $\log p(z_m | x_m)$ of the remembered rationale with its answer,
+            summed over tokens, in nats.
+        proposal_logps: The same of the proposal.
+        proposal_correct: The proposal ends in the right answer.
+        chain_correct: The remembered rationale does, after the update.
+
+    Returns:
+        A summand for each question, float32 (float64 if an argument is float64). 0 with
+        gradient 0 where `chain_correct` is False, whatever the log-probabilities hold.
+
+    Raises:
+        TypeError: Log-probabilities are not floating, or the others not boolean.
+        ValueError: Shapes differ.
+
+    Derivatives: any order, with respect to the log-probabilities. The weights are
+        constants.
+    Cost: O(M).
+    Source: "Training Chain-of-Thought via Latent-Variable Inference". The estimate is
+        unbiased where memories were correct before the update; a question that has just
+        found its first rationale counts $1 - \beta$ instead of 1.
+
+    Example:
+        >>> logps, correct = jnp.array([-4.0, -2.0]), jnp.array([True, True])
+        >>> accepted = softlib.losses.trice_loss(logps, logps, correct, correct)
+        >>> print(accepted)
+        [0. 0.]
+    """
+    function = "trice_loss"
+    proposal, chain = _checked(function, proposal_correct, chain_correct)
+    chain_logps, proposal_logps = jnp.asarray(chain_logps), jnp.asarray(proposal_logps)
+    logps = {"chain_logps": chain_logps, "proposal_logps": proposal_logps}
+    checks.require_floating(function, **logps)
+    for name, array in logps.items():
+        checks.require_shape(function, name, array, chain.shape, "one per question")
+    dtype = accumulator_dtype(chain_logps, proposal_logps)
+    of_chain, of_proposal = _weights(proposal, chain, dtype)
+
+    def term(weights: Array, logps: Array) -> Array:
+        # A weight of 0 beside a log-probability of -inf is 0.
+        return weights * jnp.where(weights != 0, logps.astype(dtype), 0)
+
+    return 0 - term(of_chain, chain_logps) - term(of_proposal, proposal_logps)
+
+
+def _checked(
+    function: str, proposal_correct: Array, chain_correct: Array
+) -> tuple[Bool[Array, " M"], Bool[Array, " M"]]:
+    proposal, chain = jnp.asarray(proposal_correct), jnp.asarray(chain_correct)
+    checks.require_boolean(function, proposal_correct=proposal, chain_correct=chain)
+    if proposal.ndim != 1:
+        raise ValueError(
+            f"{function}: `proposal_correct` must have one axis (M,), got shape "
+            f"{proposal.shape}."
+        )
+    why = "one per question"
+    checks.require_shape(function, "chain_correct", chain, proposal.shape, why)
+    return proposal, chain
+
+
+def _weights(
+    proposal: Bool[Array, " M"], chain: Bool[Array, " M"], dtype: DTypeLike
+) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+    accepted = (proposal & chain).astype(jnp.int32)
+    count = chain.sum(dtype=jnp.int32)
+    others = (accepted.sum() - accepted).astype(dtype)
+    beta = others / jnp.maximum(count - 1, 1).astype(dtype)
+    share = chain.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
+    return lax.stop_gradient((share, 0 - beta * share))

@@ -1,0 +1,174 @@
+"""Log-probabilities of the same few labels at every position of a sequence.
+
+Not several labels per row of the engine, which compares each class with each label: a
+sequence of S labels reads S rows of the weight, once for all its positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from softlib._sharding import in_auto_mode, match_varying
+
+from ._sources import GivenLogits, LinearHead, Source
+from ._vocabulary_parallel import first_class
+
+
+def log_probs_of_shared_labels(
+    source: Source, labels: Int[Array, "*lead S"]
+) -> tuple[Float[Array, "*lead T S"], Bool[Array, "*lead T"]]:
+    """Log p of every label at every position, and which positions have a class.
+
+    The batch of `source` is (*lead, T). -inf for a label on an excluded class; anything
+    for the label -1 and at a position without classes.
+    """
+    if isinstance(source, LinearHead):
+        lse, logits = _of_linear_head(source, labels)
+    else:
+        lse, logits = _of_given_logits(source, labels)
+    some = lse > -jnp.inf
+    return logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None], some | jnp.isnan(lse)
+
+
+def _of_given_logits(
+    source: GivenLogits, labels: Int[Array, "*lead S"]
+) -> tuple[Float[Array, "*lead T"], Float[Array, "*lead T S"]]:
+    lse = source.statistics(("lse",)).lse
+    assert lse is not None
+    shape = (*source.batch, labels.shape[-1])
+    everywhere = jnp.broadcast_to(labels[..., None, :], shape)
+    few = source.at_labels(source.logits, everywhere)
+
+    def at_labels(per_class: Array | None) -> Array | None:
+        if per_class is None:
+            return None
+        of_all = per_class.ndim == 1
+        return source.at_labels(per_class, labels if of_all else everywhere)
+
+    modifiers = source.modifiers._replace(
+        bias=at_labels(source.modifiers.bias),
+        class_where=at_labels(source.modifiers.class_where),
+    )
+    return lse, _logits_of_each(
+        lambda logits, modifiers: dataclasses.replace(
+            source, logits=logits, modifiers=modifiers
+        ),
+        (few, modifiers),
+        labels.ndim - 1,
+    )
+
+
+def _of_linear_head(
+    source: LinearHead, labels: Int[Array, "*lead S"]
+) -> tuple[Float[Array, "*lead T"], Float[Array, "*lead T S"]]:
+    lead, options = labels.shape[:-1], source.options
+    axis = options.vocab_axis
+
+    def compute(hidden, weight, labels, modifiers):
+        local = labels.reshape(-1)
+        if source.axis_name is not None:
+            local = local - first_class(source.axis_name, source._own_classes)
+        if source.implementation == "reference":
+            rows = _rows_at(weight, local, axis)
+        else:
+            weight, rows = _with_rows_at(axis, *match_varying((weight, local)))
+        if source.axis_name is not None:
+            rows = jax.lax.psum(rows, source.axis_name)
+        head = dataclasses.replace(
+            source, hidden=hidden, weight=weight, modifiers=modifiers
+        )
+        lse = head.statistics(("lse",)).lse
+        look_up = lambda per_class: (
+            None if per_class is None else head.at_labels(per_class, labels)
+        )
+        bias, where = look_up(modifiers.bias), look_up(modifiers.class_where)
+        where = None if where is None else where != 0
+        own = modifiers._replace(bias=bias, class_where=where)
+        rows = rows.reshape(*labels.shape, rows.shape[-1])
+        few = functools.partial(
+            dataclasses.replace,
+            head,
+            options=dataclasses.replace(options, vocab_axis=0),
+            axis_name=None,
+        )
+        logits = _logits_of_each(
+            lambda hidden, rows, own: few(hidden=hidden, weight=rows, modifiers=own),
+            (hidden, rows, own),
+            len(lead),
+        )
+        return lse, logits
+
+    specs = lambda spec: (
+        PartitionSpec(*spec[: len(source.batch)]),
+        PartitionSpec(*spec[: len(source.batch)], None),
+    )
+    arrays = (source.hidden, source.weight, labels, source.modifiers)
+    return in_auto_mode(compute, specs, *arrays)
+
+
+def _logits_of_each(
+    source_of: Callable[..., Source], arrays: Any, lead: int
+) -> Float[Array, "*lead T S"]:
+    """Final logits of the source that each sequence has, whose classes are its labels.
+
+    An array without an axis belongs to all of them.
+    """
+    one = lambda *arrays: source_of(*arrays).final_logits()
+    axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, arrays)
+    for _ in range(lead):
+        one = jax.vmap(one, in_axes=axes)
+    return one(*arrays)
+
+
+# ------------------------------------------------------------------- rows of the weight
+def _rows_at(weight: Array, labels: Int[Array, " K"], axis: int) -> Float[Array, "K D"]:
+    """Zeros for a label out of range."""
+    inside = (labels >= 0) & (labels < weight.shape[axis])
+    rows = jnp.take(weight, jnp.where(inside, labels, 0), axis=axis)
+    rows = rows if axis == 0 else rows.T
+    return jnp.where(inside[:, None], rows, 0)
+
+
+# Differentiated as written, the gather would give a gradient of the size of the weight
+# beside that of the stream. The weight passes through here on its way to the stream, so
+# that few rows are added to the gradient that comes back.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_rows_at(
+    axis: int, weight: Array, labels: Int[Array, " K"]
+) -> tuple[Array, Float[Array, "K D"]]:
+    return weight, _rows_at(weight, labels, axis)
+
+
+def _with_rows_forward(axis: int, weight: Array, labels: Array):
+    return (weight, _rows_at(weight, labels, axis)), labels
+
+
+def _with_rows_backward(axis: int, labels: Array, cotangents: tuple[Array, Array]):
+    of_weight, of_rows = cotangents
+    count = of_weight.shape[axis]
+    # A token that occurs often is summed before it is rounded to the weight's dtype.
+    order = jnp.argsort(labels)
+    ids = labels[order]
+    wide = jnp.promote_types(of_rows.dtype, jnp.float32)
+    first = jnp.concatenate([jnp.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]])
+    runs = jnp.cumsum(first) - 1
+    sums = jax.ops.segment_sum(
+        of_rows[order].astype(wide), runs, len(ids), indices_are_sorted=True
+    )
+    # One row for each distinct label; the rest, and labels out of range, are dropped.
+    inside = first & (ids >= 0) & (ids < count)
+    places = jnp.where(inside, ids, count)
+    added = jnp.where(inside[:, None], sums[runs], 0)
+    at = of_weight.at[places] if axis == 0 else of_weight.at[:, places]
+    added = added if axis == 0 else added.T
+    narrow = added.astype(of_weight.dtype)
+    return at.add(narrow, mode="drop"), None
+
+
+_with_rows_at.defvjp(_with_rows_forward, _with_rows_backward)
