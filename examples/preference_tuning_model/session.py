@@ -159,7 +159,7 @@ def _print_summary(
         cost = history[-1]["retain"] - learned["retain"]
         print(f"forget   {method:13} {reached}; at the end {cost:+.2f}")
     print(
-        "limits   One seed, a small model. Adam makes steps of one size of any "
-        "gradient,\n         which takes part of NPO's brake away. Forgotten means "
-        "unlikely, not gone."
+        "limits   One seed, a small model that overfits its pairs: compare the scales "
+        "with\n         each other. The learning rate falls along the steps, which "
+        "flattens every\n         curve of forgetting. Forgotten means unlikely, not gone."
     )
