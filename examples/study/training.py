@@ -27,7 +27,7 @@ class Plan(NamedTuple):
         steps: Optimiser steps.
         batch_at: The arguments of the loss after the model, at a step.
         loss: Mean loss of a batch.
-        evaluate: Loss on held-out data.
+        evaluate: Loss on held-out data, or several numbers by name.
         evaluate_every: Steps between evaluations.
         learning_rate: The peak.
         wrt: The kind of variables that are trained.
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     steps: int
     batch_at: Callable[[int], tuple[Any, ...]]
     loss: Loss
-    evaluate: Callable[[Any], float]
+    evaluate: Callable[[Any], float | dict[str, float]]
     evaluate_every: int
     learning_rate: float
     wrt: type[nnx.Variable] = nnx.Param
@@ -60,10 +60,7 @@ def train(
         identity: What has to be equal for an earlier checkpoint to be used.
         stop: Asked after every step; if set, a checkpoint is written first.
     """
-    schedule = _schedule(plan)
-    transformation = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95)
-    )
+    transformation = _transformation(plan.steps, plan.learning_rate)
     optimizer = nnx.Optimizer(model, transformation, wrt=plan.wrt)
     step = _step_of(plan.loss, plan.wrt)
     store = Checkpoints(folder / plan.name, identity)
@@ -79,8 +76,7 @@ def train(
         progress = store.restore(model, optimizer)
         bar.update(progress.step)
         if not progress.history:
-            start = plan.evaluate(model)
-            progress.history.append({"step": 0, "held_out_loss": start})
+            progress.history.append({"step": 0, **_evaluated(plan, model)})
         while progress.step < plan.steps:
             _advance(model, optimizer, plan, step, progress)
             record = progress.history[-1]
@@ -121,10 +117,17 @@ def _advance(
         )
     record: Record = {"step": progress.step, "train_loss": value, "seconds": seconds}
     if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
-        record["held_out_loss"] = plan.evaluate(model)
+        record |= _evaluated(plan, model)
     progress.history.append(record)
 
 
+def _evaluated(plan: Plan, model: nnx.Module) -> Record:
+    found = plan.evaluate(model)
+    return {**found} if isinstance(found, dict) else {"held_out_loss": found}
+
+
+# One object for equal trainings of one loss, which then compile once.
+@functools.cache
 def _step_of(loss: Loss, wrt: type[nnx.Variable]) -> Callable[..., jax.Array]:
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
     def step(model, optimizer, *batch):
@@ -138,12 +141,18 @@ def _step_of(loss: Loss, wrt: type[nnx.Variable]) -> Callable[..., jax.Array]:
     return step
 
 
-def _schedule(plan: Plan) -> optax.Schedule:
+@functools.cache
+def _transformation(steps: int, peak: float) -> optax.GradientTransformation:
+    schedule = _schedule(steps, peak)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+
+
+def _schedule(steps: int, peak: float) -> optax.Schedule:
     """Linear warm-up over a tenth, then half a cosine down to a twentieth."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=plan.learning_rate / 10,
-        peak_value=plan.learning_rate,
-        warmup_steps=max(1, plan.steps // 10),
-        decay_steps=max(2, plan.steps),
-        end_value=plan.learning_rate / 20,
+        init_value=peak / 10,
+        peak_value=peak,
+        warmup_steps=max(1, steps // 10),
+        decay_steps=max(2, steps),
+        end_value=peak / 20,
     )
