@@ -416,7 +416,7 @@ def median_bandwidth(
     row = lambda i, own: -2 * log_kernel_row(own, axis, i)
     squared = over_rows(row, (axis,), None)
     pairs = found.keep[:, None] & found.keep[None, :]
-    pairs = jnp.where(jnp.tri(*squared.shape, -1, dtype=bool), pairs, False)
+    pairs = jnp.where(jnp.tri(x.shape[0], k=-1, dtype=bool), pairs, False)
     ordered = jnp.sort(jnp.where(pairs, squared, jnp.inf), axis=None)
     count = pairs.sum(dtype=jnp.int32)
     low, high = ordered[jnp.maximum(count - 1, 0) // 2], ordered[count // 2]

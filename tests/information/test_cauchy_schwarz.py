@@ -31,7 +31,10 @@ def samples(dtype="float32", count=N, seed=0):
 
 def every_number(x, y, y_hat, t, beta=0.3, **options) -> dict[str, Any]:
     """Each public function of (x, y, y_hat, t), by name."""
-    pick = lambda *names: {f"bandwidth_{n}": SIGMA[f"bandwidth_{n}"] for n in names}
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {f"bandwidth_{n}": SIGMA[f"bandwidth_{n}"] for n in names}
+
     two = {
         f"{name}_{side}": option
         for name, option in options.items()
@@ -352,8 +355,8 @@ def test_median_bandwidth_is_that_of_pairs():
         given = samples("float32", count)["x"]
         squares = [
             ((a - b) ** 2).sum()
-            for i, a in enumerate(np.float64(given))
-            for b in np.float64(given)[:i]
+            for i, a in enumerate(np.asarray(given, np.float64))
+            for b in np.asarray(given, np.float64)[:i]
         ]
         wanted = np.sqrt(np.median(squares) / 2)
         found = bandwidth(given)

@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -291,7 +292,7 @@ def test_adversaries_are_constants_and_a_radius_of_zero_changes_nothing():
 )
 def test_errors_of_the_loss(change, error, message):
     names = ("logits", "adversarial_logits", "labels")
-    given = dict(zip(names, arrays(), strict=True))
+    given: dict[str, Any] = dict(zip(names, arrays(), strict=True))
     with pytest.raises(error, match=f"^smooth_adversarial_comp_sum_loss: {message}"):
         smooth_adversarial_comp_sum_loss(**{**given, **change})
 
@@ -313,7 +314,7 @@ def test_errors_of_the_loss(change, error, message):
     ],
 )
 def test_errors_of_the_ascent(change, error, message):
-    options = {
+    options: dict[str, Any] = {
         "objective": lambda x: x.sum(1),
         "x": jnp.ones((2, 3)),
         "radius": 0.1,
