@@ -192,7 +192,7 @@ def conditional_cauchy_schwarz_divergence(
     *,
     bandwidth_x: Scalar,
     bandwidth_y: Scalar,
-    symmetric: bool = False,
+    symmetric: bool = True,
     weights: Float[Array, " N"] | None = None,
     where: Bool[Array, " N"] | None = None,
     row_chunk: int | None = None,
@@ -201,19 +201,18 @@ def conditional_cauchy_schwarz_divergence(
 
     $D(p(y \mid x); p(\hat y \mid x))$, whose integrals
     $\mathrm{E}[p(x, y) / p(x)^2]$ become, with kernel matrices $K$ of `x` and $L$ of
-    `y`, `y_hat` or both,
+    `y`, `y_hat` or both, and row sums $r_j = \sum_i K_{ji}$,
 
-    $$\sum_j \frac{\sum_i K_{ji} L_{ji}}{\left(\sum_i K_{ji}\right)^2} .$$
+    $$\sum_{ji} \frac{K_{ji} L_{ji}}{r_j r_i} .$$
 
     As a loss of regression it compares a prediction with the targets of inputs nearby,
-    without an assumption about the noise; it is 0 for `y_hat` = `y`. Far from the
-    targets, in units of the bandwidth, it goes on growing like the squared distance.
+    without an assumption about the noise. It is at least 0, and 0 for `y_hat` = `y`.
+    Far from the targets, in units of the bandwidth, it grows like the squared distance.
 
-    The squared row sum is not symmetric in $i$ and $j$, so that the Cauchy-Schwarz
-    inequality does not hold: `y_hat` = `y` is no stationary point, and lower, negative
-    values exist, the further the wider the bandwidths. With `symmetric` the divisor is
-    $\sum_i K_{ji} \sum_l K_{il}$, the same where the density is smooth; then the value
-    is at least 0 and least at `y_hat` = `y`.
+    The paper divides by $r_j^2$ (`symmetric=False`). That is not symmetric in $i$ and
+    $j$, so that the Cauchy-Schwarz inequality does not hold: `y_hat` = `y` is no
+    stationary point, lower, negative values exist, and with bandwidths as wide as the
+    data gradient descent finds them instead of the targets.
 
     Args:
         x: Points that are conditioned on.
@@ -221,7 +220,8 @@ def conditional_cauchy_schwarz_divergence(
         y_hat: Predictions, of the same shape.
         bandwidth_x: $\sigma$ of `x`, positive; a number or a traced scalar.
         bandwidth_y: $\sigma$ of `y` and `y_hat`.
-        symmetric: Static; whether to divide by the density at both points of a pair.
+        symmetric: Static; True divides by the density at both points of a pair, False,
+            as the paper does, by the square of that at one.
         weights: Non-negative weights of the samples, normalised here. None weighs all
             the same.
         where: True for the samples that count; others may hold anything.
@@ -230,7 +230,7 @@ def conditional_cauchy_schwarz_divergence(
 
     Returns:
         A scalar, float32 (float64 if a sample is float64); 0 where no sample counts.
-        It can be negative without `symmetric`.
+        Without `symmetric` it can be negative.
 
     Raises:
         TypeError: An argument is not of a floating (`where`: boolean) dtype.
@@ -249,7 +249,7 @@ def conditional_cauchy_schwarz_divergence(
         >>> divergence = softlib.information.conditional_cauchy_schwarz_divergence
         >>> sigma = {"bandwidth_x": 1.0, "bandwidth_y": 1.0}
         >>> print(divergence(x, x, x + 0.5, **sigma).round(4))
-        0.1626
+        0.1639
     """
     function = "conditional_cauchy_schwarz_divergence"
     x, y, y_hat = checked_points(function, x=x, y=y, y_hat=y_hat)
@@ -294,7 +294,7 @@ def cs_information_bottleneck_loss(
     bandwidth_x: Scalar,
     bandwidth_y: Scalar,
     bandwidth_t: Scalar,
-    symmetric: bool = False,
+    symmetric: bool = True,
     normalized: bool = False,
     weights: Float[Array, " N"] | None = None,
     where: Bool[Array, " N"] | None = None,
@@ -321,8 +321,8 @@ def cs_information_bottleneck_loss(
             (a fixed bandwidth, or a normalised layer) an encoder may shrink $t$ instead
             of forgetting; with `median_bandwidth` of $t$ the information does not see
             the scale.
-        symmetric: Static; as in `conditional_cauchy_schwarz_divergence`. False is the
-            paper's estimate, which is not least at `y_hat` = `y`.
+        symmetric: Static; False is the paper's estimate of the first term, which is not
+            least at `y_hat` = `y`; see `conditional_cauchy_schwarz_divergence`.
         normalized: Static; whether the information is divided by
             $\sqrt{I(x; x) I(t; t)}$.
         weights: Non-negative weights of the samples, normalised here. None weighs all
@@ -343,14 +343,15 @@ def cs_information_bottleneck_loss(
     Cost: that of `conditional_cauchy_schwarz_divergence` and
         `cauchy_schwarz_mutual_information`.
     Source: "Cauchy-Schwarz Divergence Information Bottleneck for Regression"; its
-        public code minimises the normalised information with all bandwidths 1.
+        public code minimises the normalised information with all bandwidths 1. The
+        first term is symmetric here, which it is not in the paper.
 
     Example:
         >>> x = jnp.array([[0.0], [1.0], [2.0], [3.0]])
         >>> sigma = {"bandwidth_x": 1.0, "bandwidth_y": 1.0, "bandwidth_t": 1.0}
         >>> loss = softlib.information.cs_information_bottleneck_loss
         >>> print(loss(x, x, x + 0.5, x / 2, beta=0.1, **sigma).round(4))
-        0.1698
+        0.1718
     """
     function = "cs_information_bottleneck_loss"
     checks.require_scalar(function, "beta", beta, 0, math.inf)
@@ -415,7 +416,7 @@ def median_bandwidth(
     row = lambda i, own: -2 * log_kernel_row(own, axis, i)
     squared = over_rows(row, (axis,), None)
     pairs = found.keep[:, None] & found.keep[None, :]
-    pairs = jnp.where(jnp.tri(*squared.shape, -1, dtype=bool), pairs, False)
+    pairs = jnp.where(jnp.tri(x.shape[0], k=-1, dtype=bool), pairs, False)
     ordered = jnp.sort(jnp.where(pairs, squared, jnp.inf), axis=None)
     count = pairs.sum(dtype=jnp.int32)
     low, high = ordered[jnp.maximum(count - 1, 0) // 2], ordered[count // 2]

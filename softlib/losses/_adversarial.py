@@ -16,7 +16,7 @@ from softlib.typing import Scalar
 
 from ._comp_sum import comp_sum_from_log_prob
 from ._compose import log_probability_of_labels
-from ._options import LogitsOptions
+from ._options import UncooledLogitsOptions
 from ._rows import rows_that_count
 from ._sources import GivenLogits, labels_in_range
 
@@ -30,7 +30,7 @@ def smooth_adversarial_comp_sum_loss(
     rho: Scalar = 1.0,
     nu: Scalar = 1.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
+    **options: Unpack[UncooledLogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""Smooth adversarial comp-sum loss of logits at an input and at its adversary.
 

@@ -18,19 +18,24 @@ from softlib.typing import (
 )
 
 
-class LogitsOptions(TypedDict, total=False):
-    """What turns given logits into final ones, and what computes their statistics."""
+class UncooledLogitsOptions(TypedDict, total=False):
+    """What turns given logits into those that a temperature of its own divides."""
 
     bias: Array | None
     logit_scale: PerRow | None
     logit_softcap: float | None
-    temperature: PerRow | None
     class_where: Array | None
     implementation: Implementations
 
 
-class LinearHeadOptions(LogitsOptions, total=False):
-    """The same for a linear head, and how it is laid out, cut and divided."""
+class LogitsOptions(UncooledLogitsOptions, total=False):
+    """What turns given logits into final ones, and what computes their statistics."""
+
+    temperature: PerRow | None
+
+
+class UncooledHeadOptions(UncooledLogitsOptions, total=False):
+    """The same of a linear head, and how it is laid out, cut and divided."""
 
     vocab_axis: int
     vocab_chunk: int | None
@@ -38,6 +43,10 @@ class LinearHeadOptions(LogitsOptions, total=False):
     gradient_filter_eps: GradientFilter
     axis_name: AxisName | None
     precision: Precision
+
+
+class LinearHeadOptions(LogitsOptions, UncooledHeadOptions, total=False):
+    """The options of a linear head, all together."""
 
 
 def require_known(

@@ -19,7 +19,7 @@ from softlib.typing import PerRow, Scalar
 
 from ._bracketed_root import decreasing_root
 from ._compose import log_probability
-from ._options import LinearHeadOptions, LogitsOptions
+from ._options import UncooledHeadOptions, UncooledLogitsOptions
 from ._rows import prepare
 from ._sources import GivenLogits, LinearHead, Source
 
@@ -32,7 +32,7 @@ def linear_robust_softmax_cross_entropy(
     *,
     rho: Scalar,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
+    **options: Unpack[UncooledHeadOptions],
 ) -> Float[Array, "*batch"]:
     r"""Robust cross-entropy of a linear head, in nats per row, without its logits.
 
@@ -98,7 +98,7 @@ def robust_softmax_cross_entropy(
     *,
     rho: Scalar,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
+    **options: Unpack[UncooledLogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""Robust cross-entropy of logits, in nats per row.
 
@@ -149,7 +149,7 @@ def linear_optimal_temperature(
     temperature_min: Scalar,
     temperature_max: Scalar,
     num_steps: int = 12,
-    **options: Unpack[LinearHeadOptions],
+    **options: Unpack[UncooledHeadOptions],
 ) -> Float[Array, "*batch"]:
     r"""The temperature that minimises the robust loss of a linear head, without logits.
 
@@ -243,7 +243,7 @@ def optimal_temperature(
     temperature_min: Scalar,
     temperature_max: Scalar,
     num_steps: int = 20,
-    **options: Unpack[LogitsOptions],
+    **options: Unpack[UncooledLogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""The temperature per row of logits that minimises the robust loss.
 
@@ -305,8 +305,8 @@ def _temperature_of(
         return jnp.where(log_sum == -jnp.inf, 0, divergence) - rho
 
     batch = z.shape[:-1]
-    ends = (jnp.broadcast_to(jnp.log(end), batch) for end in (low, high))
-    log_tau = decreasing_root(excess, *ends, num_steps)
+    first, last = (jnp.broadcast_to(jnp.log(end), batch) for end in (low, high))
+    log_tau = decreasing_root(excess, first, last, num_steps)
     # exp(log(x)) is not x: the ends are exact.
     tau = jnp.clip(jnp.exp(log_tau), low, high)
     tau = jnp.where(log_tau <= jnp.log(low), low, tau)
@@ -399,7 +399,7 @@ def _check_search(
     temperature_min: Scalar,
     temperature_max: Scalar,
     num_steps: int,
-    options: LogitsOptions,
+    options: UncooledLogitsOptions,
 ) -> None:
     checks.require_scalar(function, "rho", rho, 0, math.inf)
     ends = {"temperature_min": temperature_min, "temperature_max": temperature_max}

@@ -3,6 +3,7 @@
 import functools
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,15 @@ def test_a_shift_of_all_logits_is_no_attack():
 def test_without_an_attack_the_norm_has_gradient_zero():
     """The derivative of a norm at 0 is 0 / 0."""
     clean, _, labels = arrays()
-    total = lambda clean, moved: run(clean, moved, labels).sum()
-    of_clean, of_moved = jax.jit(jax.grad(total, (0, 1)))(clean, clean)
+
+    @jax.jit
+    def gradients(clean, moved, rho):
+        total = lambda clean, moved: run(clean, moved, labels, rho=rho).sum()
+        plain = lambda z: comp_sum_loss(z, labels).sum()
+        return *jax.grad(total, (0, 1))(clean, moved), jax.grad(plain)(clean)
+
+    of_clean, of_moved, wanted = gradients(clean, clean, 1.0)
     np.testing.assert_array_equal(of_moved, 0)
-    wanted = jax.grad(lambda z: comp_sum_loss(z, labels).sum())(clean)
     assert_close(of_clean, wanted, dtype=jnp.float32, length=CLASSES)
 
 
@@ -291,7 +297,7 @@ def test_adversaries_are_constants_and_a_radius_of_zero_changes_nothing():
 )
 def test_errors_of_the_loss(change, error, message):
     names = ("logits", "adversarial_logits", "labels")
-    given = dict(zip(names, arrays(), strict=True))
+    given: dict[str, Any] = dict(zip(names, arrays(), strict=True))
     with pytest.raises(error, match=f"^smooth_adversarial_comp_sum_loss: {message}"):
         smooth_adversarial_comp_sum_loss(**{**given, **change})
 
@@ -313,7 +319,7 @@ def test_errors_of_the_loss(change, error, message):
     ],
 )
 def test_errors_of_the_ascent(change, error, message):
-    options = {
+    options: dict[str, Any] = {
         "objective": lambda x: x.sum(1),
         "x": jnp.ones((2, 3)),
         "radius": 0.1,

@@ -18,7 +18,7 @@ from tests.oracles import robust_temperature as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 ROWS, FEATURES, CLASSES = 8, 3, 7
-RANGE: dict[str, float] = {"temperature_min": 0.05, "temperature_max": 20.0}
+RANGE: dict[str, Any] = {"temperature_min": 0.05, "temperature_max": 20.0}
 both_sources = pytest.mark.parametrize("source", ["linear", "logits"])
 
 
@@ -43,8 +43,12 @@ def function_of(kind, source, **options) -> Any:
 
 def logits_of(given):
     if "logits" in given:
-        return np.float64(given["logits"])
-    return np.float64(given["hidden"]) @ np.float64(given["weight"]).T
+        return np.asarray(given["logits"], np.float64)
+    return _wide(given["hidden"]) @ _wide(given["weight"]).T
+
+
+def _wide(array):
+    return np.asarray(array, np.float64)
 
 
 TAU = np.linspace(0.3, 2.0, ROWS)
@@ -91,7 +95,7 @@ def test_matches_oracle(source, implementation):
         if source == "logits":
             assert_agrees(gradients["logits"], of_logits, jnp.float64, 0)
         else:
-            hidden, weight = np.float64(given["hidden"]), np.float64(given["weight"])
+            hidden, weight = _wide(given["hidden"]), _wide(given["weight"])
             assert_agrees(gradients["hidden"], of_logits @ weight, jnp.float64, 0)
             assert_agrees(gradients["weight"], of_logits.T @ hidden, jnp.float64, 0)
 
@@ -122,7 +126,9 @@ def test_matches_independent_vectors():
         }
         given = (data["in_logits"], data["in_labels"], data["in_temperature"])
         of = functools.partial(losses.robust_softmax_cross_entropy, rho=data["in_rho"])
-        ends = {f"temperature_{end}": data[f"in_tau_{end}"] for end in ("min", "max")}
+        ends: dict[str, Any] = {
+            f"temperature_{end}": data[f"in_tau_{end}"] for end in ("min", "max")
+        }
 
         @jax.jit
         def run(logits, labels, tau):
@@ -203,8 +209,8 @@ def test_no_distribution_near_the_uniform_one_is_worse():
 def test_best_temperature_minimises_the_loss(seed, rho, size):
     """Its divergence is rho, or it is an end of the range."""
     z = size * np.random.default_rng(seed).normal(size=(4, CLASSES))
-    z = np.float32(z)
-    tau = np.float64(_best(z, rho, **RANGE))
+    z = z.astype(np.float32)
+    tau = _wide(_best(z, rho, **RANGE))
     low, high = (np.float32(end) for end in RANGE.values())
     loss = lambda tau: oracle.robust(z, np.zeros(4, int), tau, rho)[0]
     for factor in (0.5, 0.9, 1.1, 2.0):
@@ -306,7 +312,7 @@ def test_the_slope_at_an_end_of_the_range_is_that_of_the_end():
 
 def test_twelve_passes_are_enough_for_float32():
     sizes = np.exp(np.linspace(-3, 4, 400))[:, None]
-    z = np.float32(np.random.default_rng(0).normal(size=(400, 50)) * sizes)
+    z = (np.random.default_rng(0).normal(size=(400, 50)) * sizes).astype(np.float32)
     few = jax.jit(
         functools.partial(losses.optimal_temperature, num_steps=12),
         static_argnames=("temperature_min", "temperature_max"),
@@ -380,7 +386,7 @@ def test_contrastive_loss_matches_oracle_and_ignores_dropped_pairs(masked):
         s = random.normal(size=(6, 6))
         tau = np.split(random.uniform(0.05, 0.5, 12), 2)
         where = np.arange(6) % 3 != 1 if masked else None
-        wanted = oracle.contrastive(s, *tau, 0.7, where)
+        wanted = oracle.contrastive(s, tau[0], tau[1], 0.7, where)
         if masked:
             s[1], s[:, 4], tau[0][1] = np.nan, np.inf, np.nan
         mask = None if where is None else jnp.asarray(where)
@@ -428,7 +434,7 @@ def test_best_temperature_of_negatives_is_where_the_contrastive_loss_is_flat():
 def test_state_of_a_data_set_makes_small_batches_unbiased():
     """Averages of the mean over batches of one negative, not of its logarithm."""
     random = np.random.default_rng(0)
-    h = np.float32(random.normal(size=(1000, 3, 1)))
+    h = random.normal(size=(1000, 3, 1)).astype(np.float32)
     tau, ids = jnp.array([1.0, 1.2, 0.9]), jnp.array([4, 0, 2])
 
     @jax.jit

@@ -1,6 +1,7 @@
 """Networks that predict temperatures: their formulas, their range, what they learn."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 from softlib.nn._temperature_network import PrototypeTempNet, TempNet
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "tempnet_case0.npz"
-RANGE = {"temperature_min": 0.2, "temperature_max": 3.0}
+RANGE: dict[str, Any] = {"temperature_min": 0.2, "temperature_max": 3.0}
 
 
 def networks(**options):
@@ -50,9 +51,9 @@ def test_matches_independent_vectors():
 
 def test_prototypes_match_the_formula():
     network = networks()[1]
-    x = np.float64(jax.random.normal(jax.random.key(1), (3, 6)))
+    x = np.asarray(jax.random.normal(jax.random.key(1), (3, 6)), np.float64)
     sigmoid = lambda v: 1 / (1 + np.exp(-v))
-    value = lambda p: np.float64(p[...])
+    value = lambda p: np.asarray(p[...], np.float64)
     assert network.inner.bias is not None
     u = sigmoid(x @ value(network.inner.kernel) + value(network.inner.bias))
     p = value(network.prototypes)
