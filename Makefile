@@ -24,7 +24,7 @@ QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest slow lint format docs bench bench-attention \
-  bench-kronecker bench-softmax accuracy kernels bench-accelerator clean
+  bench-kronecker bench-softmax bench-spherical accuracy kernels bench-accelerator clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -69,6 +69,9 @@ bench-kronecker: $(VENV)/.installed-bench ## the same for attention over tuples 
 bench-softmax: $(VENV)/.installed-bench ## the same for softmax, dense and sparse
 	$(RUN) -m benchmarks.softmax $(ARGS)
 	$(RUN) -m benchmarks.sparse_softmax
+
+bench-spherical: $(VENV)/.installed-bench ## steps of output layers against their classes
+	$(RUN) -m benchmarks.spherical $(ARGS)
 
 accuracy: $(VENV)/.installed-bench ## the rounding errors of every map, a table and a plot
 	$(RUN) -m benchmarks.accuracy $(ARGS)

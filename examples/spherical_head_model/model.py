@@ -1,0 +1,102 @@
+"""A small network under an output layer, and a training step for either head."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from softlib import losses
+
+from .options import Options
+
+type Network = dict[str, Array]
+type Step = Callable[..., tuple[Any, Any, Any, Array]]
+
+WIDTH = 256
+
+
+def network(words: int, options: Options) -> Network:
+    keys = jax.random.split(jax.random.key(options.seed), 3)
+    draw = lambda key, rows, columns: (
+        jax.random.normal(key, (rows, columns)) / rows**0.5
+    )
+    seen = options.context * options.word_features
+    table = jax.random.normal(keys[0], (words, options.word_features))
+    return {
+        "words": table,
+        "in": draw(keys[1], seen, WIDTH),
+        "out": draw(keys[2], WIDTH, options.features),
+    }
+
+
+def hidden_of(network: Network, context: Array) -> Array:
+    """(batch, features), of length sqrt(features) each."""
+    seen = network["words"][context].reshape(len(context), -1)
+    hidden = jax.nn.gelu(seen @ network["in"]) @ network["out"]
+    square = jnp.mean(hidden * hidden, axis=-1, keepdims=True)
+    return hidden / jnp.sqrt(square + 1e-6)
+
+
+def weight(classes: int, options: Options) -> Array:
+    """The first head: logits of standard deviation 1 for either loss."""
+    key = jax.random.key(options.seed + 1)
+    shape = (classes, options.features)
+    return jax.random.normal(key, shape) / options.features**0.5
+
+
+def optimizer(options: Options) -> optax.GradientTransformation:
+    return optax.adam(options.rate)
+
+
+def z_step(b: float, options: Options) -> Step:
+    """SGD of a head in factors, Adam below it: no array grows with the classes."""
+    below = optimizer(options)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(network, memory, head, context, labels):
+        hidden, pull = jax.vjp(lambda net: hidden_of(net, context), network)
+        found = losses.factored_spherical_sgd_step(
+            head,
+            hidden,
+            labels,
+            lambda s: losses.z_loss_from_statistics(s, a=options.sharpness, b=b).mean(),
+            learning_rate=options.z_rate,
+        )
+        (gradient,) = pull(found.hidden_cotangents)
+        updates, memory = below.update(gradient, memory)
+        return optax.apply_updates(network, updates), memory, found.state, found.loss
+
+    return step
+
+
+def entropy_step(options: Options) -> Step:
+    """The same with the cross-entropy of a stored head, streamed over the classes."""
+    below = optimizer(options)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def step(network, memory, head, context, labels):
+        def loss(network, head):
+            hidden = hidden_of(network, context)
+            return losses.linear_softmax_cross_entropy(hidden, head, labels).mean()
+
+        value, (gradient, of_head) = jax.value_and_grad(loss, (0, 1))(network, head)
+        updates, memory = below.update(gradient, memory)
+        network = optax.apply_updates(network, updates)
+        return network, memory, head - options.entropy_rate * of_head, value
+
+    return step
+
+
+rebase = jax.jit(losses.factored_spherical_rebase, donate_argnums=0)
+
+
+@jax.jit
+def ranks(network: Network, head: Any, context: Array, labels: Array) -> Array:
+    """How many classes come before the right one; the order is that of the logits."""
+    if isinstance(head, losses.FactoredSphericalState):
+        head = losses.factored_spherical_weight(head)
+    return losses.linear_label_rank(hidden_of(network, context), head, labels)

@@ -1,0 +1,204 @@
+"""A whole run in order: data, times of a step, a training for every head, report."""
+
+import dataclasses
+import itertools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from language_model.training import Stop, stop_signals
+from study import output
+
+from softlib import losses
+
+from . import model as model_, pairs as pairs_, report
+from .options import Options
+from .pairs import Pairs
+
+ENTROPY, FACTORED = "cross-entropy", "Z-loss, in factors"
+
+
+class Evaluation(NamedTuple):
+    """Held-out examples after some training.
+
+    Attributes:
+        seconds: Of training alone.
+        step: How many steps these were.
+        top1: Share of the examples whose pair has the highest logit.
+        top10: Whose pair is among the first ten.
+        rank: Geometric mean of 1 + the number of classes before the right one.
+    """
+
+    seconds: float
+    step: int
+    top1: float
+    top10: float
+    rank: float
+
+
+def run(options: Options) -> None:
+    with stop_signals() as stop:
+        _run(options, stop)
+
+
+def _run(options: Options, stop: Stop) -> None:
+    output.make_folder(options.out)
+    task = pairs_.load(
+        options.corpus,
+        context=options.context,
+        every=options.every,
+        classes=options.classes,
+    )
+    classes = len(task.classes)
+    print(
+        f"text     {len(task.words):,} words; {len(task.train.labels):,} examples of "
+        f"{classes:,} classes, each a pair of words that follow each other, such as "
+        f"`{task.name(0)}` and `{task.name(classes // 2)}`\n"
+        f"held out {len(task.held_out.labels):,} examples; {task.covered:.0%} of their "
+        "pairs are classes, the others are left out",
+        flush=True,
+    )
+    times = _times(task, options, stop)
+    for name, found in times.items():
+        print(f"a step   {name}: " + ", ".join(f"{n:,}: {t:.4f} s" for n, t in found))
+
+    histories = {}
+    for b in options.scores:
+        name = f"Z-loss, b = {b}"
+        head = jax.jit(losses.factored_spherical_init)(model_.weight(classes, options))
+        step = model_.z_step(float(b), options)
+        histories[name] = _train(step, head, task, options, stop)
+        _say(name, histories[name])
+    head, step = model_.weight(classes, options), model_.entropy_step(options)
+    histories[ENTROPY] = _train(step, head, task, options, stop)
+    _say(ENTROPY, histories[ENTROPY])
+    base = _by_frequency(task, options)
+    print(f"baseline the most frequent pairs, whatever comes before: {_shown(base)}")
+    output.write_json(
+        options.out / "metrics.json",
+        {
+            "settings": dataclasses.asdict(options),
+            "classes": classes,
+            "seconds_per_step": times,
+            "histories": {n: [e._asdict() for e in h] for n, h in histories.items()},
+            "by_frequency": base._asdict(),
+        },
+    )
+    report.draw(options.out / "report.png", times, histories, base, classes)
+    print(f"picture  {options.out / 'report.png'}")
+
+
+# ---------------------------------------------------------------------------- training
+def period(classes: int) -> int:
+    """Steps between rebases, see `softlib.losses.factored_spherical_rebase`."""
+    return max(1000, classes // 16)
+
+
+def _train(
+    step: model_.Step, head: Any, task: Pairs, options: Options, stop: Stop
+) -> list[Evaluation]:
+    """Trains for the given time; compilation and evaluations do not count."""
+    network = model_.network(len(task.words), options)
+    memory = model_.optimizer(options).init(network)
+    factored = isinstance(head, losses.FactoredSphericalState)
+    batch = lambda i: task.train.at(i, options.batch, options.seed)
+    network, memory, head, _ = step(network, memory, head, *batch(0))  # compiles
+    found = [_evaluate(network, head, task, options, 0.0, 1)]
+    used, done = 0.0, 1
+    marks = [
+        options.seconds * (i + 1) / options.evaluations
+        for i in range(options.evaluations)
+    ]
+    for mark in marks:
+        while used < mark:
+            begin = time.perf_counter()
+            network, memory, head, loss = step(network, memory, head, *batch(done))
+            done += 1
+            if factored and done % period(len(task.classes)) == 0:
+                head = model_.rebase(head)
+            jax.block_until_ready(loss)
+            used += time.perf_counter() - begin
+            stop.raise_if_asked("nothing is kept of a stopped run.")
+        found.append(_evaluate(network, head, task, options, used, done))
+    return found
+
+
+def _evaluate(
+    network: Any, head: Any, task: Pairs, options: Options, seconds: float, step: int
+) -> Evaluation:
+    held_out = task.held_out
+    count = min(options.held_out, len(held_out.labels))
+    chosen = np.linspace(0, len(held_out.labels) - 1, count).astype(int)
+    context, labels = held_out.context[chosen], held_out.labels[chosen]
+    ranks = np.asarray(model_.ranks(network, head, context, jnp.asarray(labels)))
+    return _of_ranks(ranks, seconds, step)
+
+
+def _of_ranks(ranks: np.ndarray, seconds: float = 0.0, step: int = 0) -> Evaluation:
+    return Evaluation(
+        seconds,
+        step,
+        float((ranks < 1).mean()),
+        float((ranks < 10).mean()),
+        float(np.exp(np.log1p(ranks).mean())),
+    )
+
+
+def _by_frequency(task: Pairs, options: Options) -> Evaluation:
+    """Classes are in the order of their counts: a label is its rank."""
+    labels = task.held_out.labels
+    count = min(options.held_out, len(labels))
+    return _of_ranks(labels[np.linspace(0, len(labels) - 1, count).astype(int)])
+
+
+# ----------------------------------------------------------------------------- timing
+def _times(
+    task: Pairs, options: Options, stop: Stop
+) -> dict[str, list[tuple[int, float]]]:
+    """Seconds of a step with the first so many classes: least of steps in turns."""
+    every = len(task.classes)
+    sizes = sorted({min(n, every) for n in options.timed})
+    runs = {}
+    for size, factored in itertools.product(sizes, (True, False)):
+        head: Any = model_.weight(size, options)
+        step = model_.entropy_step(options)
+        if factored:
+            head = jax.jit(losses.factored_spherical_init)(head)
+            step = model_.z_step(20.0, options)
+        network = model_.network(len(task.words), options)
+        kept = task.train.labels < size
+        few = pairs_.Split(task.train.context[kept], task.train.labels[kept])
+        state = [network, model_.optimizer(options).init(network), head]
+        runs[factored, size] = (step, state, few, [])
+    for turn in range(options.rounds + 2):
+        for (factored, _), (step, state, few, seconds) in runs.items():
+            for again in range(8 if factored else 1):
+                batch = few.at(8 * turn + again, options.batch, options.seed)
+                begin = time.perf_counter()
+                *state[:], loss = step(*state, *batch)
+                jax.block_until_ready(loss)
+                if turn >= 2:  # the first compile, and find their pages
+                    seconds.append(time.perf_counter() - begin)
+        stop.raise_if_asked("nothing is kept of a stopped run.")
+    return {
+        name: [(size, min(runs[factored, size][3])) for size in sizes]
+        for name, factored in ((FACTORED, True), (ENTROPY, False))
+    }
+
+
+def _say(name: str, history: list[Evaluation]) -> None:
+    last = history[-1]
+    rate = last.seconds / max(last.step - 1, 1)
+    print(
+        f"trained  {name}: {last.step:,} steps in {last.seconds:.0f} s "
+        f"({rate:.4f} s each); {_shown(last)}",
+        flush=True,
+    )
+
+
+def _shown(e: Evaluation) -> str:
+    return (
+        f"held out top-1 {e.top1:.1%}, top-10 {e.top10:.1%}, mean place {e.rank:,.0f}"
+    )
