@@ -9,7 +9,7 @@ from study.command_line import Flag
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1]
 NOUNS = EXAMPLES / "data" / "wordnet_nouns.tsv.xz"
-OBJECTIVES = ("softmax", "decoupled", "top-k", "one-versus-all", "sampled")
+OBJECTIVES = ("softmax", "decoupled", "one-versus-all", "sampled", "top-k")
 
 
 @dataclasses.dataclass(frozen=True)
