@@ -62,7 +62,7 @@ def train(
     for number, size in enumerate(options.refreshes):
         size = size if kind == "clusters" else 1
         clusters, recall = _clustered(classifier, glosses, size, options)
-        batches = _Batches(glosses, clusters, options, jax.random.fold_in(key, number))
+        batches = Batches(glosses, clusters, options, jax.random.fold_in(key, number))
         training.train(
             classifier,
             training.Plan(
@@ -110,7 +110,7 @@ def _clusters(x: Array, size: int, key: Array) -> Array:
 _recall = jax.jit(losses.hard_negative_recall)
 
 
-class _Batches:
+class Batches:
     """Batches of one stretch, a function of the step alone."""
 
     def __init__(self, glosses: Glosses, clusters: Array, options: Options, key: Array):

@@ -87,7 +87,7 @@ class Batches:
 
 
 def gradients_of_the_surest(scores: np.ndarray, positives: np.ndarray) -> dict:
-    """Slopes by the score of the first positive, for the picture."""
+    """Slopes by the score of each row's first positive, for the picture."""
     ids = jnp.asarray(positives)
     found = {}
     for name, loss in (
@@ -95,5 +95,6 @@ def gradients_of_the_surest(scores: np.ndarray, positives: np.ndarray) -> dict:
         ("decoupled", losses.decoupled_softmax_loss),
     ):
         total = lambda s, loss=loss: loss(s, ids).sum()
-        found[name] = np.asarray(jax.grad(total)(jnp.asarray(scores))[:, 0])
+        slopes = np.asarray(jax.grad(total)(jnp.asarray(scores)))
+        found[name] = np.take_along_axis(slopes, positives[:, :1], axis=1)[:, 0]
     return found

@@ -9,7 +9,7 @@ from study.command_line import Flag
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[1]
 NOUNS = EXAMPLES / "data" / "wordnet_nouns.tsv.xz"
-OBJECTIVES = ("softmax", "decoupled", "top-k", "one-versus-all", "sampled")
+OBJECTIVES = ("softmax", "decoupled", "one-versus-all", "sampled", "top-k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Options:
     buckets: Annotated[int, Flag("rows of the table that words are hashed to")] = 16_384
     width: Annotated[int, Flag("features of words, queries and labels")] = 64
     batch: Annotated[int, Flag("definitions a step")] = 256
-    steps: Annotated[int, Flag("optimiser steps of each objective")] = 600
+    steps: Annotated[int, Flag("optimiser steps of each objective")] = 400
     learning_rate: Annotated[float, Flag("peak, after the warm-up")] = 0.01
-    evaluate_every: Annotated[int, Flag("steps between evaluations")] = 200
+    evaluate_every: Annotated[int, Flag("steps between evaluations")] = 100
     k: Annotated[int, Flag("of the soft top-k loss")] = 10
     sampled: Annotated[int, Flag("labels drawn a step by the sampled loss")] = 512
     refreshes: Annotated[
         tuple[int, ...],
         Flag("points of a cluster, after each refresh of the clusters in turn"),
     ] = (1, 4, 8, 16, 32)
-    refresh_steps: Annotated[int, Flag("steps from one refresh to the next")] = 120
+    refresh_steps: Annotated[int, Flag("steps from one refresh to the next")] = 80
     probes: Annotated[
         int, Flag("definitions in which hard negatives are searched for")
     ] = 4096

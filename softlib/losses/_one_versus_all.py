@@ -132,4 +132,7 @@ def _one_versus_all(
     costs = jax.nn.softplus(jnp.where(possible, 0 - own, 0))
     costs = jnp.where(possible, costs, jnp.where(counts, jnp.inf, 0))
     of_positives = rows.sum(rows.weights(source, weights, total=True), costs)
-    return rows.exceptions(others.sum_softplus + of_positives)
+    total = others.sum_softplus + of_positives
+    return rows.exceptions(
+        jnp.where(jnp.isinf(of_positives), of_positives, total)  # without gradient
+    )

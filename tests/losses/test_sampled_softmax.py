@@ -96,7 +96,7 @@ def test_draws_have_their_probabilities(distribution):
     assert large.max() < 1_000_003
 
 
-def test_biased_low_by_half_the_relative_variance_and_right_in_the_limit():
+def test_too_low_on_average_and_right_in_the_limit():
     """Means over many keys, of one program."""
     classes = 50
     floating = arrays(classes=classes)
@@ -109,9 +109,11 @@ def test_biased_low_by_half_the_relative_variance_and_right_in_the_limit():
         return jax.lax.map(one, keys).mean(0)
 
     keys = jax.random.split(jax.random.key(0), 400)
-    gaps = {count: float((exact - mean(keys, count)).max()) for count in (8, 512)}
-    assert gaps[8] > 0.05  # too low
-    assert abs(gaps[512]) < 0.02
+    few, many = (exact - mean(keys, count) for count in (8, 512))
+    rows = np.arange(ROWS) != 3  # it has no positives
+    assert (few[rows] > 0.3).all()  # too low
+    assert (many[rows] > 0).all()
+    assert (many[rows] < 0.12 * few[rows]).all()
 
 
 def test_a_row_whose_draws_are_all_positives_is_zero():

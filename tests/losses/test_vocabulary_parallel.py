@@ -150,6 +150,9 @@ CALLS = {
     "linear_multi_label_cross_entropy": lambda f, h, w, y, **o: f(
         h, w, jnp.stack([y, (y + 17) % CLASSES], -1), **o
     ),
+    "linear_decoupled_softmax_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
+    "linear_one_versus_all_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
+    "linear_top_k": lambda f, h, w, y, **o: f(h, w, k=3, **o),
 }
 WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
 
