@@ -31,6 +31,10 @@ def draw(
         best = min(waves, key=lambda r: np.mean(r.likelihood))
         _draw_forecast(row[0], forecast, plain, best, options)
         _draw_curve(row[1], plain, waves, "likelihood")
+        lowest = [np.mean(r.lowest) for r in waves]
+        n = [r.frequencies or 0 for r in waves]
+        row[1].plot(n, lowest, color=ORANGE, ls="--", label="its lowest in training")
+        row[1].axhline(np.mean(plain.lowest), color=BLUE, ls="--")
         row[1].axhline(baselines[name], color=GREY, ls=":", label="frequencies alone")
         row[1].set_ylabel("held-out nats")
         _draw_curve(row[2], plain, waves, "roughness")
@@ -59,10 +63,10 @@ def _draw_forecast(
 
 
 def _draw_curve(axes: Axes, plain: "Result", waves: "list[Result]", name: str) -> None:
-    n = [r.frequencies for r in waves]
+    n = [r.frequencies or 0 for r in waves]
     values = np.array([getattr(r, name) for r in waves])
     axes.plot(n, values, "o", color=ORANGE, ms=3)
     axes.plot(n, values.mean(1), color=ORANGE, label="Fourier head")
-    axes.axhline(np.mean(getattr(plain, name)), color=BLUE, ls="--", label="linear")
+    axes.axhline(np.mean(getattr(plain, name)), color=BLUE, label="linear")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("frequencies")

@@ -22,6 +22,7 @@ class Result(NamedTuple):
         frequencies: None for a linear layer.
         parameters: Of the head.
         likelihood: Held-out negative log-likelihood per seed, in nats.
+        lowest: The least of it at any evaluation, as if training had stopped there.
         fit: The same on what was trained on.
         roughness: Mean `smoothness_metric` of the held-out forecasts, per seed.
         forecasts: (windows, bins) of the first seed.
@@ -31,6 +32,7 @@ class Result(NamedTuple):
     frequencies: int | None
     parameters: int
     likelihood: list[float]
+    lowest: list[float]
     fit: list[float]
     roughness: list[float]
     forecasts: np.ndarray
@@ -85,7 +87,8 @@ def _train(
     past, later = jnp.asarray(forecast.past[old]), jnp.asarray(forecast.past[new])
     known, unseen = jnp.asarray(labels[old]), jnp.asarray(labels[new])
     evaluate = nnx.jit(model_.loss)
-    result = Result(name, frequencies, 0, [], [], [], np.zeros(0))
+    result = Result(name, frequencies, 0, [], [], [], [], np.zeros(0))
+    kind = "linear" if frequencies is None else f"fourier-{frequencies}"
     for seed in range(options.seeds):
         model = model_.Network(past.shape[1], frequencies, options, rngs=nnx.Rngs(seed))
 
@@ -94,7 +97,6 @@ def _train(
             rows = random.integers(0, len(known), options.batch)
             return past[rows], known[rows]
 
-        kind = "linear" if frequencies is None else f"fourier-{frequencies}"
         plan = training.Plan(
             name=f"{name}-{kind}-{seed}",
             steps=options.steps,
@@ -107,9 +109,13 @@ def _train(
         identity = {n: getattr(options, n) for n in IDENTITY}
         identity["data"] = forecast.digest[:16]
         folder = options.out / "checkpoints"
-        training.train(model, plan, folder=folder, identity=identity, stop=stop)
+        history = training.train(
+            model, plan, folder=folder, identity=identity, stop=stop
+        )
         p = model_.forecast(model, later)
         result.likelihood.append(float(evaluate(model, later, unseen)))
+        held_out = [r["held_out_loss"] for r in history if "held_out_loss" in r]
+        result.lowest.append(min(held_out))
         result.fit.append(float(evaluate(model, past, known)))
         result.roughness.append(float(model_.roughness(p)))
         if seed == 0:
@@ -125,7 +131,7 @@ def _train(
 
 
 def unigram(forecast: series_.Forecast, bins: int) -> float:
-    """Held-out likelihood of the frequencies of the bins before, and one more of each."""
+    """Held-out likelihood of how often each bin came before, and once more."""
     labels = forecast.labels(bins)
     counts = np.bincount(labels[forecast.part(held_out=False)], minlength=bins) + 1
     p = counts / counts.sum()
@@ -147,14 +153,13 @@ def _print_summary(
 ) -> None:
     for name, baseline in baselines.items():
         plain, few = linear(results, name), best(results, name)
-        print(
-            f"{name:8} frequencies alone {baseline:.3f} nats; linear "
-            f"{np.mean(plain.likelihood):.3f} ({np.mean(plain.fit):.3f} in training), "
-            f"best Fourier head ({few.frequencies} frequencies) "
-            f"{np.mean(few.likelihood):.3f} ({np.mean(few.fit):.3f}), "
-            f"{np.mean(plain.roughness) / np.mean(few.roughness):.1f} times smoother "
-            f"with {plain.parameters / few.parameters:.1f} times fewer parameters"
-        )
+        print(f"{name:8} the frequencies of the bins alone: {baseline:.3f} nats")
+        for title, r in (("linear", plain), (f"Fourier {few.frequencies}", few)):
+            print(
+                f"{'':8} {title:>10}: held-out {np.mean(r.likelihood):.3f}, lowest "
+                f"{np.mean(r.lowest):.3f}, in training {np.mean(r.fit):.3f}; roughness "
+                f"{np.mean(r.roughness):.4f}; {r.parameters:,} parameters in the head"
+            )
     print(
         "limits   one split in time, one small network, "
         f"{options.seeds} seeds; the best number of frequencies was chosen on the "
