@@ -194,7 +194,7 @@ def test_frequency_mapping_of_a_large_vocabulary_does_not_overflow():
     assert set(sizes[1000:]) == {677, 678}
 
 
-def test_the_floor_of_the_sheet():
+def test_floors_of_a_vocabulary_under_the_law_of_zipf():
     """Zipf over 50,257 tokens, 1,000 alone and 24 groups: 2.62 nats."""
     tokens = 50_257
     p = 1 / np.arange(1, tokens + 1)
