@@ -150,7 +150,18 @@ CALLS = {
     "linear_multi_label_cross_entropy": lambda f, h, w, y, **o: f(
         h, w, jnp.stack([y, (y + 17) % CLASSES], -1), **o
     ),
+    "linear_normalized_distillation_loss": lambda f, h, w, y, **o: f(
+        h, w, h[..., ::-1], w, y, **o
+    ),
 }
+TWO_HEADS = {
+    "linear_jensen_shannon_divergence",
+    "linear_kl_divergence",
+    "linear_kl_to_reference",
+    "linear_knowledge_distillation_loss",
+    "linear_soft_target_cross_entropy",
+}
+CALLS |= dict.fromkeys(TWO_HEADS, lambda f, h, w, y, **o: f(h, w, h[..., ::-1], w, **o))
 WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
 
 
