@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def _soft_label(axes: Axes, seen: glyphs.Images, probs: dict[str, np.ndarray]) -
     order = np.argsort(-p[row])[:8]
     others = np.where(np.arange(p.shape[1]) == label, 0, p[row])
     others = others / others.sum()
-    zipf = losses.zipf_soft_labels(p[row : row + 1], seen.labels[row : row + 1])
+    zipf = losses.zipf_soft_labels(jnp.asarray(p[[row]]), jnp.asarray([label]))
     x = np.arange(len(order))
     for shift, values, name, colour in (
         (-0.27, p[row], "teacher", BLUE),

@@ -9,37 +9,41 @@ from language_model.model import LanguageModel
 from softlib import losses
 
 
-def cross_entropy(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def cross_entropy(
+    model: LanguageModel, tokens, labels, there=None, table=None
+) -> jax.Array:
     found = losses.linear_softmax_cross_entropy(model(tokens), model.table, labels)
     return found.mean()
 
 
-def plain(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def plain(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
     h = model(tokens)
     own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    kd = losses.linear_knowledge_distillation_loss(h, model.table, *teacher)
+    kd = losses.linear_knowledge_distillation_loss(h, model.table, there, table)
     return (own + kd).mean()
 
 
-def normalized(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def normalized(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
     h = model(tokens)
     own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    nkd = losses.linear_normalized_distillation_loss(h, model.table, *teacher, labels)
+    nkd = losses.linear_normalized_distillation_loss(
+        h, model.table, there, table, labels
+    )
     return (own + nkd).mean()
 
 
-def reverse(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def reverse(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
     h = model(tokens)
     own = losses.linear_softmax_cross_entropy(h, model.table, labels)
     # Neither gradient nor time goes to the teacher, which is no argument of training.
-    kl = losses.linear_kl_divergence(h, model.table, *teacher, reverse=True)
+    kl = losses.linear_kl_divergence(h, model.table, there, table, reverse=True)
     return (own + kl).mean()
 
 
-def jensen_shannon(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def jensen_shannon(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
     h = model(tokens)
     own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    js = losses.linear_jensen_shannon_divergence(h, model.table, *teacher)
+    js = losses.linear_jensen_shannon_divergence(h, model.table, there, table)
     # Near the teacher JS is a quarter of KL.
     return (own + 4 * js).mean()
 
@@ -53,7 +57,7 @@ METHODS = {
 }
 
 
-def divergence(model: LanguageModel, tokens, labels, *teacher) -> jax.Array:
+def divergence(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
     """Of the teacher from the student, for evaluation."""
     h = model(tokens)
-    return losses.linear_kl_divergence(h, model.table, *teacher).mean()
+    return losses.linear_kl_divergence(h, model.table, there, table).mean()

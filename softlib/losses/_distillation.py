@@ -202,7 +202,8 @@ def linear_normalized_distillation_loss(
 
     Derivatives: as `linear_kl_divergence`, and with respect to `gamma`; the teacher has
         none.
-    Cost: six products of N V D forward and seven backward.
+    Cost: six products of N V D forward and seven backward. Its two terms each have a
+        gradient of the weight until they are added.
     Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
         Approach with Normalized Loss and Customized Soft Labels".
 

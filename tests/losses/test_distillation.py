@@ -272,15 +272,17 @@ def test_self_distillation_matches_the_oracle(mixed, dtype):
             labels = share[:, None] * np.eye(CLASSES)[LABELS]
             labels += (1 - share)[:, None] * other
         options = (0.8, 0.3, 0.5, 0.2)
-        names = ("alpha", "beta", "mu", "label_smoothing")
         found = losses.universal_self_distillation_loss(
             z,
             weak,
             jnp.asarray(labels, dtype if mixed else None),
-            **dict(zip(names, options, strict=True)),
+            alpha=options[0],
+            beta=options[1],
+            mu=options[2],
+            label_smoothing=options[3],
         )
-        exact = (np.asarray(a, np.float64) for a in (z, weak))
-        wanted = oracle.self_distillation(*exact, labels, *options)
+        own, other = (np.asarray(a, np.float64) for a in (z, weak))
+        wanted = oracle.self_distillation(own, other, labels, *options)
         for term, expected in zip(found, wanted, strict=True):
             computed = jnp.promote_types(dtype, jnp.float32)
             assert term.dtype == computed
@@ -292,7 +294,7 @@ def test_self_distillation_trains_each_head_by_its_terms():
     labels = jnp.asarray(labels)
     loss = losses.universal_self_distillation_loss
     gradient = lambda name, i: jax.grad(
-        lambda *a: getattr(loss(*a, labels), name).sum(), i
+        lambda z, w: getattr(loss(z, w, labels), name).sum(), i
     )(z, weak)
     for name, i in (("target", 1), ("non_target", 1), ("weak", 0)):
         np.testing.assert_array_equal(gradient(name, i), 0)
