@@ -1,5 +1,11 @@
 """Losses over large vocabularies, from a linear head or from logits.
 
+- `soft_bellman_residual`, `oreo_value_loss`, `oreo_policy_loss`: offline rewards
+- `trice_loss`, `trice_weights`: chains of thought as latent variables
+- `smoothed_token_loss`, `top_k_mean`: the worst tokens weigh more
+and of token log-probabilities, such as those of `linear_token_log_probs`:
+- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`: of n-grams
+Of whole sequences:
 - `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
 - `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
 - `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
@@ -54,16 +60,6 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_label_rank`, `label_rank`
 - `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
-
-Of whole sequences:
-
-- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`: of n-grams
-
-and of token log-probabilities, such as those of `linear_token_log_probs`:
-
-- `soft_bellman_residual`, `oreo_value_loss`, `oreo_policy_loss`: offline rewards
-- `trice_loss`, `trice_weights`: chains of thought as latent variables
-- `smoothed_token_loss`, `top_k_mean`: the worst tokens weigh more
 
 Of logits, with other maps in the place of softmax:
 
@@ -132,6 +128,7 @@ from ._divergences import (
     softmax_jensen_shannon_divergence as softmax_jensen_shannon_divergence,
     softmax_kl_divergence as softmax_kl_divergence,
     softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
+)
 from ._edit_invariant import (
     edit_invariant_sequence_loss as edit_invariant_sequence_loss,
     linear_edit_invariant_sequence_loss as linear_edit_invariant_sequence_loss,
@@ -182,17 +179,16 @@ from ._label_rank import (
     label_rank as label_rank,
     linear_label_rank as linear_label_rank,
 )
+from ._latent_rationale import (
+    trice_loss as trice_loss,
+    trice_weights as trice_weights,
+)
 from ._logits import (
     linear_logits as linear_logits,
 )
 from ._mcmi import (
     mcmi_loss as mcmi_loss,
 )
-from ._latent_rationale import (
-    trice_loss as trice_loss,
-    trice_weights as trice_weights,
-)
-from ._logits import linear_logits as linear_logits
 from ._mixtures import (
     linear_poly1_cross_entropy as linear_poly1_cross_entropy,
     linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
@@ -252,6 +248,15 @@ from ._sequence_log_probs import (
     linear_sequence_log_probs as linear_sequence_log_probs,
     sequence_log_probs as sequence_log_probs,
 )
+from ._smoothed import (
+    smoothed_token_loss as smoothed_token_loss,
+    top_k_mean as top_k_mean,
+)
+from ._soft_bellman import (
+    oreo_policy_loss as oreo_policy_loss,
+    oreo_value_loss as oreo_value_loss,
+    soft_bellman_residual as soft_bellman_residual,
+)
 from ._spherical import (
     linear_log_spherical_softmax_loss as linear_log_spherical_softmax_loss,
     linear_log_taylor_softmax_loss as linear_log_taylor_softmax_loss,
@@ -266,14 +271,6 @@ from ._spherical_family import (
     log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
     spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
     z_loss_from_statistics as z_loss_from_statistics,
-from ._smoothed import (
-    smoothed_token_loss as smoothed_token_loss,
-    top_k_mean as top_k_mean,
-)
-from ._soft_bellman import (
-    oreo_policy_loss as oreo_policy_loss,
-    oreo_value_loss as oreo_value_loss,
-    soft_bellman_residual as soft_bellman_residual,
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
@@ -412,9 +409,9 @@ __all__ = [
     "sequence_log_probs",
     "simpo_loss",
     "smooth_adversarial_comp_sum_loss",
-    "soft_top_k_loss",
     "smoothed_token_loss",
     "soft_bellman_residual",
+    "soft_top_k_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_entropy",
@@ -431,14 +428,14 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
+    "top_k_mean",
+    "trice_loss",
+    "trice_weights",
     "universal_self_distillation_loss",
     "vq_softmax_cross_entropy",
     "vq_token_counts",
     "z_loss",
     "z_loss_from_statistics",
-    "top_k_mean",
-    "trice_loss",
-    "trice_weights",
     "zero_loss_fraction",
     "zipf_soft_labels",
 ]

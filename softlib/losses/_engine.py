@@ -322,7 +322,7 @@ def _no_filter(options: Options, operands: Any) -> str | None:
     return "it has no gradient filter (gradient_filter_eps)"
 
 
-def gathers(options: Options, operands: Any) -> str | None:
+def gathers(options: Any, operands: Any) -> str | None:
     axes = automatic_axes()
     if not axes:
         return None

@@ -59,7 +59,7 @@ def mcmi_loss(
         >>> centroids = jnp.full((2, 2), 0.5)
         >>> loss = softlib.losses.mcmi_loss(logits, labels, centroids, weight=0.2)
         >>> print(loss.round(4))
-        [0.0613 0.6931]
+        [0.0614 0.6931]
     """
     function = "mcmi_loss"
     checks.require_scalar(function, "weight", weight, 0, math.inf)

@@ -1,5 +1,6 @@
 """Accumulators that the engines fold with.
 
+A weighted sum from fewer terms: `systematic_resample`.
 Clusters of one size: `balanced_kmeans`.
 - `RunningMax`, `RunningMaxState`: streaming logsumexp with weighted sums.
 - `UnifiedMax`, `UnifiedMaxState`: the same against one reference known beforehand.
@@ -9,8 +10,6 @@ Clusters of one size: `balanced_kmeans`.
 Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp`,
 `extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
 `extended_to_float`.
-
-A weighted sum from fewer terms: `systematic_resample`.
 
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 """
@@ -31,13 +30,13 @@ from ._plain_sum import (
     PlainSum as PlainSum,
     PlainSumState as PlainSumState,
 )
+from ._resampling import (
+    systematic_resample as systematic_resample,
+)
 from ._running_max import (
     RunningMax as RunningMax,
     RunningMaxState as RunningMaxState,
 )
-from ._plain_sum import PlainSum as PlainSum, PlainSumState as PlainSumState
-from ._resampling import systematic_resample as systematic_resample
-from ._running_max import RunningMax as RunningMax, RunningMaxState as RunningMaxState
 from ._similarity import (
     distance_quantile as distance_quantile,
     dkw_radius as dkw_radius,

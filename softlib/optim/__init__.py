@@ -3,7 +3,9 @@
 - `perp_grad`: without the part of a gradient that only scales its weight.
 """
 
-from ._perp_grad import perp_grad as perp_grad
+from ._perp_grad import (
+    perp_grad as perp_grad,
+)
 
 __all__ = [
     "perp_grad",

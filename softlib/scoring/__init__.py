@@ -1,5 +1,8 @@
 """Judging given text by its given log-probabilities: a number per text.
 
+- `calibrated_confidence`: in each of several sampled continuations
+- `identical_groups`: which of them are the same
+Extraction of memorised text:
 - `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
 Rewards and preferences from two language models:
 """
@@ -9,21 +12,15 @@ from ._density_ratio import (
     annotate_preferences as annotate_preferences,
     density_ratio_reward as density_ratio_reward,
 )
-
-__all__ = [
-    "PreferenceAnnotation",
-    "annotate_preferences",
-    "density_ratio_reward",
-]
-Extraction of memorised text:
-
-- `calibrated_confidence`: in each of several sampled continuations
-- `identical_groups`: which of them are the same
-"""
-
 from ._extraction import (
     calibrated_confidence as calibrated_confidence,
     identical_groups as identical_groups,
 )
 
-__all__ = ["calibrated_confidence", "identical_groups"]
+__all__ = [
+    "PreferenceAnnotation",
+    "annotate_preferences",
+    "calibrated_confidence",
+    "density_ratio_reward",
+    "identical_groups",
+]

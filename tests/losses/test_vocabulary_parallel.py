@@ -153,7 +153,18 @@ CALLS = {
     "linear_decoupled_softmax_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
     "linear_one_versus_all_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
     "linear_top_k": lambda f, h, w, y, **o: f(h, w, k=3, **o),
+    "linear_normalized_distillation_loss": lambda f, h, w, y, **o: f(
+        h, w, h[..., ::-1], w, y, **o
+    ),
 }
+TWO_HEADS = {
+    "linear_jensen_shannon_divergence",
+    "linear_kl_divergence",
+    "linear_kl_to_reference",
+    "linear_knowledge_distillation_loss",
+    "linear_soft_target_cross_entropy",
+}
+CALLS |= dict.fromkeys(TWO_HEADS, lambda f, h, w, y, **o: f(h, w, h[..., ::-1], w, **o))
 WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
 
 
