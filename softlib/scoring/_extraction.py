@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._sharding import in_auto_mode
 from softlib.softmax import softmax
 
 
@@ -77,7 +78,8 @@ def calibrated_confidence(
     # The share of each sample; those of a group, all e^-s, add up to n e^-s.
     share = softmax(0 - wide, where=counts)
     share = jnp.where((inside | ~counts).all(), share, jnp.nan)
-    confidence = jax.ops.segment_sum(share, ids, num_groups)[ids]
+    of_groups = lambda ids, share: jax.ops.segment_sum(share, ids, num_groups)[ids]
+    confidence = in_auto_mode(of_groups, lambda spec: spec, ids, share)
     return jnp.where(counts, confidence, 0).astype(nll.dtype)
 
 

@@ -133,14 +133,14 @@ def test_matches_independent_vectors():
         )
         close(loss, data["out_loss"])
         close(gradients["logits"], data["out_grad_logits_of_sum"])
-        other = STORED(
-            data["in_logits"], data["in_targets"], mode="logsumexp", **options
-        )
+        sums = functools.partial(STORED, mode="logsumexp", **options)
+        other = jax.jit(sums)(data["in_logits"], data["in_targets"])
         close(other, data["out_loss_logsumexp"])
 
 
 @pytest.mark.parametrize(
-    ("vocab_axis", "implementation"), [(1, "xla"), (0, "reference")]
+    ("vocab_axis", "implementation"),
+    [(1, "xla"), pytest.param(0, "reference", marks=pytest.mark.slow)],
 )
 def test_both_sources_agree_with_every_option(vocab_axis, implementation):
     """Also where a label is excluded, in gradients of every argument."""
@@ -183,7 +183,7 @@ def test_both_sources_agree_with_every_option(vocab_axis, implementation):
             assert_close(one, two, dtype="float64", length=BATCH * LENGTH, c=8)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (6, 1), (9, 9), (3, 8)])
+@pytest.mark.parametrize("shape", [(6, 1), (9, 9), (3, 8)])
 def test_every_pair_of_lengths(shape):
     random = np.random.default_rng(0)
     length, tokens = shape
@@ -228,28 +228,34 @@ def test_a_shifted_sequence_is_expensive_for_cross_entropy_alone():
     aligned = 8 * jax.nn.one_hot(labels, 30)
     shifted = jnp.roll(aligned, 1, axis=0)
     assert losses.softmax_cross_entropy(shifted, labels).mean() > 8
-    assert STORED(shifted, labels, ngrams=(2,)) < 1
-    assert STORED(aligned, labels, ngrams=(2,)) < 0.1
+    pairs = jax.jit(functools.partial(STORED, ngrams=(2,)))
+    assert pairs(shifted, labels) < 1
+    assert pairs(aligned, labels) < 0.1
 
 
 @both_sources
 def test_no_n_gram_that_counts_gives_loss_and_gradient_zero(name):
     function, arrays = source(name)
-    labels, _, _ = labels_and_masks()
-    for options in (
-        {"where": jnp.zeros((BATCH, LENGTH), bool)},
-        {"label_where": jnp.zeros((BATCH, TOKENS), bool)},
-        {"class_where": jnp.zeros(CLASSES, bool)},
-    ):
-        call = functools.partial(function, **options)
-        for leaf in jax.tree.leaves(
-            differentiated(call, arrays, labels=jnp.asarray(labels))
-        ):
+    labels = jnp.asarray(labels_and_masks()[0])
+    masks = {
+        "where": jnp.ones((BATCH, LENGTH), bool),
+        "label_where": jnp.ones((BATCH, TOKENS), bool),
+        "class_where": jnp.ones(CLASSES, bool),
+    }
+
+    @jax.jit
+    def run(arrays, masks):
+        total = lambda arrays: function(**arrays, labels=labels, **masks).sum()
+        return jax.value_and_grad(total)(arrays)
+
+    for mask, every in masks.items():
+        for leaf in jax.tree.leaves(run(arrays, masks | {mask: ~every})):
             np.testing.assert_array_equal(leaf, 0)
+    assert run(arrays, masks)[0] > 0
 
 
 @both_sources
-@pytest.mark.parametrize("wrong", [-1, CLASSES, -100])
+@pytest.mark.parametrize("wrong", [-1, CLASSES])
 def test_a_label_outside_makes_its_example_nan_without_gradient(name, wrong):
     function, arrays = source(name)
     labels, _, _ = labels_and_masks()
@@ -290,10 +296,12 @@ def test_extreme_logits_are_cut_at_the_floor_without_gradient():
 def test_a_window_that_matches_badly_is_pushed_down_unless_weights_are_fixed():
     """The slope in g is -w (1 + g - f), or -w."""
     log_p = jnp.log(jnp.array([[0.9, 0.1], [0.01, 0.99], [0.5, 0.5]]))
+
     # Adding a number per position leaves the softmax, so logits are free of gauge.
-    slope = lambda **o: jax.grad(lambda z: STORED(z, jnp.array([0]), ngrams=(1,), **o))(
-        log_p
-    )[:, 0]
+    def slope(**options):
+        loss = lambda z: STORED(z, jnp.array([0]), ngrams=(1,), **options)
+        return jax.jit(jax.grad(loss))(log_p)[:, 0]
+
     assert slope()[1] > 0
     assert slope()[0] < 0
     assert (slope(stop_weight_gradient=True) < 0).all()
@@ -371,7 +379,7 @@ def test_a_frequent_token_is_summed_before_it_is_rounded():
     assert_close(gradient, wanted, dtype="bfloat16", length=1)
 
 
-@pytest.mark.parametrize("batch", [(), (0,), (2, 3)])
+@pytest.mark.parametrize("batch", [(0,), (2, 3)])
 @both_sources
 def test_any_number_of_batch_axes(name, batch):
     random = np.random.default_rng(0)
@@ -415,7 +423,10 @@ def test_under_every_transformation(name):
 
 @pytest.mark.parametrize(
     ("shape", "kind", "check_vma"),
-    [((2, 4), AxisType.Explicit, True), ((1, 8), AxisType.Auto, False)],
+    [
+        ((2, 4), AxisType.Explicit, True),
+        pytest.param((1, 8), AxisType.Auto, False, marks=pytest.mark.slow),
+    ],
 )
 def test_divided_classes_give_the_numbers_of_one_device(shape, kind, check_vma):
     classes = 16
@@ -453,6 +464,7 @@ def test_divided_classes_give_the_numbers_of_one_device(shape, kind, check_vma):
 
 
 # ----------------------------------------------------------------------------- headline
+@pytest.mark.slow
 def test_targets_with_edits_blur_cross_entropy_more_than_n_grams():
     """Logits per position, trained on copies with words inserted, dropped or repeated.
 

@@ -15,6 +15,8 @@ from tests.oracles import sequences as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/ethicist_case0.npz"
 ROWS, LENGTH = 5, 7
+_top_k_mean = jax.jit(losses.top_k_mean, static_argnums=1)
+_smoothed = jax.jit(losses.smoothed_token_loss, static_argnames="num_largest")
 
 
 def problem(dtype="float64", length=LENGTH):
@@ -70,7 +72,7 @@ def test_matches_independent_vectors():
 def test_every_length(length):
     values, where = problem("float32", length)
     for k in (1, 2, 40):
-        found = losses.top_k_mean(values, k, where=jnp.asarray(where))
+        found = _top_k_mean(values, k, where=jnp.asarray(where))
         exact = np.asarray(values, np.float64)
         wanted = [oracle.top_k_mean(exact[b][where[b]], k) for b in range(ROWS)]
         assert_close(found, wanted, dtype="float32", length=length)
@@ -80,13 +82,13 @@ def test_every_length(length):
 def test_alpha_zero_is_the_mean_and_large_k_the_mean_times_one_plus_alpha():
     nll, _ = problem("float32")
     for options, factor in (({"alpha": 0.0}, 1), ({"num_largest": LENGTH}, 1.7)):
-        found = losses.smoothed_token_loss(nll, **options)
+        found = _smoothed(nll, **options)
         assert_close(found, factor * nll.mean(-1), dtype="float32", length=LENGTH, c=8)
 
 
 def test_k_of_one_is_the_maximum():
     values, _ = problem("float32")
-    np.testing.assert_array_equal(losses.top_k_mean(values, 1), values.max(-1))
+    np.testing.assert_array_equal(_top_k_mean(values, 1), values.max(-1))
 
 
 def test_a_row_without_tokens_has_value_and_gradient_zero():
@@ -102,21 +104,21 @@ def test_a_row_without_tokens_has_value_and_gradient_zero():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_nan_makes_its_row_nan_whatever_its_sign(sign):
     values = jnp.array([[3.0, sign * jnp.nan, 1.0], [3.0, 2.0, 1.0]])
-    np.testing.assert_array_equal(losses.top_k_mean(values, 1), [np.nan, 3])
-    found = losses.smoothed_token_loss(values, num_largest=1)
+    np.testing.assert_array_equal(_top_k_mean(values, 1), [np.nan, 3])
+    found = _smoothed(values, num_largest=1)
     np.testing.assert_array_equal(np.isnan(found), [True, False])
 
 
 def test_infinities_are_values_like_others():
     values = jnp.array([[-jnp.inf, 2.0, 4.0], [jnp.inf, 1e4, -1e4], [-jnp.inf] * 3])
-    found = losses.top_k_mean(values, 2)
+    found = _top_k_mean(values, 2)
     np.testing.assert_array_equal(found, [3, np.inf, -np.inf])
-    masked = losses.top_k_mean(values[:1], 3, where=jnp.array([True, True, False]))
+    masked = _top_k_mean(values[:1], 3, where=jnp.array([True, True, False]))
     np.testing.assert_array_equal(masked, [-np.inf])
 
 
 def test_of_equal_values_the_first_are_among_the_largest():
-    gradient = jax.grad(lambda x: losses.top_k_mean(x, 2))(jnp.array([1.0, 2, 2, 2]))
+    gradient = jax.grad(lambda x: _top_k_mean(x, 2))(jnp.array([1.0, 2, 2, 2]))
     np.testing.assert_array_equal(gradient, [0, 0.5, 0.5, 0])
 
 
@@ -132,9 +134,6 @@ def test_algebra(seed, k):
     assert (found >= of(values, k + 1) - 1e-6).all()
     moved = of(2 * values[:, random.permutation(4)] + 1, k)
     assert_close(moved, 2 * found + 1, dtype="float32", length=4)
-
-
-_top_k_mean = jax.jit(losses.top_k_mean, static_argnums=1)
 
 
 @pytest.mark.slow

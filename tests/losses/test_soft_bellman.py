@@ -110,7 +110,7 @@ def test_matches_independent_vectors():
             "rewards": data["in_rewards"],
         }
         beta, where = data["in_beta"], data["in_where"]
-        found = losses.soft_bellman_residual(**arrays, beta=beta, where=where)
+        found = jax.jit(losses.soft_bellman_residual)(**arrays, beta=beta, where=where)
         close = functools.partial(assert_close, dtype="float64", length=8)
         close(found, data["out_residual"])
         loss, gradients = per_argument(value("token", None, where, beta=beta), arrays)
@@ -120,7 +120,7 @@ def test_matches_independent_vectors():
         close(loss, data["out_value_loss"])
         close(gradients["logps"], data["out_grad_logp_policy"])
         close(
-            policy("response", None, where, beta=beta)(**arrays),
+            jax.jit(policy("response", None, where, beta=beta))(**arrays),
             data["out_response_loss"],
         )
 
@@ -194,15 +194,14 @@ def test_nan_stays_in_its_row(level):
 def test_an_impossible_token_makes_its_trajectory_infinite():
     arrays, _, _ = problem("float32")
     arrays["logps"] = arrays["logps"].at[2, 3].set(-jnp.inf)
-    loss = losses.oreo_policy_loss(**arrays)
+    loss = jax.jit(losses.oreo_policy_loss)(**arrays)
     np.testing.assert_array_equal(np.isinf(loss), np.arange(ROWS) == 2)
 
 
 def test_large_numbers_do_not_overflow():
     arrays = {n: jnp.full((1, 3), -1e4) for n in ("logps", "values")}
-    loss = losses.oreo_policy_loss(
-        **arrays, ref_logps=jnp.full((1, 3), 1e4), rewards=jnp.full((1, 3), 1e4)
-    )
+    large = jnp.full((1, 3), 1e4)
+    loss = jax.jit(losses.oreo_policy_loss)(**arrays, ref_logps=large, rewards=large)
     # V - R + beta l = -1e4 - 3e4 - 0.03 * 6e4 at the first token, and so on.
     residuals = np.array([-41800.0, -31200.0, -20600.0])
     np.testing.assert_allclose(loss[0], (residuals**2).mean(), rtol=1e-6)

@@ -14,12 +14,13 @@ from softlib.testing import assert_close, check_transformations
 from tests.oracles import sequences as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/ethicist_case0.npz"
+_confidence = jax.jit(calibrated_confidence, static_argnames="num_groups")
 
 
 def test_matches_independent_vectors():
     with jax.enable_x64():
         data = {name: jnp.asarray(array) for name, array in np.load(DATA).items()}
-        found = calibrated_confidence(data["in_sample_nll"], data["in_sample_group"])
+        found = _confidence(data["in_sample_nll"], data["in_sample_group"])
         np.testing.assert_allclose(found, data["out_confidence"], rtol=1e-9)
         groups = np.asarray(data["in_sample_group"])
         first = np.unique(groups, return_index=True)[1]
@@ -44,14 +45,11 @@ def test_matches_oracle_and_sums_to_one(seed):
     )  # nll is rounded at 100
 
 
-_confidence = jax.jit(calibrated_confidence)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_does_not_underflow(dtype):
     """exp(-110) is 0 in float32, and exp(-800) in float64."""
     for nll in (110, 800):
-        found = calibrated_confidence(jnp.full(4, nll, dtype), jnp.array([0, 1, 1, 1]))
+        found = _confidence(jnp.full(4, nll, dtype), jnp.array([0, 1, 1, 1]))
         assert found.dtype == dtype
         np.testing.assert_allclose(found, [0.25, 0.75, 0.75, 0.75])
 
@@ -59,17 +57,17 @@ def test_does_not_underflow(dtype):
 def test_float64_stays():
     with jax.enable_x64():
         nll = jnp.array([1.0, 2.0], jnp.float64)
-        assert calibrated_confidence(nll, jnp.array([0, 1])).dtype == jnp.float64
+        assert _confidence(nll, jnp.array([0, 1])).dtype == jnp.float64
 
 
 def test_what_does_not_count_has_confidence_zero():
     nll, groups = jnp.array([1.0, jnp.nan, 1.0]), jnp.array([0, -7, 2])
     where = jnp.array([True, False, True])
-    found = calibrated_confidence(nll, groups, where=where)
+    found = _confidence(nll, groups, where=where)
     np.testing.assert_array_equal(found, [0.5, 0, 0.5])
-    none = calibrated_confidence(nll, groups, where=jnp.zeros(3, bool))
+    none = _confidence(nll, groups, where=jnp.zeros(3, bool))
     np.testing.assert_array_equal(none, 0)
-    gradient = jax.grad(lambda n: calibrated_confidence(n, groups, where=where)[0])(nll)
+    gradient = jax.grad(lambda n: _confidence(n, groups, where=where)[0])(nll)
     np.testing.assert_allclose(gradient, [-0.25, 0, 0.25])
 
 
@@ -77,15 +75,13 @@ def test_impossible_samples_and_bad_groups():
     infinite = jnp.array([jnp.inf, 3.0])
     groups = jnp.array([0, 1])
     np.testing.assert_array_equal(calibrated_confidence(infinite, groups), [0, 1])
-    nothing = calibrated_confidence(jnp.full(2, jnp.inf), groups)
+    nothing = _confidence(jnp.full(2, jnp.inf), groups)
     np.testing.assert_array_equal(nothing, 0)
     for bad in (2, -1):
-        found = calibrated_confidence(jnp.ones(2), jnp.array([0, bad]))
+        found = _confidence(jnp.ones(2), jnp.array([0, bad]))
         assert np.isnan(found).all()
-    assert np.isfinite(
-        calibrated_confidence(jnp.ones(2), jnp.array([0, 2]), num_groups=3)
-    ).all()
-    assert calibrated_confidence(jnp.zeros(0), jnp.zeros(0, int)).shape == (0,)
+    assert np.isfinite(_confidence(jnp.ones(2), jnp.array([0, 2]), num_groups=3)).all()
+    assert _confidence(jnp.zeros(0), jnp.zeros(0, int)).shape == (0,)
 
 
 def test_groups_of_identical_sequences():
