@@ -161,5 +161,5 @@ def _print_summary(
     print(
         "limits   One seed, a small model that overfits its pairs: compare the scales "
         "with\n         each other. The learning rate falls along the steps, which "
-        "flattens every\n         curve of forgetting. Forgotten means unlikely, not gone."
+        "flattens\n         every curve of forgetting. Forgotten is unlikely, not gone."
     )
