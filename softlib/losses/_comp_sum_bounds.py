@@ -201,7 +201,9 @@ def _inverse(regret: Array, tau: Array, num_classes: int) -> Array:
     # The transformation of the least beta is the smallest number there is.
     least = jnp.full_like(regret, 0.25 * math.log(jnp.finfo(regret.dtype).tiny))
     found = jnp.exp(decreasing_root(excess, least, jnp.zeros_like(regret), 40))
-    return jnp.where(regret == 0, 0, jnp.where(excess(0 * regret) >= 0, 1, found))
+    return jnp.where(
+        regret == 0, 0, jnp.where(excess(jnp.zeros_like(regret)) >= 0, 1, found)
+    )
 
 
 @_inverse.defjvp
