@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from softlib._sharding import match_varying
+
 type Function = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 
 
@@ -25,6 +27,8 @@ def decreasing_root(
     `function` is evaluated `num_steps` + 2 times; nothing is differentiated.
     """
     at_low, at_high = function(low), function(high)
+    # The ends may be the same on all devices; what the loop carries is not.
+    low, high, at_low, at_high = match_varying((low, high, at_low, at_high))
     eps = jnp.finfo(low.dtype).eps
 
     def step(_, state):

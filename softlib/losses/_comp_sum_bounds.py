@@ -182,14 +182,14 @@ def _mean_slope(b: Array, s: Array) -> Array:
 
     The mean of the derivative log cosh(x) - x tanh(x), x = b / t, for t from 1 to d.
     """
-    total = jnp.zeros_like(b)
-    for node, weight in zip(NODES, NODE_WEIGHTS, strict=True):
-        x = b / (1 + s * float(1 + node) / 2)
-        near = jnp.where(x > 1, 0, x)
-        of_near = _log_cosh(near) - near * jnp.tanh(near)
-        of_far = _rest(x) + 2 * x * jnp.exp(-2 * x) / (1 + jnp.exp(-2 * x))
-        total = total + float(weight) / 2 * jnp.where(x > 1, of_far, of_near)
-    return total
+    one_axis_more = (*(1,) * b.ndim, len(NODES))
+    d = 1 + s * jnp.asarray((1 + NODES) / 2, b.dtype)
+    x = b[..., None] / d.reshape(one_axis_more)
+    near = jnp.where(x > 1, 0, x)
+    of_near = _log_cosh(near) - near * jnp.tanh(near)
+    of_far = _rest(x) + 2 * x * jnp.exp(-2 * x) / (1 + jnp.exp(-2 * x))
+    share = jnp.asarray(NODE_WEIGHTS / 2, b.dtype).reshape(one_axis_more)
+    return (share * jnp.where(x > 1, of_far, of_near)).sum(-1)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -201,7 +201,9 @@ def _inverse(regret: Array, tau: Array, num_classes: int) -> Array:
     # The transformation of the least beta is the smallest number there is.
     least = jnp.full_like(regret, 0.25 * math.log(jnp.finfo(regret.dtype).tiny))
     found = jnp.exp(decreasing_root(excess, least, jnp.zeros_like(regret), 40))
-    return jnp.where(regret == 0, 0, jnp.where(excess(0 * regret) >= 0, 1, found))
+    return jnp.where(
+        regret == 0, 0, jnp.where(excess(jnp.zeros_like(regret)) >= 0, 1, found)
+    )
 
 
 @_inverse.defjvp

@@ -256,16 +256,16 @@ def optimal_temperature(
         temperature_min: The least temperature, positive; a number or a traced scalar.
         temperature_max: The largest.
         num_steps: Static number of evaluations beside the two ends.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `class_where` and
-            `implementation`, as in `softmax_cross_entropy`.
+        **options: `bias`, `logit_scale`, `logit_softcap` and `class_where`, as in
+            `softmax_cross_entropy`.
 
     Returns:
         One temperature per row, float32 (float64 if an argument is float64); NaN for a
         row with a NaN, the least for one without classes.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown or
-            `temperature`, which is what is looked for.
+        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown,
+            `temperature`, which is what is looked for, or `implementation`.
         ValueError: Shapes do not fit together, or an option is out of range.
 
     Derivatives: any order, forward and reverse, by the implicit function theorem; see
@@ -283,6 +283,11 @@ def optimal_temperature(
     """
     function = "optimal_temperature"
     _check_search(function, rho, temperature_min, temperature_max, num_steps, options)
+    if "implementation" in options:
+        raise TypeError(
+            f"{function}: `implementation` must not be given, there is one, "
+            f"got {options['implementation']!r}."
+        )
     source = GivenLogits.of(function, logits, **options)
     z = source.final_logits()
     scalars = (rho, temperature_min, temperature_max)

@@ -99,8 +99,17 @@ differentiated = jax.jit(jax.value_and_grad(bottleneck), static_argnames=("row_c
 
 
 # ----------------------------------------------------------------------------- oracles
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "weighted"),
+    [
+        ("float64", True),
+        ("float32", False),
+        ("bfloat16", True),
+        pytest.param("float64", False, marks=pytest.mark.slow),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("float16", True, marks=pytest.mark.slow),
+    ],
+)
 def test_matches_sums_over_all_pairs(dtype, weighted):
     with jax.enable_x64() if dtype == "float64" else contextlib.nullcontext():
         given = samples(dtype)

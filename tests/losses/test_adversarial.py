@@ -90,11 +90,11 @@ def test_matches_independent_vectors():
 
 def test_a_shift_of_all_logits_is_no_attack():
     clean, moved, labels = arrays()
-    loss = run(clean, moved, labels, nu=2.0)
-    shifted = run(clean - 3, moved + 5, labels, nu=2.0)
+    loss = run(clean, moved, labels, rho=0.5, nu=2.0)
+    shifted = run(clean - 3, moved + 5, labels, rho=0.5, nu=2.0)
     assert_close(shifted, loss, dtype=jnp.float32, length=CLASSES)
     found = run(clean, clean + 1, labels, rho=0.5, nu=2.0)
-    plain = comp_sum_loss(clean, labels, temperature=0.5)
+    plain = jax.jit(comp_sum_loss)(clean, labels, temperature=0.5)
     np.testing.assert_allclose(found, plain, atol=1e-5)
 
 
@@ -237,7 +237,7 @@ def test_ascent_stays_in_ball_and_box_and_never_gets_worse(norm):
         return found, objective(found)
 
     before = -jnp.inf
-    for steps in (1, 4, 16):
+    for steps in (1, 12):
         found, value = ascend(steps)
         assert (jnp.linalg.norm(found - x, norm, axis=1) <= 0.3 + 1e-6).all()
         assert ((found >= 0) & (found <= 1)).all()
@@ -252,9 +252,12 @@ def test_ascent_starts_at_random_and_leaves_a_norm_at_its_kink():
     length = lambda points: jnp.where(
         (points == 0).all(1), 0, jnp.linalg.norm(points + 1e-30, axis=1)
     )
-    found = projected_gradient_ascent(
-        length, x, radius=1.0, norm=2, steps=20, step_size=0.2, key=jax.random.key(0)
-    )
+    options: dict[str, Any] = {"radius": 1.0, "norm": 2, "step_size": 0.2}
+    found = jax.jit(
+        lambda x, key: projected_gradient_ascent(
+            length, x, steps=20, key=key, **options
+        )
+    )(x, jax.random.key(0))
     np.testing.assert_allclose(jnp.linalg.norm(found, axis=1), 1, atol=1e-5)
 
 
@@ -274,7 +277,7 @@ def test_adversaries_are_constants_and_a_radius_of_zero_changes_nothing():
 
     slope = jax.jit(jax.grad(lambda x: attack(x, 0.1).sum()))(x)
     np.testing.assert_array_equal(slope, 0)
-    np.testing.assert_allclose(attack(x, 0.0), x, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(attack)(x, 0.0), x, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------- errors

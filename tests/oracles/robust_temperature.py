@@ -45,7 +45,7 @@ def best(logits, rho, low, high):
     found = []
     for z in np.asarray(logits, np.float64):
         a, b = low, high
-        for _ in range(200):
+        for _ in range(60):
             middle = (a + b) / 2
             a, b = (middle, b) if _row(z, middle)[1] > rho else (a, middle)
         found.append((a + b) / 2)
