@@ -29,7 +29,7 @@ The spherical family, which sees a logit and the sums of all and of their square
 - `linear_log_spherical_softmax_loss`, `log_spherical_softmax_loss`,
   `linear_log_taylor_softmax_loss`, `log_taylor_softmax_loss`,
   `linear_spherical_squared_error`, `spherical_squared_error`
-- `factored_spherical_init`, `factored_spherical_sgd_step` and the functions named alike:
+- `factored_spherical_init`, `factored_spherical_sgd_step` and others named like them:
   a head whose step does not grow with the classes; `FactoredSphericalState`,
   `FactoredSphericalStep`, `SphericalStatistics`
 - of its statistics: `z_loss_from_statistics`, `log_spherical_softmax_from_statistics`,
