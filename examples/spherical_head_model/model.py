@@ -14,7 +14,8 @@ from softlib import losses
 from .options import Options
 
 type Network = dict[str, Array]
-type Step = Callable[..., tuple[Any, Any, Any, Array]]
+type State = tuple[Network, Any, Any]  # network, memory of its optimiser, head
+type Step = Callable[[State, Array, Array], tuple[State, Array]]
 
 WIDTH = 256
 
@@ -56,8 +57,8 @@ def z_step(b: float, options: Options) -> Step:
     """SGD of a head in factors, Adam below it: no array grows with the classes."""
     below = optimizer(options)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(network, memory, head, context, labels):
+    def step(state, context, labels):
+        network, memory, head = state
         hidden, pull = jax.vjp(lambda net: hidden_of(net, context), network)
         found = losses.factored_spherical_sgd_step(
             head,
@@ -68,7 +69,8 @@ def z_step(b: float, options: Options) -> Step:
         )
         (gradient,) = pull(found.hidden_cotangents)
         updates, memory = below.update(gradient, memory)
-        return optax.apply_updates(network, updates), memory, found.state, found.loss
+        network = optax.apply_updates(network, updates)
+        return (network, memory, found.state), found.loss
 
     return step
 
@@ -77,8 +79,9 @@ def entropy_step(options: Options) -> Step:
     """The same with the cross-entropy of a stored head, streamed over the classes."""
     below = optimizer(options)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-    def step(network, memory, head, context, labels):
+    def step(state, context, labels):
+        network, memory, head = state
+
         def loss(network, head):
             hidden = hidden_of(network, context)
             return losses.linear_softmax_cross_entropy(hidden, head, labels).mean()
@@ -86,9 +89,21 @@ def entropy_step(options: Options) -> Step:
         value, (gradient, of_head) = jax.value_and_grad(loss, (0, 1))(network, head)
         updates, memory = below.update(gradient, memory)
         network = optax.apply_updates(network, updates)
-        return network, memory, head - options.entropy_rate * of_head, value
+        return (network, memory, head - options.entropy_rate * of_head), value
 
     return step
+
+
+def many(step: Step) -> Callable[[State, Array, Array], tuple[State, Array]]:
+    """A step for each leading entry of the batches; the state is updated in place."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, contexts, labels):
+        return jax.lax.scan(
+            lambda state, batch: step(state, *batch), state, (contexts, labels)
+        )
+
+    return run
 
 
 rebase = jax.jit(losses.factored_spherical_rebase, donate_argnums=0)

@@ -26,15 +26,16 @@ class Options:
     word_features: Annotated[int, Flag("of the table of words")] = 16
     features: Annotated[int, Flag("of the output layer")] = 64
     batch: Annotated[int, Flag("examples a step")] = 128
-    seconds: Annotated[float, Flag("of training, for every head alike")] = 60.0
+    steps: Annotated[int, Flag("of training, for a Z-loss")] = 6000
+    entropy_steps: Annotated[int, Flag("the same for cross-entropy")] = 40
     sharpness: Annotated[float, Flag("a of the Z-loss")] = 1.0
     scores: Annotated[tuple[int, ...], Flag("b of the Z-loss, one head each")] = (
         5,
         20,
         100,
     )
-    z_rate: Annotated[float, Flag("learning rate of SGD in the head, Z-loss")] = 3.0
-    entropy_rate: Annotated[float, Flag("the same for cross-entropy")] = 3.0
+    z_rate: Annotated[float, Flag("learning rate of SGD in the head, Z-loss")] = 30.0
+    entropy_rate: Annotated[float, Flag("the same for cross-entropy")] = 10.0
     rate: Annotated[float, Flag("learning rate of Adam below the head")] = 1e-3
     evaluations: Annotated[int, Flag("of the held-out examples while training")] = 5
     held_out: Annotated[int, Flag("examples of an evaluation")] = 512
@@ -56,7 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "classes": 8_192,
         "features": 16,
-        "seconds": 1.5,
+        "steps": 300,
+        "entropy_steps": 100,
         "scores": (5, 20),
         "evaluations": 2,
         "held_out": 128,

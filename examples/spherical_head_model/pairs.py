@@ -5,6 +5,8 @@ import lzma
 import pathlib
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from language_model.failures import Failure, reason
 
@@ -19,12 +21,12 @@ class Split:
     context: np.ndarray  # (examples, words seen), int32
     labels: np.ndarray  # (examples,), int32
 
-    def at(self, step: int, batch: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """A batch as a function of the seed and the step alone."""
-        chosen = np.random.default_rng([seed, step]).integers(
-            0, len(self.labels), batch
-        )
-        return self.context[chosen], self.labels[chosen]
+    def at(self, steps: range, batch: int, seed: int) -> tuple[jax.Array, jax.Array]:
+        """A batch for each step, a function of the seed and the step alone."""
+        count = len(self.labels)
+        draw = lambda i: np.random.default_rng([seed, i]).integers(0, count, batch)
+        chosen = np.stack([draw(i) for i in steps])
+        return jnp.asarray(self.context[chosen]), jnp.asarray(self.labels[chosen])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,11 @@ def draw(
         axes[2].plot([e.step for e in later], [e.rank for e in later], **style)
     axes[1].axhline(by_frequency.top10, color=GREY, linestyle=":", label="frequency")
     axes[2].axhline(by_frequency.rank, color=GREY, linestyle=":", label="frequency")
-    axes[1].set(xlabel="seconds of training", title="Held-out pairs among the first 10")
+    axes[1].set(
+        xlabel="seconds (steps x least time of a step)",
+        title="Held-out pairs among the first 10",
+        xscale="log",
+    )
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[2].set(xlabel="steps", title="Geometric mean of the place", xscale="log")
     axes[2].set_yscale("log")

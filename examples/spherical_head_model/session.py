@@ -18,14 +18,16 @@ from .options import Options
 from .pairs import Pairs
 
 ENTROPY, FACTORED = "cross-entropy", "Z-loss, in factors"
+TOGETHER = 20  # steps of one call, where they are short
 
 
 class Evaluation(NamedTuple):
     """Held-out examples after some training.
 
     Attributes:
-        seconds: Of training alone.
-        step: How many steps these were.
+        seconds: What the training would take undisturbed: steps by the least time of
+            a step, so that other work on the machine changes no comparison.
+        step: How many steps.
         top1: Share of the examples whose pair has the highest logit.
         top10: Whose pair is among the first ten.
         rank: Geometric mean of 1 + the number of classes before the right one.
@@ -62,17 +64,21 @@ def _run(options: Options, stop: Stop) -> None:
     )
     times = _times(task, options, stop)
     for name, found in times.items():
-        print(f"a step   {name}: " + ", ".join(f"{n:,}: {t:.4f} s" for n, t in found))
+        each = ", ".join(f"{1e3 * t:.1f} ms of {n:,}" for n, t in found)
+        print(f"a step   {name}: {each} classes", flush=True)
 
     histories = {}
+    weight, least = model_.weight(classes, options), times[FACTORED][-1][1]
     for b in options.scores:
         name = f"Z-loss, b = {b}"
-        head = jax.jit(losses.factored_spherical_init)(model_.weight(classes, options))
+        head = jax.jit(losses.factored_spherical_init)(weight)
         step = model_.z_step(float(b), options)
-        histories[name] = _train(step, head, task, options, stop)
+        histories[name] = _train(step, head, task, options, stop, options.steps, least)
         _say(name, histories[name])
-    head, step = model_.weight(classes, options), model_.entropy_step(options)
-    histories[ENTROPY] = _train(step, head, task, options, stop)
+    step, least = model_.entropy_step(options), times[ENTROPY][-1][1]
+    histories[ENTROPY] = _train(
+        step, weight, task, options, stop, options.entropy_steps, least
+    )
     _say(ENTROPY, histories[ENTROPY])
     base = _by_frequency(task, options)
     print(f"baseline the most frequent pairs, whatever comes before: {_shown(base)}")
@@ -97,38 +103,40 @@ def period(classes: int) -> int:
 
 
 def _train(
-    step: model_.Step, head: Any, task: Pairs, options: Options, stop: Stop
+    step: model_.Step,
+    head: Any,
+    task: Pairs,
+    options: Options,
+    stop: Stop,
+    steps: int,
+    least: float,
 ) -> list[Evaluation]:
-    """Trains for the given time; compilation and evaluations do not count."""
+    """Trains and evaluates at as many steps as options say, the first of them 0."""
     network = model_.network(len(task.words), options)
-    memory = model_.optimizer(options).init(network)
+    state = (network, model_.optimizer(options).init(network), head)
     factored = isinstance(head, losses.FactoredSphericalState)
-    batch = lambda i: task.train.at(i, options.batch, options.seed)
-    network, memory, head, _ = step(network, memory, head, *batch(0))  # compiles
-    found = [_evaluate(network, head, task, options, 0.0, 1)]
-    used, done = 0.0, 1
-    marks = [
-        options.seconds * (i + 1) / options.evaluations
-        for i in range(options.evaluations)
-    ]
-    for mark in marks:
-        while used < mark:
-            begin = time.perf_counter()
-            network, memory, head, loss = step(network, memory, head, *batch(done))
-            done += 1
-            if factored and done % period(len(task.classes)) == 0:
-                head = model_.rebase(head)
-            jax.block_until_ready(loss)
-            used += time.perf_counter() - begin
-            stop.raise_if_asked("nothing is kept of a stopped run.")
-        found.append(_evaluate(network, head, task, options, used, done))
+    run = model_.many(step)
+    size = TOGETHER if factored else 1
+    marks = [steps * (i + 1) // options.evaluations for i in range(options.evaluations)]
+    found = [_evaluate(state, task, options, 0, 0.0)]
+    for begin in range(0, steps, size):
+        end = min(begin + size, steps)
+        batches = task.train.at(range(begin, end), options.batch, options.seed)
+        state, _ = run(state, *batches)
+        if factored and end % period(len(task.classes)) < size:
+            network, memory, head = state
+            state = (network, memory, model_.rebase(head))
+        while marks and end >= marks[0]:
+            found.append(_evaluate(state, task, options, end, least * end))
+            marks = [mark for mark in marks if mark > end]
+        stop.raise_if_asked("nothing is kept of a stopped run.")
     return found
 
 
 def _evaluate(
-    network: Any, head: Any, task: Pairs, options: Options, seconds: float, step: int
+    state: model_.State, task: Pairs, options: Options, step: int, seconds: float
 ) -> Evaluation:
-    held_out = task.held_out
+    held_out, (network, _, head) = task.held_out, state
     count = min(options.held_out, len(held_out.labels))
     chosen = np.linspace(0, len(held_out.labels) - 1, count).astype(int)
     context, labels = held_out.context[chosen], held_out.labels[chosen]
@@ -160,7 +168,7 @@ def _times(
     """Seconds of a step with the first so many classes: least of steps in turns."""
     every = len(task.classes)
     sizes = sorted({min(n, every) for n in options.timed})
-    runs = {}
+    runs: dict[tuple[bool, int], list[Any]] = {}
     for size, factored in itertools.product(sizes, (True, False)):
         head: Any = model_.weight(size, options)
         step = model_.entropy_step(options)
@@ -170,17 +178,19 @@ def _times(
         network = model_.network(len(task.words), options)
         kept = task.train.labels < size
         few = pairs_.Split(task.train.context[kept], task.train.labels[kept])
-        state = [network, model_.optimizer(options).init(network), head]
-        runs[factored, size] = (step, state, few, [])
-    for turn in range(options.rounds + 2):
-        for (factored, _), (step, state, few, seconds) in runs.items():
-            for again in range(8 if factored else 1):
-                batch = few.at(8 * turn + again, options.batch, options.seed)
-                begin = time.perf_counter()
-                *state[:], loss = step(*state, *batch)
-                jax.block_until_ready(loss)
-                if turn >= 2:  # the first compile, and find their pages
-                    seconds.append(time.perf_counter() - begin)
+        state = (network, model_.optimizer(options).init(network), head)
+        runs[factored, size] = [model_.many(step), state, few, []]
+    for turn in range(options.rounds + 1):
+        for (factored, _), made in runs.items():
+            run, state, few, seconds = made
+            count = TOGETHER if factored else 1
+            batches = few.at(
+                range(count * turn, count * (turn + 1)), options.batch, options.seed
+            )
+            begin = time.perf_counter()
+            made[1], _ = jax.block_until_ready(run(state, *batches))
+            if turn:  # the first compiles
+                seconds.append((time.perf_counter() - begin) / count)
         stop.raise_if_asked("nothing is kept of a stopped run.")
     return {
         name: [(size, min(runs[factored, size][3])) for size in sizes]
@@ -190,10 +200,9 @@ def _times(
 
 def _say(name: str, history: list[Evaluation]) -> None:
     last = history[-1]
-    rate = last.seconds / max(last.step - 1, 1)
     print(
-        f"trained  {name}: {last.step:,} steps in {last.seconds:.0f} s "
-        f"({rate:.4f} s each); {_shown(last)}",
+        f"trained  {name}: {last.step:,} steps, {last.seconds:.0f} s undisturbed; "
+        f"{_shown(last)}",
         flush=True,
     )
 

@@ -5,4 +5,5 @@ loop with exact resume, `output` files and the look of pictures. A study itself 
 `radial_video_model`, `extrapolation`, `triple_detection_model`, `grokking_study`,
 `simplex_flow_model` and `preference_tuning_model`.
 `simplex_flow_model` and `extreme_classifier`.
+`simplex_flow_model` and `spherical_head_model`.
 """

@@ -61,6 +61,18 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
+The spherical family, which sees a logit and the sums of all and of their squares:
+
+- `linear_z_loss`, `z_loss` (not `logsumexp_penalty`)
+- `linear_log_spherical_softmax_loss`, `log_spherical_softmax_loss`,
+  `linear_log_taylor_softmax_loss`, `log_taylor_softmax_loss`,
+  `linear_spherical_squared_error`, `spherical_squared_error`
+- `factored_spherical_init`, `factored_spherical_sgd_step` and others named like them:
+  a head whose step does not grow with the classes; `FactoredSphericalState`,
+  `FactoredSphericalStep`, `SphericalStatistics`
+- of its statistics: `z_loss_from_statistics`, `log_spherical_softmax_from_statistics`,
+  `log_taylor_softmax_from_statistics`, `spherical_squared_error_from_statistics`
+
 Of logits, with other maps in the place of softmax:
 
 - `stablemax_cross_entropy`

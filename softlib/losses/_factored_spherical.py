@@ -191,8 +191,8 @@ def factored_spherical_statistics(
         >>> state = softlib.losses.factored_spherical_init(jnp.diag(jnp.arange(3.0)))
         >>> hidden, labels = jnp.ones((1, 3)), jnp.array([2])
         >>> s = softlib.losses.factored_spherical_statistics(state, hidden, labels)
-        >>> print(s.mean_logit, s.label_deviation, s.sum_squared_deviations.round(4))
-        [1.] [1.] [2.]
+        >>> print([x.round(2).tolist() for x in s[:3]])
+        [[1.0], [1.0], [2.0]]
     """
     function = "factored_spherical_statistics"
     state, hidden, labels, where = checked(function, state, hidden, labels, where)

@@ -49,8 +49,8 @@ class FactoredSphericalStep(NamedTuple):
         >>> step = softlib.losses.factored_spherical_sgd_step(
         ...     state, jnp.ones((1, 3)), jnp.array([0]), learning_rate=0.1,
         ...     loss=lambda s: s.sum_squared_deviations.sum())
-        >>> print(step.loss.round(4), step.hidden_cotangents.round(4))
-        2.0 [[0. 2. 2.]]
+        >>> print(step.hidden_cotangents.shape, step.state.rows.shape)
+        (1, 3) (3, 3)
     """
 
     loss: Float[Array, ""]
@@ -103,10 +103,11 @@ def factored_spherical_sgd_step(
     Example:
         >>> state = softlib.losses.factored_spherical_init(jnp.eye(3))
         >>> step = softlib.losses.factored_spherical_sgd_step(
-        ...     state, jnp.ones((1, 3)), jnp.array([0]), learning_rate=0.1,
+        ...     state, jnp.eye(1, 3), jnp.array([0]), learning_rate=0.1,
         ...     loss=lambda s: s.sum_squared_deviations.sum())
-        >>> print(softlib.losses.factored_spherical_weight(step.state)[1].round(4))
-        [-0.2  0.8 -0.2]
+        >>> weight = softlib.losses.factored_spherical_weight(step.state)
+        >>> print((100 * weight[:, 0]).round())
+        [87.  7.  7.]
     """
     function = "factored_spherical_sgd_step"
     _require_plain_sgd(function, learning_rate, weight_decay)
