@@ -35,7 +35,9 @@ def draw(
         n = [r.frequencies or 0 for r in waves]
         row[1].plot(n, lowest, color=ORANGE, ls="--", label="lowest at any evaluation")
         row[1].axhline(np.mean(plain.lowest), color=BLUE, ls="--")
-        row[1].axhline(baselines[name], color=GREY, ls=":", label="counts of the bins alone")
+        row[1].axhline(
+            baselines[name], color=GREY, ls=":", label="counts of the bins alone"
+        )
         row[1].set_ylabel("held-out nats")
         _draw_curve(row[2], plain, waves, "roughness")
         row[2].set_ylabel("roughness (lower is smoother)")
