@@ -33,9 +33,11 @@ def draw(
         _draw_curve(row[1], plain, waves, "likelihood")
         lowest = [np.mean(r.lowest) for r in waves]
         n = [r.frequencies or 0 for r in waves]
-        row[1].plot(n, lowest, color=ORANGE, ls="--", label="its lowest in training")
+        row[1].plot(n, lowest, color=ORANGE, ls="--", label="lowest at any evaluation")
         row[1].axhline(np.mean(plain.lowest), color=BLUE, ls="--")
-        row[1].axhline(baselines[name], color=GREY, ls=":", label="frequencies alone")
+        row[1].axhline(
+            baselines[name], color=GREY, ls=":", label="counts of the bins alone"
+        )
         row[1].set_ylabel("held-out nats")
         _draw_curve(row[2], plain, waves, "roughness")
         row[2].set_ylabel("roughness (lower is smoother)")

@@ -153,7 +153,7 @@ def _print_summary(
 ) -> None:
     for name, baseline in baselines.items():
         plain, few = linear(results, name), best(results, name)
-        print(f"{name:8} the frequencies of the bins alone: {baseline:.3f} nats")
+        print(f"{name:8} counts of the bins alone: {baseline:.3f} nats")
         for title, r in (("linear", plain), (f"Fourier {few.frequencies}", few)):
             print(
                 f"{'':8} {title:>10}: held-out {np.mean(r.likelihood):.3f}, lowest "

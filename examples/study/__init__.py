@@ -6,4 +6,5 @@ loop with exact resume, `output` files and the look of pictures. A study itself 
 `simplex_flow_model` and `preference_tuning_model`.
 `simplex_flow_model` and `extreme_classifier`.
 `simplex_flow_model` and `spherical_head_model`.
+`simplex_flow_model` and `fourier_head_study`.
 """
