@@ -110,7 +110,7 @@ def _simplex(axes: Axes, found, seen: glyphs.Images, probs) -> None:
     axes.set_axis_off()
     axes.set_aspect("equal")
     axes.legend(fontsize=8, loc="upper left")
-    axes.set_title(f"the teacher among {', '.join(CORNERS)}, training images")
+    axes.set_title(f"the teacher among {', '.join(CORNERS)}")
 
 
 def _few_shot(axes: Axes, found: dict[str, Any]) -> None:
@@ -145,4 +145,4 @@ def _memory(axes: Axes, sizes: dict[str, int | None]) -> None:
     bars = axes.barh(list(known), list(known.values()), color=[ORANGE, GREY])
     axes.bar_label(bars, fmt="%.0f MiB", padding=3)
     axes.set_xlim(0, 1.25 * max(known.values(), default=1))
-    axes.set_title("temporaries of a divergence and its gradients")
+    axes.set_title("memory of KL and its gradients")

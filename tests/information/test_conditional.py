@@ -143,6 +143,7 @@ def test_sums_add_up_over_devices(check_vma):
     assert_close(sums.centroids(), wanted, dtype=jnp.float32, length=16)
 
 
+@pytest.mark.slow
 def test_under_every_transformation():
     logits, labels = problem(rows=8, classes=3)
     centroids = jax.nn.softmax(problem(rows=3, classes=3, seed=1)[0])
