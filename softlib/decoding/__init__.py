@@ -1,13 +1,15 @@
 """Drawing sequences from models.
 
-- `value_guided_search`, `ValueGuidedBeam`: beams ranked by a value function
-- `independence_chain_update`: memories of samples that were judged correct
-Search and sampling with a judge:
 Gumbel-softmax flow matching, from noise on the simplex to symbols, with guidance:
 
 - `exponential_temperature`, `gumbel_softmax_interpolant`: what training sees at a time
 - `gumbel_flow_loss`: of a denoiser
 - `gumbel_flow_velocity`, `sample_gumbel_flow`, `FlowSample`: from it to sequences
+
+Search and sampling with a judge:
+
+- `value_guided_search`, `ValueGuidedBeam`: beams ranked by a value function
+- `independence_chain_update`: memories of samples that were judged correct
 
 The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits`,
 `min_p_logits`.

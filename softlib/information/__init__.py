@@ -1,16 +1,21 @@
 """Numbers about distributions: divergences, mutual information, and what they bound.
 
-- `conditional_mutual_information` of inputs and predictions given the class, and the
-  centroids it needs: `class_centroids`, `class_centroid_sums`, `CentroidSums`,
-  `centroid_update`
+Of predictions, given the class:
+
+- `conditional_mutual_information`, and the centroids it needs: `class_centroids`,
+  `class_centroid_sums`, `CentroidSums`, `centroid_update`
+
+What preference optimisation learns, as information:
+
 - `differential_information`, `differential_information_entropy`
 - `sampled_differential_information`, `SampledEntropy`: of sequences
 - `dpo_optimal_policy`, `optimal_rejected_distribution`
-What preference optimisation learns, as information:
+
+From samples, by Gaussian kernels; scalars of a whole set:
+
 - `cauchy_schwarz_divergence`, `cauchy_schwarz_mutual_information`,
   `conditional_cauchy_schwarz_divergence`, `median_bandwidth`
 - `cs_information_bottleneck_loss`: of regression
-From samples, by Gaussian kernels; scalars of a whole set:
 """
 
 from ._cauchy_schwarz import (

@@ -1,53 +1,15 @@
 """Losses over large vocabularies, from a linear head or from logits.
 
-- `soft_bellman_residual`, `oreo_value_loss`, `oreo_policy_loss`: offline rewards
-- `trice_loss`, `trice_weights`: chains of thought as latent variables
-- `smoothed_token_loss`, `top_k_mean`: the worst tokens weigh more
-and of token log-probabilities, such as those of `linear_token_log_probs`:
-- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`: of n-grams
-Of whole sequences:
-- `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
-- `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
-- `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
-- `linear_kl_to_reference`, `kl_to_reference`: the mean over a sequence's tokens
-- `linear_knowledge_distillation_loss`, `knowledge_distillation_loss`
-- `linear_normalized_distillation_loss`, `normalized_distillation_loss`
-- `decoupled_distillation_loss`
-- `universal_self_distillation_loss`, `USKDTerms`, `zipf_soft_labels`: no teacher
-- `mcmi_loss`: of a teacher
-Two predictions at once, a student's and a teacher's, of two heads or of logits:
-- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
-- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
-- `negative_preference_loss`, `gradient_ascent_loss`
-Of log-probabilities of sequences: preferences, and what is to be forgotten:
-- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
-- `comp_sum_transformation`, `comp_sum_regret_bound`
-Against adversaries, and what the comp-sum losses guarantee:
-- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`, and the best
-  temperature: `linear_optimal_temperature`, `optimal_temperature`
-- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
-  `GlobalContrastiveUpdate`: running means over a data set
-With a temperature per row:
-Of heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
-How good a ranking is: `precision_at_k`, `recall_at_k`,
-`propensity_scored_precision_at_k`, `label_propensities`.
-Batches whose labels are hard negatives of each other, with the clusters of
-`softlib.numerics.balanced_kmeans`: `ngame_batches`, `draw_positives`,
-`in_batch_positives`, `in_batch_triplet_loss`, `hard_negative_recall`.
 Row statistics, the engine everything else is composed of:
 
 - `linear_row_statistics`, `row_statistics`, `RowStatistics`
-- `linear_logits`: the logits themselves, where they are few
+- `linear_logits`: the logits themselves, where they are few; `linear_top_k`, `TopK`
 
 Losses and numbers per token; each `linear_` function streams over the vocabulary, its
-`softmax_` twin takes logits:
+twin without the prefix takes logits:
 
 - `linear_softmax_cross_entropy`, `softmax_cross_entropy`
 - `linear_softmax_cross_entropy_sum`: its sum over rows, three products for four
-- `linear_multi_label_cross_entropy`, `multi_label_cross_entropy`: several labels a row
-- `linear_decoupled_softmax_loss`, `decoupled_softmax_loss`, `multilabel_softmax_loss`,
-  `linear_one_versus_all_loss`, `one_versus_all_loss`, `soft_top_k_loss`,
-  `sampled_softmax_loss`: many positives among very many labels
 - `linear_softmax_focal_loss`, `softmax_focal_loss`
 - `linear_comp_sum_loss`, `comp_sum_loss`, and two of its members by name:
   `linear_generalized_cross_entropy_loss`, `generalized_cross_entropy_loss`,
@@ -58,20 +20,67 @@ Losses and numbers per token; each `linear_` function streams over the vocabular
 - `linear_entropy`, `softmax_entropy`
 - `linear_top1_correct`, `softmax_top1_correct`
 - `linear_label_rank`, `label_rank`
-- `linear_top_k`, `TopK`: the first k classes of each row
 - `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
 
-The spherical family, which sees a logit and the sums of all and of their squares:
+From log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
+`poly1_from_log_prob`, `symmetric_from_log_prob`.
 
-- `linear_z_loss`, `z_loss` (not `logsumexp_penalty`)
-- `linear_log_spherical_softmax_loss`, `log_spherical_softmax_loss`,
-  `linear_log_taylor_softmax_loss`, `log_taylor_softmax_loss`,
-  `linear_spherical_squared_error`, `spherical_squared_error`
-- `factored_spherical_init`, `factored_spherical_sgd_step` and others named like them:
-  a head whose step does not grow with the classes; `FactoredSphericalState`,
-  `FactoredSphericalStep`, `SphericalStatistics`
-- of its statistics: `z_loss_from_statistics`, `log_spherical_softmax_from_statistics`,
-  `log_taylor_softmax_from_statistics`, `spherical_squared_error_from_statistics`
+The spherical family, of sums and sums of squares:
+
+- `linear_z_loss`, `z_loss`
+- `linear_log_spherical_softmax_loss`, `log_spherical_softmax_loss`
+- `linear_log_taylor_softmax_loss`, `log_taylor_softmax_loss`
+- `linear_spherical_squared_error`, `spherical_squared_error`
+- from statistics: `SphericalStatistics`, `z_loss_from_statistics`,
+  `log_spherical_softmax_from_statistics`, `log_taylor_softmax_from_statistics`,
+  `spherical_squared_error_from_statistics`
+- a head in factors, whose steps do not depend on the number of classes:
+  `factored_spherical_init`, `factored_spherical_statistics`,
+  `factored_spherical_sgd_step`, `factored_spherical_sgd_update`,
+  `factored_spherical_rebase`, `factored_spherical_weight`, `FactoredSphericalState`,
+  `FactoredSphericalStep`
+
+Several labels a row, and very many labels:
+
+- `linear_multi_label_cross_entropy`, `multi_label_cross_entropy`,
+  `multilabel_softmax_loss`
+- `linear_decoupled_softmax_loss`, `decoupled_softmax_loss`
+- `linear_one_versus_all_loss`, `one_versus_all_loss`
+- `soft_top_k_loss`, `sampled_softmax_loss`
+- batches whose labels are hard negatives of each other: `ngame_batches`,
+  `draw_positives`, `in_batch_positives`, `in_batch_triplet_loss`,
+  `hard_negative_recall`
+- how good a ranking is: `precision_at_k`, `recall_at_k`,
+  `propensity_scored_precision_at_k`, `label_propensities`
+
+Two predictions at once, of two heads or of logits:
+
+- `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
+- `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
+- `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
+- `linear_kl_to_reference`, `kl_to_reference`: the mean over a sequence's tokens
+- `linear_knowledge_distillation_loss`, `knowledge_distillation_loss`
+- `linear_normalized_distillation_loss`, `normalized_distillation_loss`
+- `decoupled_knowledge_distillation_loss`
+- `universal_self_distillation_loss`, `USKDTerms`, `zipf_soft_labels`: no teacher
+- `mcmi_loss`: of a teacher
+
+Log-probabilities of sequences:
+
+- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
+- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
+- `negative_preference_loss`, `gradient_ascent_loss`: what is to be forgotten
+- `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
+- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`
+- `smoothed_token_loss`, `top_k_mean`: the worst tokens
+- `trice_loss`, `trice_weights`: latent rationales
+
+A temperature per row:
+
+- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`
+- `linear_optimal_temperature`, `optimal_temperature`
+- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
+  `GlobalContrastiveUpdate`: running means over a data set
 
 Of logits, with other maps in the place of softmax:
 
@@ -79,13 +88,17 @@ Of logits, with other maps in the place of softmax:
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
+Heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
+
+Against adversaries, and what comp-sum losses guarantee:
+
+- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
+- `comp_sum_transformation`, `comp_sum_regret_bound`
+
 Numbers about training:
 
 - `softmax_collapse_fraction`, `zero_loss_fraction`, `naive_loss_minimization_alignment`
 - `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`: of routers
-
-The same losses of log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
-`poly1_from_log_prob`, `symmetric_from_log_prob`.
 """
 
 from ._adversarial import (

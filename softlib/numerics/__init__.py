@@ -1,7 +1,5 @@
 """Accumulators that the engines fold with.
 
-A weighted sum from fewer terms: `systematic_resample`.
-Clusters of one size: `balanced_kmeans`.
 - `RunningMax`, `RunningMaxState`: streaming logsumexp with weighted sums.
 - `UnifiedMax`, `UnifiedMaxState`: the same against one reference known beforehand.
 - `TwoPass`, `TwoPassState`: the same in extended floats, rescaled without rounding.
@@ -12,6 +10,8 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 `extended_to_float`.
 
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
+Clusters of one size: `balanced_kmeans`.
+A weighted sum from fewer terms: `systematic_resample`.
 """
 
 from ._balanced_kmeans import (

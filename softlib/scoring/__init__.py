@@ -1,10 +1,13 @@
 """Judging given text by its given log-probabilities: a number per text.
 
+Rewards and preferences from two language models:
+
+- `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
+
+Extraction of memorised text:
+
 - `calibrated_confidence`: in each of several sampled continuations
 - `identical_groups`: which of them are the same
-Extraction of memorised text:
-- `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
-Rewards and preferences from two language models:
 """
 
 from ._density_ratio import (
