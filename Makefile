@@ -40,7 +40,7 @@ test: lint $(VENV)/.installed-test ## lint, types and the test suite
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
 	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 8 tests/numerics tests/softmax \
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
-	  tests/optim tests/test_dispatch.py $(ARGS)
+	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -25,7 +25,7 @@ def plain(model: Classifier, images, labels, teacher) -> jax.Array:
 def decoupled(model: Classifier, images, labels, teacher) -> jax.Array:
     z = model(images)
     own = losses.softmax_cross_entropy(z, labels)
-    dkd = losses.decoupled_distillation_loss(
+    dkd = losses.decoupled_knowledge_distillation_loss(
         z, teacher, labels, temperature=TEMPERATURE, beta=2.0
     )
     return (own + dkd).mean()

@@ -140,7 +140,7 @@ from ._cross_entropy_sum import (
     linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
 )
 from ._distillation import (
-    decoupled_distillation_loss as decoupled_distillation_loss,
+    decoupled_knowledge_distillation_loss as decoupled_knowledge_distillation_loss,
     knowledge_distillation_loss as knowledge_distillation_loss,
     linear_knowledge_distillation_loss as linear_knowledge_distillation_loss,
     linear_normalized_distillation_loss as linear_normalized_distillation_loss,
@@ -344,7 +344,7 @@ __all__ = [
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "cv_squared",
-    "decoupled_distillation_loss",
+    "decoupled_knowledge_distillation_loss",
     "decoupled_softmax_loss",
     "dpo_loss",
     "draw_positives",

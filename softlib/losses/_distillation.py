@@ -279,7 +279,7 @@ def normalized_distillation_loss(
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
-def decoupled_distillation_loss(
+def decoupled_knowledge_distillation_loss(
     logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -328,11 +328,11 @@ def decoupled_distillation_loss(
 
     Example:
         >>> logits, teacher = jnp.zeros((1, 3)), jnp.array([[2.0, 1.0, 0.0]])
-        >>> dkd = softlib.losses.decoupled_distillation_loss
+        >>> dkd = softlib.losses.decoupled_knowledge_distillation_loss
         >>> print(dkd(logits, teacher, jnp.array([0]), temperature=1.0).round(2))
         [1.12]
     """
-    function = "decoupled_distillation_loss"
+    function = "decoupled_knowledge_distillation_loss"
     _check_temperature(function, temperature)
     checks.require_scalar(function, "alpha", alpha, 0, math.inf)
     checks.require_scalar(function, "beta", beta, 0, math.inf)

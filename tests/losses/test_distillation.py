@@ -35,7 +35,7 @@ WITH_TEACHER: dict[str, tuple[Any, Any, dict[str, float]]] = {
         {"temperature": 1.7, "gamma": 1.2},
     ),
     "decoupled": (
-        losses.decoupled_distillation_loss,
+        losses.decoupled_knowledge_distillation_loss,
         oracle.decoupled_distillation,
         {"alpha": 0.7, "beta": 6.0, "temperature": 2.5},
     ),
@@ -230,7 +230,7 @@ def test_decoupled_distillation_is_plain_for_the_right_weights():
     z, teacher, labels = draw(1, CLASSES), draw(1, CLASSES, seed=1), jnp.array([4])
     t = 2.0
     rest = 1 - jax.nn.softmax(teacher / t)[0, 4]
-    decoupled = losses.decoupled_distillation_loss(
+    decoupled = losses.decoupled_knowledge_distillation_loss(
         z, teacher, labels, beta=rest, temperature=t
     )
     plain = losses.knowledge_distillation_loss(z, teacher, temperature=t)
@@ -412,7 +412,7 @@ def test_mcmi_loss_matches_independent_vectors(vectors):
             "`temperature` must be a number or a scalar",
         ),
         (
-            lambda z, y: losses.decoupled_distillation_loss(z, z, y[:2]),
+            lambda z, y: losses.decoupled_knowledge_distillation_loss(z, z, y[:2]),
             ValueError,
             r"`labels` must have shape \(3,\)",
         ),
