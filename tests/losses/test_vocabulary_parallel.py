@@ -153,6 +153,13 @@ CALLS = {
     "linear_decoupled_softmax_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
     "linear_one_versus_all_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
     "linear_top_k": lambda f, h, w, y, **o: f(h, w, k=3, **o),
+    "linear_z_loss": lambda f, *arrays, **o: f(*arrays, a=1.0, b=2.0, **o),
+    "linear_optimal_temperature": lambda f, h, w, y, **o: f(
+        h, w, rho=0.5, temperature_min=0.1, temperature_max=5.0, **o
+    ),
+    "linear_robust_softmax_cross_entropy": lambda f, h, w, y, **o: f(
+        h, w, y, 1 + h[..., 0] ** 2, rho=0.5, **o
+    ),
     "linear_normalized_distillation_loss": lambda f, h, w, y, **o: f(
         h, w, h[..., ::-1], w, y, **o
     ),
