@@ -28,6 +28,7 @@ def decreasing_root(
     """
     at_low, at_high = function(low), function(high)
     # The ends may be the same on all devices; what the loop carries is not.
+    low, high = (end + jnp.zeros_like(at_low) for end in (low, high))
     low, high, at_low, at_high = match_varying((low, high, at_low, at_high))
     eps = jnp.finfo(low.dtype).eps
 

@@ -12,9 +12,11 @@ from typing import Unpack
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Scalar
 
 from ._bracketed_root import decreasing_root
@@ -231,6 +233,7 @@ def linear_optimal_temperature(
     # KL is the variance of the logits near a flat row; no root has a slope of 0.
     inside = inside & (slope < -jnp.finfo(slope.dtype).tiny)
     found = _implicit(log_tau, excess(source, rho, log_tau), slope, inside)
+    low, high = (end + jnp.zeros_like(log_tau) for end in (low, high))  # divided alike
     found = jnp.clip(jnp.exp(found), lax.stop_gradient(low), lax.stop_gradient(high))
     found = jnp.where(log_tau <= ends[0], low, found)
     return jnp.where(log_tau >= ends[1], high, found)
@@ -291,7 +294,12 @@ def optimal_temperature(
     source = GivenLogits.of(function, logits, **options)
     z = source.final_logits()
     scalars = (rho, temperature_min, temperature_max)
-    return _temperature_of(z, *(jnp.asarray(s, z.dtype) for s in scalars), num_steps)
+
+    def solve(z: Array, *scalars: Array) -> Array:
+        return _temperature_of(z, *scalars, num_steps)
+
+    of_rows = lambda spec: PartitionSpec(*spec[: z.ndim - 1])
+    return in_auto_mode(solve, of_rows, z, *(jnp.asarray(s, z.dtype) for s in scalars))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
