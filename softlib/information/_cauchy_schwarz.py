@@ -192,7 +192,7 @@ def conditional_cauchy_schwarz_divergence(
     *,
     bandwidth_x: Scalar,
     bandwidth_y: Scalar,
-    symmetric: bool = True,
+    symmetric: bool = False,
     weights: Float[Array, " N"] | None = None,
     where: Bool[Array, " N"] | None = None,
     row_chunk: int | None = None,
@@ -203,16 +203,19 @@ def conditional_cauchy_schwarz_divergence(
     $\mathrm{E}[p(x, y) / p(x)^2]$ become, with kernel matrices $K$ of `x` and $L$ of
     `y`, `y_hat` or both, and row sums $r_j = \sum_i K_{ji}$,
 
-    $$\sum_{ji} \frac{K_{ji} L_{ji}}{r_j r_i} .$$
+    $$\sum_{ji} \frac{K_{ji} L_{ji}}{r_j^2}
+      \qquad\text{or, with } \texttt{symmetric}, \qquad
+      \sum_{ji} \frac{K_{ji} L_{ji}}{r_j r_i} .$$
 
     As a loss of regression it compares a prediction with the targets of inputs nearby,
-    without an assumption about the noise. It is at least 0, and 0 for `y_hat` = `y`.
-    Far from the targets, in units of the bandwidth, it grows like the squared distance.
+    without an assumption about the noise. It is 0 for `y_hat` = `y`. Far from the
+    targets, in units of the bandwidth, it grows like the squared distance.
 
-    The paper divides by $r_j^2$ (`symmetric=False`). That is not symmetric in $i$ and
-    $j$, so that the Cauchy-Schwarz inequality does not hold: `y_hat` = `y` is no
-    stationary point, lower, negative values exist, and with bandwidths as wide as the
-    data gradient descent finds them instead of the targets.
+    The first form is the paper's. It is not symmetric in $i$ and $j$, so that the
+    Cauchy-Schwarz inequality does not hold: `y_hat` = `y` is no stationary point,
+    lower, negative values exist, and with bandwidths as wide as the data gradient
+    descent finds them instead of the targets. **Train with `symmetric=True`**, which is
+    at least 0; `cs_information_bottleneck_loss` does.
 
     Args:
         x: Points that are conditioned on.
@@ -220,8 +223,8 @@ def conditional_cauchy_schwarz_divergence(
         y_hat: Predictions, of the same shape.
         bandwidth_x: $\sigma$ of `x`, positive; a number or a traced scalar.
         bandwidth_y: $\sigma$ of `y` and `y_hat`.
-        symmetric: Static; True divides by the density at both points of a pair, False,
-            as the paper does, by the square of that at one.
+        symmetric: Static; False divides, as the paper does, by the square of the
+            density at one point of a pair, True by the densities at both.
         weights: Non-negative weights of the samples, normalised here. None weighs all
             the same.
         where: True for the samples that count; others may hold anything.
@@ -248,7 +251,7 @@ def conditional_cauchy_schwarz_divergence(
         >>> x = jnp.array([[0.0], [1.0], [2.0]])
         >>> divergence = softlib.information.conditional_cauchy_schwarz_divergence
         >>> sigma = {"bandwidth_x": 1.0, "bandwidth_y": 1.0}
-        >>> print(divergence(x, x, x + 0.5, **sigma).round(4))
+        >>> print(divergence(x, x, x + 0.5, symmetric=True, **sigma).round(4))
         0.1639
     """
     function = "conditional_cauchy_schwarz_divergence"

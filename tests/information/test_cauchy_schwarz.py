@@ -52,10 +52,10 @@ def every_number(x, y, y_hat, t, beta=0.3, **options) -> dict[str, Any]:
         "information": mutual(),
         "normalized": mutual(normalized=True),
         "conditional": information.conditional_cauchy_schwarz_divergence(
-            x, y, y_hat, symmetric=False, **pick("x", "y"), **options
+            x, y, y_hat, **pick("x", "y"), **options
         ),
         "symmetric": information.conditional_cauchy_schwarz_divergence(
-            x, y, y_hat, **pick("x", "y"), **options
+            x, y, y_hat, symmetric=True, **pick("x", "y"), **options
         ),
         "bottleneck": information.cs_information_bottleneck_loss(
             x, y, y_hat, t, beta=beta, symmetric=False, **SIGMA, **options
