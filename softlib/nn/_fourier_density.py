@@ -250,7 +250,10 @@ def fourier_sample(
     a = lax.stop_gradient(_coefficients(function, coefficients))
     rows = a.shape[:-1]
     shape = rows if shape is None else tuple(shape)
-    if len(rows) > len(shape) or jnp.broadcast_shapes(rows, shape) != shape:
+    last = shape[len(shape) - len(rows) :]
+    if len(rows) > len(shape) or any(
+        n not in (1, m) for n, m in zip(rows, last, strict=True)
+    ):
         raise ValueError(
             f"{function}: `shape` must be one to which the rows {rows} broadcast, "
             f"got {shape}."
@@ -401,7 +404,9 @@ def _distribution(real: Array, imaginary: Array, x: Array) -> Array:
     # (r + i s)(cos + i sin - sign) / (i pi k), of which the real part.
     waves = real * jnp.sin(angles) + imaginary * (jnp.cos(angles) - _row(signs, real))
     total = jnp.sum(waves / (math.pi * _row(k, real)), axis=-1)
-    return jnp.clip((inside + 1) / 2 + total, 0, 1)
+    found = jnp.clip((inside + 1) / 2 + total, 0, 1)
+    # Exactly at the ends, where the waves cancel up to rounding.
+    return jnp.where(x <= -1, 0, jnp.where(x >= 1, 1, found))
 
 
 def _frequencies(a: Array) -> Array:

@@ -167,7 +167,7 @@ def test_the_penalty_is_four_times_the_integral_of_the_squared_slope():
 @pytest.mark.parametrize("shift", [0.3, -1.1])
 def test_turning_each_coefficient_moves_the_density_around_the_circle(shift):
     a, x = draw(), jnp.linspace(-0.99, 0.99, 12)
-    real, imaginary = jnp.split(np.asarray(a), 2, axis=-1)
+    real, imaginary = np.split(np.asarray(a), 2, axis=-1)
     moved = (real + 1j * imaginary) * np.exp(-1j * np.pi * np.arange(5) * shift)
     moved = jnp.asarray(np.concatenate([moved.real, moved.imag], -1), jnp.float32)
     origin = (x - shift + 1) % 2 - 1
