@@ -59,7 +59,7 @@ def test_matches_oracle(frequencies, bins, dtype):
     with jax.enable_x64():
         a = draw(3, frequencies, dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        rows = np.float64(a)
+        rows = np.asarray(a, np.float64)
         close = functools.partial(assert_close, dtype=wide, length=2 * frequencies + 2)
         y = oracle.bins(rows, bins)
         logits = nn.fourier_logits(a, bins)
@@ -90,7 +90,7 @@ def test_smoothness_metric_matches_oracle(bins, dtype):
         p = jnp.asarray(p, dtype)
         found = nn.smoothness_metric(p, max_sigma=9)
         assert found.dtype == jnp.promote_types(dtype, jnp.float32)
-        wanted = [oracle.smoothness(row, 9) for row in np.float64(p)]
+        wanted = [oracle.smoothness(row, 9) for row in np.asarray(p, np.float64)]
         assert_close(found, wanted, dtype=found.dtype, length=bins)
 
 

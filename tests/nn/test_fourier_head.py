@@ -1,5 +1,7 @@
 """The Fourier head as a Flax module, and the paper's mixture of two normals."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +21,8 @@ def batch():
 
 
 def head_of(**options):
-    options = {"num_frequencies": 4, "rngs": nnx.Rngs(0)} | options
-    return nn.FourierHead(FEATURES, BINS, **options)
+    given: dict[str, Any] = {"num_frequencies": 4, "rngs": nnx.Rngs(0)} | options
+    return nn.FourierHead(FEATURES, BINS, **given)
 
 
 def test_it_is_a_linear_layer_and_the_functions():
