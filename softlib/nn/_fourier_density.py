@@ -126,11 +126,12 @@ def fourier_cross_entropy(
     a = _scaled(a)
     if a.shape[-1] // 2 <= num_bins:  # n < m
         total = num_bins * _norm(a)
-        power = _power(a, *(table.T[bins] for table in _bin_tables(a, num_bins)))
+        power = _power(a, *_waves_at_bins(a, bins, num_bins))
     else:
         powers = _power_at_bins(a, num_bins)
         total = powers.sum(axis=-1)
-        power = jnp.take_along_axis(powers, bins[..., None], axis=-1)[..., 0]
+        ids = lax.broadcasted_iota(bins.dtype, powers.shape, powers.ndim - 1)
+        power = jnp.where(ids == bins[..., None], powers, 0).sum(axis=-1)
     loss = _log(total) - _log(power)
     loss = jnp.where(valid, loss, jnp.nan)
     return loss if where is None else jnp.where(where, loss, 0)
@@ -375,6 +376,19 @@ def _tables(frequencies: int, num_bins: int, dtype: DTypeLike) -> tuple[Array, A
     centres = -1 + (2 * np.arange(num_bins) + 1) / num_bins
     angles = np.pi * np.outer(np.arange(frequencies), centres)
     return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
+
+
+def _waves_at_bins(a: Array, bins: Array, num_bins: int) -> tuple[Array, Array]:
+    """Cosines and sines of pi l b for one bin per row.
+
+    Not looked up in the tables: a gather by labels that a mesh divides needs care. The
+    angle is reduced in integers, exactly.
+    """
+    frequency = _row(jnp.arange(a.shape[-1] // 2, dtype=jnp.int32), a)
+    turns = frequency * (2 * bins.astype(jnp.int32)[..., None] + 1)
+    angles = (math.pi / num_bins) * (turns % (2 * num_bins)).astype(a.dtype)
+    signs = 1 - 2 * (frequency % 2).astype(a.dtype)  # of b, which starts at -1
+    return signs * jnp.cos(angles), signs * jnp.sin(angles)
 
 
 def _autocorrelation(
