@@ -126,11 +126,12 @@ def fourier_cross_entropy(
     a = _scaled(a)
     if a.shape[-1] // 2 <= num_bins:  # n < m
         total = num_bins * _norm(a)
-        power = _power(a, *(table.T[bins] for table in _bin_tables(a, num_bins)))
+        power = _power(a, *_waves_at_bins(a, bins, num_bins))
     else:
         powers = _power_at_bins(a, num_bins)
         total = powers.sum(axis=-1)
-        power = jnp.take_along_axis(powers, bins[..., None], axis=-1)[..., 0]
+        ids = lax.broadcasted_iota(bins.dtype, powers.shape, powers.ndim - 1)
+        power = jnp.where(ids == bins[..., None], powers, 0).sum(axis=-1)
     loss = _log(total) - _log(power)
     loss = jnp.where(valid, loss, jnp.nan)
     return loss if where is None else jnp.where(where, loss, 0)
@@ -250,7 +251,10 @@ def fourier_sample(
     a = lax.stop_gradient(_coefficients(function, coefficients))
     rows = a.shape[:-1]
     shape = rows if shape is None else tuple(shape)
-    if len(rows) > len(shape) or jnp.broadcast_shapes(rows, shape) != shape:
+    last = shape[len(shape) - len(rows) :]
+    if len(rows) > len(shape) or any(
+        n not in (1, m) for n, m in zip(rows, last, strict=True)
+    ):
         raise ValueError(
             f"{function}: `shape` must be one to which the rows {rows} broadcast, "
             f"got {shape}."
@@ -374,6 +378,19 @@ def _tables(frequencies: int, num_bins: int, dtype: DTypeLike) -> tuple[Array, A
     return jnp.asarray(np.cos(angles), dtype), jnp.asarray(np.sin(angles), dtype)
 
 
+def _waves_at_bins(a: Array, bins: Array, num_bins: int) -> tuple[Array, Array]:
+    """Cosines and sines of pi l b for one bin per row.
+
+    Not looked up in the tables: a gather by labels that a mesh divides needs care. The
+    angle is reduced in integers, exactly.
+    """
+    frequency = _row(jnp.arange(a.shape[-1] // 2, dtype=jnp.int32), a)
+    turns = frequency * (2 * bins.astype(jnp.int32)[..., None] + 1)
+    angles = (math.pi / num_bins) * (turns % (2 * num_bins)).astype(a.dtype)
+    signs = 1 - 2 * (frequency % 2).astype(a.dtype)  # of b, which starts at -1
+    return signs * jnp.cos(angles), signs * jnp.sin(angles)
+
+
 def _autocorrelation(
     a: Float[Array, "*batch C"], *, normalize: bool
 ) -> tuple[Float[Array, "*batch n"], Float[Array, "*batch n"]]:
@@ -401,7 +418,9 @@ def _distribution(real: Array, imaginary: Array, x: Array) -> Array:
     # (r + i s)(cos + i sin - sign) / (i pi k), of which the real part.
     waves = real * jnp.sin(angles) + imaginary * (jnp.cos(angles) - _row(signs, real))
     total = jnp.sum(waves / (math.pi * _row(k, real)), axis=-1)
-    return jnp.clip((inside + 1) / 2 + total, 0, 1)
+    found = jnp.clip((inside + 1) / 2 + total, 0, 1)
+    # Exactly at the ends, where the waves cancel up to rounding.
+    return jnp.where(x <= -1, 0, jnp.where(x >= 1, 1, found))
 
 
 def _frequencies(a: Array) -> Array:

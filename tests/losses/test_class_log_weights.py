@@ -1,5 +1,7 @@
 """Classes of the engine that stand for several: as if each stood there as often."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +112,7 @@ def test_gradient_of_the_log_weights(name, implementation):
 
 
 def test_other_statistics_see_each_class_once():
-    given = {n: jnp.float32(a) for n, a in arrays().items()}
+    given: Any = {n: jnp.float32(a) for n, a in arrays().items()}
     names = ("label_logits", "sum_logits", "max_logit", "argmax", "label_rank")
     labels = jnp.arange(ROWS) % CLASSES
     bare = LinearHead.of("test", **given, vocab_chunk=3)

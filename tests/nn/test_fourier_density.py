@@ -59,7 +59,7 @@ def test_matches_oracle(frequencies, bins, dtype):
     with jax.enable_x64():
         a = draw(3, frequencies, dtype)
         wide = jnp.promote_types(dtype, jnp.float32)
-        rows = np.float64(a)
+        rows = np.asarray(a, np.float64)
         close = functools.partial(assert_close, dtype=wide, length=2 * frequencies + 2)
         y = oracle.bins(rows, bins)
         logits = nn.fourier_logits(a, bins)
@@ -90,7 +90,7 @@ def test_smoothness_metric_matches_oracle(bins, dtype):
         p = jnp.asarray(p, dtype)
         found = nn.smoothness_metric(p, max_sigma=9)
         assert found.dtype == jnp.promote_types(dtype, jnp.float32)
-        wanted = [oracle.smoothness(row, 9) for row in np.float64(p)]
+        wanted = [oracle.smoothness(row, 9) for row in np.asarray(p, np.float64)]
         assert_close(found, wanted, dtype=found.dtype, length=bins)
 
 
@@ -167,7 +167,7 @@ def test_the_penalty_is_four_times_the_integral_of_the_squared_slope():
 @pytest.mark.parametrize("shift", [0.3, -1.1])
 def test_turning_each_coefficient_moves_the_density_around_the_circle(shift):
     a, x = draw(), jnp.linspace(-0.99, 0.99, 12)
-    real, imaginary = jnp.split(np.asarray(a), 2, axis=-1)
+    real, imaginary = np.split(np.asarray(a), 2, axis=-1)
     moved = (real + 1j * imaginary) * np.exp(-1j * np.pi * np.arange(5) * shift)
     moved = jnp.asarray(np.concatenate([moved.real, moved.imag], -1), jnp.float32)
     origin = (x - shift + 1) % 2 - 1

@@ -35,8 +35,11 @@ def test_logits_match_oracle_and_are_float32(dtype):
         options = {"logit_scale": 0.5, "logit_softcap": 1.5}
         logits = nn.vq_logits(*given, token_bias=bias(dtype), **options)
         assert logits.dtype == jnp.promote_types(dtype, jnp.float32)
+        hidden, codebook, mapping = map(np.asarray, given)
         wanted = oracle.cross_entropy(
-            *map(np.asarray, given),
+            hidden,
+            codebook,
+            mapping,
             np.zeros(ROWS, int),
             np.ones(ROWS),
             token_bias=np.asarray(bias(dtype)),
@@ -68,7 +71,7 @@ def test_a_traced_mapping_out_of_range_has_logit_nan():
 
 def chi_square_per_freedom(draws, p):
     """Over tokens that are expected five times at least; 1 on average."""
-    wanted = np.float64(p) * len(draws)
+    wanted = np.asarray(p, np.float64) * len(draws)
     kept = wanted >= 5
     seen = np.bincount(draws, minlength=len(p))
     rest = np.array([wanted[~kept].sum()]), np.array([seen[~kept].sum()])
