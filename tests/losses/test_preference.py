@@ -325,25 +325,23 @@ def test_rates_and_beta_may_be_swept_and_differentiated():
 def test_every_transformation():
     arrays = pairs(count=8, scale=3.0)
 
-    def function(chosen, rejected, ref_chosen, ref_rejected, rate, beta):
-        options = {"beta": beta}
-        robust = losses.dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, flip_rate=rate, **options
-        )
-        lengths = jnp.arange(1, 1 + len(chosen)), jnp.full(len(chosen), 3)
+    def function(chosen, rejected, ref_chosen, ref_rejected, lengths, rate, beta):
         return (
-            robust,
-            losses.simpo_loss(chosen, rejected, lengths[1], lengths[1], **options),
-            losses.negative_preference_loss(chosen, ref_chosen, **options),
+            losses.dpo_loss(
+                chosen, rejected, ref_chosen, ref_rejected, beta=beta, flip_rate=rate
+            ),
+            losses.simpo_loss(chosen, rejected, lengths, lengths + 1, beta=beta),
+            losses.negative_preference_loss(chosen, ref_chosen, beta=beta),
         )
 
     check_transformations(
         function,
         *arrays,
+        jnp.arange(8),
         jnp.float32(0.2),
         jnp.float32(0.7),
-        rows=(0, 1, 2, 3),
-        differentiable=(0, 1, 4, 5),
+        rows=(0, 1, 2, 3, 4),
+        differentiable=(0, 1, 5, 6),
     )
 
 
