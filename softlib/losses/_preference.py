@@ -222,17 +222,9 @@ def simpo_loss(
     (chosen, rejected), where = log_probs_of_sequences(
         function, where, chosen_logps=chosen_logps, rejected_logps=rejected_logps
     )
-    means = []
-    for total, (name, lengths) in zip(
-        (chosen, rejected),
-        {
-            "chosen_lengths": chosen_lengths,
-            "rejected_lengths": rejected_lengths,
-        }.items(),
-        strict=True,
-    ):
-        means.append(_mean(function, total, name, lengths))
-    difference, limit = finite_part(means[0] - means[1])
+    of_chosen = _mean(function, chosen, "chosen_lengths", chosen_lengths)
+    of_rejected = _mean(function, rejected, "rejected_lengths", rejected_lengths)
+    difference, limit = finite_part(of_chosen - of_rejected)
     return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
 
 
