@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an output layer of 370,000 classes at a cost that does not see them.
+"""Train an output layer of 380,000 classes at a cost that does not see them.
 
     python examples/train_spherical_head.py
 

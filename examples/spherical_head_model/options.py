@@ -43,7 +43,7 @@ class Options:
         8_192,
         32_768,
         131_072,
-        370_000,
+        380_000,
     )
     rounds: Annotated[int, Flag("steps timed of each")] = 12
     seed: Annotated[int, Flag("decides weights and batches", least=0)] = 0

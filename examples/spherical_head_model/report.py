@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 from study.output import (
     BLUE,
     GREEN,
@@ -41,12 +41,12 @@ def draw(
     axes[1].set(
         xlabel="seconds (steps x least time of a step)",
         title="Held-out pairs among the first 10",
-        xscale="log",
     )
     axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     axes[2].set(xlabel="steps", title="Geometric mean of the place", xscale="log")
     axes[2].set_yscale("log")
-    axes[1].legend(frameon=False, fontsize=9)
+    axes[2].yaxis.set_minor_formatter(NullFormatter())
+    axes[2].legend(frameon=False, fontsize=9)
     for each in axes:
         each.grid(color="#e0e0e0", linewidth=0.6)
         each.spines[["top", "right"]].set_visible(False)
