@@ -74,7 +74,9 @@ def test_summands_are_weights_times_log_probabilities(dtype):
         proposal = np.array([True, False, True, False, False])
         chain = np.array([True, True, True, False, True])
         weights = oracle.trice_weights(proposal, chain)
-        found = losses.trice_loss(*logps, jnp.asarray(proposal), jnp.asarray(chain))
+        found = losses.trice_loss(
+            logps[0], logps[1], jnp.asarray(proposal), jnp.asarray(chain)
+        )
         assert found.dtype == jnp.promote_types(dtype, jnp.float32)
         exact = [np.asarray(a, np.float64) for a in logps]
         wanted = 0 - weights[0] * exact[0] - weights[1] * exact[1]
