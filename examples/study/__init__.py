@@ -2,6 +2,6 @@
 
 `program` the end of a script, `command_line` options from a dataclass, `training` the
 loop with exact resume, `output` files and the look of pictures. A study itself is in
-`radial_video_model`, `extrapolation`, `triple_detection_model`, `grokking_study` and
-`simplex_flow_model`.
+`radial_video_model`, `extrapolation`, `triple_detection_model`, `grokking_study`,
+`simplex_flow_model` and `distillation_study`.
 """
