@@ -7,4 +7,5 @@ loop with exact resume, `output` files and the look of pictures. A study itself 
 `simplex_flow_model` and `extreme_classifier`.
 `simplex_flow_model` and `spherical_head_model`.
 `simplex_flow_model` and `fourier_head_study`.
+`simplex_flow_model` and `distillation_study`.
 """
