@@ -19,9 +19,10 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes, match_varying
 from softlib.typing import Implementations
 
-from . import _kernels_gpu, _kernels_tpu, _stream, _tile
+from . import _kernels_gpu, _kernels_tpu, _stream, _tile, _tile_gradient
 from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Modifiers, Options, Ranked, RowCotangents, RowStatistics
+from ._tile import Modifiers, Options, Ranked, RowStatistics
+from ._tile_gradient import RowCotangents
 
 
 class Given(NamedTuple):
@@ -205,7 +206,7 @@ def _given_gradient_xla(
     given, rows = operands
     raw = given.logits.astype(given.dtype)
     tile = _tile.logits_of(raw, options, given.modifiers)
-    found = _tile.cotangent_of_raw(
+    found = _tile_gradient.cotangent_of_raw(
         tile, 0, given.labels, rows, options, given.modifiers
     )
     bias, scale, temperature = given.modifiers[:3]
@@ -213,11 +214,11 @@ def _given_gradient_xla(
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
         Modifiers(
-            _tile.cast_like(bias, found.bias),
-            _tile.summed_like(scale, found.logit_scale),
-            _tile.summed_like(temperature, found.temperature),
+            _tile_gradient.cast_like(bias, found.bias),
+            _tile_gradient.summed_like(scale, found.logit_scale),
+            _tile_gradient.summed_like(temperature, found.temperature),
             None,
-            _tile.cast_like(log_weights, found.class_log_weights),
+            _tile_gradient.cast_like(log_weights, found.class_log_weights),
         ),
     )
 

@@ -26,7 +26,8 @@ from softlib.typing import Implementations
 from . import _chunks, _engine, _stream, _tile
 from ._chunks import RowCut
 from ._stream import BackwardOperands, ClassSums, Head, HeadGradient, RowSums
-from ._tile import Options, RowCotangents, RowStatistics
+from ._tile import Options, RowStatistics
+from ._tile_gradient import RowCotangents
 
 
 class RowTerms(NamedTuple):

@@ -13,7 +13,8 @@ from softlib._dispatch import Implementation
 
 from . import _kernel_operands as shared
 from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Options, RowCotangents, RowStatistics
+from ._tile import Options, RowStatistics
+from ._tile_gradient import RowCotangents
 
 # The float32 gradient of hidden is addressed with 32 bits.
 MOST_ELEMENTS = 1 << 31

@@ -22,7 +22,7 @@ from softlib._dispatch import Implementation, Operation, Plan, absent
 from softlib._sharding import match_varying
 from softlib.typing import Implementations
 
-from . import _engine, _pair_stream, _pair_terms, _stream, _tile
+from . import _engine, _pair_stream, _pair_terms, _stream, _tile, _tile_gradient
 from ._engine import Given
 from ._pair_stream import KnownPair, Pair, PairBackwardOperands, PairOptions
 from ._pair_terms import Slopes, Terms
@@ -147,7 +147,7 @@ def _of_raw(
         modifiers = operand.modifiers
         tile = _tile.logits_of(raw, own, modifiers)
         labels = operand.labels if own.exclude_labels else None
-        return _tile.log_probabilities(tile, lse, modifiers, 0, labels)
+        return _tile_gradient.log_probabilities(tile, lse, modifiers, 0, labels)
 
     s, t = map(log_p, raws, options.both, operands, lse)
     dtype = jnp.promote_types(s.dtype, t.dtype)

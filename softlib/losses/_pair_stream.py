@@ -15,11 +15,12 @@ from jaxtyping import Array, Float
 from softlib._sharding import match_varying
 from softlib.typing import AxisName
 
-from . import _chunks, _pair_terms, _stream, _tile
+from . import _chunks, _pair_terms, _stream, _tile_gradient
 from ._chunks import RowCut
 from ._pair_terms import Divergence, Slopes, Terms
 from ._stream import Head, HeadGradient
-from ._tile import Options, RawCotangents, Tile
+from ._tile import Options, Tile
+from ._tile_gradient import RawCotangents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
             # log p = z - lse: the cotangent of z is the slope less p times its sum.
             dz = per_row(g) * (slope - jnp.exp(log_p) * per_row(total))
             dz = dz.astype(tile.z.dtype)
-            return _tile.through_modifiers(tile, dz, part.modifiers)
+            return _tile_gradient.through_modifiers(tile, dz, part.modifiers)
 
         return (
             of(tiles[0], parts[0], s, found.target, sums.target),
@@ -146,7 +147,9 @@ def _log_probabilities(
 ) -> tuple[Array, Array]:
     def of(tile: Tile, part: Head, lse: Array, own: Options) -> Array:
         labels = part.labels if own.exclude_labels else None
-        found = _tile.log_probabilities(tile, lse, part.modifiers, start, labels)
+        found = _tile_gradient.log_probabilities(
+            tile, lse, part.modifiers, start, labels
+        )
         return found.astype(pair.dtype)
 
     target, other = map(of, tiles, parts, lse, options.both)

@@ -22,17 +22,10 @@ from jaxtyping import Array, Float, Int
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 
-from . import _chunks, _tile
+from . import _chunks, _tile, _tile_gradient
 from ._chunks import Index, RowCut
-from ._tile import (
-    Modifiers,
-    Options,
-    Ranked,
-    RawCotangents,
-    RowCotangents,
-    RowStatistics,
-    Tile,
-)
+from ._tile import Modifiers, Options, Ranked, RowStatistics, Tile
+from ._tile_gradient import RawCotangents, RowCotangents
 
 
 class Head(NamedTuple):
@@ -224,7 +217,7 @@ def gradient_sums(
     def cotangents(tiles, parts, start, group):
         (tile,), (part,) = tiles, parts
         rows = cut.take(known, group)
-        found = _tile.cotangent_of_raw(
+        found = _tile_gradient.cotangent_of_raw(
             tile, start, part.labels, rows, options, part.modifiers
         )
         return (found,)
@@ -372,11 +365,11 @@ def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
         Modifiers(
-            _tile.cast_like(bias, classes.bias),
-            _tile.summed_like(scale, sums.logit_scale),
-            _tile.summed_like(temperature, sums.temperature),
+            _tile_gradient.cast_like(bias, classes.bias),
+            _tile_gradient.summed_like(scale, sums.logit_scale),
+            _tile_gradient.summed_like(temperature, sums.temperature),
             None,
-            _tile.cast_like(log_weights, classes.class_log_weights),
+            _tile_gradient.cast_like(log_weights, classes.class_log_weights),
         ),
     )
 

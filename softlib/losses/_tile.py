@@ -14,7 +14,6 @@ lie the other way, (classes, rows): `class_axis` says which of its axes is the c
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,19 +144,19 @@ def logits_of(
 ) -> Tile:
     u = raw
     if modifiers.logit_scale is not None:
-        scale = _over_rows(modifiers.logit_scale.astype(raw.dtype), class_axis)
+        scale = over_rows(modifiers.logit_scale.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u * scale)
     if modifiers.bias is not None:
-        u = u + _over_classes(modifiers.bias.astype(raw.dtype), class_axis)
+        u = u + over_classes(modifiers.bias.astype(raw.dtype), class_axis)
     saturation = None
     if options.logit_softcap is not None:
         saturation = jnp.tanh(u / options.logit_softcap)
         u = options.logit_softcap * saturation
     if modifiers.temperature is not None:
-        temperature = _over_rows(modifiers.temperature.astype(raw.dtype), class_axis)
+        temperature = over_rows(modifiers.temperature.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u / temperature)
     if modifiers.centre is not None:
-        u = u - _over_rows(modifiers.centre.astype(raw.dtype), class_axis)
+        u = u - over_rows(modifiers.centre.astype(raw.dtype), class_axis)
     return Tile(raw, saturation, u, class_axis)
 
 
@@ -222,16 +221,16 @@ def update(
     counted = select(z, class_where, 0, axis)  # for sums
     asked = present
     if exclude_labels:
-        asked = _without_labels(present, labels, start, tile)
+        asked = without_labels(present, labels, start, tile)
 
     exponentials = state.exponentials
     if exponentials is not None:
         weigh = None
         if exponentials.weighted is not None:
-            finite = _without_inf(present)  # p_j z_j is 0 where z_j is -inf
+            finite = without_inf(present)  # p_j z_j is 0 where z_j is -inf
             weigh = lambda e: (e * finite).sum(axis)
         exponentials = _ACCUMULATOR.update(
-            exponentials, _weighted(asked, modifiers, axis), axis=axis, weigh=weigh
+            exponentials, weighted(asked, modifiers, axis), axis=axis, weigh=weigh
         )
 
     label_logits = state.label_logits
@@ -261,7 +260,7 @@ def update(
             # The lowest index that attains the maximum. (jnp.argmax reduces values and
             # indices together, which XLA does not vectorise on a CPU.)
             ids = lax.broadcasted_iota(jnp.int32, z.shape, axis)
-            attained = present == _over_rows(top, axis)
+            attained = present == over_rows(top, axis)
             place = jnp.where(attained, ids, z.shape[axis]).min(axis)
             argmax = jnp.where(top > max_logit, start + place, argmax)
         max_logit = jnp.maximum(max_logit, top)
@@ -288,7 +287,7 @@ def _count_before(
     ids = start + lax.broadcasted_iota(jnp.int32, z.shape, axis)
 
     def one(label: Array, logit: Array) -> Array:
-        label, logit = _over_rows(label, axis), _over_rows(logit, axis)
+        label, logit = over_rows(label, axis), over_rows(logit, axis)
         before = (z > logit) | ((z == logit) & (ids < label))
         before = select(before & (ids != label), class_where, False, axis)
         return before.sum(axis, dtype=jnp.int32)
@@ -322,260 +321,6 @@ def only(statistics: RowStatistics, options: Options) -> RowStatistics:
     )
 
 
-# ----------------------------------------------------------------------------- backward
-class RowCotangents(NamedTuple):
-    """Per row: what the backward pass knows besides the operands."""
-
-    lse: Array | None  # of the forward pass; None if no exponential is needed
-    mean_logit: Array | None  # of the forward pass
-    cotangents: RowStatistics
-
-
-class RawCotangents(NamedTuple):
-    """Cotangents of one tile, with respect to what made it."""
-
-    raw: Float[Array, "rows classes"]  # of the raw products, scale included
-    bias: Array | None  # (classes,)
-    logit_scale: Array | None  # (rows,)
-    temperature: Array | None  # (rows,)
-    class_log_weights: Array | None = None  # (classes,)
-
-
-def cotangent_of_raw(
-    tile: Tile,
-    start: int | Int[Array, ""],
-    labels: Int[Array, "rows L"] | None,
-    rows: RowCotangents,
-    options: Options,
-    modifiers: Modifiers,
-) -> RawCotangents:
-    dz = _cotangent_of_logits(tile, start, labels, rows, options, modifiers)
-    found = through_modifiers(tile, dz, modifiers)
-    if modifiers.class_log_weights is not None:
-        dweights = _cotangent_of_weights(tile, start, labels, rows, options, modifiers)
-        found = found._replace(class_log_weights=dweights)
-    if options.gradient_filter_eps is None:
-        return found
-    # Only the products are spared: sums per class and per row stay exact.
-    kept = _not_negligible(tile, start, labels, rows, options, modifiers)
-    return found._replace(raw=jnp.where(kept, found.raw, 0))
-
-
-def through_modifiers(tile: Tile, dz: Array, modifiers: Modifiers) -> RawCotangents:
-    """From the cotangent of the final logits to those of what made them."""
-    axis, dtype = tile.class_axis, dz.dtype
-    dtemperature = None
-    du = dz
-    if modifiers.temperature is not None:
-        temperature = _over_rows(modifiers.temperature.astype(dtype), axis)
-        finite = _without_inf(tile.z)
-        if modifiers.centre is not None:
-            finite = finite + _over_rows(modifiers.centre.astype(dtype), axis)
-        dtemperature = -(dz * finite / temperature).sum(axis)
-        du = du / temperature
-    if tile.saturation is not None:
-        du = du * (1 - tile.saturation * tile.saturation)
-    dbias = None if modifiers.bias is None else du.sum(1 - axis)
-    dscale, draw = None, du
-    if modifiers.logit_scale is not None:
-        dscale = (du * _without_inf(tile.raw)).sum(axis)
-        draw = du * _over_rows(modifiers.logit_scale.astype(dtype), axis)
-    return RawCotangents(draw, dbias, dscale, dtemperature)
-
-
-def _cotangent_of_logits(
-    tile: Tile,
-    start: int | Int[Array, ""],
-    labels: Int[Array, "rows L"] | None,
-    rows: RowCotangents,
-    options: Options,
-    modifiers: Modifiers,
-) -> Array:
-    """The cotangent of z, for p = exp(z - lse) and the mean logit m, term by term.
-
-    p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + g_softplus sigmoid(z)
-    + sum of g_label onehot. With `exclude_labels` p and sigmoid(z) are 0 at the labels.
-    """
-    z, axis, g = tile.z, tile.class_axis, rows.cotangents
-    per_row = functools.partial(_over_rows, class_axis=axis)
-    class_where = modifiers.class_where
-    dz = None
-    others = labels if options.exclude_labels else None
-    if g.lse is not None or g.mean_logit is not None:
-        p = _probabilities(tile, rows, modifiers, start, others)
-        factors = [] if g.lse is None else [per_row(g.lse)]
-        if g.mean_logit is not None:
-            assert rows.mean_logit is not None
-            deviation = 1 + _without_inf(z) - per_row(rows.mean_logit)
-            factors.append(per_row(g.mean_logit) * deviation)
-        # The deviation is garbage where a class is excluded; p is an exact 0 there, but
-        # 0 * inf would be NaN.
-        dz = select(p * sum(factors), class_where, 0, axis)
-    of_sums = None
-    if g.sum_logits is not None:
-        of_sums = jnp.broadcast_to(per_row(g.sum_logits), z.shape)
-    if g.sum_squared_logits is not None:
-        twice = 2 * per_row(g.sum_squared_logits) * _without_inf(z)
-        of_sums = twice if of_sums is None else of_sums + twice
-    if g.sum_softplus is not None:
-        weighed = z if others is None else _without_labels(z, others, start, tile)
-        slopes = per_row(g.sum_softplus) * jax.nn.sigmoid(weighed)
-        of_sums = slopes if of_sums is None else of_sums + slopes
-    if of_sums is not None:
-        of_sums = select(of_sums, class_where, 0, axis)
-        dz = of_sums if dz is None else dz + of_sums
-    if g.label_logits is not None:
-        assert labels is not None
-        of_labels = _scattered(g.label_logits, labels - start, tile)
-        dz = of_labels if dz is None else dz + of_labels
-    return jnp.zeros_like(z) if dz is None else dz
-
-
-def _cotangent_of_weights(
-    tile: Tile,
-    start: int | Int[Array, ""],
-    labels: Int[Array, "rows L"] | None,
-    rows: RowCotangents,
-    options: Options,
-    modifiers: Modifiers,
-) -> Array:
-    """Per class, that of its logarithmic weight: the sum of p (g_lse + g_mean (z - m)).
-
-    Unlike a change of z it moves only the distribution over which the mean is taken.
-    """
-    z, axis, g = tile.z, tile.class_axis, rows.cotangents
-    if g.lse is None and g.mean_logit is None:
-        return jnp.zeros(z.shape[axis], z.dtype)
-    others = labels if options.exclude_labels else None
-    p = _probabilities(tile, rows, modifiers, start, others)
-    slopes = [] if g.lse is None else [_over_rows(g.lse, axis)]
-    if g.mean_logit is not None:
-        assert rows.mean_logit is not None
-        deviation = _without_inf(z) - _over_rows(rows.mean_logit, axis)
-        slopes.append(_over_rows(g.mean_logit, axis) * deviation)
-    return select(p * sum(slopes), modifiers.class_where, 0, axis).sum(1 - axis)
-
-
-def _probabilities(
-    tile: Tile,
-    rows: RowCotangents,
-    modifiers: Modifiers,
-    start: int | Int[Array, ""] = 0,
-    excluded_labels: Int[Array, "rows L"] | None = None,
-) -> Array:
-    """Of a tile's classes, among all; an exact 0 where a class is excluded."""
-    assert rows.lse is not None
-    return jnp.exp(log_probabilities(tile, rows.lse, modifiers, start, excluded_labels))
-
-
-def log_probabilities(
-    tile: Tile,
-    lse: Float[Array, " rows"],
-    modifiers: Modifiers,
-    start: int | Int[Array, ""] = 0,
-    excluded_labels: Int[Array, "rows L"] | None = None,
-) -> Array:
-    """Of a tile's classes, for the lse of all; -inf where a class is excluded."""
-    # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
-    offset = jnp.where(lse == -jnp.inf, 0, lse)
-    present = select(tile.z, modifiers.class_where, -jnp.inf, tile.class_axis)
-    if excluded_labels is not None:
-        present = _without_labels(present, excluded_labels, start, tile)
-    present = _weighted(present, modifiers, tile.class_axis)
-    return present - _over_rows(offset, tile.class_axis)
-
-
-def _not_negligible(
-    tile: Tile,
-    start: int | Int[Array, ""],
-    labels: Int[Array, "rows L"] | None,
-    rows: RowCotangents,
-    options: Options,
-    modifiers: Modifiers,
-) -> Bool[Array, "..."]:
-    """Where a gradient filter keeps the cotangents: in blocks of 128 x 128.
-
-    A block is negligible if |p - onehot| < eps in all of its rows that have a
-    cotangent, with onehot 1 at each of the row's labels. Rows and classes of the tile
-    start at multiples of 128, so that every way to cut the whole drops the same blocks.
-    """
-    z, axis = tile.z, tile.class_axis
-    assert options.gradient_filter_eps is not None
-    others = labels if options.exclude_labels else None
-    distance = _probabilities(tile, rows, modifiers, start, others)
-    if labels is not None:
-        ones = jnp.ones(labels.shape, z.dtype)
-        onehot = jnp.minimum(_scattered(ones, labels - start, tile), 1)
-        distance = jnp.abs(distance - onehot)
-    active = jnp.zeros(z.shape[1 - axis], bool)
-    for cotangent in jax.tree.leaves(rows.cotangents):
-        some = cotangent != 0
-        active = active | (some.any(1) if some.ndim > 1 else some)
-    large = (distance >= options.gradient_filter_eps) & _over_rows(active, axis)
-    # A NaN is not small.
-    large = large | jnp.isnan(distance)
-
-    first, second = (-(-length // FILTER_BLOCK) for length in z.shape)
-    padded = jnp.pad(
-        large,
-        [
-            (0, n * FILTER_BLOCK - length)
-            for n, length in zip((first, second), z.shape, strict=True)
-        ],
-    )
-    blocks = padded.reshape(first, FILTER_BLOCK, second, FILTER_BLOCK).any((1, 3))
-    spread = jnp.repeat(jnp.repeat(blocks, FILTER_BLOCK, 0), FILTER_BLOCK, 1)
-    return spread[: z.shape[0], : z.shape[1]]
-
-
-def _without_labels(
-    present: Array,
-    labels: Int[Array, "rows L"] | None,
-    start: int | Int[Array, ""],
-    tile: Tile,
-) -> Array:
-    """-inf at the labels."""
-    assert labels is not None
-    ones = jnp.ones(labels.shape, present.dtype)
-    return jnp.where(_scattered(ones, labels - start, tile) > 0, -jnp.inf, present)
-
-
-def _scattered(
-    values: Float[Array, "rows L"], columns: Int[Array, "rows L"], tile: Tile
-) -> Array:
-    # Comparisons instead of a scatter: they fuse, and they add in a fixed order, while
-    # a scatter with repeated labels uses atomics on a GPU.
-    z, axis = tile.z, tile.class_axis
-    ids = lax.broadcasted_iota(columns.dtype, z.shape, axis)
-
-    def one(column: Array, value: Array) -> Array:
-        return jnp.where(ids == _over_rows(column, axis), _over_rows(value, axis), 0)
-
-    count = columns.shape[1]
-    if count <= 8:
-        total = jnp.zeros_like(z)
-        for i in range(count):
-            total = total + one(columns[:, i], values[:, i])
-        return total
-    at = lambda array, i: lax.dynamic_index_in_dim(array, i, 1, keepdims=False)
-    add = lambda i, total: total + one(at(columns, i), at(values, i))
-    return lax.fori_loop(0, count, add, jnp.zeros_like(z))
-
-
-def cast_like(operand: Array | None, gradient: Array | None) -> Array | None:
-    """A gradient in the dtype of its operand; None for None."""
-    if operand is None or gradient is None:
-        return None
-    return gradient.astype(operand.dtype)
-
-
-def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
-    """The gradient of an operand that is a scalar or one per row; None for None."""
-    if operand is None or per_row is None:
-        return None
-    return cast_like(operand, per_row if operand.ndim else per_row.sum())
-
-
 # ---------------------------------------------------------------------------- selection
 def select(
     z: Array,
@@ -588,32 +333,66 @@ def select(
         return z
     where = class_where
     if where.ndim == 1:
-        where = _over_classes(where, class_axis)
+        where = over_classes(where, class_axis)
     return jnp.where(where, z, other)
 
 
-def _weighted(present: Array, modifiers: Modifiers, class_axis: int) -> Array:
+def weighted(present: Array, modifiers: Modifiers, class_axis: int) -> Array:
     """Logits whose exponentials count as often as the weights of the classes say."""
     weights = modifiers.class_log_weights
     if weights is None:
         return present
-    return present + _over_classes(weights.astype(present.dtype), class_axis)
+    return present + over_classes(weights.astype(present.dtype), class_axis)
 
 
-def _without_inf(z: Array) -> Array:
+def without_inf(z: Array) -> Array:
     """0 for -inf: what a class of probability 0 adds to a sum over p."""
     return jnp.where(z == -jnp.inf, 0, z)
 
 
 def _of_finite(u: Array, function: Callable[[Array], Array]) -> Array:
     """-inf stays -inf; its derivatives are 0 times a number, not 0 times infinity."""
-    return jnp.where(u == -jnp.inf, u, function(_without_inf(u)))
+    return jnp.where(u == -jnp.inf, u, function(without_inf(u)))
 
 
-def _over_rows(value: Array, class_axis: int) -> Array:
+def over_rows(value: Array, class_axis: int) -> Array:
     """One number per row, or one for all, as something to combine with a tile."""
     return jnp.expand_dims(value, class_axis) if value.ndim else value
 
 
-def _over_classes(value: Array, class_axis: int) -> Array:
+def over_classes(value: Array, class_axis: int) -> Array:
     return jnp.expand_dims(value, 1 - class_axis)
+
+
+def without_labels(
+    present: Array,
+    labels: Int[Array, "rows L"] | None,
+    start: int | Int[Array, ""],
+    tile: Tile,
+) -> Array:
+    """-inf at the labels."""
+    assert labels is not None
+    ones = jnp.ones(labels.shape, present.dtype)
+    return jnp.where(scattered(ones, labels - start, tile) > 0, -jnp.inf, present)
+
+
+def scattered(
+    values: Float[Array, "rows L"], columns: Int[Array, "rows L"], tile: Tile
+) -> Array:
+    # Comparisons instead of a scatter: they fuse, and they add in a fixed order, while
+    # a scatter with repeated labels uses atomics on a GPU.
+    z, axis = tile.z, tile.class_axis
+    ids = lax.broadcasted_iota(columns.dtype, z.shape, axis)
+
+    def one(column: Array, value: Array) -> Array:
+        return jnp.where(ids == over_rows(column, axis), over_rows(value, axis), 0)
+
+    count = columns.shape[1]
+    if count <= 8:
+        total = jnp.zeros_like(z)
+        for i in range(count):
+            total = total + one(columns[:, i], values[:, i])
+        return total
+    at = lambda array, i: lax.dynamic_index_in_dim(array, i, 1, keepdims=False)
+    add = lambda i, total: total + one(at(columns, i), at(values, i))
+    return lax.fori_loop(0, count, add, jnp.zeros_like(z))

@@ -22,7 +22,8 @@ def smoothness_metric(
 
     Args:
         pmf: Probabilities of bins in their order.
-        max_sigma: Static; the last $\sigma$. The weights of all of them add up to 1.
+        max_sigma: Static; the last $\sigma$. The weights add up to 0.994, and
+            to 1 in the limit.
 
     Returns:
         The metric, float32 (float64 for float64 probabilities).

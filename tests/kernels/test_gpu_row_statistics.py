@@ -15,7 +15,8 @@ from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
 from softlib.losses import _engine, _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
+from softlib.losses._tile import Modifiers, Options, RowStatistics
+from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.kernels import row_problems as problems
 from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of

@@ -16,7 +16,8 @@ from pallas_kernels.gpu_mosaic._row_tiles import Shapes
 from softlib import explain, losses
 from softlib.losses import _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
+from softlib.losses._tile import Modifiers, Options, RowStatistics
+from softlib.losses._tile_gradient import RowCotangents
 from tests.oracles.row_statistics import STATISTICS as ALL
 
 FEW = ("lse", "label_logits")

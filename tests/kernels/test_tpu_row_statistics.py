@@ -14,7 +14,8 @@ from pallas_kernels.tpu import _row_call, _row_tiles
 from softlib import explain, losses
 from softlib.losses import _engine, _kernels_tpu
 from softlib.losses._stream import BackwardOperands
-from softlib.losses._tile import Modifiers, Options, RowCotangents, RowStatistics
+from softlib.losses._tile import Modifiers, Options, RowStatistics
+from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.kernels import row_problems as problems
 from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of

@@ -47,7 +47,7 @@ def penalty(coefficients, *, normalize):
 
 def smoothness(pmf, max_sigma):
     """Each blur as a loop over the taps of its kernel."""
-    p = np.float64(pmf)
+    p = np.asarray(pmf, np.float64)
     total, m = 0.0, len(p)
     for sigma in range(1, max_sigma + 1):
         offsets = np.arange(-(m - 1), m)

@@ -29,10 +29,12 @@ def cross_entropy(
     temperature=1.0,
     where=None,
 ) -> Result:
-    h, c = np.float64(hidden), np.float64(codebook)
+    h, c = np.asarray(hidden, np.float64), np.asarray(codebook, np.float64)
     rows, tokens = len(h), len(mapping)
-    bias = np.zeros(tokens) if token_bias is None else np.float64(token_bias)
-    t = np.broadcast_to(np.float64(temperature), (rows,))
+    bias = (
+        np.zeros(tokens) if token_bias is None else np.asarray(token_bias, np.float64)
+    )
+    t = np.broadcast_to(np.asarray(temperature, np.float64), (rows,))
     where = np.ones(rows, bool) if where is None else where
     loss, logits = np.zeros(rows), np.full((rows, tokens), np.nan)
     gradients = {"hidden": np.zeros_like(h), "codebook": np.zeros_like(c)}
@@ -68,5 +70,5 @@ def cross_entropy(
 
 def nearest(embeddings, codebook):
     """The lowest of the nearest codes."""
-    e, c = np.float64(embeddings), np.float64(codebook)
+    e, c = np.asarray(embeddings, np.float64), np.asarray(codebook, np.float64)
     return np.array([np.square(row - c).sum(1).argmin() for row in e])
