@@ -73,7 +73,8 @@ def sampled_softmax_loss(
 
     Derivatives: forward and reverse mode, any order, with respect to `hidden`,
         `label_embeddings`, `bias`, `logit_scale` and `weights`. Labels that were not
-        drawn and are no positive have gradient 0.
+        drawn and are no positive have gradient 0. Rows divided over Explicit
+        axes of a mesh need jax.shard_map.
     Cost: $N (S + K) D$ products and $N (S + K)$ scores in memory for $N$ rows, $N K S$
         comparisons; no pass over all labels, but the gradient of `label_embeddings` is
         an array of its size.
