@@ -18,7 +18,8 @@ from ._comp_sum import comp_sum_from_log_prob
 from ._compose import log_probability_of_labels
 from ._options import UncooledLogitsOptions
 from ._rows import rows_that_count
-from ._sources import GivenLogits, labels_in_range
+from ._source_rows import labels_in_range
+from ._sources import GivenLogits
 
 
 def smooth_adversarial_comp_sum_loss(

@@ -14,7 +14,7 @@ from ._compose import log_probability_of_labels
 from ._expm1 import expm1
 from ._pairs import SourcePair
 from ._rows import rows_that_count, weigh
-from ._sources import labels_in_range
+from ._source_rows import labels_in_range
 
 
 class LogitsDistillationOptions(TypedDict, total=False):

@@ -17,7 +17,8 @@ from softlib.typing import Scalar
 from ._options import LinearHeadOptions, LogitsOptions
 from ._rows import rows_that_count
 from ._shared_labels import log_probs_of_shared_labels
-from ._sources import GivenLogits, LinearHead, Source, labels_in_range
+from ._source_rows import labels_in_range
+from ._sources import GivenLogits, LinearHead, Source
 
 type Mode = Literal["softmax", "gumbel", "logsumexp"]
 type Weights = Sequence[float] | Float[Array, " n"] | None

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 
-from ._sources import labels_in_range
+from ._source_rows import labels_in_range
 from ._spherical_family import SphericalStatistics
 
 

@@ -26,7 +26,8 @@ from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
 
 from ._rows import rows_that_count
-from ._sources import GivenLogits, labels_in_range
+from ._source_rows import labels_in_range
+from ._sources import GivenLogits
 
 
 def sparsemax_loss(

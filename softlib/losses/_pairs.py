@@ -25,14 +25,8 @@ from ._pair_engine import GivenPair
 from ._pair_stream import Pair, PairOptions
 from ._pair_terms import Divergence
 from ._rows import rows_that_count
-from ._sources import (
-    GivenLogits,
-    LinearHead,
-    collapsed,
-    collapsed_modifiers,
-    label_rows,
-    labels_in_range,
-)
+from ._source_rows import collapsed, collapsed_modifiers, label_rows, labels_in_range
+from ._sources import GivenLogits, LinearHead
 from ._stream import Head
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib import _checks as checks
 
 from ._rows import rows_that_count
-from ._sources import GivenLogits, Source, labels_in_range
+from ._source_rows import labels_in_range
+from ._sources import GivenLogits, Source
 from ._tile import RowStatistics
 
 # The id that fills a list up.

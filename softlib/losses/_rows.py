@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 
-from ._sources import GivenLogits, Source, labels_in_range, require_per_class
+from ._source_rows import labels_in_range
+from ._sources import GivenLogits, Source, require_per_class
 from ._tile import RowStatistics
 
 

@@ -6,7 +6,6 @@ A source has checked its arguments, knows its batch shape and vocabulary, and gi
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,20 +23,27 @@ from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
 from ._options import LinearHeadOptions, LogitsOptions, require_known
+from ._source_rows import (
+    Shape,
+    collapsed,
+    collapsed_modifiers,
+    final_logits,
+    label_rows,
+    masked_modifiers,
+    of_rows_with_classes,
+    ranked_rows,
+    row_specs,
+    shaped,
+)
 from ._stream import Head, product, top_classes
 from ._tile import (
     FILTER_BLOCK,
     Modifiers,
     Options,
-    Ranked,
     RowStatistics,
-    logits_of,
     only,
-    select,
 )
 from ._vocabulary_parallel import first_class, merged
-
-type Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +159,7 @@ class LinearHead:
         return dataclasses.replace(
             self,
             hidden=jnp.where(where[..., None], self.hidden, 0),
-            modifiers=_masked(self.modifiers, where),
+            modifiers=masked_modifiers(self.modifiers, where),
         )
 
     def statistics(
@@ -222,12 +228,12 @@ class LinearHead:
                 weight,
                 label_rows(labels, batch, vocabulary),
                 collapsed_modifiers(modifiers, (*batch, vocabulary)),
-                _ranked(labels, label_logits, batch),
+                ranked_rows(labels, label_logits, batch),
             )
             found = _engine.linear(self.implementation, options, match_varying(head))
-            return _shaped(found, batch, labels)
+            return shaped(found, batch, labels)
 
-        specs = functools.partial(_row_specs, options, batch, labels)
+        specs = functools.partial(row_specs, options, batch, labels)
         arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
         return in_auto_mode(engine, specs, *arrays)
 
@@ -244,7 +250,7 @@ class LinearHead:
         more.
         """
         _check_filtered(self.function, names, self.options)
-        known = _of_rows_with_classes(
+        known = of_rows_with_classes(
             labels, self.count_classes(), self.batch, self.vocabulary
         )
         batch, vocabulary = self.batch, self._own_classes
@@ -292,7 +298,7 @@ class LinearHead:
             rows = collapsed(hidden, batch)
             raw = product(rows, weight, (1, 1 - options.vocab_axis), options, dtype)
             raw = raw.reshape(*batch, self._own_classes)
-            return _final_logits(raw, batch, options, modifiers)
+            return final_logits(raw, batch, options, modifiers)
 
         specs = lambda spec: PartitionSpec(*spec[: len(batch)], None)
         return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
@@ -351,7 +357,7 @@ class GivenLogits:
         return dataclasses.replace(
             self,
             logits=jnp.where(where[..., None], self.logits, 0),
-            modifiers=_masked(self.modifiers, where),
+            modifiers=masked_modifiers(self.modifiers, where),
         )
 
     def statistics(
@@ -375,12 +381,12 @@ class GivenLogits:
                 collapsed(logits, batch),
                 label_rows(labels, batch, vocabulary),
                 collapsed_modifiers(modifiers, logits.shape),
-                _ranked(labels, label_logits, batch),
+                ranked_rows(labels, label_logits, batch),
             )
             found = _engine.given(self.implementation, options, match_varying(given))
-            return _shaped(found, batch, labels)
+            return shaped(found, batch, labels)
 
-        specs = functools.partial(_row_specs, options, batch, labels)
+        specs = functools.partial(row_specs, options, batch, labels)
         arrays = (self.logits, labels, label_logits, self.modifiers)
         return in_auto_mode(engine, specs, *arrays)
 
@@ -410,7 +416,7 @@ class GivenLogits:
     def final_logits(self) -> Array:
         """The logits themselves, for losses that need more than statistics."""
         raw = self.logits.astype(self.dtype)
-        return _final_logits(raw, self.batch, self.options, self.modifiers)
+        return final_logits(raw, self.batch, self.options, self.modifiers)
 
 
 type Source = LinearHead | GivenLogits
@@ -422,7 +428,7 @@ def _statistics(
     names: Sequence[str],
     labels: Array | None,
 ) -> RowStatistics:
-    labels = _of_rows_with_classes(
+    labels = of_rows_with_classes(
         labels, source.count_classes(), source.batch, source.vocabulary
     )
     if "label_rank" not in names:
@@ -567,114 +573,3 @@ def _filter(
         )
     checks.require_positive_number(function, "gradient_filter_eps", eps)
     return float(eps)
-
-
-# ------------------------------------------------------------------------------- shapes
-def _masked(modifiers: Modifiers, where: Array) -> Modifiers:
-    ones = lambda value: (
-        value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
-    )
-    return modifiers._replace(
-        logit_scale=ones(modifiers.logit_scale),
-        temperature=ones(modifiers.temperature),
-    )
-
-
-def collapsed(array: Array, batch: Shape) -> Array:
-    """Makes the batch axes one axis of rows; a scalar stays one."""
-    if array.ndim == 0 and batch:
-        return array
-    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
-
-
-def collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
-    batch = shape[:-1]
-    where = modifiers.class_where
-    if where is not None and where.ndim > 1:
-        where = collapsed(jnp.broadcast_to(where, shape), batch)
-    collapse = functools.partial(collapsed, batch=batch)
-    return Modifiers(
-        modifiers.bias,
-        jax.tree.map(collapse, modifiers.logit_scale),
-        jax.tree.map(collapse, modifiers.temperature),
-        where,
-        modifiers.class_log_weights,
-        jax.tree.map(collapse, modifiers.centre),
-    )
-
-
-def _final_logits(
-    raw: Array, batch: Shape, options: Options, modifiers: Modifiers
-) -> Array:
-    modifiers = collapsed_modifiers(modifiers, raw.shape)
-    z = logits_of(collapsed(raw, batch), options, modifiers).z
-    return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
-
-
-def _of_rows_with_classes(
-    labels: Array | None, classes: ArrayLike, batch: Shape, vocabulary: int
-) -> Array | None:
-    """The labels in range; -1 in a row without a class, where every number is 0."""
-    if labels is None:
-        return None
-    labels = labels_in_range(labels, vocabulary)
-    if isinstance(classes, int):
-        return labels  # all of them
-    some = jnp.asarray(classes) > 0
-    if some.ndim and labels.ndim > len(batch):
-        some = some[..., None]
-    return jnp.where(some, labels, -1)
-
-
-def label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
-    """(rows, L) int32, with -1, which no class has, for every id out of range."""
-    if labels is None:
-        return None
-    rows = collapsed(labels_in_range(labels, vocabulary), batch)
-    return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
-
-
-def _ranked(
-    labels: Array | None, label_logits: Array | None, batch: Shape
-) -> Ranked | None:
-    if labels is None or label_logits is None:
-        return None
-    rows = math.prod(batch)
-    return Ranked(labels.reshape(rows, -1), label_logits.reshape(rows, -1))
-
-
-def labels_in_range(labels: Array, vocabulary: int) -> Array:
-    """The labels as int32, -1 where they are outside [0, vocabulary)."""
-    if jnp.iinfo(labels.dtype).max < vocabulary:
-        labels = labels.astype(jnp.int32)  # a narrow type cannot be compared with V
-    valid = (labels >= 0) & (labels < vocabulary)
-    return jnp.where(valid, labels, -1).astype(jnp.int32)
-
-
-def _shaped(
-    statistics: RowStatistics, batch: Shape, labels: Array | None
-) -> RowStatistics:
-    """Gives the rows their batch shape again, label logits the shape of the labels."""
-    found = jax.tree.map(
-        lambda leaf: leaf.reshape(batch),
-        statistics._replace(label_logits=None, label_rank=None),
-    )
-    if labels is None:
-        return found
-    per_label = lambda leaf: leaf.reshape(labels.shape)
-    return found._replace(
-        label_logits=jax.tree.map(per_label, statistics.label_logits),
-        label_rank=jax.tree.map(per_label, statistics.label_rank),
-    )
-
-
-def _row_specs(
-    options: Options, batch: Shape, labels: Array | None, spec: PartitionSpec
-) -> RowStatistics:
-    """Shardings of the statistics: those of the batch axes of hidden or logits."""
-    rows = PartitionSpec(*spec[: len(batch)])
-    specs: dict[str, Any] = dict.fromkeys(options.statistics, rows)
-    if labels is not None and labels.ndim > len(batch):
-        for name in specs.keys() & {"label_logits", "label_rank"}:
-            specs[name] = PartitionSpec(*rows, None)
-    return RowStatistics(**specs)

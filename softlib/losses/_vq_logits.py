@@ -22,7 +22,8 @@ from softlib._sharding import in_auto_mode
 from ._compose import log_probability_of_labels
 from ._options import LinearHeadOptions
 from ._rows import rows_that_count
-from ._sources import LinearHead, labels_in_range
+from ._source_rows import labels_in_range
+from ._sources import LinearHead
 
 
 def vq_softmax_cross_entropy(
