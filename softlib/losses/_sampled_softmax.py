@@ -4,9 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Precision
 
 from ._positives import Positives
@@ -73,8 +75,7 @@ def sampled_softmax_loss(
 
     Derivatives: forward and reverse mode, any order, with respect to `hidden`,
         `label_embeddings`, `bias`, `logit_scale` and `weights`. Labels that were not
-        drawn and are no positive have gradient 0. Rows divided over Explicit
-        axes of a mesh need jax.shard_map.
+        drawn and are no positive have gradient 0.
     Cost: $N (S + K) D$ products and $N (S + K)$ scores in memory for $N$ rows, $N K S$
         comparisons; no pass over all labels, but the gradient of `label_embeddings` is
         an array of its size.
@@ -105,7 +106,7 @@ def sampled_softmax_loss(
         products = jnp.einsum(
             equation,
             source.hidden,
-            source.weight[labels],
+            _taken(source.weight, labels),
             precision=precision,
             preferred_element_type=dtype,
         )
@@ -114,7 +115,7 @@ def sampled_softmax_loss(
             products = products * (scale[..., None] if scale.ndim else scale)
         if modifiers.bias is None:
             return products
-        added = modifiers.bias.astype(dtype)[labels]
+        added = _taken(modifiers.bias.astype(dtype), labels)
         shape = (1,) * (products.ndim - added.ndim) + added.shape
         return products + added.reshape(shape)
 
@@ -130,6 +131,13 @@ def sampled_softmax_loss(
     margin = jnp.where(counts, total - own, 0)
     costs = jnp.where(counts, jax.nn.softplus(margin), 0)
     return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
+
+
+def _taken(table: Array, labels: Array) -> Array:
+    """Rows of a table, divided as the labels are."""
+    rest = (None,) * (table.ndim - 1)
+    specs = lambda spec: PartitionSpec(*spec, *rest)
+    return in_auto_mode(lambda ids, table: table[ids], specs, labels, table)
 
 
 def _draw(

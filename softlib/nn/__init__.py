@@ -13,6 +13,7 @@
 - `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
   `capacity_dispatch`, `capacity_experts`, `dropless_experts`, `ExpertRows`: its parts.
 - `TempNet`, `PrototypeTempNet` (NNX): a softmax temperature per row.
+- `prepend_soft_prompt`: trained vectors in front of a sequence.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
 - `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
   `QuasiLSTM` (NNX): linear systems with varying parameters.
@@ -68,6 +69,9 @@ from ._recurrent import (
 )
 from ._smoothness import (
     smoothness_metric as smoothness_metric,
+)
+from ._soft_prompt import (
+    prepend_soft_prompt as prepend_soft_prompt,
 )
 from ._temperature_network import (
     PrototypeTempNet as PrototypeTempNet,
@@ -129,6 +133,7 @@ __all__ = [
     "fourier_smoothness_penalty",
     "frequency_mapping",
     "kmeans",
+    "prepend_soft_prompt",
     "smoothness_metric",
     "straight_through_codes",
     "vq_clusters",

@@ -159,8 +159,7 @@ def test_under_every_transformation():
         options = {"key": jax.random.key(0), "num_sampled": DRAWN}
         return sampled(hidden, table, ids, bias=bias, **options)
 
-    skip = {"sharded_jit": "with Explicit axes a gather must be told its sharding"}
-    check_transformations(function, *arrays().values(), ids, rows=(0, 3), skip=skip)
+    check_transformations(function, *arrays().values(), ids, rows=(0, 3))
 
 
 @pytest.mark.usefixtures("untyped")

@@ -1,0 +1,125 @@
+"""Batches of any shape as rows of the engine, and back."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from ._tile import Modifiers, Options, Ranked, RowStatistics, logits_of, select
+
+type Shape = tuple[int, ...]
+
+
+def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
+    ones = lambda value: (
+        value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
+    )
+    return modifiers._replace(
+        logit_scale=ones(modifiers.logit_scale),
+        temperature=ones(modifiers.temperature),
+    )
+
+
+def collapsed(array: Array, batch: Shape) -> Array:
+    """Makes the batch axes one axis of rows; a scalar stays one."""
+    if array.ndim == 0 and batch:
+        return array
+    return array.reshape(math.prod(batch), *array.shape[len(batch) :])
+
+
+def collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
+    batch = shape[:-1]
+    where = modifiers.class_where
+    if where is not None and where.ndim > 1:
+        where = collapsed(jnp.broadcast_to(where, shape), batch)
+    collapse = functools.partial(collapsed, batch=batch)
+    return Modifiers(
+        modifiers.bias,
+        jax.tree.map(collapse, modifiers.logit_scale),
+        jax.tree.map(collapse, modifiers.temperature),
+        where,
+        modifiers.class_log_weights,
+        jax.tree.map(collapse, modifiers.centre),
+    )
+
+
+def final_logits(
+    raw: Array, batch: Shape, options: Options, modifiers: Modifiers
+) -> Array:
+    modifiers = collapsed_modifiers(modifiers, raw.shape)
+    z = logits_of(collapsed(raw, batch), options, modifiers).z
+    return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
+
+
+def of_rows_with_classes(
+    labels: Array | None, classes: ArrayLike, batch: Shape, vocabulary: int
+) -> Array | None:
+    """The labels in range; -1 in a row without a class, where every number is 0."""
+    if labels is None:
+        return None
+    labels = labels_in_range(labels, vocabulary)
+    if isinstance(classes, int):
+        return labels  # all of them
+    some = jnp.asarray(classes) > 0
+    if some.ndim and labels.ndim > len(batch):
+        some = some[..., None]
+    return jnp.where(some, labels, -1)
+
+
+def label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
+    """(rows, L) int32, with -1, which no class has, for every id out of range."""
+    if labels is None:
+        return None
+    rows = collapsed(labels_in_range(labels, vocabulary), batch)
+    return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
+
+
+def ranked_rows(
+    labels: Array | None, label_logits: Array | None, batch: Shape
+) -> Ranked | None:
+    if labels is None or label_logits is None:
+        return None
+    rows = math.prod(batch)
+    return Ranked(labels.reshape(rows, -1), label_logits.reshape(rows, -1))
+
+
+def labels_in_range(labels: Array, vocabulary: int) -> Array:
+    """The labels as int32, -1 where they are outside [0, vocabulary)."""
+    if jnp.iinfo(labels.dtype).max < vocabulary:
+        labels = labels.astype(jnp.int32)  # a narrow type cannot be compared with V
+    valid = (labels >= 0) & (labels < vocabulary)
+    return jnp.where(valid, labels, -1).astype(jnp.int32)
+
+
+def shaped(
+    statistics: RowStatistics, batch: Shape, labels: Array | None
+) -> RowStatistics:
+    """Gives the rows their batch shape again, label logits the shape of the labels."""
+    found = jax.tree.map(
+        lambda leaf: leaf.reshape(batch),
+        statistics._replace(label_logits=None, label_rank=None),
+    )
+    if labels is None:
+        return found
+    per_label = lambda leaf: leaf.reshape(labels.shape)
+    return found._replace(
+        label_logits=jax.tree.map(per_label, statistics.label_logits),
+        label_rank=jax.tree.map(per_label, statistics.label_rank),
+    )
+
+
+def row_specs(
+    options: Options, batch: Shape, labels: Array | None, spec: PartitionSpec
+) -> RowStatistics:
+    """Shardings of the statistics: those of the batch axes of hidden or logits."""
+    rows = PartitionSpec(*spec[: len(batch)])
+    specs: dict[str, Any] = dict.fromkeys(options.statistics, rows)
+    if labels is not None and labels.ndim > len(batch):
+        for name in specs.keys() & {"label_logits", "label_rank"}:
+            specs[name] = PartitionSpec(*rows, None)
+    return RowStatistics(**specs)
