@@ -6,7 +6,6 @@ every ranking would be won by saying them always.
 """
 
 import hashlib
-import lzma
 import pathlib
 import re
 import sys
@@ -14,7 +13,8 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from language_model.failures import Failure, reason
+from language_model.failures import Failure
+from study.packed_text import read_text
 
 from .options import Options
 
@@ -90,13 +90,7 @@ def load(options: Options) -> Glosses:
 
 
 def _read(path: pathlib.Path) -> tuple[list[Noun], str]:
-    try:
-        raw = path.read_bytes()
-        text = lzma.decompress(raw).decode("utf-8")
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {reason(error)}.") from error
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {path}: it is not a whole xz text.") from error
+    text, raw = read_text(path)
     nouns = []
     for i, line in enumerate(text.splitlines()):
         parts = line.split("\t")

@@ -1,13 +1,13 @@
 """Real series as windows of the past and the bin of what follows."""
 
 import hashlib
-import lzma
 import math
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from language_model.failures import Failure, reason
+from language_model.failures import Failure
+from study.packed_text import read_text
 
 CREDIT = (
     "Brent spot price: U.S. Energy Information Administration; sunspot numbers: NOAA "
@@ -78,13 +78,7 @@ def load(path: pathlib.Path) -> dict[str, Forecast]:
 
 
 def _read(path: pathlib.Path) -> tuple[bytes, dict[str, np.ndarray]]:
-    try:
-        raw = path.read_bytes()
-        text = lzma.decompress(raw).decode("utf-8")
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {reason(error)}.") from error
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {path}: it is not a whole xz text.") from error
+    text, raw = read_text(path)
     found: dict[str, list[float]] = {}
     values: list[float] = []
     for line in text.splitlines():

@@ -6,12 +6,12 @@ sample of a model lacks can be measured, not only seen.
 
 import hashlib
 import itertools
-import lzma
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from language_model.failures import Failure, reason
+from language_model.failures import Failure
+from study.packed_text import read_text
 
 LETTERS = "ACGU"
 LENGTH = 9
@@ -58,13 +58,7 @@ class Sites(NamedTuple):
 
 
 def load(path: pathlib.Path) -> Sites:
-    try:
-        raw = path.read_bytes()
-        text = lzma.decompress(raw).decode("utf-8")
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {reason(error)}.") from error
-    except (lzma.LZMAError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {path}: it is not a whole xz text.") from error
+    text, raw = read_text(path)
     lines = [line.split() for line in text.splitlines()]
     rows = [line for line in lines if line and line[0].strip(LETTERS) == ""]
     whole = all(len(row) == 2 and len(row[0]) == LENGTH for row in rows)
