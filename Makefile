@@ -14,6 +14,8 @@ unexport PYTHONPATH
 ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
+# Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
+EVERY ?= 2
 
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -n $(WORKERS)
@@ -34,7 +36,7 @@ demo: $(VENV)/.installed-examples ## train a small language model, draw its curv
 	$(RUN) examples/train_language_model.py --preset demo $(ARGS)
 
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
-	$(QUICKLY) $(RUN) $(PYTEST) $(ARGS)
+	$(QUICKLY) $(RUN) $(PYTEST) --every $(EVERY) $(ARGS)
 
 # A release that lacks something fails in the first cases already.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept

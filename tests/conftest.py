@@ -79,7 +79,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--every",
         type=int,
         default=1,
-        help="of a test with several cases run the first and then every so many-th",
+        help="of a test with several cases run the first and then every so many-th, "
+        "except where the cases are files and names of the repository",
     )
 
 
@@ -90,11 +91,17 @@ def pytest_collection_modifyitems(
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
-        (left if seen[test] % every else kept).append(item)
+        of_repository = time_budget.package_of(test) in WHOLE
+        skipped = seen[test] % every and not of_repository
+        (left if skipped else kept).append(item)
         seen[test] += 1
     if left:
         items[:] = kept
         config.hook.pytest_deselected(items=left)
+
+
+# Folders whose tests have the files and names of the repository as cases.
+WHOLE = {time_budget.REPOSITORY, "docs"}
 
 
 class Scheduler(LoadScopeScheduling):

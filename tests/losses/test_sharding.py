@@ -20,6 +20,7 @@ STATISTICS = (
     "mean_logit",
     "sum_logits",
     "sum_squared_logits",
+    "sum_softplus",
     "max_logit",
     "argmax",
 )
@@ -219,7 +220,7 @@ def test_row_statistics(source, division, axis_type):
     )
     expected = row_statistics(
         labels,
-        cotangents=dict.fromkeys(STATISTICS[:5], weights),
+        cotangents=dict.fromkeys(STATISTICS[:6], weights),
         logit_softcap=5.0,
         **arrays,
     )
