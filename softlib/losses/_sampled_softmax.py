@@ -52,8 +52,9 @@ def sampled_softmax_loss(
             Another id out of range makes the loss NaN, and the row has no gradient.
         key: PRNG key; the same key draws the same labels.
         num_sampled: $S$, static.
-        distribution: Static. "uniform", or "log_uniform" with $q_j = \log((j + 2) / (j
-            + 1)) / \log(L + 1)$, which fits labels in the order of falling frequency.
+        distribution: Static. "uniform", or "log_uniform" with
+            $q_j = \log((j + 2) / (j + 1)) / \log(L + 1)$, which fits labels in the
+            order of falling frequency.
         bias: Added to the scaled products.
         logit_scale: A scalar or one per row, differentiable; the reciprocal of a
             temperature.
