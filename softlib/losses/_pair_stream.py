@@ -6,7 +6,7 @@ cotangents of both tiles. Neither head's logits exist beyond a tile.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ class Pair(NamedTuple):
         dtype = jnp.promote_types(self.target.dtype, self.other.dtype)
         return dtype if self.mixture is None else _with(dtype, self.mixture)
 
+    @property
+    def weight(self) -> Array | None:
+        """The mixing weight, an array also where JAX has taken it for a constant."""
+        return None if self.mixture is None else jnp.asarray(self.mixture)
+
 
 class KnownPair(NamedTuple):
     """With the logsumexp of every row, of all classes: target, other."""
@@ -90,7 +95,7 @@ def forward(options: PairOptions, known: KnownPair) -> Terms:
             )
             tiles = tuple(map(_stream.tile_of, parts, options.both))
             s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
-            found = _pair_terms.terms(options.divergence, s, t, pair.mixture)
+            found = _pair_terms.terms(options.divergence, s, t, pair.weight)
             return jax.tree.map(lambda sum_, term: sum_ + term.sum(1), sums, found)
 
         zeros = jnp.zeros(mine[0].hidden.shape[0], pair.dtype)
@@ -111,7 +116,7 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
         axis = tiles[0].class_axis
         lse, sums, g = cut.take(rows, group)
         s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
-        found = _pair_terms.terms(options.divergence, s, t, pair.mixture).slopes
+        found = _pair_terms.terms(options.divergence, s, t, pair.weight).slopes
         per_row = lambda values: jnp.expand_dims(values, axis)
 
         def of(tile: Tile, part: Head, log_p, slope, total) -> RawCotangents:
@@ -130,7 +135,7 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
         options.both, pair.both, cotangents, cut, size, classes
     )
     target, other = map(_stream.gradient_of, pair.both, *found)
-    mixture = pair.mixture
+    mixture = pair.weight
     if mixture is not None:
         assert sums.mixture is not None
         mixture = (cotangent * sums.mixture).sum().astype(mixture.dtype)
@@ -168,5 +173,5 @@ def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
     return cut, size
 
 
-def _with(dtype: jnp.dtype, array: Array) -> jnp.dtype:
+def _with(dtype: jnp.dtype, array: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, array.dtype)

@@ -454,6 +454,7 @@ def test_logits_under_every_transformation():
         pair.arrays["target_logits"],
         jnp.float32(0.3),
         rows=(0, 1),
+        skip={"forward_mode": "the statistics have a custom_vjp"},
     )
 
 
