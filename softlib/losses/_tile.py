@@ -121,7 +121,7 @@ class Modifiers(NamedTuple):
     centre: Array | None = None
 
     @property
-    def floating(self) -> tuple[Array | None, ...]:
+    def floating(self) -> tuple[Any, ...]:
         return (*self[:3], self.class_log_weights)
 
 
@@ -355,12 +355,12 @@ def _of_finite(u: Array, function: Callable[[Array], Array]) -> Array:
     return jnp.where(u == -jnp.inf, u, function(without_inf(u)))
 
 
-def over_rows(value: Array, class_axis: int) -> Array:
+def over_rows(value: Any, class_axis: int) -> Any:
     """One number per row, or one for all, as something to combine with a tile."""
     return jnp.expand_dims(value, class_axis) if value.ndim else value
 
 
-def over_classes(value: Array, class_axis: int) -> Array:
+def over_classes(value: Any, class_axis: int) -> Any:
     return jnp.expand_dims(value, 1 - class_axis)
 
 

@@ -4,7 +4,7 @@ What is static and how logits are made is in `_tile`.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -230,14 +230,14 @@ def _not_negligible(
     return spread[: z.shape[0], : z.shape[1]]
 
 
-def cast_like(operand: Array | None, gradient: Array | None) -> Array | None:
+def cast_like(operand: Any, gradient: Array | None) -> Array | None:
     """A gradient in the dtype of its operand; None for None."""
     if operand is None or gradient is None:
         return None
     return gradient.astype(operand.dtype)
 
 
-def summed_like(operand: Array | None, per_row: Array | None) -> Array | None:
+def summed_like(operand: Any, per_row: Array | None) -> Array | None:
     """The gradient of an operand that is a scalar or one per row; None for None."""
     if operand is None or per_row is None:
         return None
