@@ -86,6 +86,16 @@ def require_broadcastable(
         )
 
 
+def checked_where(
+    function: str, where: ArrayLike | None, shape: tuple[int, ...], why: str
+) -> Array:
+    """A mask in the shape of what it masks; None is True everywhere."""
+    where = jnp.asarray(True if where is None else where)
+    require_boolean(function, where=where)
+    require_broadcastable(function, "where", where, shape, why)
+    return jnp.broadcast_to(where, shape)
+
+
 def require_positive_number(function: str, name: str, value: object) -> None:
     """A static option: a finite Python number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -122,6 +132,15 @@ def require_scalar(
     if isinstance(value, int | float) and not least <= value <= most:
         bounds = f"in [{least:g}, {most:g}]" if most < math.inf else f">= {least:g}"
         raise ValueError(f"{function}: `{name}` must be {bounds}, got {value}.")
+
+
+def require_positive_scalars(function: str, **values: ArrayLike) -> None:
+    """Finite numbers above 0, or scalar arrays, whose values are not looked at."""
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            require_positive_number(function, name, value)
+        else:
+            require_scalar(function, name, value, 0, math.inf)
 
 
 def require_axes(

@@ -64,7 +64,7 @@ def exponential_temperature(
         [10.   0.5]
     """
     function = "exponential_temperature"
-    _require_positive(function, tau_max=tau_max, decay=decay)
+    checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
     t = _time(t)
     return tau_max * jnp.exp(-decay * t)
 
@@ -123,7 +123,7 @@ def gumbel_softmax_interpolant(
     function = "gumbel_softmax_interpolant"
     checks.require_floating(function, x1=x1, noise=noise)
     checks.require_rank(function, "x1", x1, 1, "(*positions, V)")
-    _require_positive(function, tau_max=tau_max, decay=decay)
+    checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
     _require_beta(function, beta)
     dtype = accumulator_dtype(x1)
     if noise is None:
@@ -185,7 +185,7 @@ def gumbel_flow_velocity(
     checks.require_floating(function, x=x, target_probs=target_probs)
     checks.require_rank(function, "x", x, 1, "(*positions, V)")
     checks.require_shape(function, "target_probs", target_probs, x.shape, "that of `x`")
-    _require_positive(function, tau_max=tau_max, decay=decay)
+    checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
     dtype = accumulator_dtype(x)
     t = _on_positions(function, t, x.shape[:-1], dtype)
     speed = decay / tau_max * jnp.exp(decay * t)
@@ -354,9 +354,9 @@ def sample_gumbel_flow(
     checks.require_scalar(
         function, "guidance_scale", guidance_scale, -math.inf, math.inf
     )
-    _require_positive(function, tau_max=tau_max, decay=decay)
+    checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
     if step_temperature is not None:
-        _require_positive(function, step_temperature=step_temperature)
+        checks.require_positive_scalars(function, step_temperature=step_temperature)
     _require_beta(function, beta)
     dtype = jnp.float32
 
@@ -444,14 +444,6 @@ def _on_positions(
     return t.reshape((1,) * (len(positions) - t.ndim) + (*t.shape, 1)).astype(dtype)
 
 
-def _require_positive(function: str, **values: Scalar) -> None:
-    for name, value in values.items():
-        if isinstance(value, int | float):
-            checks.require_positive_number(function, name, value)
-        else:
-            checks.require_scalar(function, name, value, 0, math.inf)
-
-
 def _require_beta(function: str, beta: Scalar) -> None:
     if not (isinstance(beta, float) and beta == math.inf):
-        _require_positive(function, beta=beta)
+        checks.require_positive_scalars(function, beta=beta)

@@ -18,7 +18,6 @@ from ._kernel_rows import (
     Axis,
     Weights,
     axes_of,
-    check_bandwidth,
     check_row_chunk,
     checked_points,
     log_kernel_row,
@@ -89,7 +88,7 @@ def cauchy_schwarz_divergence(
     checks.require_shape(
         function, "samples_q", q, (q.shape[0], p.shape[1]), "the axes of `samples_p`"
     )
-    check_bandwidth(function, bandwidth=bandwidth)
+    checks.require_positive_scalars(function, bandwidth=bandwidth)
     check_row_chunk(function, row_chunk)
     dtype = accumulator_dtype(p, q)
     of_p = weights_of(function, p.shape[0], weights_p, where_p, dtype, "_p")
@@ -174,7 +173,9 @@ def cauchy_schwarz_mutual_information(
     function = "cauchy_schwarz_mutual_information"
     x, t = checked_points(function, x=x, t=t)
     _require_pairs(function, x, t=t)
-    check_bandwidth(function, bandwidth_x=bandwidth_x, bandwidth_t=bandwidth_t)
+    checks.require_positive_scalars(
+        function, bandwidth_x=bandwidth_x, bandwidth_t=bandwidth_t
+    )
     check_row_chunk(function, row_chunk)
     found = weights_of(function, x.shape[0], weights, where, accumulator_dtype(x, t))
     x, t = select(found.keep, x), select(found.keep, t)
@@ -258,7 +259,9 @@ def conditional_cauchy_schwarz_divergence(
     x, y, y_hat = checked_points(function, x=x, y=y, y_hat=y_hat)
     _require_pairs(function, x, y=y)
     checks.require_shape(function, "y_hat", y_hat, y.shape, "the shape of `y`")
-    check_bandwidth(function, bandwidth_x=bandwidth_x, bandwidth_y=bandwidth_y)
+    checks.require_positive_scalars(
+        function, bandwidth_x=bandwidth_x, bandwidth_y=bandwidth_y
+    )
     check_row_chunk(function, row_chunk)
     dtype = accumulator_dtype(x, y, y_hat)
     found = weights_of(function, x.shape[0], weights, where, dtype)

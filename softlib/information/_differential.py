@@ -1,6 +1,5 @@
 """The differential information of two distributions: what turns one into the other."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -165,7 +164,7 @@ def dpo_optimal_policy(
         [0.84 0.16]
     """
     function = "dpo_optimal_policy"
-    _require_positive(function, beta)
+    checks.require_positive_scalars(function, beta=beta)
     space = _Space.of(
         function,
         axis,
@@ -228,7 +227,7 @@ def optimal_rejected_distribution(
         [0.3333 0.6667]
     """
     function = "optimal_rejected_distribution"
-    _require_positive(function, beta)
+    checks.require_positive_scalars(function, beta=beta)
     space = _Space.of(function, axis, where, ref_logp=ref_logp, target_logp=target_logp)
     ref, target = space.arrays
     space = space.within(ref != -jnp.inf)
@@ -399,9 +398,3 @@ def _log_ratio(space: _Space) -> Array:
     # Nothing of the policy is nothing of q, also where the reference has nothing.
     difference = jnp.where(possible, policy, 0) - jnp.where(possible, reference, 0)
     return jnp.where(possible, difference, -jnp.inf)
-
-
-def _require_positive(function: str, beta: Scalar) -> None:
-    checks.require_scalar(function, "beta", beta, -math.inf, math.inf)
-    if isinstance(beta, int | float) and not 0 < beta < math.inf:
-        raise ValueError(f"{function}: `beta` must be positive and finite, got {beta}.")

@@ -4,7 +4,6 @@ Every estimate on them is a log-sum-exp over rows of log-sum-exps within a row, 
 nothing underflows and a row is all that has to exist at a time.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,13 +45,6 @@ def checked_points(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:
                 f"got {array.shape}. Numbers are points of one axis: `{name}[:, None]`."
             )
     return found
-
-
-def check_bandwidth(function: str, **bandwidths: Scalar) -> None:
-    for name, value in bandwidths.items():
-        if isinstance(value, int | float):
-            checks.require_positive_number(function, name, value)
-        checks.require_scalar(function, name, value, 0, math.inf)
 
 
 def check_row_chunk(function: str, row_chunk: int | None) -> None:

@@ -58,7 +58,7 @@ def cross_entropy(
     assert loss is not None
     if rows.uniform_cost is not None:
         loss = (1 - label_smoothing) * loss + label_smoothing * rows.uniform_cost
-    if not _is_zero(logsumexp_penalty):
+    if not is_zero(logsumexp_penalty):
         loss = loss + logsumexp_penalty * rows.lse**2
     return _exceptions(rows, rows.infinite, loss, jnp.inf)
 
@@ -74,7 +74,7 @@ def cross_entropy_statistics(
     checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 1)
     checks.require_scalar(function, "logsumexp_penalty", logsumexp_penalty, 0, math.inf)
     names = {"lse", "label_logits"}
-    if _is_zero(label_smoothing):
+    if is_zero(label_smoothing):
         return names
     if class_weights is not None and not isinstance(source, GivenLogits):
         static = isinstance(label_smoothing, int | float)
@@ -182,6 +182,6 @@ def _exceptions(
     return rows.counted(values)
 
 
-def _is_zero(value: Scalar) -> bool:
+def is_zero(value: Scalar) -> bool:
     """Whether an option is statically off; a traced one is never off."""
     return isinstance(value, int | float) and value == 0

@@ -221,7 +221,5 @@ def _counted(function: str, values: Array, where: Array | None) -> Array:
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if where is None:
         return values
-    checks.require_boolean(function, where=where)
-    shape = values.shape
-    checks.require_broadcastable(function, "where", where, shape, "the batch shape")
-    return jnp.where(jnp.broadcast_to(where, shape), values, 0)
+    where = checks.checked_where(function, where, values.shape, "the batch shape")
+    return jnp.where(where, values, 0)

@@ -295,10 +295,7 @@ def checked(
         )
     checks.require_shape(function, "labels", labels, batch, "the batch shape")
     if where is not None:
-        where = jnp.asarray(where)
-        checks.require_boolean(function, where=where)
-        checks.require_broadcastable(function, "where", where, batch, "the batch shape")
-        where = jnp.broadcast_to(where, batch)
+        where = checks.checked_where(function, where, batch, "the batch shape")
     dtype = accumulator_dtype(state.rows, hidden)
     labels = labels_in_range(labels, state.rows.shape[0])
     return state, hidden.astype(dtype), labels, where

@@ -12,6 +12,8 @@ from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
+from ._compose import is_zero
+
 
 def preference_margin(
     chosen_logps: Float[Array, "*batch"],
@@ -62,7 +64,7 @@ def preference_margin(
         [1. 0.]
     """
     function = "preference_margin"
-    require_positive_scalar(function, "beta", beta)
+    checks.require_positive_scalars(function, beta=beta)
     difference, where = _difference(
         function,
         where,
@@ -144,10 +146,10 @@ def dpo_loss(
         [0.5981 0.6931]
     """
     function = "dpo_loss"
-    require_positive_scalar(function, "beta", beta)
+    checks.require_positive_scalars(function, beta=beta)
     checks.require_scalar(function, "flip_rate", flip_rate, 0, math.nextafter(0.5, 0))
     checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 0.5)
-    if not (_is_zero(flip_rate) or _is_zero(label_smoothing)):
+    if not (is_zero(flip_rate) or is_zero(label_smoothing)):
         raise ValueError(
             f"{function}: `label_smoothing` must be 0 with `flip_rate` (the one is the "
             f"conservative loss, the other the robust one), got "
@@ -161,7 +163,7 @@ def dpo_loss(
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
-    slope = label_smoothing if _is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
+    slope = label_smoothing if is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
     difference, limit = finite_part(difference)
     return counted(where, _logistic(beta * difference, slope, limit))
 
@@ -217,7 +219,7 @@ def simpo_loss(
         [0.31]
     """
     function = "simpo_loss"
-    require_positive_scalar(function, "beta", beta)
+    checks.require_positive_scalars(function, beta=beta)
     checks.require_scalar(function, "gamma", gamma, 0, math.inf)
     (chosen, rejected), where = log_probs_of_sequences(
         function, where, chosen_logps=chosen_logps, rejected_logps=rejected_logps
@@ -239,10 +241,7 @@ def log_probs_of_sequences(
     for name, array in found.items():
         checks.require_shape(function, name, array, shape, f"the shape of `{first}`")
     if where is not None:
-        where = jnp.asarray(where)
-        checks.require_boolean(function, where=where)
-        checks.require_broadcastable(function, "where", where, shape, "the batch shape")
-        where = jnp.broadcast_to(where, shape)
+        where = checks.checked_where(function, where, shape, "the batch shape")
     dtype = accumulator_dtype(*found.values())
     return [counted(where, array.astype(dtype)) for array in found.values()], where
 
@@ -257,15 +256,6 @@ def finite_part(values: Array) -> tuple[Array, Array]:
     finite = jnp.isfinite(values)
     rest = lax.stop_gradient(values)
     return jnp.where(finite, values, 0), jnp.where(finite, 0, rest)
-
-
-def require_positive_scalar(function: str, name: str, value: Scalar) -> None:
-    """A scalar array, or a finite number above 0."""
-    checks.require_scalar(function, name, value, -math.inf, math.inf)
-    if isinstance(value, int | float) and not 0 < value < math.inf:
-        raise ValueError(
-            f"{function}: `{name}` must be positive and finite, got {value}."
-        )
 
 
 def _difference(
@@ -288,7 +278,7 @@ def _logistic(h: Array, slope: Scalar, limit: Array) -> Array:
     """
     value = jax.nn.softplus(-h)
     at_plus: ArrayLike = 0.0
-    if not _is_zero(slope):
+    if not is_zero(slope):
         value = value + slope * h
         fixed = jnp.asarray(lax.stop_gradient(slope), h.dtype)
         at_plus = jnp.where(fixed == 0, 0, jnp.copysign(jnp.inf, fixed))
@@ -313,11 +303,6 @@ def _mean(function: str, total: Array, name: str, lengths: ArrayLike) -> Array:
     mean = total / jnp.where(lengths > 0, lengths, 1).astype(total.dtype)
     without = jnp.where(lengths == 0, 0.0, jnp.nan).astype(total.dtype)
     return jnp.where(lengths > 0, mean, without)
-
-
-def _is_zero(value: Scalar) -> bool:
-    """Whether an option is statically off; a traced one is never off."""
-    return isinstance(value, int | float) and value == 0
 
 
 def _shown(value: Scalar) -> str:

@@ -267,10 +267,7 @@ def rows_that_count(
     if where is None:
         return None
     function, batch = source.function, source.batch
-    where = jnp.asarray(where)
-    checks.require_boolean(function, where=where)
-    checks.require_broadcastable(function, "where", where, batch, "the batch shape")
-    return jnp.broadcast_to(where, batch)
+    return checks.checked_where(function, where, batch, "the batch shape")
 
 
 def per_class(source: Source, class_weights: ArrayLike | None) -> Array | None:

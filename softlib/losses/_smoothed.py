@@ -9,8 +9,6 @@ from softlib._dtypes import accumulator_dtype
 from softlib._masked_mean import masked_mean
 from softlib.typing import Scalar
 
-from ._soft_bellman import token_mask
-
 
 def smoothed_token_loss(
     token_nll: Float[Array, "*batch T"],
@@ -106,7 +104,7 @@ def _counted(
     values = jnp.asarray(values)
     checks.require_floating(function, **{name: values})
     checks.require_rank(function, name, values, 1, "(..., T)")
-    mask = token_mask(function, where, values.shape, f"that of `{name}`")
+    mask = checks.checked_where(function, where, values.shape, f"that of `{name}`")
     return jnp.where(mask, values, 0).astype(accumulator_dtype(values)), mask
 
 

@@ -229,7 +229,7 @@ class _Trajectory:
         checks.require_scalar(function, "beta", beta, 0, jnp.inf)
         dtype = accumulator_dtype(logps, ref_logps, values, rewards)
         self.beta = jnp.asarray(beta, dtype)
-        self.where = token_mask(function, where, shape)
+        self.where = checks.checked_where(function, where, shape, "that of `logps`")
         counted = lambda array: jnp.where(self.where, array, 0).astype(dtype)
         self.values = counted(values)
         self.ratios = counted(logps) - counted(ref_logps)
@@ -241,16 +241,6 @@ class _Trajectory:
     def residual(self, ratios_to_come: Array) -> Array:
         delta = self.values - self.returns + self.beta * ratios_to_come
         return jnp.where(self.where, delta, 0)
-
-
-def token_mask(
-    function: str, where: Any, shape: tuple[int, ...], why: str = "that of `logps`"
-) -> Bool[Array, "*batch T"]:
-    """`where` as an array of the shape of the tokens, all True for None."""
-    where = jnp.asarray(True if where is None else where)
-    checks.require_boolean(function, where=where)
-    checks.require_broadcastable(function, "where", where, shape, why)
-    return jnp.broadcast_to(where, shape)
 
 
 def _starts(

@@ -4,6 +4,7 @@ from typing import Unpack
 
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib import _checks as checks
 from softlib.typing import Scalar
 
 from ._options import LinearHeadOptions, LogitsOptions
@@ -13,7 +14,6 @@ from ._spherical_family import (
     log_spherical_of,
     log_taylor_of,
     loss_of_sums,
-    require_positive,
     squared_error_of,
 )
 
@@ -337,7 +337,7 @@ def spherical_squared_error(
 def _log_spherical_softmax_loss(
     source: Source, labels: Array, where: Array | None, epsilon: Scalar
 ) -> Array:
-    require_positive(source.function, "epsilon", epsilon)
+    checks.require_positive_scalars(source.function, epsilon=epsilon)
 
     def formula(sums: Sums) -> Array:
         return log_spherical_of(sums.label, sums.squares, sums.classes, epsilon)

@@ -118,7 +118,7 @@ def log_spherical_softmax_from_statistics(
         [0.6931]
     """
     function = "log_spherical_softmax_from_statistics"
-    require_positive(function, "epsilon", epsilon)
+    checks.require_positive_scalars(function, epsilon=epsilon)
     label, _, squares = _sums(statistics)
     return log_spherical_of(label, squares, statistics.classes, epsilon)
 
@@ -283,13 +283,6 @@ def loss_of_sums(
 
 
 def require_z_parameters(function: str, a: Scalar, b: Scalar, epsilon: Scalar) -> None:
-    require_positive(function, "a", a)
+    checks.require_positive_scalars(function, a=a)
     checks.require_scalar(function, "b", b, -math.inf, math.inf)
     checks.require_scalar(function, "epsilon", epsilon, 0, math.inf)
-
-
-def require_positive(function: str, name: str, value: Scalar) -> None:
-    if isinstance(value, int | float):
-        checks.require_positive_number(function, name, value)
-    else:
-        checks.require_scalar(function, name, value, 0, math.inf)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from softlib import _checks as checks
 from softlib.typing import Scalar
 
 from ._preference import (
     counted,
     finite_part,
     log_probs_of_sequences,
-    require_positive_scalar,
 )
 
 
@@ -67,7 +67,7 @@ def negative_preference_loss(
         [13.8629  0.    ]
     """
     function = "negative_preference_loss"
-    require_positive_scalar(function, "beta", beta)
+    checks.require_positive_scalars(function, beta=beta)
     (logps, ref_logps), where = log_probs_of_sequences(
         function, where, logps=logps, ref_logps=ref_logps
     )

@@ -116,10 +116,7 @@ def fourier_cross_entropy(
     checks.require_shape(function, "labels", labels, batch, "the batch shape")
     checks.require_positive_integer(function, "num_bins", num_bins)
     if where is not None:
-        where = jnp.asarray(where)
-        checks.require_boolean(function, where=where)
-        checks.require_broadcastable(function, "where", where, batch, "the batch shape")
-        where = jnp.broadcast_to(where, batch)
+        where = checks.checked_where(function, where, batch, "the batch shape")
         a = jnp.where(where[..., None], a, 0)
     valid = (labels >= 0) & (labels < num_bins)
     bins = jnp.where(valid, labels, 0)

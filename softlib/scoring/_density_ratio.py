@@ -72,7 +72,9 @@ def density_ratio_reward(
     strong, weak = strong.astype(dtype), weak.astype(dtype)
     counts: Array | int = shape[-1]
     if where is not None:
-        where = _checked_where(function, where, shape, "strong_logps")
+        where = checks.checked_where(
+            function, where, shape, "the shape of `strong_logps`"
+        )
         # Before the difference: two impossible tokens outside would be NaN.
         strong, weak = jnp.where(where, strong, 0), jnp.where(where, weak, 0)
         counts = where.sum(-1)
@@ -153,7 +155,9 @@ def annotate_preferences(
     rewards = rewards.astype(accumulator_dtype(rewards))
     exists = jnp.ones(rewards.shape, bool)
     if where is not None:
-        exists = _checked_where(function, where, rewards.shape, "rewards")
+        exists = checks.checked_where(
+            function, where, rewards.shape, "the shape of `rewards`"
+        )
     # Responses that do not exist lose every comparison, also against -inf and +inf: the
     # extremes are found first, then the first response that has them.
     known = jnp.where(exists, rewards, 0)
@@ -168,14 +172,3 @@ def annotate_preferences(
     pair = (chosen != rejected) | nan.any(-1)
     best, worst = jnp.where(pair, at(chosen), 0), jnp.where(pair, at(rejected), 0)
     return PreferenceAnnotation(chosen, rejected, best - worst)
-
-
-def _checked_where(
-    function: str, where: Array, shape: tuple[int, ...], name: str
-) -> Array:
-    where = jnp.asarray(where)
-    checks.require_boolean(function, where=where)
-    checks.require_broadcastable(
-        function, "where", where, shape, f"the shape of `{name}`"
-    )
-    return jnp.broadcast_to(where, shape)
