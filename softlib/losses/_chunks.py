@@ -28,9 +28,10 @@ TILE = 2**20
 ROWS = 2**21
 # Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
 BLOCK = 2**25
-# Raw products that the backward pass finds stored: 32 MiB, of a quarter of the classes
-# at most, where they cost more to compute than to keep.
-KEPT = 2**23
+# Raw products that the backward pass finds stored, where they cost more to compute than
+# to keep: 96 MiB, of three quarters of the classes at most. With the scratch of a step,
+# some six tiles, they are smaller than the logits.
+KEPT = 3 * 2**23
 _KEPT_FEATURES = 512
 _LANES = 128
 
@@ -51,7 +52,8 @@ def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
     """How many classes, in whole steps, the forward pass keeps for the backward one."""
     if features < _KEPT_FEATURES:
         return 0
-    most = min(KEPT // max(rows, 1), vocabulary // 4)
+    below = max(vocabulary - 6 * size, 0)
+    most = min(KEPT // max(rows, 1), vocabulary * 3 // 4, below)
     return most // size * size
 
 

@@ -110,8 +110,8 @@ def linear_row_statistics(
     Cost: with N rows 2 N V D flop forward and 6 N V D backward; scratch of a few tiles
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
         float32. Kept for the backward pass: the arguments and O(N) numbers; for up to
-        2048 rows of 512 features or more also products of the first classes, at most a
-        quarter of the classes and 32 MiB. `label_rank` costs a second stream. A
+        2048 rows of 512 features or more also products of the first classes, at most
+        three quarters of them and 96 MiB. `label_rank` costs a second stream. A
         reverse-over-reverse derivative stores the tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
         has a cotangent of its own, label logits come from the tile that enters the

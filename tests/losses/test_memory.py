@@ -53,6 +53,13 @@ def test_scratch_is_a_few_tiles(dtype, vocabulary, vocab_axis):
     assert temporary(program) < 48 * MIB + gradient
 
 
+@pytest.mark.parametrize("vocabulary", [32768, 262144])
+def test_kept_products_are_bounded(vocabulary):
+    """Few rows of many features: the backward pass finds some products stored."""
+    program = compiled(1024, 512, vocabulary, jnp.float32, 1)
+    assert 96 * MIB < temporary(program) < 112 * MIB
+
+
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize("vocabulary", [4096, 4099])
 def test_no_buffer_of_logits_and_no_second_weight(vocabulary, vocab_axis):
