@@ -15,13 +15,15 @@ ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
 # Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
-EVERY ?= 2
+EVERY ?= 3
 
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -n $(WORKERS)
-# Most of the suite's time is compilation, of programs too small to gain from it. `make
-# slow` compiles as users do.
-QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0
+# Most of the suite's time is compilation, of programs too small to gain from it, and many
+# of the last run's. `make slow` compiles as users do.
+QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0 \
+  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -40,7 +42,7 @@ test: lint $(VENV)/.installed-test ## lint, types and the test suite
 
 # A release that lacks something fails in the first cases already.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 8 tests/numerics tests/softmax \
+	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 16 tests/numerics tests/softmax \
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
 
@@ -57,7 +59,7 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
-	$(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
+	$(RUN) -m sphinx -E -W --keep-going -j $(WORKERS) -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers
 	$(RUN) -m benchmarks $(ARGS)
@@ -86,7 +88,7 @@ bench-accelerator: $(VENV)/.installed-bench ## check and time kernels on the GPU
 
 clean: ## remove the environments and whatever was built
 	rm -rf $(VENV) $(OLDEST) $(KERNELS) build dist docs/_build .pytest_cache .ruff_cache \
-	  .hypothesis
+	  .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -16,7 +16,9 @@ import jaxtyping
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests import time_budget
+from tests import time_budget, type_checks
+
+assert type_checks  # pyproject.toml names its function
 
 # Set before the first use of a device. Float32 stays the default: a test that needs
 # float64 asks for it with `jax.enable_x64()`, so that the default path is tested too.

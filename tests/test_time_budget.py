@@ -34,7 +34,14 @@ def test_the_budgets_fit_into_twelve_minutes_on_two_processes(
 def test_the_suite_reports_the_time_of_each_package(pytester):
     here = pathlib.Path(__file__).parent
     pytester.mkdir("tests")
-    for name in ("__init__.py", "conftest.py", "time_budget.py", "time_budget.toml"):
+    table = "time_budget.toml"
+    for name in (
+        "__init__.py",
+        "conftest.py",
+        "time_budget.py",
+        "type_checks.py",
+        table,
+    ):
         pytester.path.joinpath("tests", name).write_text((here / name).read_text())
     folder = pytester.mkdir("tests/losses")
     folder.joinpath("test_x.py").write_text(
