@@ -117,6 +117,6 @@ def _draw_batches(axis: Axes, mined: dict[str, Any], options: Options) -> None:
         text, place = str(stretch.cluster_size), options.refresh_steps * i
         axis.annotate(text, (place, stretch.recall), (0, 6), textcoords="offset points")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.set(xlabel="optimiser step", ylim=(0, None))
+    axis.set(xlabel="optimiser step", ylim=(0, 1.2 * axis.get_ylim()[1]))
     axis.set_title("Triplets in a batch: random against clusters (numbers: their size)")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
