@@ -111,7 +111,7 @@ def _draw_batches(axis: Axes, mined: dict[str, Any], options: Options) -> None:
         axis.plot(steps, precision, "o-", color=colour, label=f"P@1, {kind}")
         starts = options.refresh_steps * np.arange(len(stretches))
         recall = [stretch.recall for stretch in stretches]
-        label = f"nearest definitions in the batch, {kind}"
+        label = f"nearest in the batch, {kind}"
         axis.plot(starts, recall, "s:", color=colour, ms=4, label=label)
     for i, stretch in enumerate(mined["clusters"]):
         text, place = str(stretch.cluster_size), options.refresh_steps * i
