@@ -3,7 +3,8 @@
 The labels of a batch are one that is drawn for each of its definitions; the table of
 all labels is never read, so that what a step costs does not depend on their number. A
 kind of batches is trained in stretches: after each, definitions are embedded and
-clustered anew.
+clustered anew. A step moves few labels, so that the learning rate is far above that of
+the losses that read them all.
 """
 
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def train(
                 loss=triplet,
                 evaluate=lambda model: 1 - measure(model, glosses).precision[0],
                 evaluate_every=options.refresh_steps,
-                learning_rate=options.learning_rate,
+                learning_rate=options.mining_rate,
             ),
             folder=options.out / "checkpoints",
             identity=identity,

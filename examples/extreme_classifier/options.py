@@ -40,8 +40,11 @@ class Options:
     refreshes: Annotated[
         tuple[int, ...],
         Flag("points of a cluster, after each refresh of the clusters in turn"),
-    ] = (1, 4, 8, 16, 32)
-    refresh_steps: Annotated[int, Flag("steps from one refresh to the next")] = 80
+    ] = (1, 1, 2, 4, 8, 16)
+    refresh_steps: Annotated[int, Flag("steps from one refresh to the next")] = 200
+    mining_rate: Annotated[
+        float, Flag("peak learning rate of the triplets, after every refresh")
+    ] = 0.1
     probes: Annotated[
         int, Flag("definitions in which hard negatives are searched for")
     ] = 4096
@@ -68,6 +71,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sampled": 64,
         "refreshes": (1, 64),
         "refresh_steps": 20,
+        "mining_rate": 0.03,
         "probes": 512,
         "out": pathlib.Path("runs/extreme-classifier-smoke"),
     },
@@ -90,6 +94,7 @@ IDENTITY = (
     "sampled",
     "refreshes",
     "refresh_steps",
+    "mining_rate",
     "seed",
 )
 

@@ -111,12 +111,12 @@ def _draw_batches(axis: Axes, mined: dict[str, Any], options: Options) -> None:
         axis.plot(steps, precision, "o-", color=colour, label=f"P@1, {kind}")
         starts = options.refresh_steps * np.arange(len(stretches))
         recall = [stretch.recall for stretch in stretches]
-        label = f"nearest definitions in the batch, {kind}"
+        label = f"nearest in the batch, {kind}"
         axis.plot(starts, recall, "s:", color=colour, ms=4, label=label)
     for i, stretch in enumerate(mined["clusters"]):
         text, place = str(stretch.cluster_size), options.refresh_steps * i
         axis.annotate(text, (place, stretch.recall), (0, 6), textcoords="offset points")
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axis.set(xlabel="optimiser step", ylim=(0, None))
+    axis.set(xlabel="optimiser step", ylim=(0, 1.2 * axis.get_ylim()[1]))
     axis.set_title("Triplets in a batch: random against clusters (numbers: their size)")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)

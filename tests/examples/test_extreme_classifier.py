@@ -20,6 +20,7 @@ from extreme_classifier import (
     scores,
 )
 from language_model.failures import Failure
+from language_model.training import stop_signals
 from matplotlib import image
 from study.command_line import EXAMPLES
 
@@ -77,6 +78,35 @@ def test_clusters_hold_more_of_the_nearest_than_random_batches(smoke):
     # Before the first refresh both are the same to the bit.
     assert random[0] == clusters[0]
     assert clusters[1]["recall"] > 2 * random[1]["recall"]
+
+
+@pytest.mark.slow
+def test_clusters_train_at_least_as_well_as_random_batches(tmp_path):
+    """20,000 definitions, 500 steps; clusters once random batches have begun."""
+    small = dataclasses.replace(
+        options_.Options(),
+        items=20_000,
+        held_out=2000,
+        least=10,
+        buckets=8192,
+        width=32,
+        refreshes=(1, 1, 4, 8),
+        refresh_steps=125,
+        probes=1024,
+    )
+    gains = []
+    for seed in range(3):
+        options = dataclasses.replace(small, seed=seed, out=tmp_path / str(seed))
+        glosses = glosses_.load(options)
+        with stop_signals() as stop:
+            random, clusters = (
+                mining.train(kind, glosses, options, {}, stop)[-1]
+                for kind in mining.KINDS
+            )
+        assert clusters.recall > 2 * random.recall
+        assert random.scores.precision[0] > 0.3
+        gains.append(clusters.scores.precision[0] - random.scores.precision[0])
+    assert np.mean(gains) > 0
 
 
 # -------------------------------------------------------------------------- one line
