@@ -78,7 +78,8 @@ def linear_robust_softmax_cross_entropy(
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `linear_row_statistics`, and in `temperature` and `rho`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Cost: as `linear_softmax_cross_entropy`; a temperature that is differentiated adds
+        two tiles of scratch where `linear_row_statistics` says so.
     Source: "To Cool or not to Cool? Temperature Network Meets Large Foundation Models
         via DRO".
 

@@ -109,7 +109,9 @@ def linear_row_statistics(
         less: for fine-tuning, not for pretraining.
     Cost: with N rows 2 N V D flop forward and 6 N V D backward; scratch of a few tiles
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
-        float32. Kept for the backward pass: the arguments and O(N) numbers; for up to
+        float32. The gradient of `logit_scale` adds two tiles, as does that of
+        `temperature` for narrow operands, a bias, a softcap or a gradient filter;
+        elsewhere it follows from that of `hidden`. Kept for the backward pass: the arguments and O(N) numbers; for up to
         2048 rows of 512 features or more also products of the first classes, at most a
         quarter of the classes and 32 MiB. `label_rank` costs a second stream. A
         reverse-over-reverse derivative stores the tiles, O(N V).
