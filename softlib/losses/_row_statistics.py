@@ -111,10 +111,11 @@ def linear_row_statistics(
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
         float32. The gradient of `logit_scale` adds two tiles, as does that of
         `temperature` for narrow operands, a bias, a softcap or a gradient filter;
-        elsewhere it follows from that of `hidden`. Kept for the backward pass: the arguments and O(N) numbers; for up to
-        2048 rows of 512 features or more also products of the first classes, at most a
-        quarter of the classes and 32 MiB. `label_rank` costs a second stream. A
-        reverse-over-reverse derivative stores the tiles, O(N V).
+        elsewhere it follows from that of `hidden`. Kept for the backward pass: the
+        arguments and O(N) numbers; for up to 2048 rows of 512 features or more also
+        products of the first classes, at most a quarter of the classes and 32 MiB.
+        `label_rank` costs a second stream. A reverse-over-reverse derivative stores the
+        tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
         has a cotangent of its own, label logits come from the tile that enters the
         logsumexp, and no gradient is filtered unless asked for.
