@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
 from ._comp_sum import comp_sum_from_log_prob
 from ._compose import log_probability_of_labels
 from ._options import UncooledLogitsOptions
 from ._rows import rows_that_count
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits
 
 
