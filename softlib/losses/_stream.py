@@ -385,10 +385,12 @@ def _follows(options: Options, head: Head) -> bool:
     """Whether the gradient of the temperature follows from that of `hidden`.
 
     From tiles it takes a sum over each, which keeps one or two more of them at a time.
-    It needs that where the gradient of `hidden` is of rounded tiles, or not of all.
+    It needs that where the gradient of `hidden` is of rounded tiles, or not of all, or
+    would be another product that nobody asks for.
     """
     return (
-        head.modifiers.bias is None
+        options.hidden_is_learned
+        and head.modifiers.bias is None
         and options.logit_softcap is None
         and options.gradient_filter_eps is None
         and _product_dtype(head) == head.dtype

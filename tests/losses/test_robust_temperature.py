@@ -379,6 +379,31 @@ def test_memory_is_that_of_cross_entropy_without_a_temperature(
     assert temporary(robust, arguments) <= 1.2 * wanted
 
 
+def test_a_temperature_alone_costs_no_product_for_the_gradient_of_hidden():
+    """A network of temperatures is trained beside a head that is not."""
+    struct = jax.ShapeDtypeStruct
+    operands = (
+        struct((64, 16), jnp.float32),
+        struct((2048, 16), jnp.float32),
+        struct((64,), jnp.int32),
+        struct((64,), jnp.float32),
+    )
+
+    def total(hidden, weight, labels, tau):
+        loss = losses.linear_robust_softmax_cross_entropy
+        return loss(hidden, weight, labels, tau, rho=1.0, vocab_chunk=512).sum()
+
+    def products(function):
+        return (jax.jit(function).lower(*operands).compile().as_text() or "").count(
+            " dot("
+        )
+
+    forward = products(total)
+    assert forward == 1
+    assert products(jax.grad(total, 3)) == 2 * forward
+    assert products(jax.grad(total, (0, 3))) == 3 * forward
+
+
 def test_the_gradient_of_a_temperature_is_that_of_its_tiles():
     """Without a bias it comes from the gradient of hidden, with one from the tiles."""
     random = np.random.default_rng(0)
