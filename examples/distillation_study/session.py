@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from language_model.checkpoints import delete_run
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from softlib import information, losses
 
@@ -22,16 +22,9 @@ BATCH = 128
 EVALUATIONS = 4
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     identity = {name: getattr(options, name) for name in IDENTITY}
     histories: dict[str, list] = {}
 

@@ -6,24 +6,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from language_model.checkpoints import delete_run
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import aligned, model as model_, report, text
 from .options import IDENTITY, Options
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     corpus = text.load(options)
     batches = text.Batches(corpus.train, options.batch, options.length, options.seed)
     longest = options.length * options.factor

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from language_model.checkpoints import delete_run
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import model as model_, report, series as series_
 from .options import IDENTITY, Options
@@ -38,16 +38,9 @@ class Result(NamedTuple):
     forecasts: np.ndarray
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     data = {n: f for n, f in series_.load(options.data).items() if n in options.series}
     results: list[Result] = []
     for name, forecast in data.items():

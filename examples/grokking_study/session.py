@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from language_model.checkpoints import Record, delete_run
-from language_model.training import Stop, stop_signals
+from language_model.checkpoints import Record
+from language_model.training import Stop
 from study import output
+from study.session import stoppable
 
 from . import report, training
 from .options import Options
@@ -12,16 +13,9 @@ from .options import Options
 GENERALISED = 0.99
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     curves: dict[training.Plan, list[Record]] = {}
     for plan in training.plans(options):
         curves[plan] = training.train(

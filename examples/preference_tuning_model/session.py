@@ -5,10 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from language_model.checkpoints import delete_run
 from language_model.failures import Failure
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import (
     model as model_,
@@ -22,16 +22,9 @@ from .options import IDENTITY, MODEL_IDENTITY, Options
 from .text import Text
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     text = text_.load(options)
     folder = options.out / "checkpoints"
     identity = {"corpus": text.digest[:16]}

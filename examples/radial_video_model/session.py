@@ -5,25 +5,18 @@ from typing import Any
 
 import jax
 from flax import nnx
-from language_model.checkpoints import delete_run
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import cost, extension, model as model_, report, video
 from .options import IDENTITY, Options
 from .task import Clips, HeldOut, mean_loss
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     patches = video.load(options.video)
     first = options.train_frames
     codec = video.Codec.fit(patches[:first], options.components)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from flax import nnx
-from language_model.checkpoints import delete_run
 from language_model.failures import Failure
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import exact, model as model_, report, sites as sites_, task, toy
 from .options import IDENTITY, Options
@@ -41,16 +41,9 @@ class Guided(NamedTuple):
     letters: float
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     sites = sites_.load(options.sites)
     common = sites.of_count(options.common)
     if not 0 < len(common.tokens) < len(sites.tokens):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output
+from study.session import stoppable
 
 from softlib import losses
 
@@ -40,13 +41,8 @@ class Evaluation(NamedTuple):
     rank: float
 
 
-def run(options: Options) -> None:
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     task = pairs_.load(
         options.corpus,
         context=options.context,

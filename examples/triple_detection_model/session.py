@@ -3,25 +3,18 @@
 import dataclasses
 from typing import Any
 
-from language_model.checkpoints import delete_run
-from language_model.training import Stop, stop_signals
+from language_model.training import Stop
 from study import output, training
+from study.session import stoppable
 
 from . import cost, hand_set, maps, model as model_, report
 from .options import IDENTITY, Options
 from .task import Sequences, mean_loss
 
 
-def run(options: Options) -> None:
+@stoppable
+def run(options: Options, stop: Stop) -> None:
     """Trains (or resumes, or finds complete) the run in `options.out` and reports."""
-    with stop_signals() as stop:
-        _run(options, stop)
-
-
-def _run(options: Options, stop: Stop) -> None:
-    output.make_folder(options.out)
-    if options.fresh:
-        delete_run(options.out)
     by_hand = [
         hand_set.measure(dtype, n, options)
         for dtype in hand_set.DTYPES

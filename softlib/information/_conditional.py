@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
 
@@ -199,7 +200,8 @@ def conditional_mutual_information(
             0, and centroids leave the row out.
 
     Returns:
-        A number per row, float32 (float64 if an argument is float64).
+        A number per row, float32 (float64 if an argument is float64); 0, without
+        gradient and without a part in its centroid, for a row of -inf only.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -224,9 +226,10 @@ def conditional_mutual_information(
     classes = _outcomes(function, "logits", logits)
     kept = _kept(function, labels, where, logits.shape[0])
     dtype = accumulator_dtype(logits)
-    log_p = jax.nn.log_softmax(jnp.where(kept[:, None], logits.astype(dtype), 0))
+    some = kept & (logits != -jnp.inf).any(1)
+    log_p = jax.nn.log_softmax(jnp.where(some[:, None], logits.astype(dtype), 0))
     if centroids is None:
-        sums = _sums(function, jnp.exp(log_p), labels, classes, where)
+        sums = _sums(function, jnp.exp(log_p), labels, classes, some)
         centroids = sums.centroids()
     centroids = jnp.asarray(centroids)
     checks.require_floating(function, centroids=centroids)
@@ -234,10 +237,11 @@ def conditional_mutual_information(
     why = "as many outcomes as `logits`"
     checks.require_shape(function, "centroids", centroids, (count, classes), why)
     q = lax.stop_gradient(centroids).astype(jnp.promote_types(dtype, centroids.dtype))
-    inside = (labels >= 0) & (labels < count)
+    labels = labels_in_range(labels, count)
+    inside = labels >= 0
     counts = kept & inside
     q = q[jnp.where(counts, labels, 0)]
-    found = jnp.where(counts, _divergence(log_p, q), 0)
+    found = jnp.where(counts & some, _divergence(log_p, q), 0)
     return jnp.where(kept & ~inside, jnp.nan, found)
 
 
@@ -264,7 +268,8 @@ def _sums(
     checks.require_positive_integer(function, "num_classes", num_classes)
     outcomes = _outcomes(function, "probs", probs)
     kept = _kept(function, labels, where, probs.shape[0])
-    kept = kept & (labels >= 0) & (labels < num_classes)
+    labels = labels_in_range(labels, num_classes)
+    kept = kept & (labels >= 0)
     dtype = accumulator_dtype(probs)
     probs = jnp.where(kept[:, None], probs.astype(dtype), 0)
     labels = jnp.where(kept, labels, 0)

@@ -12,13 +12,13 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
 from ._comp_sum import comp_sum_from_log_prob
 from ._compose import log_probability_of_labels
 from ._options import UncooledLogitsOptions
 from ._rows import rows_that_count
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits
 
 
@@ -134,7 +134,8 @@ def projected_gradient_ascent(
     attack. Returned is the best point that was visited, example by example.
 
     Args:
-        objective: A value per example, of which only its own input is changed.
+        objective: A value per example, of which only its own input is changed. Any
+            number is better than NaN.
         x: The centres.
         radius: Of the ball, at least 0; a number or a traced scalar.
         norm: Static; 2 or `math.inf`, over all axes but the first.
@@ -199,7 +200,7 @@ def projected_gradient_ascent(
         direction = jnp.sign(slope) if norm != 2 else slope / _some(_length(slope))
         points = project(points + step_size * direction)
         now = of(points)
-        better = now > value
+        better = (now > value) | jnp.isnan(value)
         best = jnp.where(_like(better, best), points, best)
         return points, best, jnp.where(better, now, value)
 

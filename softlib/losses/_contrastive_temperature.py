@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.typing import PerRow, Scalar
 
 
@@ -213,7 +214,8 @@ def global_contrastive_update(
     dtype = accumulator_dtype(before, h)
     scaled = jnp.where(keep, h, 0).astype(dtype) / tau[:, None]
 
-    known = (ids >= 0) & (ids < before.shape[0])
+    ids = labels_in_range(ids, before.shape[0])
+    known = ids >= 0
     old = before.astype(dtype)[jnp.where(known, ids, 0)]
     count = keep.sum(-1)
     some = count > 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
 from . import _pair_terms
@@ -14,7 +15,6 @@ from ._compose import log_probability_of_labels
 from ._expm1 import expm1
 from ._pairs import SourcePair
 from ._rows import rows_that_count, weigh
-from ._source_rows import labels_in_range
 
 
 class LogitsDistillationOptions(TypedDict, total=False):

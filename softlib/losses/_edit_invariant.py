@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
 from softlib.typing import Scalar
@@ -17,7 +18,6 @@ from softlib.typing import Scalar
 from ._options import LinearHeadOptions, LogitsOptions
 from ._rows import rows_that_count
 from ._shared_labels import log_probs_of_shared_labels
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits, LinearHead, Source
 
 type Mode = Literal["softmax", "gumbel", "logsumexp"]

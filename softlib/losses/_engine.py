@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from softlib import _dispatch
@@ -71,13 +72,18 @@ def _linear(
 
 
 def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
+    # In the structure of the residuals, because whether it is learned is static.
+    hidden: Any = head.hidden
+    learned = () if hidden.perturbed else None
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    head = jax.tree.map(lambda primal: primal.value, head, is_leaf=is_primal)
     options_of_both = with_residuals(options)
     if made.kernels:
         made = _keeping(made, options_of_both, head)
         found, kept = _dispatch.execute(made, options_of_both, head)
     else:
         found, kept = _stream.forward_keeping(options_of_both, head)
-    residuals = (head, found.lse, found.mean_logit, kept)
+    residuals = (head, found.lse, found.mean_logit, kept, learned)
     return _tile.only(found, options), residuals
 
 
@@ -112,18 +118,25 @@ def _linear_backward(
     made: Plan,
     names: Implementations,
     options: Options,
-    residuals: tuple[Head, Array | None, Array | None, Array | None],
+    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
     cotangents: RowStatistics,
 ):
-    head, lse, mean, kept = residuals
-    rows = RowCotangents(lse, mean, differentiable(cotangents))
+    head, lse, mean, kept, learned = residuals
+    rows = RowCotangents(lse, mean, _instantiated(differentiable(cotangents)))
+    options = dataclasses.replace(options, hidden_is_learned=learned is not None)
     gradient: HeadGradient = _dispatch.run(
         LINEAR_GRADIENT, names, options, BackwardOperands(head, rows, kept)
     )
     return (Head(gradient.hidden, gradient.weight, None, gradient.modifiers),)
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+def _instantiated(cotangents: RowStatistics) -> RowStatistics:
+    is_zero = lambda leaf: isinstance(leaf, SymbolicZero)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if is_zero(leaf) else leaf
+    return jax.tree.map(zeros, cotangents, is_leaf=is_zero)
+
+
+_linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
 
 
 def _linear_reference(options: Options, head: Head) -> RowStatistics:

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
 from ._positives import require_ids
@@ -117,7 +118,7 @@ def propensity_scored_precision_at_k(
 
     Returns:
         A number in $[0, 1]$, in the dtype of `propensities` or float32; 0 without a
-        positive.
+        positive. NaN if a positive of a row that counts has no propensity.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -146,13 +147,19 @@ def propensity_scored_precision_at_k(
     inverse = 1 / propensities.astype(
         jnp.promote_types(propensities.dtype, jnp.float32)
     )
-    value = lambda ids: jnp.where(ids < 0, 0, inverse[jnp.where(ids < 0, 0, ids)])
+
+    def value(ids: Array) -> Array:
+        known = labels_in_range(ids, len(inverse))
+        found = jnp.where(known < 0, jnp.nan, inverse[jnp.where(known < 0, 0, known)])
+        return jnp.where(ids < 0, 0, found)
+
     gained = jnp.where(hits, value(ranking[..., :k]), 0).sum(-1)
     most = min(k, positives.shape[-1])
     possible = lax.top_k(value(positives), most)[0].sum(-1) if most else 0 * gained
     gained, possible = (_counted(function, a, where) for a in (gained, possible))
     best = possible.sum()
-    return jnp.where(best > 0, gained.sum() / jnp.where(best > 0, best, 1), 0)
+    none = best == 0
+    return jnp.where(none, 0, gained.sum() / jnp.where(none, 1, best))
 
 
 def label_propensities(

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 
-from ._source_rows import labels_in_range
 from ._spherical_family import SphericalStatistics
 
 

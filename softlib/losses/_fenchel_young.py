@@ -20,13 +20,13 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
 from softlib.softmax._entmax import log_probability, require_below_two, solution
 from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
 
 from ._rows import rows_that_count
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits
 
 

@@ -63,8 +63,11 @@ def mcmi_loss(
     """
     function = "mcmi_loss"
     checks.require_scalar(function, "weight", weight, 0, math.inf)
-    centroids = jnp.asarray(centroids)
-    logits = jnp.asarray(logits)
+    logits, centroids = jnp.asarray(logits), jnp.asarray(centroids)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"{function}: `logits` must have shape (N, C), got {logits.shape}."
+        )
     checks.require_shape(
         function, "centroids", centroids, (logits.shape[-1],) * 2, "one per class"
     )

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
@@ -25,7 +26,7 @@ from ._pair_engine import GivenPair
 from ._pair_stream import Pair, PairOptions
 from ._pair_terms import Divergence
 from ._rows import rows_that_count
-from ._source_rows import collapsed, collapsed_modifiers, label_rows, labels_in_range
+from ._source_rows import collapsed, collapsed_modifiers, label_rows
 from ._sources import GivenLogits, LinearHead
 from ._stream import Head
 

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 
 from ._rows import rows_that_count
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits, Source
 from ._tile import RowStatistics
 

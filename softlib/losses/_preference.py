@@ -9,10 +9,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from softlib import _checks as checks
-from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 from ._compose import is_zero
+from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 
 def preference_margin(
@@ -228,34 +228,6 @@ def simpo_loss(
     of_rejected = _mean(function, rejected, "rejected_lengths", rejected_lengths)
     difference, limit = finite_part(of_chosen - of_rejected)
     return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
-
-
-def log_probs_of_sequences(
-    function: str, where: ArrayLike | None, **arrays: ArrayLike
-) -> tuple[list[Array], Array | None]:
-    """Checked log-probabilities of one shape and dtype, 0 where `where` is False."""
-    found = {name: jnp.asarray(array) for name, array in arrays.items()}
-    checks.require_floating(function, **found)
-    first = next(iter(found))
-    shape = found[first].shape
-    for name, array in found.items():
-        checks.require_shape(function, name, array, shape, f"the shape of `{first}`")
-    if where is not None:
-        where = checks.checked_where(function, where, shape, "the batch shape")
-    dtype = accumulator_dtype(*found.values())
-    return [counted(where, array.astype(dtype)) for array in found.values()], where
-
-
-def counted(where: Array | None, values: Array) -> Array:
-    """0 where `where` is False."""
-    return values if where is None else jnp.where(where, values, 0)
-
-
-def finite_part(values: Array) -> tuple[Array, Array]:
-    """The values with 0 for what is not finite, and without a gradient the rest."""
-    finite = jnp.isfinite(values)
-    rest = lax.stop_gradient(values)
-    return jnp.where(finite, values, 0), jnp.where(finite, 0, rest)
 
 
 def _difference(

@@ -78,7 +78,8 @@ def linear_robust_softmax_cross_entropy(
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `linear_row_statistics`, and in `temperature` and `rho`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Cost: as `linear_softmax_cross_entropy`; a temperature that is differentiated adds
+        two tiles of scratch where `linear_row_statistics` says so.
     Source: "To Cool or not to Cool? Temperature Network Meets Large Foundation Models
         via DRO".
 
@@ -187,7 +188,10 @@ def linear_optimal_temperature(
     Derivatives: first, reverse mode, by the implicit function theorem: with
         $x = z / \tau$ and $w$ its softmax, $\partial \tau / \partial z_j = w_j (x_j -
         \mathrm{E}_w x) / \mathrm{Var}_w x$ and $\partial \tau / \partial \rho = -\tau /
-        \mathrm{Var}_w x$; at an end of the range that of the end.
+        \mathrm{Var}_w x$; at an end of the range that of the end. A second one would
+        differentiate the variance, which is itself read off a backward pass, and hence
+        keep every tile, O(N V): then `linear_logits` and `optimal_temperature`, of any
+        order, ask for no more.
     Cost: `num_steps` + 3 forward passes of `linear_row_statistics`; with a derivative
         two backward passes.
     Source: "To Cool or not to Cool? Temperature Network Meets Large Foundation Models

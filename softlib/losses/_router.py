@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.softmax import logsumexp
 from softlib.typing import AxisName
@@ -71,8 +72,12 @@ def load_balancing_loss(
         )
     axes = _token_axes(function, axis, len(batch))
     counts = _over_experts(function, where, batch)
-    chosen = jax.nn.one_hot(expert_indices, experts, dtype=bool).any(-2)
-    bad = ((expert_indices < -1) | (expert_indices >= experts)).any(-1)[..., None]
+    selected = labels_in_range(expert_indices, experts)
+    chosen = jax.nn.one_hot(selected, experts, dtype=bool).any(-2)
+    bad = selected < 0
+    if jnp.issubdtype(expert_indices.dtype, jnp.signedinteger):
+        bad = bad & (expert_indices != -1)  # an unsigned -1 is the largest number
+    bad = bad.any(-1)[..., None]
     fractions = jnp.where(bad, jnp.nan, chosen.astype(accumulator_dtype(router_probs)))
     mean = lambda y: masked_mean(y, counts, axes, axis_name=axis_name)
     return experts * (mean(fractions) * mean(router_probs)).sum(-1)

@@ -109,10 +109,13 @@ def linear_row_statistics(
         less: for fine-tuning, not for pretraining.
     Cost: with N rows 2 N V D flop forward and 6 N V D backward; scratch of a few tiles
         of at most 8 MiB and, where `hidden` is narrower than float32, its gradient in
-        float32. Kept for the backward pass: the arguments and O(N) numbers; for up to
-        2048 rows of 512 features or more also products of the first classes, at most
-        three quarters of them and 96 MiB. `label_rank` costs a second stream. A
-        reverse-over-reverse derivative stores the tiles, O(N V).
+        float32. The gradient of `logit_scale` adds two tiles, as does that of
+        `temperature` for narrow operands, a bias, a softcap or a gradient filter;
+        elsewhere it follows from that of `hidden`. Kept for the backward pass: the
+        arguments and O(N) numbers; for up to 2048 rows of 512 features or more also
+        products of the first classes, at most three quarters of them and 96 MiB.
+        `label_rank` costs a second stream. A reverse-over-reverse derivative stores the
+        tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
         has a cotangent of its own, label logits come from the tile that enters the
         logsumexp, and no gradient is filtered unless asked for.

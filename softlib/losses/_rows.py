@@ -15,8 +15,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 
-from ._source_rows import labels_in_range
 from ._sources import GivenLogits, Source, require_per_class
 from ._tile import RowStatistics
 

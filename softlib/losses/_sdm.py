@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.softmax import log_sdm
 
 
@@ -77,7 +78,8 @@ def sdm_loss(
         q, d = (jnp.where(where, _onto(value, batch), 0) for value in (q, d))
         logits = jnp.where(where[..., None], logits, 0)
     log_p = log_sdm(logits, q, d, base="similarity", where=class_where)
-    outside = (labels < 0) | (labels >= classes)
+    labels = labels_in_range(labels, classes)
+    outside = labels < 0
     if not classes:
         loss = jnp.zeros(batch, logits.dtype)
     else:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.typing import Scalar
 
@@ -225,7 +226,8 @@ def _targets(
     else:
         checks.require_integer(function, labels=labels)
         checks.require_shape(function, "labels", labels, (rows,), "one per row")
-        outside = kept & ((labels < 0) | (labels >= classes))
+        labels = labels_in_range(labels, classes)
+        outside = kept & (labels < 0)
         ids = jnp.where(kept & ~outside, labels, 0)[:, None]
         values = jnp.ones((rows, 1), dtype)
         distribution = (every[None, :] == ids).astype(dtype)

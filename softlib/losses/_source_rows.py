@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from softlib._ids import labels_in_range
+
 from ._tile import Modifiers, Options, Ranked, RowStatistics, logits_of, select
 
 type Shape = tuple[int, ...]
@@ -86,14 +88,6 @@ def ranked_rows(
         return None
     rows = math.prod(batch)
     return Ranked(labels.reshape(rows, -1), label_logits.reshape(rows, -1))
-
-
-def labels_in_range(labels: Array, vocabulary: int) -> Array:
-    """The labels as int32, -1 where they are outside [0, vocabulary)."""
-    if jnp.iinfo(labels.dtype).max < vocabulary:
-        labels = labels.astype(jnp.int32)  # a narrow type cannot be compared with V
-    valid = (labels >= 0) & (labels < vocabulary)
-    return jnp.where(valid, labels, -1).astype(jnp.int32)
 
 
 def shaped(

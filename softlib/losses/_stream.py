@@ -60,6 +60,7 @@ class RowSums(NamedTuple):
 
     hidden: Float[Array, "rows D"] | Float[Array, "D rows"]
     logit_scale: Float[Array, " rows"] | None
+    # None also where it follows from the gradient of hidden.
     temperature: Float[Array, " rows"] | None
 
 
@@ -271,7 +272,8 @@ def gradient_sums_of_heads(
             contract = (1, own.vocab_axis)
             dhidden = product(draw, mine.weight, contract, own, mine.dtype)
             dweight = product(columns, draw, (1, 0), own, mine.dtype)
-        of_rows = RowSums(dhidden, found.logit_scale, found.temperature)
+        dtemperature = None if _follows(own, mine) else found.temperature
+        of_rows = RowSums(dhidden, found.logit_scale, dtemperature)
         return of_rows, ClassSums(dweight, found.bias, found.class_log_weights)
 
     def of_tile(total, parts, start, group, raw):
@@ -333,16 +335,16 @@ def gradient_sums_of_heads(
         raw = lax.dynamic_slice_in_dim(kept, start, size, class_axis)
         return step(carry, start, size, raw)
 
-    def piece(head: Head) -> RowSums:
+    def piece(own: Options, head: Head) -> RowSums:
         rows, features = cut.size, head.hidden.shape[1]
         per_row = lambda operand: None if operand is None else zeros(head, rows)
         return RowSums(
             zeros(head, features, rows) if across else zeros(head, rows, features),
             per_row(head.modifiers.logit_scale),
-            per_row(head.modifiers.temperature),
+            None if _follows(own, head) else per_row(head.modifiers.temperature),
         )
 
-    total = cut.zeros(tuple(map(piece, heads)))
+    total = cut.zeros(tuple(map(piece, options, heads)))
     carry = (match_varying(total, heads[0].hidden), classes)
     first = 0
     if kept is not None:
@@ -361,16 +363,37 @@ def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
     """The sums in the dtypes and shapes of the operands."""
     bias, scale, temperature = head.modifiers[:3]
     log_weights = head.modifiers.class_log_weights
+    dtemperature = sums.temperature
+    if temperature is not None and dtemperature is None:
+        # z = s h W / T: by Euler's theorem of homogeneous functions.
+        of_hidden = (head.hidden.astype(head.dtype) * sums.hidden).sum(1)
+        dtemperature = 0 - of_hidden / temperature.astype(head.dtype)
     return HeadGradient(
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
         Modifiers(
             _tile_gradient.cast_like(bias, classes.bias),
             _tile_gradient.summed_like(scale, sums.logit_scale),
-            _tile_gradient.summed_like(temperature, sums.temperature),
+            _tile_gradient.summed_like(temperature, dtemperature),
             None,
             _tile_gradient.cast_like(log_weights, classes.class_log_weights),
         ),
+    )
+
+
+def _follows(options: Options, head: Head) -> bool:
+    """Whether the gradient of the temperature follows from that of `hidden`.
+
+    From tiles it takes a sum over each, which keeps one or two more of them at a time.
+    It needs that where the gradient of `hidden` is of rounded tiles, or not of all, or
+    would be another product that nobody asks for.
+    """
+    return (
+        options.hidden_is_learned
+        and head.modifiers.bias is None
+        and options.logit_softcap is None
+        and options.gradient_filter_eps is None
+        and _product_dtype(head) == head.dtype
     )
 
 

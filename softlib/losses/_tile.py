@@ -99,6 +99,9 @@ class Options:
     # labels, from which a loss near 0 follows without cancellation: lse - z_y rounds to
     # 0 early.
     exclude_labels: bool = False
+    # Whether the gradient of hidden is asked for: what is cheap beside it may be dear
+    # without it.
+    hidden_is_learned: bool = True
 
     def wants(self, *names: str) -> bool:
         return any(name in self.statistics for name in names)

@@ -8,11 +8,7 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib.typing import Scalar
 
-from ._preference import (
-    counted,
-    finite_part,
-    log_probs_of_sequences,
-)
+from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 
 def negative_preference_loss(

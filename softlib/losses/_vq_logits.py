@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
 
 from ._compose import log_probability_of_labels
 from ._options import LinearHeadOptions
 from ._rows import rows_that_count
-from ._source_rows import labels_in_range
 from ._sources import LinearHead
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
 from softlib.softmax import softmax
 
@@ -72,7 +73,8 @@ def calibrated_confidence(
     checks.require_boolean(function, where=counts)
     checks.require_shape(function, "where", counts, nll.shape, why)
 
-    inside = (groups >= 0) & (groups < num_groups)
+    groups = labels_in_range(groups, num_groups)
+    inside = groups >= 0
     ids = jnp.where(inside, groups, 0)
     wide = jnp.where(counts, nll, 0).astype(jnp.promote_types(nll.dtype, jnp.float32))
     # The share of each sample; those of a group, all e^-s, add up to n e^-s.

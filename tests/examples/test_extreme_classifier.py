@@ -2,11 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
 import lzma
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +20,8 @@ from language_model.training import stop_signals
 from matplotlib import image
 from study.command_line import EXAMPLES
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "train_extreme_classifier.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
 
@@ -31,14 +29,7 @@ SMALL = options_.Options(**options_.PRESETS["smoke"])
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,7 @@
 
 import dataclasses
 import functools
-import json
-import os
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +15,8 @@ from language_model.training import Stop
 from matplotlib import image
 from study.command_line import EXAMPLES
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "grokking.py"
 SMOKE = options_.Options(**options_.PRESETS["smoke"])
 TINY = options_.Options(width=8, points=3)
@@ -28,15 +26,9 @@ TINY = options_.Options(width=8, points=3)
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    metrics = json.loads((out / "metrics.json").read_text())
+    out, metrics, printed = complete_run(SCRIPT, out)
     curves = {f"{r['method']}-{r['modulus']}": r["curve"] for r in metrics["results"]}
-    return out, curves, done.stdout
+    return out, curves, printed
 
 
 # ------------------------------------------------------------------------ a whole run

@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +17,8 @@ from matplotlib import image
 from study import training
 from study.command_line import EXAMPLES
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "length_extrapolation.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
 
@@ -32,15 +31,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def smoke(folder):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = folder / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke"]
-    command += ["--out", str(out), "--cache", str(folder / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, folder / "smoke", "--cache", folder / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,6 @@
 """The preference example: a short real run, and the promises of its parts."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -22,6 +18,8 @@ from preference_tuning_model import (
 )
 from study.command_line import EXAMPLES
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "preference_tuning.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
 TINY = dataclasses.replace(SMALL, vocabulary_size=300, width=8, heads=2, context=12)
@@ -32,13 +30,8 @@ def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
     # Most of a run this short is the compiler's.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    command += ["--cache", str(out / "cache")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    flags = "--xla_backend_optimization_level=0"
+    return complete_run(SCRIPT, out, "--cache", out / "cache", xla_flags=flags)
 
 
 # ------------------------------------------------------------------------ a whole run

@@ -2,11 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
-import os
 import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -25,6 +21,7 @@ from radial_video_model import (
 from study.command_line import EXAMPLES
 
 from softlib import masks
+from tests.examples.smoke import complete_run
 
 SCRIPT = EXAMPLES / "radial_video.py"
 SMALL = dataclasses.replace(
@@ -32,21 +29,10 @@ SMALL = dataclasses.replace(
 )
 
 
-def finish(*arguments: object) -> subprocess.CompletedProcess:
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    done = finish("--out", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.fixture(scope="module")

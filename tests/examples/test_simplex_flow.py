@@ -2,11 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
 import lzma
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +22,8 @@ from simplex_flow_model import (
 )
 from study.command_line import EXAMPLES
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "simplex_flow.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
 
@@ -33,14 +31,7 @@ SMALL = options_.Options(**options_.PRESETS["smoke"])
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
 """The example of a head in factors: a short real run, and the promises of its parts."""
 
 import dataclasses
-import json
 import lzma
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,6 +12,7 @@ from spherical_head_model import model as model_, options as options_, pairs, se
 from study.command_line import EXAMPLES
 
 from softlib import losses
+from tests.examples.smoke import complete_run
 
 SCRIPT = EXAMPLES / "train_spherical_head.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
@@ -27,14 +24,7 @@ SPEECHES = (
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
 
 
 @pytest.fixture

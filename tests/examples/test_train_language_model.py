@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -21,25 +22,15 @@ from language_model.checkpoints import Checkpoints
 from language_model.failures import Failure, reason
 from language_model.model import LanguageModel, rotate
 
+from tests.examples import smoke as smoke_
+
 SCRIPT = pathlib.Path(options_.EXAMPLES) / "train_language_model.py"
 # Long enough to be stopped half-way, at milliseconds a step.
 LONG = ("--steps", "200", "--checkpoint-every", "20", "--evaluate-every", "40")
 SHORT_REPORT = ("--compare", "0", "--no-memory-chart", "--sample-tokens", "0")
 
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(SCRIPT), "--preset", "smoke", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    """This process's, without what would change the devices of the child."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-
-
-def finish(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment()
-    )
+command = functools.partial(smoke_.command, SCRIPT)
+finish = functools.partial(smoke_.finish, SCRIPT)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +176,7 @@ def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=smoke_.environment(),
         )
         while latest_checkpoint(out) < when and process.poll() is None:
             time.sleep(0.002)
@@ -229,7 +220,7 @@ def test_killed_while_saving_leaves_a_checkpoint_to_resume_from(folder, smoke):
     for delay in delays:
         before = latest_checkpoint(killed)
         process = subprocess.Popen(
-            command(*run(killed)), stdout=subprocess.DEVNULL, env=environment()
+            command(*run(killed)), stdout=subprocess.DEVNULL, env=smoke_.environment()
         )
         while latest_checkpoint(killed) <= before and process.poll() is None:
             time.sleep(0.002)
@@ -272,7 +263,7 @@ def test_file_that_cannot_grow_is_one_line_and_keeps_the_earlier_checkpoint(
         [sys.executable, "-c", limited, *run],
         capture_output=True,
         text=True,
-        env=environment(),
+        env=smoke_.environment(),
     )
     assert done.returncode == 2
     assert done.stderr == (

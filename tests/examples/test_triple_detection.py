@@ -3,9 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -22,6 +19,8 @@ from triple_detection_model import (
     task,
 )
 
+from tests.examples.smoke import complete_run
+
 SCRIPT = EXAMPLES / "triple_detection.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])
 
@@ -29,14 +28,7 @@ SMALL = options_.Options(**options_.PRESETS["smoke"])
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
-    out = tmp_path_factory.mktemp("runs") / "smoke"
-    # This process's environment, without what would change the devices of the child.
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, str(SCRIPT), "--preset", "smoke", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return out, json.loads((out / "metrics.json").read_text()), done.stdout
+    return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
 
 
 # ------------------------------------------------------------------------ a whole run

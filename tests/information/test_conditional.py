@@ -90,6 +90,21 @@ def test_gradient_of_the_sum_is_whole_although_centroids_are_constants():
         np.testing.assert_allclose(constant, jax.grad(whole)(logits), atol=1e-13)
 
 
+def test_a_row_without_outcomes_is_0_and_leaves_its_centroid_alone():
+    logits, labels = problem()
+    empty = logits.at[3].set(-jnp.inf)
+    for centroids in (None, jax.nn.softmax(jnp.eye(4))):
+        found, gradient = jax.value_and_grad(
+            lambda z, own=centroids: cmi(z, labels, centroids=own).sum()
+        )(empty)
+        wanted = cmi(
+            jnp.delete(logits, 3, 0), jnp.delete(labels, 3), centroids=centroids
+        )
+        np.testing.assert_allclose(found, wanted.sum(), rtol=1e-5)
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[3], 0)
+
+
 def test_rows_that_do_not_count_and_labels_without_a_class():
     logits, labels = problem()
     where = jnp.arange(20) != 3

@@ -246,6 +246,21 @@ def test_ascent_stays_in_ball_and_box_and_never_gets_worse(norm):
     assert value.mean() > objective(x).mean() + 1
 
 
+def test_ascent_leaves_points_at_which_the_objective_is_nan():
+    """As of a model that overflows there: a start without a value is no best point."""
+    unknown = lambda x: jax.lax.stop_gradient(jnp.where(x > 0, 0, jnp.nan))
+    found = projected_gradient_ascent(
+        lambda x: (x + unknown(x)).sum(-1),
+        jnp.zeros((16, 1)),
+        radius=1.0,
+        norm=math.inf,
+        steps=8,
+        step_size=0.3,
+        key=jax.random.key(0),
+    )
+    np.testing.assert_allclose(found, 1)
+
+
 def test_ascent_starts_at_random_and_leaves_a_norm_at_its_kink():
     """From the centre the gradient of the distance is 0: it would stay there."""
     x = jnp.zeros((4, 3))

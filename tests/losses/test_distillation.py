@@ -385,6 +385,11 @@ def test_mcmi_loss_matches_independent_vectors(vectors):
     [
         (lambda z, y: losses.mcmi_loss(z, y, z, weight=-1), ValueError, "`weight`"),
         (
+            lambda z, y: losses.mcmi_loss(z[0], y[0], z, weight=1),
+            ValueError,
+            r"mcmi_loss: `logits` must have shape \(N, C\)",
+        ),
+        (
             lambda z, y: losses.mcmi_loss(z, y, z[:1], weight=1),
             ValueError,
             "`centroids` must have shape",

@@ -38,6 +38,17 @@ def test_measures_are_those_of_loops(k):
     np.testing.assert_allclose(ours, scored, rtol=1e-5)
 
 
+def test_a_positive_without_a_propensity_is_nan_and_not_that_of_another():
+    ranking, positives = (jnp.asarray(a) for a in problem())
+    score = losses.propensity_scored_precision_at_k
+    known = jnp.full(CLASSES, 0.5)
+    bad = positives.at[2, 0].set(CLASSES)
+    assert np.isnan(score(ranking, bad, known, k=3))
+    others = jnp.arange(ROWS) != 2
+    wanted = score(ranking, positives, known, k=3, where=others)
+    assert score(ranking, bad, known, k=3, where=others) == wanted > 0
+
+
 def test_where_leaves_rows_out():
     ranking, positives = (jnp.asarray(a) for a in problem())
     where = jnp.arange(ROWS) % 2 == 0

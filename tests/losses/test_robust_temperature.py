@@ -348,9 +348,12 @@ def test_no_array_of_logits_in_the_program():
         assert f"[{shape[0]},{shape[1]}]" not in program
 
 
-@pytest.mark.slow
-def test_memory_at_a_large_vocabulary_is_that_of_cross_entropy():
-    rows, features, vocabulary = 1024, 256, 256_000
+@pytest.mark.parametrize(("rows", "features"), [(1024, 256), (256, 32)])
+@pytest.mark.parametrize("arguments", [(0, 1), (0, 1, 3)], ids=["frozen", "learned"])
+def test_memory_is_that_of_cross_entropy_without_a_temperature(
+    rows, features, arguments
+):
+    vocabulary = 256_000
     struct = jax.ShapeDtypeStruct
     operands = (
         struct((rows, features), jnp.float32),
@@ -359,24 +362,76 @@ def test_memory_at_a_large_vocabulary_is_that_of_cross_entropy():
         struct((rows,), jnp.float32),
     )
 
-    def temporary(loss):
-        # With the temperature: its gradient takes one more tile in both.
-        function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3)))
+    def temporary(loss, arguments):
+        function = jax.jit(jax.value_and_grad(loss, arguments))
         found = function.lower(*operands).compile().memory_analysis()
         assert found is not None
         return found.temp_size_in_bytes
 
-    plain = temporary(
-        lambda h, w, y, tau: losses.linear_softmax_cross_entropy(
-            h, w, y, temperature=tau
-        ).mean()
+    def plain(hidden, weight, labels, tau):
+        return losses.linear_softmax_cross_entropy(hidden, weight, labels).mean()
+
+    def robust(hidden, weight, labels, tau):
+        loss = losses.linear_robust_softmax_cross_entropy
+        return loss(hidden, weight, labels, tau, rho=1.0).mean()
+
+    wanted = temporary(plain, (0, 1))
+    assert temporary(robust, arguments) <= 1.2 * wanted
+
+
+def test_a_temperature_alone_costs_no_product_for_the_gradient_of_hidden():
+    """A network of temperatures is trained beside a head that is not."""
+    struct = jax.ShapeDtypeStruct
+    operands = (
+        struct((64, 16), jnp.float32),
+        struct((2048, 16), jnp.float32),
+        struct((64,), jnp.int32),
+        struct((64,), jnp.float32),
     )
-    robust = temporary(
-        lambda h, w, y, tau: losses.linear_robust_softmax_cross_entropy(
-            h, w, y, tau, rho=1.0
-        ).mean()
-    )
-    assert robust <= 1.2 * plain, robust / plain
+
+    def total(hidden, weight, labels, tau):
+        loss = losses.linear_robust_softmax_cross_entropy
+        return loss(hidden, weight, labels, tau, rho=1.0, vocab_chunk=512).sum()
+
+    def products(function):
+        return (jax.jit(function).lower(*operands).compile().as_text() or "").count(
+            " dot("
+        )
+
+    forward = products(total)
+    assert forward == 1
+    assert products(jax.grad(total, 3)) == 2 * forward
+    assert products(jax.grad(total, (0, 3))) == 3 * forward
+
+
+def test_the_gradient_of_a_temperature_is_that_of_its_tiles():
+    """Without a bias it comes from the gradient of hidden, with one from the tiles."""
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    hidden, weight, tau, scale = draw(7, 5), draw(300, 5), jnp.exp(draw(7)), draw(7)
+    labels = jnp.asarray(random.integers(0, 300, 7))
+
+    def total(tau, bias):
+        found = losses.linear_row_statistics(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            logit_scale=scale,
+            temperature=tau,
+            statistics=("lse", "label_logits", "mean_logit", "sum_logits"),
+            vocab_chunk=128,
+            token_chunk=3,
+        )
+        return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(found))
+
+    gradient = jax.jit(jax.grad(total))
+    for temperature in (tau, tau[0]):
+        found, wanted = (
+            gradient(temperature, None),
+            gradient(temperature, 0 * draw(300)),
+        )
+        assert_close(found, wanted, dtype=jnp.float32, length=7 * 300)
 
 
 # -------------------------------------------------------------------------- contrastive

@@ -520,6 +520,14 @@ def test_memory_is_that_of_cross_entropy(name):
     assert _temporary(loss) <= 1.2 * _temporary(losses.linear_softmax_cross_entropy)
 
 
+@pytest.mark.parametrize("name", ["z", "log_taylor"])
+def test_memory_of_few_rows_and_features_is_a_tile_more(name):
+    call = getattr(losses, public_name(name, "linear"))
+    loss = functools.partial(call, **LOSSES[name].parameters)
+    plain = _temporary(losses.linear_softmax_cross_entropy, 256, 32)
+    assert _temporary(loss, 256, 32) <= plain + 4.1 * 2**20
+
+
 @every_loss
 def test_no_array_of_logits_is_formed(name):
     rows, classes = 96, 4099
