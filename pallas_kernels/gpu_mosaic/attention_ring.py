@@ -109,10 +109,15 @@ class Channel:
 
     def fill(self, step: Any, *sources: Any) -> None:
         """Copies into the slot of that step, as soon as it is free."""
+        slots, ready = self.vacated(step)
+        for source, slot in zip(sources, slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, slot, ready)
+
+    def vacated(self, step: Any) -> tuple[list[Any], Any]:
+        """The slot of that step, free, and the barrier for copies into it."""
         slot = self.slot(step)
         plgpu.barrier_wait(self.free.at[slot])
-        for source, ring in zip(sources, self.rings, strict=True):
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], self.ready.at[slot])
+        return [ring.at[slot] for ring in self.rings], self.ready.at[slot]
 
     def close(self) -> None:
         """Sees every slot freed: barriers must not go away with a phase unseen."""
