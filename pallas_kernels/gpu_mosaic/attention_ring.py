@@ -104,6 +104,11 @@ class Channel:
         plgpu.barrier_wait(self.ready.at[slot])
         return [ring.at[slot] for ring in self.rings]
 
+    def filled(self, step: Any) -> list[Any]:
+        """The slot of a step that was waited for, as one the compiler does not know."""
+        slot = self.slot(step)
+        return [ring.at[slot] for ring in self.rings]
+
     def release(self, step: Any) -> None:
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 

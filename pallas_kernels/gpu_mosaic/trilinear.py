@@ -78,14 +78,13 @@ def forward(
         "k2": ring.swizzled((tiles.stages, tiles.keys, features), dtype),
         "v2": ring.swizzled((tiles.stages, tiles.keys, value_features), dtype),
         **parts.pair_scratch((features, value_features), dtype),
-        "sums": parts.sums(value_features),
+        **parts.sums_scratch(value_features),
         "rows": plgpu.SMEM((2, ROWS), jnp.float32),
         "staged_left": ring.staging(features, dtype, interpret),
         "staged_weights": ring.staging(tiles.keys, dtype, interpret),
         "q_ready": plgpu.Barrier(num_arrivals=tiles.groups),
         "ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
-        "sums_ready": plgpu.Barrier(),
     }
     return plgpu.kernel(
         functools.partial(_forward_kernel, form=form),
@@ -117,7 +116,7 @@ def _forward_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
         place = batch, walk.tile * tiles.queries, head
         for source, slot in parts.copies(query_ref, q, tiles, place):
             plgpu.copy_gmem_to_smem(source, slot, scratch["q_ready"])
@@ -135,7 +134,7 @@ def _forward_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
         seconds.open()
         pairs.open()
         plgpu.barrier_wait(scratch["q_ready"])
@@ -183,15 +182,17 @@ def _forward_kernel(*refs, form, **scratch):
         carry = ring.zeros(v2.shape[2]), top, weight
         total, top, weight = walk.fold(run, carry)
 
+        met = scratch["sums_met"].at[ring.anew(0)]
+
         @pl.when(warpgroup == 1)
         def _():
             scratch["sums"][...] = total
             rows[0], rows[1] = top, weight
-            plgpu.barrier_arrive(scratch["sums_ready"])
+            plgpu.barrier_arrive(met)
 
         @pl.when(warpgroup == 0)
         def _():
-            plgpu.barrier_wait(scratch["sums_ready"])
+            plgpu.barrier_wait(met)
             others = plgpu.load(scratch["sums"], layout=plgpu.Layout.WGMMA)
             row = lambda i: plgpu.load(rows.at[i], layout=plgpu.Layout.WGMMA.reduce(1))
             other_top, other_weight = row(0), row(1)

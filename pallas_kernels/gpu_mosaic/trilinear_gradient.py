@@ -76,15 +76,13 @@ def query_gradient(
         "k2": ring.swizzled((tiles.stages, tiles.keys, features), dtype),
         "v2": ring.swizzled((tiles.stages, tiles.keys, value_features), dtype),
         **parts.pair_scratch((features, value_features), dtype),
-        "sums": parts.sums(features),
+        **parts.sums_scratch(features),
         "staged_left": ring.staging(features, dtype, interpret),
         "staged_values": ring.staging(value_features, dtype, interpret),
         "staged_weights": ring.staging(tiles.keys, dtype, interpret),
         "owned": plgpu.Barrier(num_arrivals=2 * tiles.groups + 2),
         "ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
-        "sums_ready": plgpu.Barrier(),
-        "sums_taken": plgpu.Barrier(),
     }
     batch, _, heads, _ = query.shape
     return plgpu.kernel(
@@ -114,7 +112,7 @@ def _query_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
         own_rows = batch, own_head, walk.tile
         place = batch, walk.tile * tiles.queries, head
         for source, slot in (
@@ -137,7 +135,7 @@ def _query_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
         seconds.open()
         pairs.open()
         plgpu.barrier_wait(scratch["owned"])
@@ -165,7 +163,7 @@ def _query_kernel(*refs, form, **scratch):
                     bits = form.selected(bits, Axis(0, query), own, second, 0)
                 ok = form.attending(query, own, 0, ROWS, 0)
                 off = norm if ok is None else jnp.where(ok, norm, jnp.inf)
-                p = jnp.exp2(bits - across(off, bits.shape))
+                p = parts.normalised(bits, across(off, bits.shape))
                 g = ring.operand(parts.spread(do, values), right)
                 answer = across(-delta, p.shape)
                 answer = ring.added(answer, g, ring.transposed(value), right)
@@ -186,5 +184,4 @@ def _query_kernel(*refs, form, **scratch):
             parts.store(total, q, dq_ref, tiles, place)
             plgpu.wait_smem_to_gmem(0)
 
-        barriers = scratch["sums_ready"], scratch["sums_taken"]
-        parts.summed(total, scratch["sums"], *barriers, warpgroup, use)
+        parts.summed(total, scratch, warpgroup, use)

@@ -69,8 +69,9 @@ def key_gradients(
     operands = (query, *first, *second, cotangent, norm, delta, *runs)
     per_row = plgpu.SMEM((stages, ROWS), jnp.float32)
     scratch: dict[str, Any] = {
-        "k2": ring.swizzled((ROWS, features), dtype),
-        "v2": ring.swizzled((ROWS, value_features), dtype),
+        # The first axis is for an index that the compiler does not know.
+        "k2": ring.swizzled((1, ROWS, features), dtype),
+        "v2": ring.swizzled((1, ROWS, value_features), dtype),
         "q": ring.swizzled((stages, ROWS, features), dtype),
         "do": ring.swizzled((stages, ROWS, value_features), dtype),
         "norms": per_row,
@@ -78,13 +79,11 @@ def key_gradients(
         **parts.pair_scratch((features, value_features), dtype),
         "spread_q": ring.swizzled((WARPGROUPS, ROWS, features), dtype),
         "spread_do": ring.swizzled((WARPGROUPS, ROWS, value_features), dtype),
-        "sums": parts.sums(max(features, value_features)),
+        **parts.sums_scratch(max(features, value_features)),
         "staged_weights": ring.staging(ROWS, dtype, interpret),
         "owned": plgpu.Barrier(num_arrivals=2),
         "ready": plgpu.Barrier(num_arrivals=2 * tiles.groups + 2, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
-        "sums_ready": plgpu.Barrier(),
-        "sums_taken": plgpu.Barrier(),
     }
     dk, dv = plgpu.kernel(
         functools.partial(_key_kernel, form=form),
@@ -112,15 +111,16 @@ def _key_kernel(*refs, form, **scratch):
         tuple(scratch[name] for name in names), scratch["ready"], scratch["free"]
     )
     pairs = parts.pairs(scratch)
-    k2, v2 = scratch["k2"], scratch["v2"]
+    k2, v2 = scratch["k2"].at[0], scratch["v2"].at[0]
     rounds = query_ref.shape[2] // k2_ref.shape[2] // tiles.groups
-    own = batch, pl.ds(walk.tile * ROWS, ROWS), key_head
+    # Computed where it is needed: registers are short.
+    own = lambda: (batch, pl.ds(walk.tile * ROWS, ROWS), key_head)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.MEMORY_REGISTERS, action="decrease")
-        plgpu.copy_gmem_to_smem(k2_ref.at[own], k2, scratch["owned"])
-        plgpu.copy_gmem_to_smem(v2_ref.at[own], v2, scratch["owned"])
+        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
+        plgpu.copy_gmem_to_smem(k2_ref.at[own()], k2, scratch["owned"])
+        plgpu.copy_gmem_to_smem(v2_ref.at[own()], v2, scratch["owned"])
 
         def stream(number, turn, tile):
             (q, do, norm, delta), ready = queries.vacated(number)
@@ -142,47 +142,55 @@ def _key_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
         queries.open()
         pairs.open()
         plgpu.barrier_wait(scratch["owned"])
         (weights,) = parts.staged(scratch, warpgroup, "weights")
-        a, g = (scratch[name].at[warpgroup] for name in ("spread_q", "spread_do"))
 
         def run(turn, partial, number, totals):
-            q, do, norm, delta = queries.wait(turn * walk.count + number)
-            query = walk.streamed(number) * tiles.queries
+            place = turn * walk.count + number
+            queries.wait(place)
 
             def step(at, totals):
                 dk, dv = totals
                 now = turn * walk.steps + at
-                key = walk.pair(at) * PAIR + warpgroup
-                keys, values = (slot.at[warpgroup] for slot in pairs.wait(now))
+                # What depends on these would else be kept, across the loop.
+                own, query, tile = (
+                    ring.anew(x) for x in (warpgroup, walk.streamed(number), walk.tile)
+                )
+                query = query * tiles.queries
+                q, do, norm, delta = queries.filled(place)
+                a, g = (scratch[name].at[own] for name in ("spread_q", "spread_do"))
+                key = walk.pair(at) * PAIR + own
+                keys, values = (slot.at[own] for slot in pairs.wait(now))
                 parts.spread_into(a, q, keys, form.scale * LOG2E)
                 parts.spread_into(g, do, values)
                 parts.leave(pairs, now)
-                raw = ring.product(k2, ring.transposed(a), ROWS)
+                whole = ring.anew(0)
+                left_k, left_v = (scratch[name].at[whole] for name in ("k2", "v2"))
+                raw = ring.product(left_k, ring.transposed(a), ROWS)
 
                 def weigh(columns, bits):
                     first, size = columns.start, columns.size
                     if partial:
-                        along, second = Axis(1, query), Axis(0, walk.tile * ROWS)
+                        along, second = Axis(1, query), Axis(0, tile * ROWS)
                         bits = form.selected(bits, along, key, second, first)
                     norms = ring.per_column(norm, columns)
                     ok = form.attending(query, key, 1, size, first)
                     norms = norms if ok is None else jnp.where(ok, norms, jnp.inf)
-                    return (jnp.exp2(bits - across(norms, bits.shape, 1)),)
+                    return (parts.normalised(bits, across(norms, bits.shape, 1)),)
 
-                (p,) = ring.by_columns(weigh, raw)
+                (p,) = ring.by_columns(weigh, raw, 16)
                 rounded = ring.operand(p.astype(v2.dtype), weights)
                 dv = ring.added(dv, rounded, g, weights)
                 answer = across(-ring.per_column(delta, pl.ds(0, ROWS)), p.shape, 1)
-                answer = ring.added(answer, v2, ring.transposed(g), weights)
+                answer = ring.added(answer, left_v, ring.transposed(g), weights)
                 dz = ring.operand((p * answer).astype(k2.dtype), weights)
                 return ring.added(dk, dz, a, weights), dv
 
             totals = lax.fori_loop(*walk.span(number), step, totals)
-            parts.leave(queries, turn * walk.count + number)
+            parts.leave(queries, place)
             return totals
 
         def round_(turn, totals):
@@ -194,10 +202,9 @@ def _key_kernel(*refs, form, **scratch):
             if rounds == 1
             else lax.fori_loop(0, rounds, round_, totals)
         )
-        sums = scratch["sums"], scratch["sums_ready"], scratch["sums_taken"], warpgroup
         # A held the scale, in bits.
-        into_dk = lambda total: ring.store(total, k2, dk_ref.at[own])
-        into_dv = lambda total: ring.store(total, v2, dv_ref.at[own])
-        parts.summed(dk * LN2, *sums, into_dk)
-        parts.summed(dv, *sums, into_dv)
+        into_dk = lambda total: ring.store(total, k2, dk_ref.at[own()])
+        into_dv = lambda total: ring.store(total, v2, dv_ref.at[own()])
+        parts.summed(dk * LN2, scratch, warpgroup, into_dk)
+        parts.summed(dv, scratch, warpgroup, into_dv)
         plgpu.wait_smem_to_gmem(0)

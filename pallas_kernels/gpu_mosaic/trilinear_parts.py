@@ -27,6 +27,9 @@ from .trilinear_tiles import PAIR, SLOTS, Tiles
 
 type Pair = tuple[jax.Array, jax.Array]
 
+# Per thread; copies of many heads take more of them than one.
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -249,12 +252,25 @@ def finite(top: Any) -> Any:
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 
+def normalised(bits: Any, norm: Any) -> Any:
+    """Weights again, from the log-sum of their row.
+
+    Which key is multiplied into the query, and rounded with it, differs from pass to
+    pass: the rounding of a large score must not make its weight more than 1.
+    """
+    return jnp.exp2(jnp.minimum(bits - norm, 0.0))
+
+
 def spread(rows: Any, factors: Any, factor: float = 1.0) -> Any:
     """Rows times the features of one key: formed in float32, rounded once."""
-    tile = plgpu.load(rows, layout=plgpu.Layout.WGMMA)
-    own = per_feature(factors) * factor
-    found = tile.astype(jnp.float32) * across(own, tile.shape, 1)
-    return found.astype(rows.dtype)
+
+    def some(columns: Any, part: Any) -> tuple[Any]:
+        own = per_feature(factors, columns) * factor
+        found = part.astype(jnp.float32) * across(own, part.shape, 1)
+        return (found.astype(part.dtype),)
+
+    (found,) = ring.by_columns(some, plgpu.load(rows, layout=plgpu.Layout.WGMMA))
+    return found
 
 
 def spread_into(slot: Any, rows: Any, factors: Any, factor: float = 1.0) -> None:
@@ -264,19 +280,20 @@ def spread_into(slot: Any, rows: Any, factors: Any, factor: float = 1.0) -> None
         slot[:, some] = spread(rows.at[:, some], factors.at[some], factor)
 
 
-def per_feature(factors: Any) -> Any:
-    """The features of one key, in the registers that hold the columns of a tile."""
-    return ring.per_column(factors, pl.ds(0, factors.shape[0])).astype(jnp.float32)
+def per_feature(factors: Any, columns: Any = None) -> Any:
+    """Features of one key, in the registers that hold the columns of a tile."""
+    columns = pl.ds(0, factors.shape[0]) if columns is None else columns
+    return ring.per_column(factors, columns).astype(jnp.float32)
 
 
-def summed(
-    total: Any, scratch: Any, ready: Any, taken: Any, warpgroup: Any, use: Any
-) -> None:
+def summed(total: Any, scratch: dict[str, Any], warpgroup: Any, use: Any) -> None:
     """The sum of what both warpgroups have, for the first one to use.
 
-    `ready`, `taken`: barriers of `scratch`, which is free again afterwards.
+    Of `sums_scratch`, which is free again afterwards.
     """
-    slot = scratch.at[:, pl.ds(0, total.shape[1])]
+    slot = scratch["sums"].at[:, pl.ds(0, total.shape[1])]
+    # Their addresses would else be kept in registers from the start of the kernel on.
+    ready, taken = (scratch["sums_met"].at[ring.anew(i)] for i in range(2))
 
     @pl.when(warpgroup == 1)
     def _():
@@ -292,7 +309,10 @@ def summed(
         use(total + other)
 
 
-def sums(features: int) -> Any:
-    """Shared memory for `summed`."""
+def sums_scratch(features: int) -> dict[str, Any]:
+    """Scratch for `summed`: the sums, and when they are ready and taken."""
     transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((ROWS, features), jnp.float32, transforms=transforms)
+    return {
+        "sums": plgpu.SMEM((ROWS, features), jnp.float32, transforms=transforms),
+        "sums_met": plgpu.Barrier(num_barriers=2),
+    }
