@@ -108,7 +108,7 @@ def _forward_kernel(*refs, form, **scratch):
     query_ref, k1_ref, v1_ref, k2_ref, v2_ref, *lists, out_ref, lse_ref = refs
     at, own_head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
-    tiles, walk = form.tiles, Walk(*lists, at)
+    tiles, walk = form.tiles, Walk(Runs(*lists), at)
     q, k2, v2, rows = (scratch[name] for name in ("q", "k2", "v2", "rows"))
     pairs = parts.pairs(scratch)
     seconds = Channel((k2, v2), scratch["ready"], scratch["free"])

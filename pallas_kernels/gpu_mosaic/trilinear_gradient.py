@@ -104,7 +104,7 @@ def _query_kernel(*refs, form, **scratch):
     norm_ref, delta_ref, *lists, dq_ref = rest
     at, own_head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
-    tiles, walk = form.tiles, Walk(*lists, at)
+    tiles, walk = form.tiles, Walk(Runs(*lists), at)
     q, do, k2, v2, rows = (scratch[name] for name in ("q", "do", "k2", "v2", "rows"))
     pairs = parts.pairs(scratch)
     seconds = Channel((k2, v2), scratch["ready"], scratch["free"])

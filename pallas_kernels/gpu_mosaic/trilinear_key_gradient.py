@@ -105,7 +105,7 @@ def _key_kernel(*refs, form, **scratch):
     norm_ref, delta_ref, *lists, dk_ref, dv_ref = rest
     at, key_head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
-    tiles, walk = form.tiles, Walk(*lists, at)
+    tiles, walk = form.tiles, Walk(Runs(*lists), at)
     names = "q", "do", "norms", "deltas"
     queries = Channel(
         tuple(scratch[name] for name in names), scratch["ready"], scratch["free"]

@@ -23,6 +23,7 @@ from . import attention_ring as ring
 from .attention_mask import evaluate
 from .attention_ring import FEATURES, ROWS, WARPGROUPS, Channel
 from .attention_scores import Axis, across
+from .trilinear_lists import Runs
 from .trilinear_tiles import PAIR, SLOTS, Tiles
 
 type Pair = tuple[jax.Array, jax.Array]
@@ -106,47 +107,43 @@ class Walk:
     """The runs of one tile of results; their numbers are read where they are needed.
 
     Attributes:
-        pairs_ref: As in `Runs`.
-        runs_ref: As in `Runs`.
-        tiles_ref: As in `Runs`.
+        runs: Refs of what `Runs` holds.
         at: The row of the table of tiles.
     """
 
-    pairs_ref: Any
-    runs_ref: Any
-    tiles_ref: Any
+    runs: Runs
     at: Any
 
     @property
     def tile(self) -> Any:
-        return self.tiles_ref[self.at, 0]
+        return self.runs.tiles[self.at, 0]
 
     @property
     def count(self) -> Any:
         """How many runs there are."""
-        return self.tiles_ref[self.at, 3] - self.tiles_ref[self.at, 1]
+        return self.runs.tiles[self.at, 3] - self.runs.tiles[self.at, 1]
 
     @property
     def steps(self) -> Any:
         """How many steps there are in all of them."""
-        return self.tiles_ref[self.at, 5]
+        return self.runs.tiles[self.at, 5]
 
     def streamed(self, run: Any) -> Any:
-        return self.runs_ref[self.tiles_ref[self.at, 1] + run, 0]
+        return self.runs.runs[self.runs.tiles[self.at, 1] + run, 0]
 
     def span(self, run: Any) -> tuple[Any, Any]:
         """The steps of that run."""
-        row = self.tiles_ref[self.at, 1] + run
-        return self.runs_ref[row, 1], self.runs_ref[row, 2]
+        row = self.runs.tiles[self.at, 1] + run
+        return self.runs.runs[row, 1], self.runs.runs[row, 2]
 
     def pair(self, step: Any) -> Any:
         """What that step multiplies in; of some other behind the last."""
-        last = self.pairs_ref.shape[0] - 1
-        return self.pairs_ref[jnp.minimum(self.tiles_ref[self.at, 4] + step, last)]
+        last = self.runs.pairs.shape[0] - 1
+        return self.runs.pairs[jnp.minimum(self.runs.tiles[self.at, 4] + step, last)]
 
     def fold(self, run: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
         """`run(partial, number, carry)`, those without a mask first."""
-        whole = self.tiles_ref[self.at, 2] - self.tiles_ref[self.at, 1]
+        whole = self.runs.tiles[self.at, 2] - self.runs.tiles[self.at, 1]
         carry = lax.fori_loop(0, whole, lambda at, x: run(False, at, x), carry)
         return lax.fori_loop(whole, self.count, lambda at, x: run(True, at, x), carry)
 

@@ -28,8 +28,8 @@ type Pass = Literal["forward", "query", "key"]
 
 # Of the peak, in products that wait for each other.
 _EFFICIENCY = 0.5
-# Seconds of a step beside its products.
-_STEP = 0.2e-6
+# Seconds of a step beside its products: queries times a key, sums of rows, a wait.
+_STEP = 0.4e-6
 # Per tuple, in products of the features of queries and of values.
 PRODUCTS = {"forward": (1, 1), "query": (2, 1), "key": (2, 2)}
 

@@ -65,10 +65,8 @@ def _cheapest(
 ) -> Order | str:
     found: dict[Order, float] = {}
     reason = "no tile fits the vector memory"
-    query, *keys = problem.lengths
     for swapped in (False, True):
-        first, second = keys[::-1] if swapped else keys
-        own = problem._replace(lengths=(query, first, second))
+        own = problem._replace(lengths=in_order(problem.lengths, swapped))
         tiles, cost = [], 0.0
         for which in passes:
             chosen = choose_tiles(which, own, device)
@@ -181,9 +179,12 @@ def masks_of(
 
 def lengths_of(operands: Operands, swapped: bool) -> tuple[int, int, int]:
     """Of the queries, and of the key axes in that order."""
-    query, *keys = operands.plan.lengths
-    first, second = keys[::-1] if swapped else keys
-    return query, first, second
+    return in_order(operands.plan.lengths, swapped)
+
+
+def in_order(lengths: tuple[int, int, int], swapped: bool) -> tuple[int, int, int]:
+    query, first, second = lengths
+    return (query, second, first) if swapped else lengths
 
 
 def pieces_of(options: Options, operands: Operands) -> tuple[int, int]:

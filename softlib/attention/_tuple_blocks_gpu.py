@@ -21,7 +21,7 @@ from pallas_kernels.gpu_mosaic.trilinear_tiles import (
 
 from ._plan import Skeleton
 from ._tiles import Operands
-from ._tuple_blocks import axes, joint_status, lengths_of
+from ._tuple_blocks import axes, in_order, joint_status
 
 # Pairs of the first axis that are classified together first.
 _COUNT = 8
@@ -62,9 +62,8 @@ def _orders(
 ) -> tuple[Order, ...] | str:
     costs: dict[Order, float] = {}
     most = None
-    query, *keys = lengths
     for swapped in (False, True):
-        own = (query, *(keys[::-1] if swapped else keys))
+        own = in_order(lengths, swapped)
         for tiles in candidates(which, problem, device):
             first, second = _axes(skeleton, own, swapped, tiles)
             steps = int((first.per_row[1] * second.per_row[1]).sum())
@@ -97,7 +96,9 @@ def _axes(
 def runs_of(which: Pass, operands: Operands, order: Order) -> Runs:
     """The lists of one kernel."""
     skeleton = Skeleton.of(operands.plan.mask)
-    return _listed(which, skeleton, lengths_of(operands, order.swapped), order)
+    return _listed(
+        which, skeleton, in_order(operands.plan.lengths, order.swapped), order
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -39,11 +39,12 @@ _MOST_HEADS = 65_535
 
 def _forward(options: Options, operands: Operands) -> Result:
     (order,) = _orders("forward", operands)
-    runs = runs_of("forward", operands, order)
+    first, second = _sides(operands, order.swapped)
     out, lse = trilinear.forward(
         tiled(operands.query),
-        *_sides(operands, order.swapped),
-        runs,
+        first,
+        second,
+        runs_of("forward", operands, order),
         form=_form(options, operands, order),
     )
     length, groups = operands.plan.lengths[0], order.tiles.groups
@@ -85,7 +86,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     )
     varying = (*_arrays(operands), cotangent, given.normalizer_cotangent)
     dq, last, outer = match_varying((like(dq, operands.query), last, outer), *varying)
-    return Gradient(dq, *last, None, None, (), (outer,))
+    return Gradient(dq, last[0], last[1], None, None, (), (outer,))
 
 
 def _orders(which: Pass, operands: Operands) -> tuple[Order, ...]:

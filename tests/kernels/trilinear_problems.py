@@ -94,6 +94,8 @@ def check(
         (gradients.outer[0][1], wanted["values"][0], values[0]),
         (gradients.value, wanted["values"][1], values[1]),
     ):
+        assert value is not None
+        assert like is not None
         assert value.dtype == like.dtype
         assert_close(value, right, dtype=rounded, length=length, c=c)
     empty = np.isneginf(expected.lse)
