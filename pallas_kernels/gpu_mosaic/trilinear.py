@@ -142,11 +142,12 @@ def _forward_kernel(*refs, form, **scratch):
 
         def run(partial, number, carry):
             key, value = seconds.wait(number)
-            second = Axis(1, walk.streamed(number) * tiles.keys)
 
             def step(at, carry):
                 total, top, weight = carry
-                query = walk.tile * tiles.queries
+                # What depends on these would else be kept, across the loop.
+                tile, other = (ring.anew(x) for x in (walk.tile, walk.streamed(number)))
+                query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
                 own = walk.pair(at) * PAIR + warpgroup
                 keys, values = (slot.at[warpgroup] for slot in pairs.wait(at))
                 a = parts.spread(q, keys, form.scale * LOG2E)
