@@ -14,6 +14,21 @@ from .case import HOPPER, TPUS, Case, array
 FAMILY = "trilinear attention"
 
 
+class _Target(NamedTuple):
+    """The implementation, its machines, and what is due to them."""
+
+    implementation: str
+    machines: tuple[str, ...]
+    most_temporaries: float = 0.02
+    spills: int = 0
+
+
+# Heads are moved behind one another, which some compilers copy for. One register is
+# spilled, on v5p, where keys have many heads.
+_TPU = _Target("pallas_tpu", TPUS, 0.06, 1)
+_GPU = _Target("pallas_gpu", HOPPER)
+
+
 def cases() -> list[Case]:
     wide: dict[str, Any] = {
         "tokens": 8192,
@@ -39,43 +54,30 @@ def cases() -> list[Case]:
         *_joint("joint mask", _TPU),
     ]
     of_gpus = [
-        *_pair("gpu bfloat16", "bfloat16", **wide, target=_GPU),
-        *_pair("gpu float16", "float16", **wide | {"features": 64}, target=_GPU),
-        *_pair(
-            "gpu no shared keys", "bfloat16", **wide | {"key_heads": 8}, target=_GPU
-        ),
-        *_pair("gpu sixteen query heads", "bfloat16", **sixteen, target=_GPU),
-        *_pair("gpu ragged", "bfloat16", **ragged, features=100, target=_GPU),
+        *_pair("gpu bfloat16", "bfloat16", _GPU, **wide),
+        *_pair("gpu float16", "float16", _GPU, **wide, features=64),
+        *_pair("gpu no shared keys", "bfloat16", _GPU, **wide | {"key_heads": 8}),
+        *_pair("gpu sixteen query heads", "bfloat16", _GPU, **sixteen),
+        *_pair("gpu wide values", "bfloat16", _GPU, **wide, features=64, values=128),
+        *_pair("gpu wide keys", "float16", _GPU, **ragged, values=64),
+        *_pair("gpu ragged", "bfloat16", _GPU, **ragged, features=100),
         *_joint("gpu joint mask", _GPU),
+        *_whole(),
     ]
     return [*of_tpus, *of_gpus]
-
-
-class _Target(NamedTuple):
-    """The implementation, its machines, and what is due to them."""
-
-    implementation: str
-    machines: tuple[str, ...]
-    most_temporaries: float = 0.02
-    spills: int = 0
-
-
-# Heads are moved behind one another, which some compilers copy for. One register is
-# spilled, on v5p, where keys have many heads.
-_TPU = _Target("pallas_tpu", TPUS, 0.06, 1)
-_GPU = _Target("pallas_gpu", HOPPER)
 
 
 def _pair(
     name: str,
     dtype: str,
+    target: _Target = _TPU,
     *,
     tokens: int,
     windows: tuple[int, int],
     heads: int,
     key_heads: int,
     features: int = 128,
-    target: _Target = _TPU,
+    values: int | None = None,
 ) -> list[Case]:
     attend = functools.partial(
         two_simplicial_attention,
@@ -84,9 +86,12 @@ def _pair(
         implementation=target.implementation,
     )
     query = array(dtype, 1, tokens, heads, features)
-    key = array(dtype, 1, tokens, key_heads, features)
+    key, value = (
+        array(dtype, 1, tokens, key_heads, size)
+        for size in (features, values or features)
+    )
     tuples = tokens * heads * windows[0] * windows[1]
-    return _both(name, attend, (query, key, key, key, key), tuples, target)
+    return _both(name, attend, (query, key, key, value, value), tuples, target)
 
 
 def _joint(name: str, target: _Target) -> list[Case]:
@@ -109,6 +114,17 @@ def _joint(name: str, target: _Target) -> list[Case]:
     return _both(name, attend, (query, key, key, key, key), tuples, target)
 
 
+def _whole() -> list[Case]:
+    """Every pair, of both axes."""
+
+    def attend(query: Any, key1: Any, key2: Any, value1: Any, value2: Any) -> Any:
+        keys, values = (key1, key2), (value1, value2)
+        return kronecker_attention(query, keys, values, implementation="pallas_gpu")
+
+    arguments = (array(jnp.bfloat16, 1, 1024, 4, 128),) * 5
+    return _both("gpu no mask", attend, arguments, 4 * 1024**3, _GPU)
+
+
 def _both(
     name: str,
     attend: Any,
@@ -121,8 +137,10 @@ def _both(
         return jax.grad(total, argnums=range(5))(*arrays)
 
     moved = sum(x.size * x.dtype.itemsize for x in arguments)
-    out = arguments[0].size * arguments[0].dtype.itemsize
-    products = 2 * tuples * arguments[0].shape[-1]
+    query, *_, value = arguments
+    features, value_features = query.shape[-1], value.shape[-1]
+    out = query.size // features * value_features * query.dtype.itemsize
+    products = tuples * (features + value_features)
     common: dict[str, Any] = {
         "arguments": arguments,
         "targets": target.machines,
