@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._trilinear import Masks
 
 from . import attention_ring as ring
-from .attention_mask import evaluate
+from .attention_mask import Index, evaluate
 from .attention_ring import FEATURES, ROWS, WARPGROUPS, Channel
 from .attention_scores import Axis, across
 from .trilinear_lists import Runs
@@ -54,14 +54,17 @@ class Form:
 
         None for all. `axis`: of the tile of scores, along which queries are.
         """
-        index = plgpu.layout_cast(
-            lax.broadcasted_iota(jnp.int32, (size,), 0),
-            plgpu.Layout.WGMMA.reduce(1 - axis),
-        )
-        query = start + self._query(index, offset)
+
+        def query() -> Any:
+            index = plgpu.layout_cast(
+                lax.broadcasted_iota(jnp.int32, (size,), 0),
+                plgpu.Layout.WGMMA.reduce(1 - axis),
+            )
+            return start + self._query(index, offset)
+
         ok = None
         if self.masks.first is not None:
-            ok = evaluate(self.masks.first, query, key)
+            ok = evaluate(self.masks.first, Index((size,), query), key)
         if self.lengths[1] % PAIR:
             inside = jnp.full((size,), key) < self.lengths[1]
             ok = inside if ok is None else ok & inside
@@ -75,14 +78,16 @@ class Form:
         `offset` of the rows that are queries.
         """
 
+        # Indices of the whole tile: the compiler computes with each only once.
         def along(axis: int) -> Any:
             return plgpu.broadcasted_iota(
                 jnp.int32, bits.shape, axis, layout=plgpu.Layout.WGMMA
             )
 
-        # Indices of the whole tile: the compiler computes with each only once.
-        queries = query.start + self._query(along(query.axis), offset)
-        seconds = second.start + along(second.axis)
+        queries = Index(
+            bits.shape, lambda: query.start + self._query(along(query.axis), offset)
+        )
+        seconds = Index(bits.shape, lambda: second.start + along(second.axis))
         found = []
         if self.masks.second is not None:
             found.append(evaluate(self.masks.second, queries, seconds))
@@ -91,7 +96,7 @@ class Form:
             by_key = lambda query, second, key: joint(query, key, second)
             found.append(evaluate(by_key, queries, seconds, key))
         if self.lengths[2] % self.tiles.keys:
-            found.append(seconds < self.lengths[2])
+            found.append(seconds.form() < self.lengths[2])
         for ok in found:
             bits = jnp.where(ok, bits, -jnp.inf)
         return bits

@@ -168,7 +168,9 @@ def masks_of(
 ) -> lists.Masks:
     """As kernels call them, of lengths in that order."""
     mask = ordered(mask, swapped)._within(*lengths)
-    first, second = (None if axis is None else axis._attends for axis in mask.axes)
+    first, second = (
+        None if axis in (None, masks.All()) else axis._attends for axis in mask.axes
+    )
 
     def joint(*indices: Any) -> Any:
         found = [part._attends(*indices) for part in mask.joint]

@@ -16,7 +16,7 @@ from pallas_kernels.gpu_mosaic import (
     trilinear_gradient,
     trilinear_key_gradient,
 )
-from pallas_kernels.gpu_mosaic.attention_mask import missing
+from pallas_kernels.gpu_mosaic.attention_mask import is_constant, missing
 from pallas_kernels.gpu_mosaic.attention_scores import LOG2E
 from pallas_kernels.gpu_mosaic.trilinear_parts import Form
 from pallas_kernels.gpu_mosaic.trilinear_tiles import Pass
@@ -147,19 +147,23 @@ def _why_no_dtype(options: Options, operands: Operands) -> str | None:
 
 
 def _why_no_operations(operands: Operands) -> str | None:
-    lacks = _lacking(Skeleton.of(operands.plan.mask), operands.plan.lengths)
-    if lacks:
-        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
-    return None
+    return _lacking(Skeleton.of(operands.plan.mask), operands.plan.lengths)
 
 
 @functools.lru_cache(maxsize=256)
-def _lacking(skeleton: Skeleton, lengths: tuple[int, int, int]) -> list[str]:
+def _lacking(skeleton: Skeleton, lengths: tuple[int, int, int]) -> str | None:
     first, second, joint = masks_of(skeleton.mask, lengths, False)
-    found = [missing(mask, 0) for mask in (first, second) if mask is not None]
-    if joint is not None:
-        found.append(missing(joint, 1))
-    return sorted({name for names in found for name in names})
+    every = [
+        (mask, scalars)
+        for mask, scalars in ((first, 0), (second, 0), (joint, 1))
+        if mask is not None
+    ]
+    lacks = {name for own in every for name in missing(*own)}
+    if lacks:
+        return f"the mask takes operations that it lacks: {', '.join(sorted(lacks))}"
+    if any(is_constant(*own) for own in every):
+        return "a part of the mask looks at no position"
+    return None
 
 
 def _forward_why_not(options: Options, operands: Operands) -> str | None:
