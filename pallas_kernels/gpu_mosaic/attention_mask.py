@@ -21,6 +21,11 @@ _OPERATIONS = """
     sub xor
 """
 
+_COMPARISONS = {
+    **dict.fromkeys((lax.eq_p, lax.le_p, lax.ge_p), True),
+    **dict.fromkeys((lax.ne_p, lax.lt_p, lax.gt_p), False),
+}
+
 
 def missing(mask: Mask, scalars: int) -> list[str]:
     """Operations of the mask that kernels lack; `scalars` as in `Form`."""
@@ -88,7 +93,7 @@ def _live(jaxpr: Any) -> set[Any]:
     named = lambda found: {x for x in found if not isinstance(x, core.Literal)}
     live = named(jaxpr.outvars)
     for equation in reversed(jaxpr.eqns):
-        if live.isdisjoint(equation.outvars):
+        if live.isdisjoint(equation.outvars) or _known(equation) is not None:
             continue
         inner, used = _inner(equation), equation.invars
         if inner is not None:
@@ -97,6 +102,14 @@ def _live(jaxpr: Any) -> set[Any]:
             used = [x for x, var in pairs if var in own]
         live |= named(used)
     return live
+
+
+def _known(equation: Any) -> bool | None:
+    """The result of a comparison of something with itself, of integers."""
+    primitive = equation.primitive
+    if primitive in _COMPARISONS and len(set(map(id, equation.invars))) == 1:
+        return _COMPARISONS[primitive]
+    return None
 
 
 def _run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -111,8 +124,10 @@ def _run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list
         if live.isdisjoint(equation.outvars):
             continue
         inputs = [read(x) for x in equation.invars]
-        inner = _inner(equation)
-        if inner is not None:
+        inner, known = _inner(equation), _known(equation)
+        if known is not None:
+            found = [jnp.full(equation.outvars[0].aval.shape, known)]
+        elif inner is not None:
             found = _run(inner.jaxpr, inner.consts, inputs)
         elif equation.primitive is lax.not_p and inputs[0].dtype == jnp.bool_:
             # The compiler widens a boolean to invert it, and fails.
