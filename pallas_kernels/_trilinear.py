@@ -6,7 +6,7 @@ fetches a large block, and the loop inside it skips what a narrow window leaves 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,23 @@ TILES = 14
 # Kind of (query start, stop, key start, stop); of blocks of all three axes by index.
 type Status = Callable[..., np.ndarray]
 
+type Predicate = Callable[..., Any]
+
 _AT_ONCE = 1 << 20
+
+
+class Masks(NamedTuple):
+    """Static predicates on positions; None where everything attends.
+
+    Attributes:
+        first: Of (query, first key).
+        second: Of (query, second key).
+        joint: Of all three.
+    """
+
+    first: Predicate | None = None
+    second: Predicate | None = None
+    joint: Predicate | None = None
 
 
 class Axis(NamedTuple):

@@ -1,7 +1,7 @@
 """Attention to pairs of keys in two windows, as two_simplicial_attention runs it."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,24 @@ import jax.numpy as jnp
 from softlib.attention import kronecker_attention, two_simplicial_attention
 from softlib.masks import Between, Causal, PerAxis, Window
 
-from .case import TPUS, Case, array
+from .case import HOPPER, TPUS, Case, array
 
 FAMILY = "trilinear attention"
+
+
+class _Target(NamedTuple):
+    """The implementation, its machines, and what is due to them."""
+
+    implementation: str
+    machines: tuple[str, ...]
+    most_temporaries: float = 0.02
+    spills: int = 0
+
+
+# Heads are moved behind one another, which some compilers copy for. One register is
+# spilled, on v5p, where keys have many heads.
+_TPU = _Target("pallas_tpu", TPUS, 0.06, 1)
+_GPU = _Target("pallas_gpu", HOPPER)
 
 
 def cases() -> list[Case]:
@@ -27,43 +42,59 @@ def cases() -> list[Case]:
         "heads": 6,
         "key_heads": 2,
     }
-    return [
+    sixteen = wide | {"heads": 16, "key_heads": 1}
+    of_tpus = [
         *_pair("bfloat16", "bfloat16", **wide),
         *_pair("float32", "float32", **wide),
         *_pair("no shared keys", "bfloat16", **wide | {"key_heads": 8}),
-        *_pair(
-            "sixteen query heads", "bfloat16", **wide | {"heads": 16, "key_heads": 1}
-        ),
+        *_pair("sixteen query heads", "bfloat16", **sixteen),
         *_pair("wide features", "bfloat16", **wide | {"features": 256}),
         *_pair("ragged", "bfloat16", **ragged, features=64),
         *_pair("ragged float32", "float32", **ragged, features=100),
-        *_joint(),
+        *_joint("joint mask", _TPU),
     ]
+    of_gpus = [
+        *_pair("gpu bfloat16", "bfloat16", _GPU, **wide),
+        *_pair("gpu float16", "float16", _GPU, **wide, features=64),
+        *_pair("gpu no shared keys", "bfloat16", _GPU, **wide | {"key_heads": 8}),
+        *_pair("gpu sixteen query heads", "bfloat16", _GPU, **sixteen),
+        *_pair("gpu wide values", "bfloat16", _GPU, **wide, features=64, values=128),
+        *_pair("gpu wide keys", "float16", _GPU, **ragged, values=64),
+        *_pair("gpu ragged", "bfloat16", _GPU, **ragged, features=100),
+        *_joint("gpu joint mask", _GPU),
+        *_whole(),
+    ]
+    return [*of_tpus, *of_gpus]
 
 
 def _pair(
     name: str,
     dtype: str,
+    target: _Target = _TPU,
     *,
     tokens: int,
     windows: tuple[int, int],
     heads: int,
     key_heads: int,
     features: int = 128,
+    values: int | None = None,
 ) -> list[Case]:
     attend = functools.partial(
         two_simplicial_attention,
         window1=windows[0],
         window2=windows[1],
-        implementation="pallas_tpu",
+        implementation=target.implementation,
     )
     query = array(dtype, 1, tokens, heads, features)
-    key = array(dtype, 1, tokens, key_heads, features)
+    key, value = (
+        array(dtype, 1, tokens, key_heads, size)
+        for size in (features, values or features)
+    )
     tuples = tokens * heads * windows[0] * windows[1]
-    return _both(name, attend, (query, key, key, key, key), tuples)
+    return _both(name, attend, (query, key, key, value, value), tuples, target)
 
 
-def _joint() -> list[Case]:
+def _joint(name: str, target: _Target) -> list[Case]:
     """Every unordered pair once, not causal in one axis."""
     joint = Between(2, 1, Causal(-1))
     mask = PerAxis(Window(127, 128), Window(63, 0), joint=joint)
@@ -74,13 +105,24 @@ def _joint() -> list[Case]:
             (key1, key2),
             (value1, value2),
             mask=mask,
-            implementation="pallas_tpu",
+            implementation=target.implementation,
         )
 
     query = array(jnp.bfloat16, 2, 4096, 4, 128)
     key = array(jnp.bfloat16, 2, 4096, 2, 128)
     tuples = 2 * 4096 * 4 * 256 * 64
-    return _both("joint mask", attend, (query, key, key, key, key), tuples)
+    return _both(name, attend, (query, key, key, key, key), tuples, target)
+
+
+def _whole() -> list[Case]:
+    """Every pair, of both axes."""
+
+    def attend(query: Any, key1: Any, key2: Any, value1: Any, value2: Any) -> Any:
+        keys, values = (key1, key2), (value1, value2)
+        return kronecker_attention(query, keys, values, implementation="pallas_gpu")
+
+    arguments = (array(jnp.bfloat16, 1, 1024, 4, 128),) * 5
+    return _both("gpu no mask", attend, arguments, 4 * 1024**3, _GPU)
 
 
 def _both(
@@ -88,22 +130,23 @@ def _both(
     attend: Any,
     arguments: tuple[jax.ShapeDtypeStruct, ...],
     tuples: int,
+    target: _Target,
 ) -> list[Case]:
     def step(*arrays: Any) -> Any:
         total = lambda *arrays: attend(*arrays).astype(jnp.float32).sum()
         return jax.grad(total, argnums=range(5))(*arrays)
 
     moved = sum(x.size * x.dtype.itemsize for x in arguments)
-    out = arguments[0].size * arguments[0].dtype.itemsize
-    products = 2 * tuples * arguments[0].shape[-1]
+    query, *_, value = arguments
+    features, value_features = query.shape[-1], value.shape[-1]
+    out = query.size // features * value_features * query.dtype.itemsize
+    products = tuples * (features + value_features)
     common: dict[str, Any] = {
         "arguments": arguments,
-        "targets": TPUS,
+        "targets": target.machines,
         "naive_bytes": 4 * tuples,
-        # Heads are moved behind one another, which some compilers copy for.
-        "most_temporaries": 0.06,
-        # One, on v5p, where keys have many heads.
-        "spills": 1,
+        "most_temporaries": target.most_temporaries,
+        "spills": target.spills,
     }
     return [
         Case(

@@ -5,7 +5,7 @@ the operations one by one, those that its compiler lacks in other words.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,57 @@ _OPERATIONS = """
     sub xor
 """
 
+_COMPARISONS = {
+    **dict.fromkeys((lax.eq_p, lax.le_p, lax.ge_p), True),
+    **dict.fromkeys((lax.ne_p, lax.lt_p, lax.gt_p), False),
+}
+
 
 def missing(mask: Mask, scalars: int) -> list[str]:
     """Operations of the mask that kernels lack; `scalars` as in `Form`."""
-    index = jax.ShapeDtypeStruct((64, 64), jnp.int32)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    closed = jax.make_jaxpr(mask)(index, index, *[scalar] * scalars)
+    closed = _traced(mask, scalars)
     return sorted(_names(closed.jaxpr) - set(_OPERATIONS.split()))
 
 
+def is_constant(mask: Mask, scalars: int) -> bool:
+    """Whether the mask looks at none of its indices; arguments as of `missing`."""
+    closed = _traced(mask, scalars)
+    return _live(closed.jaxpr).isdisjoint(closed.jaxpr.invars)
+
+
+def _traced(mask: Mask, scalars: int) -> Any:
+    index = jax.ShapeDtypeStruct((64, 64), jnp.int32)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.make_jaxpr(mask)(index, index, *[scalar] * scalars)
+
+
+class Index(NamedTuple):
+    """Indices that are formed if the mask looks at them.
+
+    The compiler finds no layout for values that nothing uses, and seeks for ever.
+
+    Attributes:
+        shape: Of the indices.
+        form: Gives them, int32.
+    """
+
+    shape: tuple[int, ...]
+    form: Callable[[], Any]
+
+
 def evaluate(mask: Mask, *arguments: Any) -> Any:
-    """`mask(*arguments)`, inside a kernel."""
-    closed = jax.make_jaxpr(mask)(*arguments)
-    (found,) = _run(closed.jaxpr, closed.consts, arguments)
+    """`mask(*arguments)`, inside a kernel; arguments are arrays or `Index`."""
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, jnp.int32) if isinstance(x, Index) else x
+        for x in arguments
+    ]
+    closed = jax.make_jaxpr(mask)(*shapes)
+    live = _live(closed.jaxpr)
+    inputs = [
+        x.form() if isinstance(x, Index) and var in live else x
+        for var, x in zip(closed.jaxpr.invars, arguments, strict=True)
+    ]
+    (found,) = _run(closed.jaxpr, closed.consts, inputs)
     return found
 
 
@@ -50,14 +88,46 @@ def _inner(equation: Any) -> Any:
     return equation.params.get("jaxpr")
 
 
+def _live(jaxpr: Any) -> set[Any]:
+    """The variables that the results depend on."""
+    named = lambda found: {x for x in found if not isinstance(x, core.Literal)}
+    live = named(jaxpr.outvars)
+    for equation in reversed(jaxpr.eqns):
+        if live.isdisjoint(equation.outvars) or _known(equation) is not None:
+            continue
+        inner, used = _inner(equation), equation.invars
+        if inner is not None:
+            own = _live(inner.jaxpr)
+            pairs = zip(equation.invars, inner.jaxpr.invars, strict=True)
+            used = [x for x, var in pairs if var in own]
+        live |= named(used)
+    return live
+
+
+def _known(equation: Any) -> bool | None:
+    """The result of a comparison of something with itself, of integers."""
+    primitive = equation.primitive
+    if primitive in _COMPARISONS and len(set(map(id, equation.invars))) == 1:
+        return _COMPARISONS[primitive]
+    return None
+
+
 def _run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
     values = dict(zip(jaxpr.constvars, constants, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
-    read = lambda x: x.val if isinstance(x, core.Literal) else values[x]
+    live = _live(jaxpr)
+
+    def read(x: Any) -> Any:
+        return x.val if isinstance(x, core.Literal) else values.get(x)
+
     for equation in jaxpr.eqns:
+        if live.isdisjoint(equation.outvars):
+            continue
         inputs = [read(x) for x in equation.invars]
-        inner = _inner(equation)
-        if inner is not None:
+        inner, known = _inner(equation), _known(equation)
+        if known is not None:
+            found = [jnp.full(equation.outvars[0].aval.shape, known)]
+        elif inner is not None:
             found = _run(inner.jaxpr, inner.consts, inputs)
         elif equation.primitive is lax.not_p and inputs[0].dtype == jnp.bool_:
             # The compiler widens a boolean to invert it, and fails.

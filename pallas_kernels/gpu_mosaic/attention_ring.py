@@ -104,15 +104,25 @@ class Channel:
         plgpu.barrier_wait(self.ready.at[slot])
         return [ring.at[slot] for ring in self.rings]
 
+    def filled(self, step: Any) -> list[Any]:
+        """The slot of a step that was waited for, as one the compiler does not know."""
+        slot = self.slot(step)
+        return [ring.at[slot] for ring in self.rings]
+
     def release(self, step: Any) -> None:
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
     def fill(self, step: Any, *sources: Any) -> None:
         """Copies into the slot of that step, as soon as it is free."""
+        slots, ready = self.vacated(step)
+        for source, slot in zip(sources, slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, slot, ready)
+
+    def vacated(self, step: Any) -> tuple[list[Any], Any]:
+        """The slot of that step, free, and the barrier for copies into it."""
         slot = self.slot(step)
         plgpu.barrier_wait(self.free.at[slot])
-        for source, ring in zip(sources, self.rings, strict=True):
-            plgpu.copy_gmem_to_smem(source, ring.at[slot], self.ready.at[slot])
+        return [ring.at[slot] for ring in self.rings], self.ready.at[slot]
 
     def close(self) -> None:
         """Sees every slot freed: barriers must not go away with a phase unseen."""

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels._trilinear import Visits
+from pallas_kernels._trilinear import Masks, Visits
 
 from .trilinear_blocks import (
     Block,
-    Masks,
     Pair,
     Shape,
     Tile,

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._results import result
-from pallas_kernels._trilinear import ALL, FIRST, KINDS, LAST, NONE, Visits
+from pallas_kernels._trilinear import ALL, FIRST, KINDS, LAST, NONE, Masks, Visits
 
 from .trilinear_math import divided, parts, quotient, zeroed
 from .trilinear_tiles import Tiles
@@ -30,22 +30,7 @@ from .trilinear_tiles import Tiles
 # Keys that are taken out of a block at once: it would not fit the registers whole.
 STEP = 32
 
-type Predicate = Callable[..., Any]
 type Pair = tuple[jax.Array, jax.Array]
-
-
-class Masks(NamedTuple):
-    """Static predicates on positions; None where everything attends.
-
-    Attributes:
-        first: Of (query, first key).
-        second: Of (query, second key).
-        joint: Of all three.
-    """
-
-    first: Predicate | None = None
-    second: Predicate | None = None
-    joint: Predicate | None = None
 
 
 class Shape(NamedTuple):

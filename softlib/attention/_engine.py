@@ -16,12 +16,19 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from softlib import _dispatch
-from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._dispatch import Implementation, Operation, Plan
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes
 from softlib.typing import Implementations
 
-from . import _kernels_gpu, _kernels_tpu, _lanes, _stream, _tuple_kernels
+from . import (
+    _kernels_gpu,
+    _kernels_tpu,
+    _lanes,
+    _stream,
+    _tuple_kernels,
+    _tuple_kernels_gpu,
+)
 from ._scores import Result
 from ._stream import BackwardOperands, Gradient
 from ._tiles import Operands, Options, product
@@ -172,9 +179,6 @@ def _note(options: Options, operands: Any) -> str | None:
     )
 
 
-_NO_GPU = absent("pallas_gpu", "cuda")
-
-
 def _operations(
     name: str, kernels: Sequence[tuple[Implementation, Implementation]]
 ) -> tuple[Operation, Operation]:
@@ -207,5 +211,8 @@ ATTENTION, ATTENTION_GRADIENT = _operations(
 # The same computations; kernels of the two differ.
 TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
     "kronecker_attention",
-    [(_tuple_kernels.FORWARD, _tuple_kernels.BACKWARD), (_NO_GPU, _NO_GPU)],
+    [
+        (_tuple_kernels.FORWARD, _tuple_kernels.BACKWARD),
+        (_tuple_kernels_gpu.FORWARD, _tuple_kernels_gpu.BACKWARD),
+    ],
 )

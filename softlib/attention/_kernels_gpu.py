@@ -82,7 +82,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     rows = lambda x: _padded(jnp.moveaxis(x, 2, 1), {2: LENGTHS})
     cotangent = given.out_cotangent
     assert cotangent is not None
-    arrays = (*_arrays(operands), _tiled(cotangent), rows(norm), rows(delta))
+    arrays = (*_arrays(operands), tiled(cotangent), rows(norm), rows(delta))
     rest: dict[str, Any] = {"form": form, "tiles": tiles, "mask_scalars": scalars}
     dq = query_gradient(*arrays, lists_of("query", operands), **rest)
     dk, dv = key_gradients(*arrays, lists_of("key", operands), **rest)
@@ -109,10 +109,10 @@ def _value(operands: Operands) -> Array:
 
 
 def _arrays(operands: Operands) -> tuple[Array, Array, Array]:
-    return _tiled(operands.query), _tiled(operands.key), _tiled(_value(operands))
+    return tiled(operands.query), tiled(operands.key), tiled(_value(operands))
 
 
-def _tiled(x: Array) -> Array:
+def tiled(x: Array) -> Array:
     """Padded to what TMA addresses; (B, T, N, H)."""
     return _padded(x, {1: LENGTHS, 3: FEATURES})
 
@@ -336,8 +336,9 @@ def _kinds(
     return np.broadcast_to(kinds, (some, columns))
 
 
-def _pads(operands: Operands) -> str:
-    shapes = (operands.query.shape, operands.key.shape, _value(operands).shape)
+def pads(*arrays: Array) -> str:
+    """What `tiled` costs."""
+    shapes = (array.shape for array in arrays)
     fits = all(
         length % LENGTHS == 0 and features % FEATURES == 0
         for _, length, _, features in shapes
@@ -345,14 +346,18 @@ def _pads(operands: Operands) -> str:
     return "" if fits else "; arrays are copied to pad them"
 
 
+def _padding(operands: Operands) -> str:
+    return pads(operands.query, operands.key, _value(operands))
+
+
 def _note(options: Options, operands: Operands) -> str:
     tiles = tiles_of("forward", operands)
-    return f"{tiles}{_pads(operands)}"
+    return f"{tiles}{_padding(operands)}"
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
     tiles = tiles_of("query", given.operands)
-    return f"{tiles}{_pads(given.operands)}"
+    return f"{tiles}{_padding(given.operands)}"
 
 
 FORWARD = Implementation("pallas_gpu", _forward, _why_not, platform="cuda", note=_note)

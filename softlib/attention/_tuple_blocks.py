@@ -65,10 +65,8 @@ def _cheapest(
 ) -> Order | str:
     found: dict[Order, float] = {}
     reason = "no tile fits the vector memory"
-    query, *keys = problem.lengths
     for swapped in (False, True):
-        first, second = keys[::-1] if swapped else keys
-        own = problem._replace(lengths=(query, first, second))
+        own = problem._replace(lengths=in_order(problem.lengths, swapped))
         tiles, cost = [], 0.0
         for which in passes:
             chosen = choose_tiles(which, own, device)
@@ -90,21 +88,24 @@ def _cheapest(
 
 
 @functools.lru_cache(maxsize=64)
-def _axes(
-    skeleton: Skeleton, lengths: tuple[int, int, int], swapped: bool, tiles: Tiles
+def axes(
+    skeleton: Skeleton,
+    lengths: tuple[int, int, int],
+    swapped: bool,
+    query: int,
+    sizes: tuple[int, int],
+    counts: tuple[int, int],
 ) -> list[lists.Axis]:
+    """Both key axes in that order: sizes of tiles, and how many are a block."""
     mask = ordered(skeleton.mask, swapped)
-    sizes = (tiles.combined, tiles.lanes)
     return [
         lists.axis(
             (masks.All() if axis is None else axis).block_status,
             (lengths[0], length),
-            tiles.query,
-            size,
-            count,
+            *(query, size, count),
         )
         for axis, length, size, count in zip(
-            mask.axes, lengths[1:], sizes, tiles.counts, strict=True
+            mask.axes, lengths[1:], sizes, counts, strict=True
         )
     ]
 
@@ -126,8 +127,27 @@ def _listed(
     swapped: bool,
     tiles: Tiles,
 ) -> lists.Visits:
-    joint = ordered(skeleton.mask, swapped).joint
+    first, second = _axes(skeleton, lengths, swapped, tiles)
     sizes = (tiles.query, tiles.first, tiles.second)
+    joint = joint_status(skeleton, lengths, swapped, sizes)
+    return lists.visits(first, second, owner, joint)
+
+
+def _axes(
+    skeleton: Skeleton, lengths: tuple[int, int, int], swapped: bool, tiles: Tiles
+) -> list[lists.Axis]:
+    sizes = (tiles.combined, tiles.lanes)
+    return axes(skeleton, lengths, swapped, tiles.query, sizes, tiles.counts)
+
+
+def joint_status(
+    skeleton: Skeleton,
+    lengths: tuple[int, int, int],
+    swapped: bool,
+    sizes: tuple[int, int, int],
+) -> lists.Status | None:
+    """Kind of blocks of those sizes, by index, under what relates all axes."""
+    joint = ordered(skeleton.mask, swapped).joint
 
     def status(*at: np.ndarray) -> np.ndarray:
         edges = []
@@ -135,8 +155,7 @@ def _listed(
             edges += [index * size, np.minimum((index + 1) * size, length)]
         return functools.reduce(np.minimum, [part._status(*edges) for part in joint])
 
-    first, second = _axes(skeleton, lengths, swapped, tiles)
-    return lists.visits(first, second, owner, status if joint else None)
+    return status if joint else None
 
 
 def ordered(mask: PerAxis, swapped: bool) -> PerAxis:
@@ -144,11 +163,30 @@ def ordered(mask: PerAxis, swapped: bool) -> PerAxis:
     return mask._permuted((1, 0)) if swapped else mask
 
 
+def masks_of(
+    mask: PerAxis, lengths: tuple[int, int, int], swapped: bool
+) -> lists.Masks:
+    """As kernels call them, of lengths in that order."""
+    mask = ordered(mask, swapped)._within(*lengths)
+    first, second = (
+        None if axis in (None, masks.All()) else axis._attends for axis in mask.axes
+    )
+
+    def joint(*indices: Any) -> Any:
+        found = [part._attends(*indices) for part in mask.joint]
+        return functools.reduce(jnp.logical_and, found)
+
+    return lists.Masks(first, second, joint if mask.joint else None)
+
+
 def lengths_of(operands: Operands, swapped: bool) -> tuple[int, int, int]:
     """Of the queries, and of the key axes in that order."""
-    query, *keys = operands.plan.lengths
-    first, second = keys[::-1] if swapped else keys
-    return query, first, second
+    return in_order(operands.plan.lengths, swapped)
+
+
+def in_order(lengths: tuple[int, int, int], swapped: bool) -> tuple[int, int, int]:
+    query, first, second = lengths
+    return (query, second, first) if swapped else lengths
 
 
 def pieces_of(options: Options, operands: Operands) -> tuple[int, int]:

@@ -6,31 +6,27 @@ A plan has blocks that suit a CPU: kernels take its mask and have lists of their
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.tpu import trilinear, trilinear_gradient
-from pallas_kernels.tpu.trilinear_blocks import Masks
 from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
-from softlib.masks import Between
 
-from ._scores import Result, Softmax
+from ._scores import Result
 from ._stream import BackwardOperands, Gradient, row_constants
 from ._tiles import Operands, Options
 from ._tuple_blocks import (
     Order,
     chosen_order,
     lengths_of,
-    ordered,
+    masks_of,
     pieces_of,
     visits_of,
 )
+from ._tuple_refusals import why_no_mask, why_no_options
 
-# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
-LEAST_LENGTH, LEAST_FEATURES = 128, 32
 # Of the backward pass, where products of pieces of more leave registers for none.
 MOST_FLOAT32_FEATURES = LANES
 _BACKWARD: tuple[Pass, ...] = ("query", "first", "second")
@@ -91,16 +87,10 @@ def _value(operands: Operands) -> Array:
 
 def _form(options: Options, operands: Operands, order: Order) -> dict[str, Any]:
     """What is static."""
-    mask = ordered(operands.plan.mask, order.swapped)
-    mask = mask._within(*lengths_of(operands, order.swapped))
-    first, second = (None if axis is None else axis._attends for axis in mask.axes)
-
-    def joint(*indices: Any) -> Any:
-        found = [part._attends(*indices) for part in mask.joint]
-        return functools.reduce(jnp.logical_and, found)
-
     return {
-        "masks": Masks(first, second, joint if mask.joint else None),
+        "masks": masks_of(
+            operands.plan.mask, lengths_of(operands, order.swapped), order.swapped
+        ),
         "scale": options.scale,
         "heads": operands.key.shape[2],
         "groups": operands.groups,
@@ -129,49 +119,14 @@ def _heads(x: Array, heads: int, features: int) -> Array:
 
 # --------------------------------------------------------------------- what is refused
 def _why_not(options: Options, operands: Operands) -> str | None:
-    if len(operands.outer) != 1:
-        return f"it takes two key axes, not {len(operands.outer) + 1}"
-    if operands.value is None:
-        return "it computes no statistics without values"
-    if options.kind != Softmax():
-        return f"it has no weights of kind {type(options.kind).__name__}"
-    if options.logit_softcap is not None:
-        return "it has no softcap"
-    if operands.bias is not None or operands.dense is not None:
-        return "it takes no array over tuples"
-    if operands.sinks is not None or operands.rows:
-        return "it takes no array over rows"
-    query, *lengths = operands.plan.lengths
-    batch, _, heads, features = operands.query.shape
-    if not (batch and heads):
-        return "an axis is empty"
-    sizes = (
-        ("queries", query, LEAST_LENGTH),
-        ("keys", min(lengths), LEAST_LENGTH),
-        ("features of a query", features, LEAST_FEATURES),
-        ("features of a value", operands.value.shape[-1], LEAST_FEATURES),
-    )
-    reason = limits.why_too_small(sizes)
+    reason = why_no_options(options, operands)
     if reason is not None:
         return reason
-    arrays = (operands.query, operands.key, operands.value, *operands.outer[0])
+    arrays = (operands.query, operands.key, _value(operands), *operands.outer[0])
     for array in arrays:
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"an argument is {array.dtype}, not float32 or bfloat16"
-    return limits.why_no_precision(options.precision) or _why_no_mask(operands)
-
-
-def _why_no_mask(operands: Operands) -> str | None:
-    plan = operands.plan
-    if plan.counts is not None:
-        return "its lists of blocks are static, those of the plan are data"
-    if jax.tree.leaves(plan.mask):
-        return "it looks into no array of a mask"
-    if not plan.mask._is_arithmetic():
-        return "the mask is no arithmetic on positions"
-    if not all(isinstance(part, Between) for part in plan.mask.joint):
-        return "it evaluates no function as a joint mask, only masks.Between"
-    return None
+    return limits.why_no_precision(options.precision) or why_no_mask(operands)
 
 
 def _forward_why_not(options: Options, operands: Operands) -> str | None:

@@ -13,6 +13,10 @@ SLOW = {
         "test_lowered_inside_shard_map[False]",
     ),
     "test_gpu_row_statistics.py": ("test_statistics_and_gradients[minus infinity]",),
+    "test_gpu_trilinear.py": (
+        "test_rows_that_attend_to_nothing_at_all",
+        "test_lowered_inside_shard_map",
+    ),
     "test_tpu_attention.py": (
         "test_output_and_gradients[causal]",
         "test_output_and_gradients[lengths]",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,13 +16,11 @@ from pallas_kernels.tpu import trilinear_tiles
 from pallas_kernels.tpu.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _tuple_blocks, _tuple_kernels
-from softlib.attention._plan import plan_of
 from softlib.attention._scores import Softmax
 from softlib.attention._stream import BackwardOperands
 from softlib.attention._tiles import Operands, Options
 from softlib.masks import Between, Causal, PerAxis, Window
-from softlib.testing import assert_close
-from tests.oracles.kronecker import kronecker_attention as oracle
+from tests.kernels import trilinear_problems as problems
 
 NARROW = PerAxis(Window(4, 0), Window(20, 0))
 PASSES = ("forward", "query", "first", "second")
@@ -49,15 +46,11 @@ class Case:
     swapped: bool = False
 
     def operands(self) -> Operands:
-        random = np.random.default_rng(0)
-        T, S1, S2 = self.lengths
-        (N, K), (H, E), B = self.heads, self.features, self.batch
-        draw = lambda *shape: jnp.asarray(random.normal(size=shape), self.dtype)
-        query = self.factor * draw(B, T, N, H)
-        outer = (draw(B, S1, K, H), draw(B, S1, K, E))
-        plan = plan_of(self.mask, self.lengths, (16, 8, 128))
-        return Operands(
-            query, draw(B, S2, K, H), draw(B, S2, K, E), plan, outer=(outer,)
+        return problems.draw_operands(
+            *(self.lengths, self.heads, self.features, self.mask),
+            batch=self.batch,
+            dtype=self.dtype,
+            factor=self.factor,
         )
 
     def options(self) -> Options:
@@ -182,48 +175,26 @@ def test_everything_simulated(name, small_tiles, interpreted):
 def check(name: str, case: Case, small_tiles: Any) -> None:
     small_tiles(case)
     operands = case.operands()
-    random = np.random.default_rng(1)
-    shape = operands.query.shape[:3]
-    g = jnp.asarray(random.normal(size=(*shape, case.features[1])), case.dtype)
-    g_lse = jnp.asarray(random.normal(size=shape), jnp.float32)
+    cotangents = problems.draw_cotangents(operands)
     found = forward(case, operands)
-    gradients = gradient(case, operands, found, g, g_lse)
-
-    keys, values = zip(*operands.outer, (operands.key, operands.value), strict=True)
-    T, S1, S2 = case.lengths
-    expected = oracle(
-        *(operands.query, keys, values),
-        allowed=np.asarray(case.mask.materialize(T, S1, S2))[None, None],
-        scale=case.features[0] ** -0.5,
-        g_out=g,
-        g_lse=g_lse,
-    )
-    own = rounded = jnp.dtype(case.dtype)
+    gradients = gradient(case, operands, found, *cotangents)
+    rounded = jnp.dtype(case.dtype)
     # Two pieces lose what is below 16 bits; without any, all is rounded to bfloat16.
     c = 128.0 if case.precision == "high" else 4.0
     if case.precision == "default":
         rounded = jnp.dtype(jnp.bfloat16)
-    # Scores of that size have rounding errors of their own.
-    length = int(math.prod(case.lengths) * max(1.0, case.factor / 100) ** 2)
-    lse_dtype = jnp.float32 if case.precision == "highest" else rounded
-    assert found.out.dtype == own
-    assert found.normalizer.dtype == jnp.float32
-    assert_close(found.out, expected.out, dtype=rounded, length=length, c=c)
-    assert_close(found.normalizer, expected.lse, dtype=lse_dtype, length=length, c=c)
-    wanted = expected.gradients
-    for value, right, like in (
-        (gradients.query, wanted["query"], operands.query),
-        (gradients.outer[0][0], wanted["keys"][0], keys[0]),
-        (gradients.key, wanted["keys"][1], keys[1]),
-        (gradients.outer[0][1], wanted["values"][0], values[0]),
-        (gradients.value, wanted["values"][1], values[1]),
-    ):
-        assert value.dtype == like.dtype
-        assert_close(value, right, dtype=rounded, length=length, c=c)
-    empty = np.isneginf(expected.lse)
+    empty = problems.check(
+        operands,
+        case.options().scale,
+        found,
+        gradients,
+        cotangents,
+        rounded=rounded,
+        lse_dtype=jnp.float32 if case.precision == "highest" else rounded,
+        factor=case.factor,
+        c=c,
+    )
     assert empty.any() or name != "empty rows"
-    np.testing.assert_array_equal(np.asarray(found.out, float)[empty], 0)
-    np.testing.assert_array_equal(np.asarray(gradients.query, float)[empty], 0)
 
 
 def test_rows_that_attend_to_nothing_at_all(small_tiles, interpreted):

@@ -1,0 +1,188 @@
+r"""Attention to pairs of keys for Hopper: the backward pass, and in it the queries.
+
+With $p_{ijl}$ formed again from the logsumexp of row i, $g$ the cotangent of the output
+and $\delta_i$ what $\langle g_i, v^1_j \odot v^2_l \rangle$ is compared with,
+
+$$dz_{ijl} = p_{ijl} (\langle g_i, v^1_j \odot v^2_l \rangle - \delta_i), \qquad
+dq_i = a \sum_j k^1_j \odot \sum_l dz_{ijl} k^2_l,$$
+
+and the gradient of either key axis is $a \sum dz_{ijl}$ times query and the other key,
+see `trilinear_key_gradient`. The kernel of the queries walks like the forward pass: for
+one key j of the first axis three products,
+
+    Z = (a q * k1_j) K2^T,   D = (g * v1_j) V2^T - delta,   total += k1_j * (dZ K2).
+
+Eleven products per tuple for the queries and both key axes, where one kernel with
+atomic sums would take six; nothing is added up in an order that could change.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels._results import result
+
+from . import attention_ring as ring, trilinear_parts as parts
+from .attention_ring import ROWS, WARPGROUPS, Channel
+from .attention_scores import LOG2E, Axis, across
+from .trilinear_lists import Runs
+from .trilinear_parts import Form, Pair, Walk
+from .trilinear_tiles import PAIR
+
+
+def query_gradient(
+    query: jax.Array,
+    first: Pair,
+    second: Pair,
+    cotangent: jax.Array,
+    norm: jax.Array,
+    delta: jax.Array,
+    runs: Runs,
+    *,
+    form: Form,
+    interpret: Any = None,
+) -> jax.Array:
+    """The cotangent of the queries.
+
+    Args:
+        query: As in `trilinear.forward`, like `first`, `second`, `runs`, `form` and
+            `interpret`.
+        first: See `query`.
+        second: See `query`.
+        cotangent: Of the output, (B, T, N, E), in the dtype of `query`.
+        norm: Logsumexp in bits, +inf for rows without a pair and beyond the last;
+            float32, as `trilinear.rows_of` lays it out.
+        delta: Laid out alike: the sum of output times cotangent, less the cotangent of
+            the logsumexp.
+        runs: See `query`.
+        form: See `query`.
+        interpret: See `query`.
+
+    Returns:
+        In the shape and dtype of `query`.
+    """
+    tiles, dtype = form.tiles, query.dtype
+    features, value_features = query.shape[-1], cotangent.shape[-1]
+    operands = (query, *first, *second, cotangent, norm, delta, *runs)
+    scratch: dict[str, Any] = {
+        "q": ring.swizzled((ROWS, features), dtype),
+        "do": ring.swizzled((ROWS, value_features), dtype),
+        "rows": plgpu.SMEM((2, ROWS), jnp.float32),
+        "k2": ring.swizzled((tiles.stages, tiles.keys, features), dtype),
+        "v2": ring.swizzled((tiles.stages, tiles.keys, value_features), dtype),
+        **parts.pair_scratch((features, value_features), dtype),
+        **parts.sums_scratch(features),
+        "staged_left": ring.staging(features, dtype, interpret),
+        "staged_values": ring.staging(value_features, dtype, interpret),
+        "staged_weights": ring.staging(tiles.keys, dtype, interpret),
+        "owned": plgpu.Barrier(num_arrivals=2 * tiles.groups + 2),
+        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+    }
+    batch, _, heads, _ = query.shape
+    return plgpu.kernel(
+        functools.partial(_query_kernel, form=form),
+        out_type=result(query.shape, dtype, *operands),
+        scratch_types=scratch,
+        grid=(runs.tiles.shape[0], heads // tiles.groups, batch),
+        grid_names=("tile", "head", "batch"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="trilinear_attention_query_gradient",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands)
+
+
+def _query_kernel(*refs, form, **scratch):
+    query_ref, k1_ref, v1_ref, k2_ref, v2_ref, cotangent_ref, *rest = refs
+    norm_ref, delta_ref, *lists, dq_ref = rest
+    at, own_head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
+    warpgroup = lax.axis_index("warpgroup")
+    tiles, walk = form.tiles, Walk(Runs(*lists), at)
+    q, do, k2, v2, rows = (scratch[name] for name in ("q", "do", "k2", "v2", "rows"))
+    pairs = parts.pairs(scratch)
+    seconds = Channel((k2, v2), scratch["ready"], scratch["free"])
+    head = own_head * tiles.groups
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
+        own_rows = batch, own_head, walk.tile
+        place = batch, walk.tile * tiles.queries, head
+        for source, slot in (
+            *parts.copies(query_ref, q, tiles, place),
+            *parts.copies(cotangent_ref, do, tiles, place),
+            (norm_ref.at[own_rows], rows.at[0]),
+            (delta_ref.at[own_rows], rows.at[1]),
+        ):
+            plgpu.copy_gmem_to_smem(source, slot, scratch["owned"])
+        of_keys = batch, lax.div(head, query_ref.shape[2] // k1_ref.shape[2])
+
+        def stream(number, _, tile):
+            here = batch, pl.ds(tile * tiles.keys, tiles.keys), of_keys[1]
+            seconds.fill(number, k2_ref.at[here], v2_ref.at[here])
+
+        fetch = parts.fetching(pairs, (k1_ref, v1_ref), of_keys)
+        parts.feed(walk, stream, pairs, fetch)
+        seconds.close()
+        pairs.close()
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
+        seconds.open()
+        pairs.open()
+        plgpu.barrier_wait(scratch["owned"])
+        left, right, weights = parts.staged(
+            scratch, warpgroup, "left", "values", "weights"
+        )
+        norm, delta = (
+            plgpu.load(rows.at[i], layout=plgpu.Layout.WGMMA.reduce(1))
+            for i in range(2)
+        )
+
+        def run(partial, number, total):
+            key, value = seconds.wait(number)
+
+            def step(at, total):
+                # What depends on these would else be kept, across the loop.
+                tile, other = (ring.anew(x) for x in (walk.tile, walk.streamed(number)))
+                query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
+                own = walk.pair(at) * PAIR + warpgroup
+                keys, values = (slot.at[warpgroup] for slot in pairs.wait(at))
+                a = parts.spread(q, keys, form.scale * LOG2E)
+                bits = ring.product(
+                    ring.operand(a, left), ring.transposed(key), tiles.keys
+                )
+                if partial:
+                    bits = form.selected(bits, Axis(0, query), own, second, 0)
+                ok = form.attending(query, own, 0, ROWS, 0)
+                off = norm if ok is None else jnp.where(ok, norm, jnp.inf)
+                p = parts.normalised(bits, across(off, bits.shape))
+                g = ring.operand(parts.spread(do, values), right)
+                answer = across(-delta, p.shape)
+                answer = ring.added(answer, g, ring.transposed(value), right)
+                dz = ring.operand((p * answer).astype(k2.dtype), weights)
+                found = ring.product(dz, key, k2.shape[2])
+                total = total + found * across(parts.per_feature(keys), found.shape, 1)
+                parts.leave(pairs, at)
+                return total
+
+            total = lax.fori_loop(*walk.span(number), step, total)
+            seconds.release(number)
+            return total
+
+        total = walk.fold(run, ring.zeros(k2.shape[2])) * form.scale
+
+        def use(total):
+            place = batch, walk.tile * tiles.queries, head
+            parts.store(total, q, dq_ref, tiles, place)
+            plgpu.wait_smem_to_gmem(0)
+
+        parts.summed(total, scratch, warpgroup, use)
