@@ -21,6 +21,7 @@ from pallas_kernels.gpu_mosaic import (
     trilinear_lists,
     trilinear_tiles,
 )
+from pallas_kernels.gpu_mosaic.attention_mask import Index, evaluate, is_constant
 from pallas_kernels.gpu_mosaic.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _tuple_kernels_gpu as adapter
@@ -294,6 +295,22 @@ def test_lowered_for_hopper_a_training_step_is_four_kernels():
     assert text.count("@mosaic_gpu") == 4
     assert "stablehlo.while" not in text
     assert "custom_call" not in plain
+
+
+def test_only_indices_that_a_mask_looks_at_are_formed():
+    formed = []
+
+    def index(name: str) -> Index:
+        return Index((2, 3), lambda: formed.append(name) or jnp.ones((2, 3), int))
+
+    given = index("query"), index("key")
+    found = evaluate(
+        lambda query, key: jnp.where(key > 1, query == query, False), *given
+    )
+    assert formed == ["key"]
+    np.testing.assert_array_equal(found, np.zeros((2, 3), bool))
+    assert is_constant(lambda *at: masks.All()(*at), 0)
+    assert not is_constant(lambda *at: Causal()(*at), 0)
 
 
 @pytest.mark.parametrize(
