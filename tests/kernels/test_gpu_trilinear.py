@@ -415,8 +415,8 @@ REFUSALS = {
     "products of queries and keys are rounded to the bfloat16": lambda *a: plain(
         *a, precision="highest"
     ),
-    "features of queries and values, padded 192 and 192, are more than 128": lambda *a: (
-        plain(*(jnp.concatenate([x, x[..., :64]], -1) for x in a), mask=Window(9, 0))
+    "padded 192 and 192, are more than 128": lambda *a: plain(
+        *(jnp.concatenate([x, x[..., :64]], -1) for x in a), mask=Window(9, 0)
     ),
     "it looks into no array of a mask": lambda *a: plain(
         *a, mask=masks.Padding(None, jnp.asarray([7]))
