@@ -11,6 +11,7 @@ from pallas_kernels import _devices, _trilinear as lists
 from pallas_kernels.gpu_mosaic.attention_ring import FEATURES
 from pallas_kernels.gpu_mosaic.trilinear_lists import Runs, runs
 from pallas_kernels.gpu_mosaic.trilinear_tiles import (
+    MOST_FEATURES,
     PAIR,
     Pass,
     Problem,
@@ -81,8 +82,9 @@ def _orders(
             f"{most} pairs of tiles are more than its lists hold; masks such as "
             "windows leave fewer"
         )
-    return "{} features of a query and {} of a value do not fit the registers".format(
-        *problem.features
+    sizes = "{} and {}".format(*problem.features)
+    return (
+        f"features of queries and values, padded {sizes}, are more than {MOST_FEATURES}"
     )
 
 

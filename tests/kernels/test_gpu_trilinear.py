@@ -21,6 +21,7 @@ from pallas_kernels.gpu_mosaic import (
     trilinear_lists,
     trilinear_tiles,
 )
+from pallas_kernels.gpu_mosaic.attention_mask import Index, evaluate, is_constant
 from pallas_kernels.gpu_mosaic.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _tuple_kernels_gpu as adapter
@@ -296,6 +297,22 @@ def test_lowered_for_hopper_a_training_step_is_four_kernels():
     assert "custom_call" not in plain
 
 
+def test_only_indices_that_a_mask_looks_at_are_formed():
+    formed = []
+
+    def index(name: str) -> Index:
+        return Index((2, 3), lambda: formed.append(name) or jnp.ones((2, 3), int))
+
+    given = index("query"), index("key")
+    found = evaluate(
+        lambda query, key: jnp.where(key > 1, query == query, False), *given
+    )
+    assert formed == ["key"]
+    np.testing.assert_array_equal(found, np.zeros((2, 3), bool))
+    assert is_constant(lambda *at: masks.All()(*at), 0)
+    assert not is_constant(lambda *at: Causal()(*at), 0)
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -398,7 +415,7 @@ REFUSALS = {
     "products of queries and keys are rounded to the bfloat16": lambda *a: plain(
         *a, precision="highest"
     ),
-    "192 features of a query and 192 of a value do not fit": lambda *a: plain(
+    "padded 192 and 192, are more than 128": lambda *a: plain(
         *(jnp.concatenate([x, x[..., :64]], -1) for x in a), mask=Window(9, 0)
     ),
     "it looks into no array of a mask": lambda *a: plain(
