@@ -18,7 +18,7 @@ from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
-from ._rows import Rows, prepare
+from ._rows import Rows, prepare, prepare_in_turn
 from ._sources import GivenLogits, Source
 
 METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
@@ -97,6 +97,14 @@ def log_probability_of_labels(
     """Of ids; 0 where `where` is False, NaN, or -inf for a label on no class."""
     names = ("lse", "label_logits")
     return log_probability(prepare(source, names, labels, where, distributions=False))
+
+
+def log_probability_in_turn(
+    source: Source, labels: Array, where: Array | None
+) -> tuple[Float[Array, "*batch"], Source]:
+    """`log_probability_of_labels`, and the source for the loss' next term."""
+    rows, then = prepare_in_turn(source, ("lse", "label_logits"), labels, where)
+    return log_probability(rows), then
 
 
 def of_log_prob(

@@ -1,5 +1,6 @@
 r"""Knowledge distillation: a teacher's whole prediction in the place of a label."""
 
+import dataclasses
 import math
 from typing import Any, TypedDict, Unpack
 
@@ -11,10 +12,11 @@ from softlib._ids import labels_in_range
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
 from . import _pair_terms
-from ._compose import log_probability_of_labels
+from ._compose import log_probability_in_turn, log_probability_of_labels
 from ._expm1 import expm1
 from ._pairs import SourcePair
 from ._rows import rows_that_count, weigh
+from ._sources import LinearHead
 
 
 class LogitsDistillationOptions(TypedDict, total=False):
@@ -202,8 +204,7 @@ def linear_normalized_distillation_loss(
 
     Derivatives: as `linear_kl_divergence`, and with respect to `gamma`; the teacher has
         none.
-    Cost: six products of N V D forward and seven backward. Its two terms each have a
-        gradient of the weight until they are added.
+    Cost: six products of N V D forward and seven backward.
     Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
         Approach with Normalized Loss and Customized Soft Labels".
 
@@ -371,8 +372,11 @@ def _normalized(
     labels, where, outside = _valid(pair, labels, where)
     pair, heated = pair.with_constant_target(), heated.with_constant_target()
     confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
-    log_prob = log_probability_of_labels(pair.own, labels, where)
+    log_prob, own = log_probability_in_turn(pair.own, labels, where)
     target = weigh(confidence, 0 - log_prob)
+    if isinstance(own, LinearHead) and isinstance(heated.own, LinearHead):
+        in_turn = dataclasses.replace(heated.own, weight=own.weight)
+        heated = dataclasses.replace(heated, own=in_turn)
     others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
     factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
     return _with_outside(target + factor * others, outside)

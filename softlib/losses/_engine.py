@@ -56,6 +56,20 @@ def linear(names: Implementations, options: Options, head: Head) -> RowStatistic
     return _linear(made, names, options, head)
 
 
+def linear_in_turn(
+    names: Implementations, options: Options, head: Head
+) -> tuple[RowStatistics, Array]:
+    """`linear`, and the weight for what reads it next.
+
+    Two readers of one weight have a gradient of its size each, and their sum. One that
+    reads the result of this has its gradient made first; this adds to it in place.
+    """
+    made = _dispatch.plan(LINEAR, names, options, head)
+    if made.is_reference:
+        return _dispatch.execute(made, options, head), head.weight
+    return _in_turn(made, names, options, head)
+
+
 def given(names: Implementations, options: Options, operands: Given) -> RowStatistics:
     made = _dispatch.plan(GIVEN, names, options, operands)
     if made.is_reference:
@@ -121,12 +135,21 @@ def _linear_backward(
     residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
     cotangents: RowStatistics,
 ):
+    return _gradient(names, options, residuals, cotangents, None)
+
+
+def _gradient(
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
+    cotangents: RowStatistics,
+    further: Array | None,
+):
     head, lse, mean, kept, learned = residuals
     rows = RowCotangents(lse, mean, _instantiated(differentiable(cotangents)))
     options = dataclasses.replace(options, hidden_is_learned=learned is not None)
-    gradient: HeadGradient = _dispatch.run(
-        LINEAR_GRADIENT, names, options, BackwardOperands(head, rows, kept)
-    )
+    operands = BackwardOperands(head, rows, kept, further)
+    gradient: HeadGradient = _dispatch.run(LINEAR_GRADIENT, names, options, operands)
     return (Head(gradient.hidden, gradient.weight, None, gradient.modifiers),)
 
 
@@ -137,6 +160,35 @@ def _instantiated(cotangents: RowStatistics) -> RowStatistics:
 
 
 _linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_turn(
+    made: Plan, names: Implementations, options: Options, head: Head
+) -> tuple[RowStatistics, Array]:
+    return _dispatch.execute(made, options, head), head.weight
+
+
+def _in_turn_forward(made: Plan, names: Implementations, options: Options, head: Head):
+    weight: Any = head.weight
+    found, residuals = _linear_forward(made, names, options, head)
+    return (found, weight.value), residuals
+
+
+def _in_turn_backward(
+    made: Plan,
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
+    cotangents: tuple[RowStatistics, Any],
+):
+    statistics, further = cotangents
+    if isinstance(further, SymbolicZero):
+        further = None
+    return _gradient(names, options, residuals, statistics, further)
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
 
 
 def _linear_reference(options: Options, head: Head) -> RowStatistics:
@@ -159,7 +211,8 @@ def _linear_gradient_reference(
 
     modifiers = head.modifiers._replace(class_where=None, centre=None)
     _, pull = jax.vjp(statistics, head.hidden, head.weight, modifiers)
-    return HeadGradient(*pull(operands.rows.cotangents))
+    gradient = HeadGradient(*pull(operands.rows.cotangents))
+    return gradient.added_to(operands.further)
 
 
 # ------------------------------------------------------------------------- given logits

@@ -29,15 +29,17 @@ def _forward(options: Options, head: Head) -> RowStatistics:
 
 
 def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
-    head, rows, _ = given
+    head, rows, _, further = given
     known, of_labels = _known(rows)
     if of_labels is None and not any(name.startswith("g_") for name in known):
         # Only numbers without a gradient were asked for.
-        return HeadGradient(*jax.tree.map(jnp.zeros_like, _differentiable(head)))
+        zeros = HeadGradient(*jax.tree.map(jnp.zeros_like, _differentiable(head)))
+        return zeros.added_to(further)
     found = kernels.gradient(_options(options), _operands(head), known, of_labels)
-    return shared.gradient_of(
+    gradient = shared.gradient_of(
         head, found.hidden, found.weight, found.bias, found.per_row
     )
+    return gradient.added_to(further)
 
 
 def _known(rows: RowCotangents) -> tuple[dict[str, Array], Array | None]:

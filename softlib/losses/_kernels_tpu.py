@@ -20,14 +20,15 @@ def _forward(options: Options, head: Head) -> RowStatistics:
 
 
 def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
-    head, rows, _ = given
+    head, rows, _, further = given
     asked, operands, g = _options(options), _operands(head), rows.cotangents
     known = shared.known_of(rows)
     of_rows = kernels.gradient_of_hidden(asked, operands, known, g.label_logits)
     of_classes = kernels.gradient_of_weight(asked, operands, known, g.label_logits)
-    return shared.gradient_of(
+    gradient = shared.gradient_of(
         head, of_rows.hidden, of_classes.weight, of_classes.bias, of_rows.per_row
     )
+    return gradient.added_to(further)
 
 
 def _options(options: Options) -> kernels.Options:

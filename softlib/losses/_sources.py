@@ -165,8 +165,29 @@ class LinearHead:
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
+        return self.statistics_in_turn(names, labels, in_turn=False)[0]
+
+    def statistics_in_turn(
+        self, names: Sequence[str], labels: Array | None = None, *, in_turn: bool = True
+    ) -> tuple[RowStatistics, "LinearHead"]:
+        """The statistics, and the same head for the next term of a loss.
+
+        Terms that use the returned head share one gradient of the weight with this one.
+        """
         _check_filtered(self.function, names, self.options)
-        return _statistics(self, self._merged_statistics, names, labels)
+        weight = self.weight
+
+        def stream(
+            names: Sequence[str], labels: Array | None, label_logits: Array | None
+        ) -> RowStatistics:
+            nonlocal weight
+            found, weight = self._merged_statistics(
+                names, labels, label_logits, in_turn
+            )
+            return found
+
+        found = _statistics(self, stream, names, labels)
+        return found, dataclasses.replace(self, weight=weight)
 
     def without_labels(self) -> "LinearHead":
         """The same, but lse, mean_logit and sum_softplus leave the labels out."""
@@ -174,10 +195,14 @@ class LinearHead:
         return dataclasses.replace(self, options=options)
 
     def _merged_statistics(
-        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
-    ) -> RowStatistics:
+        self,
+        names: Sequence[str],
+        labels: Array | None,
+        label_logits: Array | None,
+        in_turn: bool,
+    ) -> tuple[RowStatistics, Array]:
         if self.axis_name is None:
-            return self._own_statistics(names, labels, label_logits)
+            return self._own_statistics(names, labels, label_logits, in_turn)
         local = set(names)
         if "mean_logit" in names:
             local.add("lse")
@@ -186,10 +211,11 @@ class LinearHead:
         offset = first_class(self.axis_name, self._own_classes)
         if labels is not None:
             labels = self.local_labels(labels)
-        found = self._own_statistics(sorted(local), labels, label_logits)
-        return only(
-            merged(found, self.axis_name, offset), self.options.including(*names)
+        found, weight = self._own_statistics(
+            sorted(local), labels, label_logits, in_turn
         )
+        found = merged(found, self.axis_name, offset)
+        return only(found, self.options.including(*names)), weight
 
     def local_labels(self, labels: Array) -> Array:
         """Ids among this device's classes; one of another device is out of range."""
@@ -217,8 +243,12 @@ class LinearHead:
         return count if self.axis_name is None else lax.psum(count, self.axis_name)
 
     def _own_statistics(
-        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
-    ) -> RowStatistics:
+        self,
+        names: Sequence[str],
+        labels: Array | None,
+        label_logits: Array | None,
+        in_turn: bool,
+    ) -> tuple[RowStatistics, Array]:
         batch, vocabulary = self.batch, self._own_classes
         options = self.options.including(*names)
 
@@ -230,12 +260,17 @@ class LinearHead:
                 collapsed_modifiers(modifiers, (*batch, vocabulary)),
                 ranked_rows(labels, label_logits, batch),
             )
-            found = _engine.linear(self.implementation, options, match_varying(head))
-            return shaped(found, batch, labels)
+            names, head = self.implementation, match_varying(head)
+            if in_turn:
+                found, weight = _engine.linear_in_turn(names, options, head)
+                return shaped(found, batch, labels), weight
+            return shaped(_engine.linear(names, options, head), batch, labels), None
 
-        specs = functools.partial(row_specs, options, batch, labels)
+        of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
+        specs = lambda spec: (row_specs(options, batch, labels, spec), of_weight)
         arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
-        return in_auto_mode(engine, specs, *arrays)
+        found, weight = in_auto_mode(engine, specs, *arrays)
+        return found, self.weight if weight is None else weight
 
     def total(
         self,

@@ -47,12 +47,18 @@ class HeadGradient(NamedTuple):
     weight: Array
     modifiers: Modifiers  # without class_where
 
+    def added_to(self, weight: Array | None) -> "HeadGradient":
+        """With a gradient of the weight that exists already."""
+        return self if weight is None else self._replace(weight=weight + self.weight)
+
 
 class BackwardOperands(NamedTuple):
     head: Head
     rows: RowCotangents
     # Raw products of the first classes, as the forward pass laid them.
     kept: Float[Array, "rows K"] | Float[Array, "K rows"] | None = None
+    # A gradient of the weight that exists already; what is found is added to it.
+    further: Float[Array, "V D"] | Float[Array, "D V"] | None = None
 
 
 class RowSums(NamedTuple):
@@ -182,10 +188,13 @@ def top_classes(
 
 # ----------------------------------------------------------------------------- backward
 def backward(options: Options, operands: BackwardOperands) -> HeadGradient:
-    head = operands.head
+    head, further = operands.head, operands.further
     cut, size = pieces(options, head)
     classes = class_zeros(head, head.weight.dtype)
-    sums, classes = gradient_sums(options, operands, cut, size, classes)
+    if further is not None:
+        classes = classes._replace(weight=further)
+    add = further is not None
+    sums, classes = gradient_sums(options, operands, cut, size, classes, add=add)
     return gradient_of(head, sums, classes)
 
 
@@ -213,7 +222,7 @@ def gradient_sums(
 
     `classes` are the buffers of the weight's and the bias' gradient.
     """
-    head, known, kept = operands
+    head, known, kept, _ = operands
 
     def cotangents(tiles, parts, start, group):
         (tile,), (part,) = tiles, parts

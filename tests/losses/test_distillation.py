@@ -183,6 +183,30 @@ def test_the_teacher_gets_no_gradient_and_labels_outside_are_nan(name):
     assert (gradients[0][3:] != 0).any(1).all()
 
 
+def test_the_terms_of_a_normalized_loss_share_one_gradient_of_the_weight():
+    """One more would be 32 MiB: each of the two heads may take as much as one alone."""
+    rows, features, vocabulary = 256, 32, 262144
+    struct = jax.ShapeDtypeStruct
+    head = (
+        struct((rows, features), "float32"),
+        struct((vocabulary, features), "float32"),
+    )
+    labels = struct((rows,), "int32")
+
+    def temporary(loss, *operands):
+        program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*operands)
+        found = program.compile().memory_analysis()
+        assert found is not None
+        return found.temp_size_in_bytes
+
+    single = losses.linear_softmax_cross_entropy
+    normalized = losses.linear_normalized_distillation_loss
+    one = temporary(lambda *a: single(*a).sum(), *head, labels)
+    two = temporary(lambda *a: normalized(*a).sum(), *head, *head, labels)
+    assert two < 2.4 * one
+    assert two < 4 * vocabulary * features
+
+
 def test_normalized_gradient_in_closed_form():
     """P_y (S - onehot), and gamma lambda (S - P) among the other classes."""
     z, teacher = draw(ROWS, CLASSES), draw(ROWS, CLASSES, seed=1)
