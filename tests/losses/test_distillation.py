@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
@@ -205,6 +206,45 @@ def test_the_terms_of_a_normalized_loss_share_one_gradient_of_the_weight():
     two = temporary(lambda *a: normalized(*a).sum(), *head, *head, labels)
     assert two < 2.4 * one
     assert two < 4 * vocabulary * features
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_normalized_loss_of_divided_classes_is_that_of_one_device(kind, inside):
+    """Of its terms, which share a gradient; also forward over reverse.
+
+    Inside `shard_map`, and by the shardings of the arrays alone.
+    """
+    shapes = ((4, 3), (24, 3), (4, 5), (24, 5))
+    arrays = tuple(draw(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    labels = jnp.array([0, 23, 7, 12])
+    mesh = jax.make_mesh((2, 4), ("data", "classes"), (getattr(AxisType, kind),) * 2)
+    rows, classes = P("data"), P("classes")
+    specs = (rows, classes, rows, classes)
+
+    def loss(arrays, labels, **options):
+        return losses.linear_normalized_distillation_loss(
+            *arrays, labels, vocab_chunk=4, temperature=1.5, **options
+        )
+
+    def divided(arrays, labels):
+        own = functools.partial(loss, axis_name="classes")
+        return jax.shard_map(own, mesh=mesh, in_specs=(specs, rows), out_specs=rows)(
+            arrays, labels
+        )
+
+    def every_number(loss, arrays, labels):
+        total = lambda a: (jnp.arange(1.0, 5.0) * loss(a, labels)).sum()
+        return loss(arrays, labels), jax.jvp(jax.grad(total), (arrays,), (arrays,))
+
+    wanted = jax.jit(functools.partial(every_number, loss))(arrays, labels)
+    place = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        many = jax.jit(functools.partial(every_number, divided if inside else loss))(
+            tuple(map(place, arrays, specs)), place(labels, rows)
+        )
+    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(wanted), strict=True):
+        assert_close(a, b, dtype=jnp.float32, length=96)
 
 
 def test_normalized_gradient_in_closed_form():
