@@ -15,7 +15,9 @@ ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
 # Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
-EVERY ?= 3
+EVERY ?= 4
+# Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
+ONE_IN ?= 3
 
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -n $(WORKERS)
@@ -40,9 +42,10 @@ demo: $(VENV)/.installed-examples ## train a small language model, draw its curv
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(QUICKLY) $(RUN) $(PYTEST) --every $(EVERY) $(ARGS)
 
-# A release that lacks something fails in the first cases already.
+# A release that lacks something fails in the first cases already. One test in ONE_IN.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
-	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 16 tests/numerics tests/softmax \
+	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 16 --one-in $(ONE_IN) \
+	  tests/numerics tests/softmax \
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
 

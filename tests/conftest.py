@@ -84,19 +84,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of a test with several cases run the first and then every so many-th, "
         "except where the cases are files and names of the repository",
     )
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=1,
+        help="of the tests of a file run the first and then one in so many",
+    )
 
 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    every, seen = config.getoption("--every"), collections.Counter()
+    every, one_in = config.getoption("--every"), config.getoption("--one-in")
+    cases = collections.Counter()
+    tests: dict[str, dict[str, int]] = collections.defaultdict(dict)  # with places
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
+        of_file = tests[test.partition("::")[0]]
+        place = of_file.setdefault(test, len(of_file))
         of_repository = time_budget.package_of(test) in WHOLE
-        skipped = seen[test] % every and not of_repository
+        skipped = (cases[test] % every or place % one_in) and not of_repository
         (left if skipped else kept).append(item)
-        seen[test] += 1
+        cases[test] += 1
     if left:
         items[:] = kept
         config.hook.pytest_deselected(items=left)
