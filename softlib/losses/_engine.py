@@ -7,6 +7,7 @@ forward mode over the rule, hence every Hessian-vector product, would be an erro
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,8 +79,32 @@ def given(names: Implementations, options: Options, operands: Given) -> RowStati
 
 
 # ------------------------------------------------------------------------- linear heads
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _linear(
+def _with_rule(
+    function: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """A function of (plan, names, options, head) with its derivative rule.
+
+    Symbolic zeros tell the rule whether `hidden` is learned. `shard_map` has none:
+    inside it counts as learned.
+    """
+
+    def rule(symbolic_zeros: bool) -> Any:
+        made = jax.custom_vjp(function, nondiff_argnums=(0, 1, 2))
+        made.defvjp(forward, backward, symbolic_zeros=symbolic_zeros)
+        return made
+
+    outside, inside = rule(True), rule(False)
+
+    def call(*operands: Any) -> Any:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return (inside if manual else outside)(*operands)
+
+    return call
+
+
+def _statistics(
     made: Plan, names: Implementations, options: Options, head: Head
 ) -> RowStatistics:
     return _dispatch.execute(made, options, head)
@@ -87,10 +112,8 @@ def _linear(
 
 def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
     # In the structure of the residuals, because whether it is learned is static.
-    hidden: Any = head.hidden
-    learned = () if hidden.perturbed else None
-    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
-    head = jax.tree.map(lambda primal: primal.value, head, is_leaf=is_primal)
+    learned = () if getattr(head.hidden, "perturbed", True) else None
+    head = _values(head)
     options_of_both = with_residuals(options)
     if made.kernels:
         made = _keeping(made, options_of_both, head)
@@ -99,6 +122,12 @@ def _linear_forward(made: Plan, names: Implementations, options: Options, head: 
         found, kept = _stream.forward_keeping(options_of_both, head)
     residuals = (head, found.lse, found.mean_logit, kept, learned)
     return _tile.only(found, options), residuals
+
+
+def _values(tree: Any) -> Any:
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)
+    of = lambda leaf: leaf.value if is_primal(leaf) else leaf
+    return jax.tree.map(of, tree, is_leaf=is_primal)
 
 
 def _keeping(made: Plan, options: Options, head: Head) -> Plan:
@@ -159,20 +188,18 @@ def _instantiated(cotangents: RowStatistics) -> RowStatistics:
     return jax.tree.map(zeros, cotangents, is_leaf=is_zero)
 
 
-_linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)
+_linear = _with_rule(_statistics, _linear_forward, _linear_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _in_turn(
+def _statistics_and_weight(
     made: Plan, names: Implementations, options: Options, head: Head
 ) -> tuple[RowStatistics, Array]:
     return _dispatch.execute(made, options, head), head.weight
 
 
 def _in_turn_forward(made: Plan, names: Implementations, options: Options, head: Head):
-    weight: Any = head.weight
     found, residuals = _linear_forward(made, names, options, head)
-    return (found, weight.value), residuals
+    return (found, _values(head.weight)), residuals
 
 
 def _in_turn_backward(
@@ -188,7 +215,7 @@ def _in_turn_backward(
     return _gradient(names, options, residuals, statistics, further)
 
 
-_in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
+_in_turn = _with_rule(_statistics_and_weight, _in_turn_forward, _in_turn_backward)
 
 
 def _linear_reference(options: Options, head: Head) -> RowStatistics:

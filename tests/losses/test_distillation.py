@@ -223,8 +223,15 @@ def test_a_normalized_loss_of_divided_classes_is_that_of_one_device(kind, inside
     specs = (rows, classes, rows, classes)
 
     def loss(arrays, labels, **options):
+        hidden, weight, *teacher = arrays
         return losses.linear_normalized_distillation_loss(
-            *arrays, labels, vocab_chunk=4, temperature=1.5, **options
+            hidden,
+            weight,
+            *teacher,
+            labels=labels,
+            vocab_chunk=4,
+            temperature=1.5,
+            **options,
         )
 
     def divided(arrays, labels):

@@ -67,6 +67,18 @@ def test_metrics_and_gradients_equal_one_device(shape, kind, check_vma, vocab_ax
         assert actual.is_equivalent_to(expected, gradients[name].ndim)
 
 
+def test_without_jit():
+    """What `shard_map` cannot do of the derivative rules, it cannot do here."""
+    hidden, weight = jnp.ones((2, 3)), jnp.eye(8, 3)
+    labels = jnp.array([0, 7])
+    mesh = jax.make_mesh((8,), ("classes",), (AxisType.Auto,))
+    specs = (P(), P("classes"), P())
+    own = functools.partial(losses.linear_softmax_cross_entropy, axis_name="classes")
+    divided = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P())
+    wanted = losses.linear_softmax_cross_entropy(hidden, weight, labels)
+    assert_close(divided(hidden, weight, labels), wanted, dtype=jnp.float32, length=8)
+
+
 def test_several_axes_of_the_mesh_hold_the_vocabulary():
     mesh, axes = grid(2, 4), ("data", "classes")
     where = specs(None, axes)
