@@ -15,7 +15,7 @@ ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
 # Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
-EVERY ?= 4
+EVERY ?= 6
 # Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
 ONE_IN ?= 3
 
