@@ -103,7 +103,7 @@ def log_probability_in_turn(
     source: Source, labels: Array, where: Array | None
 ) -> tuple[Float[Array, "*batch"], Source]:
     """`log_probability_of_labels`, and the source for the loss' next term."""
-    rows, then = prepare_in_turn(source, ("lse", "label_logits"), labels, where)
+    rows, then = prepare_in_turn(source, labels, where)
     return log_probability(rows), then
 
 

@@ -40,6 +40,17 @@ class Given(NamedTuple):
         return accumulator_dtype(self.logits, *self.modifiers.floating)
 
 
+class Residuals(NamedTuple):
+    """What the backward pass of a head finds stored."""
+
+    head: Head
+    lse: Float[Array, " rows"] | None
+    mean: Float[Array, " rows"] | None
+    kept: Array | None  # raw products of the first classes
+    # In the structure, because it is static: () if hidden is learned, else None.
+    learned: tuple[()] | None
+
+
 class GivenGradient(NamedTuple):
     logits: Array
     modifiers: Modifiers  # without class_where
@@ -111,7 +122,6 @@ def _statistics(
 
 
 def _linear_forward(made: Plan, names: Implementations, options: Options, head: Head):
-    # In the structure of the residuals, because whether it is learned is static.
     learned = () if getattr(head.hidden, "perturbed", True) else None
     head = _values(head)
     options_of_both = with_residuals(options)
@@ -120,7 +130,7 @@ def _linear_forward(made: Plan, names: Implementations, options: Options, head: 
         found, kept = _dispatch.execute(made, options_of_both, head)
     else:
         found, kept = _stream.forward_keeping(options_of_both, head)
-    residuals = (head, found.lse, found.mean_logit, kept, learned)
+    residuals = Residuals(head, found.lse, found.mean_logit, kept, learned)
     return _tile.only(found, options), residuals
 
 
@@ -161,7 +171,7 @@ def _linear_backward(
     made: Plan,
     names: Implementations,
     options: Options,
-    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
+    residuals: Residuals,
     cotangents: RowStatistics,
 ):
     return _gradient(names, options, residuals, cotangents, None)
@@ -170,7 +180,7 @@ def _linear_backward(
 def _gradient(
     names: Implementations,
     options: Options,
-    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
+    residuals: Residuals,
     cotangents: RowStatistics,
     further: Array | None,
 ):
@@ -206,7 +216,7 @@ def _in_turn_backward(
     made: Plan,
     names: Implementations,
     options: Options,
-    residuals: tuple[Head, Array | None, Array | None, Array | None, tuple[()] | None],
+    residuals: Residuals,
     cotangents: tuple[RowStatistics, Any],
 ):
     statistics, further = cotangents

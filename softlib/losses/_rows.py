@@ -90,20 +90,20 @@ def prepare(
 
 
 def prepare_in_turn(
-    source: Source, names: Sequence[str], labels: Array, where: Array | None
+    source: Source, labels: Array, where: Array | None
 ) -> tuple[Rows, Source]:
-    """`prepare` for class ids, and the source for the next term of the same loss.
+    """`prepare` for log p of class ids, and the source for the next term of the loss.
 
     Terms of linear heads that take turns share one gradient of the weight.
     """
+    names = ("lse", "label_logits")
     if isinstance(source, GivenLogits):
         return prepare(source, names, labels, where, distributions=False), source
     where = rows_that_count(source, where)
     masked = source.masked(where)
     marked = mark(masked, labels, where, None)
     statistics, then = masked.statistics_in_turn(names, marked.labels)
-    uniform = _uniform_cost(masked, statistics, 1, None)
-    rows = with_statistics(marked, statistics, uniform, None)
+    rows = with_statistics(marked, statistics, None, None)
     return rows, dataclasses.replace(source, weight=then.weight)
 
 
