@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import information, losses, scoring
+from softlib import information, losses, nn, scoring
 from softlib._ids import labels_in_range
 
 ROWS, CLASSES = 4, 300
@@ -33,6 +33,12 @@ FUNCTIONS = {
     "propensity": lambda ids: losses.propensity_scored_precision_at_k(
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3
     ),
+    "fourier": lambda ids: nn.fourier_cross_entropy(
+        LOGITS[:, :6], ids, num_bins=CLASSES
+    ),
+    "codebook": lambda ids: nn.vq_logits(LOGITS[:, :ROWS], LOGITS.T, ids),
+    "codes": lambda ids: nn.straight_through_codes(LOGITS[:, :ROWS], LOGITS.T, ids),
+    "experts": lambda ids: nn.capacity_dispatch(ids[:, None], CLASSES, capacity=1),
     "load": lambda ids: losses.load_balancing_loss(PROBS, ids[:, None]),
     "confidence": lambda ids: scoring.calibrated_confidence(
         jnp.arange(4.0), ids, num_groups=CLASSES

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.losses._vq_logits import require_mapping
 from softlib.typing import Scalar
 
@@ -306,7 +307,8 @@ def straight_through_codes(
     require_mapping(function, mapping, len(codebook))
     shape = embeddings.shape[:1]
     checks.require_shape(function, "mapping", mapping, shape, "one per embedding")
-    valid = (mapping >= 0) & (mapping < len(codebook))
+    mapping = labels_in_range(mapping, len(codebook))
+    valid = mapping >= 0
     codes = codebook[jnp.where(valid, mapping, 0)].astype(embeddings.dtype)
     codes = lax.stop_gradient(jnp.where(valid[:, None], codes, jnp.nan))
     # Exactly the code: the difference is 0, unlike e + (c - e).

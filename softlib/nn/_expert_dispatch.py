@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 from softlib.typing import Precision
 
 
@@ -290,8 +291,8 @@ def dense_gates(
 
 def _owner(expert_indices: Array, num_experts: int) -> Array:
     """The expert, int32; E for none."""
-    known = (expert_indices >= 0) & (expert_indices < num_experts)
-    return jnp.where(known, expert_indices, num_experts).astype(jnp.int32)
+    owner = labels_in_range(expert_indices, num_experts)
+    return jnp.where(owner < 0, num_experts, owner)
 
 
 def _sorted_by_expert(owner: Array, num_experts: int) -> tuple[Array, Array, Array]:

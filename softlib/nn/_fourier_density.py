@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import labels_in_range
 
 # Of a bisection: [-1, 1] ends as an interval of 2**-29.
 _STEPS = 30
@@ -118,7 +119,8 @@ def fourier_cross_entropy(
     if where is not None:
         where = checks.checked_where(function, where, batch, "the batch shape")
         a = jnp.where(where[..., None], a, 0)
-    valid = (labels >= 0) & (labels < num_bins)
+    labels = labels_in_range(labels, num_bins)
+    valid = labels >= 0
     bins = jnp.where(valid, labels, 0)
     a = _scaled(a)
     if a.shape[-1] // 2 <= num_bins:  # n < m

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
+from softlib._ids import labels_in_range
 from softlib.losses._vq_logits import (
     log_weights_of,
     require_mapping,
@@ -125,7 +126,8 @@ def vq_logits(
     token_bias = None if token_bias is None else jnp.asarray(token_bias)
     require_mapping(function, mapping, num_codes)
     require_token_bias(function, token_bias, mapping)
-    valid = (mapping >= 0) & (mapping < num_codes)
+    mapping = labels_in_range(mapping, num_codes)
+    valid = mapping >= 0
     logits = jnp.take(logits, jnp.where(valid, mapping, 0), axis=-1)
     logits = jnp.where(_row(valid, logits), logits, jnp.nan)
     if token_bias is None:
