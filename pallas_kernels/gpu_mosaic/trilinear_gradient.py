@@ -123,15 +123,8 @@ def _query_kernel(*refs, form, **scratch):
         ):
             plgpu.copy_gmem_to_smem(source, slot, scratch["owned"])
         of_keys = batch, lax.div(head, query_ref.shape[2] // k1_ref.shape[2])
-
-        def stream(number, _, tile):
-            here = batch, pl.ds(tile * tiles.keys, tiles.keys), of_keys[1]
-            seconds.fill(number, k2_ref.at[here], v2_ref.at[here])
-
-        fetch = parts.fetching(pairs, (k1_ref, v1_ref), of_keys)
-        parts.feed(walk, stream, pairs, fetch)
-        seconds.close()
-        pairs.close()
+        first, second = (k1_ref, v1_ref), (k2_ref, v2_ref)
+        parts.feed_keys(walk, pairs, first, seconds, second, of_keys, tiles.keys)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():

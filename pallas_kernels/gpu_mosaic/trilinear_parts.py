@@ -215,6 +215,30 @@ def fetching(
     return fetch
 
 
+def feed_keys(
+    walk: Walk,
+    pairs: Channel,
+    first: Sequence[Any],
+    seconds: Channel,
+    second: Sequence[Any],
+    head: tuple[Any, Any],
+    size: int,
+) -> None:
+    """`feed` of a tile of queries: keys and values of both axes, `size` of the second.
+
+    `first`, `second`: where they are; `head`: batch entry and key head.
+    """
+    batch, key_head = head
+
+    def stream(number: Any, _: Any, tile: Any) -> None:
+        here = batch, pl.ds(tile * size, size), key_head
+        seconds.fill(number, *(ref.at[here] for ref in second))
+
+    feed(walk, stream, pairs, fetching(pairs, first, head))
+    seconds.close()
+    pairs.close()
+
+
 def leave(channel: Channel, step: Any) -> None:
     """Frees a slot out of which registers were loaded: copies come by another way."""
     plgpu.commit_smem()

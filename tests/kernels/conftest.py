@@ -4,7 +4,12 @@ The default suite runs every kernel with every dtype, with ragged edges and with
 rows. Most of the other options are for `make slow`.
 """
 
+import faulthandler
+
 import pytest
+
+# After which a barrier of a GPU kernel, at which nobody arrives, has hung.
+SECONDS = 300
 
 SLOW = {
     "test_gpu_attention.py": (
@@ -53,3 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name in SLOW.get(item.path.name, ()):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_test_hangs(request: pytest.FixtureRequest):
+    watched = request.path.name.startswith("test_gpu_")
+    if watched:
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+    yield
+    if watched:
+        faulthandler.cancel_dump_traceback_later()

@@ -1,6 +1,5 @@
 """Block-sparse attention for Hopper, in the interpreter, against the dense oracle."""
 
-import faulthandler
 import functools
 from typing import Any
 
@@ -28,7 +27,6 @@ from tests.kernels.attention_problems import Problem
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 # A barrier that nobody arrives at would hang for ever.
-SECONDS = 300
 # Rings of two slots, which three tiles wrap.
 SMALL = kernels.Tiles(keys=64, stages=2)
 
@@ -64,13 +62,6 @@ SLOW = {
         masks.Blocks(np.array([[1, 0], [0, 1], [1, 1]], bool), 128), T=290, S=201
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

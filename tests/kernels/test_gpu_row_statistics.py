@@ -1,7 +1,6 @@
 """The row-statistics kernels for GPUs, in the interpreter, against the oracle."""
 
 import dataclasses
-import faulthandler
 import functools
 from typing import Any
 
@@ -22,14 +21,6 @@ from tests.kernels import row_problems as problems
 from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
-SECONDS = 300  # after which a barrier at which nobody arrives has hung
-
-
-@pytest.fixture(autouse=True)
-def no_test_hangs():
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The kernels for pairs of keys on Hopper, in the interpreter, against the oracle."""
 
 import dataclasses
-import faulthandler
 import functools
 from typing import Any
 
@@ -34,7 +33,6 @@ from tests.kernels import trilinear_problems as problems
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 # A barrier that nobody arrives at would hang for ever.
-SECONDS = 300
 NARROW = PerAxis(Window(2, 0), Window(20, 0))
 
 
@@ -114,13 +112,6 @@ SLOW = {
     "swapped": Case((20, 70, 20), PerAxis(Window(20, 0), Window(9, 0)), swapped=True),
     "large scores": Case((13, 7, 4), PerAxis(Causal(-9), Window(20, 3)), factor=1e3),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
