@@ -82,7 +82,7 @@ def _draw_learning(axis: Axes, results: dict[str, Any]) -> None:
             color=COLOUR[name],
             label=LABEL[name],
         )
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set(xlabel="optimiser step", ylabel="P@1 of held-out definitions")
     axis.set_ylim(bottom=0)
     axis.set_title("Learning, the same model and batches for all losses")
@@ -98,7 +98,7 @@ def _draw_scores(axis: Axes, results: dict[str, Any]) -> None:
         left = places + width * (i - (len(results) - 1) / 2)
         axis.bar(left, values, width, color=COLOUR[name], label=LABEL[name])
     axis.set_xticks(places, names)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_title("Held-out precision, and propensity-scored: rare labels count more")
     axis.set_axisbelow(True)
 
@@ -116,7 +116,7 @@ def _draw_batches(axis: Axes, mined: dict[str, Any], options: Options) -> None:
     for i, stretch in enumerate(mined["clusters"]):
         text, place = str(stretch.cluster_size), options.refresh_steps * i
         axis.annotate(text, (place, stretch.recall), (0, 6), textcoords="offset points")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set(xlabel="optimiser step", ylim=(0, 1.2 * axis.get_ylim()[1]))
     axis.set_title("Triplets in a batch: random against clusters (numbers: their size)")
     axis.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
