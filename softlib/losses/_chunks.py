@@ -48,6 +48,11 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     return min(chunk, max(half, 512), vocabulary)
 
 
+def halved(size: int) -> int:
+    """Classes per step where two tiles take the place of one."""
+    return max(size // 2, min(size, 512))
+
+
 def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
     """How many classes, in whole steps, the forward pass keeps for the backward one."""
     if features < _KEPT_FEATURES:

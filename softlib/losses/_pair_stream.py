@@ -169,7 +169,7 @@ def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
     of_each = map(_stream.pieces, options.both, pair.both)
     cut, size = min(of_each, key=lambda pieces: pieces[0].size)
     if options.target.vocab_chunk is None:
-        size = max(size // 2, min(size, 512))
+        size = _chunks.halved(size)
     return cut, size
 
 

@@ -434,6 +434,8 @@ def classes_per_step(options: Options, head: Head, rows: int) -> int:
     size = options.vocab_chunk
     if size is None:
         size = _chunks.vocab_chunk(rows, head.hidden.shape[1], vocabulary)
+        if head.modifiers.centre is not None:
+            size = _chunks.halved(size)  # raw products are read again: two tiles
     return min(size, vocabulary)
 
 

@@ -72,10 +72,9 @@ def linear_z_loss(
 
     Derivatives: as `linear_row_statistics`, and with respect to `a`, `b` and `epsilon`.
     Cost: as `linear_softmax_cross_entropy` without exponentials, in plain JAX on every
-        platform, with up to one more tile of 4 MiB. The logits are squared less their
-        mean, which comes from the sum of the weights; with a softcap it takes another
-        stream. For a head whose step does not grow with the vocabulary see
-        `factored_spherical_init`.
+        platform. The logits are squared less their mean, which comes from the sum of
+        the weights; with a softcap it takes another stream. For a head whose step does
+        not grow with the vocabulary see `factored_spherical_init`.
     Source: "The Z-loss: a shift and scale invariant classification loss belonging to
         the Spherical Family". It has no $\epsilon$.
 
