@@ -18,13 +18,16 @@ WORKERS ?= 2
 EVERY ?= 6
 # Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
 ONE_IN ?= 3
+# 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
+DRAFT ?=
 
 RUN := $(VENV)/bin/python
 PYTEST := -m pytest -n $(WORKERS)
 # Most of the suite's time is compilation, of programs too small to gain from it, and many
 # of the last run's. `make slow` compiles as users do.
-QUICKLY := XLA_FLAGS=--xla_backend_optimization_level=0 \
-  JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
+  --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1" \
+  JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
   JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 
 .DEFAULT_GOAL := help
@@ -62,7 +65,7 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
-	$(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
+	$(if $(DRAFT),$(QUICKLY)) $(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers
 	$(RUN) -m benchmarks $(ARGS)

@@ -29,9 +29,7 @@ TINY = dataclasses.replace(SMALL, vocabulary_size=300, width=8, heads=2, context
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    # Most of a run this short is the compiler's.
-    flags = "--xla_backend_optimization_level=0"
-    return complete_run(SCRIPT, out, "--cache", out / "cache", xla_flags=flags)
+    return complete_run(SCRIPT, out, "--cache", out / "cache")
 
 
 # ------------------------------------------------------------------------ a whole run

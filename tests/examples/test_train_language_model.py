@@ -22,6 +22,7 @@ from language_model.checkpoints import Checkpoints
 from language_model.failures import Failure, reason
 from language_model.model import LanguageModel, rotate
 
+from tests import children
 from tests.examples import smoke as smoke_
 
 SCRIPT = pathlib.Path(options_.EXAMPLES) / "train_language_model.py"
@@ -176,7 +177,7 @@ def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=smoke_.environment(),
+            env=children.environment(),
         )
         while latest_checkpoint(out) < when and process.poll() is None:
             time.sleep(0.002)
@@ -220,7 +221,7 @@ def test_killed_while_saving_leaves_a_checkpoint_to_resume_from(folder, smoke):
     for delay in delays:
         before = latest_checkpoint(killed)
         process = subprocess.Popen(
-            command(*run(killed)), stdout=subprocess.DEVNULL, env=smoke_.environment()
+            command(*run(killed)), stdout=subprocess.DEVNULL, env=children.environment()
         )
         while latest_checkpoint(killed) <= before and process.poll() is None:
             time.sleep(0.002)
@@ -261,7 +262,7 @@ def test_file_that_cannot_grow_is_one_line_and_keeps_the_earlier_checkpoint(
     run = command("--out", o.out, "--cache", o.cache, *SHORT_REPORT)
     # The cache of compiled programs would be the first that cannot grow.
     cached = "JAX_COMPILATION_CACHE_DIR"
-    environment = {k: v for k, v in smoke_.environment().items() if k != cached}
+    environment = {k: v for k, v in children.environment().items() if k != cached}
     done = subprocess.run(
         [sys.executable, "-c", limited, *run],
         capture_output=True,

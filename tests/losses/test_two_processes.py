@@ -1,6 +1,5 @@
 """Arrays divided between two processes, as between two machines."""
 
-import os
 import pathlib
 import socket
 import subprocess
@@ -8,6 +7,8 @@ import sys
 import time
 
 import pytest
+
+from tests import children
 
 WORKER = pathlib.Path(__file__).with_name("two_processes.py")
 SECONDS = 240  # 15 when nothing else runs
@@ -24,8 +25,10 @@ def port():
 
 def test_two_processes_equal_one_device(port, repository, tmp_path):
     # Collectives that wait for each other need a thread each; XLA has one per core.
-    environment = {**os.environ, "PYTHONPATH": str(repository), "NPROC": "64"}
-    environment.pop("XLA_FLAGS", None)  # may ask for another number of devices
+    environment = children.environment() | {
+        "PYTHONPATH": str(repository),
+        "NPROC": "64",
+    }
     outputs = [tmp_path / f"process_{i}.txt" for i in range(2)]
     processes = []
     try:
