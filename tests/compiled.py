@@ -1,30 +1,63 @@
-"""Small calls as one program each: eager ones compile operation by operation."""
+"""Small calls as one program each: eager ones compile operation by operation.
+
+A test that says `from tests.compiled import losses` instead of `from softlib import
+losses` has its functions so; eager calls are what docstrings, pages and
+`check_transformations` are for.
+"""
 
 import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+import softlib
+
 
 def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """`function` under `jax.jit`, with everything but arrays static."""
+    programs: dict[Any, Any] = {}
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, options))
         is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        rest = [leaf for leaf, a in zip(leaves, is_array, strict=True) if not a]
 
         def of_arrays(arrays: list[jax.Array]) -> Any:
-            rest = iter(arrays)
-            whole = [
-                next(rest) if array else leaf
-                for leaf, array in zip(leaves, is_array, strict=True)
-            ]
+            array, other = iter(arrays), iter(rest)
+            whole = [next(array) if a else next(other) for a in is_array]
             args, options = jax.tree.unflatten(tree, whole)
             return function(*args, **options)
 
-        arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
-        return jax.jit(of_arrays)(arrays)
+        try:
+            # 0, 0.0, -0.0 and False are one key otherwise.
+            key = tree, *is_array, *((type(leaf), leaf, repr(leaf)) for leaf in rest)
+            program = programs.setdefault(key, jax.jit(of_arrays))
+        except TypeError:  # not hashable, as arrays of NumPy are not
+            program = jax.jit(of_arrays)
+        return program([leaf for leaf, a in zip(leaves, is_array, strict=True) if a])
 
     return call
+
+
+class _Package:
+    """A package whose functions are `compiled`; its classes are what they are."""
+
+    def __init__(self, package: types.ModuleType):
+        self._package = package
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._package, name)
+        value = compiled(value) if inspect.isfunction(value) else value
+        setattr(self, name, value)
+        return value
+
+
+information = _Package(softlib.information)
+losses = _Package(softlib.losses)
+nn = _Package(softlib.nn)
+scoring = _Package(softlib.scoring)
+softmax = _Package(softlib.softmax)

@@ -117,7 +117,7 @@ class RowCut:
         """The rows of one group, or for None of the rest; scalars are for all rows."""
         count = self.groups * self.size
 
-        def of(array: Array) -> Array:
+        def of(array: Any) -> Any:
             if array.ndim == 0 or self.whole:
                 return array
             if group is None:

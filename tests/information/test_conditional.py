@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from softlib import information
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import information
 from tests.losses.problems import assert_agrees, precision
 
 cmi = information.conditional_mutual_information

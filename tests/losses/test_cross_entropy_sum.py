@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import softlib
-from softlib import losses
 from softlib.testing import assert_close
+from tests.compiled import losses
 from tests.pairwise import name, pairwise
 
 FEATURES, CLASSES = 5, 130

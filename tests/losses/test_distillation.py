@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib import losses
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses
 from tests.losses.problems import assert_agrees, precision
 from tests.oracles import divergences as oracle
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from softlib import losses
+from tests.compiled import losses
 from tests.oracles import extreme as oracle
 
 ROWS, FEATURES, CLASSES = 6, 3, 13

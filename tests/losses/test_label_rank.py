@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from softlib import losses
+from tests.compiled import losses
 
 ROWS, FEATURES, CLASSES = 5, 3, 300
 

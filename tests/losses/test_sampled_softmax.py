@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import losses
 from softlib.losses._sampled_softmax import _draw
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses
 
 ROWS, FEATURES, CLASSES, DRAWN = 8, 3, 11, 6
 IDS = np.array(

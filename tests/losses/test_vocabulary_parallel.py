@@ -11,9 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib import losses
 from softlib.losses import RowStatistics
 from softlib.testing import assert_close
+from tests.compiled import losses
 from tests.losses.divided import (
     CLASSES,
     FLOATING,

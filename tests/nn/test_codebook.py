@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib import nn
 from softlib.testing import assert_close
+from tests.compiled import nn
 from tests.oracles import vq_logits as oracle
 
 

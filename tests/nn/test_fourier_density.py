@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib import nn
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import nn
 from tests.oracles import fourier_density as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from softlib import losses, nn
 from softlib.testing import assert_close
+from tests.compiled import losses, nn
 
 FEATURES, BINS = 6, 20
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
 
-from softlib import losses, softmax
 from softlib.nn._expert_dispatch import (
     capacity_dispatch,
     capacity_experts,
@@ -19,6 +18,7 @@ from softlib.nn._expert_dispatch import (
 )
 from softlib.nn._mixture_of_experts import MixtureOfExperts, RouterReport, SelectionBias
 from softlib.testing import assert_close
+from tests.compiled import losses, softmax
 from tests.oracles import gates as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

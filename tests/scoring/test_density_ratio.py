@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from softlib import losses, scoring
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses, scoring
 from tests.oracles import preference as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
