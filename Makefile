@@ -17,7 +17,7 @@ WORKERS ?= 2
 # Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
 EVERY ?= 6
 # Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
-ONE_IN ?= 5
+ONE_IN ?= 8
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
 DRAFT ?=
 
