@@ -65,7 +65,8 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
-	$(if $(DRAFT),$(QUICKLY)) $(RUN) -m sphinx -E -W --keep-going -b html docs docs/_build/html $(ARGS)
+	$(if $(DRAFT),$(QUICKLY)) $(RUN) -m sphinx -E -W --keep-going -b html \
+	  docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers
 	$(RUN) -m benchmarks $(ARGS)

@@ -46,6 +46,13 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch):
+    """Functions from `tests.compiled` run operation by operation after all."""
+    # By its name: what is imported above this has no checked annotations.
+    monkeypatch.setattr("tests.compiled.ENABLED", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_left_out(request: pytest.FixtureRequest):
     """Where a kernel would be accepted it is refused: to trace it takes long.

@@ -26,7 +26,6 @@ from tests.kernels import attention_problems as problems
 from tests.kernels.attention_problems import Problem
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
-# A barrier that nobody arrives at would hang for ever.
 # Rings of two slots, which three tiles wrap.
 SMALL = kernels.Tiles(keys=64, stages=2)
 

@@ -32,7 +32,6 @@ from softlib.masks import Between, Causal, PerAxis, Window
 from tests.kernels import trilinear_problems as problems
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
-# A barrier that nobody arrives at would hang for ever.
 NARROW = PerAxis(Window(2, 0), Window(20, 0))
 
 

@@ -67,6 +67,7 @@ def test_metrics_and_gradients_equal_one_device(shape, kind, check_vma, vocab_ax
         assert actual.is_equivalent_to(expected, gradients[name].ndim)
 
 
+@pytest.mark.usefixtures("eager")
 def test_without_jit():
     """What `shard_map` cannot do of the derivative rules, it cannot do here."""
     hidden, weight = jnp.ones((2, 3)), jnp.eye(8, 3)
