@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib import losses
 from softlib.testing import assert_close
+from tests.compiled import losses
 from tests.losses.problems import assert_agrees
 from tests.oracles.weighted_cross_entropy import (
     target_of,
@@ -219,7 +219,7 @@ def test_divided_classes_give_the_numbers_of_one_device(shape, kind, check_vma):
 
 
 # ------------------------------------------------------------------------------- errors
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("untyped", "eager")
 @pytest.mark.parametrize("name", ["linear", "logits"])
 def test_weights_of_the_wrong_kind_or_shape(name):
     loss, given = source(name, "float32")

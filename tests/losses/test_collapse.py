@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import losses
+from tests.compiled import losses
 
 
 # ------------------------------------------------------------------------ the softmax

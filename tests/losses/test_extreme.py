@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib import losses
 from softlib.softmax import soft_top_k
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import extreme as oracle
 
@@ -424,6 +424,7 @@ def test_soft_top_k_loss_is_near_zero_as_soon_as_all_positives_are_among_the_fir
 
 
 # --------------------------------------------------------------------- transformations
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # the statistics underneath are transformed in every run
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_heads_under_every_transformation(name):
@@ -442,6 +443,7 @@ def test_linear_heads_under_every_transformation(name):
     )
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoupled", "one_versus_all"])
 def test_scores_under_every_transformation(name):
@@ -454,6 +456,7 @@ def test_scores_under_every_transformation(name):
     )
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 def test_soft_top_k_loss_under_every_transformation():
     check_transformations(
@@ -633,7 +636,7 @@ def test_a_mask_must_have_the_shape_of_the_scores_and_does_not_go_with_a_head():
         linear("decoupled")(**arrays("linear"), positives=mask)
 
 
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("untyped", "eager")
 def test_wrong_options_are_named():
     head, scores = arrays("linear"), arrays("ids")["scores"]
     ids = jnp.asarray(IDS)

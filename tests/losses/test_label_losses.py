@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib import losses
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import label_losses as oracle
 
@@ -460,6 +460,7 @@ def test_losses_of_log_probabilities_are_those_of_a_linear_head(name):
     assert_close(actual, wanted, dtype=jnp.float32, length=CLASSES)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # plain JAX, without a derivative rule
 @pytest.mark.parametrize("name", ["focal", "comp_sum"])  # the others are linear in p
 def test_losses_of_log_probabilities_under_every_transformation(name):
@@ -476,6 +477,7 @@ def test_losses_of_log_probabilities_under_every_transformation(name):
 
 
 # --------------------------------------------------------------------------- transforms
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # cross-entropy goes the same way, every time
 def test_linear_focal_loss_under_every_transformation():
     given = arrays("linear")
@@ -514,7 +516,7 @@ BAD = {
 }
 
 
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("untyped", "eager")
 @pytest.mark.parametrize(
     ("name", "argument", "value", "got"),
     [(name, *bad) for name, several in BAD.items() for bad in several],

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib import losses
 from softlib.decoding import independence_chain_update
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses
 from tests.oracles import sequences as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/trice_case0.npz"
@@ -111,6 +111,7 @@ def test_weights_carry_no_gradient_and_no_question_gives_no_summand():
         np.testing.assert_array_equal(weights, 0)
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 def test_under_every_transformation():
     random = np.random.default_rng(0)

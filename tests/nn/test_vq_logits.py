@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import losses, nn
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import losses, nn
 from tests.losses.test_vq_logits import CODES, DATA, ROWS, TOKENS, arrays, bias
 from tests.oracles import vq_logits as oracle
 
@@ -139,6 +139,7 @@ def test_shapes_of_draws():
         assert ((drawn >= 0) & (drawn < TOKENS)).all()
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # a gather after the product of every head
 def test_logits_under_every_transformation():
     check_transformations(
@@ -149,7 +150,7 @@ def test_logits_under_every_transformation():
     )
 
 
-@pytest.mark.usefixtures("untyped")
+@pytest.mark.usefixtures("untyped", "eager")
 def test_wrong_arguments_are_errors():
     hidden, codebook, mapping = operands()
     for function in (nn.vq_logits, functools.partial(nn.vq_sample, jax.random.key(0))):
