@@ -1,8 +1,8 @@
 """Small calls as one program each: eager ones compile operation by operation.
 
 A test that says `from tests.compiled import losses` instead of `from softlib import
-losses` has its functions so. One that is about eager calls, as `check_transformations`
-in part is, asks for the fixture `eager`.
+losses` has its functions so. One that is about eager calls asks for the fixture
+`eager`; one that calls `check_transformations` has it.
 """
 
 import functools

@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import inspect
 import os
 import pathlib
 import sys
@@ -51,6 +52,13 @@ def eager(monkeypatch: pytest.MonkeyPatch):
     """Functions from `tests.compiled` run operation by operation after all."""
     # By its name: what is imported above this has no checked annotations.
     monkeypatch.setattr("tests.compiled.ENABLED", False)
+
+
+@pytest.fixture(autouse=True)
+def batteries_are_eager(request: pytest.FixtureRequest):
+    """`check_transformations` compares compiled calls with eager ones."""
+    if "check_transformations" in inspect.unwrap(request.function).__code__.co_names:
+        request.getfixturevalue("eager")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -159,7 +159,6 @@ def test_sums_add_up_over_devices(check_vma):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("eager")
 def test_under_every_transformation():
     logits, labels = problem(rows=8, classes=3)
     centroids = jax.nn.softmax(problem(rows=3, classes=3, seed=1)[0])

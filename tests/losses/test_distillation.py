@@ -321,7 +321,6 @@ def test_extreme_logits():
 
 @pytest.mark.slow
 @every
-@pytest.mark.usefixtures("eager")
 def test_under_every_transformation(name):
     function, _, parameters = WITH_TEACHER[name]
     check_transformations(

@@ -424,7 +424,6 @@ def test_soft_top_k_loss_is_near_zero_as_soon_as_all_positives_are_among_the_fir
 
 
 # --------------------------------------------------------------------- transformations
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # the statistics underneath are transformed in every run
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_heads_under_every_transformation(name):
@@ -443,7 +442,6 @@ def test_linear_heads_under_every_transformation(name):
     )
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoupled", "one_versus_all"])
 def test_scores_under_every_transformation(name):
@@ -456,7 +454,6 @@ def test_scores_under_every_transformation(name):
     )
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 def test_soft_top_k_loss_under_every_transformation():
     check_transformations(

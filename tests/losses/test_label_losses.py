@@ -460,7 +460,6 @@ def test_losses_of_log_probabilities_are_those_of_a_linear_head(name):
     assert_close(actual, wanted, dtype=jnp.float32, length=CLASSES)
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # plain JAX, without a derivative rule
 @pytest.mark.parametrize("name", ["focal", "comp_sum"])  # the others are linear in p
 def test_losses_of_log_probabilities_under_every_transformation(name):
@@ -477,7 +476,6 @@ def test_losses_of_log_probabilities_under_every_transformation(name):
 
 
 # --------------------------------------------------------------------------- transforms
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # cross-entropy goes the same way, every time
 def test_linear_focal_loss_under_every_transformation():
     given = arrays("linear")

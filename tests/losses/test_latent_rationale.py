@@ -111,7 +111,6 @@ def test_weights_carry_no_gradient_and_no_question_gives_no_summand():
         np.testing.assert_array_equal(weights, 0)
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow
 def test_under_every_transformation():
     random = np.random.default_rng(0)

@@ -152,7 +152,6 @@ def test_where_and_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("eager")
 def test_under_every_transformation():
     ids = jnp.asarray(np.where(IDS == CLASSES, 6, IDS))
 

@@ -284,7 +284,6 @@ def test_smoothness_is_zero_for_uniform_with_finite_slopes_and_orders_distributi
 # --------------------------------------------------------------------------- transforms
 @pytest.mark.slow  # plain JAX, without a derivative rule
 @pytest.mark.parametrize("name", ["logits", "loss", "density", "cdf", "penalty"])
-@pytest.mark.usefixtures("eager")
 def test_under_every_transformation(name):
     a, labels = draw(8, 2), jnp.arange(8) % 5
     x, where = jnp.linspace(-0.9, 0.8, 8), jnp.arange(8) != 3

@@ -139,7 +139,6 @@ def test_shapes_of_draws():
         assert ((drawn >= 0) & (drawn < TOKENS)).all()
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.slow  # a gather after the product of every head
 def test_logits_under_every_transformation():
     check_transformations(

@@ -230,7 +230,6 @@ def test_annotation_is_worse_the_noisier_and_the_nearer_the_strong_model():
 
 # --------------------------------------------------------------------------- transforms
 @pytest.mark.slow
-@pytest.mark.usefixtures("eager")
 def test_every_transformation():
     random = np.random.default_rng(0)
     strong, weak = jnp.asarray(random.normal(size=(2, 8, 3, 4)), jnp.float32)
