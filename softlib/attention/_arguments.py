@@ -246,6 +246,11 @@ def planned(
     )
 
 
+def are_given(mask: Any, *sizes: Any) -> bool:
+    """Whether the blocks are those of the user."""
+    return isinstance(mask, BlockPlan) or any(size is not None for size in sizes)
+
+
 def require_plan(
     function: str,
     shapes: Shapes,

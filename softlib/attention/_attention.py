@@ -11,7 +11,7 @@ from softlib import _checks as checks
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision, Scalar
 
-from ._arguments import Shapes, planned, run, scaled, values_and_array
+from ._arguments import Shapes, are_given, planned, run, scaled, values_and_array
 from ._plan import BlockPlan
 from ._scores import Kind, LogSoftplus, Softmax, StableMax
 from ._tiles import Operands, Options
@@ -130,8 +130,9 @@ def dot_product_attention(
         normalizer: Static; the positive function f: `softmax` exp, `softplus`
             $\log(1 + e^z)$, `stablemax` $1 + z$ for $z \ge 0$ and $1/(1 - z)$ below.
         return_lse: Static; whether to return the logarithm of $\sum_j f(z_{ij})$ too.
-        block_query: Static queries per block; None chooses by mask and shape.
-        block_key: Static keys per block.
+        block_query: Static queries per block; None chooses by mask and shape. Kernels
+            have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
+        block_key: Static keys per block, likewise.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`. `reference` materialises the
             scores and supports forward mode.
@@ -205,7 +206,10 @@ def dot_product_attention(
     query, scale = scaled(function, query, scale)
     operands = Operands(query, key, value, plan, dense, bias, sinks)
     kind = _KINDS[normalizer]
-    options = Options(kind, scale, logit_softcap, precision, out_dtype)
+    given = are_given(mask, block_query, block_key)
+    options = Options(
+        kind, scale, logit_softcap, precision, out_dtype, has_given_blocks=given
+    )
     found = run(implementation, options, operands)
     out = shapes.unflat(found.out)
     if not return_lse:

@@ -32,7 +32,7 @@ from softlib.masks import Block
 from ._plan import Skeleton, plan_of
 from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from ._tiles import Operands, Options
+from ._tiles import OWN_BLOCKS, Operands, Options
 
 type Pass = Literal["forward", "query", "key"]
 
@@ -223,6 +223,8 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return "it takes no bias"
     if operands.dense is not None:
         return "it takes no boolean array as a mask"
+    if options.has_given_blocks:
+        return OWN_BLOCKS
     dtype = operands.query.dtype
     arrays = {"query": operands.query, "key": operands.key, "value": value}
     reason = limits.why_wrong_dtype(arrays, (jnp.bfloat16, jnp.float16))

@@ -26,7 +26,7 @@ from softlib.masks import Block, block_map
 from ._plan import Skeleton, plan_of
 from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from ._tiles import Operands, Options
+from ._tiles import OWN_BLOCKS, Operands, Options
 
 # Smaller problems do not fill a tile, and a program of plain JAX is made faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
@@ -244,6 +244,8 @@ def _why_not(options: Options, operands: Operands) -> str | None:
         return "it takes no bias"
     if operands.dense is not None:
         return "it takes no boolean array as a mask"
+    if options.has_given_blocks:
+        return OWN_BLOCKS
     (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
     if not (batch and heads and key_heads):
         return "an axis is empty"

@@ -13,7 +13,7 @@ from softlib import _checks as checks
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision
 
-from ._arguments import Shapes, planned, run, values_and_array
+from ._arguments import Shapes, are_given, planned, run, values_and_array
 from ._plan import BlockPlan
 from ._scores import LogSoftplus, Reweighted, Softplus, SoftplusMoments
 from ._tiles import Operands, Options
@@ -122,7 +122,8 @@ def softplus_attention(
         scale: Replaces $\log H \log N_i$: a number, or an array that broadcasts to
             `*batch T N`; traced and differentiable.
         return_stats: Static; whether to return `SoftplusStatistics` too.
-        block_query: Static queries per block; None chooses by mask and shape.
+        block_query: Static queries per block; None chooses by mask and shape. Kernels
+            have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
         block_key: Static keys per block.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
@@ -196,9 +197,10 @@ def softplus_attention(
     else:
         scale = shapes.on_rows(function, "scale", jnp.asarray(scale)).astype(wide)
     query = query * scale[..., None]
+    given = are_given(mask, block_query, block_key)
 
     def call(kind: Any, value: Any, rows: Any = ()) -> Any:
-        options = Options(kind, 1.0, None, precision, out_dtype)
+        options = Options(kind, 1.0, None, precision, out_dtype, has_given_blocks=given)
         operands = Operands(query, key, value, plan, dense, rows=rows)
         return run(implementation, options, operands)
 

@@ -13,6 +13,7 @@ from softlib.typing import Implementations, Precision, Scalar
 
 from ._arguments import (
     Shapes,
+    are_given,
     require_batch,
     require_plan,
     run,
@@ -94,7 +95,8 @@ def kronecker_attention(
             array is traced and differentiable.
         return_lse: Static; whether to return the logarithm of $\sum_{jk} e^{z_{ijk}}$
             too.
-        block_query: Static queries per block; None chooses by mask and shape.
+        block_query: Static queries per block; None chooses by mask and shape. Kernels
+            have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
         block_keys: Static keys per block of each axis; None chooses, also in an entry.
             The keys of all axes but the last become rows of a tile: 8 or so, and some
             hundreds of the last. Where no size is given the order of the axes is chosen
@@ -293,7 +295,10 @@ def _attention(
         scale = float(max(query.shape[-1], 1)) ** power
     query, scale = scaled(function, query, scale)
     operands = Operands(query, key, value, plan, outer=tuple(outer))
-    options = Options(Softmax(), scale, None, precision, out_dtype)
+    given = are_given(mask, *blocks.values())
+    options = Options(
+        Softmax(), scale, None, precision, out_dtype, has_given_blocks=given
+    )
     found = run(implementation, options, operands)
     out = last.unflat(found.out)
     return (out, last.unflat(found.normalizer)) if return_lse else out

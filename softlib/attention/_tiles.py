@@ -26,13 +26,18 @@ from ._scores import Kind
 # Row and columns of a block: traced integers, as many as the plan has axes.
 type Index = Sequence[Array]
 
+# Why a kernel does not run with blocks of the user.
+OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What is static besides the block plan.
 
     `wide_gradients` leaves gradients in the dtype of the sums, for a caller that adds
-    several of them up.
+    several of them up. `has_given_blocks` says that the blocks are those of the user,
+    by their sizes or in a `BlockPlan`: kernels, which have blocks of their own, are not
+    what was asked for.
     """
 
     kind: Kind
@@ -41,6 +46,7 @@ class Options:
     precision: Precision
     out_dtype: Any
     wide_gradients: bool = False
+    has_given_blocks: bool = False
 
 
 class Operands(NamedTuple):

@@ -6,7 +6,7 @@ from softlib import _kernel_limits as limits
 from softlib.masks import Between
 
 from ._scores import Softmax
-from ._tiles import Operands, Options
+from ._tiles import OWN_BLOCKS, Operands, Options
 
 # Smaller problems do not fill a tile, and a program of plain JAX is made faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
@@ -26,6 +26,8 @@ def why_no_options(options: Options, operands: Operands) -> str | None:
         return "it takes no array over tuples"
     if operands.sinks is not None or operands.rows:
         return "it takes no array over rows"
+    if options.has_given_blocks:
+        return OWN_BLOCKS
     query, *lengths = operands.plan.lengths
     batch, _, heads, features = operands.query.shape
     if not (batch and heads):

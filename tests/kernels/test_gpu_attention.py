@@ -257,6 +257,8 @@ REFUSALS: dict[str, dict[str, Any]] = {
         "normalizer": "stablemax",
     },
     "weights are rounded to the bfloat16": {"precision": "highest"},
+    "it chooses its own blocks": {"block_query": 128},
+    "or a BlockPlan are given": {"mask": attention.block_plan(None, 256, 256)},
 }
 
 

@@ -418,6 +418,10 @@ REFUSALS = {
     "a part of the mask looks at no position": lambda *a: plain(
         *a, mask=PerAxis(Window(9, 0), ~masks.All())
     ),
+    "it chooses its own blocks": lambda *a: plain(*a, block_query=128),
+    "or a BlockPlan are given": lambda q, *k: plain(
+        q, *k, mask=attention.block_plan(None, q.shape[1], (k[0].shape[1],) * 2)
+    ),
     "are more than its lists hold": lambda *a: plain(
         *(jnp.concatenate([x] * 8, 1) for x in a)
     ),

@@ -268,6 +268,9 @@ REFUSALS = {
     "no boolean array": ({}, {"mask": np.ones((1, 1, 256, 256), bool)}),
     "no array of a mask": ({}, {"mask": masks.Segments(np.zeros(256, int))}),
     "weights are rounded": ({}, {"precision": "highest"}),
+    # Blocks that softlib would leave out hold pairs, too: a plan decides.
+    "it chooses its own blocks": ({}, {"block_key": 128}),
+    "or a BlockPlan are given": ({}, {"mask": attention.block_plan(None, 256, 256)}),
     "inside of blocks of 128": (
         {},
         {"mask": masks.Blocks(np.tri(8, dtype=bool), 32)},

@@ -360,6 +360,10 @@ REFUSALS = {
     "it evaluates no function as a joint mask": lambda *a: plain(
         *a, mask=PerAxis(Causal(), Causal(), joint=an_even_sum)
     ),
+    "it chooses its own blocks": lambda *a: plain(*a, block_query=128),
+    "or a BlockPlan are given": lambda q, *k: plain(
+        q, *k, mask=attention.block_plan(None, q.shape[1], (k[0].shape[1],) * 2)
+    ),
     "are more than its lists hold": lambda *a: plain(
         *(jnp.concatenate([x] * 8, 1) for x in a)
     ),
