@@ -1,5 +1,6 @@
 """What the engines must know of meshes: varying axes, and Explicit axes made Auto."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,16 @@ def automatic_axes() -> list[str]:
     mesh = jax.sharding.get_abstract_mesh()
     free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
     return [a for a in free if a in mesh.explicit_axes or mesh.shape[a] > 1]
+
+
+def device_count(array: Any) -> int:
+    """Over how many devices the compiler may divide an array.
+
+    The mesh is that of the array's type, known with no mesh in context, too.
+    """
+    mesh = jax.typeof(array).sharding.mesh
+    free = (axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
+    return math.prod(mesh.shape[axis] for axis in free)
 
 
 def match_varying(tree: Any, *others: Array) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from softlib._sharding import match_varying
+from softlib._sharding import device_count, match_varying
 
 from . import _stream
 from ._scores import Result
@@ -65,6 +65,10 @@ def backward(options: Options, given: BackwardOperands) -> Gradient:
 class Cut(NamedTuple):
     """How lanes are divided: whole batch entries, or some heads of one.
 
+    The entries (heads) of a step are spread evenly over the axis, so that an axis that
+    is divided over devices stays so: each of them works on entries of its own in every
+    step, and none is moved.
+
     Attributes:
         batch: Batch entries in all.
         heads: Key heads in all.
@@ -82,9 +86,14 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, operands: Operands) -> "Cut":
         batch, _, heads, _ = operands.key.shape
+        devices = device_count(operands.key)
         lanes = SCORES // (operands.groups * math.prod(operands.plan.blocks))
-        head_step = _divisor(heads, lanes)
-        batch_step = _divisor(batch, lanes // heads) if head_step == heads else 1
+        # An even division over devices is one by a divisor of both numbers.
+        batch_step = math.gcd(batch, devices)
+        lanes = lanes * devices // batch_step
+        head_step = _divisor(heads, lanes, math.gcd(heads, devices))
+        if head_step == heads:
+            batch_step = _divisor(batch, lanes * batch_step // heads, batch_step)
         return cls(batch, heads, operands.groups, batch_step, head_step)
 
     @property
@@ -92,92 +101,107 @@ class Cut(NamedTuple):
         return (self.batch // self.batch_step) * (self.heads // self.head_step)
 
     def operands(self, whole: Operands, i: Array) -> Operands:
+        part = lambda x: self._part(x, i, 0, 2)
         return Operands(
-            self._rows(whole.query, i),
-            self._keys(whole.key, i),
-            None if whole.value is None else self._keys(whole.value, i),
+            part(whole.query),
+            part(whole.key),
+            None if whole.value is None else part(whole.value),
             dataclasses.replace(whole.plan, mask=self._mask(whole.plan.mask, i)),
-            None if whole.dense is None else self._pairs(whole.dense, i),
-            None if whole.bias is None else self._pairs(whole.bias, i),
-            None if whole.sinks is None else self._heads(whole.sinks, i, 0),
-            tuple(self._rows(row, i) for row in whole.rows),
-            jax.tree.map(lambda x: self._keys(x, i), whole.outer),
+            None if whole.dense is None else self._part(whole.dense, i, 0, 1),
+            None if whole.bias is None else self._part(whole.bias, i, 0, 1),
+            None if whole.sinks is None else self._part(whole.sinks, i, None, 0),
+            tuple(map(part, whole.rows)),
+            jax.tree.map(part, whole.outer),
         )
 
     def backward_operands(self, whole: BackwardOperands, i: Array) -> BackwardOperands:
-        rows = lambda x: None if x is None else self._rows(x, i)
-        return BackwardOperands(
-            self.operands(whole.operands, i),
-            rows(whole.out),
-            self._rows(whole.normalizer, i),
-            rows(whole.out_cotangent),
-            self._rows(whole.normalizer_cotangent, i),
-        )
+        part: Any = lambda x: None if x is None else self._part(x, i, 0, 2)
+        return BackwardOperands(self.operands(whole.operands, i), *map(part, whole[1:]))
 
     def joined(self, x: Array) -> Array:
         """(steps, batch_step, length, some heads, ...) -> (B, length, heads, ...)."""
-        _, batch_step, length, heads, *features = x.shape
+        _, batch_step, length, some_heads, *features = x.shape
         steps = (self.batch // self.batch_step, self.heads // self.head_step)
-        x = x.reshape(*steps, batch_step, length, heads, *features)
-        x = jnp.moveaxis(x, 1, 3)
-        return x.reshape(self.batch, length, steps[1] * heads, *features)
+        heads = (self.head_step, some_heads // self.head_step)
+        x = x.reshape(*steps, batch_step, length, *heads, *features)
+        x = jnp.moveaxis(x, (2, 0, 3, 4, 1), (0, 1, 2, 3, 4))
+        return x.reshape(self.batch, length, some_heads * steps[1], *features)
 
     def added(self, total: Any, found: Any, i: Array) -> Any:
         """Adds what a step found to (bias, sinks), where its lanes lie in them."""
         (bias, sinks), (bias_part, sinks_part) = total, found
         if bias is not None:
-            start = [*self._start_of_pairs(bias, i), 0, 0]
-            before = lax.dynamic_slice(bias, start, bias_part.shape)
-            bias = lax.dynamic_update_slice(bias, before + bias_part, start)
+            bias = self._added(bias, bias_part, i, 0, 1)
         if sinks is not None:
-            before = self._heads(sinks, i, 0)
-            start = self._first_head(i) * self.groups
-            sinks = lax.dynamic_update_slice_in_dim(
-                sinks, before + sinks_part, start, 0
-            )
+            sinks = self._added(sinks, sinks_part, i, None, 0)
         return bias, sinks
 
-    def _first_batch(self, i: Array) -> Array:
-        return i // (self.heads // self.head_step) * self.batch_step
+    def _part(self, x: Array, i: Array, batch: int | None, heads: int | None) -> Array:
+        """Of a step, with these axes of batch entries and of heads (query or key)."""
+        view = self._view(x, batch, heads)
+        part = lax.dynamic_slice(x.reshape(view.shape), view.start(i), view.sizes)
+        return part.reshape(view.part)
 
-    def _first_head(self, i: Array) -> Array:
-        return i % (self.heads // self.head_step) * self.head_step
+    def _added(
+        self, total: Array, part: Array, i: Array, batch: int | None, heads: int | None
+    ) -> Array:
+        """Adds a part, in its place."""
+        view = self._view(total, batch, heads)
+        parts, start = total.reshape(view.shape), view.start(i)
+        before = lax.dynamic_slice(parts, start, view.sizes)
+        parts = lax.dynamic_update_slice(
+            parts, before + part.reshape(view.sizes), start
+        )
+        return parts.reshape(total.shape)
 
-    def _batch(self, x: Array, i: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, self._first_batch(i), self.batch_step, 0)
-
-    def _heads(self, x: Array, i: Array, axis: int) -> Array:
-        """Of query heads."""
-        start, size = self._first_head(i) * self.groups, self.head_step * self.groups
-        return lax.dynamic_slice_in_dim(x, start, size, axis)
-
-    def _rows(self, x: Array, i: Array) -> Array:
-        return self._heads(self._batch(x, i), i, 2)
-
-    def _keys(self, x: Array, i: Array) -> Array:
-        start = self._first_head(i)
-        return lax.dynamic_slice_in_dim(self._batch(x, i), start, self.head_step, 2)
-
-    def _pairs(self, x: Array, i: Array) -> Array:
-        """An axis of length 1 is shared."""
-        x = self._batch(x, i) if x.shape[0] > 1 else x
-        return self._heads(x, i, 1) if x.shape[1] > 1 else x
-
-    def _start_of_pairs(self, x: Array, i: Array) -> list[Any]:
-        return [
-            self._first_batch(i) if x.shape[0] > 1 else 0,
-            self._first_head(i) * self.groups if x.shape[1] > 1 else 0,
-        ]
+    def _view(self, x: Array, batch: int | None, heads: int | None) -> "_View":
+        head_steps = self.heads // self.head_step
+        view = _View()
+        for axis, size in enumerate(x.shape):
+            # An axis of length 1 is shared.
+            if axis == batch and size > 1:
+                steps = size // self.batch_step
+                view.add(self.batch_step, steps, 1, lambda i: i // head_steps)
+            elif axis == heads and size > 1:
+                group = size // self.heads
+                view.add(self.head_step, head_steps, group, lambda i: i % head_steps)
+            else:
+                view.add(size)
+        return view
 
     def _mask(self, mask: Any, i: Array) -> Any:
         leaves, structure = jax.tree.flatten(mask)
         parts = [
-            self._batch(jnp.asarray(leaf), i) if jnp.ndim(leaf) > rank else leaf
+            self._part(jnp.asarray(leaf), i, 0, None) if jnp.ndim(leaf) > rank else leaf
             for leaf, rank in zip(leaves, mask._leaf_ranks(), strict=True)
         ]
         return jax.tree.unflatten(structure, parts)
 
 
-def _divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`; at least 1."""
-    return next((d for d in range(min(number, most), 0, -1) if number % d == 0), 1)
+class _View:
+    """An array whose steps have axes of their own."""
+
+    def __init__(self):
+        self.shape: list[int] = []
+        self.sizes: list[int] = []  # of a slice
+        self.part: list[int] = []  # the slice in the axes of the array
+        self._starts: list[Any] = []
+
+    def add(self, size: int, steps: int = 1, group: int = 1, at: Any = None) -> None:
+        """An axis of `size * steps * group` entries; `at(i)` is where step i lies."""
+        self.shape += [size, steps, group]
+        self.sizes += [size, 1, group]
+        self.part.append(size * group)
+        self._starts += [None, at, None]
+
+    def start(self, i: Array) -> list[Any]:
+        return [jnp.zeros_like(i) if at is None else at(i) for at in self._starts]
+
+
+def _divisor(number: int, most: int, of: int = 1) -> int:
+    """The largest divisor of `number` of at most `most` that is a multiple of `of`.
+
+    At least `of`, which divides `number`.
+    """
+    candidates = range(min(number, most) // of * of, of, -of)
+    return next((d for d in candidates if number % d == 0), of)
