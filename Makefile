@@ -14,17 +14,24 @@ unexport PYTHONPATH
 ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
-# Of a test with several cases `make test` runs the first and every so many-th; 1 for all.
+# Of a test with several cases `make test` runs one in so many, at least one for each value
+# of each parameter; 1 for all. tests/selection.py has the rules.
 EVERY ?= 6
 # Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
-ONE_IN ?= 8
+ONE_IN ?= 16
+# `make test-rest` runs one in so many of the cases that `make test` leaves out, and starts
+# none after so many seconds.
+SLICE ?= 40
+SECONDS_OF_SLICE ?= 180
+# Which ones these are: a number. The number of commits where there is none.
+OFFSET ?=
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
 DRAFT ?=
 
 RUN := $(VENV)/bin/python
-PYTEST := -m pytest -n $(WORKERS)
+PYTEST := -m pytest -n $(WORKERS) $(if $(OFFSET),--offset $(OFFSET))
 # Most of the suite's time is compilation, of programs too small to gain from it, and many
-# of the last run's. `make slow` compiles as users do.
+# of the last run's. `make slow` and `make test-rest` compile as users do.
 QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
   --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1" \
   JAX_TRACEBACK_IN_LOCATIONS_LIMIT=0 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
@@ -32,7 +39,7 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest slow lint format docs bench bench-attention \
+.PHONY: help demo test test-oldest test-rest slow lint format docs bench bench-attention \
   bench-kronecker bench-softmax bench-spherical accuracy kernels bench-accelerator clean
 
 help: ## list the commands
@@ -51,6 +58,13 @@ test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we acce
 	  tests/numerics tests/softmax \
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
+
+# With kernels traced where they are chosen, which `make test` leaves to tests/kernels.
+test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as users compile
+	$(RUN) $(PYTEST) -m "slow or not slow" --every $(EVERY) --slice $(SLICE) \
+	  --seconds $(SECONDS_OF_SLICE) --keep-kernels $(ARGS)
+	$(RUN) $(PYTEST) --every 16 --one-in 60 --keep-kernels \
+	  tests/losses tests/attention tests/softmax $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -1,6 +1,5 @@
 """What every test shares: devices, strictness, and the account of the time spent."""
 
-import collections
 import gc
 import inspect
 import os
@@ -19,6 +18,13 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from tests import time_budget, type_checks
+from tests.selection_hooks import (
+    pytest_addoption as pytest_addoption,
+    pytest_collection_modifyitems as pytest_collection_modifyitems,
+    pytest_configure as pytest_configure,
+    pytest_report_header as pytest_report_header,
+    pytest_runtest_setup as pytest_runtest_setup,
+)
 
 assert type_checks  # pyproject.toml names its function
 
@@ -71,7 +77,8 @@ def kernels_are_left_out(request: pytest.FixtureRequest):
     # Not imported above: annotations are checked in what pytest imports after that. A
     # module without it has nothing to leave out.
     dispatch = sys.modules.get("softlib._dispatch")
-    if folder == "kernels" or folder == request.path.name or dispatch is None:
+    runs_kernels = folder == "kernels" or folder == request.path.name
+    if runs_kernels or request.config.option.keep_kernels or dispatch is None:
         yield
         return
     real = dispatch._why_not
@@ -92,51 +99,11 @@ def repository() -> pathlib.Path:
     return pathlib.Path(__file__).parent.parent
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every",
-        type=int,
-        default=1,
-        help="of a test with several cases run the first and then every so many-th, "
-        "except where the cases are files and names of the repository",
-    )
-    parser.addoption(
-        "--one-in",
-        type=int,
-        default=1,
-        help="of the tests of a file run the first and then one in so many",
-    )
-
-
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    every, one_in = config.getoption("--every"), config.getoption("--one-in")
-    cases = collections.Counter()
-    tests: dict[str, dict[str, int]] = collections.defaultdict(dict)  # with places
-    kept, left = [], []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        of_file = tests[test.partition("::")[0]]
-        place = of_file.setdefault(test, len(of_file))
-        of_repository = time_budget.package_of(test) in WHOLE
-        skipped = (cases[test] % every or place % one_in) and not of_repository
-        (left if skipped else kept).append(item)
-        cases[test] += 1
-    if left:
-        items[:] = kept
-        config.hook.pytest_deselected(items=left)
-
-
 def pytest_collection_finish() -> None:
     """Modules stay, and so do most programs: to walk them often took a sixth."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)
-
-
-# Folders whose tests have the files and names of the repository as cases.
-WHOLE = {time_budget.REPOSITORY, "docs"}
 
 
 class Scheduler(LoadScopeScheduling):

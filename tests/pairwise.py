@@ -5,10 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
+class Case(dict[str, Any]):
+    """Values of options by name, from a list that is only complete as a whole.
+
+    A run of the suite that leaves cases out takes all of these.
+    """
+
+
 def pairwise(
     options: Mapping[str, Sequence[Any]],
     valid: Callable[[dict[str, Any]], bool] = lambda case: True,
-) -> list[dict[str, Any]]:
+) -> list[Case]:
     """Covers all pairs of values, greedily and always in the same way.
 
     Args:
@@ -54,7 +61,7 @@ def pairwise(
         for entry in case.items():
             used[entry] += 1
         uncovered -= set(_pairs(case, order))
-        cases.append({name: case[name] for name in names})
+        cases.append(Case({name: case[name] for name in names}))
     return cases
 
 

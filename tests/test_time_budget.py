@@ -38,8 +38,12 @@ def test_the_suite_reports_the_time_of_each_package(pytester):
     for name in (
         "__init__.py",
         "conftest.py",
+        "pairwise.py",
+        "selection.py",
+        "selection_hooks.py",
         "time_budget.py",
         "type_checks.py",
+        "long_tests.txt",
         table,
     ):
         pytester.path.joinpath("tests", name).write_text((here / name).read_text())

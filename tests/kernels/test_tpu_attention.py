@@ -40,7 +40,7 @@ class Problem(problems.Problem):
 
 BANDED = masks.Window(40, 20)
 # No key for the first queries, no query for the last keys.
-LATE = masks.Causal(-140) & masks.Window(60, 0)
+LATE = masks.Causal(-140) & masks.Window(200, 0)
 UNEVEN = Tiles(256, 128, 128, 128)
 IN_TURN = Tiles(128, 256, 64, 128, overlapped=False)
 PROBLEMS = {
@@ -138,7 +138,7 @@ def test_several_lists_write_one_result(given_tiles):
 def test_what_no_query_reads_may_be_nan(given_tiles):
     """Blocks outside of the list are not fetched, and its empty rows are written."""
     given_tiles(SMALL, True)
-    mask = masks.Causal(-140) & masks.Window(100, 0)
+    mask = masks.Causal(-140) & masks.Window(240, 0)
     problem = Problem(mask, T=300, S=520, N=1, dtype="bfloat16")
     operands, options = problem.operands(), problem.options()
     beyond = jnp.arange(520)[None, :, None, None] >= 256
@@ -150,6 +150,7 @@ def test_what_no_query_reads_may_be_nan(given_tiles):
     np.testing.assert_array_equal(found.out, expected.out)
     np.testing.assert_array_equal(found.out[:, :140], 0)
     np.testing.assert_array_equal(found.normalizer[:, :140], -np.inf)
+    assert (found.out[:, 140:] != 0).any((-2, -1)).all()
 
 
 # ----------------------------------------------------------------- lists and tile sizes

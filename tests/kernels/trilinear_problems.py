@@ -87,6 +87,9 @@ def check(
     assert_close(found.out, expected.out, dtype=rounded, length=length, c=c)
     assert_close(found.normalizer, expected.lse, dtype=lse_dtype, length=length, c=c)
     wanted = expected.gradients
+    # Zeros would agree with a kernel that does nothing.
+    for right in (expected.out, wanted["query"], *wanted["keys"], *wanted["values"]):
+        assert right.any()
     for value, right, like in (
         (gradients.query, wanted["query"], operands.query),
         (gradients.outer[0][0], wanted["keys"][0], keys[0]),

@@ -1,0 +1,225 @@
+"""A run of the suite tries some of every kind, and the runs together try everything."""
+
+import itertools
+import pathlib
+import subprocess
+import textwrap
+
+import pytest
+
+from tests import selection, selection_hooks
+from tests.pairwise import name, pairwise
+from tests.selection import Case
+
+AXES = {"implementation": (0, 1), "dtype": (0, 1, 2), "layout": range(6)}
+# In which every stride meets some axis again and again.
+PRODUCT = [
+    Case(
+        f"f.py::product[{'-'.join(map(str, values))}]",
+        tuple(zip(AXES, values, strict=True)),
+    )
+    for values in itertools.product(*AXES.values())
+]
+PAIRS = [
+    Case(f"f.py::pairs[{name(case)}]", (("case", i),))
+    for i, case in enumerate(pairwise(AXES))
+]
+ALONE = [Case("f.py::alone"), Case("g.py::alone")]
+CASES = [*PRODUCT, *PAIRS, *ALONE]
+OFFSETS = range(20)
+
+
+def of_test(cases: list[Case], test: str) -> list[Case]:
+    return [case for case in cases if case.test.endswith(f"::{test}")]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 6, 12, 1000])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_each_value_of_each_axis_is_taken(every, offset):
+    chosen = of_test(selection.select(CASES, every, offset), "product")
+    for place, values in enumerate(AXES.values()):
+        assert {case.values[place][1] for case in chosen} == {*values}
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_pairwise_lists_and_tests_without_parameters_run_whole(offset):
+    chosen = selection.select(CASES, 1000, offset)
+    assert of_test(chosen, "pairs") == PAIRS
+    assert of_test(chosen, "alone") == ALONE
+
+
+@pytest.mark.parametrize("every", [2, 3, 6, 12])
+def test_offsets_in_a_row_take_everything(every):
+    for start in OFFSETS:
+        offsets = range(start, start + every)
+        taken = {c for k in offsets for c in selection.select(CASES, every, k)}
+        assert taken == {*CASES}
+
+
+def test_what_is_taken_is_a_part():
+    """A selection of everything would keep all the promises above."""
+    many = [
+        Case(f"f.py::t[{i}-{j}]", (("i", i), ("j", j)))
+        for i in range(40)
+        for j in range(40)
+    ]
+    chosen = selection.select(many, 8, 3)
+    assert 1600 / 8 / 1.5 < len(chosen) < 1600 / 8 * 1.5
+    assert chosen == sorted(chosen, key=many.index)
+    assert len(of_test(selection.select(PRODUCT, 1000, 0), "product")) == 6
+
+
+def test_the_order_of_cases_and_of_parameters_changes_nothing():
+    chosen = selection.select(CASES, 6, 5)
+    assert {*selection.select(CASES[::-1], 6, 5)} == {*chosen}
+
+
+def test_tests_of_a_file_are_taken_in_turn_and_never_none():
+    cases = [Case(f"f.py::t{i}[{j}]", (("j", j),)) for i in range(9) for j in range(2)]
+    cases += ALONE
+    taken = set()
+    for offset in range(4):
+        chosen = selection.select(cases, 1, offset, one_in=4)
+        assert {case.file for case in chosen} == {"f.py", "g.py"}
+        assert len(chosen) < len(cases)
+        taken |= {*chosen}
+    assert taken == {*cases}
+
+
+def test_slices_in_a_row_take_everything_once():
+    slices = [selection.slice_of(CASES, 5, offset) for offset in range(7, 12)]
+    taken = list(itertools.chain(*slices))
+    assert sorted(taken, key=CASES.index) == CASES
+    # The order of a slice favours no file.
+    assert selection.slice_of(CASES, 1, 0) != selection.slice_of(CASES, 1, 1)
+
+
+def test_equal_parameters_are_one_value_and_others_are_not():
+    case = {"a": [1]}
+    found = [
+        selection.values_of({"x": x, "y": case})
+        for x in (1, 1.0, True, "1", (1,), float("1"))
+    ]
+    assert len({*found}) == 5
+    assert selection.values_of({"x": {}}) != selection.values_of({"x": {"a": 1}})
+
+
+def test_of_long_tests_only_pairwise_lists_are_taken_whole():
+    pair = pairwise(AXES)[0]
+    parameters = {"case": pair, "implementation": "xla"}
+    values = selection.values_of(parameters, is_long=True)
+    assert values == (selection.values_of(parameters)[0],)
+    assert dict(values).keys() == {"case"}
+    long = [Case(f"f.py::long[{i}]") for i in range(12)]
+    assert {len(selection.select(long, 1000, k)) for k in OFFSETS} == {1}
+    assert {c for k in range(6) for c in selection.select(long, 6, k)} == {*long}
+
+
+def test_long_tests_exist(repository: pathlib.Path):
+    names = selection_hooks.LONG.read_text().splitlines()
+    assert names == sorted({*names})
+    for long in names:
+        file, _, test = long.partition("::")
+        assert f"\ndef {test}(" in (repository / file).read_text(), long
+
+
+def test_the_offset_is_the_number_of_commits(tmp_path: pathlib.Path):
+    assert selection.commits(tmp_path) == 0
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (
+        ["init", "-q"],
+        *[["commit", "-q", "--allow-empty", "-m", "x"]] * 3,
+    ):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    assert selection.commits(tmp_path) == 3
+
+
+def test_without_git_the_offset_is_zero(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert selection.commits(tmp_path) == 0
+
+
+# ------------------------------------------------------------------------- under pytest
+EXAMPLE = """
+    import pytest
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("implementation", ["xla", "reference"])
+    @pytest.mark.parametrize("layout", [
+        *(pytest.param(i, marks=pytest.mark.slow) for i in range(6)), *range(6, 9),
+    ])
+    def test_product(layout, implementation, dtype):
+        pass
+
+    # The first case, which a count of all cases would take, is slow.
+    @pytest.mark.parametrize("kind", [pytest.param(0, marks=pytest.mark.slow), 1])
+    def test_with_a_slow_start(kind):
+        pass
+"""
+
+
+CONFTEST = """
+    from tests.selection_hooks import (
+        pytest_addoption,
+        pytest_collection_modifyitems,
+        pytest_configure,
+        pytest_report_header,
+        pytest_runtest_setup,
+    )
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, repository: pathlib.Path):
+    """Runs pytest on the example; returns the cases that ran, and the output."""
+    pytester.makeconftest(CONFTEST)
+    pytester.mkdir("tests")
+    folder = pytester.mkdir("tests/example")
+    folder.joinpath("test_x.py").write_text(textwrap.dedent(EXAMPLE))
+    pytester.makeini(f"[pytest]\nmarkers = slow: x\npythonpath = {repository}\n")
+
+    def call(*arguments: str) -> tuple[set[str], str]:
+        result = pytester.runpytest("-p", "no:cacheprovider", "-v", *arguments)
+        lines = [line for line in result.outlines if "PASSED" in line]
+        words = {word for line in lines for word in line.split() if "::" in word}
+        return {word.partition("::")[2] for word in words}, result.stdout.str()
+
+    return call
+
+
+def test_a_run_takes_of_what_marks_leave(run):
+    ran, output = run("-m", "not slow", "--every", "6")
+    assert "one case in 6" in output
+    assert "offset 0" in output  # no repository here
+    assert "test_with_a_slow_start[1]" in ran
+    for value in ("float32", "bfloat16", "xla", "reference", "[6-", "[7-", "[8-"):
+        assert any(value in name for name in ran), value
+    assert not any("[0-" in name for name in ran)
+    assert len(ran) < 13
+
+
+def test_processes_take_what_one_takes(run):
+    options = ("-m", "not slow", "--every", "6", "--offset", "4")
+    alone, output = run(*options)
+    assert "offset 4" in output
+    assert run(*options, "-n", "2")[0] == alone
+    other, _ = run("-m", "not slow", "--every", "6", "--offset", "5")
+    assert other != alone
+
+
+def test_slices_are_of_what_a_run_leaves_and_of_slow_cases(run):
+    everything, _ = run()
+    taken = set()
+    for offset in range(3):
+        chosen, _ = run("-m", "not slow", "--every", "6", "--offset", str(offset))
+        rest, output = run("--every", "6", "--slice", "3", "--offset", str(offset))
+        assert "one in 3 of the cases" in output
+        assert not chosen & rest
+        taken |= chosen | rest
+    assert taken == everything
+
+
+def test_what_starts_too_late_is_skipped(run):
+    ran, output = run("--seconds", "0")
+    assert not ran
+    assert "38 skipped" in output
