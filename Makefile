@@ -39,8 +39,9 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-rest slow lint format docs bench bench-attention \
-  bench-kronecker bench-softmax bench-spherical accuracy kernels bench-accelerator clean
+.PHONY: help demo test test-oldest test-rest slow mutants lint format docs bench \
+  bench-attention bench-kronecker bench-softmax bench-spherical accuracy kernels \
+  bench-accelerator clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -68,6 +69,10 @@ test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as 
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)
+
+# Not part of CI: an hour. make mutants ARGS="--count 20 --seed 3".
+mutants: $(VENV)/.installed-test ## break expressions one by one: does a test notice?
+	$(RUN) -m scripts.mutants --every $(EVERY) $(if $(OFFSET),--offset $(OFFSET)) $(ARGS)
 
 lint: $(VENV)/.installed-test ## style and types, without running anything
 	$(RUN) -m ruff check
