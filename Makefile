@@ -40,8 +40,8 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest test-rest slow mutants lint format docs bench \
-  bench-attention bench-kronecker bench-softmax bench-spherical accuracy kernels \
-  bench-accelerator clean
+  bench-attention bench-everyday bench-kronecker bench-softmax bench-spherical \
+  accuracy kernels bench-accelerator clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -95,6 +95,9 @@ bench-attention: $(VENV)/.installed-bench-peers ## the same for attention
 
 bench-kronecker: $(VENV)/.installed-bench ## the same for attention over tuples of keys
 	$(RUN) -m benchmarks.kronecker $(ARGS)
+
+bench-everyday: $(VENV)/.installed-bench ## of functions that most programs call, at common sizes
+	$(RUN) -m benchmarks.everyday $(ARGS)
 
 bench-softmax: $(VENV)/.installed-bench ## the same for softmax, dense and sparse
 	$(RUN) -m benchmarks.softmax $(ARGS)

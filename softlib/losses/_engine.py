@@ -21,7 +21,7 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes, match_varying
 from softlib.typing import Implementations
 
-from . import _kernels_gpu, _kernels_tpu, _stream, _tile, _tile_gradient
+from . import _kernels_gpu, _kernels_tpu, _others, _stream, _tile, _tile_gradient
 from ._stream import BackwardOperands, Head, HeadGradient
 from ._tile import Modifiers, Options, Ranked, RowStatistics
 from ._tile_gradient import RowCotangents
@@ -290,7 +290,15 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     raw = operands.logits.astype(operands.dtype)
     tile = _tile.logits_of(raw, options, operands.modifiers)
     labels, ranked = operands.labels, operands.ranked
-    state = _tile.init(options, raw.shape[0], labels, ranked, raw.dtype)
+    others = None
+    asked, exclude_labels = options, options.exclude_labels
+    if exclude_labels and labels is not None and labels.shape[1] == 1:
+        pieces = _others.pieces_of(raw.shape[1])
+        if pieces > 1:
+            others = _others.sums(options, tile, labels, operands.modifiers, pieces)
+            asked = options.without(*_others.SUMS)
+            exclude_labels = False
+    state = _tile.init(asked, raw.shape[0], labels, ranked, raw.dtype)
     state = _tile.update(
         state,
         tile,
@@ -298,8 +306,10 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
         labels,
         ranked,
         operands.modifiers,
-        exclude_labels=options.exclude_labels,
+        exclude_labels=exclude_labels,
     )
+    if others is not None:
+        state = state._replace(**others._asdict())
     return _tile.finalize(state, options)
 
 

@@ -110,6 +110,10 @@ class Options:
         wanted = tuple(n for n in STATISTICS if n in self.statistics or n in names)
         return dataclasses.replace(self, statistics=wanted)
 
+    def without(self, *names: str) -> "Options":
+        others = tuple(name for name in self.statistics if name not in names)
+        return dataclasses.replace(self, statistics=others)
+
 
 class Modifiers(NamedTuple):
     """What turns raw products into logits, besides the softcap."""

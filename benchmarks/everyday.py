@@ -1,0 +1,149 @@
+"""Time of functions that most programs call, at the sizes most programs have.
+
+`make bench-everyday` writes benchmarks/everyday.md; `--quick` prints small shapes only.
+The programs of a case run in turns in one process and compute the same; the first of
+them is the yardstick.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from softlib import losses
+
+from .measure import machine, prepare, ratio, take_turns
+from .report import table
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+type Program = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Programs that compute the same from the same arrays; the first is the yardstick.
+
+    Attributes:
+        name: Of what they compute.
+        programs: By name.
+        shapes: Sizes by which `arrays` is called.
+        quick: The same, for a look that takes seconds.
+        arrays: Makes the arguments.
+    """
+
+    name: str
+    programs: dict[str, Program]
+    shapes: tuple[tuple[int, ...], ...]
+    quick: tuple[int, ...]
+    arrays: Callable[..., tuple[jax.Array, ...]]
+
+
+def _normal(number: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(number), shape, jnp.float32)
+
+
+def _ids(rows: int, classes: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(9), (rows,), 0, classes)
+
+
+def _with_gradient(loss: Program) -> Program:
+    return jax.value_and_grad(lambda *arrays: loss(*arrays).mean())
+
+
+# ------------------------------------------------------------------------ cross-entropy
+_OF_LOGITS: dict[str, Program] = {
+    "optax": optax.softmax_cross_entropy_with_integer_labels,
+    "softlib": losses.softmax_cross_entropy,
+}
+_LOGITS = ((128, 50_257), (1024, 32_000))
+
+
+def _logits_and_labels(rows: int, classes: int) -> tuple[jax.Array, ...]:
+    return _normal(0, rows, classes), _ids(rows, classes)
+
+
+CASES = (
+    Case(
+        "cross-entropy of logits",
+        _OF_LOGITS,
+        _LOGITS,
+        (32, 1000),
+        _logits_and_labels,
+    ),
+    Case(
+        "cross-entropy of logits, and gradient",
+        {name: _with_gradient(loss) for name, loss in _OF_LOGITS.items()},
+        _LOGITS,
+        (32, 1000),
+        _logits_and_labels,
+    ),
+)
+
+
+# ---------------------------------------------------------------------------- measuring
+def measure(case: Case, shape: tuple[int, ...], rounds: int) -> list[list[str]]:
+    """Rows of the table."""
+    arrays = case.arrays(*shape)
+    ready = {n: prepare(program, *arrays) for n, program in case.programs.items()}
+    calls = {name: program.call for name, program in ready.items()}
+    turns = take_turns(calls, rounds=rounds, pause=0, shuffled=True)
+    yardstick = turns.seconds[next(iter(calls))]
+    rows = []
+    for name, seconds in turns.seconds.items():
+        found = ratio(seconds, yardstick)
+        scratch = ready[name].temporary_bytes
+        rows.append(
+            [
+                case.name,
+                " x ".join(map(str, shape)),
+                name,
+                f"{1e3 * statistics.median(seconds):.2f}",
+                f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})",
+                "-" if scratch is None else f"{scratch / 2**20:.1f}",
+            ]
+        )
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    known = machine()
+    heads = ["what", "shape", "program", "ms", "x the first", "scratch, MiB"]
+    parts = [
+        "<!-- Written by `make bench-everyday`; do not edit. -->",
+        f"Measured on {known['cores']} cores of {known['device']}; jax {known['jax']}, "
+        "float32.",
+        table(heads, rows),
+        "*x* is the time divided by that of the first program of the case in the same "
+        "round, median and sign interval.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small; prints only")
+    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--output", type=pathlib.Path, default=REPOSITORY)
+    options = parser.parse_args(arguments)
+    rounds = 3 if options.quick else options.rounds
+    rows: list[list[str]] = []
+    for case in CASES:
+        if options.only in case.name:
+            for shape in (case.quick,) if options.quick else case.shapes:
+                rows += measure(case, shape, rounds)
+    page = markdown(rows)
+    print(page, end="")
+    if not options.quick and not options.only:
+        (options.output / "benchmarks" / "everyday.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
