@@ -7,6 +7,7 @@ import ast
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 LIBRARY = {"softlib", "pallas_kernels"}
@@ -36,6 +37,8 @@ INSIDE_FUNCTIONS = {
     "masks": {"matplotlib"},
     "testing": {"hypothesis", "pytest"},
 }
+# What kernels are written in. It takes as long to import as a third of jax.
+KERNEL_LANGUAGE = "jax.experimental.pallas"
 
 
 def module_name(path: pathlib.PurePath) -> str:
@@ -101,7 +104,12 @@ def violations(source: str, path: pathlib.PurePath, roots: set[str]) -> list[str
         top, *rest = module.split(".")
         say = lambda text, node=node: found.append(f"{path}:{node.lineno}: {text}")
         nested = node in in_function
-        if nested and module not in INSIDE_FUNCTIONS.get(package or "", set()):
+        if (
+            nested
+            and module not in INSIDE_FUNCTIONS.get(package or "", set())
+            # `kernels_out_of_place` says which.
+            and not (library == "softlib" and top == "pallas_kernels")
+        ):
             say(f"import of {module} inside a function")
             continue
         if module == "importlib" and not is_root_init:
@@ -170,19 +178,76 @@ def _init_violations(tree: ast.Module, path: pathlib.PurePath) -> list[str]:
     return found
 
 
+class Edge(NamedTuple):
+    """An import.
+
+    Attributes:
+        line: Of the file.
+        target: The file, or what is imported from elsewhere.
+        nested: Whether it is inside a function.
+    """
+
+    line: int
+    target: str
+    nested: bool
+
+
+def edges_of(files: Mapping[str, str]) -> dict[str, list[Edge]]:
+    """The imports of each module of the given files (path -> source)."""
+    paths = {module_name(pathlib.PurePath(path)): path for path in files}
+    edges: dict[str, list[Edge]] = {}
+    for module, path in paths.items():
+        tree, here = ast.parse(files[path]), pathlib.PurePath(path)
+        nested = _inside_functions(tree)
+        edges[module] = []
+        for node, base, name in imported_modules(tree, here):
+            # `from softlib import _checks` names a file, `from ._checks import f` too.
+            target = full if (full := f"{base}.{name}") in paths else base
+            if full == KERNEL_LANGUAGE:
+                target = full
+            edges[module].append(Edge(node.lineno, target, node in nested))
+    return edges
+
+
+def kernels_out_of_place(files: Mapping[str, str]) -> list[str]:
+    """Imports of pallas_kernels in softlib that are not where they should be.
+
+    What loads the language of kernels, by itself or through others, is imported by the
+    functions that call a kernel; what does not, and planning needs, at the top.
+    """
+    edges = edges_of(files)
+    slow: set[str] = set()
+    while True:
+        found = {
+            module
+            for module, imports in edges.items()
+            for _, target, nested in imports
+            if not nested and (target in slow or target.startswith(KERNEL_LANGUAGE))
+        }
+        if found == slow:
+            break
+        slow = found
+    sentences = []
+    for module, imports in edges.items():
+        if not module.startswith("softlib"):
+            continue
+        for line, target, nested in imports:
+            if not target.startswith("pallas_kernels"):
+                continue
+            if target in slow and not nested:
+                sentences.append(f"{module}:{line}: {target} loads {KERNEL_LANGUAGE}")
+            if target not in slow and nested:
+                sentences.append(f"{module}:{line}: {target} belongs to the top")
+    return sentences
+
+
 def cycles(files: Mapping[str, str]) -> list[str]:
     """Circles of imports between the given files (path -> source), each named once."""
-    names = {module_name(pathlib.PurePath(path)): path for path in files}
-    edges: dict[str, set[str]] = {}
-    for module, path in names.items():
-        tree, here = ast.parse(files[path]), pathlib.PurePath(path)
-        # `from softlib import _checks` names a file, `from ._checks import f` does too.
-        targets = {
-            file if (file := f"{base}.{name}") in names else base
-            for _, base, name in imported_modules(tree, here)
-        }
-        edges[module] = targets & names.keys() - {module}
-
+    found = edges_of(files)
+    edges = {
+        module: {edge.target for edge in imports} & found.keys() - {module}
+        for module, imports in found.items()
+    }
     circles, finished = [], set()
 
     def visit(module: str, trail: list[str]) -> None:

@@ -39,10 +39,16 @@ def test_no_circle_of_imports(repository: pathlib.Path):
     assert import_rules.cycles(sources(repository, "softlib", "pallas_kernels")) == []
 
 
+def test_kernels_are_imported_where_they_are_called(repository: pathlib.Path):
+    files = sources(repository, "softlib", "pallas_kernels")
+    assert import_rules.kernels_out_of_place(files) == []
+
+
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
         ("import softlib", {"flax", "optax", "pytest", "hypothesis", "chex"}),
+        ("import softlib", {"jax.experimental.pallas", "jax.experimental.mosaic"}),
         ("import softlib; softlib.losses, softlib.numerics", {"flax", "optax"}),
         ("import softlib; softlib.testing", {"flax", "optax", "pytest", "hypothesis"}),
         ("import pallas_kernels", {"softlib", "flax", "optax", "jaxtyping"}),
@@ -75,6 +81,7 @@ ROOTS = {"_checks", "typing"}
         ("softlib/losses/_a.py", "from softlib import numerics"),
         ("softlib/losses/_a.py", "from softlib.numerics import RunningMax"),
         ("softlib/losses/_a.py", "import pallas_kernels.tpu"),
+        ("softlib/losses/_a.py", "def f():\n    import pallas_kernels.tpu"),
         ("softlib/_dispatch.py", "from softlib import _checks"),
         ("softlib/nn/_a.py", "from flax import nnx\nfrom softlib import losses"),
         ("softlib/optim/_a.py", "import optax"),
@@ -160,3 +167,17 @@ def test_a_circle_is_named():
         "softlib._a -> softlib._b -> softlib._c -> softlib._a"
     ]
     assert import_rules.cycles({**files, "softlib/_c.py": ""}) == []
+
+
+def test_a_kernel_that_loads_its_language_early_is_named():
+    files = {
+        "pallas_kernels/_b.py": "from jax.experimental import pallas as pl",
+        "pallas_kernels/_c.py": "from . import _b",
+        "pallas_kernels/_d.py": "import numpy",
+        "softlib/losses/_a.py": "from pallas_kernels import _c, _d",
+        "softlib/losses/_e.py": "def f():\n    from pallas_kernels import _b, _d",
+    }
+    assert import_rules.kernels_out_of_place(files) == [
+        "softlib.losses._a:1: pallas_kernels._c loads jax.experimental.pallas",
+        "softlib.losses._e:2: pallas_kernels._d belongs to the top",
+    ]

@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _ring
-from ._ring import BLOCK, ROWS, SPAN, Ring, Tile
+from ._ring import Ring, Tile
+from ._row_tiles import BLOCK, ROWS, SPAN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUPS = 2  # that multiply
-ROWS = 64  # of one warpgroup
-BLOCK = WARPGROUPS * ROWS  # rows of a block of threads
-SPAN = 64  # columns: two bytes each, one swizzle of 128 bytes
+from ._row_tiles import SPAN, WARPGROUPS
+
 # Per thread; the three warpgroups share 512 of each lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 _SWIZZLED = (plgpu.SwizzleTransform(128),)

@@ -15,8 +15,10 @@ import math
 
 from pallas_kernels._devices import Gpu
 
-from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS
-
+WARPGROUPS = 2  # that multiply
+ROWS = 64  # of one warpgroup
+BLOCK = WARPGROUPS * ROWS  # rows of a block of threads
+SPAN = 64  # columns: two bytes each, one swizzle of 128 bytes
 # Classes of a tile of logits, and up to how many numbers per row and class there are
 # registers besides: an accumulator of 256 classes takes half of them.
 FORWARD_CLASSES = ((256, 6), (128, 14), (64, 18))

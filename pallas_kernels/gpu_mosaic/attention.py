@@ -14,7 +14,6 @@ it does not fit in the place of the queries. Registers per thread: E / 2 for the
 and `keys` / 2 for scores.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -24,57 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._devices import Gpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
 from .attention_lists import Lists
-from .attention_ring import (
-    MOST_COLUMNS,
-    ROWS,
-    SPARE_BYTES,
-    TILE,
-    WARPGROUPS,
-    Channel,
-    Walk,
-)
+from .attention_ring import Channel, Walk
 from .attention_scores import LN2, LOG2E, Axis, Form, across
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes of the forward kernel.
-
-    Attributes:
-        keys: Per tile.
-        stages: Tiles of keys, and of values, in shared memory.
-    """
-
-    keys: int = 128
-    stages: int = 2
-
-    def smem_bytes(self, features: int, value_features: int) -> int:
-        ring = self.stages * self.keys * (features + value_features)
-        queries = TILE * (features + (value_features != features) * value_features)
-        return (ring + queries) * 2 + TILE * 4 + SPARE_BYTES
-
-
-def choose_tiles(features: int, value_features: int, device: Gpu) -> Tiles | None:
-    """The most keys per tile, then stages, that registers and shared memory hold.
-
-    A thread keeps half of a row of the output, of which there are `value_features`, and
-    half of a row of scores, beside about 80 other numbers. None if nothing fits.
-    """
-    if value_features > MOST_COLUMNS:
-        return None
-    fitting = (keys for keys in (128, 64) if (value_features + keys) // 2 <= 160)
-    sizes = [(keys, stages) for keys in fitting for stages in (4, 3, 2)]
-    # With one stage nothing is fetched ahead: only where there is no other way.
-    for keys, stages in (*sizes, (64, 1)):
-        tiles = Tiles(keys, stages)
-        if tiles.smem_bytes(features, value_features) <= device.smem_bytes:
-            return tiles
-    return None
+from .attention_tiles import ROWS, TILE, WARPGROUPS, Tiles
 
 
 def attention(

@@ -14,7 +14,6 @@ and a ring of what it walks along. Registers per thread: half the features of th
 results, and for scores and dp half a tile each.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -24,63 +23,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._devices import Gpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
 from .attention_lists import Lists
-from .attention_ring import (
-    MOST_COLUMNS,
-    ROWS,
-    SPARE_BYTES,
-    TILE,
-    WARPGROUPS,
-    Channel,
-    Walk,
-)
+from .attention_ring import Channel, Walk
 from .attention_scores import Axis, Form, across
-
-MOST_SUMS = 160  # registers of a thread for results, which leave enough for all else
-
-
-@dataclasses.dataclass(frozen=True)
-class BackwardTiles:
-    """Sizes of the backward kernels.
-
-    Attributes:
-        keys: Per tile of the ring of the kernel of dQ.
-        queries: Per tile of the ring of the kernel of dK and dV.
-        stages: Tiles in either ring.
-        together: Whether one kernel computes dK and dV, or each has its own.
-    """
-
-    keys: int = 64
-    queries: int = 64
-    stages: int = 2
-    together: bool = True
-
-    def smem_bytes(self, features: int, value_features: int) -> int:
-        """Of the kernel that takes most."""
-        rows = TILE + self.stages * max(self.keys, self.queries)
-        return rows * (2 * (features + value_features) + 2 * 4) + SPARE_BYTES
-
-
-def choose_backward_tiles(
-    features: int, value_features: int, device: Gpu
-) -> BackwardTiles | None:
-    """As many stages as shared memory holds, up to four; None if nothing fits.
-
-    A thread keeps half of a row of dK and of dV. Where both take too many registers
-    each has a kernel of its own, and scores are computed once more.
-    """
-    if max(features, value_features) > MOST_COLUMNS:
-        return None
-    together = (features + value_features) // 2 <= MOST_SUMS
-    for stages in (4, 3, 2, 1):
-        tiles = BackwardTiles(stages=stages, together=together)
-        if tiles.smem_bytes(features, value_features) <= device.smem_bytes:
-            return tiles
-    return None
+from .attention_tiles import ROWS, TILE, WARPGROUPS, BackwardTiles
 
 
 def kept(slope: Any, form: Form, *results: int) -> Any:

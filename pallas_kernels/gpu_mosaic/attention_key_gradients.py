@@ -20,10 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
-from .attention_backward import BackwardTiles, kept
+from .attention_backward import kept
 from .attention_lists import Lists
-from .attention_ring import ROWS, TILE, WARPGROUPS, Channel, Walk
+from .attention_ring import Channel, Walk
 from .attention_scores import Axis, Form, across
+from .attention_tiles import ROWS, TILE, WARPGROUPS, BackwardTiles
 
 
 def key_gradients(

@@ -13,15 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUPS = 2  # that multiply
-ROWS = 64  # of one warpgroup
-TILE = WARPGROUPS * ROWS  # rows of a block of threads
-LENGTHS = 8  # what lengths are multiples of
-FEATURES = 64  # what numbers of features are multiples of: 128 bytes, one swizzle
+from .attention_tiles import FEATURES, ROWS, WARPGROUPS
+
 # Per thread; the three warpgroups share 512 of each lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-MOST_COLUMNS = 256  # of a product
-SPARE_BYTES = 4096  # of shared memory: barriers, and gaps between arrays
 
 
 @dataclasses.dataclass(frozen=True)

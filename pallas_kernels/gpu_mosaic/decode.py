@@ -31,13 +31,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
-from .attention_ring import FEATURES as FEATURES, MOST_COLUMNS as MOST_COLUMNS, ROWS
 from .attention_scores import across
+from .attention_tiles import FEATURES, ROWS
 from .decode_tiles import (
     COLUMNS,
     KEYS,
-    Tiles as Tiles,
-    choose_tiles as choose_tiles,
+    Tiles,
 )
 
 STATISTICS = ("sum", "max", "min", "reference", "lost", "bad")

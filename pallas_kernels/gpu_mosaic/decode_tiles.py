@@ -1,12 +1,11 @@
 """How the decode kernel for Hopper divides the keys, and what it holds of them."""
 
 import dataclasses
-
-from jax.experimental import pallas as pl
+import math
 
 from pallas_kernels._devices import Gpu
 
-from .attention_ring import ROWS, SPARE_BYTES
+from .attention_tiles import ROWS, SPARE_BYTES
 
 KEYS = 64  # of a tile
 COLUMNS = 32  # of the output that leave at a time: 128 bytes, one swizzle
@@ -54,9 +53,9 @@ def choose_tiles(
     Returns:
         None if nothing fits.
     """
-    tiles = pl.cdiv(keys, KEYS)
+    tiles = math.ceil(keys / KEYS)
     if splits is None:
-        wanted = pl.cdiv(BLOCKS * device.multiprocessors, batch * heads)
+        wanted = math.ceil(BLOCKS * device.multiprocessors / (batch * heads))
         splits = min(wanted, tiles // LEAST_TILES)
     stage = 2 * KEYS * sum(features)
     rest = 2 * ROWS * features[0] + 4 * ROWS * COLUMNS + SPARE_BYTES

@@ -25,8 +25,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _ring, _row_slice
 from ._logit_tiles import LogitTiles
-from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
+from ._ring import Ring, Tile
 from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
+from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
 from .row_statistics_forward import unpacked
 
 SUMS = ("logit_scale", "inverse_temperature")  # numbers per row that have a gradient

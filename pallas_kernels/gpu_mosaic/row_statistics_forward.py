@@ -20,8 +20,9 @@ from pallas_kernels._row_formulas import state_names
 
 from . import _ring, _row_slice
 from ._logit_tiles import LogitTiles
-from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
+from ._ring import Ring, Tile
 from ._row_slice import Form, Rows, Slice
+from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
 
 
 def partial_states(

@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _ring
-from ._ring import BLOCK, ROWS, SPAN, WARPGROUPS, Ring, Tile
+from ._ring import Ring, Tile
+from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,7 @@ written twice with the same value. Rows need no alignment: loads and stores are 
 as the length of a row allows.
 """
 
-import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,55 +24,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _devices as devices
 from pallas_kernels._results import result
 
-THREADS = 128
+from .softmax_tiles import Tiles, choose_tiles
+
 # Where a running maximum starts: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
 LEAST = float(jnp.finfo(jnp.float32).min)
-# Blocks of threads that should find room on a multiprocessor beside each other.
-BLOCKS = 2
-# Of shared memory: for reductions over threads.
-SLACK_BYTES = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How a row is cut.
-
-    Attributes:
-        piece: Elements of a load, a multiple of 128 times `vector`.
-        vector: Elements side by side that a thread loads at once; a power of 2 that
-            divides the length of a row.
-        group: Pieces that are under way at the same time.
-        keeps: Whether the row stays in shared memory, to be used a second time.
-    """
-
-    piece: int
-    vector: int
-    group: int
-    keeps: bool
-
-    def __str__(self) -> str:
-        kept = ", kept in shared memory" if self.keeps else ""
-        return f"{self.group} pieces of {self.piece} columns at a time{kept}"
-
-
-def choose_tiles(
-    columns: int, dtype: Any, device: devices.Gpu, *, writes: bool
-) -> Tiles:
-    """The widest loads that the length of a row allows; rows are kept while they fit.
-
-    Args:
-        columns: Of the array, at least 128.
-        dtype: Of the array.
-        device: What it is for.
-        writes: Whether the row is needed twice.
-    """
-    size = jnp.dtype(dtype).itemsize
-    piece = min(1024, THREADS << int(math.log2(columns // THREADS)))
-    vector = math.gcd(columns, 16 // size, piece // THREADS)
-    group = min(4, columns // piece)
-    room = device.smem_bytes // BLOCKS - SLACK_BYTES
-    keeps = writes and pl.cdiv(columns, piece) * piece * size <= room
-    return Tiles(piece, vector, group, keeps)
 
 
 def softmax(

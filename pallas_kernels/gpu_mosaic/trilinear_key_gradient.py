@@ -28,8 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring, trilinear_parts as parts
-from .attention_ring import ROWS, WARPGROUPS, Channel
+from .attention_ring import Channel
 from .attention_scores import LN2, LOG2E, Axis, across
+from .attention_tiles import ROWS, WARPGROUPS
 from .trilinear_lists import Runs
 from .trilinear_parts import Form, Pair, Walk
 from .trilinear_tiles import PAIR

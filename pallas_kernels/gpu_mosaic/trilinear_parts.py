@@ -21,8 +21,9 @@ from pallas_kernels._trilinear import Masks
 
 from . import attention_ring as ring
 from .attention_mask import Index, evaluate
-from .attention_ring import FEATURES, ROWS, WARPGROUPS, Channel
+from .attention_ring import Channel
 from .attention_scores import Axis, across
+from .attention_tiles import FEATURES, ROWS, WARPGROUPS
 from .trilinear_lists import Runs
 from .trilinear_tiles import PAIR, SLOTS, Tiles
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from pallas_kernels._devices import Gpu
 
-from .attention_ring import ROWS, SPARE_BYTES, WARPGROUPS
+from .attention_tiles import ROWS, SPARE_BYTES, WARPGROUPS
 
 # Keys of the first axis that are multiplied in at a time, one by each warpgroup.
 PAIR = WARPGROUPS

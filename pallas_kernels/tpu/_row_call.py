@@ -15,9 +15,9 @@ from pallas_kernels._results import result
 
 from . import _row_filter as filter_, _row_math as rows_of, _row_products as products
 from ._row_math import LANES, Columns, Form, Slice
-from ._row_operands import Operands, Options, tiles_of
 from ._row_tiles import SHARE, Pass, Tiles
 from .bfloat16_parts import pairs, part_count, parts_of, product
+from .row_statistics_plan import Operands, Options, tiles_of
 
 # Shape, dtype and block of a result.
 type Block = tuple[tuple[int, ...], Any, tuple[int, ...]]

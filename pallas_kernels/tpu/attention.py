@@ -26,12 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._results import result
 
 from .attention_blocks import (
-    ALL,
-    LANES,
-    SOME,
     Call,
-    Entry,
-    Form,
     add,
     by_row,
     cost,
@@ -41,8 +36,10 @@ from .attention_blocks import (
     widths,
     zero_beyond,
 )
+from .attention_form import Form
+from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import by_buffer, over_pieces, over_slices, part_of
-from .attention_tiles import Tiles
+from .attention_tiles import LANES, Tiles
 from .attention_weights import LOG2_E
 from .bfloat16_parts import product
 

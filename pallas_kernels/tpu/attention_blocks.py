@@ -1,14 +1,4 @@
-"""The blocks that an attention kernel visits, as a flat list that fits scalar memory.
-
-A grid step is an entry of the list, and index maps read it: only blocks of the list are
-ever fetched, and the pipeline of the grid fetches the next one meanwhile. An entry is
-one int32:
-
-    row (13 bits) | column (13) | kind (2) | first of its row (1) | last of its row (1)
-
-"Row" is the axis whose results are summed over the list: of queries for the output and
-the gradient of the queries, of keys for the gradients of keys and values.
-"""
+"""What attention kernels for TPUs share: parts of blocks, products, and the call."""
 
 import dataclasses
 import functools
@@ -17,152 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from .attention_lists import Entry
 from .attention_pieces import Stage
 from .attention_tiles import LANES, Tiles
-from .attention_weights import Weights
 from .bfloat16_parts import pairs, part_count, parts_of
-
-# Blocks along an axis that 13 bits can tell apart.
-MOST_BLOCKS = 1 << 13
-# Entries of one call: a quarter of the megabyte of scalar memory.
-MOST_ENTRIES = 1 << 16
-NOTHING, SOME, ALL = 0, 1, 2
-
-
-def lists(
-    rows: np.ndarray,
-    columns: np.ndarray,
-    whole: np.ndarray,
-    row_count: int,
-    *,
-    most_entries: int = MOST_ENTRIES,
-) -> np.ndarray:
-    """Lists of at most so many entries, (lists, entries); no row is divided.
-
-    Args:
-        rows: Of each block that is visited, in any order.
-        columns: Likewise.
-        whole: Whether every pair of the block attends.
-        row_count: Rows in all. One without blocks gets an entry that computes nothing:
-            its results have to be written all the same.
-        most_entries: At least the number of columns.
-
-    Returns:
-        int32. Shorter lists end in entries that do nothing.
-    """
-    empty = np.setdiff1d(np.arange(row_count), rows)
-    kinds = np.where(whole, ALL, SOME)
-    rows = np.concatenate([rows, empty]).astype(np.int32)
-    columns = np.concatenate([columns, np.zeros_like(empty)]).astype(np.int32)
-    kinds = np.concatenate([kinds, np.full_like(empty, NOTHING)]).astype(np.int32)
-    order = np.lexsort((columns, rows))
-    rows, columns, kinds = rows[order], columns[order], kinds[order]
-    borders = np.diff(rows, prepend=-1, append=row_count) != 0
-    first, last = borders[:-1], borders[1:]
-    entries = _packed(rows, columns, kinds, first, last)
-
-    # As many whole rows in a list as fit.
-    stops = np.flatnonzero(last) + 1
-    parts, start = [], 0
-    while start < len(entries):
-        fitting = stops[(stops > start) & (stops <= start + most_entries)]
-        stop = int(fitting[-1])
-        parts.append(entries[start:stop])
-        start = stop
-    length = max(map(len, parts))
-    found = np.empty((len(parts), length), np.int32)
-    for out, part in zip(found, parts, strict=True):
-        out[: len(part)] = part
-        # The blocks of the last entry, which are there already.
-        out[len(part) :] = part[-1] & ~_FLAGS
-    return found
-
-
-_FLAGS = 0b1111
-
-
-def _packed(
-    rows: np.ndarray,
-    columns: np.ndarray,
-    kinds: np.ndarray,
-    first: np.ndarray,
-    last: np.ndarray,
-) -> np.ndarray:
-    return (rows << 17) | (columns << 4) | (kinds << 2) | (first << 1) | last
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One entry of a list, as a kernel reads it."""
-
-    packed: Any
-
-    @property
-    def row(self) -> Any:
-        return lax.shift_right_logical(self.packed, 17)
-
-    @property
-    def column(self) -> Any:
-        return lax.shift_right_logical(self.packed, 4) & (MOST_BLOCKS - 1)
-
-    @property
-    def kind(self) -> Any:
-        return lax.shift_right_logical(self.packed, 2) & 3
-
-    @property
-    def is_first(self) -> Any:
-        return (self.packed & 2) != 0
-
-    @property
-    def is_last(self) -> Any:
-        return (self.packed & 1) != 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-    """Which pairs of a block attend.
-
-    Attributes:
-        attends: `attends(query, key, *scalars)`, of positions (rows, 1) and
-            (1, columns) or the other way round; broadcasts.
-        key_length: Keys in all.
-        scalars: How many integers per batch entry `attends` takes.
-    """
-
-    attends: Callable[..., Any]
-    key_length: int
-    scalars: int = 0
-
-    def of(
-        self,
-        shape: tuple[int, int],
-        starts: tuple[Any, Any],
-        batch: Any,
-        scalars_ref: Any,
-        *,
-        transposed: bool = False,
-    ) -> Any:
-        """Booleans of a part of a block, whose rows are keys if `transposed`.
-
-        `starts`: the positions of the first query and the first key.
-        """
-        queries, keys = (1, 0) if transposed else (0, 1)
-        query, key = (
-            start + lax.broadcasted_iota(jnp.int32, _along(shape, axis), axis)
-            for start, axis in zip(starts, (queries, keys), strict=True)
-        )
-        scalars = [scalars_ref[batch * self.scalars + i] for i in range(self.scalars)]
-        ok = self.attends(query, key, *scalars) & (key < self.key_length)
-        return jnp.broadcast_to(ok, shape)
-
-
-def _along(shape: tuple[int, int], axis: int) -> tuple[int, ...]:
-    return tuple(size if i == axis else 1 for i, size in enumerate(shape))
 
 
 def zero_beyond(x: Any, start: Any, length: int, size: int) -> Any:
@@ -218,29 +70,6 @@ def lanes(x: Any, width: int) -> Any:
 def column(row: Any) -> Any:
     """(1, rows) as (rows, 128), equal along lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What is static of an attention.
-
-    Attributes:
-        weights: The positive function.
-        scale: Of the products.
-        logit_softcap: None for none.
-        precision: Of products of float32.
-        masking: Which pairs attend.
-    """
-
-    weights: Weights
-    scale: float
-    logit_softcap: float | None
-    precision: Any
-    masking: Masking
-
-    def scores(self, products: Any) -> tuple[Any, Any]:
-        """Scores, and the slope of the softcap, None without."""
-        return self.weights.scores(products, self.scale, self.logit_softcap)
 
 
 def cost(

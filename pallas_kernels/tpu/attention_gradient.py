@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .attention_blocks import (
-    LANES,
-    Form,
-)
+from .attention_form import Form
 from .attention_pieces import part_of
+from .attention_tiles import LANES
 from .attention_weights import LOG2_E
 
 

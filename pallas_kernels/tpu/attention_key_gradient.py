@@ -21,12 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._results import result
 
 from .attention_blocks import (
-    ALL,
-    LANES,
-    SOME,
     Call,
-    Entry,
-    Form,
     add,
     cost,
     passes,
@@ -34,9 +29,11 @@ from .attention_blocks import (
     widths,
     zero_beyond,
 )
+from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
+from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import Stage, by_buffer, over_pieces, over_slices, part_of
-from .attention_tiles import Tiles
+from .attention_tiles import LANES, Tiles
 from .bfloat16_parts import product
 
 

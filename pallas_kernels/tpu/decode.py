@@ -31,9 +31,8 @@ from pallas_kernels._results import result
 from .decode_chunk import State, count_of, strip_of, visit_chunk
 from .decode_tiles import (
     LANES,
-    Form as Form,
-    Tiles as Tiles,
-    choose_tiles as choose_tiles,
+    Form,
+    Tiles,
     up,
     vmem_bytes,
 )

@@ -30,9 +30,9 @@ from jax.experimental import pallas as pl
 from . import _row_filter as filter_, _row_math as rows_of
 from ._row_call import Block, Call, Step
 from ._row_math import LANES, Columns, Form, Slice
-from ._row_operands import Operands, Options, tiles_of
 from ._row_products import span
 from ._row_tiles import Tiles
+from .row_statistics_plan import Operands, Options, tiles_of
 
 __all__ = [
     "ClassGradient",

@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import _devices as devices
-from pallas_kernels.gpu_mosaic import decode as gpu
-from pallas_kernels.tpu import decode as tpu
+from pallas_kernels.gpu_mosaic import decode_tiles as gpu
+from pallas_kernels.gpu_mosaic.attention_tiles import FEATURES, MOST_COLUMNS, ROWS
+from pallas_kernels.tpu import decode_tiles as tpu
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
@@ -71,7 +72,9 @@ class _Rows(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------- TPU
-def _on_tpu(options: Options, operands: Operands, *, falls_back: bool) -> tpu.Sums:
+def _on_tpu(options: Options, operands: Operands, *, falls_back: bool) -> Any:
+    from pallas_kernels.tpu import decode as kernels
+
     rows, unified = _Rows.of(operands), operands.unified
     tiles = _tiles(operands)
     assert tiles is not None
@@ -90,12 +93,12 @@ def _on_tpu(options: Options, operands: Operands, *, falls_back: bool) -> tpu.Su
         falls_back,
         (precision[0], precision[1]),
     )
-    return tpu.decode(
+    return kernels.decode(
         rows.query,
         operands.key,
         operands.value,
         rows.visible,
-        tpu.Numbers(*rows.numbers),
+        kernels.Numbers(*rows.numbers),
         form=form,
         tiles=tiles,
     )
@@ -142,20 +145,22 @@ def _tpu_note(options: Options, operands: Operands) -> str:
 
 
 # ---------------------------------------------------------------------------------- GPU
-def _on_gpu(options: Options, operands: Operands, *, falls_back: bool) -> gpu.Sums:
+def _on_gpu(options: Options, operands: Operands, *, falls_back: bool) -> Any:
+    from pallas_kernels.gpu_mosaic import decode as kernels
+
     rows, unified = _Rows.of(operands), operands.unified
     tiles = _gpu_tiles(options, operands)
     assert tiles is not None
     shared = operands.query.shape[1:3]
     numbers = [x.reshape(shared) for x in rows.numbers]
     numbers += [jnp.zeros_like(numbers[0])] * (4 - len(numbers))
-    return gpu.decode(
+    return kernels.decode(
         operands.query,
         operands.key,
         operands.value,
         rows.visible[:, : shared[1]],
-        gpu.Numbers(*numbers),
-        form=gpu.Form(
+        kernels.Numbers(*numbers),
+        form=kernels.Form(
             options.logit_softcap,
             unified is not None,
             unified is not None and unified.criterion == "elementwise",
@@ -203,7 +208,7 @@ def _gpu_attended(options: Options, operands: Operands) -> Attended:
     return Attended(out, lse, top, again)
 
 
-def _merged(found: gpu.Sums, reference: Array) -> tuple[Array, Array]:
+def _merged(found: Any, reference: Array) -> tuple[Array, Array]:
     """Sums over the splits (axis 2), relative to the same reference."""
     shift = jnp.where(reference == -jnp.inf, 0, reference)
     # Exactly 1 where that is the reference of a split.
@@ -224,14 +229,14 @@ def _not_on_gpu(options: Options, operands: Operands) -> str | None:
     if key.shape[1] % 8:
         return f"{key.shape[1]} keys are not a multiple of 8"
     for name, array in (("key", key), ("value", value)):
-        if array.shape[3] % gpu.FEATURES:
+        if array.shape[3] % FEATURES:
             size = array.shape[3]
-            return f"{size} features of a {name} are not a multiple of {gpu.FEATURES}"
-        if array.shape[3] > gpu.MOST_COLUMNS:
+            return f"{size} features of a {name} are not a multiple of {FEATURES}"
+        if array.shape[3] > MOST_COLUMNS:
             return f"{array.shape[3]} features of a {name} are more than 256"
     rows = operands.query.shape[2]
-    if rows > gpu.ROWS:
-        return f"{rows} rows of queries of a head of keys are more than {gpu.ROWS}"
+    if rows > ROWS:
+        return f"{rows} rows of queries of a head of keys are more than {ROWS}"
     if _gpu_tiles(options, operands) is None:
         return "no tile of keys fits the shared memory"
     return None

@@ -14,16 +14,15 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import _devices
-from pallas_kernels.gpu_mosaic.attention import attention, choose_tiles
-from pallas_kernels.gpu_mosaic.attention_backward import (
-    choose_backward_tiles,
-    query_gradient,
-)
-from pallas_kernels.gpu_mosaic.attention_key_gradients import key_gradients
 from pallas_kernels.gpu_mosaic.attention_lists import Lists, lists
 from pallas_kernels.gpu_mosaic.attention_mask import missing
-from pallas_kernels.gpu_mosaic.attention_ring import FEATURES, LENGTHS, TILE
-from pallas_kernels.gpu_mosaic.attention_scores import LOG2E, Form
+from pallas_kernels.gpu_mosaic.attention_tiles import (
+    FEATURES,
+    LENGTHS,
+    TILE,
+    choose_backward_tiles,
+    choose_tiles,
+)
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
@@ -51,6 +50,8 @@ _WEIGHTS: dict[Any, Any] = {
 
 
 def _forward(options: Options, operands: Operands) -> Result:
+    from pallas_kernels.gpu_mosaic.attention import attention
+
     form, scalars = form_of(options, operands)
     tiles = tiles_of("forward", operands)
     assert tiles is not None
@@ -73,6 +74,10 @@ def _forward(options: Options, operands: Operands) -> Result:
 
 
 def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    from pallas_kernels.gpu_mosaic.attention_backward import query_gradient
+    from pallas_kernels.gpu_mosaic.attention_key_gradients import key_gradients
+    from pallas_kernels.gpu_mosaic.attention_scores import LOG2E
+
     operands = given.operands
     form, scalars = form_of(options, operands)
     tiles = tiles_of("query", operands)
@@ -123,8 +128,10 @@ def _padded(x: Array, multiples: dict[int, int]) -> Array:
     return jnp.pad(x, width) if any(after for _, after in width) else x
 
 
-def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
+def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
     """What is static, and the integers of the mask for each batch entry."""
+    from pallas_kernels.gpu_mosaic.attention_scores import Form
+
     attends, count = _mask(Skeleton.of(operands.plan.mask), operands.plan.lengths)
     scalars = None
     if count:

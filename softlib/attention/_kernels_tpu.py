@@ -13,10 +13,8 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import _devices
-from pallas_kernels.tpu import attention_blocks as blocks
-from pallas_kernels.tpu.attention import attention
-from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
-from pallas_kernels.tpu.attention_query_gradient import query_gradient
+from pallas_kernels.tpu import attention_lists as blocks
+from pallas_kernels.tpu.attention_form import Form, Masking
 from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
 from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
@@ -46,6 +44,8 @@ _KINDS: dict[Any, Weights] = {
 # even where it is lowered for a CPU.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(options: Options, operands: Operands) -> Result:
+    from pallas_kernels.tpu.attention import attention
+
     form, scalars = form_of(options, operands)
     tiles, entries = blocks_of("forward", options, operands)
     out, normalizer = attention(
@@ -64,6 +64,9 @@ def _forward(options: Options, operands: Operands) -> Result:
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
+    from pallas_kernels.tpu.attention_query_gradient import query_gradient
+
     operands = given.operands
     form, scalars = form_of(options, operands)
     inverse, delta = row_constants(options, given)
@@ -100,7 +103,7 @@ def _value(operands: Operands) -> Array:
     return operands.value
 
 
-def form_of(options: Options, operands: Operands) -> tuple[blocks.Form, Array | None]:
+def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
     """What is static, and the integers of the mask for each batch entry."""
     mask, lengths = operands.plan.mask, operands.plan.lengths
     leaves, structure = jax.tree.flatten(mask)
@@ -116,8 +119,8 @@ def form_of(options: Options, operands: Operands) -> tuple[blocks.Form, Array | 
     if not mask._is_arithmetic():
         # Tiles were chosen so that only the overhang is evaluated.
         attends = lambda query, key, *_: key == key
-    masking = blocks.Masking(attends, lengths[1], len(leaves))
-    form = blocks.Form(
+    masking = Masking(attends, lengths[1], len(leaves))
+    form = Form(
         _KINDS[options.kind],
         options.scale,
         options.logit_softcap,

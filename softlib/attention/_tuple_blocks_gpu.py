@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 from pallas_kernels import _devices, _trilinear as lists
-from pallas_kernels.gpu_mosaic.attention_ring import FEATURES
+from pallas_kernels.gpu_mosaic.attention_tiles import FEATURES
 from pallas_kernels.gpu_mosaic.trilinear_lists import Runs, runs
 from pallas_kernels.gpu_mosaic.trilinear_tiles import (
     MOST_FEATURES,

@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.tpu import trilinear, trilinear_gradient
 from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
@@ -33,6 +32,8 @@ _BACKWARD: tuple[Pass, ...] = ("query", "first", "second")
 
 
 def _forward(options: Options, operands: Operands) -> Result:
+    from pallas_kernels.tpu import trilinear
+
     order = chosen_order(("forward",), options, operands)
     assert isinstance(order, Order)
     first, second = _sides(operands, order)
@@ -49,6 +50,8 @@ def _forward(options: Options, operands: Operands) -> Result:
 
 
 def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    from pallas_kernels.tpu import trilinear_gradient
+
     operands, cotangent = given.operands, given.out_cotangent
     assert cotangent is not None
     order = chosen_order(_BACKWARD, options, operands)

@@ -11,14 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _devices
-from pallas_kernels.gpu_mosaic import (
-    trilinear,
-    trilinear_gradient,
-    trilinear_key_gradient,
-)
 from pallas_kernels.gpu_mosaic.attention_mask import is_constant, missing
-from pallas_kernels.gpu_mosaic.attention_scores import LOG2E
-from pallas_kernels.gpu_mosaic.trilinear_parts import Form
 from pallas_kernels.gpu_mosaic.trilinear_tiles import Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
@@ -38,6 +31,8 @@ _MOST_HEADS = 65_535
 
 
 def _forward(options: Options, operands: Operands) -> Result:
+    from pallas_kernels.gpu_mosaic import trilinear
+
     (order,) = _orders("forward", operands)
     first, second = _sides(operands, order.swapped)
     out, lse = trilinear.forward(
@@ -54,6 +49,13 @@ def _forward(options: Options, operands: Operands) -> Result:
 
 
 def _backward(options: Options, given: BackwardOperands) -> Gradient:
+    from pallas_kernels.gpu_mosaic import (
+        trilinear,
+        trilinear_gradient,
+        trilinear_key_gradient,
+    )
+    from pallas_kernels.gpu_mosaic.attention_scores import LOG2E
+
     operands, cotangent = given.operands, given.out_cotangent
     assert cotangent is not None
     inverse, delta = row_constants(options, given)
@@ -111,7 +113,9 @@ def _sides(operands: Operands, swapped: bool) -> list[tuple[Array, Array]]:
     return pairs[::-1] if swapped else pairs
 
 
-def _form(options: Options, operands: Operands, order: Order) -> Form:
+def _form(options: Options, operands: Operands, order: Order) -> Any:
+    from pallas_kernels.gpu_mosaic.trilinear_parts import Form
+
     lengths = lengths_of(operands, order.swapped)
     own = masks_of(operands.plan.mask, lengths, order.swapped)
     return Form(own, lengths, options.scale, order.tiles)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _devices as devices
-from pallas_kernels.gpu_mosaic import row_statistics as kernels
+from pallas_kernels.gpu_mosaic import row_statistics_plan as plans
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
@@ -25,10 +25,14 @@ NO_TILES = "so many statistics, labels and options do not fit the registers"
 
 
 def _forward(options: Options, head: Head) -> RowStatistics:
+    from pallas_kernels.gpu_mosaic import row_statistics as kernels
+
     return RowStatistics(**kernels.forward(_options(options), _operands(head)))
 
 
 def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
+    from pallas_kernels.gpu_mosaic import row_statistics as kernels
+
     head, rows, _, further = given
     known, of_labels = _known(rows)
     if of_labels is None and not any(name.startswith("g_") for name in known):
@@ -50,15 +54,15 @@ def _differentiable(head: Head) -> tuple[Any, ...]:
     return head.hidden, head.weight, head.modifiers._replace(class_where=None)
 
 
-def _options(options: Options) -> kernels.Options:
-    return kernels.Options(
+def _options(options: Options) -> plans.Options:
+    return plans.Options(
         options.statistics, options.logit_softcap, options.gradient_filter_eps
     )
 
 
-def _operands(head: Head) -> kernels.Operands:
+def _operands(head: Head) -> plans.Operands:
     tables = shared.tables_of(head)
-    return kernels.Operands(head.hidden, head.weight, head.labels, *tables)
+    return plans.Operands(head.hidden, head.weight, head.labels, *tables)
 
 
 def _why_not(options: Options, head: Head) -> str | None:
@@ -82,7 +86,7 @@ def _why_not(options: Options, head: Head) -> str | None:
 
 def _forward_why_not(options: Options, head: Head) -> str | None:
     reason = _why_not(options, head)
-    if reason is None and kernels.tiles_of(_options(options), _shapes(head)) is None:
+    if reason is None and plans.tiles_of(_options(options), _shapes(head)) is None:
         return NO_TILES
     return reason
 
@@ -96,11 +100,11 @@ def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
 
 def _backward_tiles(options: Options, given: BackwardOperands) -> Any:
     operands, known = _shapes(given.head), _known(given.rows)
-    return kernels.backward_tiles_of(_options(options), operands, *known)
+    return plans.backward_tiles_of(_options(options), operands, *known)
 
 
 def _forward_note(options: Options, head: Head) -> str:
-    return str(kernels.tiles_of(_options(options), _shapes(head)))
+    return str(plans.tiles_of(_options(options), _shapes(head)))
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
@@ -110,12 +114,12 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
     return f"{tiles}; `gradient_filter_eps` spares the products of blocks dropped"
 
 
-def _shapes(head: Head) -> kernels.Operands:
+def _shapes(head: Head) -> plans.Operands:
     """Enough to choose tiles: nothing is computed with it."""
     given = {n: x for n, x in head.modifiers._asdict().items() if x is not None}
     per_row = {n: x for n, x in given.items() if n in ("logit_scale", "temperature")}
     per_class = {n: x for n, x in given.items() if n not in per_row}
-    return kernels.Operands(head.hidden, head.weight, head.labels, per_row, per_class)
+    return plans.Operands(head.hidden, head.weight, head.labels, per_row, per_class)
 
 
 FORWARD = Implementation(

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.tpu import row_statistics as kernels
+from pallas_kernels.tpu import row_statistics_plan as plans
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
@@ -15,11 +15,15 @@ from ._tile import Options, RowStatistics
 
 
 def _forward(options: Options, head: Head) -> RowStatistics:
+    from pallas_kernels.tpu import row_statistics as kernels
+
     found = kernels.forward(_options(options), _operands(head))
     return RowStatistics(**found)
 
 
 def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
+    from pallas_kernels.tpu import row_statistics as kernels
+
     head, rows, _, further = given
     asked, operands, g = _options(options), _operands(head), rows.cotangents
     known = shared.known_of(rows)
@@ -31,8 +35,8 @@ def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
     return gradient.added_to(further)
 
 
-def _options(options: Options) -> kernels.Options:
-    return kernels.Options(
+def _options(options: Options) -> plans.Options:
+    return plans.Options(
         options.statistics,
         options.logit_softcap,
         options.vocab_axis,
@@ -41,9 +45,9 @@ def _options(options: Options) -> kernels.Options:
     )
 
 
-def _operands(head: Head) -> kernels.Operands:
+def _operands(head: Head) -> plans.Operands:
     tables = shared.tables_of(head)
-    return kernels.Operands(head.hidden, head.weight, head.labels, *tables)
+    return plans.Operands(head.hidden, head.weight, head.labels, *tables)
 
 
 def _why_not(options: Options, head: Head) -> str | None:
@@ -54,7 +58,7 @@ def _why_not(options: Options, head: Head) -> str | None:
 
 
 def _no_tiles(kinds: tuple[Any, ...], options: Options, head: Head) -> str | None:
-    found = [kernels.tiles_of(k, _options(options), _shapes(head)) for k in kinds]
+    found = [plans.tiles_of(k, _options(options), _shapes(head)) for k in kinds]
     return "no tile fits the vector memory" if None in found else None
 
 
@@ -68,22 +72,22 @@ def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
 
 
 def _forward_note(options: Options, head: Head) -> str:
-    return str(kernels.tiles_of("forward", _options(options), _shapes(head)))
+    return str(plans.tiles_of("forward", _options(options), _shapes(head)))
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
     asked, shapes = _options(options), _shapes(given.head)
-    hidden, weight = (kernels.tiles_of(k, asked, shapes) for k in ("hidden", "weight"))
+    hidden, weight = (plans.tiles_of(k, asked, shapes) for k in ("hidden", "weight"))
     note = f"{hidden} for hidden, {weight} for the weight"
     if options.gradient_filter_eps is not None:
         note += "; `gradient_filter_eps` spares the products of tiles dropped whole"
     return note
 
 
-def _shapes(head: Head) -> kernels.Operands:
+def _shapes(head: Head) -> plans.Operands:
     """Enough to choose tiles: nothing is computed with it."""
     empty: dict[str, Array] = {}
-    return kernels.Operands(head.hidden, head.weight, head.labels, empty, empty)
+    return plans.Operands(head.hidden, head.weight, head.labels, empty, empty)
 
 
 FORWARD = Implementation(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import _devices as devices
-from pallas_kernels.gpu_mosaic import softmax as gpu
-from pallas_kernels.tpu import softmax as tpu
+from pallas_kernels.gpu_mosaic import softmax_tiles as gpu
+from pallas_kernels.tpu import softmax_tiles as tpu
 from softlib._dispatch import Implementation
 
 type Map = Literal["softmax", "logsumexp"]
@@ -31,7 +31,9 @@ def implementations(name: Map) -> tuple[Implementation, Implementation]:
         return target.logsumexp
 
     def on_tpu(options: Any, operands: Any) -> Array:
-        z, kernel = operands.z, kernel_of(tpu, options)
+        from pallas_kernels.tpu import softmax as kernels
+
+        z, kernel = operands.z, kernel_of(kernels, options)
         *batch, columns = z.shape
         rows = batch[-1] if batch else 1
         if rows % 8 and rows > 1:
@@ -43,8 +45,10 @@ def implementations(name: Map) -> tuple[Implementation, Implementation]:
         return found.reshape(z.shape if keeps_row else batch)
 
     def on_gpu(options: Any, operands: Any) -> Array:
+        from pallas_kernels.gpu_mosaic import softmax as kernels
+
         z = operands.z
-        found = kernel_of(gpu, options)(z.reshape(-1, z.shape[-1]))
+        found = kernel_of(kernels, options)(z.reshape(-1, z.shape[-1]))
         return found.reshape(z.shape if keeps_row else z.shape[:-1])
 
     def tpu_note(options: Any, operands: Any) -> str:

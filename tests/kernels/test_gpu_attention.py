@@ -12,8 +12,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels._devices import H100
 from pallas_kernels.gpu_mosaic import (
-    attention as kernels,
-    attention_backward as gradients,
+    attention as forward_pass,
+    attention_backward,
+    attention_key_gradients,
+    attention_tiles,
 )
 from pallas_kernels.gpu_mosaic.attention_lists import lists
 from pallas_kernels.gpu_mosaic.attention_mask import evaluate, missing
@@ -27,7 +29,7 @@ from tests.kernels.attention_problems import Problem
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 # Rings of two slots, which three tiles wrap.
-SMALL = kernels.Tiles(keys=64, stages=2)
+SMALL = attention_tiles.Tiles(keys=64, stages=2)
 
 # No key for the first queries, a whole tile of them, no query for the last keys.
 LATE = masks.Causal(-140)
@@ -66,9 +68,13 @@ SLOW = {
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels in the interpreter, with small tiles."""
-    for name in ("attention", "query_gradient", "key_gradients"):
-        kernel = functools.partial(getattr(_kernels_gpu, name), interpret=SIMULATED)
-        monkeypatch.setattr(_kernels_gpu, name, kernel)
+    for module, name in (
+        (forward_pass, "attention"),
+        (attention_backward, "query_gradient"),
+        (attention_key_gradients, "key_gradients"),
+    ):
+        kernel = functools.partial(getattr(module, name), interpret=SIMULATED)
+        monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(_kernels_gpu, "choose_tiles", lambda *_: SMALL)
 
 
@@ -145,16 +151,16 @@ def test_masks_in_other_words_are_the_same(mask):
 @pytest.mark.parametrize("features", [64, 128, 192, 256])
 @pytest.mark.parametrize("value_features", [64, 128, 192, 256])
 def test_tiles_fit(features, value_features):
-    for choose in (kernels.choose_tiles, gradients.choose_backward_tiles):
+    for choose in (attention_tiles.choose_tiles, attention_tiles.choose_backward_tiles):
         tiles = choose(features, value_features, H100)
         assert tiles is not None
         assert tiles.smem_bytes(features, value_features) <= H100.smem_bytes
 
 
 def test_no_tiles_for_features_that_do_not_fit():
-    assert kernels.choose_tiles(1024, 64, H100) is None
-    assert kernels.choose_tiles(64, 320, H100) is None
-    assert gradients.choose_backward_tiles(256, 320, H100) is None
+    assert attention_tiles.choose_tiles(1024, 64, H100) is None
+    assert attention_tiles.choose_tiles(64, 320, H100) is None
+    assert attention_tiles.choose_backward_tiles(256, 320, H100) is None
 
 
 # ----------------------------------------------------------------------------- dispatch

@@ -12,9 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import softlib
 from pallas_kernels._devices import H100
-from pallas_kernels.gpu_mosaic import decode as kernels
-from pallas_kernels.gpu_mosaic.attention_ring import SPARE_BYTES
-from pallas_kernels.gpu_mosaic.decode import Tiles
+from pallas_kernels.gpu_mosaic import decode as kernels, decode_tiles
+from pallas_kernels.gpu_mosaic.attention_tiles import ROWS, SPARE_BYTES
+from pallas_kernels.gpu_mosaic.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
 from tests.attention.decode_problems import oracle, problem
@@ -33,12 +33,12 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(_decode_kernels.devices, "gpu_generation", lambda: "hopper")
     taken = lambda *arrays, default, cuda, tpu=None: cuda(*arrays)
     monkeypatch.setattr(jax.lax, "platform_dependent", taken)
-    choose: Any = kernels.choose_tiles
+    choose: Any = decode_tiles.choose_tiles
 
     def few_stages(*args, **options):
         return Tiles(choose(*args, **options).splits, 2)
 
-    monkeypatch.setattr(kernels, "choose_tiles", few_stages)
+    monkeypatch.setattr(decode_tiles, "choose_tiles", few_stages)
     simulated = functools.partial(kernels.decode, interpret=SIMULATED)
     monkeypatch.setattr(kernels, "decode", simulated)
 
@@ -169,17 +169,17 @@ def test_a_reference_that_is_no_number_is_not_used(interpreted):
 # --------------------------------------------------------------------------- tile sizes
 @pytest.mark.parametrize("features", [(64, 64), (128, 128), (192, 128), (256, 256)])
 def test_tiles_fit(features):
-    tiles = kernels.choose_tiles(4, 8, 32_768, features, H100)
+    tiles = decode_tiles.choose_tiles(4, 8, 32_768, features, H100)
     assert tiles is not None
-    ring = tiles.stages * 2 * kernels.KEYS * sum(features)
-    rest = 2 * kernels.ROWS * features[0] + 4 * kernels.ROWS * kernels.COLUMNS
+    ring = tiles.stages * 2 * decode_tiles.KEYS * sum(features)
+    rest = 2 * ROWS * features[0] + 4 * ROWS * decode_tiles.COLUMNS
     assert ring + rest + SPARE_BYTES <= H100.smem_bytes
     assert tiles.stages >= 2
 
 
 def test_splits_fill_the_device():
     choose: Any = functools.partial(
-        kernels.choose_tiles, heads=8, features=(128, 128), device=H100
+        decode_tiles.choose_tiles, heads=8, features=(128, 128), device=H100
     )
     assert choose(64, keys=32_768).splits == 1
     assert choose(1, keys=32_768).splits * 8 >= 2 * 132

@@ -11,8 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec a
 
 from pallas_kernels._devices import H100
 from pallas_kernels.gpu_mosaic import _row_tiles
-from pallas_kernels.gpu_mosaic._ring import BLOCK
-from pallas_kernels.gpu_mosaic._row_tiles import Shapes
+from pallas_kernels.gpu_mosaic._row_tiles import BLOCK, Shapes
 from softlib import explain, losses
 from softlib.losses import _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head

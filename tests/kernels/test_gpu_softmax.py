@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import softlib
 from pallas_kernels._devices import B200, H100
 from pallas_kernels.gpu_mosaic import softmax as kernels
-from pallas_kernels.gpu_mosaic.softmax import Tiles
+from pallas_kernels.gpu_mosaic.softmax_tiles import Tiles, choose_tiles
 from softlib.softmax import _kernels, logsumexp, softmax
 from softlib.softmax._row_blocks import Options, Rows
 from softlib.testing import assert_close
@@ -87,7 +87,7 @@ def test_special_values_stay_in_their_row(keeps):
 @pytest.mark.parametrize("columns", [128, 129, 1000, 32_768, 50_257, 4_000_037])
 def test_tiles_fit(device, writes, columns):
     for dtype in ("float32", "bfloat16", "float16"):
-        tiles = kernels.choose_tiles(columns, dtype, device, writes=writes)
+        tiles = choose_tiles(columns, dtype, device, writes=writes)
         assert columns % tiles.vector == 0
         assert tiles.piece % (128 * tiles.vector) == 0
         assert tiles.piece * tiles.group <= columns
@@ -95,7 +95,7 @@ def test_tiles_fit(device, writes, columns):
 
 
 def test_a_row_is_kept_while_it_fits():
-    choose = functools.partial(kernels.choose_tiles, device=H100, writes=True)
+    choose = functools.partial(choose_tiles, device=H100, writes=True)
     assert choose(50_257, "bfloat16").keeps
     assert not choose(50_257, "float32").keeps
 

@@ -11,7 +11,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
-from pallas_kernels.tpu import attention_blocks, attention_tiles
+from pallas_kernels.tpu import (
+    attention as forward_pass,
+    attention_key_gradient,
+    attention_lists,
+    attention_query_gradient,
+    attention_tiles,
+)
 from pallas_kernels.tpu.attention_tiles import Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _kernels_tpu
@@ -79,12 +85,15 @@ def given_tiles(monkeypatch):
     """Small tiles, and lists that hold few entries."""
 
     def give(
-        tiles: Tiles, mode: Any, most_entries: int = attention_blocks.MOST_ENTRIES
+        tiles: Tiles, mode: Any, most_entries: int = attention_lists.MOST_ENTRIES
     ) -> None:
-        for name in ("attention", "query_gradient", "key_value_gradient"):
-            kernel = getattr(_kernels_tpu, name)
-            kernel = functools.partial(kernel, interpret=mode)
-            monkeypatch.setattr(_kernels_tpu, name, kernel)
+        for module, name in (
+            (forward_pass, "attention"),
+            (attention_query_gradient, "query_gradient"),
+            (attention_key_gradient, "key_value_gradient"),
+        ):
+            kernel = functools.partial(getattr(module, name), interpret=mode)
+            monkeypatch.setattr(module, name, kernel)
         turned = dataclasses.replace(tiles, rows=min(tiles.query, 128), keys=128)
         of = lambda which, *_: turned if which == "key" else tiles
         monkeypatch.setattr(_kernels_tpu, "_tiles", of)
@@ -166,8 +175,8 @@ def flags(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_a_list_holds_every_block_once_and_rows_without_one():
     rows, columns = np.array([3, 0, 0]), np.array([1, 2, 0])
     whole = np.array([False, True, False])
-    (found,) = attention_blocks.lists(rows, columns, whole, 5)
-    some, every, nothing = attention_blocks.SOME, attention_blocks.ALL, 0
+    (found,) = attention_lists.lists(rows, columns, whole, 5)
+    some, every, nothing = attention_lists.SOME, attention_lists.ALL, 0
     expected = [
         *[(0, 0, some, 1, 0), (0, 2, every, 0, 1), (1, 0, nothing, 1, 1)],
         *[(2, 0, nothing, 1, 1), (3, 1, some, 1, 1), (4, 0, nothing, 1, 1)],
@@ -177,7 +186,7 @@ def test_a_list_holds_every_block_once_and_rows_without_one():
 
 def test_lists_that_are_cut_keep_rows_together():
     rows, columns = np.divmod(np.arange(30), 3)
-    found = attention_blocks.lists(rows, columns, rows >= 0, 10, most_entries=7)
+    found = attention_lists.lists(rows, columns, rows >= 0, 10, most_entries=7)
     assert found.shape == (5, 6)
     for part in found:
         row, _, _, first, last = entries_of(part)
@@ -187,7 +196,7 @@ def test_lists_that_are_cut_keep_rows_together():
 
 def test_nothing_is_done_by_what_fills_a_short_list():
     rows, columns = np.array([0, 0, 0, 1]), np.array([0, 1, 2, 0])
-    found = attention_blocks.lists(rows, columns, rows >= 0, 2, most_entries=3)
+    found = attention_lists.lists(rows, columns, rows >= 0, 2, most_entries=3)
     row, column, kind, first, last = entries_of(found[1])
     np.testing.assert_array_equal(row, 1)
     np.testing.assert_array_equal(column, 0)
@@ -323,13 +332,13 @@ def test_a_second_call_traces_no_kernel_again(monkeypatch):
     """What a trace costs on a CPU, where no kernel runs."""
     given = arrays(T=320, S=320)
     attend = lambda *a: attention.dot_product_attention(*a, is_causal=True)
-    kernel, calls = _kernels_tpu.attention, []
+    kernel, calls = forward_pass.attention, []
 
     def counted(*args, **options):
         calls.append(None)
         return kernel(*args, **options)
 
-    monkeypatch.setattr(_kernels_tpu, "attention", counted)
+    monkeypatch.setattr(forward_pass, "attention", counted)
     for _ in range(3):
         jax.jit(lambda *a: attend(*a)).trace(*given)
     assert len(calls) == 1

@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import softlib
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
-from pallas_kernels.tpu import decode as kernels
-from pallas_kernels.tpu.decode import Tiles
+from pallas_kernels.tpu import decode_tiles
+from pallas_kernels.tpu.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
 from tests.attention.decode_problems import oracle, problem
@@ -212,18 +212,20 @@ def test_gradients_are_those_of_plain_jax(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 3, 8, 12, 64])
 def test_tiles_fit(device, heads):
     for features, size in (((128, 128), 2), ((64, 96), 4), ((576, 512), 2)):
-        tiles = kernels.choose_tiles(
+        tiles = decode_tiles.choose_tiles(
             heads, 32_768, heads, features, (size, size), device
         )
         assert tiles is not None
         assert tiles.keys % tiles.chunk == 0
         assert tiles.chunk * heads % 128 == 0
         arrays = (jnp.zeros((1, 1, heads, n), f"float{8 * size}") for n in features)
-        assert kernels.vmem_bytes(tiles, *arrays) <= device.vmem_bytes
+        assert decode_tiles.vmem_bytes(tiles, *arrays) <= device.vmem_bytes
 
 
 def test_a_faster_memory_has_larger_blocks():
-    choose = functools.partial(kernels.choose_tiles, 32, 32_768, 8, (128, 128), (2, 2))
+    choose = functools.partial(
+        decode_tiles.choose_tiles, 32, 32_768, 8, (128, 128), (2, 2)
+    )
     slow, fast = choose(V5E), choose(V6E)
     assert slow is not None
     assert fast is not None

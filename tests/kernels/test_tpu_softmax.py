@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 import softlib
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
-from pallas_kernels.tpu import softmax as kernels
-from pallas_kernels.tpu.softmax import Tiles
+from pallas_kernels.tpu import softmax as kernels, softmax_tiles
+from pallas_kernels.tpu.softmax_tiles import Tiles
 from softlib.softmax import _kernels, logsumexp, softmax
 from softlib.softmax._row_blocks import Options, Rows
 from softlib.testing import assert_close
@@ -97,9 +97,9 @@ def test_what_lies_behind_the_end_does_not_matter():
 def test_tiles_fit(device, out, shape):
     for dtype in ("float32", "bfloat16"):
         rows, columns = shape
-        tiles = kernels.choose_tiles(rows, columns, dtype, out, device)
-        held = kernels.held_bytes(dtype, out) * tiles.rows * tiles.columns
-        assert held + kernels.SLACK_BYTES <= device.vmem_bytes
+        tiles = softmax_tiles.choose_tiles(rows, columns, dtype, out, device)
+        held = softmax_tiles.held_bytes(dtype, out) * tiles.rows * tiles.columns
+        assert held + softmax_tiles.SLACK_BYTES <= device.vmem_bytes
         assert tiles.rows % tiles.strip == 0
         narrow = "bfloat16" in (dtype, out)
         assert tiles.strip % (16 if narrow else 8) == 0
@@ -110,7 +110,7 @@ def test_tiles_fit(device, out, shape):
 
 def test_a_row_is_streamed_only_where_it_does_not_fit():
     choose = functools.partial(
-        kernels.choose_tiles, 8192, 128_256, "bfloat16", "bfloat16"
+        softmax_tiles.choose_tiles, 8192, 128_256, "bfloat16", "bfloat16"
     )
     assert choose(V6E).columns >= 128_256
     assert choose(V4).columns < 128_256

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import _trilinear as lists
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V6E, V7X
-from pallas_kernels.tpu import trilinear_tiles
+from pallas_kernels.tpu import trilinear, trilinear_gradient, trilinear_tiles
 from pallas_kernels.tpu.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
 from softlib.attention import _tuple_blocks, _tuple_kernels
@@ -127,8 +127,8 @@ def small_tiles(monkeypatch):
 def interpreted(request, monkeypatch):
     """Kernels run in the interpreter: the plain one, or the one that simulates."""
     for module, name in (
-        (_tuple_kernels.trilinear, "forward"),
-        (_tuple_kernels.trilinear_gradient, "gradient"),
+        (trilinear, "forward"),
+        (trilinear_gradient, "gradient"),
     ):
         call = functools.partial(getattr(module, name), interpret=request.param)
         monkeypatch.setattr(module, name, call)

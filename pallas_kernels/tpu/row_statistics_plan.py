@@ -1,4 +1,4 @@
-"""What is given to the row-statistics kernels: arrays, and what is static."""
+"""What is given to the row-statistics kernels for TPUs, and their tiles for it."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -1,0 +1,75 @@
+"""What is static of an attention on a TPU: how scores are made, which pairs attend."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .attention_weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Which pairs of a block attend.
+
+    Attributes:
+        attends: `attends(query, key, *scalars)`, of positions (rows, 1) and
+            (1, columns) or the other way round; broadcasts.
+        key_length: Keys in all.
+        scalars: How many integers per batch entry `attends` takes.
+    """
+
+    attends: Callable[..., Any]
+    key_length: int
+    scalars: int = 0
+
+    def of(
+        self,
+        shape: tuple[int, int],
+        starts: tuple[Any, Any],
+        batch: Any,
+        scalars_ref: Any,
+        *,
+        transposed: bool = False,
+    ) -> Any:
+        """Booleans of a part of a block, whose rows are keys if `transposed`.
+
+        `starts`: the positions of the first query and the first key.
+        """
+        queries, keys = (1, 0) if transposed else (0, 1)
+        query, key = (
+            start + lax.broadcasted_iota(jnp.int32, _along(shape, axis), axis)
+            for start, axis in zip(starts, (queries, keys), strict=True)
+        )
+        scalars = [scalars_ref[batch * self.scalars + i] for i in range(self.scalars)]
+        ok = self.attends(query, key, *scalars) & (key < self.key_length)
+        return jnp.broadcast_to(ok, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What is static of an attention.
+
+    Attributes:
+        weights: The positive function.
+        scale: Of the products.
+        logit_softcap: None for none.
+        precision: Of products of float32.
+        masking: Which pairs attend.
+    """
+
+    weights: Weights
+    scale: float
+    logit_softcap: float | None
+    precision: Any
+    masking: Masking
+
+    def scores(self, products: Any) -> tuple[Any, Any]:
+        """Scores, and the slope of the softcap, None without."""
+        return self.weights.scores(products, self.scale, self.logit_softcap)
+
+
+def _along(shape: tuple[int, int], axis: int) -> tuple[int, ...]:
+    return tuple(size if i == axis else 1 for i, size in enumerate(shape))
