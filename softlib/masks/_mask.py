@@ -18,6 +18,8 @@ import numpy as np
 
 from softlib import _checks as checks
 
+from . import _expression as expression
+
 
 class Block(enum.IntEnum):
     """What a mask holds in one block of (query, key) pairs.
@@ -48,25 +50,26 @@ def mask_value(*leaves: str) -> Callable[[type], type]:
     """Makes a frozen dataclass that is a pytree.
 
     `leaves` are the fields that hold arrays or masks, in order; the others are static:
-    hashable, and part of the structure of the tree.
+    hashable, and part of the structure of the tree. `__repr__` is the class's own.
     """
 
     def register(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True)(cls)
+        cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
         static = [f.name for f in dataclasses.fields(cls) if f.name not in leaves]
         return jax.tree_util.register_dataclass(cls, leaves, static)
 
     return register
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Mask:
     """Which (query, key) pairs may attend: True means "attends".
 
     The base of all masks. A mask has no shape: it is a predicate on absolute positions.
     Combine masks with `&`, `|` and `~`. A mask without arrays is hashable and may be a
     static argument of `jax.jit`; one that holds arrays is an argument like any array,
-    and each of its arrays may have a leading batch axis.
+    and each of its arrays may have a leading batch axis. It prints as the expression
+    that made it, with dtype and shape in the place of an array.
 
     Example:
         >>> mask = softlib.masks.Causal() & softlib.masks.Window(left=1, right=0)
@@ -75,6 +78,9 @@ class Mask:
          [1 1 0]
          [0 1 1]]
     """
+
+    def __repr__(self) -> str:
+        return expression.call(self)
 
     def __call__(self, query_index: Any, key_index: Any) -> Any:
         """True where the pair attends.
@@ -257,6 +263,9 @@ class And(Mask):
     left: Mask
     right: Mask
 
+    def __repr__(self) -> str:
+        return f"{_operand(self.left, Or)} & {_operand(self.right, And | Or)}"
+
     def _attends(self, query_index, key_index):
         left = self.left._attends(query_index, key_index)
         return left & self.right._attends(query_index, key_index)
@@ -283,6 +292,9 @@ class Or(Mask):
     left: Mask
     right: Mask
 
+    def __repr__(self) -> str:
+        return f"{_operand(self.left, And)} | {_operand(self.right, And | Or)}"
+
     def _attends(self, query_index, key_index):
         left = self.left._attends(query_index, key_index)
         return left | self.right._attends(query_index, key_index)
@@ -307,6 +319,9 @@ class Not(Mask):
     """Pairs that are not in the mask; written `~mask`."""
 
     mask: Mask
+
+    def __repr__(self) -> str:
+        return f"~{_operand(self.mask, And | Or)}"
 
     def _attends(self, query_index, key_index):
         return ~self.mask._attends(query_index, key_index)
@@ -335,6 +350,10 @@ class Shifted(Mask):
     mask: Mask
     query_offset: int
     key_offset: int
+
+    def __repr__(self) -> str:
+        offsets = [self.query_offset, self.key_offset][: 1 + bool(self.key_offset)]
+        return _shifted(self.mask, *offsets)
 
     def _attends(self, query_index, key_index):
         return self.mask._attends(
@@ -368,6 +387,9 @@ class ShiftedByArrays(Mask):
     query_offset: Any
     key_offset: Any
 
+    def __repr__(self) -> str:
+        return _shifted(self.mask, self.query_offset, self.key_offset)
+
     def _attends(self, query_index, key_index):
         return self.mask._attends(
             query_index + self.query_offset, key_index + self.key_offset
@@ -378,6 +400,16 @@ class ShiftedByArrays(Mask):
 
     def _is_arithmetic(self):
         return self.mask._is_arithmetic()
+
+
+def _operand(mask: Any, bracketed: Any) -> str:
+    """As part of an expression. Python needs fewer brackets, readers do not."""
+    return f"({mask!r})" if isinstance(mask, bracketed) else repr(mask)
+
+
+def _shifted(mask: Any, *offsets: Any) -> str:
+    arguments = ", ".join(map(expression.argument, offsets))
+    return f"{_operand(mask, And | Or | Not)}.shift({arguments})"
 
 
 def evaluate(mask: Any, *indices: Any) -> Any:

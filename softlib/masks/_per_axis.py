@@ -12,6 +12,7 @@ import numpy as np
 
 from softlib import _checks as checks
 
+from . import _expression as expression
 from ._mask import Block, Mask, evaluate, mask_value, require_at_least
 
 
@@ -63,6 +64,9 @@ class Between:
                 f"Between: `mask` must be a mask value, got {type(self.mask).__name__}."
             )
 
+    def __repr__(self) -> str:
+        return expression.call(self)
+
     def _attends(self, *indices):
         self._require_axes(len(indices))
         return self.mask._attends(indices[self.first], indices[self.second])
@@ -104,7 +108,7 @@ class Between:
             )
 
 
-@dataclasses.dataclass(frozen=True, init=False)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PerAxis:
     """Which tuples of keys a query attends to: a mask per key axis, and joint ones.
 
@@ -153,6 +157,13 @@ class PerAxis:
         parts = tuple(_joint_value(part) for part in parts if part is not None)
         object.__setattr__(self, "axes", axes)
         object.__setattr__(self, "joint", parts)
+
+    def __repr__(self) -> str:
+        arguments = [*map(repr, self.axes)]
+        if self.joint:
+            joint = self.joint if len(self.joint) > 1 else self.joint[0]
+            arguments.append(f"joint={joint!r}")
+        return f"PerAxis({', '.join(arguments)})"
 
     def __call__(self, query_index: Any, *key_indices: Any) -> Any:
         """True where the query attends to the tuple of keys.
@@ -396,6 +407,10 @@ class _Called:
     order: tuple[int, ...] = ()
     offsets: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        moved = self.order or self.offsets
+        return expression.call(self) if moved else repr(self.call)
+
     def _attends(self, *indices):
         return self._function(*self._absolute(indices))
 
@@ -446,6 +461,9 @@ class _Static:
     """A function as part of the structure of a tree."""
 
     function: Callable[..., Any]
+
+    def __repr__(self) -> str:
+        return getattr(self.function, "__name__", None) or repr(self.function)
 
 
 def _joint_value(part: Any) -> Any:

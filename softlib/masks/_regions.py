@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from . import _expression as expression
 from ._mask import Mask, divide, mask_value, require_at_least, status
 
 
@@ -159,7 +160,7 @@ class BlockArray:
         return np.array(self.array, dtype) if copy or dtype else self.array
 
     def __repr__(self) -> str:
-        return f"array(shape={self.array.shape}, dtype=bool)"
+        return expression.argument(self.array)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockArray):

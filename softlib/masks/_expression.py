@@ -1,0 +1,36 @@
+"""How masks print: as the expression that makes them."""
+
+import dataclasses
+from typing import Any
+
+
+def call(value: Any) -> str:
+    """The call that makes a dataclass, without arguments that have their default.
+
+    Optional arguments are given by name, but for the only one of a class.
+    """
+    fields = dataclasses.fields(value)
+    optional = [f.name for f in fields if f.default is not dataclasses.MISSING]
+    arguments = []
+    for field in fields:
+        given = getattr(value, field.name)
+        if field.name in optional and _is(given, field.default):
+            continue
+        by_name = len(optional) > 1 and field.name in optional
+        name = f"{field.name}=" if by_name else ""
+        arguments.append(f"{name}{argument(given)}")
+    return f"{type(value).__name__}({', '.join(arguments)})"
+
+
+def argument(value: Any) -> str:
+    """An array prints as its dtype and shape: it is data, and may be traced."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def _is(given: Any, default: Any) -> bool:
+    # Whatever stands for an array may compare by element, or not at all.
+    return given is default or (
+        isinstance(given, int | float | str) and given == default
+    )
