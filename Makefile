@@ -48,7 +48,7 @@ help: ## list the commands
 	  while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.installed-examples ## train a small language model, draw its curves
-	$(RUN) examples/train_language_model.py --preset demo $(ARGS)
+	$(RUN) examples/train_language_model.py $(ARGS)
 
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(QUICKLY) $(RUN) $(PYTEST) --every $(EVERY) $(ARGS)

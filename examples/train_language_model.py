@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Train a decoder transformer with a 130,072-entry vocabulary on real text.
 
-    python examples/train_language_model.py --preset demo
+    python examples/train_language_model.py
 
 takes minutes on two CPU cores and leaves metrics, checkpoints and a picture in
-`runs/demo`. The loss never forms the (tokens, vocabulary) logits; `--loss optax` does,
-for comparison. Start reading at `language_model/session.py`; the lines that use softlib
-are in `language_model/objective.py`.
+`runs/demo`; `--preset full` is the whole corpus, for an accelerator. The loss never
+forms the (tokens, vocabulary) logits; `--loss optax` does, for comparison. Start
+reading at `language_model/session.py`; the lines that use softlib are in
+`language_model/objective.py`.
 """
 
 import sys

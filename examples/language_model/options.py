@@ -15,63 +15,63 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Everything a run depends on; the values here are those of `--preset full`."""
+    """Everything a run depends on; the values here are those of `--preset demo`."""
 
     corpus: pathlib.Path = EXAMPLES / "data" / "sotu.txt.xz"
     vocabulary: pathlib.Path = EXAMPLES / "data" / "tekken_240911.vocab.xz"
     vocabulary_size: int = 0
-    train_years: tuple[int, int] = (1790, 1990)
+    train_years: tuple[int, int] = (1950, 1990)
     held_out_years: tuple[int, int] = (1991, 2021)
     cache: pathlib.Path = pathlib.Path("runs/cache")
 
-    width: int = 256
-    layers: int = 6
-    heads: int = 8
-    feed_forward: int = 704
-    context: int = 256
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    feed_forward: int = 176
+    context: int = 64
 
     loss: str = "softlib"
-    steps: int = 4000
-    batch: int = 16
-    learning_rate: float = 2e-3
-    warmup: int = 100
+    steps: int = 480
+    batch: int = 2
+    learning_rate: float = 5e-3
+    warmup: int = 10
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
 
-    evaluate_every: int = 200
-    evaluation_tokens: int = 65_536
-    checkpoint_every: int = 200
-    compare: int = 100
+    evaluate_every: int = 120
+    evaluation_tokens: int = 8_192
+    checkpoint_every: int = 120
+    compare: int = 60
     memory_chart: bool = True
 
     prompt: str = "Mr. Speaker, Mr. Vice President, Members of Congress:"
-    sample_tokens: int = 80
+    sample_tokens: int = 40
     temperature: float = 0.8
 
-    out: pathlib.Path = pathlib.Path("runs/full")
+    out: pathlib.Path = pathlib.Path("runs/demo")
     fresh: bool = False
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "demo": {
-        "train_years": (1950, 1990),
-        "width": 64,
-        "layers": 2,
-        "heads": 4,
-        "feed_forward": 176,
-        "context": 64,
-        "steps": 480,
-        "batch": 2,
-        "learning_rate": 5e-3,
-        "warmup": 10,
-        "evaluate_every": 120,
-        "evaluation_tokens": 8_192,
-        "checkpoint_every": 120,
-        "compare": 60,
-        "sample_tokens": 40,
-        "out": pathlib.Path("runs/demo"),
+    "demo": {},
+    "full": {
+        "train_years": (1790, 1990),
+        "width": 256,
+        "layers": 6,
+        "heads": 8,
+        "feed_forward": 704,
+        "context": 256,
+        "steps": 4000,
+        "batch": 16,
+        "learning_rate": 2e-3,
+        "warmup": 100,
+        "evaluate_every": 200,
+        "evaluation_tokens": 65_536,
+        "checkpoint_every": 200,
+        "compare": 100,
+        "sample_tokens": 80,
+        "out": pathlib.Path("runs/full"),
     },
     "smoke": {
         "train_years": (1985, 1990),
@@ -122,7 +122,7 @@ def parse(arguments: list[str] | None = None) -> Options:
     """Options from the command line; a wrong one ends the program with one line."""
     # The preset first: it decides the defaults that --help shows.
     first = OneLineParser(add_help=False)
-    first.add_argument("--preset", choices=PRESETS, default="full")
+    first.add_argument("--preset", choices=PRESETS, default="demo")
     preset = first.parse_known_args(arguments)[0].preset
     defaults = dataclasses.replace(Options(), **PRESETS[preset])
     parser = _parser(preset, defaults)
@@ -156,7 +156,7 @@ def _parser(preset: str, defaults: Options) -> argparse.ArgumentParser:
         default=preset,
         help="demo: minutes on two CPU cores; full: the whole corpus, for an "
         "accelerator (a day or more on two cores); smoke: seconds, for the tests "
-        "(default: full)",
+        "(default: demo)",
     )
 
     def add(group, name: str, kind: Callable[[str], Any], text: str, **more) -> None:

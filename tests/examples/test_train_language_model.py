@@ -350,8 +350,8 @@ def test_what_a_run_refuses(changed, message, smoke, tmp_path):
         ("--learning-rate 0", "must be above 0, got '0'"),
         ("--train-years 1990-1950", "must look like 1950-1990"),
         ("--train-years 1950-2000", "must not overlap, got 1950-2000 and 1991-2021"),
-        ("--width 65", "--heads must divide --width, got 8 and 65"),
-        ("--width 24", "must be even .rotary embedding., got 24 / 8"),
+        ("--width 65", "--heads must divide --width, got 4 and 65"),
+        ("--width 12", "must be even .rotary embedding., got 12 / 4"),
         ("--warmup 9 --steps 9", "--warmup must be below --steps, got 9 and 9"),
         ("--vocabulary-size 3", "must be 0 or at least 256"),
         ("--preset huge", "invalid choice: 'huge'"),
@@ -374,8 +374,16 @@ def test_help_shows_every_option_and_the_defaults_of_the_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(options_.Options):
         assert "--" + field.name.replace("_", "-") in text
-    demo = options_.PRESETS["demo"]
-    assert f"optimiser steps of the whole run (default: {demo['steps']})" in text
+    demo = options_.parse(["--preset", "demo"])
+    assert f"optimiser steps of the whole run (default: {demo.steps})" in text
+
+
+def test_without_options_it_is_the_demo_and_takes_minutes():
+    found, full = options_.parse([]), options_.parse(["--preset", "full"])
+    assert found == options_.parse(["--preset", "demo"])
+    assert (found.steps, found.width, found.out.name) == (480, 64, "demo")
+    tokens = lambda options: options.steps * options.batch * options.context
+    assert tokens(full) > 100 * tokens(found)
 
 
 def test_not_finite_loss_is_a_failure(smoke, tmp_path):
