@@ -17,17 +17,14 @@
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import (
     attention as attention,
-    decoding as decoding,
-    estimation as estimation,
     information as information,
     losses as losses,
     masks as masks,
     numerics as numerics,
-    scoring as scoring,
     softmax as softmax,
     typing as typing,
 )
@@ -53,8 +50,19 @@ __all__ = [
     "typing",
 ]
 
-# Loaded on first use: `import softlib` needs neither flax nor a test library.
-_LAZY = ("nn", "optim", "testing")
+# Loaded on first use: `import softlib` needs neither flax nor a test library, and does
+# not wait for what few programs use. Type checkers are told of these as of the others.
+_LAZY = ("decoding", "estimation", "nn", "optim", "scoring", "testing")
+
+if TYPE_CHECKING:
+    from . import (
+        decoding as decoding,
+        estimation as estimation,
+        nn as nn,
+        optim as optim,
+        scoring as scoring,
+        testing as testing,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The distribution: what a wheel holds and what it promises to installers."""
 
+import ast
 import importlib.metadata
 import pathlib
 import subprocess
@@ -25,6 +26,21 @@ def test_the_wheel_holds_both_packages_their_types_and_the_licence(
     assert any(name.endswith("licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"softlib", "pallas_kernels"}
+
+
+def test_type_checkers_are_told_of_what_is_loaded_on_first_use(repository):
+    """Else mypy and pyright take these packages for `Any`."""
+    tree = ast.parse((repository / "softlib" / "__init__.py").read_text())
+    (told,) = (
+        statement.body
+        for statement in tree.body
+        if isinstance(statement, ast.If)
+        and isinstance(statement.test, ast.Name)
+        and statement.test.id == "TYPE_CHECKING"
+    )
+    names = {a.name for s in told if isinstance(s, ast.ImportFrom) for a in s.names}
+    assert names == set(softlib._LAZY)
+    assert names <= set(softlib.__all__)
 
 
 def test_the_installed_version_is_the_version_of_the_code():
