@@ -93,6 +93,10 @@ def gradient_of(options: Options, head: Head, rows: RowCotangents) -> Any:
 def test_statistics_and_gradients(name, simulated):
     problem = PROBLEMS[name]
     simulated(problem.tiles(), problem.backward_tiles())
+    check(problem)
+
+
+def check(problem: Problem) -> None:
     head, options = problem.head(), problem.options()
     found = statistics_of(options, head)
     cotangents = cotangents_of(found)
@@ -101,6 +105,19 @@ def test_statistics_and_gradients(name, simulated):
     rows = RowCotangents(found.lse, found.mean_logit, cotangents)
     gradient = gradient_of(options, head, rows)
     problems.check_gradient(problem, gradient, expected)
+
+
+# By the tiles that are chosen for them, of 256 classes: what lies behind an edge is
+# masked there too.
+SHIPPED = {"aligned": Problem(128, 128, 512), "ragged": Problem(130, 72, 300)}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_tiles_that_are_shipped(name, monkeypatch):
+    for call in ("forward", "gradient"):
+        simulated = functools.partial(getattr(kernels, call), interpret=SIMULATED)
+        monkeypatch.setattr(kernels, call, simulated)
+    check(SHIPPED[name])
 
 
 def test_a_row_without_a_class(simulated):

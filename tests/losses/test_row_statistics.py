@@ -19,7 +19,16 @@ from tests.pairwise import name, pairwise
 DATA = pathlib.Path(__file__).parent.parent / "data"
 # The rank has a test of its own: rounding may exchange two nearly equal logits.
 ALL = [name for name in losses.RowStatistics._fields if name != "label_rank"]
-CASES = pairwise({**SHAPES, **OPTIONS, "labels": (None, "one", "several")}, is_small)
+IMPLEMENTATIONS = ("reference", "xla")
+CASES = pairwise(
+    {
+        **SHAPES,
+        **OPTIONS,
+        "labels": (None, "one", "several"),
+        "implementation": IMPLEMENTATIONS,
+    },
+    is_small,
+)
 LARGE = pairwise(
     {"V": (50257, 151936), "N": (1000, 7), **OPTIONS, "labels": ("one", "several")}
 )
@@ -77,10 +86,9 @@ def check(case, implementation):
         problem.check(values, gradients, expected)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_matches_oracle(case, implementation):
-    check(case, implementation)
+def test_matches_oracle(case):
+    check(case, case["implementation"])
 
 
 @pytest.mark.slow
