@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import logging
 import pathlib
 import sys
 import textwrap
@@ -10,7 +11,7 @@ import textwrap
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import softlib
-from docs import docstring_markup
+from docs import docstring_markup, page_outputs
 
 project = "softlib"
 author = "the softlib developers"
@@ -59,6 +60,29 @@ def _signature_in_source(
     return f"({', '.join(fields)})", None
 
 
+_seen: list[str] = []
+
+
+def _look_at_outputs(app, page) -> None:
+    for node in page_outputs.printed(page):
+        _seen.append(node.astext())
+        found = page_outputs.complaint(_seen[-1])
+        if found is not None:
+            _warn(f"a cell {found}", node)
+
+
+def _look_whether_outputs_were_seen(app, environment) -> None:
+    if not _seen:
+        _warn("no page shows an output: they are looked for in the wrong place", None)
+
+
+def _warn(text: str, location) -> None:
+    # The logger of Sphinx, for which a warning of `make docs` is an error.
+    logging.getLogger("sphinx.softlib").warning(text, extra={"location": location})
+
+
 def setup(app) -> None:
+    app.connect("doctree-read", _look_at_outputs)
+    app.connect("env-updated", _look_whether_outputs_were_seen)
     app.connect("autodoc-process-docstring", _markdown_to_rest)
     app.connect("autodoc-process-signature", _signature_in_source)

@@ -43,17 +43,20 @@ def blocks(markdown: str) -> list[Block]:
     return found
 
 
-def run(markdown: str, filename: str) -> None:
-    """Runs all blocks in one namespace; tracebacks point into the file."""
+def run(markdown: str, filename: str) -> list[str]:
+    """What the blocks print, run in one namespace; tracebacks point into the file."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    outputs = []
     for block in blocks(markdown):
         source = "\n" * (block.first_line - 1) + block.source
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(source, filename, "exec"), namespace)
+        outputs.append(printed.getvalue())
         if block.output is not None:
-            actual = printed.getvalue().rstrip()
+            actual = outputs[-1].rstrip()
             assert actual == block.output.rstrip(), (
                 f"{filename}:{block.first_line}: prints\n{actual}\n"
                 f"and the file says\n{block.output}"
             )
+    return outputs

@@ -3,6 +3,7 @@ import pathlib
 import jax
 import pytest
 
+from docs.page_outputs import complaint
 from tests import markdown_code
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,7 +37,9 @@ def test_code_blocks_run_and_print_what_the_page_says(page, monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     # As a reader has it: JAX's defaults, softlib's own errors.
     with jax.numpy_rank_promotion("allow"):
-        markdown_code.run((ROOT / page).read_text(), page)
+        outputs = markdown_code.run((ROOT / page).read_text(), page)
+    wrong = [found for text in outputs if text and (found := complaint(text))]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("command", ["make demo", "make test"])
@@ -83,7 +86,7 @@ def test_blocks_share_a_namespace_and_know_their_output():
     )
     assert second.source.strip() == "y = x + 1"
     assert PAGE.split("\n")[second.first_line :][0] == "y = x + 1"
-    markdown_code.run(PAGE, "page.md")
+    assert markdown_code.run(PAGE, "page.md") == ["1\n", ""]
 
 
 @pytest.mark.parametrize(
