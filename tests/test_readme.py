@@ -1,4 +1,5 @@
 import pathlib
+import re
 
 import jax
 import pytest
@@ -47,6 +48,29 @@ def test_the_commands_of_the_readme_exist(command):
     target = command.removeprefix("make ")
     assert f"\n{target}: " in (ROOT / "Makefile").read_text()
     assert command in (ROOT / "README.md").read_text()
+
+
+def commands(text: str) -> set[str]:
+    """Targets of make that a text names in code."""
+    return set(re.findall(r"(?:`|^)make\s+([a-z-]+)", text, re.M))
+
+
+def test_every_command_that_the_readme_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    named = commands((ROOT / "README.md").read_text())
+    assert {"demo", "test", "bench", "docs"} <= named
+    assert [name for name in named if f"\n{name}: " not in makefile] == []
+
+
+def test_the_commands_of_the_claims_are_run_by_ci():
+    claims = re.findall(r"^\|.*", (ROOT / "README.md").read_text(), re.M)
+    claims = [line for line in claims if "`tests/" in line or "the same" in line]
+    assert len(claims) > 8
+    script = (ROOT / ".ci/run").read_text()
+    for line in claims:
+        named = commands(line.rstrip(" |").rpartition("|")[2])
+        assert named, line
+        assert all(f"make {name}" in script for name in named), line
 
 
 # ------------------------------------------------------------------- the runner itself
