@@ -51,6 +51,11 @@ class Queries(NamedTuple):
     query: Array  # (..., T, K, G, H)
     factor: Array | None  # (..., T, K, G): multiplies the output
 
+    def by_heads(self) -> "Queries":
+        """Time behind the heads, as products of matrices want it."""
+        factor = None if self.factor is None else jnp.moveaxis(self.factor, -3, -1)
+        return Queries(jnp.moveaxis(self.query, -4, -2), factor)
+
 
 class Keys(NamedTuple):
     """Batch axes, time, K key heads."""
@@ -59,6 +64,13 @@ class Keys(NamedTuple):
     value: Array  # (..., T, K, D)
     log_decay: Array | None  # (..., T, K)
     mask: Array | None  # (..., T): False removes the token
+
+    def by_heads(self) -> "Keys":
+        """Likewise; the mask is (..., 1, T)."""
+        key, value = (jnp.moveaxis(x, -3, -2) for x in (self.key, self.value))
+        log_decay, mask = self.log_decay, self.mask
+        log_decay = None if log_decay is None else jnp.swapaxes(log_decay, -1, -2)
+        return Keys(key, value, log_decay, None if mask is None else mask[..., None, :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +107,11 @@ def causal(
         key, value, log_decay = _prepared(options, keys)
         decays = None if log_decay is None else _decays(log_decay)
         weights = _causal_weights(options, query, key, decays)
-        numerator = options.product("...kgij,...jkd->...ikgd", weights, value)
-        scores = _row_sums(weights) if options.is_divided_by_sum else None
+        numerator = options.product("...gij,...jd->...gid", weights, value)
+        scores = weights.sum(-1) if options.is_divided_by_sum else None
         if state is not None:
             past, past_scores = _read(options, state, query)
-            left = None if decays is None else decays.from_start
+            left = None if decays is None else decays.from_start[..., None, :]
             numerator += _times(past, left)
             scores = None if scores is None else scores + _times(past_scores, left)
         if decays is not None:
@@ -108,7 +120,15 @@ def causal(
         output = _output(options, numerator, _factor(scores, queries.factor))
         return _with(options, state, key, value), output
 
-    return _recurrent_chunks.fold(step, state, (queries, keys), axis=axis, size=size)
+    return _recurrent_chunks.fold(
+        step,
+        state,
+        (queries, keys),
+        axis=axis,
+        size=size,
+        before=lambda chunk: (chunk[0].by_heads(), chunk[1].by_heads()),
+        after=_by_time,
+    )
 
 
 def bidirectional(
@@ -126,43 +146,55 @@ def bidirectional(
         key, value, _ = _prepared(options, keys)
         return _with(options, state, key, value), ()
 
-    state, _ = _recurrent_chunks.fold(add, state, keys, axis=axis, size=size)
+    state, _ = _recurrent_chunks.fold(
+        add, state, keys, axis=axis, size=size, before=Keys.by_heads
+    )
 
     def read(state, queries):
         query = options.features(queries.query.astype(options.dtype))
         numerator, scores = _read(options, state, query)
         return state, _output(options, numerator, _factor(scores, queries.factor))
 
-    return _recurrent_chunks.fold(read, state, queries, axis=axis, size=size)
+    return _recurrent_chunks.fold(
+        read,
+        state,
+        queries,
+        axis=axis,
+        size=size,
+        before=Queries.by_heads,
+        after=_by_time,
+    )
 
 
 def one_step(
     options: Options, state: LinearAttentionState | None, queries: Queries, keys: Keys
 ) -> tuple[LinearAttentionState, Array]:
     """The recurrence itself: one token (T = 1) is added, then read."""
+    queries, keys = queries.by_heads(), keys.by_heads()
     query = options.features(queries.query.astype(options.dtype))
     key, value, log_decay = _prepared(options, keys)
     if state is not None and log_decay is not None:
-        state = _decayed(state, jnp.exp(jnp.squeeze(log_decay, -2)))
+        state = _decayed(state, jnp.exp(jnp.squeeze(log_decay, -1)))
     state = _with(options, state, key, value)
     numerator, scores = _read(options, state, query)
-    return state, _output(options, numerator, _factor(scores, queries.factor))
+    output = _output(options, numerator, _factor(scores, queries.factor))
+    return state, _by_time(output)
 
 
 def matrix(
     options: Options, queries: Queries, keys: Keys, *, is_causal: bool
 ) -> Float[Array, "*batch K G T S"]:
     """The coefficient of every value in every output."""
+    queries, keys = queries.by_heads(), keys.by_heads()
     query = options.features(queries.query.astype(options.dtype))
     key, _, log_decay = _prepared(options, keys)
     if is_causal:
         decays = None if log_decay is None else _decays(log_decay)
         weights = _causal_weights(options, query, key, decays)
     else:
-        weights = options.product("...ikgs,...jks->...kgij", query, key)
-    scores = _row_sums(weights) if options.is_divided_by_sum else None
+        weights = options.product("...gis,...js->...gij", query, key)
+    scores = weights.sum(-1) if options.is_divided_by_sum else None
     factor = _factor(scores, queries.factor)
-    factor = None if factor is None else jnp.moveaxis(factor, -3, -1)
     return _times(weights, factor).astype(options.output_dtype)
 
 
@@ -184,17 +216,17 @@ class _Decays(NamedTuple):
     """Products of decays within a chunk."""
 
     between: Array  # (..., K, i, j): of j+1 ... i; 1 for i <= j
-    from_start: Array  # (..., i, K)
-    to_end: Array  # (..., j, K): of what follows j
+    from_start: Array  # (..., K, i)
+    to_end: Array  # (..., K, j): of what follows j
     whole: Array  # (..., K)
 
 
 def _decays(log_decay: Array) -> _Decays:
-    between = jnp.exp(segment_sums(jnp.moveaxis(log_decay, -1, -2)))
+    between = jnp.exp(segment_sums(log_decay))
     # The last row; a sum, because an empty chunk has none.
-    to_end = jnp.moveaxis(between[..., -1:, :].sum(-2), -1, -2)
-    from_start = jnp.exp(jnp.cumsum(log_decay, axis=-2))
-    return _Decays(between, from_start, to_end, jnp.exp(log_decay.sum(-2)))
+    to_end = between[..., -1:, :].sum(-2)
+    from_start = jnp.exp(jnp.cumsum(log_decay, axis=-1))
+    return _Decays(between, from_start, to_end, jnp.exp(log_decay.sum(-1)))
 
 
 def segment_sums(terms: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
@@ -208,25 +240,26 @@ def _causal_weights(
     options: Options, query: Array, key: Array, decays: _Decays | None
 ) -> Array:
     """Decayed scores, (..., K, G, i, j), 0 for j > i."""
-    weights = options.product("...ikgs,...jks->...kgij", query, key)
+    weights = options.product("...gis,...js->...gij", query, key)
     if decays is not None:
         weights *= decays.between[..., None, :, :]
     seen = jnp.tri(*weights.shape[-2:], dtype=bool)
     return jnp.where(jnp.broadcast_to(seen, weights.shape), weights, 0)
 
 
-def _row_sums(weights: Array) -> Array:
-    return jnp.moveaxis(weights.sum(-1), -1, -3)  # (..., i, K, G)
+def _by_time(output: Array) -> Array:
+    """(..., K, G, i, D) -> (..., i, K, G, D)."""
+    return jnp.moveaxis(output, -2, -4)
 
 
 def _read(
     options: Options, state: LinearAttentionState, query: Array
 ) -> tuple[Array, Array | None]:
     """What the state answers, and the sum of the scores that it stands for."""
-    numerator = options.product("...ikgs,...ksd->...ikgd", query, state.memory)
+    numerator = options.product("...gis,...sd->...gid", query, state.memory)
     if state.normalizer is None:
         return numerator, None
-    return numerator, options.product("...ikgs,...ks->...ikg", query, state.normalizer)
+    return numerator, options.product("...gis,...s->...gi", query, state.normalizer)
 
 
 def _decayed(state: LinearAttentionState, decay: Array) -> LinearAttentionState:
@@ -241,8 +274,8 @@ def _with(
     options: Options, state: LinearAttentionState | None, key: Array, value: Array
 ) -> LinearAttentionState:
     """The state with more tokens added."""
-    memory = options.product("...jks,...jkd->...ksd", key, value)
-    normalizer = key.sum(-3) if options.is_divided_by_sum else None
+    memory = options.product("...js,...jd->...sd", key, value)
+    normalizer = key.sum(-2) if options.is_divided_by_sum else None
     added = LinearAttentionState(memory, normalizer)
     return added if state is None else jax.tree.map(jnp.add, state, added)
 

@@ -11,10 +11,11 @@ from softlib._sharding import match_varying
 from softlib.typing import Precision
 
 from . import _recurrent_chunks
-from ._linear_recurrence import RecurrentResult, tree
+from ._linear_recurrence import RecurrentResult
 from ._recurrent_attention import segment_sums
 
-# A chunk holds its states: a fourth of the steps of linear attention, which does not.
+# The backward pass holds the states of a chunk: a fourth of the steps of linear
+# attention, which does not.
 CHUNK_SIZE = 32
 
 
@@ -84,8 +85,8 @@ def selective_scan(
         B: What maps an input to the states; shared by the channels.
         C: What maps the states to an output; shared by the channels.
         D: Per channel, multiplies the input that skips the states. None is 0.
-        chunk_size: Static number of steps whose states are in memory at a time; None is
-            32. 1 is the recurrence, T the parallel form.
+        chunk_size: Static number of steps whose states the backward pass has in memory
+            at a time; None is 32. The result does not depend on it.
         initial_state: The states before the first step.
         return_state: Static; True returns a `RecurrentResult` whose state is $h_T$. A
             decoding step is a call with T = 1 and the state of the last one.
@@ -101,8 +102,9 @@ def selective_scan(
         ValueError: Shapes do not fit together, or `chunk_size` is below 1.
 
     Derivatives: forward and reverse mode, any order.
-    Cost: O(T D F) time. Memory for Q D F numbers in chunks of Q steps; the backward
-        pass keeps the arguments and T / Q states, and recomputes the rest.
+    Cost: O(T D F) time, T steps one after the other. Memory for D F numbers; the
+        backward pass keeps the arguments and T / Q states, recomputes the rest in
+        chunks of Q steps, and holds the Q D F numbers of one.
     Source: "Understanding the differences in Foundation Models: Attention, State Space
         Models, and Recurrent Neural Networks". The convolution, the gate and the
         projections around it are left to the caller.
@@ -136,27 +138,32 @@ def selective_scan(
         start = jnp.zeros(shape, dtype) if start is None else start
         return RecurrentResult(u, start) if return_state else u
 
-    def step(state, chunk):
-        u, delta, B, C = (array.astype(dtype) for array in chunk)
-        steps = delta[..., None]  # (..., Q, D, 1)
-        rates = A.reshape((1,) * (u.ndim - 1) + A.shape)
-        added = steps * u[..., None] * B[..., None, :]
-        state, states = tree(state, (jnp.exp(-steps * rates), added), axis)
+    # Channels last, of which there are many more than states: rows of a vector unit.
+    rates = A.T.reshape((1,) * axis + A.T.shape)
+    start = None if start is None else jnp.swapaxes(start, -1, -2)
+
+    def step(state, now):
+        u, delta, B, C = (array.astype(dtype) for array in now)
+        added = B[..., :, None] * (delta * u)[..., None, :]  # (..., F, D)
+        if state is not None:
+            added += jnp.exp(-delta[..., None, :] * rates) * state
         output = jnp.einsum(
-            "...df,...f->...d",
-            states,
+            "...fd,...f->...d",
+            added,
             C,
             precision=precision,
             preferred_element_type=dtype,
         )
         if D is not None:
             output += jnp.broadcast_to(D, u.shape) * u
-        return state, output.astype(chunk[0].dtype)
+        return added, output.astype(now[0].dtype)
 
-    state, output = _recurrent_chunks.fold(
+    state, output = _recurrent_chunks.fold_steps(
         step, start, sequence, axis=axis, size=chunk_size or CHUNK_SIZE
     )
-    return RecurrentResult(output, state) if return_state else output
+    if not return_state:
+        return output
+    return RecurrentResult(output, jnp.swapaxes(state, -1, -2))
 
 
 def selective_scan_matrix(
