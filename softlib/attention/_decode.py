@@ -176,7 +176,7 @@ def decode_attention(
     independent. A derivative holds all scores at once, (B, N, T, S).
     Cost: `4 B S N T H` floating-point operations for the reading of `key` and `value`,
     of which parts behind the longest sequence are not read: memory decides. Beyond that
-    one part of scores and float32 values, 16 MiB by default. With `phi`, a second pass
+    one part of scores and float32 values, 1 MiB by default. With `phi`, a second pass
     whenever some row is flagged; under `jax.vmap` always, so put the batch in the
     arguments. Over devices one `psum` of sums, with `phi` no wait for the maximum.
     Source: "FlashDecoding++: Faster Large Language Model Inference on GPUs". The

@@ -19,8 +19,8 @@ from softlib.numerics import RunningMax, RunningMaxState, UnifiedMax, UnifiedMax
 from softlib.typing import Precision
 
 # Numbers of key and value in one part where the caller does not say how many parts:
-# 16 MiB in float32, so that a part stays in the last cache between its two products.
-PART_SIZE = 2**22
+# 1 MiB in float32, so that a part stays in the cache of a core between its products.
+PART_SIZE = 2**18
 LEAST_KEYS = 128
 
 type State = RunningMaxState | UnifiedMaxState

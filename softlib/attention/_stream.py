@@ -59,22 +59,23 @@ class Gradient(NamedTuple):
 def forward(options: Options, operands: Operands) -> Result:
     tiler, pairs = _prepare(operands)
     kind, plan = options.kind, operands.plan
-    query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
-    value = None if operands.value is None else tiler.key(operands.value)
+    query = _scaled(options, tiler, operands)
+    key = tiler.key_at(operands.key)
+    value = None if operands.value is None else tiler.key_at(operands.value)
     outer_keys, outer_values = _outer(tiler, operands)
     rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
 
     def visit(partial: bool, at: Index, state: Any) -> Any:
         row, column = at[0], at[-1]
         q = spread(query[row], _tiles_at(outer_keys, at))
-        tile = scores(options, pairs, q, key[column], at, partial=partial)
+        tile = scores(options, pairs, q, key(column), at, partial=partial)
         entries = kind.entries(tile.z, tuple(r[row] for r in rows))
         if tile.ok is not None:
             entries = jnp.where(tile.ok, entries, kind.absent)
 
         def weigh(weights: Array) -> Array:
             assert value is not None
-            weighted = product(_flat(weights), value[column], options)
+            weighted = product(_flat(weights), value(column), options)
             return gather(weighted, _tiles_at(outer_values, at))
 
         before = jax.tree.map(lambda leaf: leaf[row], state)
@@ -89,7 +90,8 @@ def forward(options: Options, operands: Operands) -> Result:
             sinks.astype(operands.dtype)[None, None, :], operands.query.shape[:-1]
         )
         sinks = tiler.query(sinks)
-    state = initial_state(kind, query.shape[:-1], operands.dtype, value, sinks)
+    dtype, shape = operands.dtype, query.shape[:-1]
+    state = initial_state(kind, shape, dtype, operands.value, sinks)
     state = _fold(plan, visit, match_varying(state, operands.query))
     found = kind.finalize(state)
     out = found.out

@@ -9,7 +9,7 @@ of combinations of the keys of the other axes in the block, 1 without any.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +123,23 @@ class Tiler(NamedTuple):
         x = _padded(x.astype(self.dtype), 1, count * size, 0)
         x = x.reshape(batch, count, size, heads, features)
         return jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3))
+
+    def key_at(self, x: Array) -> Callable[[Array], Array]:
+        """`key(x)[column]`, of the last key axis, as a function of the column.
+
+        With one row of blocks every tile is read once: it is cut out where it is
+        needed, and all keys are not copied before.
+        """
+        size, (rows, *_, count) = self.plan.blocks[-1], self.plan.grid
+        if rows > 1 or count * size != x.shape[1]:
+            tiles = self.key(x)
+            return lambda column: tiles[column]
+
+        def cut(column: Array) -> Array:
+            tile = lax.dynamic_slice_in_dim(x, column * size, size, 1)
+            return jnp.moveaxis(tile.astype(self.dtype), 1, 2)
+
+        return cut
 
     def key_back(self, x: Array, axis: int = -1) -> Array:
         """The inverse of `key`, without what was padded."""
