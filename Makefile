@@ -92,6 +92,7 @@ bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with p
 
 bench-attention: $(VENV)/.installed-bench-peers ## the same for attention
 	$(RUN) -m benchmarks.attention $(ARGS)
+	$(RUN) -m benchmarks.sequences
 
 bench-kronecker: $(VENV)/.installed-bench ## the same for attention over tuples of keys
 	$(RUN) -m benchmarks.kronecker $(ARGS)
