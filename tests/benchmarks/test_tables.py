@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as command, correctness, growth, report, speed
 from benchmarks.cases import Case, operands
 from benchmarks.measure import Ratio
-from benchmarks.products import products
+from benchmarks.products import _in_slices, products
 from benchmarks.programs import (
     NAIVE,
     PROGRAMS,
@@ -119,8 +119,9 @@ def test_a_program_that_lacks_a_package_is_a_row_without_numbers(results):
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize("passes", [3, 4])
-def test_the_bare_products_are_the_products(vocab_axis, passes):
-    case = Case(8, 4, 96, vocab_axis)  # three slices of 32
+@pytest.mark.parametrize("vocabulary", [96, 2048, 2503])
+def test_the_bare_products_are_the_products(vocabulary, vocab_axis, passes):
+    case = Case(8, 4, vocabulary, vocab_axis)
     hidden, weight, labels = operands(case)
     _, dhidden, dweight = jax.jit(products(case, passes))(hidden, weight, labels)
     table = weight if vocab_axis == 0 else weight.T
@@ -130,6 +131,13 @@ def test_the_bare_products_are_the_products(vocab_axis, passes):
     np.testing.assert_allclose(
         gradient, jnp.dot(logits.T, hidden), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_vocabulary_without_divisors_is_cut_into_large_slices():
+    sizes = []
+    step = lambda start, size, carry: (sizes.append(size), carry)[1]
+    _in_slices(step, 0, 50_257)
+    assert sizes == [1024, 81]
 
 
 def test_both_layouts_hold_the_same_numbers():
