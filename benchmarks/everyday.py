@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from softlib import losses
+from softlib import losses, softmax
 
 from .measure import machine, prepare, ratio, take_turns
 from .report import table
@@ -69,7 +70,36 @@ def _logits_and_labels(rows: int, classes: int) -> tuple[jax.Array, ...]:
     return _normal(0, rows, classes), _ids(rows, classes)
 
 
+# ------------------------------------------------------------------------------ filters
+_KEPT, _MASS = 50, 0.9
+
+
+def _top_k(x: jax.Array) -> jax.Array:
+    least = lax.top_k(x, _KEPT)[0][..., -1:]
+    return jnp.where(x >= least, x, -jnp.inf)
+
+
+def _top_p(x: jax.Array) -> jax.Array:
+    ordered = -jnp.sort(-x, axis=-1)
+    before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) < _MASS
+    last = jnp.take_along_axis(ordered, before.sum(-1, keepdims=True), -1)
+    return jnp.where(x >= last, x, -jnp.inf)
+
+
+def _filter(name: str, naive: Program, own: Program) -> Case:
+    programs = {"by its definition": naive, "softlib": own}
+    scores = lambda rows, classes: (2 * _normal(0, rows, classes),)
+    return Case(name, programs, ((64, 50_257),), (8, 1000), scores)
+
+
 CASES = (
+    _filter("top-p filter", _top_p, lambda x: softmax.top_p_logits(x, _MASS)),
+    _filter("top-k filter", _top_k, lambda x: softmax.top_k_logits(x, _KEPT)),
+    _filter(
+        "top-k softmax",
+        lambda x: jax.nn.softmax(_top_k(x), -1),
+        lambda x: softmax.top_k_softmax(x, _KEPT),
+    ),
     Case(
         "cross-entropy of logits",
         _OF_LOGITS,

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import log_softmax, logsumexp, softmax
-from softlib.softmax._top_k import BiasIn, first_of_largest
+from softlib.softmax._threshold import first_of_largest
+from softlib.softmax._top_k import BiasIn
 from softlib.typing import Scalar
 
 # The models are small, and estimates do not survive bfloat16 passes.

@@ -15,7 +15,7 @@ from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
-from ._top_k import first_of_largest
+from ._threshold import first_of_largest
 
 
 def dense_to_sparse_gate(

@@ -10,6 +10,7 @@ from softlib import _checks as checks
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
+from ._threshold import first_of_largest, is_bad
 
 type BiasIn = Literal["weights", "selection", "both"]
 
@@ -133,7 +134,8 @@ def top_k_gating(
             f"got {k}."
         )
     # top_k tells zeros of different sign apart.
-    selection = jnp.where(gates.selection == 0, 0, gates.selection)
+    unordered = gates.bad | (gates.selection == 0)
+    selection = jnp.where(unordered, 0, gates.selection)
     best, indices = lax.top_k(lax.stop_gradient(selection), k)
     absent = best == -jnp.inf
     taken = lambda y: jnp.take_along_axis(y, indices, axis=-1)
@@ -146,28 +148,6 @@ def top_k_gating(
     return jnp.moveaxis(weights, -1, axis), jnp.moveaxis(indices, -1, axis)
 
 
-def first_of_largest(scores: Array, k: int | Array) -> Array:
-    """True for the `k` largest entries of each row (the last axis), first index first.
-
-    Entries of -inf are never among them; there must be no NaN. An array `k` has one
-    value per row.
-    """
-    scores = lax.stop_gradient(scores)
-    count = scores.shape[-1]
-    if count == 0:
-        return jnp.zeros(scores.shape, bool)
-    if isinstance(k, int):
-        kth = lax.top_k(scores, min(k, count))[0][..., -1:]
-    else:
-        k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
-        place = count - jnp.clip(k, 1, count)
-        kth = jnp.take_along_axis(jnp.sort(scores, axis=-1), place, axis=-1)
-    above, equal = scores > kth, scores == kth
-    room = k - above.sum(-1, keepdims=True)
-    chosen = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
-    return chosen & (scores > -jnp.inf)
-
-
 class _Gates:
     """Checked arguments of a top-k gate, as rows."""
 
@@ -175,17 +155,15 @@ class _Gates:
         scores = entries.rows(entries.scores)
         counts = scores != -jnp.inf
         biased = scores
-        bad = jnp.isnan(scores) | (scores == jnp.inf)
+        self.bad = is_bad(scores)
         if bias is not None:
             bias = bias.reshape((1,) * (scores.ndim - bias.ndim) + bias.shape)
             bias = jnp.where(counts, bias, 0)
-            bad = bad | jnp.isnan(bias) | (bias == jnp.inf)
+            self.bad = self.bad | is_bad(bias)
             biased = scores + bias
         self.entries, self.counts = entries, counts
-        self.bad = bad.any(-1, keepdims=True)
         selects_biased = bias_in in ("selection", "both")
-        selection = biased if selects_biased else scores
-        self.selection = jnp.where(self.bad, 0, selection)
+        self.selection = biased if selects_biased else scores
         self._weight = scores if bias_in == "selection" else biased
 
     @classmethod

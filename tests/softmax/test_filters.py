@@ -164,3 +164,31 @@ def test_kept_probability_reaches_p_and_would_not_with_one_entry_less(seed, p):
 def test_errors(kind, value, error, message):
     with pytest.raises(error, match=f"{kind}_logits: {message}"):
         FILTERS[kind](jnp.zeros((2, 4)), value)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: library.top_p_logits(x, 0.9),
+        lambda x: library.top_k_logits(x, 50),
+        lambda x: library.top_k_logits(x, jnp.array([50])),
+        lambda x: library.top_k_softmax(x, 50),
+    ],
+    ids=["top_p", "top_k", "traced top_k", "top_k_softmax"],
+)
+def test_nothing_is_sorted(function):
+    x = jax.ShapeDtypeStruct((4, 4096), jnp.float32)
+    text = jax.jit(function).lower(x).compile().as_text()
+    assert text is not None
+    assert " sort(" not in text
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 200])
+@pytest.mark.parametrize("traced", [False, True])
+def test_zeros_of_either_sign_are_equal(k, traced):
+    x = jnp.array([-0.0, 0.0, -1.0, 0.0, -0.0])
+    number = jnp.array(k) if traced else k
+    kept = library.top_k_logits(x, number) > -jnp.inf
+    order = jnp.array([0, 1, 3, 4, 2])  # by value, then by index
+    expected = jnp.zeros(5, bool).at[order[:k]].set(True)
+    np.testing.assert_array_equal(kept, expected)

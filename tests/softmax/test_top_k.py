@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softlib import softmax as library
-from softlib.softmax._top_k import first_of_largest
+from softlib.softmax._threshold import first_of_largest
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import compiled
 from tests.oracles import gates as oracle

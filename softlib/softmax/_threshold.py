@@ -1,0 +1,119 @@
+"""The score at which the largest entries of a row have a given number, or weight.
+
+A sort costs far more than what is asked for. How much weighs what is at least t falls
+as t rises, so the last t at which it is still enough is found bit by bit, in as many
+passes over the row as a score has bits; no two scores lie between.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+# Up to so many a partial sort is quicker.
+_FEW = 128
+
+
+def threshold(
+    scores: Float[Array, "*rows V"],
+    enough: Callable[[Bool[Array, "*rows V"]], Bool[Array, "*rows 1"]],
+) -> Float[Array, "*rows 1"]:
+    """The largest t for which `enough(scores >= t)` is True; -inf if there is none.
+
+    `enough` is monotone, and False for nothing: what it takes, it takes with more.
+    """
+    bits = scores.dtype.itemsize * 8
+    unsigned = jnp.dtype(f"uint{bits}")
+    high = jnp.asarray(1 << (bits - 1), unsigned)
+
+    # A place among the unsigned integers, in the order of the numbers. Below -inf and
+    # above +inf lie NaNs, and no score is at least one of them: right above, and below
+    # made right at the end.
+    def number(place: Array) -> Array:
+        raw = jnp.where(place >= high, place ^ high, ~place)
+        return lax.bitcast_convert_type(raw, scores.dtype)
+
+    def set_bit(i, place):
+        with_bit = place | (high >> jnp.asarray(i, unsigned))
+        return jnp.where(enough(scores >= number(with_bit)), with_bit, place)
+
+    # The first step outside: the carry has the sharding of what is found.
+    place = jnp.where(enough(scores >= 0), high, 0)
+    found = number(lax.fori_loop(1, bits, set_bit, place))
+    return jnp.where(jnp.isnan(found), -jnp.inf, found)
+
+
+class Cut(NamedTuple):
+    """Where the largest entries of a row end."""
+
+    least: Float[Array, "*rows 1"]  # what is above is among them, what is below not
+    last: Int[Array, "*rows 1"]  # of the entries that equal it those up to this index
+
+    def kept(self, scores: Float[Array, "*rows V"]) -> Bool[Array, "*rows V"]:
+        """True for the largest entries; -inf is never one of them."""
+        index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+        chosen = (scores > self.least) | ((scores == self.least) & (index <= self.last))
+        return chosen & (scores > -jnp.inf)
+
+
+def first_of_largest(
+    scores: Float[Array, "*rows V"], k: int | Array
+) -> Bool[Array, "*rows V"]:
+    """True for the `k` largest entries of each row (the last axis), first index first.
+
+    Entries of -inf are never among them. An array `k` has one value per row. What is
+    True in a row with NaN has no meaning.
+    """
+    scores = lax.stop_gradient(scores)
+    count = scores.shape[-1]
+    if count == 0:
+        return jnp.zeros(scores.shape, bool)
+    if isinstance(k, int) and k <= _FEW:
+        # Of equal entries `top_k` finds the first, except that 0 comes before -0.
+        # (Behind a barrier: XLA would make a full sort of one with several readers.)
+        best, index = lax.optimization_barrier(lax.top_k(scores, min(k, count)))
+        least = best[..., -1:]
+        last = jnp.where(best == least, index, -1).max(-1, keepdims=True)
+        crowded = least == 0
+    else:
+        if not isinstance(k, int):
+            k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
+        rank = jnp.clip(k, 1, count)
+        least = threshold(scores, lambda entries: number_of(entries) >= rank)
+        crowded = number_of(scores >= least) > k
+        last = jnp.where(crowded, jnp.int32(-1), count)
+    room = lambda above, equal: k - number_of(above)
+    return cut(scores, least, last, crowded, room).kept(scores)
+
+
+def cut(
+    scores: Float[Array, "*rows V"],
+    least: Float[Array, "*rows 1"],
+    last: Int[Array, "*rows 1"],
+    crowded: Bool[Array, "*rows 1"],
+    room: Callable[[Array, Array], Array],
+) -> Cut:
+    """Where `crowded`, `room(above, equal)` of those that equal `least` have room."""
+
+    def by_index() -> Array:
+        above, equal = scores > least, scores == least
+        place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+        index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+        kept = equal & (place <= room(above, equal))
+        found = jnp.where(kept, index, -1).max(-1, keepdims=True)
+        return jnp.where(crowded, found, last)
+
+    some = (crowded & (least > -jnp.inf)).any()
+    return Cut(least, lax.cond(some, by_index, lambda: last))
+
+
+def number_of(entries: Bool[Array, "*rows V"]) -> Int[Array, "*rows 1"]:
+    return entries.sum(-1, keepdims=True, dtype=jnp.int32)
+
+
+def is_bad(scores: Float[Array, "*rows V"]) -> Bool[Array, "*rows 1"]:
+    """Rows with NaN or +inf, from a sum that cannot overflow: quicker than to ask."""
+    scale = 0.5 ** (1 + max(scores.shape[-1], 1).bit_length())
+    return ~((scores * scale).sum(-1, keepdims=True) < jnp.inf)
