@@ -6,14 +6,13 @@ program traced on a CPU host and lowered for a TPU contains the TPU kernel.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
+from . import _primitive
 from ._sharding import automatic_axes
 
 
@@ -29,6 +28,8 @@ class Implementation:
         platform: A JAX lowering platform; None runs everywhere.
         note: None, or a sentence fragment: what a user should know about running it
             with these operands.
+        divided: Plain JAX with the results of the kernel `call`, for programs that the
+            compiler divides over devices; None: the plan's fallback serves.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Implementation:
     why_not: Callable[[Any, Any], str | None] = lambda options, operands: None
     platform: str | None = None
     note: Callable[[Any, Any], str | None] = lambda options, operands: None
+    divided: Callable[[Any, Any], Any] | None = None
 
     @property
     def family(self) -> str:
@@ -186,32 +188,22 @@ def plan(
 
 def execute(plan: Plan, options: Any, operands: Any) -> Any:
     """Runs what was planned; where a kernel takes part, its jvp is the plain one's."""
-    if not plan.kernels:
+    if plan.is_reference:
         assert plan.fallback is not None
         return plan.fallback.call(options, operands)
-
-    # Differentiating `platform_dependent` differentiates every branch, and a kernel has
-    # no derivative rule: without this wrapper a Hessian-vector product would fail, even
-    # on a platform where the kernel never runs.
-    @jax.custom_jvp
-    def call(operands):
-        branches = {
-            platform: functools.partial(kernel.call, options)
+    fallback = None if plan.fallback is None else plan.fallback.call
+    call = _primitive.Call(
+        plan.operation.name,
+        plan.operation.plain.call,
+        fallback,
+        tuple(
+            (platform, _primitive.OnPlatform(kernel.call, kernel.divided or fallback))
             for platform, kernel in plan.kernels
-        }
-        default = (
-            None
-            if plan.fallback is None
-            else functools.partial(plan.fallback.call, options)
-        )
-        return lax.platform_dependent(operands, default=default, **branches)
-
-    @call.defjvp
-    def _(primals, tangents):
-        plain = functools.partial(plan.operation.plain.call, options)
-        return jax.jvp(plain, primals, tangents)
-
-    return call(operands)
+        ),
+        options,
+        jax.tree.structure(operands),
+    )
+    return _primitive.run(call, operands)
 
 
 def run(

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head summed over rows, three products instead of four."""
 
-import functools
+import dataclasses
 from typing import Unpack
 
 import jax.numpy as jnp
@@ -115,22 +115,32 @@ def linear_softmax_cross_entropy_sum(
         scalars=traced,
         marks=(marked._replace(class_weight=None), source.count_classes()),
     )
-    loss = functools.partial(_loss_of_rows, tuple(fixed.items()))
+    loss = _LossOfRows(tuple(fixed.items()))
     return source.total(sorted(statistics), marked.labels, loss, terms)
 
 
-def _loss_of_rows(
-    fixed: tuple[tuple[str, float], ...], statistics: RowStatistics, terms: RowTerms
-) -> Float[Array, " rows"]:
-    numbers = {**dict(fixed), **terms.scalars}
-    weights, class_weight = terms.factors
-    marked, classes = terms.marks
-    assert statistics.label_logits is not None
-    statistics = statistics._replace(label_logits=statistics.label_logits[:, 0])
-    rows = _rows.with_statistics(
-        marked._replace(class_weight=class_weight),
-        statistics,
-        _rows.mean_cost(statistics, classes),
-    )
-    loss = _compose.cross_entropy(rows, numbers["smoothing"], numbers["penalty"])
-    return _rows.weigh(weights, loss)
+@dataclasses.dataclass(frozen=True)
+class _LossOfRows:
+    """The weighted loss of each row; equal ones share a compiled program.
+
+    Attributes:
+        fixed: The options of the loss that are Python numbers, with their names.
+    """
+
+    fixed: tuple[tuple[str, float], ...]
+
+    def __call__(
+        self, statistics: RowStatistics, terms: RowTerms
+    ) -> Float[Array, " rows"]:
+        numbers = {**dict(self.fixed), **terms.scalars}
+        weights, class_weight = terms.factors
+        marked, classes = terms.marks
+        assert statistics.label_logits is not None
+        statistics = statistics._replace(label_logits=statistics.label_logits[:, 0])
+        rows = _rows.with_statistics(
+            marked._replace(class_weight=class_weight),
+            statistics,
+            _rows.mean_cost(statistics, classes),
+        )
+        loss = _compose.cross_entropy(rows, numbers["smoothing"], numbers["penalty"])
+        return _rows.weigh(weights, loss)

@@ -125,11 +125,10 @@ def _linear_forward(made: Plan, names: Implementations, options: Options, head: 
     learned = () if getattr(head.hidden, "perturbed", True) else None
     head = _values(head)
     options_of_both = with_residuals(options)
-    if made.kernels:
-        made = _keeping(made, options_of_both, head)
-        found, kept = _dispatch.execute(made, options_of_both, head)
+    if made.fallback is not None and made.fallback.name == XLA.name:
+        found, kept = _dispatch.execute(_keeping(made), options_of_both, head)
     else:
-        found, kept = _stream.forward_keeping(options_of_both, head)
+        found, kept = _dispatch.execute(made, options_of_both, head), None
     residuals = Residuals(head, found.lse, found.mean_logit, kept, learned)
     return _tile.only(found, options), residuals
 
@@ -140,31 +139,65 @@ def _values(tree: Any) -> Any:
     return jax.tree.map(of, tree, is_leaf=is_primal)
 
 
-def _keeping(made: Plan, options: Options, head: Head) -> Plan:
-    """The same plan, whose results come with what the backward pass finds stored.
+# What stands for products that a platform does not keep; nothing reads it.
+_PLACEHOLDER = 0.0
 
-    A kernel keeps nothing; what stands for it there is read by nobody.
+
+@dataclasses.dataclass(frozen=True)
+class _WithPlaceholder:
+    """A forward pass that keeps nothing, with results as of one that does.
+
+    Compared by value: it is part of the key under which programs are found again.
     """
-    kept = None
-    if made.fallback is not None and made.fallback.name == XLA.name:
-        kept = jax.eval_shape(lambda: _stream.forward_keeping(options, head)[1])
 
-    def of(implementation: Implementation) -> Implementation:
-        def call(options: Options, head: Head) -> tuple[RowStatistics, Array | None]:
-            found = implementation.call(options, head)
-            zeros = None if kept is None else jnp.zeros(kept.shape, kept.dtype)
-            return found, match_varying(zeros, head.hidden)
+    forward: Callable[[Options, Head], RowStatistics]
 
-        if implementation.name == XLA.name:
-            call = _stream.forward_keeping
-        return dataclasses.replace(implementation, call=call)
+    def __call__(
+        self, options: Options, head: Head
+    ) -> tuple[RowStatistics, Array | None]:
+        shape = _stream.kept_shape(options, head)
+        kept = None
+        if shape is not None:
+            kept = jnp.full(shape, _PLACEHOLDER, head.dtype)
+        return self.forward(options, head), match_varying(kept, head.hidden)
 
+
+def _keeping(made: Plan) -> Plan:
+    """The plan of a forward pass that keeps products where it is plain JAX.
+
+    Residuals have one structure on all platforms. One with a kernel keeps nothing,
+    whether the kernel runs or the program is divided over devices, and its backward
+    pass is planned by `_reading_kept`.
+    """
+    of_kernels = [
+        (
+            platform,
+            dataclasses.replace(
+                kernel,
+                call=_WithPlaceholder(kernel.call),
+                divided=_WithPlaceholder(XLA.call),
+            ),
+        )
+        for platform, kernel in made.kernels
+    ]
+    fallback = dataclasses.replace(XLA, call=_stream.forward_keeping)
+    operation = dataclasses.replace(made.operation, implementations=(fallback,))
     return dataclasses.replace(
-        made,
-        operation=dataclasses.replace(made.operation, implementations=(of(XLA),)),
-        kernels=tuple((platform, of(kernel)) for platform, kernel in made.kernels),
-        fallback=None if made.fallback is None else of(made.fallback),
+        made, operation=operation, kernels=tuple(of_kernels), fallback=fallback
     )
+
+
+def _reading_kept(forward: Plan, backward: Plan) -> Plan:
+    """The backward plan, computing products again where the forward pass kept none."""
+    kernels = dict(backward.kernels)
+    for platform, _ in forward.kernels:
+        own = kernels.get(platform, _RECOMPUTING)
+        kernels[platform] = dataclasses.replace(own, divided=_RECOMPUTING.call)
+    return dataclasses.replace(backward, kernels=tuple(kernels.items()))
+
+
+def _recomputed(options: Options, operands: BackwardOperands) -> HeadGradient:
+    return _stream.backward(options, operands._replace(kept=None))
 
 
 def _linear_backward(
@@ -174,10 +207,11 @@ def _linear_backward(
     residuals: Residuals,
     cotangents: RowStatistics,
 ):
-    return _gradient(names, options, residuals, cotangents, None)
+    return _gradient(made, names, options, residuals, cotangents, None)
 
 
 def _gradient(
+    forward: Plan,
     names: Implementations,
     options: Options,
     residuals: Residuals,
@@ -188,7 +222,10 @@ def _gradient(
     rows = RowCotangents(lse, mean, _instantiated(differentiable(cotangents)))
     options = dataclasses.replace(options, hidden_is_learned=learned is not None)
     operands = BackwardOperands(head, rows, kept, further)
-    gradient: HeadGradient = _dispatch.run(LINEAR_GRADIENT, names, options, operands)
+    made = _dispatch.plan(LINEAR_GRADIENT, names, options, operands)
+    if kept is not None:
+        made = _reading_kept(forward, made)
+    gradient: HeadGradient = _dispatch.execute(made, options, operands)
     return (Head(gradient.hidden, gradient.weight, None, gradient.modifiers),)
 
 
@@ -222,7 +259,7 @@ def _in_turn_backward(
     statistics, further = cotangents
     if isinstance(further, SymbolicZero):
         further = None
-    return _gradient(names, options, residuals, statistics, further)
+    return _gradient(made, names, options, residuals, statistics, further)
 
 
 _in_turn = _with_rule(_statistics_and_weight, _in_turn_forward, _in_turn_backward)
@@ -468,6 +505,8 @@ LINEAR = Operation(
         Implementation("reference", _linear_reference, _no_filter),
     ),
 )
+# In the place of a kernel, where the forward pass is one and the backward pass is not.
+_RECOMPUTING = Implementation("xla", _recomputed)
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (

@@ -101,15 +101,33 @@ def by_rows(cut: RowCut, of: Callable[[Index | None], Any], like: Array) -> Any:
 
 def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Array | None]:
     """The statistics, with what the backward pass should find stored."""
-    cut, size = pieces(options, head)
-    rows, features = head.hidden.shape
-    vocabulary = head.weight.shape[options.vocab_axis]
-    keep = 0
-    if cut.whole:
-        keep = _chunks.kept_classes(rows, features, vocabulary, size)
+    size, keep = _kept_classes(options, head)
     if keep == 0:
         return forward(options, head), None
     return statistics(options, head, size, keep)
+
+
+def kept_shape(options: Options, head: Head) -> tuple[int, int] | None:
+    """Of the array that `forward_keeping` adds to the statistics, if it does."""
+    keep, rows = _kept_classes(options, head)[1], head.hidden.shape[0]
+    if keep == 0:
+        return None
+    return (keep, rows) if _kept_axis(options, rows) == 0 else (rows, keep)
+
+
+def _kept_classes(options: Options, head: Head) -> tuple[int, int]:
+    """Classes of one step, and how many of the first classes keep their products."""
+    cut, size = pieces(options, head)
+    rows, features = head.hidden.shape
+    vocabulary = head.weight.shape[options.vocab_axis]
+    if not cut.whole:
+        return size, 0
+    return size, _chunks.kept_classes(rows, features, vocabulary, size)
+
+
+def _kept_axis(options: Options, rows: int) -> int:
+    """The axis of the classes in products that are kept."""
+    return 0 if _across(options, rows) else 1
 
 
 def statistics(
@@ -118,7 +136,7 @@ def statistics(
     """Of rows that are one piece; with the raw products of the first `keep` classes."""
     rows = head.hidden.shape[0]
     vocabulary = head.weight.shape[options.vocab_axis]
-    axis = 0 if keep and _across(options, rows) else 1
+    axis = _kept_axis(options, rows) if keep else 1
 
     def update(state, start, size):
         part = classes_of(head, start, size, options)
