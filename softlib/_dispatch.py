@@ -277,8 +277,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _why_not(implementation: Implementation, options: Any, operands: Any) -> str | None:
     if implementation.platform is not None:
-        # Every branch is traced on every platform, so this matters on a CPU too.
-        axes = automatic_axes()
+        axes = automatic_axes(operands)
         if axes:
             return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
     return implementation.why_not(options, operands)

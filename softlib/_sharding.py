@@ -1,7 +1,8 @@
 """What the engines must know of meshes: varying axes, and Explicit axes made Auto."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,21 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
-def automatic_axes() -> list[str]:
-    """Mesh axes in context over which the compiler may partition a program."""
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
-    return [a for a in free if a in mesh.explicit_axes or mesh.shape[a] > 1]
+def automatic_axes(operands: Any = ()) -> list[str]:
+    """Mesh axes over which the compiler may partition a program.
+
+    Those of the mesh in context, and of the meshes on which the arrays of `operands`
+    lie: with no mesh in context, too, their types name it.
+    """
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    free: dict[str, None] = {}
+    for mesh in meshes:
+        for axis in mesh.axis_names:
+            several = axis in mesh.explicit_axes or mesh.shape[axis] > 1
+            if several and axis not in mesh.manual_axes:
+                free[axis] = None
+    return list(free)
 
 
 def device_count(array: Any) -> int:
@@ -67,6 +78,82 @@ def in_auto_mode(
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
     return jax.sharding.auto_axes(function, out_sharding=specs)(first, *rest)
+
+
+def per_shard(
+    function: Callable[..., Any],
+    in_specs: Callable[[PartitionSpec], Sequence[Any]],
+    out_specs: Callable[[PartitionSpec], Any],
+    first: Array,
+    *rest: Any,
+) -> Any:
+    """Calls `function(first, *rest)` on every device's part of an Explicit mesh.
+
+    A kernel cannot be partitioned, but it runs on a part; and no part needs another
+    where an Explicit mesh divides only axes along which the function works alike, such
+    as rows, batch entries or heads. Arrays that these axes divide elsewhere (the weight
+    of fully sharded training) are gathered. Everything else is left to the compiler by
+    `in_auto_mode`.
+
+    Args:
+        function: Of arrays and pytrees; takes the sizes of axes from its arguments.
+        in_specs: From the spec of `first`, as long as it has axes, to specs of the
+            arguments, each a pytree with a spec for every array. They name only axes
+            along which the function works alike, and only those of the given spec.
+        out_specs: Likewise, to specs of the results.
+        first: The array whose sharding decides.
+        *rest: The other arguments.
+    """
+    arguments = (first, *rest)
+    leaves, structure = jax.tree.flatten(arguments)
+    types = [jax.typeof(leaf) for leaf in leaves]
+    mesh = jax.typeof(first).sharding.mesh
+    if not mesh.axis_names or set(mesh.explicit_axes) != set(mesh.axis_names):
+        return in_auto_mode(function, out_specs, *arguments)
+    whole = _whole(jax.typeof(first).sharding.spec, first.ndim)
+    is_spec = lambda tree: isinstance(tree, PartitionSpec)
+    wanted = jax.tree.leaves(in_specs(whole), is_leaf=is_spec)
+    wanted = [_whole(spec, leaf.ndim) for spec, leaf in zip(wanted, types, strict=True)]
+    given = [_whole(leaf.sharding.spec, leaf.ndim) for leaf in types]
+    dividing = _names(wanted[0])
+    others = [spec for spec, want in zip(given, wanted, strict=True) if spec != want]
+    uneven = any(map(functools.partial(_is_uneven, mesh), types, wanted))
+    foreign = any(_names(spec) - dividing for spec in others)
+    if given[0] != wanted[0] or foreign or uneven:
+        return in_auto_mode(function, out_specs, *arguments)
+
+    def call(*leaves: Array) -> Any:
+        return function(*jax.tree.unflatten(structure, leaves))
+
+    placed = [
+        leaf if spec == want else jax.reshard(leaf, NamedSharding(mesh, want))
+        for leaf, spec, want in zip(leaves, given, wanted, strict=True)
+    ]
+    results = out_specs(whole)
+    return jax.shard_map(call, mesh=mesh, in_specs=tuple(wanted), out_specs=results)(
+        *placed
+    )
+
+
+def _whole(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """The spec with an entry for every axis."""
+    return PartitionSpec(*spec, *[None] * (ndim - len(spec)))
+
+
+def _is_uneven(mesh: Any, array: Any, spec: PartitionSpec) -> bool:
+    """Whether some axis has no equal part for every device."""
+    parts = [math.prod(map(mesh.shape.get, _names(PartitionSpec(e)))) for e in spec]
+    return any(size % part for size, part in zip(array.shape, parts, strict=True))
+
+
+def _names(spec: PartitionSpec) -> set[str]:
+    """The mesh axes in a spec."""
+    entries = [entry for entry in spec if entry is not None]
+    return {
+        name
+        for entry in entries
+        for name in ((entry,) if isinstance(entry, str) else entry)
+    }
 
 
 def _varying(array: Array) -> frozenset[str]:

@@ -1,5 +1,7 @@
 """From the arguments that users pass to the operands of the attention engine."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from softlib import _checks as checks, masks
-from softlib._sharding import in_auto_mode, match_varying
+from softlib._sharding import match_varying, per_shard
 from softlib.masks import Mask
 from softlib.typing import Implementations
 
@@ -301,7 +303,42 @@ def run(names: Implementations, options: Options, operands: Operands) -> Result:
 
     # The lists of a plan are NumPy until here; only JAX arrays vary over mesh axes.
     rest = jax.tree.map(jnp.asarray, operands._replace(query=None))
-    return in_auto_mode(call, specs, operands.query, rest)
+    shared = functools.partial(_by_batch_and_heads, rest)
+    return per_shard(call, shared, specs, operands.query, rest)
+
+
+def _by_batch_and_heads(
+    rest: Operands, spec: PartitionSpec
+) -> tuple[PartitionSpec, Operands]:
+    """Specs that divide every array as the queries are, by batch entries and heads."""
+    batch, _, heads, _ = spec
+    of_keys = lambda array: PartitionSpec(batch, None, heads, None)
+    either = lambda size, axis: None if size == 1 else axis
+
+    def on_pairs(array: Array) -> PartitionSpec:
+        sizes = array.shape[:2]
+        return PartitionSpec(*map(either, sizes, (batch, heads)), None, None)
+
+    mask, structure = jax.tree.flatten(rest.plan.mask)
+    ranks = rest.plan.mask._leaf_ranks()
+    of_mask = [
+        PartitionSpec(batch) if leaf.ndim > rank else PartitionSpec()
+        for leaf, rank in zip(mask, ranks, strict=True)
+    ]
+    whole = jax.tree.map(lambda leaf: PartitionSpec(), rest.plan)
+    plan = dataclasses.replace(whole, mask=jax.tree.unflatten(structure, of_mask))
+    specs = Operands(
+        None,
+        of_keys(rest.key),
+        jax.tree.map(of_keys, rest.value),
+        plan,
+        jax.tree.map(on_pairs, rest.dense),
+        jax.tree.map(on_pairs, rest.bias),
+        jax.tree.map(lambda _: PartitionSpec(heads), rest.sinks),
+        tuple(PartitionSpec(batch, None, heads) for _ in rest.rows),
+        jax.tree.map(of_keys, rest.outer),
+    )
+    return PartitionSpec(batch, None, heads, None), specs
 
 
 def _window(function: str, size: int | tuple[int, int]) -> Mask:

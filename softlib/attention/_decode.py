@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
-from softlib._sharding import in_auto_mode, match_varying
+from softlib._sharding import match_varying, per_shard
 from softlib.numerics import UnifiedMax
 from softlib.typing import AxisName, Implementations, Precision, Scalar
 
@@ -235,10 +236,31 @@ def decode_attention(
         _attend, implementation, options, axis_name, bool(is_causal)
     )
     arrays = (key, value, lengths, jnp.asarray(scale), sinks, unified)
-    out, statistics = in_auto_mode(call, _specs, query, *arrays)
+    shared = functools.partial(_by_batch_and_heads, arrays)
+    out, statistics = per_shard(call, shared, _specs, query, *arrays)
     if return_statistics:
         return out, statistics
     return (out, statistics.lse) if return_lse else out
+
+
+def _by_batch_and_heads(
+    arrays: tuple[Any, ...], spec: PartitionSpec
+) -> tuple[Any, ...]:
+    """Specs that divide every array as the queries are, by batch entries and heads."""
+    *batch, _, heads, _ = spec
+    of_heads = PartitionSpec(*batch, None, heads, None)
+    _, _, lengths, _, sinks, unified = arrays
+    per_head = lambda array: PartitionSpec(heads) if array.ndim else PartitionSpec()
+    of_lengths = None if lengths is None else PartitionSpec(*batch)
+    return (
+        of_heads,
+        of_heads,
+        of_heads,
+        of_lengths,
+        PartitionSpec(),
+        jax.tree.map(per_head, sinks),
+        jax.tree.map(per_head, unified),
+    )
 
 
 def _specs(spec: PartitionSpec) -> tuple[PartitionSpec, Any]:

@@ -200,7 +200,7 @@ def _no_splits(options: Options, operands: Any) -> str | None:
 
 
 def _gathers(options: Options, operands: Any) -> str | None:
-    axes = automatic_axes()
+    axes = automatic_axes(operands)
     if not axes:
         return None
     names = ", ".join(map(repr, axes))

@@ -169,7 +169,7 @@ def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
 
 
 def _note(options: Options, operands: Any) -> str | None:
-    axes = automatic_axes()
+    axes = automatic_axes(operands)
     if not axes:
         return None
     names = ", ".join(map(repr, axes))

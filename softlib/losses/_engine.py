@@ -474,7 +474,7 @@ def _no_filter(options: Options, operands: Any) -> str | None:
 
 
 def gathers(options: Any, operands: Any) -> str | None:
-    axes = automatic_axes()
+    axes = automatic_axes(operands)
     if not axes:
         return None
     names = ", ".join(map(repr, axes))

@@ -107,6 +107,21 @@ def shaped(
     )
 
 
+def modifier_specs(modifiers: Modifiers, rows: PartitionSpec) -> Modifiers:
+    """Specs that divide the modifiers of rows, and leave those of classes whole."""
+    per_row = lambda array: rows if array.ndim else PartitionSpec()
+    whole = lambda array: PartitionSpec()
+    where = modifiers.class_where
+    return Modifiers(
+        jax.tree.map(whole, modifiers.bias),
+        jax.tree.map(per_row, modifiers.logit_scale),
+        jax.tree.map(per_row, modifiers.temperature),
+        None if where is None else rows if where.ndim > 1 else PartitionSpec(),
+        jax.tree.map(whole, modifiers.class_log_weights),
+        jax.tree.map(per_row, modifiers.centre),
+    )
+
+
 def row_specs(
     options: Options, batch: Shape, labels: Array | None, spec: PartitionSpec
 ) -> RowStatistics:

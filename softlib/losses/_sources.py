@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
-from softlib._sharding import in_auto_mode, match_varying
+from softlib._sharding import in_auto_mode, match_varying, per_shard
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
@@ -30,6 +30,7 @@ from ._source_rows import (
     final_logits,
     label_rows,
     masked_modifiers,
+    modifier_specs,
     of_rows_with_classes,
     ranked_rows,
     row_specs,
@@ -249,10 +250,11 @@ class LinearHead:
         label_logits: Array | None,
         in_turn: bool,
     ) -> tuple[RowStatistics, Array]:
-        batch, vocabulary = self.batch, self._own_classes
+        vocabulary = self._own_classes
         options = self.options.including(*names)
 
         def engine(hidden, weight, labels, label_logits, modifiers):
+            batch = hidden.shape[:-1]  # of the device's own part
             head = Head(
                 collapsed(hidden, batch),
                 weight,
@@ -267,9 +269,13 @@ class LinearHead:
             return shaped(_engine.linear(names, options, head), batch, labels), None
 
         of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
-        specs = lambda spec: (row_specs(options, batch, labels, spec), of_weight)
+        specs = lambda spec: (row_specs(options, self.batch, labels, spec), of_weight)
         arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
-        found, weight = in_auto_mode(engine, specs, *arrays)
+        if in_turn:  # one weight is a result, for all devices
+            found, weight = in_auto_mode(engine, specs, *arrays)
+        else:
+            of_arrays = functools.partial(_of_own_rows, arrays)
+            found, weight = per_shard(engine, of_arrays, specs, *arrays)
         return found, self.weight if weight is None else weight
 
     def total(
@@ -501,6 +507,20 @@ def _check_axis(function: str, axis_name: AxisName) -> None:
             f"{function}: `axis_name` must name an axis of an enclosing jax.shard_map, "
             f"got {axis_name!r}."
         ) from None
+
+
+def _of_own_rows(arrays: tuple[Any, ...], spec: PartitionSpec) -> tuple[Any, ...]:
+    """Specs that divide hidden, and what there is per row, by rows alone."""
+    hidden, _, labels, label_logits, modifiers = arrays
+    rows = PartitionSpec(*spec[: hidden.ndim - 1])
+    per_row = functools.partial(jax.tree.map, lambda _: rows)
+    return (
+        rows,
+        PartitionSpec(),
+        per_row(labels),
+        per_row(label_logits),
+        modifier_specs(modifiers, rows),
+    )
 
 
 def _check_filtered(function: str, names: Sequence[str], options: Options) -> None:

@@ -132,7 +132,7 @@ def _not_rows(options: Options, operands: Rows) -> str | None:
         return f"the axes {axes} of a row are not the last of {ndim}"
     if operands.z.size == 0:
         return "the array is empty"
-    free = automatic_axes()
+    free = automatic_axes(operands)
     if free:
         return f"mesh axis {free[0]!r} is not manual, and rows may lie on any device"
     return None

@@ -4,10 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks, _dispatch
 from softlib._dtypes import accumulator_dtype
+from softlib._sharding import per_shard
 from softlib.typing import Implementations, PerRow
 
 from ._entries import Axis, Entries
@@ -60,7 +62,9 @@ def softmax(
         z = entries.given_scores(x)
     else:
         z = tempered("softmax", entries, temperature)
-    return _softmax(Options(entries.axes, entries.dtype), implementation, z)
+    options = Options(entries.axes, entries.dtype)
+    call = functools.partial(_softmax, options, implementation)
+    return per_shard(call, functools.partial(_by_rows, options), lambda spec: spec, z)
 
 
 def log_softmax(
@@ -135,7 +139,13 @@ def logsumexp(
     """
     entries = Entries.of("logsumexp", x, axis, where)
     options = Options(entries.axes, entries.x.dtype)
-    found = _logsumexp(options, implementation, entries.given_scores(x))
+    call = functools.partial(_logsumexp, options, implementation)
+    found = per_shard(
+        call,
+        functools.partial(_by_rows, options),
+        functools.partial(_without_rows, options),
+        entries.given_scores(x),
+    )
     if keepdims:
         found = jnp.expand_dims(found, entries.axes)
     return entries.result(found)
@@ -152,6 +162,18 @@ def tempered(function: str, entries: Entries, temperature: PerRow) -> Array:
     absent = scores == -jnp.inf
     z = jnp.where(absent, 0, scores) / temperature
     return jnp.where(absent, -jnp.inf, z)
+
+
+def _by_rows(options: Options, spec: PartitionSpec) -> tuple[PartitionSpec]:
+    """The spec that divides nothing within a row."""
+    kept = (None if i in options.axes else axis for i, axis in enumerate(spec))
+    return (PartitionSpec(*kept),)
+
+
+def _without_rows(options: Options, spec: PartitionSpec) -> PartitionSpec:
+    """The spec of one number per row."""
+    kept = (axis for i, axis in enumerate(spec) if i not in options.axes)
+    return PartitionSpec(*kept)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -1,0 +1,153 @@
+"""Gradients where only one of the two passes has a kernel, or a kernel may not run.
+
+Residuals have one structure on every platform. What the forward pass of a platform does
+not keep must be read by none of its backward passes: a stand-in of NaN would be seen.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from softlib import losses
+from softlib._dispatch import Implementation
+from softlib.losses import _engine, _stream
+from softlib.losses._stream import Head
+from softlib.losses._tile import Modifiers, Options
+
+ROWS, FEATURES, CLASSES, CHUNK = 8, 512, 4500, 512
+# Of the platform that runs here, and of those that have kernels of their own.
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+
+def _refused(options, operands):
+    return "this test refuses it"
+
+
+def _kernel(call, platform, accepted):
+    """Stands for a kernel: it keeps nothing and reads nothing that is kept."""
+    why_not = (lambda options, operands: None) if accepted else _refused
+    return Implementation("pallas_test", call, why_not, platform)
+
+
+def _forward(options, head):
+    return _stream.forward(options, head)
+
+
+def _backward(options, operands):
+    return _stream.backward(options, operands._replace(kept=None))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Gives the engine kernels, on the platforms and sides that are named."""
+    monkeypatch.setattr(_engine, "_PLACEHOLDER", jnp.nan)
+    jax.clear_caches()
+
+    def give(forward, backward):
+        for name, call, platforms in (
+            ("LINEAR", _forward, forward),
+            ("LINEAR_GRADIENT", _backward, backward),
+        ):
+            operation = getattr(_engine, name)
+            given = tuple(_kernel(call, p, p in platforms) for p in PLATFORMS)
+            plain = tuple(i for i in operation.implementations if i.platform is None)
+            monkeypatch.setattr(
+                _engine,
+                name,
+                dataclasses.replace(operation, implementations=given + plain),
+            )
+
+    yield give
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def problem():
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = jax.random.normal(keys[0], (ROWS, FEATURES))
+    weight = jax.random.normal(keys[1], (CLASSES, FEATURES)) / 8
+    return hidden, weight, jnp.arange(ROWS) * 497
+
+
+def _loss(hidden, weight, labels):
+    bias = jnp.linspace(-1, 1, CLASSES)
+    found = losses.linear_softmax_cross_entropy(
+        hidden, weight, labels, bias=bias, vocab_chunk=CHUNK
+    )
+    return found.sum()
+
+
+def _gradients():
+    return jax.grad(_loss, (0, 1))
+
+
+def _assert_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def expected(problem):
+    reference = lambda *a: losses.linear_softmax_cross_entropy(
+        *a, bias=jnp.linspace(-1, 1, CLASSES), implementation="reference"
+    ).sum()
+    return jax.jit(jax.grad(reference, (0, 1)))(*problem)
+
+
+def test_the_problem_keeps_products(problem):
+    head = Head(*problem[:2], None, Modifiers(None, None, None, None))
+    assert _stream.kept_shape(Options(("lse",), vocab_chunk=CHUNK), head) is not None
+
+
+SIDES = list(itertools.product([(), ("cpu",)], repeat=2))
+
+
+@pytest.mark.parametrize(("forward", "backward"), SIDES)
+def test_gradients_where_one_pass_is_a_kernel(
+    kernels, problem, expected, forward, backward
+):
+    kernels(forward, backward)
+    _assert_close(jax.jit(_gradients())(*problem), expected)
+
+
+def test_eager_gradients_where_the_forward_pass_alone_is_a_kernel(
+    kernels, problem, expected
+):
+    kernels(("cpu",), ())
+    _assert_close(_gradients()(*problem), expected)
+
+
+@pytest.mark.parametrize(("forward", "backward"), SIDES)
+def test_gradients_where_the_compiler_divides_the_program(
+    kernels, problem, expected, forward, backward
+):
+    kernels(forward, backward)
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    hidden, weight, labels = problem
+    divided = (put(hidden, "rows"), put(weight), put(labels, "rows"))
+    _assert_close(jax.jit(_gradients())(*divided), expected)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_what_is_kept_depends_on_the_forward_kernel_alone(
+    kernels, monkeypatch, problem, platform
+):
+    """A platform whose forward pass is a kernel has the stand-in, no other one has."""
+    stand_in = 4242.0
+    monkeypatch.setattr(_engine, "_PLACEHOLDER", stand_in)
+    jax.clear_caches()
+    for forward, backward in itertools.product([(), (platform,)], repeat=2):
+        kernels(forward, backward)
+        traced = jax.jit(_gradients()).trace(*problem)
+        found = {
+            name: "dense<4.242000e+03>"
+            in traced.lower(lowering_platforms=(name,)).as_text()
+            for name in PLATFORMS
+        }
+        assert found == {name: name in forward for name in PLATFORMS}
