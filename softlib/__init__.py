@@ -14,6 +14,7 @@
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
 - `softlib.masked_mean`: the one reduction.
 - `softlib.explain`: which implementation a call would use on which platform, and why.
+- `softlib.implementations`: keeps a whole program off kernels, or on them.
 """
 
 import importlib
@@ -30,6 +31,7 @@ from . import (
 )
 from ._dispatch import explain as explain
 from ._masked_mean import masked_mean as masked_mean
+from ._preferred import implementations as implementations
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "decoding",
     "estimation",
     "explain",
+    "implementations",
     "information",
     "losses",
     "masked_mean",

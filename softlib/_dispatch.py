@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _primitive
+from . import _preferred, _primitive, _ptxas
 from ._sharding import automatic_axes
 
 
@@ -68,10 +68,10 @@ class Operation:
 
     def candidates(self, names: str | Sequence[str] | None) -> list[Implementation]:
         if names is None:
-            return list(self.implementations)
+            return self._preferred(_preferred.names())
         chosen: list[Implementation] = []
         for name in (names,) if isinstance(names, str) else names:
-            found = [i for i in self.implementations if name in (i.name, i.family)]
+            found = self._named(name)
             if not found:
                 families = (i.family for i in self.implementations)
                 exact = (i.name for i in self.implementations)
@@ -82,6 +82,15 @@ class Operation:
                 )
             chosen += found
         return chosen
+
+    def _preferred(self, names: Sequence[str] | None) -> list[Implementation]:
+        """What a call that names nothing may use."""
+        if names is None:
+            return list(self.implementations)
+        return [i for name in names for i in self._named(name)] or [self.plain]
+
+    def _named(self, name: str) -> list[Implementation]:
+        return [i for i in self.implementations if name in (i.name, i.family)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,4 +289,6 @@ def _why_not(implementation: Implementation, options: Any, operands: Any) -> str
         axes = automatic_axes(operands)
         if axes:
             return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
+    if implementation.platform == "cuda" and (reason := _ptxas.why_not()) is not None:
+        return reason
     return implementation.why_not(options, operands)

@@ -271,7 +271,10 @@ class LinearHead:
         of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
         specs = lambda spec: (row_specs(options, self.batch, labels, spec), of_weight)
         arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
-        if in_turn:  # one weight is a result, for all devices
+        features = jax.typeof(self.weight).sharding.spec[1 - options.vocab_axis :][:1]
+        if in_turn or any(features):
+            # The weight is a result, for all devices; or its features are divided: then
+            # the compiler gathers slices, and no device ever holds all of it.
             found, weight = in_auto_mode(engine, specs, *arrays)
         else:
             of_arrays = functools.partial(_of_own_rows, arrays)

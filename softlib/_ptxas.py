@@ -1,0 +1,75 @@
+"""The assembler of the machine's GPU, where it is one that miscompiles kernels."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import jax
+
+type Version = tuple[int, ...]
+
+# Of CUDA 12.8.0 until before 12.9.1: causal attention came out wrong.
+FIRST_BAD: Version = (12, 8, 0)
+FIRST_GOOD: Version = (12, 9, 86)
+
+
+def why_not() -> str | None:
+    """The reason against kernels for CUDA on a machine whose assembler is known bad.
+
+    Programs that are made on a machine without a GPU are assembled elsewhere.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    return reason_against(_installed())
+
+
+def reason_against(version: Version | None) -> str | None:
+    """The same for an assembler of this version; None is one that was not found."""
+    if version is None or not FIRST_BAD <= version < FIRST_GOOD:
+        return None
+    name = ".".join(map(str, version))
+    return f"ptxas {name} miscompiles kernels; install CUDA 12.9.1 or newer"
+
+
+def version_in(text: str) -> Version | None:
+    """The version in what `ptxas --version` prints."""
+    found = re.search(r"\bV(\d+)\.(\d+)\.(\d+)", text)
+    return None if found is None else tuple(map(int, found.groups()))
+
+
+@functools.cache
+def _installed() -> Version | None:
+    for path in _candidates():
+        try:
+            done = subprocess.run(
+                [path, "--version"], capture_output=True, text=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        version = version_in(done.stdout)
+        if version is not None:
+            return version
+    return None
+
+
+def _candidates() -> Iterator[pathlib.Path]:
+    """Where JAX looks, in its order."""
+    roots = [os.environ.get("CUDA_ROOT")]
+    for package in ("nvidia.cu13", "nvidia.cuda_nvcc"):
+        try:
+            spec = importlib.util.find_spec(package)
+        except ImportError:
+            continue
+        if spec is not None:
+            roots += list(spec.submodule_search_locations or ())
+    for root in filter(None, roots):
+        yield pathlib.Path(root) / "bin" / "ptxas"
+    on_path = shutil.which("ptxas")
+    if on_path:
+        yield pathlib.Path(on_path)
+    yield pathlib.Path("/usr/local/cuda/bin/ptxas")
