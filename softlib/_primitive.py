@@ -141,6 +141,9 @@ def _(*leaves: Any, call: Call) -> Any:
 
 
 def _batch(axis: Any, leaves: Any, axes: Any, *, call: Call) -> Any:
+    if all(mapped is None for mapped in axes):
+        found = operation_p.bind(*leaves, call=call)
+        return found, (None,) * len(found)
     own = (tuple(axes), axis.size, axis.spmd_name)
     call = dataclasses.replace(call, mapped=(*call.mapped, own))
     found = operation_p.bind(*leaves, call=call)
