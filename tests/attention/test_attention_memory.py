@@ -9,6 +9,7 @@ import pytest
 from jax.extend import core
 
 from softlib import attention, masks
+from tests import operations
 
 struct = jax.ShapeDtypeStruct
 N, K, H = 2, 1, 16
@@ -25,7 +26,12 @@ def gradient(mask, bias, **options):
         return (out.astype(lse.dtype) ** 2).sum() + lse.sum()
 
     function = jax.value_and_grad(total)
-    return lambda n: jax.jit(function).trace(operands(n, bias), mask)
+
+    def trace(n):
+        with operations.visible():
+            return jax.jit(function).trace(operands(n, bias), mask)
+
+    return trace
 
 
 def operands(n, bias, dtype=jnp.float32):

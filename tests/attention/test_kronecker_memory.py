@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from softlib import attention, masks
+from tests import operations
 from tests.attention.tensor_problems import Between, PerAxis, attend
 from tests.attention.test_attention_memory import arrays_of
 
@@ -40,7 +41,8 @@ def traced(n, mask, *, gradient=True, **options):
     function = functools.partial(total, mask=mask, **options)
     if gradient:
         function = jax.value_and_grad(function)
-    return jax.jit(function).trace(operands(n))
+    with operations.visible():
+        return jax.jit(function).trace(operands(n))
 
 
 def largest(traced):

@@ -18,6 +18,7 @@ from softlib.attention import (
 )
 from softlib.attention._ring import ring_of
 from softlib.testing import assert_close
+from tests import operations
 
 LENGTH, DEVICES = 64, 4
 BLOCKS: Any = {"block_query": 8, "block_key": 8}
@@ -158,7 +159,7 @@ def test_no_pair_of_devices_that_the_mask_leaves_empty_moves_anything(mask, layo
 
     (query, key, values), sinks = arrays()
     call = divided(MASKS[mask], "ring", layout, True)
-    jaxpr = jax.make_jaxpr(call)(query, key, values, sinks).jaxpr
+    jaxpr = operations.make_jaxpr(call)(query, key, values, sinks).jaxpr
     moves = [set(step.moves) for step in ring.steps if step.shift]
     assert permutations(jaxpr) == [m for m in moves for _ in ("key", "value")]
 

@@ -15,6 +15,7 @@ import softlib
 from softlib import losses
 from softlib.losses._pairs import HeadPairOptions, LogitsPairOptions
 from softlib.testing import assert_close, check_transformations
+from tests import operations
 from tests.losses.problems import assert_agrees, precision
 from tests.oracles import divergences as oracle
 
@@ -567,7 +568,7 @@ def test_no_array_of_logits_and_no_second_weight(name):
     large = rows * vocabulary
     for function in (gradient, product):
         shapes = set()
-        visit(jax.make_jaxpr(function)(*operands).jaxpr, shapes)
+        visit(operations.make_jaxpr(function)(*operands).jaxpr, shapes)
         allowed = {a.shape for a in operands}
         assert not {s for s in shapes if np.prod(s) >= large} - allowed
 

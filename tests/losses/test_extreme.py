@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.softmax import soft_top_k
 from softlib.testing import assert_close, check_transformations
+from tests import operations
 from tests.compiled import losses
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import extreme as oracle
@@ -544,7 +545,7 @@ def test_a_linear_head_has_no_array_of_rows_by_labels(name):
     total = lambda h, w, ids: call(h, w, ids, vocab_chunk=512).sum()
     struct = jax.ShapeDtypeStruct
     text = str(
-        jax.make_jaxpr(jax.grad(total, (0, 1)))(
+        operations.make_jaxpr(jax.grad(total, (0, 1)))(
             struct((rows, features), jnp.float32),
             struct((classes, features), jnp.float32),
             struct((rows, 5), jnp.int32),

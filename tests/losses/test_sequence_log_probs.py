@@ -12,6 +12,7 @@ import pytest
 from softlib import losses
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
+from tests import operations
 from tests.oracles import preference as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -154,7 +155,7 @@ def test_the_head_of_a_preference_loss_forms_no_logits():
         ).sum()
 
     struct = jax.ShapeDtypeStruct
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
+    jaxpr = operations.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
         struct((2 * pairs, length, features), jnp.float32),
         struct((vocabulary, features), jnp.float32),
         struct((2 * pairs,), jnp.float32),

@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from softlib import losses
+from tests import operations
 
 struct = jax.ShapeDtypeStruct
 BATCH, LENGTH, FEATURES, CLASSES = 4, 16, 8, 6000
@@ -79,7 +80,7 @@ def program(loss, **options):
         struct((CLASSES, FEATURES), jnp.float32),
         struct((BATCH, LENGTH), jnp.int32),
     )
-    return jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(*operands)
+    return operations.make_jaxpr(jax.value_and_grad(total, (0, 1)))(*operands)
 
 
 def logits_in(jaxpr: ClosedJaxpr) -> list[tuple[int, ...]]:

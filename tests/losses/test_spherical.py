@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from softlib import losses, softmax
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
+from tests import operations
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import spherical as oracle
 
@@ -527,7 +528,7 @@ def test_no_array_of_logits_is_formed(name):
     rows, classes = 96, 4099
     call = function_of(name, "linear", vocab_chunk=512, **LOSSES[name].parameters)
     value = lambda h, w, y: call(h, w, y).mean()
-    jaxpr = jax.make_jaxpr(jax.value_and_grad(value, (0, 1)))(
+    jaxpr = operations.make_jaxpr(jax.value_and_grad(value, (0, 1)))(
         jnp.zeros((rows, 8)), jnp.zeros((classes, 8)), jnp.zeros(rows, int)
     )
     text = str(jaxpr)

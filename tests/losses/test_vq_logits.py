@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from softlib import losses
 from softlib.losses._options import LinearHeadOptions
 from softlib.testing import assert_close, check_transformations
+from tests import operations
 from tests.losses.test_memory import temporary
 from tests.oracles import vq_logits as oracle
 
@@ -334,7 +335,7 @@ def test_no_array_of_rows_times_tokens_and_none_of_rows_times_codes():
         struct((rows,), jnp.int32),
     )
     step = jax.value_and_grad(lambda *a: loss(*a).sum(), argnums=(0, 1))
-    text = str(jax.make_jaxpr(step)(*operands))
+    text = str(operations.make_jaxpr(step)(*operands))
     shapes = {
         tuple(map(int, found.split(",")))
         for found in re.findall(r"(?:f32|i32|bool)\[([\d,]+)\]", text)
