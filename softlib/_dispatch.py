@@ -211,6 +211,7 @@ def execute(plan: Plan, options: Any, operands: Any) -> Any:
         ),
         options,
         jax.tree.structure(operands),
+        jax.sharding.get_abstract_mesh().abstract_device,
     )
     return _primitive.run(call, operands)
 

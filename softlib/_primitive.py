@@ -10,6 +10,7 @@ An eager call is one compiled program, found again by the static part of the cal
 is static must therefore compare by value: no function that is made anew in each call.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable
@@ -51,6 +52,8 @@ class Call:
         platforms: Pairs of a lowering platform and what runs there.
         options: The first argument of every function here.
         structure: Tree structure of the operands.
+        device: The device of the mesh under which the call was traced, if it had one.
+            Sizes of tiles depend on it, and a kernel is traced later.
         mapped: Of each `vmap` around the call, inner ones first: which axis of each
             leaf it maps, its size, and the mesh axis that divides it.
     """
@@ -61,6 +64,7 @@ class Call:
     platforms: tuple[tuple[str, OnPlatform], ...]
     options: Hashable
     structure: Any
+    device: Any = None
     mapped: tuple[tuple[tuple[int | None, ...], int, Any], ...] = ()
 
     def of(self, function: Function) -> Callable[..., Any]:
@@ -156,9 +160,9 @@ batching.fancy_primitive_batchers[operation_p] = _batch
 def _rule_of(platform: str | None) -> Callable[..., Any]:
     def rule(context: Any, *values: Any, call: Call) -> Any:
         function = _chosen(call, platform, context.module_context)
-        return mlir.lower_fun(functools.partial(_traced, call, function))(
-            context, *values
-        )
+        lowered = mlir.lower_fun(functools.partial(_traced, call, function))
+        with _mesh_for(call.device):
+            return lowered(context, *values)
 
     return rule
 
@@ -178,6 +182,14 @@ def _chosen(call: Call, platform: str | None, module: Any) -> Function:
             f"{kernels}. Pass implementation=None to let softlib choose."
         )
     return function
+
+
+def _mesh_for(device: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mesh in context, of that device unless it has one of its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if device is None or mesh.abstract_device is not None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device))
 
 
 def _is_divided(module: Any) -> bool:

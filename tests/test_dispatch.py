@@ -1,12 +1,14 @@
 """Choice of implementations: plans, pins, lowering platforms, explanations."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import softlib
 from softlib import _dispatch
@@ -251,3 +253,59 @@ def test_values_and_second_order_are_untouched_by_kernels_for_other_platforms():
 def test_a_pinned_kernel_names_its_limit():
     with pytest.raises(NotImplementedError, match="pallas_tpu: supports no softcap"):
         _loss("pallas", softcap=5.0)(*_arguments())
+
+
+def test_a_kernel_is_traced_for_the_device_for_which_it_was_planned():
+    """Tiles depend on the device, and a program may be lowered outside of its mesh."""
+    seen = []
+
+    def call(options, operands):
+        seen.append(jax.sharding.get_abstract_mesh().abstract_device)
+        return operands
+
+    kernel = Implementation("pallas_tpu", call, platform="tpu")
+    operation = Operation("device", (kernel, DOUBLE.plain))
+    device = AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(functools.partial(double, operation=operation)).trace(
+            jnp.ones(ROWS)
+        )
+        assert seen == []  # nor is it traced before
+    traced.lower(lowering_platforms=("tpu",))
+    assert seen == [device]
+
+
+def test_a_kernel_is_traced_only_where_it_is_lowered_for():
+    seen = []
+
+    def call(options, operands):
+        seen.append("traced")
+        return operands
+
+    kernel = Implementation("pallas_tpu", call, platform="tpu")
+    operation = Operation("counted", (kernel, DOUBLE.plain))
+    function = lambda x: double(x, operation=operation)
+    jax.jit(jax.grad(lambda x: function(x).sum()))(jnp.ones(ROWS))
+    function(jnp.ones(ROWS))
+    assert seen == []
+
+
+def test_one_export_serves_several_platforms():
+    platforms = ["cpu", "tpu", "cuda"]
+    exported = export.export(jax.jit(double), platforms=platforms)(jnp.ones(ROWS))
+    assert "cbrt" in exported.mlir_module()
+    again = export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(jnp.arange(4.0)), 2 * jnp.arange(4.0))
+
+
+def test_an_eager_call_compiles_once():
+    counted = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: counted.append(event) if "compile" in event else None
+    )
+    x = jnp.ones(ROWS) * 3
+    function = jax.grad(lambda x: double(x).sum())
+    for _ in range(2):
+        counted.clear()
+        function(x)
+    assert counted == []
