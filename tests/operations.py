@@ -1,10 +1,11 @@
-"""Programs in which the operations of softlib are seen from within.
+"""Operations of softlib seen from within, or run by the kernel of another machine.
 
 In a program as users trace it an operation is one equation, and a test that reads the
 arrays of a program would find none of those inside.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -14,14 +15,14 @@ import jax
 from softlib import _primitive
 
 # Part of the key of every jit cache, so that nothing traced outside is found inside.
-_VISIBLE = jax.make_user_context(False)
+_INSIDE = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
     """While a program is traced: the plain implementations stand in it themselves."""
     inside = lambda call, operands: call.plain(call.options, operands)
-    with mock.patch.object(_primitive, "run", inside), _VISIBLE(True):
+    with mock.patch.object(_primitive, "run", inside), _INSIDE("visible"):
         yield
 
 
@@ -33,3 +34,25 @@ def make_jaxpr(function: Callable[..., Any]) -> Callable[..., Any]:
             return jax.make_jaxpr(function)(*args, **kwargs)
 
     return made
+
+
+@contextlib.contextmanager
+def kernels_of(platform: str) -> Iterator[None]:
+    """While a program is traced: its operations are the kernels of that platform.
+
+    The caller puts an interpreter into the kernels. Its effects must be there from the
+    trace on, so they cannot wait for the lowering. Nothing is taken from memory of
+    other programs: tests replace what a kernel looks up, tiles say.
+    """
+
+    def inside(call: _primitive.Call, operands: Any) -> Any:
+        own = dict(call.platforms).get(platform)
+        plain = functools.partial(call.plain, call.options)
+        if own is None:
+            return plain(operands)
+        kernel = jax.custom_jvp(functools.partial(own.kernel, call.options))
+        kernel.defjvp(functools.partial(jax.jvp, plain))
+        return kernel(operands)
+
+    with mock.patch.object(_primitive, "run", inside), _INSIDE(object()):
+        yield

@@ -17,6 +17,7 @@ from pallas_kernels.gpu_mosaic.attention_tiles import ROWS, SPARE_BYTES
 from pallas_kernels.gpu_mosaic.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
+from tests import operations
 from tests.attention.decode_problems import oracle, problem
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
@@ -31,8 +32,6 @@ def interpreted(monkeypatch):
     for name in ("LEAST_KEYS", "LEAST_FEATURES"):
         monkeypatch.setattr(_decode_kernels, name, 1)
     monkeypatch.setattr(_decode_kernels.devices, "gpu_generation", lambda: "hopper")
-    taken = lambda *arrays, default, cuda, tpu=None: cuda(*arrays)
-    monkeypatch.setattr(jax.lax, "platform_dependent", taken)
     choose: Any = decode_tiles.choose_tiles
 
     def few_stages(*args, **options):
@@ -51,7 +50,8 @@ def interpreted(monkeypatch):
             implementation="pallas_gpu",
             return_statistics=True,
         )
-        return jax.jit(lambda arrays: decode(**arrays))(arrays)
+        with operations.kernels_of("cuda"):
+            return jax.jit(lambda arrays: decode(**arrays))(arrays)
 
     return call
 

@@ -15,6 +15,7 @@ from pallas_kernels.tpu import decode_tiles
 from pallas_kernels.tpu.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
+from tests import operations
 from tests.attention.decode_problems import oracle, problem
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
@@ -27,8 +28,6 @@ def interpreted(monkeypatch):
     """`decode_attention` by the kernel, with small tiles; the mode may be set."""
     monkeypatch.setattr(_decode_kernels, "LEAST_KEYS", 1)
     monkeypatch.setattr(_decode_kernels, "LEAST_FEATURES", 1)
-    taken = lambda *arrays, default, tpu, cuda=None: tpu(*arrays)
-    monkeypatch.setattr(jax.lax, "platform_dependent", taken)
 
     def call(arrays, lengths, *, tiles, mode=PLAIN, **options):
         monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: tiles)
@@ -40,7 +39,7 @@ def interpreted(monkeypatch):
             implementation="pallas_tpu",
             return_statistics=True,
         )
-        with pltpu.force_tpu_interpret_mode(mode):
+        with pltpu.force_tpu_interpret_mode(mode), operations.kernels_of("tpu"):
             return jax.jit(lambda arrays: decode(**arrays))(arrays)
 
     return call
@@ -201,7 +200,7 @@ def test_gradients_are_those_of_plain_jax(monkeypatch):
     )
     plain = gradient("xla")(arrays)
     monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: Tiles(64, 64))
-    with pltpu.force_tpu_interpret_mode(PLAIN):
+    with pltpu.force_tpu_interpret_mode(PLAIN), operations.kernels_of("tpu"):
         found = gradient("pallas_tpu")(arrays)
     for name, value in found.items():
         assert_close(value, np.asarray(plain[name]), dtype="float32", length=150)
