@@ -27,7 +27,7 @@ def place(kind, array, *spec):
 
 
 def collectives(function, *arrays):
-    text = jax.jit(function).lower(*arrays).compile().as_text()
+    text = jax.jit(function).lower(*arrays).compile().as_text() or ""
     found = re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text)
     return {name: found.count(name) for name in set(found)}
 
@@ -37,7 +37,7 @@ def normal(seed, *shape):
 
 
 def loss_and_gradients(hidden, weight, labels):
-    loss = lambda *head: losses.linear_softmax_cross_entropy(*head, labels).mean()
+    loss = lambda h, w: losses.linear_softmax_cross_entropy(h, w, labels).mean()
     return jax.value_and_grad(loss, (0, 1))(hidden, weight)
 
 

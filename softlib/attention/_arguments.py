@@ -312,7 +312,8 @@ def _by_batch_and_heads(
 ) -> tuple[PartitionSpec, Operands]:
     """Specs that divide every array as the queries are, by batch entries and heads."""
     batch, _, heads, _ = spec
-    of_keys = lambda array: PartitionSpec(batch, None, heads, None)
+    of_keys: Any = lambda array: PartitionSpec(batch, None, heads, None)
+    of_rows: Any = lambda array: PartitionSpec(batch, None, heads)
     either = lambda size, axis: None if size == 1 else axis
 
     def on_pairs(array: Array) -> PartitionSpec:
@@ -335,7 +336,7 @@ def _by_batch_and_heads(
         jax.tree.map(on_pairs, rest.dense),
         jax.tree.map(on_pairs, rest.bias),
         jax.tree.map(lambda _: PartitionSpec(heads), rest.sinks),
-        tuple(PartitionSpec(batch, None, heads) for _ in rest.rows),
+        tuple(map(of_rows, rest.rows)),
         jax.tree.map(of_keys, rest.outer),
     )
     return PartitionSpec(batch, None, heads, None), specs

@@ -111,12 +111,12 @@ def modifier_specs(modifiers: Modifiers, rows: PartitionSpec) -> Modifiers:
     """Specs that divide the modifiers of rows, and leave those of classes whole."""
     per_row = lambda array: rows if array.ndim else PartitionSpec()
     whole = lambda array: PartitionSpec()
-    where = modifiers.class_where
+    of_entries: Any = lambda array: rows if array.ndim > 1 else PartitionSpec()
     return Modifiers(
         jax.tree.map(whole, modifiers.bias),
         jax.tree.map(per_row, modifiers.logit_scale),
         jax.tree.map(per_row, modifiers.temperature),
-        None if where is None else rows if where.ndim > 1 else PartitionSpec(),
+        jax.tree.map(of_entries, modifiers.class_where),
         jax.tree.map(whole, modifiers.class_log_weights),
         jax.tree.map(per_row, modifiers.centre),
     )

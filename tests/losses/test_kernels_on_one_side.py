@@ -100,7 +100,8 @@ def expected(problem):
 
 
 def test_the_problem_keeps_products(problem):
-    head = Head(*problem[:2], None, Modifiers(None, None, None, None))
+    hidden, weight, _ = problem
+    head = Head(hidden, weight, None, Modifiers(None, None, None, None))
     assert _stream.kept_shape(Options(("lse",), vocab_chunk=CHUNK), head) is not None
 
 
