@@ -18,7 +18,7 @@ from ._expm1 import expm1
 
 # Beyond it tanh is 1 in float64: stands for the infinite atanh(1).
 LARGEST = 40.0
-NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(12)
+NUM_NODES = 12
 
 
 def comp_sum_transformation(
@@ -182,13 +182,14 @@ def _mean_slope(b: Array, s: Array) -> Array:
 
     The mean of the derivative log cosh(x) - x tanh(x), x = b / t, for t from 1 to d.
     """
-    one_axis_more = (*(1,) * b.ndim, len(NODES))
-    d = 1 + s * jnp.asarray((1 + NODES) / 2, b.dtype)
+    nodes, weights = np.polynomial.legendre.leggauss(NUM_NODES)
+    one_axis_more = (*(1,) * b.ndim, NUM_NODES)
+    d = 1 + s * jnp.asarray((1 + nodes) / 2, b.dtype)
     x = b[..., None] / d.reshape(one_axis_more)
     near = jnp.where(x > 1, 0, x)
     of_near = _log_cosh(near) - near * jnp.tanh(near)
     of_far = _rest(x) + 2 * x * jnp.exp(-2 * x) / (1 + jnp.exp(-2 * x))
-    share = jnp.asarray(NODE_WEIGHTS / 2, b.dtype).reshape(one_axis_more)
+    share = jnp.asarray(weights / 2, b.dtype).reshape(one_axis_more)
     return (share * jnp.where(x > 1, of_far, of_near)).sum(-1)
 
 
