@@ -1,7 +1,7 @@
 r"""Attention over the blocks that a mask leaves, forward.
 
 The grid is (batch entry, query head, entry of a list of blocks); see
-`attention_blocks.py` for the list. A step holds a block of queries, of keys and of
+`attention_lists.py` for the list. A step holds a block of queries, of keys and of
 values, each twice because the next one is on its way, and the state of its rows in
 scratch: the maximum and the sum per lane, (block_query, 128) each, and the weighted sum
 of values, (block_query, E), all float32. The state starts at the first entry of a row
