@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests import import_rules
+from tests import children, import_rules
 
 
 def sources(repository: pathlib.Path, *folders: str) -> dict[str, str]:
@@ -63,6 +63,41 @@ def test_import_loads_no_more_than_it_must(statement, absent, repository):
         cwd=repository,
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "\n", "")
+
+
+PLANNING = """
+import sys
+
+import jax
+import jax.numpy as jnp
+
+import softlib
+
+given = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+labels = jax.ShapeDtypeStruct((2048,), jnp.int32)
+loss = lambda *arrays: softlib.losses.linear_softmax_cross_entropy(*arrays).sum()
+softlib.explain(jax.grad(loss), given(2048, 768), given(50_257, 768), labels)
+array = given(2, 1024, 4, 64)
+attend = lambda *arrays: softlib.attention.dot_product_attention(
+    *arrays, is_causal=True
+).sum()
+softlib.explain(jax.grad(attend), array, array, array)
+print("loaded:", "jax.experimental.pallas" in sys.modules)
+"""
+
+
+def test_planning_kernels_loads_no_kernel(repository):
+    """Only a program that is lowered for a TPU or GPU needs the language of kernels."""
+    process = subprocess.run(
+        [sys.executable, "-c", PLANNING],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        env=children.environment(),
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("  tpu: pallas_tpu") == 4, process.stdout
+    assert process.stdout.endswith("loaded: False\n")
 
 
 # ---------------------------------------------------------------- the rules themselves
