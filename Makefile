@@ -63,8 +63,8 @@ test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we acce
 # With kernels traced where they are chosen, which `make test` leaves to tests/kernels.
 test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as users compile
 	$(RUN) $(PYTEST) -m "slow or not slow" --every $(EVERY) --slice $(SLICE) \
-	  --seconds $(SECONDS_OF_SLICE) --keep-kernels $(ARGS)
-	$(RUN) $(PYTEST) --every 16 --one-in 60 --keep-kernels \
+	  --seconds $(SECONDS_OF_SLICE) $(ARGS)
+	$(RUN) $(PYTEST) --every 16 --one-in 60 \
 	  tests/losses tests/attention tests/softmax $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory

@@ -4,7 +4,6 @@ import gc
 import inspect
 import os
 import pathlib
-import sys
 from typing import Any
 
 # Threads of XLA's pool, read when JAX starts. A collective blocks one thread per device
@@ -65,32 +64,6 @@ def batteries_are_eager(request: pytest.FixtureRequest):
     """`check_transformations` compares compiled calls with eager ones."""
     if "check_transformations" in inspect.unwrap(request.function).__code__.co_names:
         request.getfixturevalue("eager")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels_are_left_out(request: pytest.FixtureRequest):
-    """Where a kernel would be accepted it is refused: to trace it takes long.
-
-    Nothing would run it there; `tests/kernels` does.
-    """
-    folder = request.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-    # Not imported above: annotations are checked in what pytest imports after that. A
-    # module without it has nothing to leave out.
-    dispatch = sys.modules.get("softlib._dispatch")
-    runs_kernels = folder == "kernels" or folder == request.path.name
-    if runs_kernels or request.config.option.keep_kernels or dispatch is None:
-        yield
-        return
-    real = dispatch._why_not
-
-    def why_not(implementation: Any, options: Any, operands: Any) -> str | None:
-        reason = real(implementation, options, operands)
-        is_kernel = implementation.platform in ("tpu", "cuda")
-        return "this test leaves kernels out" if is_kernel and not reason else reason
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_why_not", why_not)
-        yield
 
 
 @pytest.fixture(scope="session")
