@@ -28,14 +28,16 @@ def linear_softmax_cross_entropy_sum(
     where: Bool[Array, "..."] | None = None,
     **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, ""]:
-    r"""The weighted sum of `linear_softmax_cross_entropy`, faster to differentiate.
+    r"""The weighted sum of `linear_softmax_cross_entropy`, with a product less.
 
     $\sum_n w_n L_n$, in nats. A loss per row leaves open what it will be multiplied by,
     so its backward pass computes the logits again. A sum is multiplied by one number at
     the end: its gradients are computed along with it, while the logits of a block of
-    rows exist, in three matrix products instead of four. For the mean over the rows
-    that count let `row_weights` be 1 / their number. What needs the loss of each row,
-    or another function of it, needs `linear_softmax_cross_entropy`.
+    rows exist, in three matrix products instead of four. That saves time with many rows
+    of many features, where products are nearly all of the work; with a few hundred rows
+    it may cost time, so measure both. For the mean over the rows that count let
+    `row_weights` be 1 / their number. What needs the loss of each row, or another
+    function of it, needs `linear_softmax_cross_entropy`.
 
     Args:
         hidden: Inputs of the head.

@@ -13,6 +13,7 @@ from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
+from ._threshold import kth_largest
 
 
 def soft_top_k(
@@ -56,7 +57,7 @@ def soft_top_k(
         $v_i = z_i (1 - z_i)$ the Jacobian by $x$ is $\alpha (\operatorname{diag}(v) -
         v v^\top / \sum v)$, symmetric with rows that sum to 0. Where all of `k` is
         certain within the precision (all $v$ are 0), that by `k` is 0.
-    Cost: a sort and 25 to 60 passes over `x` that bisect $t$, in float64 twice as many;
+    Cost: 25 to 60 passes over `x` that bisect $t$, in float64 twice as many;
         backward three.
     Source: "Dual-Encoders for Extreme Multi-Label Classification". The bracket of the
         search follows from $k$ and the length of the row, so that no sum over many
@@ -136,6 +137,7 @@ def _solve(
 ) -> tuple[Entries, _Solved]:
     entries = Entries.of(function, x, axis, where)
     scores = entries.rows(entries.scores)
+    rank = math.ceil(k) if isinstance(k, int | float) and math.isfinite(k) else None
     k = _per_row(function, "k", k, scores)
     alpha = _per_row(function, "alpha", alpha, scores)
     bad = (jnp.isnan(scores) | (scores == jnp.inf)).any(-1, keepdims=True)
@@ -144,11 +146,10 @@ def _solve(
     number = counts.sum(-1, keepdims=True)
     split = (k > 0) & (k < number)  # rows for which there is a threshold
     inside = counts & split
-    u = _sigmoid_arguments(
-        jnp.where(inside, scores, -jnp.inf),
-        jnp.where(split, k, 0.5),
-        jnp.where(bad, 1, alpha),
-    )
+    x = jnp.where(inside, scores, -jnp.inf)
+    k_inside = jnp.where(split, k, 0.5)
+    anchor = _of_rank(x, jnp.ceil(k_inside) if rank is None else rank)
+    u = _sigmoid_arguments(x, k_inside, jnp.where(bad, 1, alpha), anchor)
     whole = (counts & (k >= number)).astype(scores.dtype)
     return entries, _Solved(jnp.where(inside, u, 0), inside, whole, bad)
 
@@ -168,20 +169,29 @@ def _per_row(function: str, name: str, value: PerRow, scores: Array) -> Array:
     return jnp.broadcast_to(value, rows)[..., None].astype(scores.dtype)
 
 
+def _of_rank(x: Array, rank: int | Array) -> Array:
+    """(*rows, 1): the entry of this rank, 0 in a row where that is -inf."""
+    if x.shape[-1] == 0:
+        return jnp.zeros((*x.shape[:-1], 1), x.dtype)
+    if not isinstance(rank, int):
+        rank = jnp.clip(rank, 1, x.shape[-1]).astype(jnp.int32)
+    found = kth_largest(lax.stop_gradient(x), rank)
+    return jnp.where(found > -jnp.inf, found, 0)
+
+
 @jax.custom_jvp
-def _sigmoid_arguments(x: Array, k: Array, alpha: Array) -> Array:
-    """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count."""
+def _sigmoid_arguments(x: Array, k: Array, alpha: Array, anchor: Array) -> Array:
+    """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count.
+
+    `anchor` is any number near the threshold; it changes no result but for rounding.
+    """
     if x.shape[-1] == 0:
         return x
     counts = x > -jnp.inf
     number = counts.sum(-1, keepdims=True).astype(x.dtype)
     # Relative to the entry of rank k, next to which a threshold that matters lies: the
     # search then sees differences of scores, whatever is added to all of them.
-    rank = jnp.clip(jnp.ceil(k), 1, x.shape[-1]).astype(int)
-    anchor = jnp.take_along_axis(jnp.sort(x, axis=-1), x.shape[-1] - rank, axis=-1)
-    y = jnp.where(
-        counts, alpha * (x - jnp.where(counts.any(-1)[..., None], anchor, 0)), 0
-    )
+    y = jnp.where(counts, alpha * (x - anchor), 0)
     # Below the first no term of the sum reaches k / number, above the second all do.
     top = jnp.where(counts, y, -jnp.inf).max(-1, keepdims=True)
     bottom = jnp.where(counts, y, jnp.inf).min(-1, keepdims=True)
@@ -207,8 +217,8 @@ def _sigmoid_arguments(x: Array, k: Array, alpha: Array) -> Array:
 
 @_sigmoid_arguments.defjvp
 def _(primals, tangents):
-    (x, k, alpha), (dx, dk, dalpha) = primals, tangents
-    u = _sigmoid_arguments(x, k, alpha)
+    (x, _, alpha, _), (dx, dk, dalpha, _) = primals, tangents
+    u = _sigmoid_arguments(*primals)
     counts = x > -jnp.inf
     safe = jnp.where(counts, u, 0)
     log_v = jax.nn.log_sigmoid(safe) + jax.nn.log_sigmoid(-safe)

@@ -58,6 +58,17 @@ class Cut(NamedTuple):
         return chosen & (scores > -jnp.inf)
 
 
+def kth_largest(
+    scores: Float[Array, "*rows V"], k: int | Int[Array, "*rows 1"]
+) -> Float[Array, "*rows 1"]:
+    """The score of rank `k`, from 1; the smallest where there are fewer."""
+    count = scores.shape[-1]
+    if isinstance(k, int) and k <= _FEW:
+        return lax.top_k(scores, min(k, count))[0][..., -1:]
+    rank = jnp.clip(k, 1, count)
+    return threshold(scores, lambda entries: number_of(entries) >= rank)
+
+
 def first_of_largest(
     scores: Float[Array, "*rows V"], k: int | Array
 ) -> Bool[Array, "*rows V"]:
@@ -80,8 +91,7 @@ def first_of_largest(
     else:
         if not isinstance(k, int):
             k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
-        rank = jnp.clip(k, 1, count)
-        least = threshold(scores, lambda entries: number_of(entries) >= rank)
+        least = kth_largest(scores, k)
         crowded = number_of(scores >= least) > k
         last = jnp.where(crowded, jnp.int32(-1), count)
     room = lambda above, equal: k - number_of(above)

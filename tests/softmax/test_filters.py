@@ -173,8 +173,9 @@ def test_errors(kind, value, error, message):
         lambda x: library.top_k_logits(x, 50),
         lambda x: library.top_k_logits(x, jnp.array([50])),
         lambda x: library.top_k_softmax(x, 50),
+        lambda x: library.soft_top_k(x, 50),
     ],
-    ids=["top_p", "top_k", "traced top_k", "top_k_softmax"],
+    ids=["top_p", "top_k", "traced top_k", "top_k_softmax", "soft_top_k"],
 )
 def test_nothing_is_sorted(function):
     x = jax.ShapeDtypeStruct((4, 4096), jnp.float32)
