@@ -28,6 +28,8 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+# What a cell prints is one output, however long it takes from line to line.
+nb_merge_streams = True
 
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"

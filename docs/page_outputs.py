@@ -4,18 +4,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# A line that says no more than this. `print(a < b)` tells a reader nothing where it
-# holds, and less where it does not.
-_BARE = re.compile(r"(array\()?\[*\s*((False|None|-?nan|-?inf),?\s*)+\]*\)?")
+# `print(a < b)` tells a reader nothing where it holds, and less where it does not.
+_BARE_LINE = re.compile(r"\[?\s*((False|None),?\s*)+\]?")
+# As a row among others they may be what is shown.
+_NO_NUMBERS = re.compile(r"(Array\()?\[*\s*((-?nan|-?inf)[,\s]*)+(\].*)?")
 
 
 def complaint(output: str) -> str | None:
     """What is wrong with the text that a cell prints; None if nothing is."""
     if not output.strip():
         return "prints nothing visible"
-    for line in output.splitlines():
-        if _BARE.fullmatch(line.strip()):
-            return f"prints {line.strip()!r} and says not of what"
+    lines = [line.strip() for line in output.strip().splitlines()]
+    for line in lines:
+        if _BARE_LINE.fullmatch(line) or (
+            len(lines) == 1 and _NO_NUMBERS.fullmatch(line)
+        ):
+            return f"prints {line!r} and says not of what"
     return None
 
 

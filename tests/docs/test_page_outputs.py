@@ -50,7 +50,15 @@ def test_an_output_that_tells_nothing_is_found(output, wrong):
 
 
 @pytest.mark.parametrize(
-    "output", ["10.8\n", "equal: False", "True", "[0.7 nan]", "(4, 63) accuracy 1.00"]
+    "output",
+    [
+        "10.8\n",
+        "equal: False",
+        "True",
+        "[0.7 nan]",
+        "[0.8]\n[inf]",
+        "(4, 63) accuracy 1.00",
+    ],
 )
 def test_an_output_that_tells_something_is_not(output):
     assert complaint(output) is None
