@@ -52,6 +52,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("softlib/masks/_*.py", ("against_definition", "values"), "tests/masks"),
     ("softlib/losses/_*.py", ("cross_entropy", "errors"), "tests/losses"),
 )
+LATE = "late"
 FASTER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -128,7 +129,7 @@ class Copy:
                 text=True,
             )
         except subprocess.TimeoutExpired:
-            return f"more than {seconds:g} s"
+            return LATE
         if done.returncode == 0:
             return None
         failed = re.search(
@@ -175,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             tests = ordered_tests(group, ROOT)
             failed = tree.attempt(mutant, pytest_command(options, tests), given.seconds)
+            if failed == LATE:  # by a loop without an end, or by a slow machine
+                return f"UNDECIDED after {given.seconds:g} s"
             # Not a test: then nothing could be collected, for instance.
             again = (
                 [failed] if failed and "::" in failed else ["--collect-only", *tests]
