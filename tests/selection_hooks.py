@@ -46,11 +46,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=float("inf"),
         help="skip the tests that have not started so many seconds after the run has",
     )
-    options.addoption(
-        "--keep-kernels",
-        action="store_true",
-        help="trace kernels where they would be chosen, in all folders",
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
