@@ -60,7 +60,7 @@ test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we acce
 	  tests/losses tests/masks tests/attention tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
 
-# With kernels traced where they are chosen, which `make test` leaves to tests/kernels.
+# A slice that moves with every commit, and some tests at the user's optimisation level.
 test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as users compile
 	$(RUN) $(PYTEST) -m "slow or not slow" --every $(EVERY) --slice $(SLICE) \
 	  --seconds $(SECONDS_OF_SLICE) $(ARGS)
