@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import PerRow
 
@@ -143,6 +144,7 @@ def normmax(
 
 # --------------------------------------------------------------------- rows of a matrix
 @jax.custom_jvp
+@compiled_once
 def _budget_sparsemax(
     z: Float[Array, "*rows V"], budget: Float[Array, "*rows"]
 ) -> Float[Array, "*rows V"]:

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import PerRow
 
@@ -189,6 +190,7 @@ def solution(
 
 
 @jax.custom_jvp
+@compiled_once
 def _entmax(z: Float[Array, "*rows V"], s: Float[Array, "*rows"]) -> Solution:
     d = z - top_score(z)
     log_top = _log_top(d, s)

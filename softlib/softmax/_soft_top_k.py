@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -180,6 +181,7 @@ def _of_rank(x: Array, rank: int | Array) -> Array:
 
 
 @jax.custom_jvp
+@compiled_once
 def _sigmoid_arguments(x: Array, k: Array, alpha: Array, anchor: Array) -> Array:
     """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 
 from ._entries import Axis, Entries
@@ -158,6 +159,7 @@ def of_rows(entries: Entries, solution: Solution) -> Array:
 
 # --------------------------------------------------------------------- rows of a matrix
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(compiled_once, static_argnums=0)
 def power_map(n: int, z: Float[Array, "*rows V"]) -> Solution:
     """Entmax with alpha = 1 + 1 / n."""
     d = (z - top_score(z)) / n

@@ -1,5 +1,6 @@
 """Softmax and its logarithm against a reference that is known beforehand."""
 
+import functools
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from softlib._compiled_once import compiled_once
 from softlib.numerics import UnifiedMax, UnifiedMaxState
 from softlib.typing import PerRow
 
@@ -212,14 +214,21 @@ def _evaluated(
     flag = accumulator.needs_recompute(state)
     fast = _fast(accumulator, state, z, is_log)
     if fallback:
-        exact = log_softmax if is_log else softmax
-        # Row by row: no row depends on whether another one has left the range.
-        again = lambda z, fast: jnp.where(flag[..., None], exact(z), fast)
-        found = lax.cond(flag.any(), again, lambda z, fast: fast, z, fast)
+        found = _recomputed(is_log, flag, z, fast)
     else:
         found = jnp.where(flag[..., None], jnp.nan, fast)
     derived = _log_softmax_of if is_log else _softmax_of
     return entries.result(entries.unrows(derived(given, found))), flag
+
+
+@functools.partial(compiled_once, static_argnums=0)
+def _recomputed(
+    is_log: bool, flag: Bool[Array, "*rows"], z: Array, fast: Array
+) -> Array:
+    exact = log_softmax if is_log else softmax
+    # Row by row: no row depends on whether another one has left the range.
+    again = lambda z, fast: jnp.where(flag[..., None], exact(z), fast)
+    return lax.cond(flag.any(), again, lambda z, fast: fast, z, fast)
 
 
 def _fast(
