@@ -6,11 +6,21 @@ holds the loop is therefore compiled as a whole, and found again by its own iden
 its static arguments, and the types of the others.
 """
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-# For functions of a module: one made in a call would be a new one each time. Everything
-# that they use must be an argument: arrays, or static values that compare by value.
-# Inside of a program it leaves no mark, for it is inlined there.
-compiled_once = functools.partial(jax.jit, inline=True)
+
+def compiled_once[F: Callable[..., Any]](*static: int) -> Callable[[F], F]:
+    """Compiles a function of a module, with the static arguments at these places.
+
+    Everything that it uses must be an argument: arrays, or static values that compare
+    by value. A function of the caller is neither, for what it reads may change between
+    two calls. Inside of a program the function is inlined and leaves no mark.
+    """
+
+    def compiled(function: F) -> Any:
+        return jax.jit(function, static_argnums=static, inline=True)
+
+    return compiled

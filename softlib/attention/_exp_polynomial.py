@@ -27,6 +27,7 @@ from jax import lax
 from jaxtyping import Array
 
 from softlib import _checks
+from softlib._compiled_once import compiled_once
 
 type Basis = Literal["chebyshev", "taylor"]
 
@@ -173,6 +174,7 @@ def taylor_factors(bound: float, degree: int, basis: Basis) -> np.ndarray:
     return found
 
 
+@compiled_once(1)
 def taylor_factors_by_row(bound: Array, degree: int) -> Array:
     """(groups, rows) -> (groups, degree + 1, rows), of the Chebyshev polynomials."""
     square = (bound / LARGEST_BOUND) ** 2

@@ -4,6 +4,7 @@ A map is positive if no score can be negative, which is what a division by the s
 the scores needs.
 """
 
+import functools
 import itertools
 import math
 import re
@@ -141,6 +142,12 @@ def require_positive(function: str, feature_map: FeatureMap) -> None:
         )
 
 
+@functools.lru_cache
+def _taylor(order: int) -> Callable[[Array], Array]:
+    """The same function for an order each time, for programs that are kept."""
+    return functools.partial(taylor_feature_map, order=order)
+
+
 def _resolve(
     function: str, feature_map: FeatureMap
 ) -> tuple[Callable[[Array], Array], bool]:
@@ -151,7 +158,7 @@ def _resolve(
             return _NAMED[feature_map]
         if match := re.fullmatch(r"taylor(\d+)", feature_map):
             order = int(match[1])
-            return lambda x: taylor_feature_map(x, order), order % 2 == 0
+            return _taylor(order), order % 2 == 0
     known = ", ".join(repr(name) for name in _NAMED)
     raise ValueError(
         f"{function}: `feature_map` must be one of {known}, 'taylor' followed by an "

@@ -494,12 +494,9 @@ def _evaluate(
     return_state: bool,
 ) -> Array | RecurrentResult:
     _recurrent_chunks.require_chunk_size(function, chunk_size)
-    evaluate = (
-        _recurrent_attention.causal if is_causal else _recurrent_attention.bidirectional
-    )
-    axis = queries.query.ndim - 4
-    state, output = evaluate(
-        options, state, queries, keys, axis=axis, size=chunk_size or CHUNK_SIZE
+    axis, size = queries.query.ndim - 4, chunk_size or CHUNK_SIZE
+    state, output = _recurrent_attention.evaluate(
+        options, is_causal, axis, size, state, queries, keys
     )
     *batch, length, heads, groups, size = output.shape
     output = output.reshape(*batch, length, heads * groups, size)

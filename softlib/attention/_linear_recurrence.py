@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 
@@ -155,9 +156,8 @@ def linear_recurrence(
     elif method == "associative":
         final, states = tree(start, (decay, inputs))
     else:
-        final, states = _recurrent_chunks.fold(
-            tree, start, (decay, inputs), axis=0, size=chunk_size or CHUNK_SIZE
-        )
+        size = chunk_size or CHUNK_SIZE
+        final, states = _chunked(size, start, decay, inputs)
     states = jnp.flip(states, 0) if reverse else states
     states = jnp.moveaxis(states, 0, axis)
     return RecurrentResult(states, final) if return_final_state else states
@@ -187,6 +187,14 @@ def tree(
     return lax.index_in_dim(states, -1, axis, keepdims=False), states
 
 
+@compiled_once(0)
+def _chunked(
+    size: int, state: Array | None, decay: Array, inputs: Array
+) -> tuple[Array, Array]:
+    return _recurrent_chunks.fold(tree, state, (decay, inputs), axis=0, size=size)
+
+
+@compiled_once()
 def _sequential(
     state: Array | None, decay: Array, inputs: Array
 ) -> tuple[Array, Array]:

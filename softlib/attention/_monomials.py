@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import Precision
 
@@ -95,9 +96,30 @@ def attend(
     the columns of the query are ordered by position, several to each, and see the keys
     up to it.
     """
+    if isinstance(factors, np.ndarray):
+        known = tuple(factors.tolist())  # which compares by value
+        return _attend(causal, precision, known, query, keys, values, None)
+    return _attend(causal, precision, None, query, keys, values, factors)
+
+
+@compiled_once(0, 1, 2)
+def _attend(
+    causal: bool,
+    precision: Precision,
+    known: tuple[float, ...] | None,
+    query: Array,
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    traced: Array | None,
+) -> Array:
+    """With factors that are known, or those of the rows."""
     groups, width, columns = query.shape
     features, dtype = values[0].shape[-1], query.dtype
-    degree = factors.shape[-1 if factors.ndim == 1 else 1] - 1
+    if traced is None:
+        assert known is not None
+        degree = len(known) - 1
+    else:
+        degree = traced.shape[1] - 1
     table = monomials(width, degree, CHUNK)
     size = table.rows.shape[1]
     if causal:
@@ -109,11 +131,11 @@ def attend(
         per_key, query_size = 1, _block(columns, groups * size)
         key_sizes = [_block(key.shape[-1], groups * size) for key in keys]
     query_rows, weights, by_row = table.rows, table.weight, None
-    if isinstance(factors, np.ndarray):
-        weights = weights * factors[table.degree]
+    if traced is None:
+        weights = weights * np.array(known)[table.degree]
     else:
         # One more factor of the monomials of queries; below the rows of their powers.
-        by_row = _cut(factors, 2, query_size)
+        by_row = _cut(traced, 2, query_size)
         extra = 1 + width * degree + table.degree[..., None].astype(np.int32)
         query_rows = np.concatenate([table.rows, extra], axis=-1)
     query_blocks = (_cut(query, 2, query_size), by_row)

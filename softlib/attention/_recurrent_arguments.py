@@ -95,7 +95,8 @@ def prepare(
 
     parts = jax.tree.leaves(initial_state)
     dtype = accumulator_dtype(query, key, value, given, log_decay, *parts)
-    options = Options(features, is_sum, dtype, query.dtype, precision)
+    is_own = isinstance(feature_map, str)
+    options = Options(features, is_own, is_sum, dtype, query.dtype, precision)
     groups = heads // key_heads
     if log_decay is not None and log_decay.shape[-1] != key_heads:
         # Every query head has a state of its own.

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from softlib._compiled_once import compiled_once
 from softlib.typing import Precision
 
 from . import _recurrent_chunks
@@ -76,6 +77,7 @@ class Keys(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Options:
     features: Callable[[Array], Array]
+    is_own: bool  # whether the features are softlib's, not a function of the caller
     is_divided_by_sum: bool
     dtype: DTypeLike  # of the arithmetic and of the state
     output_dtype: DTypeLike
@@ -90,6 +92,36 @@ class Options:
         )
 
 
+def evaluate(
+    options: Options,
+    is_causal: bool,
+    axis: int,
+    size: int,
+    state: LinearAttentionState | None,
+    queries: Queries,
+    keys: Keys,
+) -> tuple[LinearAttentionState, Array]:
+    """The state at the end and the output, (..., T, K, G, D)."""
+    evaluated = _evaluated_once if options.is_own else _evaluated
+    return evaluated(options, is_causal, axis, size, state, queries, keys)
+
+
+def _evaluated(
+    options: Options,
+    is_causal: bool,
+    axis: int,
+    size: int,
+    state: LinearAttentionState | None,
+    queries: Queries,
+    keys: Keys,
+) -> tuple[LinearAttentionState, Array]:
+    of_chunks = causal if is_causal else bidirectional
+    return of_chunks(options, state, queries, keys, axis=axis, size=size)
+
+
+_evaluated_once = compiled_once(0, 1, 2, 3)(_evaluated)
+
+
 def causal(
     options: Options,
     state: LinearAttentionState | None,
@@ -99,7 +131,7 @@ def causal(
     axis: int,
     size: int,
 ) -> tuple[LinearAttentionState, Array]:
-    """The state at the end and the output, (..., T, K, G, D)."""
+    """Every query sees the keys up to its own."""
 
     def step(state, chunk):
         queries, keys = chunk

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 from softlib.typing import Precision
@@ -138,6 +139,22 @@ def selective_scan(
         start = jnp.zeros(shape, dtype) if start is None else start
         return RecurrentResult(u, start) if return_state else u
 
+    size = chunk_size or CHUNK_SIZE
+    state, output = _scanned(size, precision, A, D, start, sequence)
+    return RecurrentResult(output, state) if return_state else output
+
+
+@compiled_once(0, 1)
+def _scanned(
+    size: int,
+    precision: Precision,
+    A: Float[Array, "D F"],
+    D: Float[Array, " D"] | None,
+    start: Float[Array, "*batch D F"] | None,
+    sequence: tuple[Array, Array, Array, Array],
+) -> tuple[Array, Array]:
+    """The last state and the outputs; A has the dtype of the arithmetic."""
+    dtype, axis = A.dtype, sequence[0].ndim - 2
     # Channels last, of which there are many more than states: rows of a vector unit.
     rates = A.T.reshape((1,) * axis + A.T.shape)
     start = None if start is None else jnp.swapaxes(start, -1, -2)
@@ -159,11 +176,9 @@ def selective_scan(
         return added, output.astype(now[0].dtype)
 
     state, output = _recurrent_chunks.fold_steps(
-        step, start, sequence, axis=axis, size=chunk_size or CHUNK_SIZE
+        step, start, sequence, axis=axis, size=size
     )
-    if not return_state:
-        return output
-    return RecurrentResult(output, jnp.swapaxes(state, -1, -2))
+    return jnp.swapaxes(state, -1, -2), output
 
 
 def selective_scan_matrix(

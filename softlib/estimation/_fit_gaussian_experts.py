@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import logsumexp, softmax
 from softlib.typing import Scalar
@@ -207,19 +208,12 @@ def fit_gaussian_experts(
         least = 1e-3 * data.deviation_of_y()
     else:
         least = jnp.asarray(min_scale, data.x.dtype)
-    model = _Model(data, gate, learn_temperature, least)
     bound = (
         float(jnp.finfo(data.x.dtype).eps) ** 0.5 if tolerance is None else tolerance
     )
     step = _em_step if method == "em" else _newton_step
-
-    def fit(start: GaussianExperts) -> tuple[GaussianExperts, _Search]:
-        _, start = checked(function, data.x, start)
-        floor = jnp.maximum(start.scale, model.min_scale)
-        start = start._replace(scale=floor)
-        return _climb(model, start, step, max_iterations, bound)
-
-    fits, ends = jax.vmap(fit)(initial)
+    chosen = gate, learn_temperature, step, max_iterations, bound
+    fits, ends = _climb_from_each(chosen, data, least, initial)
     reached = ends.value
     best = jnp.argmax(jnp.where(jnp.isnan(reached), -jnp.inf, reached))
     experts, end = jax.tree.map(lambda field: field[best], (fits, ends))
@@ -356,6 +350,24 @@ class _Search(NamedTuple):
 
 
 type _Step = Callable[[_Model, GaussianExperts, _Search], tuple[Any, Array | None]]
+
+
+@compiled_once(0)
+def _climb_from_each(
+    chosen: tuple[ExpertGate, bool, _Step, int, float],
+    data: _Data,
+    least: Array,
+    starts: GaussianExperts,
+) -> tuple[GaussianExperts, _Search]:
+    gate, learn_temperature, step, count, bound = chosen
+    model = _Model(data, gate, learn_temperature, least)
+
+    def fit(start: GaussianExperts) -> tuple[GaussianExperts, _Search]:
+        _, start = checked("fit_gaussian_experts", data.x, start)
+        start = start._replace(scale=jnp.maximum(start.scale, least))
+        return _climb(model, start, step, count, bound)
+
+    return jax.vmap(fit)(starts)
 
 
 def _climb(

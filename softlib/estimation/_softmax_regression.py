@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import softmax
 from softlib.typing import Scalar
@@ -304,60 +305,10 @@ def fit_softmax_regression(
     if initial is None:
         initial = jnp.zeros_like(design, shape=design.shape[-1:])
     problem = _Problem.of(function, initial, design, target, where)
-    dtype, features = problem.x.dtype, problem.x.shape[0]
-    eps = float(jnp.finfo(dtype).eps)
-    bound = eps**0.75 if tolerance is None else tolerance
-    l2 = jnp.asarray(l2, dtype)
-
-    def measure(x: Array) -> tuple[Array, Array]:
-        gradient = problem.gradient(x) + l2 * x
-        return problem.loss(x) + l2 / 2 * (x * x).sum(), jnp.linalg.norm(gradient)
-
-    def running(state: _Search) -> Array:
-        usable = (state.norm > bound) & jnp.isfinite(state.loss)
-        return usable & (state.damping < 1 / eps) & (state.iteration < max_iterations)
-
-    def step(state: _Search) -> _Search:
-        f = problem.prediction(state.x)
-        jacobian = f[:, None] * problem.centred(f)
-        size = (jacobian * jacobian).sum() / max(features, 1)
-        ridge = l2 + state.damping * size + jnp.finfo(dtype).tiny
-        # argmin |J d + c|^2 + damping |d|^2 + l2 |x + d|^2, without squaring J.
-        root = jnp.sqrt(ridge)
-        rows = jnp.concatenate([jacobian, root * jnp.eye(features, dtype=dtype)])
-        goal = jnp.concatenate([-problem.residual(f), -l2 / root * state.x])
-        q, r = jnp.linalg.qr(rows)
-        change = _solve_triangular(r, _matmul(q.T, goal))
-        x = state.x + change
-        loss, norm = measure(x)
-        # Where losses differ by rounding only, the gradient decides.
-        level = loss <= state.loss * (1 + 4 * eps)
-        better = (loss < state.loss) | (level & (norm < state.norm))
-        damping = jnp.where(better, state.damping / 10, state.damping * 4)
-        return _Search(
-            jnp.where(better, x, state.x),
-            jnp.where(better, loss, state.loss),
-            jnp.where(better, norm, state.norm),
-            jnp.maximum(damping, eps),
-            state.iteration + 1,
-        )
-
-    start = _Search(
-        problem.x,
-        *measure(problem.x),
-        # Cautious: without, the first step may end where softmax is flat.
-        jnp.ones((), dtype),
-        jnp.zeros((), jnp.int32),
-    )
-    end = lax.while_loop(running, step, start)
-    return SoftmaxRegressionFit(
-        # The start is no answer to a question that is not a number.
-        jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
-        end.loss,
-        end.norm,
-        end.iteration,
-        end.norm <= bound,
-    )
+    dtype = problem.x.dtype
+    if tolerance is None:
+        tolerance = float(jnp.finfo(dtype).eps) ** 0.75
+    return _fit(problem, jnp.asarray(l2, dtype), max_iterations, tolerance)
 
 
 def in_context_label_shift(
@@ -509,6 +460,64 @@ class _Problem(NamedTuple):
     def hessian_weights(self, f: Array) -> Array:
         c = self.residual(f)
         return f * (f + c - (f * c).sum())
+
+
+@compiled_once(2, 3)
+def _fit(
+    problem: _Problem, l2: Array, max_iterations: int, bound: float
+) -> SoftmaxRegressionFit:
+    dtype, features = problem.x.dtype, problem.x.shape[0]
+    eps = float(jnp.finfo(dtype).eps)
+
+    def measure(x: Array) -> tuple[Array, Array]:
+        gradient = problem.gradient(x) + l2 * x
+        return problem.loss(x) + l2 / 2 * (x * x).sum(), jnp.linalg.norm(gradient)
+
+    def running(state: _Search) -> Array:
+        usable = (state.norm > bound) & jnp.isfinite(state.loss)
+        return usable & (state.damping < 1 / eps) & (state.iteration < max_iterations)
+
+    def step(state: _Search) -> _Search:
+        f = problem.prediction(state.x)
+        jacobian = f[:, None] * problem.centred(f)
+        size = (jacobian * jacobian).sum() / max(features, 1)
+        ridge = l2 + state.damping * size + jnp.finfo(dtype).tiny
+        # argmin |J d + c|^2 + damping |d|^2 + l2 |x + d|^2, without squaring J.
+        root = jnp.sqrt(ridge)
+        rows = jnp.concatenate([jacobian, root * jnp.eye(features, dtype=dtype)])
+        goal = jnp.concatenate([-problem.residual(f), -l2 / root * state.x])
+        q, r = jnp.linalg.qr(rows)
+        change = _solve_triangular(r, _matmul(q.T, goal))
+        x = state.x + change
+        loss, norm = measure(x)
+        # Where losses differ by rounding only, the gradient decides.
+        level = loss <= state.loss * (1 + 4 * eps)
+        better = (loss < state.loss) | (level & (norm < state.norm))
+        damping = jnp.where(better, state.damping / 10, state.damping * 4)
+        return _Search(
+            jnp.where(better, x, state.x),
+            jnp.where(better, loss, state.loss),
+            jnp.where(better, norm, state.norm),
+            jnp.maximum(damping, eps),
+            state.iteration + 1,
+        )
+
+    start = _Search(
+        problem.x,
+        *measure(problem.x),
+        # Cautious: without, the first step may end where softmax is flat.
+        jnp.ones((), dtype),
+        jnp.zeros((), jnp.int32),
+    )
+    end = lax.while_loop(running, step, start)
+    return SoftmaxRegressionFit(
+        # The start is no answer to a question that is not a number.
+        jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
+        end.loss,
+        end.norm,
+        end.iteration,
+        end.norm <= bound,
+    )
 
 
 def _solve_triangular(r: Array, right: Array) -> Array:

@@ -97,14 +97,10 @@ def cauchy_schwarz_divergence(
     axis_p, axis_q = axes_of(of_p, bandwidth, p, q)
 
     def within(axis: Axis, weights: Weights) -> Array:
-        row = lambda i, own: mean_log(weights, log_kernel_row(own, axis, i))
-        return mean_log(weights, over_rows(row, (axis,), row_chunk))
+        rows = over_rows(_log_density, (weights, axis), (axis,), row_chunk)
+        return mean_log(weights, rows)
 
-    across = over_rows(
-        lambda _, own: mean_log(of_q, log_kernel_row(own, axis_q, None)),
-        (axis_p,),
-        row_chunk,
-    )
+    across = over_rows(_log_density_of_others, (of_q, axis_q), (axis_p,), row_chunk)
     found = within(axis_p, of_p) + within(axis_q, of_q) - 2 * mean_log(of_p, across)
     return jnp.where(of_p.empty | of_q.empty, 0, found)
 
@@ -269,23 +265,11 @@ def conditional_cauchy_schwarz_divergence(
     (axis_x,) = axes_of(found, bandwidth_x, x)
     axis_y, axis_y_hat = axes_of(found, bandwidth_y, y, y_hat)
 
-    density = over_rows(
-        lambda i, own: mean_log(found, log_kernel_row(own, axis_x, i)),
-        (axis_x,),
-        row_chunk,
-    )
-
-    def row(i, own, own_x, own_y, own_y_hat):
-        k = log_kernel_row(own_x, axis_x, i) - own
-        k = k - (density if symmetric else own)
-        kernels = (
-            log_kernel_row(own_y, axis_y, i),
-            log_kernel_row(own_y_hat, axis_y_hat, i),
-            log_kernel_row(own_y_hat, axis_y, None),
-        )
-        return [mean_log(found, k + l) for l in kernels]
-
-    rows = over_rows(row, (density, axis_x, axis_y, axis_y_hat), row_chunk)
+    density = over_rows(_log_density, (found, axis_x), (axis_x,), row_chunk)
+    axes = axis_x, axis_y, axis_y_hat
+    of_others = density if symmetric else None
+    common = found, of_others, axes
+    rows = over_rows(_conditional_products, common, (density, *axes), row_chunk)
     of_y, of_y_hat, of_both = [mean_log(found, integral) for integral in rows]
     return jnp.where(found.empty, 0, of_y + of_y_hat - 2 * of_both)
 
@@ -419,8 +403,7 @@ def median_bandwidth(
     found = weights_of(function, x.shape[0], None, where, dtype)
     x = lax.stop_gradient(select(found.keep, x))
     (axis,) = axes_of(found, 1, x)
-    row = lambda i, own: -2 * log_kernel_row(own, axis, i)
-    squared = over_rows(row, (axis,), None)
+    squared = over_rows(_squared_distances, axis, (axis,), None)
     pairs = found.keep[:, None] & found.keep[None, :]
     pairs = jnp.where(jnp.tri(x.shape[0], k=-1, dtype=bool), pairs, False)
     ordered = jnp.sort(jnp.where(pairs, squared, jnp.inf), axis=None)
@@ -432,15 +415,61 @@ def median_bandwidth(
     return jnp.where(median == 0, 1, jnp.sqrt(median / 2))
 
 
+# ------------------------------------------------- of one row and all others, by index
+def _log_density(common: tuple[Weights, Axis], i: Array, own: Axis) -> Array:
+    weights, axis = common
+    return mean_log(weights, log_kernel_row(own, axis, i))
+
+
+def _log_density_of_others(common: tuple[Weights, Axis], _: Array, own: Axis) -> Array:
+    weights, axis = common
+    return mean_log(weights, log_kernel_row(own, axis, None))
+
+
+def _squared_distances(axis: Axis, i: Array, own: Axis) -> Array:
+    return -2 * log_kernel_row(own, axis, i)
+
+
+def _conditional_products(
+    common: tuple[Weights, Array | None, tuple[Axis, Axis, Axis]],
+    i: Array,
+    own: Array,
+    own_x: Axis,
+    own_y: Axis,
+    own_y_hat: Axis,
+) -> list[Array]:
+    weights, density, (axis_x, axis_y, axis_y_hat) = common
+    k = log_kernel_row(own_x, axis_x, i) - own
+    k = k - (own if density is None else density)
+    kernels = (
+        log_kernel_row(own_y, axis_y, i),
+        log_kernel_row(own_y_hat, axis_y_hat, i),
+        log_kernel_row(own_y_hat, axis_y, None),
+    )
+    return [mean_log(weights, k + l) for l in kernels]
+
+
+def _products(
+    common: tuple[Weights, Axis, Axis], i: Array, own_x: Axis, own_t: Axis
+) -> list[Array]:
+    weights, x, t = common
+    k, l = log_kernel_row(own_x, x, i), log_kernel_row(own_t, t, i)
+    return [mean_log(weights, values) for values in (k, l, k + l)]
+
+
+def _products_and_squares(
+    common: tuple[Weights, Axis, Axis], i: Array, own_x: Axis, own_t: Axis
+) -> list[Array]:
+    weights, x, t = common
+    k, l = log_kernel_row(own_x, x, i), log_kernel_row(own_t, t, i)
+    return [mean_log(weights, values) for values in (k, l, k + l, 2 * k, 2 * l)]
+
+
 def _information(
     weights: Weights, x: Axis, t: Axis, normalized: bool, row_chunk: int | None
 ) -> Float[Array, ""]:
-    def row(i, own_x, own_t):
-        k, l = log_kernel_row(own_x, x, i), log_kernel_row(own_t, t, i)
-        products = [k + l, 2 * k, 2 * l] if normalized else [k + l]
-        return [mean_log(weights, values) for values in (k, l, *products)]
-
-    of_x, of_t, *joint = over_rows(row, (x, t), row_chunk)
+    row = _products_and_squares if normalized else _products
+    of_x, of_t, *joint = over_rows(row, (weights, x, t), (x, t), row_chunk)
 
     def information(joint: Array, one: Array, two: Array) -> Array:
         marginals = mean_log(weights, one) + mean_log(weights, two)

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -109,15 +110,21 @@ def log_kernel_row(row: Axis, others: Axis, index: Array | None) -> Float[Array,
     return -squared / 2
 
 
-def over_rows(function: Callable[..., Any], rows: Any, row_chunk: int | None) -> Any:
-    """`function` of each row and its index; a chunk of rows at a time if asked for."""
+@compiled_once(0, 3)
+def over_rows(
+    function: Callable[..., Any], common: Any, rows: Any, row_chunk: int | None
+) -> Any:
+    """`function(common, index, *row)` of each; a chunk of rows at a time if asked for.
+
+    A function of a module: one made in the call would be compiled in each.
+    """
     count = jax.tree.leaves(rows)[0].shape[0]
     indexed = (jnp.arange(count), *rows)
+    of_row = lambda row: function(common, *row)
     if row_chunk is None:
-        return jax.vmap(function)(*indexed)
+        return jax.vmap(of_row)(indexed)
     # Without the checkpoint the kernels of all chunks would wait for the backward pass.
-    once = jax.checkpoint(lambda row: function(*row))
-    return lax.map(once, indexed, batch_size=row_chunk)
+    return lax.map(jax.checkpoint(of_row), indexed, batch_size=row_chunk)
 
 
 def mean_log(weights: Weights, values: Float[Array, " N"]) -> Float[Array, ""]:

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -194,6 +195,7 @@ def _mean_slope(b: Array, s: Array) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+@compiled_once(2)
 def _inverse(regret: Array, tau: Array, num_classes: int) -> Array:
     # In the logarithm: a bound of 1e-6 is as accurate as one of 0.5.
     excess = lambda log_beta: (

@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
@@ -245,6 +246,11 @@ def factored_spherical_rebase(
         >>> print(softlib.losses.factored_spherical_weight(state)[0].round(4))
         [ 1.6667 -0.3333 -0.3333]
     """
+    return _rebased(state)
+
+
+@compiled_once()
+def _rebased(state: FactoredSphericalState) -> FactoredSphericalState:
     classes, features = state.rows.shape
     size = min(classes, 2048)
 

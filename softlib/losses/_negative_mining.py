@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -300,6 +301,21 @@ def hard_negative_recall(
             f"got {num_negatives}."
         )
 
+    found = _shares(num_negatives, embeddings, label_embeddings, positives, batches)
+    at = jnp.where(batches < 0, count, batches).reshape(-1)
+    return jnp.zeros(count, jnp.float32).at[at].set(found.reshape(-1), mode="drop")
+
+
+@compiled_once(0)
+def _shares(
+    num_negatives: int,
+    embeddings: Float[Array, "N D"],
+    label_embeddings: Float[Array, "N D"],
+    positives: Bool[Array, "N N"] | None,
+    batches: Integer[Array, "batches B"],
+) -> Float[Array, "batches B"]:
+    count = embeddings.shape[0]
+
     def of_batch(batch: Array) -> Array:
         points = jnp.where(batch < 0, 0, batch)
         s = embeddings[points] @ label_embeddings.T
@@ -312,6 +328,4 @@ def hard_negative_recall(
         together = (places[:, :, None] == batch[None, None]).any(2) & exists
         return together.sum(1) / jnp.maximum(exists.sum(1), 1)
 
-    found = jax.lax.map(of_batch, batches).astype(jnp.float32)
-    at = jnp.where(batches < 0, count, batches).reshape(-1)
-    return jnp.zeros(count, jnp.float32).at[at].set(found.reshape(-1), mode="drop")
+    return jax.lax.map(of_batch, batches).astype(jnp.float32)

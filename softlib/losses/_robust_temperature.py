@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Scalar
 
@@ -212,35 +213,38 @@ def linear_optimal_temperature(
         for end in (temperature_min, temperature_max)
     )
 
-    def excess(source: LinearHead, rho: Scalar, log_tau: Array) -> Array:
-        """KL from the uniform distribution, minus rho."""
-        modifiers = source.modifiers._replace(temperature=jnp.exp(log_tau))
-        cooled = dataclasses.replace(source, modifiers=modifiers)
-        found = cooled.statistics(("lse", "mean_logit"))
-        assert found.lse is not None
-        assert found.mean_logit is not None
-        divergence = _log_classes(source) - (found.lse - found.mean_logit)
-        return jnp.where(found.lse == -jnp.inf, 0, divergence) - rho
-
-    frozen = dataclasses.replace(
-        source,
-        hidden=lax.stop_gradient(source.hidden),
-        weight=lax.stop_gradient(source.weight),
-        modifiers=lax.stop_gradient(source.modifiers),
-    )
     fixed = lax.stop_gradient(jnp.asarray(rho, source.dtype))
-    of_frozen = functools.partial(excess, frozen, fixed)
     ends = lax.stop_gradient((jnp.log(low), jnp.log(high)))
-    log_tau = decreasing_root(of_frozen, *ends, num_steps)
-    slope = jax.grad(lambda log_tau: of_frozen(log_tau).sum())(log_tau)
+    log_tau, slope = _root(lax.stop_gradient(source), fixed, *ends, num_steps)
     inside = (ends[0] < log_tau) & (log_tau < ends[1])
     # KL is the variance of the logits near a flat row; no root has a slope of 0.
     inside = inside & (slope < -jnp.finfo(slope.dtype).tiny)
-    found = _implicit(log_tau, excess(source, rho, log_tau), slope, inside)
+    found = _implicit(log_tau, _excess(source, rho, log_tau), slope, inside)
     low, high = (end + jnp.zeros_like(log_tau) for end in (low, high))  # divided alike
     found = jnp.clip(jnp.exp(found), lax.stop_gradient(low), lax.stop_gradient(high))
     found = jnp.where(log_tau <= ends[0], low, found)
     return jnp.where(log_tau >= ends[1], high, found)
+
+
+@compiled_once(4)
+def _root(
+    source: LinearHead, rho: Array, first: Array, last: Array, num_steps: int
+) -> tuple[Array, Array]:
+    """The logarithms of the temperatures, and the slopes of the excess there."""
+    excess = functools.partial(_excess, source, rho)
+    log_tau = decreasing_root(excess, first, last, num_steps)
+    return log_tau, jax.grad(lambda log_tau: excess(log_tau).sum())(log_tau)
+
+
+def _excess(source: LinearHead, rho: Scalar, log_tau: Array) -> Array:
+    """KL from the uniform distribution, minus rho."""
+    modifiers = source.modifiers._replace(temperature=jnp.exp(log_tau))
+    cooled = dataclasses.replace(source, modifiers=modifiers)
+    found = cooled.statistics(("lse", "mean_logit"))
+    assert found.lse is not None
+    assert found.mean_logit is not None
+    divergence = _log_classes(source) - (found.lse - found.mean_logit)
+    return jnp.where(found.lse == -jnp.inf, 0, divergence) - rho
 
 
 def optimal_temperature(
@@ -307,6 +311,7 @@ def optimal_temperature(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@compiled_once(4)
 def _temperature_of(
     z: Array, rho: Array, low: Array, high: Array, num_steps: int
 ) -> Array:

@@ -47,6 +47,11 @@ from ._tile import (
 from ._vocabulary_parallel import first_class, merged
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("hidden", "weight", "modifiers"),
+    meta_fields=("function", "options", "implementation", "axis_name"),
+)
 @dataclasses.dataclass(frozen=True)
 class LinearHead:
     """Logits `hidden @ weight`, which are never formed."""
@@ -104,6 +109,8 @@ class LinearHead:
                     f"got {gradient_filter_eps!r}: a device knows the probabilities "
                     "among its own classes only."
                 )
+        if implementation is not None and not isinstance(implementation, str):
+            implementation = tuple(implementation)  # which compares by value
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
         options = dataclasses.replace(

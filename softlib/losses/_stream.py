@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 
@@ -168,6 +169,7 @@ def statistics(
     return _tile.finalize(state, options), kept
 
 
+@compiled_once(0, 2)
 def top_classes(
     options: Options, head: Head, count: int
 ) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:

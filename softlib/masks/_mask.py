@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 
 from . import _expression as expression
 
@@ -552,6 +553,7 @@ def _blockwise_row_count(mask: Mask, query_length: int, key_length: int) -> np.n
     return count
 
 
+@compiled_once(1, 2)
 def _traced_row_count(mask: Mask, query_length: int, key_length: int) -> jax.Array:
     key = jnp.arange(key_length)[None, :]
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.losses._vq_logits import require_mapping
@@ -154,7 +155,17 @@ def kmeans(
     checks.require_positive_integer(function, "num_iterations", num_iterations)
     x = lax.stop_gradient(x.astype(accumulator_dtype(x)))
     weights = _row_weights(function, weights, x)
+    return _lloyd(key, x, weights, num_codes, num_iterations)
 
+
+@compiled_once(3, 4)
+def _lloyd(
+    key: PRNGKeyArray,
+    x: Float[Array, "V D"],
+    weights: Float[Array, " V"],
+    num_codes: int,
+    num_iterations: int,
+) -> KMeans:
     def step(codebook: Array, _) -> tuple[Array, Array]:
         mapping = assign_codes(x, codebook)
         inertia = _inertia(x, codebook, mapping, weights)

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
@@ -263,15 +264,22 @@ def fourier_sample(
         c.reshape((1,) * (len(shape) - len(rows)) + c.shape), (*shape, c.shape[-1])
     )
     real, imaginary = spread(real), spread(imaginary)
-    wanted = jax.random.uniform(key, shape, a.dtype)
+    return _quantile(real, imaginary, jax.random.uniform(key, shape, a.dtype))
 
+
+@compiled_once()
+def _quantile(
+    real: Float[Array, "*shape C"],
+    imaginary: Float[Array, "*shape C"],
+    wanted: Float[Array, "*shape"],
+) -> Float[Array, "*shape"]:
     def halve(_, bounds):
         low, high = bounds
         middle = (low + high) / 2
         below = _distribution(real, imaginary, middle) < wanted
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    start = jnp.full(shape, -1, a.dtype), jnp.full(shape, 1, a.dtype)
+    start = jnp.full_like(wanted, -1), jnp.full_like(wanted, 1)
     low, high = lax.fori_loop(0, _STEPS, halve, start)
     return (low + high) / 2
 

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
+from softlib._compiled_once import compiled_once
 from softlib._ids import labels_in_range
 from softlib.losses._vq_logits import (
     log_weights_of,
@@ -252,6 +253,7 @@ def _scan_within(
     return lax.associative_scan(join, (values, sorted_codes))[0]
 
 
+@compiled_once()
 def _first_above(
     summed: Float[Array, " V"],
     share: Float[Array, "*batch"],

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 
 
@@ -64,6 +65,14 @@ def balanced_kmeans(
     count = x.shape[0]
     if cluster_size == 1:
         return jnp.arange(count, dtype=jnp.int32)[:, None]
+    return _clusters(x, key, cluster_size, num_steps)
+
+
+@compiled_once(2, 3)
+def _clusters(
+    x: Float[Array, "N D"], key: Array, cluster_size: int, num_steps: int
+) -> Int[Array, "clusters size"]:
+    count = x.shape[0]
     x = jnp.nan_to_num(x.astype(accumulator_dtype(x)))
     norm = jnp.linalg.norm(x, axis=1, keepdims=True)
     x = x / jnp.where(norm > 0, norm, 1)

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -91,6 +92,20 @@ def similarity_depth(
     right = (key_pred == key_labels) & exists
     if exclude_index is None:
         exclude_index = jnp.full(batch, -1)
+    each = (queries, query_pred, exclude_index)
+    return _of_queries(depth, each, keys, key_pred, exists, right)
+
+
+@compiled_once(0)
+def _of_queries(
+    depth: int,
+    queries: tuple[Array, Array, Array],
+    keys: Float[Array, "N D"],
+    key_pred: Integer[Array, " N"],
+    exists: Bool[Array, " N"],
+    right: Bool[Array, " N"],
+) -> tuple[Array, Array]:
+    count = keys.shape[0]
 
     def of_query(each: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         query, prediction, itself = each
@@ -105,7 +120,7 @@ def similarity_depth(
         bad = jnp.isnan(query).any()
         return jnp.where(bad, 0, run), jnp.where(bad, jnp.nan, nearest)
 
-    return lax.map(of_query, (queries, query_pred, exclude_index))
+    return lax.map(of_query, queries)
 
 
 def distance_quantile(

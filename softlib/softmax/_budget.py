@@ -144,7 +144,7 @@ def normmax(
 
 # --------------------------------------------------------------------- rows of a matrix
 @jax.custom_jvp
-@compiled_once
+@compiled_once()
 def _budget_sparsemax(
     z: Float[Array, "*rows V"], budget: Float[Array, "*rows"]
 ) -> Float[Array, "*rows V"]:

@@ -190,7 +190,7 @@ def solution(
 
 
 @jax.custom_jvp
-@compiled_once
+@compiled_once()
 def _entmax(z: Float[Array, "*rows V"], s: Float[Array, "*rows"]) -> Solution:
     d = z - top_score(z)
     log_top = _log_top(d, s)

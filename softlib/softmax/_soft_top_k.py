@@ -181,7 +181,7 @@ def _of_rank(x: Array, rank: int | Array) -> Array:
 
 
 @jax.custom_jvp
-@compiled_once
+@compiled_once()
 def _sigmoid_arguments(x: Array, k: Array, alpha: Array, anchor: Array) -> Array:
     """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count.
 

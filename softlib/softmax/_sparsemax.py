@@ -159,7 +159,7 @@ def of_rows(entries: Entries, solution: Solution) -> Array:
 
 # --------------------------------------------------------------------- rows of a matrix
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@functools.partial(compiled_once, static_argnums=0)
+@compiled_once(0)
 def power_map(n: int, z: Float[Array, "*rows V"]) -> Solution:
     """Entmax with alpha = 1 + 1 / n."""
     d = (z - top_score(z)) / n

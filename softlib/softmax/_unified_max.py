@@ -1,6 +1,5 @@
 """Softmax and its logarithm against a reference that is known beforehand."""
 
-import functools
 from typing import Literal, TypedDict, Unpack, overload
 
 import jax
@@ -221,7 +220,7 @@ def _evaluated(
     return entries.result(entries.unrows(derived(given, found))), flag
 
 
-@functools.partial(compiled_once, static_argnums=0)
+@compiled_once(0)
 def _recomputed(
     is_log: bool, flag: Bool[Array, "*rows"], z: Array, fast: Array
 ) -> Array:
