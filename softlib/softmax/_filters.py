@@ -5,6 +5,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._compiled_once import compiled_once
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -112,7 +113,15 @@ def top_p_logits(
     scores = filtered.scores
     if scores.shape[-1] == 0:
         return x
-    top = filtered.top
+    kept = _of_weight(scores, filtered.top, share)
+    return filtered.keep(kept, bad=jnp.isnan(share))
+
+
+@compiled_once()
+def _of_weight(
+    scores: Float[Array, "*rows V"], top: Array, share: Array
+) -> Bool[Array, "*rows V"]:
+    """True for the largest entries that together have the share of all weights."""
     weights = jnp.exp(scores - top)
     weight = lambda kept: jnp.where(kept, weights, 0).sum(-1, keepdims=True)
     # Nothing is never enough: the best entry is kept.
@@ -130,8 +139,7 @@ def top_p_logits(
 
     crowded = number_of(scores == least) > 1
     last = jnp.where(crowded, jnp.int32(-1), scores.shape[-1])
-    kept = cut(scores, least, last, crowded, room).kept(scores)
-    return filtered.keep(kept, bad=jnp.isnan(share))
+    return cut(scores, least, last, crowded, room).kept(scores)
 
 
 def min_p_logits(

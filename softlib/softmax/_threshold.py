@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from softlib._compiled_once import compiled_once
+
 # Up to so many a partial sort is quicker.
 _FEW = 128
 
@@ -77,20 +79,31 @@ def first_of_largest(
     Entries of -inf are never among them. An array `k` has one value per row. What is
     True in a row with NaN has no meaning.
     """
-    scores = lax.stop_gradient(scores)
+    if isinstance(k, int):
+        return _first_of_largest(k, lax.stop_gradient(scores), None)
+    return _first_of_largest(None, lax.stop_gradient(scores), k)
+
+
+@compiled_once(0)
+def _first_of_largest(
+    number: int | None, scores: Float[Array, "*rows V"], per_row: Array | None
+) -> Bool[Array, "*rows V"]:
     count = scores.shape[-1]
     if count == 0:
         return jnp.zeros(scores.shape, bool)
-    if isinstance(k, int) and k <= _FEW:
+    if per_row is None:
+        assert number is not None
+        k = number
+    else:
+        k = jnp.broadcast_to(per_row, scores.shape[:-1])[..., None]
+    if number is not None and number <= _FEW:
         # Of equal entries `top_k` finds the first, except that 0 comes before -0.
         # (Behind a barrier: XLA would make a full sort of one with several readers.)
-        best, index = lax.optimization_barrier(lax.top_k(scores, min(k, count)))
+        best, index = lax.optimization_barrier(lax.top_k(scores, min(number, count)))
         least = best[..., -1:]
         last = jnp.where(best == least, index, -1).max(-1, keepdims=True)
         crowded = least == 0
     else:
-        if not isinstance(k, int):
-            k = jnp.broadcast_to(k, scores.shape[:-1])[..., None]
         least = kth_largest(scores, k)
         crowded = number_of(scores >= least) > k
         last = jnp.where(crowded, jnp.int32(-1), count)
