@@ -67,7 +67,11 @@ def kth_largest(
     count = scores.shape[-1]
     if isinstance(k, int) and k <= _FEW:
         return lax.top_k(scores, min(k, count))[0][..., -1:]
-    rank = jnp.clip(k, 1, count)
+    return _at_rank(scores, jnp.clip(k, 1, count))
+
+
+@compiled_once()
+def _at_rank(scores: Array, rank: Array) -> Float[Array, "*rows 1"]:
     return threshold(scores, lambda entries: number_of(entries) >= rank)
 
 

@@ -165,6 +165,7 @@ def test_searches_compile_once(count):
     search = lambda: losses.linear_top_k(HIDDEN, HEAD, k=5)
     assert compilations(count, search) == 0
     assert compilations(count, lambda: softmax.top_k_logits(LOGITS, 500)) == 0
+    assert compilations(count, lambda: softmax.soft_top_k(LOGITS, 500)) == 0
     assert compilations(count, lambda: softmax.top_p_logits(LOGITS, 0.9)) == 0
     cluster = lambda: nn.kmeans(HIDDEN, 4, key=jax.random.key(0))
     assert compilations(count, cluster) == 0
