@@ -17,8 +17,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+
+from ._sharding import match_varying
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -54,6 +57,9 @@ class Call:
         structure: Tree structure of the operands.
         device: The device of the mesh under which the call was traced, if it had one.
             Sizes of tiles depend on it, and a kernel is traced later.
+        empty: Places, shapes and dtypes of integer leaves without an element. They are
+            made inside: as a residual that leaves a `shard_map`, one ends the compiler
+            of jaxlib 0.11.
         mapped: Of each `vmap` around the call, inner ones first: which axis of each
             leaf it maps, its size, and the mesh axis that divides it.
     """
@@ -65,13 +71,17 @@ class Call:
     options: Hashable
     structure: Any
     device: Any = None
+    empty: tuple[tuple[int, tuple[int, ...], Any], ...] = ()
     mapped: tuple[tuple[tuple[int | None, ...], int, Any], ...] = ()
 
     def of(self, function: Function) -> Callable[..., Any]:
         """The function of the operands' leaves."""
 
         def call(*leaves: Any) -> Any:
-            operands = jax.tree.unflatten(self.structure, leaves)
+            every = list(leaves)
+            for place, shape, dtype in self.empty:
+                every.insert(place, match_varying(jnp.zeros(shape, dtype), *leaves))
+            operands = jax.tree.unflatten(self.structure, every)
             return function(self.options, operands)
 
         for axes, size, mesh_axis in self.mapped:
@@ -81,7 +91,15 @@ class Call:
 
 def run(call: Call, operands: Any) -> Any:
     """Binds the primitive; the results have the structure that `call.plain` gives."""
-    leaves = jax.tree.leaves(operands)
+    every = jax.tree.leaves(operands)
+    empty = tuple(
+        (place, leaf.shape, leaf.dtype)
+        for place, leaf in enumerate(every)
+        if 0 in jnp.shape(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
+    )
+    call = dataclasses.replace(call, empty=empty)
+    places = {place for place, *_ in empty}
+    leaves = [leaf for place, leaf in enumerate(every) if place not in places]
     found = _differentiable(call, *leaves)
     return jax.tree.unflatten(_results(call, *leaves), found)
 
