@@ -1,14 +1,45 @@
 """Ids of classes, tokens or groups, of any integer dtype, told apart by their range."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Integer
+
+
+def signed(ids: Any) -> Any:
+    """Integers as int32, those of 64 bits as int64; other dtypes as they are.
+
+    Of JAX or of NumPy, which masks are evaluated with too.
+
+    In a narrow or unsigned dtype -1, which stands for no id, is an id, and arithmetic
+    wraps. Beyond the largest number of the signed dtype an id becomes that number,
+    which is out of every range too.
+    """
+    dtype = ids.dtype
+    if not jnp.issubdtype(dtype, jnp.integer) or dtype in (jnp.int32, jnp.int64):
+        return ids
+    if not jnp.issubdtype(dtype, jnp.unsignedinteger) or dtype.itemsize < 4:
+        return ids.astype(jnp.int32)
+    wide = jax.dtypes.canonicalize_dtype(jnp.int64)  # int32 unless x64 is enabled
+    most = min(jnp.iinfo(wide).max, jnp.iinfo(dtype).max)
+    return jnp.minimum(ids, jnp.asarray(most, dtype)).astype(wide)
 
 
 def labels_in_range(
     labels: Integer[Array, "*shape"], count: int
 ) -> Int[Array, "*shape"]:
     """The labels as int32, -1 where they are outside [0, count)."""
-    if jnp.iinfo(labels.dtype).max < count:
-        labels = labels.astype(jnp.int32)  # a narrow type cannot be compared with count
+    labels = signed(labels)
     valid = (labels >= 0) & (labels < count)
     return jnp.where(valid, labels, -1).astype(jnp.int32)
+
+
+def equal_ids(one: Any, other: Any) -> Any:
+    """Where ids are the same number, of whatever two integer dtypes."""
+    kinds = [jnp.issubdtype(each.dtype, jnp.unsignedinteger) for each in (one, other)]
+    if kinds[0] == kinds[1]:
+        return one == other
+    unsigned, ids = (one, other) if kinds[0] else (other, one)
+    wide = jnp.promote_types(unsigned.dtype, jnp.dtype(f"u{ids.dtype.name}"))
+    return (ids >= 0) & (unsigned.astype(wide) == ids.astype(wide))

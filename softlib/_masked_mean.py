@@ -4,9 +4,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Num
 
+from ._array_arguments import array_arguments
 from ._checks import require_axes, require_boolean, require_broadcastable
 
 
+@array_arguments(as_given=("values",))
 def masked_mean(
     values: Num[Array, "*shape"] | Bool[Array, "*shape"],
     where: Bool[Array, "..."] | None = None,

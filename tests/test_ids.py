@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib._ids import labels_in_range
+from softlib import attention, masks
+from softlib._ids import equal_ids, labels_in_range, signed
 from tests.compiled import information, losses, nn, scoring
 
 ROWS, CLASSES = 4, 300
@@ -54,6 +55,61 @@ def test_ids_of_every_dtype_mean_the_same(name, dtype):
     for one, two in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         assert np.isfinite(two).any()
         np.testing.assert_array_equal(one, two)
+
+
+DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+def test_labels_out_of_range_are_so_in_every_dtype_of_64_bits():
+    with jax.enable_x64():
+        for dtype in DTYPES:
+            labels = jnp.array([1, np.iinfo(dtype).max], dtype)
+            loss = losses.softmax_cross_entropy(jnp.zeros((2, 3)), labels)
+            np.testing.assert_array_equal(np.isnan(loss), [False, True], dtype)
+
+
+def test_experts_that_do_not_exist_take_no_slot_of_others():
+    x, chosen = jnp.ones((2, 1)), jnp.array([[0], [2**31 - 1]])
+    args = (x, x, chosen, jnp.zeros_like(chosen), lambda filled: 2 * filled)
+    y = nn.capacity_experts(*args, num_experts=2, capacity=2)
+    np.testing.assert_array_equal(y, [[2], [np.nan]])
+
+
+def test_signed_ids():
+    with jax.enable_x64():
+        for dtype in DTYPES:
+            most = np.iinfo(dtype).max
+            found = signed(jnp.array([0, most], dtype))
+            assert found.dtype in (jnp.int32, jnp.int64)
+            assert found[1] == min(most, 2**63 - 1)
+    found = signed(jnp.array([0, 2**32 - 1], "uint32"))
+    np.testing.assert_array_equal(found, np.array([0, 2**31 - 1], "int32"))
+
+
+def test_ids_are_compared_as_numbers():
+    signed_ids = jnp.array([-1, 5, 7], "int32")
+    for dtype in ("uint8", "uint32"):
+        other = jnp.array([np.iinfo(dtype).max, 5, 8], dtype)
+        found = equal_ids(signed_ids, other)
+        np.testing.assert_array_equal(found, [False, True, False])
+        np.testing.assert_array_equal(equal_ids(other, signed_ids), found)
+    large = jnp.array([2**31 + 1, 2**31 + 2], "uint32")
+    np.testing.assert_array_equal(equal_ids(large[:, None], large[None]), np.eye(2))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint32"])
+def test_ids_and_lengths_of_masks_are_of_any_dtype(dtype):
+    wanted = masks.Segments(jnp.array([0, 0, 1])).materialize(3)
+    query, key = jnp.array([0, 0, 1], dtype), jnp.array([0, 0, 1], "int32")
+    np.testing.assert_array_equal(masks.Segments(query, key).materialize(3), wanted)
+    most = jnp.array(np.iinfo(dtype).max, dtype)
+    np.testing.assert_array_equal(masks.Padding(key=most).materialize(3), True)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 1, 2)), "float32")
+    whole = attention.dot_product_attention(x, x, x)
+    found = attention.dot_product_attention(x, x, x, key_value_seq_lengths=most[None])
+    np.testing.assert_allclose(found, whole, rtol=1e-6)
+    found = attention.decode_attention(x, x, x, key_value_seq_lengths=most[None])
+    assert jnp.isnan(found).all()  # as for any length beyond the cache
 
 
 def test_labels_in_range():

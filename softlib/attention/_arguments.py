@@ -13,6 +13,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from softlib import _checks as checks, masks
+from softlib._array_arguments import as_array
+from softlib._ids import signed
 from softlib._sharding import match_varying, per_shard
 from softlib.masks import Mask
 from softlib.typing import Implementations
@@ -103,7 +105,7 @@ class Shapes(NamedTuple):
         """Integers, one for all or one per batch entry, flat."""
         if given is None:
             return None
-        array = jnp.asarray(given)
+        array = signed(as_array(function, name, given))
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(
                 f"{function}: `{name}` must have an integer dtype, got {array.dtype}."
@@ -114,7 +116,7 @@ class Shapes(NamedTuple):
 
     def without_padding(self, array: Array, lengths: ArrayLike) -> Array:
         """What does not count may hold NaN, which products with 0 would not remove."""
-        lengths = jnp.asarray(lengths).reshape(-1, 1)
+        lengths = signed(jnp.asarray(lengths)).reshape(-1, 1)
         inside = jnp.arange(array.shape[1])[None, :] < lengths
         return jnp.where(inside[..., None, None], array, 0)
 
@@ -177,11 +179,13 @@ def values_and_array(
     """What holds by positions, and what is looked up."""
     values, dense = [], None
     for part in mask if isinstance(mask, tuple) else (mask,):
-        if not isinstance(part, jax.Array | np.ndarray):
+        if not isinstance(part, jax.Array | np.ndarray | np.generic | bool | list):
             values.append(part)
             continue
-        array = jnp.asarray(part)
+        array = as_array(function, "mask", part)
         checks.require_boolean(function, mask=array)
+        if array.ndim == 0:  # of all pairs
+            array = array.reshape((1,) * (len(shapes.batch) + 3))
         array = shapes.on_pairs(function, "mask", array)
         dense = array if dense is None else dense & array
     if not isinstance(mask, tuple):

@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision, Scalar
 
@@ -64,6 +65,7 @@ def dot_product_attention(
     return_lse: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def dot_product_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],

@@ -12,7 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import signed
 from softlib._sharding import match_varying, per_shard
 from softlib.numerics import UnifiedMax
 from softlib.typing import AxisName, Implementations, Precision, Scalar
@@ -91,6 +93,7 @@ def decode_attention(
     return_statistics: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def decode_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
@@ -394,14 +397,16 @@ def _require_fitting(query: Array, key: Array, value: Array) -> None:
 def _lengths(lengths: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
     if lengths is None:
         return None
-    lengths = jnp.asarray(lengths)
+    lengths = signed(jnp.asarray(lengths))
     name = "key_value_seq_lengths"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(
             f"{FUNCTION}: `{name}` must have an integer dtype, got {lengths.dtype}."
         )
     checks.require_shape(FUNCTION, name, lengths, batch, "the batch axes of `query`")
-    return lengths.astype(jnp.int32)
+    # An int64 that an int32 cannot hold is more than any cache has keys.
+    most = jnp.iinfo(jnp.int32)
+    return jnp.clip(lengths, most.min, most.max).astype(jnp.int32)
 
 
 def _bounds(valid_range: object) -> tuple[ArrayLike, ArrayLike]:

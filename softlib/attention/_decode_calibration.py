@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 FUNCTION = "calibrate_unified_max"
@@ -28,6 +29,7 @@ class UnifiedMaxCalibration(NamedTuple):
     recompute_rate: Float[Array, "*heads"]
 
 
+@array_arguments
 def calibrate_unified_max(
     scores_max: Float[Array, "*samples N"],
     quantiles: tuple[float, float] = (1e-4, 1 - 1e-4),

@@ -15,12 +15,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 type FeatureMap = str | Callable[[Array], Array]
 """The name of a feature map, or a function (..., H) -> (..., features)."""
 
 
+@array_arguments
 def taylor_feature_map(
     x: Float[Array, "*batch H"], order: int
 ) -> Float[Array, "*batch features"]:

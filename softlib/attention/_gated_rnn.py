@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -46,6 +47,7 @@ def quasi_lstm(
     return_state: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def quasi_lstm(
     f: Float[Array, "*batch T D"],
     i: Float[Array, "*batch T D"],
@@ -129,6 +131,7 @@ def quasi_lstm(
     return RecurrentResult(output, found.state) if return_state else output
 
 
+@array_arguments
 def quasi_lstm_matrix(
     f: Float[Array, "*batch T D"],
     i: Float[Array, "*batch T D"],

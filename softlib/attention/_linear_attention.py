@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Precision
 
 from . import _recurrent_attention, _recurrent_chunks
@@ -55,6 +56,7 @@ def linear_attention(
     return_state: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def linear_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
@@ -182,6 +184,7 @@ def normalized_attention(
     return_state: Literal[False] = False,
     **options: Unpack[_NormalizedOptions],
 ) -> Array: ...
+@array_arguments
 def normalized_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
@@ -281,6 +284,7 @@ def gated_linear_attention(
     return_state: Literal[False] = False,
     **options: Unpack[_GatedOptions],
 ) -> Array: ...
+@array_arguments
 def gated_linear_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch T K H"],
@@ -346,6 +350,7 @@ def gated_linear_attention(
     return _evaluate(function, *prepared, True, chunk_size, return_state)
 
 
+@array_arguments
 def decode_step(
     state: LinearAttentionState | None,
     query: Float[Array, "*batch N H"],
@@ -417,6 +422,7 @@ def decode_step(
     return RecurrentResult(output.reshape(*query.shape[:-1], output.shape[-1]), state)
 
 
+@array_arguments
 def attention_matrix(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
@@ -57,6 +58,7 @@ def linear_recurrence(
     return_final_state: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def linear_recurrence(
     decay: Float[Array, "..."],
     inputs: Float[Array, "..."],

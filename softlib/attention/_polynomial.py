@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Precision, Scalar
@@ -55,6 +56,7 @@ def kronecker_attention_polynomial(
     return_bound: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def kronecker_attention_polynomial(
     query: Float[Array, "*batch T N H"],
     keys: Sequence[Float[Array, "*batch _S K H"]],

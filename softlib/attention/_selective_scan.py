@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
@@ -54,6 +55,7 @@ def selective_scan(
     return_state: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def selective_scan(
     u: Float[Array, "*batch T D"],
     delta: Float[Array, "*batch T D"],
@@ -181,6 +183,7 @@ def _scanned(
     return jnp.swapaxes(state, -1, -2), output
 
 
+@array_arguments
 def selective_scan_matrix(
     delta: Float[Array, "*batch T D"],
     A: Float[Array, "D F"],

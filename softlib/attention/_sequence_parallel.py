@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks, _dispatch, masks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 from softlib.masks import Mask
@@ -26,6 +27,7 @@ from ._stream import BackwardOperands, Gradient
 from ._tiles import Operands, Options
 
 
+@array_arguments
 def sequence_parallel_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision
 
@@ -70,6 +71,7 @@ def softplus_attention(
     return_stats: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def softplus_attention(
     query: Float[Array, "*batch T N H"],
     key: Float[Array, "*batch S K H"],
@@ -229,6 +231,7 @@ def softplus_attention(
     return shapes.unflat(out), statistics
 
 
+@array_arguments
 def softplus_weights(
     logits: Float[Array, "..."],
     *,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.masks import Mask, PerAxis, Window
 from softlib.typing import Implementations, Precision, Scalar
@@ -57,6 +58,7 @@ def kronecker_attention(
     return_lse: Literal[False] = False,
     **options: Unpack[_KroneckerOptions],
 ) -> Array: ...
+@array_arguments
 def kronecker_attention(
     query: Float[Array, "*batch T N H"],
     keys: Sequence[Float[Array, "*batch _S K H"]],
@@ -183,6 +185,7 @@ def two_simplicial_attention(
     return_lse: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def two_simplicial_attention(
     query: Float[Array, "*batch T N H"],
     key1: Float[Array, "*batch T K H"],

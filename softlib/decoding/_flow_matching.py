@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.losses import softmax_cross_entropy
 from softlib.softmax import (
@@ -69,6 +70,7 @@ def exponential_temperature(
     return tau_max * jnp.exp(-decay * t)
 
 
+@array_arguments
 def gumbel_softmax_interpolant(
     key: Array | None,
     x1: Float[Array, "*positions V"],
@@ -137,6 +139,7 @@ def gumbel_softmax_interpolant(
     return softmax(z).astype(x1.dtype)
 
 
+@array_arguments
 def gumbel_flow_velocity(
     x: Float[Array, "*positions V"],
     target_probs: Float[Array, "*positions V"],
@@ -194,6 +197,7 @@ def gumbel_flow_velocity(
     return (speed * wide * (target - mean)).astype(x.dtype)
 
 
+@array_arguments
 def gumbel_flow_loss(
     logits: Float[Array, "*positions V"],
     labels: Integer[Array, "*positions"] | Float[Array, "*positions V"],
@@ -259,6 +263,7 @@ def gumbel_flow_loss(
     return loss if where is None else jnp.where(where, loss, 0)
 
 
+@array_arguments
 def sample_gumbel_flow(
     key: Array,
     denoiser: Callable[[Array, Array], Array],

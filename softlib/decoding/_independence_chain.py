@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 
+@array_arguments
 def independence_chain_update(
     memory: Any,
     proposal: Any,

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 
 class ValueGuidedBeam(NamedTuple):
@@ -25,6 +26,7 @@ class ValueGuidedBeam(NamedTuple):
     finished: Bool[Array, " W"]
 
 
+@array_arguments
 def value_guided_search(
     key: Array,
     propose: Callable[[Array, Any], tuple[Any, Array]],

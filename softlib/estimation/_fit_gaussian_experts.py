@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import logsumexp, softmax
@@ -51,6 +52,7 @@ class GaussianExpertsFit(NamedTuple):
     starts: Float[Array, "*batch R"]
 
 
+@array_arguments
 def draw_gaussian_experts(
     key: Array,
     x: Float[Array, "n D"],
@@ -115,6 +117,7 @@ def draw_gaussian_experts(
     return jax.vmap(draw)(jax.random.split(key, num_starts))
 
 
+@array_arguments
 def fit_gaussian_experts(
     x: Float[Array, "n D"],
     y: Float[Array, " n"],

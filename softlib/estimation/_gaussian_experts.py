@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import log_softmax, logsumexp, softmax
 from softlib.softmax._threshold import first_of_largest
@@ -93,6 +94,7 @@ class ExpertGate:
 SOFTMAX_GATE = ExpertGate()
 
 
+@array_arguments
 def gaussian_experts_log_gate(
     x: Float[Array, "*batch D"],
     experts: GaussianExperts,
@@ -133,6 +135,7 @@ def gaussian_experts_log_gate(
     return rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
+@array_arguments
 def gaussian_experts_log_density(
     x: Float[Array, "*batch D"],
     y: Float[Array, "*batch"],
@@ -183,6 +186,7 @@ def gaussian_experts_log_density(
     return logsumexp(joint).reshape(x.shape[:-1])
 
 
+@array_arguments
 def gaussian_experts_responsibilities(
     x: Float[Array, "*batch D"],
     y: Float[Array, "*batch"],
@@ -226,6 +230,7 @@ def gaussian_experts_responsibilities(
     return shares.reshape(*x.shape[:-1], shares.shape[-1])
 
 
+@array_arguments
 def gaussian_experts_m_step(
     x: Float[Array, "n D"],
     y: Float[Array, " n"],
@@ -295,6 +300,7 @@ def gaussian_experts_m_step(
     return m_step(rows, y, shares, experts, ridge, min_scale)
 
 
+@array_arguments
 def gaussian_experts_hellinger_distance(
     first: GaussianExperts,
     second: GaussianExperts,

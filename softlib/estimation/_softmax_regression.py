@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.softmax import softmax
@@ -56,6 +57,7 @@ class LabelShift(NamedTuple):
     bound: Float[Array, "*batch"]
 
 
+@array_arguments
 def softmax_regression_loss(
     coefficients: Float[Array, " D"],
     design: Float[Array, "rows D"],
@@ -101,6 +103,7 @@ def softmax_regression_loss(
     return problem.loss(problem.x)
 
 
+@array_arguments
 def softmax_regression_gradient(
     coefficients: Float[Array, " D"],
     design: Float[Array, "rows D"],
@@ -144,6 +147,7 @@ def softmax_regression_gradient(
     return problem.gradient(problem.x).astype(coefficients.dtype)
 
 
+@array_arguments
 def softmax_regression_hessian_vector_product(
     coefficients: Float[Array, " D"],
     design: Float[Array, "rows D"],
@@ -194,6 +198,7 @@ def softmax_regression_hessian_vector_product(
     return product.astype(vector.dtype)
 
 
+@array_arguments
 def softmax_regression_hessian(
     coefficients: Float[Array, " D"],
     design: Float[Array, "rows D"],
@@ -242,6 +247,7 @@ def softmax_regression_hessian(
     return _matmul(centred.T, problem.hessian_weights(f)[:, None] * centred)
 
 
+@array_arguments
 def fit_softmax_regression(
     design: Float[Array, "rows D"],
     target: Float[Array, " rows"],
@@ -311,6 +317,7 @@ def fit_softmax_regression(
     return _fit(problem, jnp.asarray(l2, dtype), max_iterations, tolerance)
 
 
+@array_arguments
 def in_context_label_shift(
     coefficients: Float[Array, " D"],
     design: Float[Array, "rows D"],

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 from ._gaussian_experts import SOFTMAX_GATE, ExpertGate, GaussianExperts
@@ -111,6 +112,7 @@ def voronoi_cells(
     return _nearest(fitted, true)
 
 
+@array_arguments
 def voronoi_loss(
     experts: GaussianExperts,
     true_experts: GaussianExperts,

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
@@ -41,6 +42,7 @@ class CentroidSums(NamedTuple):
         return jnp.where(counts == 0, 1 / self.sums.shape[1], mean)
 
 
+@array_arguments
 def class_centroid_sums(
     probs: Float[Array, "N C"],
     labels: Integer[Array, " N"],
@@ -81,6 +83,7 @@ def class_centroid_sums(
     return _sums(function, probs, labels, num_classes, where)
 
 
+@array_arguments
 def class_centroids(
     probs: Float[Array, "N C"],
     labels: Integer[Array, " N"],
@@ -121,6 +124,7 @@ def class_centroids(
     return _sums("class_centroids", probs, labels, num_classes, where).centroids()
 
 
+@array_arguments
 def centroid_update(
     centroids: Float[Array, "K C"],
     probs: Float[Array, "N C"],
@@ -174,6 +178,7 @@ def centroid_update(
     return jnp.where(present, moved, centroids).astype(centroids.dtype)
 
 
+@array_arguments
 def conditional_mutual_information(
     logits: Float[Array, "N C"],
     labels: Integer[Array, " N"],

@@ -9,10 +9,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 
+@array_arguments
 def differential_information(
     logp: Float[Array, "*shape"],
     ref_logp: Float[Array, "*shape"],
@@ -63,6 +65,7 @@ def differential_information(
     return space.normalized(_log_ratio(space))
 
 
+@array_arguments
 def differential_information_entropy(
     logp: Float[Array, "*shape"],
     ref_logp: Float[Array, "*shape"],
@@ -111,6 +114,7 @@ def differential_information_entropy(
     return 0 - jnp.where(present, jnp.exp(finite) * finite, 0).sum(axis)
 
 
+@array_arguments
 def dpo_optimal_policy(
     ref_logp: Float[Array, "*shape"],
     chosen_logp: Float[Array, "*shape"],
@@ -179,6 +183,7 @@ def dpo_optimal_policy(
     return space.normalized(ref + space.kept(chosen - rejected) / beta)
 
 
+@array_arguments
 def optimal_rejected_distribution(
     ref_logp: Float[Array, "*shape"],
     target_logp: Float[Array, "*shape"],
@@ -258,6 +263,7 @@ class SampledEntropy(NamedTuple):
     effective_sample_size: Float[Array, "..."]
 
 
+@array_arguments
 def sampled_differential_information(
     logps: Float[Array, "*shape"],
     ref_logps: Float[Array, "*shape"],

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
@@ -22,6 +23,7 @@ from ._rows import rows_that_count
 from ._sources import GivenLogits
 
 
+@array_arguments
 def smooth_adversarial_comp_sum_loss(
     logits: Float[Array, "*batch V"],
     adversarial_logits: Float[Array, "*batch V"],
@@ -116,6 +118,7 @@ def smooth_adversarial_comp_sum_loss(
     return loss if counts is None else jnp.where(counts, loss, 0)
 
 
+@array_arguments
 def projected_gradient_ascent(
     objective: Callable[[Float[Array, "B ..."]], Float[Array, " B"]],
     x: Float[Array, "B ..."],

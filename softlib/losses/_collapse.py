@@ -7,10 +7,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._masked_mean import masked_mean
 
 
+@array_arguments
 def softmax_collapse_fraction(
     logits: Float[Array, "*batch V"],
     *,
@@ -73,6 +75,7 @@ def softmax_collapse_fraction(
     return _share(function, total == 1, where).astype(wide)
 
 
+@array_arguments
 def zero_loss_fraction(
     losses: Float[Array, "*shape"], *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, ""]:

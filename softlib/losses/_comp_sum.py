@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
@@ -16,6 +17,7 @@ from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead
 
 
+@array_arguments
 def linear_comp_sum_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -79,6 +81,7 @@ def linear_comp_sum_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
 
 
+@array_arguments
 def comp_sum_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -125,6 +128,7 @@ def comp_sum_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
 
 
+@array_arguments
 def linear_generalized_cross_entropy_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -184,6 +188,7 @@ def linear_generalized_cross_entropy_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), q)
 
 
+@array_arguments
 def generalized_cross_entropy_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -233,6 +238,7 @@ def generalized_cross_entropy_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), q)
 
 
+@array_arguments
 def linear_mean_absolute_error_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -287,6 +293,7 @@ def linear_mean_absolute_error_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), 1)
 
 
+@array_arguments
 def mean_absolute_error_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -331,6 +338,7 @@ def mean_absolute_error_loss(
     return _power_loss(log_probability_of_labels(source, labels, where), 1)
 
 
+@array_arguments
 def comp_sum_from_log_prob(
     log_prob: Float[Array, "*shape"], *, tau: Scalar = 1.0
 ) -> Float[Array, "*shape"]:

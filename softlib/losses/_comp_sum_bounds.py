@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
@@ -22,6 +23,7 @@ LARGEST = 40.0
 NUM_NODES = 12
 
 
+@array_arguments
 def comp_sum_transformation(
     beta: Float[Array, "*shape"], *, tau: Scalar, num_classes: int
 ) -> Float[Array, "*shape"]:
@@ -78,6 +80,7 @@ def comp_sum_transformation(
     )
 
 
+@array_arguments
 def comp_sum_regret_bound(
     surrogate_regret: Float[Array, "*shape"], *, tau: Scalar, num_classes: int
 ) -> Float[Array, "*shape"]:

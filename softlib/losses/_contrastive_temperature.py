@@ -10,11 +10,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.typing import PerRow, Scalar
 
 
+@array_arguments
 def robust_contrastive_loss(
     similarity: Float[Array, "B B"],
     row_temperature: PerRow,
@@ -145,6 +147,7 @@ class GlobalContrastiveUpdate(NamedTuple):
     weights: Float[Array, "B K"]
 
 
+@array_arguments
 def global_contrastive_update(
     state: GlobalContrastiveState,
     ids: Integer[Array, " B"],

@@ -4,6 +4,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -56,6 +57,7 @@ def linear_softmax_cross_entropy(
     return_lse: Literal[False] = False,
     **options: Unpack[_LinearOptions],
 ) -> Array: ...
+@array_arguments
 def linear_softmax_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -204,6 +206,7 @@ def softmax_cross_entropy(
     return_lse: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def softmax_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],

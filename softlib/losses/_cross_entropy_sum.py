@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import PerRow, Scalar
 
 from . import _compose, _rows
@@ -16,6 +17,7 @@ from ._sources import LinearHead
 from ._tile import RowStatistics
 
 
+@array_arguments
 def linear_softmax_cross_entropy_sum(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],

@@ -5,11 +5,13 @@ from typing import Unpack
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._pairs import HeadPairOptions, LogitsPairOptions, SourcePair
 
 
+@array_arguments
 def linear_kl_divergence(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -85,6 +87,7 @@ def linear_kl_divergence(
     )
 
 
+@array_arguments
 def softmax_kl_divergence(
     logits: Float[Array, "*batch V"],
     target_logits: Float[Array, "*batch V"],
@@ -139,6 +142,7 @@ def softmax_kl_divergence(
     )
 
 
+@array_arguments
 def linear_jensen_shannon_divergence(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -221,6 +225,7 @@ def linear_jensen_shannon_divergence(
     )
 
 
+@array_arguments
 def softmax_jensen_shannon_divergence(
     logits: Float[Array, "*batch V"],
     target_logits: Float[Array, "*batch V"],
@@ -281,6 +286,7 @@ def softmax_jensen_shannon_divergence(
     )
 
 
+@array_arguments
 def linear_soft_target_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -351,6 +357,7 @@ def linear_soft_target_cross_entropy(
     )
 
 
+@array_arguments
 def softmax_soft_target_cross_entropy(
     logits: Float[Array, "*batch V"],
     target_logits: Float[Array, "*batch V"],

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
@@ -25,6 +26,7 @@ type Weights = Sequence[float] | Float[Array, " n"] | None
 MODES = ("softmax", "gumbel", "logsumexp")
 
 
+@array_arguments
 def linear_edit_invariant_sequence_loss(
     hidden: Float[Array, "*batch T D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -114,6 +116,7 @@ def linear_edit_invariant_sequence_loss(
     return _edit_invariant(source, labels, where, label_where, *choices)
 
 
+@array_arguments
 def edit_invariant_sequence_loss(
     logits: Float[Array, "*batch T V"],
     labels: Integer[Array, "*batch S"],

@@ -2,12 +2,14 @@
 
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import AxisName, Implementations, PerRow, Precision
 
 from . import _compose
 from ._sources import GivenLogits, LinearHead
 
 
+@array_arguments
 def linear_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -92,6 +94,7 @@ def linear_entropy(
     )
 
 
+@array_arguments
 def softmax_entropy(
     logits: Float[Array, "*batch V"],
     *,

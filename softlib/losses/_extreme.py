@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.softmax import log_soft_top_k
 from softlib.typing import PerRow
 
@@ -19,6 +20,7 @@ from ._positives import Positives
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_decoupled_softmax_loss(
     hidden: Float[Array, "*batch D"],
     label_embeddings: Float[Array, "L D"] | Float[Array, "D L"],
@@ -83,6 +85,7 @@ def linear_decoupled_softmax_loss(
     return _decoupled(source, positives, weights, where)
 
 
+@array_arguments
 def decoupled_softmax_loss(
     scores: Float[Array, "*batch L"],
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
@@ -129,6 +132,7 @@ def decoupled_softmax_loss(
     return _decoupled(source, positives, weights, where)
 
 
+@array_arguments
 def multilabel_softmax_loss(
     scores: Float[Array, "*batch L"],
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
@@ -191,6 +195,7 @@ def multilabel_softmax_loss(
     return rows.exceptions(rows.sum(rows.weights(source, None, total=True), costs))
 
 
+@array_arguments
 def soft_top_k_loss(
     scores: Float[Array, "*batch L"],
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],

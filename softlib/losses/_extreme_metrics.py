@@ -11,12 +11,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
 from ._positives import require_ids
 
 
+@array_arguments
 def precision_at_k(
     ranking: Integer[Array, "*batch M"],
     positives: Integer[Array, "*batch K"],
@@ -53,6 +55,7 @@ def precision_at_k(
     return _counted("precision_at_k", hits.sum(-1) / k, where)
 
 
+@array_arguments
 def recall_at_k(
     ranking: Integer[Array, "*batch M"],
     positives: Integer[Array, "*batch K"],
@@ -90,6 +93,7 @@ def recall_at_k(
     return _counted("recall_at_k", hits.sum(-1) / right, where)
 
 
+@array_arguments
 def propensity_scored_precision_at_k(
     ranking: Integer[Array, "*batch M"],
     positives: Integer[Array, "*batch K"],
@@ -162,6 +166,7 @@ def propensity_scored_precision_at_k(
     return jnp.where(none, 0, gained.sum() / jnp.where(none, 1, best))
 
 
+@array_arguments
 def label_propensities(
     label_counts: Array, num_examples: int, *, a: Scalar = 0.55, b: Scalar = 1.5
 ) -> Float[Array, " L"]:

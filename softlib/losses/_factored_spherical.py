@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
@@ -60,6 +61,7 @@ class FactoredSphericalState(NamedTuple):
     gram: Float[Array, "D D"]
 
 
+@array_arguments
 def factored_spherical_init(weight: Float[Array, "V D"]) -> FactoredSphericalState:
     r"""A head in factors, whose exact step of SGD costs $O(D^2)$ whatever the classes.
 
@@ -156,6 +158,7 @@ def factored_spherical_weight(
     return product(state.rows, state.mixing) + (state.offset + state.mean)[None]
 
 
+@array_arguments
 def factored_spherical_statistics(
     state: FactoredSphericalState,
     hidden: Float[Array, "*batch D"],

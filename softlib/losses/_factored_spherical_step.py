@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._factored_spherical import (
@@ -58,6 +59,7 @@ class FactoredSphericalStep(NamedTuple):
     state: FactoredSphericalState
 
 
+@array_arguments
 def factored_spherical_sgd_step(
     state: FactoredSphericalState,
     hidden: Float[Array, "*batch D"],
@@ -142,6 +144,7 @@ def factored_spherical_sgd_step(
     return FactoredSphericalStep(total, of_hidden, state)
 
 
+@array_arguments
 def factored_spherical_sgd_update(
     state: FactoredSphericalState,
     hidden: Float[Array, "*batch D"],

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._compose import log_probability, of_log_prob, wide_log_prob
@@ -15,6 +16,7 @@ from ._rows import prepare, weigh
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_softmax_focal_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -79,6 +81,7 @@ def linear_softmax_focal_loss(
     return _focal_loss(source, labels, gamma, class_weights, where)
 
 
+@array_arguments
 def softmax_focal_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -127,6 +130,7 @@ def softmax_focal_loss(
     return _focal_loss(source, labels, gamma, class_weights, where)
 
 
+@array_arguments
 def focal_from_log_prob(
     log_prob: Float[Array, "*shape"], *, gamma: Scalar = 2.0
 ) -> Float[Array, "*shape"]:

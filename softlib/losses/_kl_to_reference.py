@@ -4,11 +4,13 @@ from typing import Unpack
 
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib._masked_mean import masked_mean
 
 from ._pairs import HeadPairOptions, LogitsPairOptions, SourcePair
 
 
+@array_arguments
 def linear_kl_to_reference(
     hidden: Float[Array, "*batch T D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -64,6 +66,7 @@ def linear_kl_to_reference(
     return _mean(pair, where)
 
 
+@array_arguments
 def kl_to_reference(
     logits: Float[Array, "*batch T V"],
     ref_logits: Float[Array, "*batch T V"],

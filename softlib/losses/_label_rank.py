@@ -5,12 +5,15 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Integer
 
+from softlib._array_arguments import array_arguments
+
 from . import _rows
 from ._options import LinearHeadOptions, LogitsOptions
 from ._row_statistics import checked_labels
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_label_rank(
     hidden: Array,
     weight: Array,
@@ -55,6 +58,7 @@ def linear_label_rank(
     return _rank(source, labels, where)
 
 
+@array_arguments
 def label_rank(
     logits: Array,
     labels: Integer[Array, "*batch"] | Integer[Array, "*batch L"],

@@ -6,9 +6,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+@array_arguments
 def trice_weights(
     proposal_correct: Bool[Array, " M"], chain_correct: Bool[Array, " M"]
 ) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
@@ -52,6 +54,7 @@ def trice_weights(
     return _weights(*_checked(function, proposal_correct, chain_correct), dtype)
 
 
+@array_arguments
 def trice_loss(
     chain_logps: Float[Array, " M"],
     proposal_logps: Float[Array, " M"],

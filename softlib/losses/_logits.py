@@ -2,11 +2,13 @@
 
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import PerRow, Precision
 
 from ._sources import LinearHead
 
 
+@array_arguments
 def linear_logits(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],

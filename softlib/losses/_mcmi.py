@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.information import conditional_mutual_information
 from softlib.typing import Scalar
 
 from ._cross_entropy import softmax_cross_entropy
 
 
+@array_arguments
 def mcmi_loss(
     logits: Float[Array, "N C"],
     labels: Integer[Array, " N"],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
@@ -15,6 +16,7 @@ from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead
 
 
+@array_arguments
 def linear_poly1_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -74,6 +76,7 @@ def linear_poly1_cross_entropy(
     return _poly1(log_probability_of_labels(source, labels, where), epsilon)
 
 
+@array_arguments
 def poly1_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -123,6 +126,7 @@ def poly1_cross_entropy(
     return _poly1(log_probability_of_labels(source, labels, where), epsilon)
 
 
+@array_arguments
 def linear_symmetric_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -189,6 +193,7 @@ def linear_symmetric_cross_entropy(
     return _symmetric(log_prob, alpha, beta, log_zero)
 
 
+@array_arguments
 def symmetric_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -240,6 +245,7 @@ def symmetric_cross_entropy(
     return _symmetric(log_prob, alpha, beta, log_zero)
 
 
+@array_arguments
 def poly1_from_log_prob(
     log_prob: Float[Array, "*shape"], *, epsilon: Scalar = 2.0
 ) -> Float[Array, "*shape"]:
@@ -273,6 +279,7 @@ def poly1_from_log_prob(
     return _poly1(wide_log_prob("poly1_from_log_prob", log_prob), epsilon)
 
 
+@array_arguments
 def symmetric_from_log_prob(
     log_prob: Float[Array, "*shape"],
     *,

@@ -4,6 +4,7 @@ from typing import Unpack
 
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._compose import cross_entropy, cross_entropy_statistics
@@ -12,6 +13,7 @@ from ._rows import prepare_several
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_multi_label_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -97,6 +99,7 @@ def linear_multi_label_cross_entropy(
     )
 
 
+@array_arguments
 def multi_label_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch L"],

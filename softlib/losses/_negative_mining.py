@@ -13,13 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
+from softlib._ids import equal_ids
 from softlib.typing import Scalar
 
 from ._positives import PADDING, require_ids
 
 
+@array_arguments
 def in_batch_triplet_loss(
     similarity: Float[Array, "B M"],
     positives: Bool[Array, "B M"],
@@ -117,6 +120,7 @@ def in_batch_triplet_loss(
     return loss if where is None else jnp.where(where, loss, 0)
 
 
+@array_arguments
 def ngame_batches(
     clusters: Integer[Array, "clusters size"], *, batch_size: int, key: Array
 ) -> Int[Array, "batches B"]:
@@ -166,6 +170,7 @@ def ngame_batches(
     return jnp.where(filled < 0, PADDING, filled).reshape(batches, batch_size)
 
 
+@array_arguments
 def draw_positives(
     key: Array, positives: Integer[Array, "*batch K"]
 ) -> Int[Array, "*batch"]:
@@ -201,6 +206,7 @@ def draw_positives(
     return jnp.where(drawn < 0, PADDING, drawn)
 
 
+@array_arguments(as_given=("positives", "labels"))
 def in_batch_positives(
     positives: Integer[Array, "B K"], labels: Integer[Array, " M"]
 ) -> Bool[Array, "B M"]:
@@ -233,10 +239,11 @@ def in_batch_positives(
         raise ValueError(
             f"{function}: `labels` must have one axis, got shape {labels.shape}."
         )
-    known = jnp.where(labels < 0, PADDING - 1, labels)
-    return (positives[:, :, None] == known[None, None]).any(1)
+    same = equal_ids(positives[:, :, None], labels[None, None])
+    return same.any(1) & (labels >= 0)[None]
 
 
+@array_arguments
 def hard_negative_recall(
     embeddings: Float[Array, "N D"],
     label_embeddings: Float[Array, "N D"],

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
+
 from ._options import LinearHeadOptions, LogitsOptions
 from ._positives import Positives
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_one_versus_all_loss(
     hidden: Float[Array, "*batch D"],
     label_embeddings: Float[Array, "L D"] | Float[Array, "D L"],
@@ -73,6 +76,7 @@ def linear_one_versus_all_loss(
     return _one_versus_all(source, positives, weights, where)
 
 
+@array_arguments
 def one_versus_all_loss(
     scores: Float[Array, "*batch L"],
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],

@@ -9,12 +9,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._compose import is_zero
 from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 
+@array_arguments
 def preference_margin(
     chosen_logps: Float[Array, "*batch"],
     rejected_logps: Float[Array, "*batch"],
@@ -77,6 +79,7 @@ def preference_margin(
     return counted(where, beta * difference + limit)
 
 
+@array_arguments
 def dpo_loss(
     chosen_logps: Float[Array, "*batch"],
     rejected_logps: Float[Array, "*batch"],
@@ -168,6 +171,7 @@ def dpo_loss(
     return counted(where, _logistic(beta * difference, slope, limit))
 
 
+@array_arguments(as_given=("chosen_lengths", "rejected_lengths"))
 def simpo_loss(
     chosen_logps: Float[Array, "*batch"],
     rejected_logps: Float[Array, "*batch"],

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Scalar
@@ -27,6 +28,7 @@ from ._rows import prepare
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_robust_softmax_cross_entropy(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -95,6 +97,7 @@ def linear_robust_softmax_cross_entropy(
     return _robust(source, labels, rho, where)
 
 
+@array_arguments
 def robust_softmax_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -145,6 +148,7 @@ def robust_softmax_cross_entropy(
     return _robust(source, labels, rho, where)
 
 
+@array_arguments
 def linear_optimal_temperature(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -247,6 +251,7 @@ def _excess(source: LinearHead, rho: Scalar, log_tau: Array) -> Array:
     return jnp.where(found.lse == -jnp.inf, 0, divergence) - rho
 
 
+@array_arguments
 def optimal_temperature(
     logits: Float[Array, "*batch V"],
     *,

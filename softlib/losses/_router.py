@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
@@ -13,6 +14,7 @@ from softlib.softmax import logsumexp
 from softlib.typing import AxisName
 
 
+@array_arguments
 def load_balancing_loss(
     router_probs: Float[Array, "*batch E"],
     expert_indices: Integer[Array, "*batch K"],
@@ -83,6 +85,7 @@ def load_balancing_loss(
     return experts * (mean(fractions) * mean(router_probs)).sum(-1)
 
 
+@array_arguments
 def router_z_loss(
     logits: Float[Array, "*batch E"], *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
@@ -122,6 +125,7 @@ def router_z_loss(
     return jnp.where(found == -jnp.inf, 0, found) ** 2
 
 
+@array_arguments
 def importance_loss(
     gates: Float[Array, "*batch E"],
     *,
@@ -173,6 +177,7 @@ def importance_loss(
     return cv_squared(total)
 
 
+@array_arguments
 def cv_squared(
     x: Float[Array, "*shape"],
     axis: int | tuple[int, ...] | None = -1,

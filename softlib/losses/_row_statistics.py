@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -19,6 +20,7 @@ from ._sources import GivenLogits, LinearHead, Source
 from ._tile import STATISTICS, RowStatistics
 
 
+@array_arguments
 def linear_row_statistics(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -146,6 +148,7 @@ def linear_row_statistics(
     return _asked_for(source, labels, statistics)
 
 
+@array_arguments
 def row_statistics(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Integer[Array, "*batch L"] | None = None,

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Precision
 
@@ -17,6 +18,7 @@ from ._sources import LinearHead
 DISTRIBUTIONS = ("log_uniform", "uniform")
 
 
+@array_arguments
 def sampled_softmax_loss(
     hidden: Float[Array, "*batch D"],
     label_embeddings: Float[Array, "L D"],

@@ -5,11 +5,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.softmax import log_sdm
 
 
+@array_arguments
 def sdm_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],

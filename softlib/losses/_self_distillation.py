@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
@@ -39,6 +40,7 @@ class USKDTerms(NamedTuple):
     weak: Float[Array, " N"]
 
 
+@array_arguments
 def universal_self_distillation_loss(
     logits: Float[Array, "N C"],
     weak_logits: Float[Array, "N C"],
@@ -158,6 +160,7 @@ def universal_self_distillation_loss(
     )
 
 
+@array_arguments
 def zipf_soft_labels(
     scores: Float[Array, "N C"], labels: Integer[Array, " N"] | Float[Array, "N C"]
 ) -> Float[Array, "N C"]:

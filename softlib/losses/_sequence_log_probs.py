@@ -6,11 +6,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
+
 from ._compose import log_probability_of_labels
 from ._options import LinearHeadOptions, LogitsOptions
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_sequence_log_probs(
     hidden: Float[Array, "*batch T D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -68,6 +71,7 @@ def linear_sequence_log_probs(
     return _of_sequences(source, "hidden", labels, where)
 
 
+@array_arguments
 def sequence_log_probs(
     logits: Float[Array, "*batch T V"],
     labels: Integer[Array, "*batch T"],

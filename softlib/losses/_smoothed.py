@@ -5,11 +5,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._masked_mean import masked_mean
 from softlib.typing import Scalar
 
 
+@array_arguments
 def smoothed_token_loss(
     token_nll: Float[Array, "*batch T"],
     *,
@@ -59,6 +61,7 @@ def smoothed_token_loss(
     return masked_mean(values, where, -1) + jnp.asarray(alpha, values.dtype) * worst
 
 
+@array_arguments
 def top_k_mean(
     values: Float[Array, "*batch T"],
     k: int,

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._masked_mean import masked_mean
 from softlib.typing import Scalar
@@ -16,6 +17,7 @@ type Level = Literal["token", "step", "response"]
 LEVELS = ("token", "step", "response")
 
 
+@array_arguments
 def soft_bellman_residual(
     logps: Float[Array, "*batch T"],
     ref_logps: Float[Array, "*batch T"],
@@ -69,6 +71,7 @@ def soft_bellman_residual(
     return steps.residual(_suffix_sum(steps.ratios))
 
 
+@array_arguments(as_given=("segment_ids",))
 def oreo_value_loss(
     values: Float[Array, "*batch T"],
     logps: Float[Array, "*batch T"],
@@ -125,6 +128,7 @@ def oreo_value_loss(
     return masked_mean(steps.residual(_suffix_sum(steps.ratios)) ** 2, starts, -1)
 
 
+@array_arguments(as_given=("segment_ids",))
 def oreo_policy_loss(
     logps: Float[Array, "*batch T"],
     ref_logps: Float[Array, "*batch T"],

@@ -22,7 +22,12 @@ from softlib._sharding import in_auto_mode, match_varying, per_shard
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
-from ._options import LinearHeadOptions, LogitsOptions, require_known
+from ._options import (
+    LinearHeadOptions,
+    LogitsOptions,
+    require_implementation,
+    require_known,
+)
 from ._source_rows import (
     Shape,
     collapsed,
@@ -127,6 +132,7 @@ class LinearHead:
             ),
             precision=precision,
         )
+        require_implementation(function, _engine.LINEAR, implementation)
         return cls(
             function,
             hidden,
@@ -382,6 +388,7 @@ class GivenLogits:
         batch, vocabulary = logits.shape[:-1], logits.shape[-1]
         _check_vocabulary(function, "logits", vocabulary, logits.shape)
         dtype = accumulator_dtype(logits)
+        require_implementation(function, _engine.GIVEN, implementation)
         return cls(
             function,
             logits,

@@ -5,6 +5,7 @@ from typing import Unpack
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._options import LinearHeadOptions, LogitsOptions
@@ -18,6 +19,7 @@ from ._spherical_family import (
 )
 
 
+@array_arguments
 def linear_log_spherical_softmax_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -80,6 +82,7 @@ def linear_log_spherical_softmax_loss(
     return _log_spherical_softmax_loss(source, labels, where, epsilon)
 
 
+@array_arguments
 def log_spherical_softmax_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -129,6 +132,7 @@ def log_spherical_softmax_loss(
     return _log_spherical_softmax_loss(source, labels, where, epsilon)
 
 
+@array_arguments
 def linear_log_taylor_softmax_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -186,6 +190,7 @@ def linear_log_taylor_softmax_loss(
     return _log_taylor_softmax_loss(source, labels, where)
 
 
+@array_arguments
 def log_taylor_softmax_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -232,6 +237,7 @@ def log_taylor_softmax_loss(
     return _log_taylor_softmax_loss(source, labels, where)
 
 
+@array_arguments
 def linear_spherical_squared_error(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -288,6 +294,7 @@ def linear_spherical_squared_error(
     return _spherical_squared_error(source, labels, where)
 
 
+@array_arguments
 def spherical_squared_error(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],

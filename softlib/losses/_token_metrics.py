@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -18,6 +19,7 @@ from ._compose import TokenMetrics
 from ._sources import GivenLogits, LinearHead, Source
 
 
+@array_arguments
 def linear_token_log_probs(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -112,6 +114,7 @@ def linear_token_log_probs(
     return _log_probs(source, labels, where)
 
 
+@array_arguments
 def softmax_token_log_probs(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -175,6 +178,7 @@ def softmax_token_log_probs(
     return _log_probs(source, labels, where)
 
 
+@array_arguments
 def linear_top1_correct(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -259,6 +263,7 @@ def linear_top1_correct(
     return _correct(source, labels, where)
 
 
+@array_arguments
 def softmax_top1_correct(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],
@@ -320,6 +325,7 @@ def softmax_top1_correct(
     return _correct(source, labels, where)
 
 
+@array_arguments
 def linear_token_metrics(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -431,6 +437,7 @@ def linear_token_metrics(
     )
 
 
+@array_arguments
 def softmax_token_metrics(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 from ._options import LinearHeadOptions
 from ._sources import LinearHead
@@ -33,6 +34,7 @@ class TopK(NamedTuple):
     classes: Int[Array, "*batch k"]
 
 
+@array_arguments
 def linear_top_k(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],

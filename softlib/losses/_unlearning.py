@@ -6,11 +6,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 
+@array_arguments
 def negative_preference_loss(
     logps: Float[Array, "*batch"],
     ref_logps: Float[Array, "*batch"],
@@ -74,6 +76,7 @@ def negative_preference_loss(
     return counted(where, jnp.where(limit == 0, value, jnp.maximum(limit, 0)))
 
 
+@array_arguments
 def gradient_ascent_loss(
     logps: Float[Array, "*batch"], *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
@@ -26,6 +27,7 @@ from ._rows import rows_that_count
 from ._sources import LinearHead
 
 
+@array_arguments(as_given=("counts",))
 def vq_softmax_cross_entropy(
     hidden: Float[Array, "*batch D"],
     codebook: Float[Array, "K D"] | Float[Array, "D K"],
@@ -142,6 +144,7 @@ def vq_softmax_cross_entropy(
     return 0 - log_prob  # a certain label costs 0, not -0
 
 
+@array_arguments
 def vq_token_counts(mapping: Integer[Array, " V"], num_codes: int) -> Int[Array, " K"]:
     """How many tokens each code of a codebook stands for.
 

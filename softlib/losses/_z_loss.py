@@ -4,6 +4,7 @@ from typing import Unpack
 
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
 from ._options import LinearHeadOptions, LogitsOptions
@@ -11,6 +12,7 @@ from ._sources import GivenLogits, LinearHead, Source
 from ._spherical_family import Sums, loss_of_sums, require_z_parameters, z_loss_of
 
 
+@array_arguments
 def linear_z_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -89,6 +91,7 @@ def linear_z_loss(
     return _z_loss(source, labels, where, a, b, epsilon)
 
 
+@array_arguments
 def z_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"],

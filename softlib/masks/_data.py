@@ -5,6 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from softlib._ids import equal_ids, signed
+
 from ._mask import Block, Mask, mask_value
 
 
@@ -44,7 +46,7 @@ class Segments(Mask):
         _require_integers("Segments", query=self.query, key=key)
         query_ids, query_known = _take(self.query, query_index)
         key_ids, key_known = _take(key, key_index)
-        return (query_ids == key_ids) & query_known & key_known
+        return equal_ids(query_ids, key_ids) & query_known & key_known
 
     def _leaf_ranks(self):
         return (1,) if self.key is None else (1, 1)
@@ -85,9 +87,9 @@ class Padding(Mask):
         _require_integers("Padding", query=self.query, key=self.key)
         real_query, real_key = query_index == query_index, key_index == key_index
         if self.query is not None:
-            real_query = query_index < self.query
+            real_query = query_index < _length(self.query)
         if self.key is not None:
-            real_key = key_index < self.key
+            real_key = key_index < _length(self.key)
         return real_query & real_key
 
     def _status(self, query_start, query_stop, key_start, key_stop):
@@ -106,6 +108,11 @@ def _take(ids: Any, index: Any) -> tuple[Any, Any]:
         return ids[np.where(known, index, 0)], known
     # Positions without an id read any id.
     return jnp.asarray(ids).at[index].get(mode="clip"), known
+
+
+def _length(given: Any) -> Any:
+    """Unsigned ones would make the positions, which are signed, wrap."""
+    return given if np.isscalar(given) else signed(given)
 
 
 def _require_integers(mask: str, **arrays: Any) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from softlib._array_arguments import array_arguments
+
 from ._mask import Block, Mask, block_map, require_at_least
 
 # Lightness alone tells them apart, for print and for colour-blind readers.
@@ -13,6 +15,7 @@ _LINE = "#b8b8b8"
 _MOST_TOKENS = 8192
 
 
+@array_arguments
 def plot(
     mask: Mask,
     query_length: int,

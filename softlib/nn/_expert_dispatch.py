@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.typing import Precision
@@ -57,6 +58,7 @@ class ExpertRows(NamedTuple):
         return jnp.where((self.experts < len(self.sizes))[:, None], y, 0)
 
 
+@array_arguments
 def dropless_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],
@@ -129,6 +131,7 @@ def dropless_experts(
     )
 
 
+@array_arguments
 def capacity_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],
@@ -189,7 +192,9 @@ def capacity_experts(
     checks.require_shape(function, "slots", slots, expert_indices.shape, why)
     tokens, k = expert_indices.shape
     size = num_experts * capacity
-    place = jnp.where(slots >= 0, expert_indices * capacity + slots, size)
+    owner = _owner(expert_indices, num_experts)
+    held = (owner < num_experts) & (slots >= 0) & (slots < capacity)
+    place = jnp.where(held, owner * capacity + slots, size)
     token = jnp.arange(tokens * k) // max(k, 1)
     # The token of each slot; `tokens`, which is none, where it is free.
     holder = jnp.full(size, tokens).at[place.reshape(-1)].set(token, mode="drop")
@@ -206,6 +211,7 @@ def capacity_experts(
     return _combined(y, weights, expert_indices, num_experts)
 
 
+@array_arguments
 def capacity_dispatch(
     expert_indices: Integer[Array, "T K"],
     num_experts: int,
@@ -285,7 +291,8 @@ def dense_gates(
     num_experts: int,
 ) -> Float[Array, "*batch E"]:
     """The weight of every expert, 0 where it is not selected."""
-    chosen = jax.nn.one_hot(expert_indices, num_experts, dtype=bool)
+    chosen = labels_in_range(expert_indices, num_experts)
+    chosen = jax.nn.one_hot(chosen, num_experts, dtype=bool)
     return jnp.where(chosen, weights[..., None], 0).sum(-2)
 
 

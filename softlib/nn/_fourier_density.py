@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
@@ -24,6 +25,7 @@ from softlib._ids import labels_in_range
 _STEPS = 30
 
 
+@array_arguments
 def fourier_logits(
     coefficients: Float[Array, "*batch C"], num_bins: int, *, eps: float = 1e-5
 ) -> Float[Array, "*batch m"]:
@@ -72,6 +74,7 @@ def fourier_logits(
     return jnp.log(y + eps)
 
 
+@array_arguments
 def fourier_cross_entropy(
     coefficients: Float[Array, "*batch C"],
     labels: Integer[Array, "*batch"],
@@ -137,6 +140,7 @@ def fourier_cross_entropy(
     return loss if where is None else jnp.where(where, loss, 0)
 
 
+@array_arguments
 def fourier_log_density(
     coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
 ) -> Float[Array, "..."]:
@@ -177,6 +181,7 @@ def fourier_log_density(
     return jnp.where(outside, -jnp.inf, _log(power) - jnp.log(2 * _norm(a)))
 
 
+@array_arguments
 def fourier_cdf(
     coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
 ) -> Float[Array, "..."]:
@@ -215,6 +220,7 @@ def fourier_cdf(
     return _distribution(real, imaginary, x)
 
 
+@array_arguments
 def fourier_sample(
     key: PRNGKeyArray,
     coefficients: Float[Array, "*rows C"],
@@ -284,6 +290,7 @@ def _quantile(
     return (low + high) / 2
 
 
+@array_arguments
 def fourier_smoothness_penalty(
     coefficients: Float[Array, "*batch C"], *, normalize: bool = True
 ) -> Float[Array, "*batch"]:

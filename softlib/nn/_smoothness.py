@@ -8,9 +8,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+@array_arguments
 def smoothness_metric(
     pmf: Float[Array, "*batch m"], *, max_sigma: int = 100
 ) -> Float[Array, "*batch"]:

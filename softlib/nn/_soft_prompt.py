@@ -4,8 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 
+@array_arguments
 def prepend_soft_prompt(
     embeddings: Float[Array, "*batch T D"], soft_prompt: Float[Array, "P D"]
 ) -> Float[Array, "*batch P+T D"]:

@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
-from softlib._ids import labels_in_range
+from softlib._ids import labels_in_range, signed
 from softlib.losses._vq_logits import (
     log_weights_of,
     require_mapping,
@@ -41,6 +42,7 @@ class TokenClusters(NamedTuple):
     counts: Integer[Array, " K"]
 
 
+@array_arguments
 def vq_clusters(mapping: Integer[Array, " V"], num_codes: int) -> TokenClusters:
     """Sorts the tokens by their code, once for many calls of `vq_sample`.
 
@@ -72,6 +74,7 @@ def vq_clusters(mapping: Integer[Array, " V"], num_codes: int) -> TokenClusters:
     return TokenClusters(tokens, before + jnp.cumsum(counts) - counts, counts)
 
 
+@array_arguments
 def vq_logits(
     hidden: Float[Array, "*batch D"],
     codebook: Float[Array, "K D"],
@@ -137,6 +140,7 @@ def vq_logits(
     return logits + _row(bias, logits)
 
 
+@array_arguments
 def vq_sample(
     key: PRNGKeyArray,
     hidden: Float[Array, "*batch D"],
@@ -201,6 +205,7 @@ def vq_sample(
     if isinstance(mapping, TokenClusters):
         clusters = mapping
         checks.require_integer(function, **clusters._asdict())
+        clusters = TokenClusters(*map(signed, clusters))
         shape, why = (num_codes,), "one per code"
         checks.require_shape(function, "mapping.counts", clusters.counts, shape, why)
         of_tokens = jnp.zeros(clusters.tokens.shape, jnp.int32)

@@ -8,10 +8,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 
 
+@array_arguments
 def balanced_kmeans(
     x: Float[Array, "N D"], cluster_size: int, *, key: Array, num_steps: int = 8
 ) -> Int[Array, "clusters size"]:

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 EXACT_RANGE = 45_000.0
@@ -51,6 +52,7 @@ class ExtendedFloat(NamedTuple):
     exponent: Float[Array, "*shape"]
 
 
+@array_arguments
 def extended_exp(x: Float[Array, "*shape"]) -> ExtendedFloat:
     r"""$e^x$ as $m 2^n$ with $n = \mathrm{round}(x / \log 2)$, so that m is about 1.
 
@@ -137,6 +139,7 @@ def extended_multiply(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
     return ExtendedFloat(mantissa * power_of_two(-shift), exponent + shift)
 
 
+@array_arguments
 def extended_sum(
     x: ExtendedFloat,
     axis: int | tuple[int, ...] | None = -1,

@@ -6,9 +6,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+@array_arguments
 def systematic_resample(
     key: Array, weights: Float[Array, " M"], num: int
 ) -> tuple[Int[Array, " num"], Float[Array, " num"]]:

@@ -7,11 +7,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 
+@array_arguments
 def similarity_depth(
     queries: Float[Array, "B M"],
     keys: Float[Array, "N M"],
@@ -123,6 +125,7 @@ def _of_queries(
     return lax.map(of_query, queries)
 
 
+@array_arguments
 def distance_quantile(
     nearest: Float[Array, "*batch"],
     calibration_nearest: Float[Array, " N"],

@@ -10,12 +10,14 @@ import optax
 from jaxtyping import Array, PyTree
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 type Mask = PyTree | Callable[[Any], PyTree]
 
 
+@array_arguments
 def perp_grad(
     *,
     rescale: bool = False,

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+@array_arguments
 def density_ratio_reward(
     strong_logps: Float[Array, "*batch T"],
     weak_logps: Float[Array, "*batch T"],
@@ -107,6 +109,7 @@ class PreferenceAnnotation(NamedTuple):
     margin: Float[Array, "*batch"]
 
 
+@array_arguments
 def annotate_preferences(
     rewards: Float[Array, "*batch N"], *, where: Bool[Array, "..."] | None = None
 ) -> PreferenceAnnotation:

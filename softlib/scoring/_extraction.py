@@ -5,11 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
 from softlib.softmax import softmax
 
 
+@array_arguments
 def calibrated_confidence(
     sequence_nll: Float[Array, " S"],
     groups: Integer[Array, " S"],
@@ -85,6 +87,7 @@ def calibrated_confidence(
     return jnp.where(counts, confidence, 0).astype(nll.dtype)
 
 
+@array_arguments(as_given=("sequences",))
 def identical_groups(
     sequences: Integer[Array, "S T"], *, where: Bool[Array, "S T"] | None = None
 ) -> Int[Array, " S"]:

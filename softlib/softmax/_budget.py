@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import PerRow
@@ -15,6 +16,7 @@ from ._entries import Axis, Entries
 from ._sparsemax import cut, normalized, sums, top_score
 
 
+@array_arguments
 def budget_sparsemax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -73,6 +75,7 @@ def budget_sparsemax(
     return entries.result(entries.unrows(p))
 
 
+@array_arguments
 def normmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,

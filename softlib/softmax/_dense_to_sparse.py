@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -18,6 +19,7 @@ from ._softmax import softmax
 from ._threshold import first_of_largest
 
 
+@array_arguments
 def dense_to_sparse_gate(
     x: Float[Array, "*shape"],
     temperature: PerRow,
@@ -90,6 +92,7 @@ def dense_to_sparse_gate(
     return entries.result(softmax(tempered(entries, scores, tau), entries.axes))
 
 
+@array_arguments
 def sparsify_gates(
     gates: Float[Array, "*shape"],
     axis: Axis = -1,

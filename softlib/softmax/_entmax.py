@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import PerRow
@@ -42,6 +43,7 @@ from ._sparsemax import (
 )
 
 
+@array_arguments
 def entmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -107,6 +109,7 @@ def entmax(
     return of_rows(entries, solution(entries.rows(entries.scores), alpha))
 
 
+@array_arguments
 def tempered_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,

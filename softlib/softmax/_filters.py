@@ -5,6 +5,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib.typing import PerRow
 
@@ -12,6 +13,7 @@ from ._entries import Axis, Entries
 from ._threshold import cut, first_of_largest, is_bad, number_of, threshold
 
 
+@array_arguments
 def top_k_logits(
     x: Float[Array, "*shape"],
     k: PerRow,
@@ -66,6 +68,7 @@ def top_k_logits(
     return filtered.keep(first_of_largest(filtered.scores, k))
 
 
+@array_arguments
 def top_p_logits(
     x: Float[Array, "*shape"],
     p: PerRow,
@@ -142,6 +145,7 @@ def _of_weight(
     return cut(scores, least, last, crowded, room).kept(scores)
 
 
+@array_arguments
 def min_p_logits(
     x: Float[Array, "*shape"],
     p: PerRow,

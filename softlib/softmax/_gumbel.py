@@ -6,6 +6,7 @@ from jax.scipy.special import gammaln
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import PerRow
 
@@ -14,6 +15,7 @@ from ._entries import Axis, Entries
 from ._softmax import softmax
 
 
+@array_arguments
 def gumbel_softmax(
     key: Array,
     logits: Float[Array, "*shape"],
@@ -78,6 +80,7 @@ def gumbel_softmax(
     return entries.result(y)
 
 
+@array_arguments
 def straight_through_one_hot(
     probs: Float[Array, "*shape"],
     index: Integer[Array, "..."] | None = None,
@@ -144,6 +147,7 @@ def _(primals, tangents):
     return primals[1], tangents[0]
 
 
+@array_arguments
 def concrete_log_prob(
     log_x: Float[Array, "*shape"],
     logits: Float[Array, "*shape"],
@@ -213,6 +217,7 @@ def concrete_log_prob(
     return jnp.where(bad.any(axes), jnp.nan, density)
 
 
+@array_arguments
 def concrete_score(
     log_x: Float[Array, "*shape"],
     logits: Float[Array, "*shape"],

@@ -9,6 +9,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 from ._entries import Entries
 from ._top_k import top_k_gating
@@ -29,6 +30,7 @@ class NoisyTopKGating(NamedTuple):
     load: Float[Array, "..."]
 
 
+@array_arguments
 def noisy_top_k_gating(
     key: Array | None,
     logits: Float[Array, "*shape"],

@@ -8,11 +8,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
 
 
+@array_arguments
 def sdm(
     x: Float[Array, "*shape"],
     similarity: ArrayLike,
@@ -67,6 +69,7 @@ def sdm(
     return entries.result(softmax(z * log_base, entries.axes))
 
 
+@array_arguments
 def log_sdm(
     x: Float[Array, "*shape"],
     similarity: ArrayLike,

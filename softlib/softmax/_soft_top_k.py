@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib.typing import PerRow
 
@@ -17,6 +18,7 @@ from ._softmax import softmax
 from ._threshold import kth_largest
 
 
+@array_arguments
 def soft_top_k(
     x: Float[Array, "*shape"],
     k: PerRow,
@@ -74,6 +76,7 @@ def soft_top_k(
     return entries.result(entries.unrows(jnp.where(solved.bad, jnp.nan, z)))
 
 
+@array_arguments
 def log_soft_top_k(
     x: Float[Array, "*shape"],
     k: PerRow,

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks, _dispatch
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import per_shard
 from softlib.typing import Implementations, PerRow
@@ -16,6 +17,7 @@ from ._entries import Axis, Entries
 from ._row_blocks import LOGSUMEXP, SOFTMAX, Options, Rows, row_max, softmax_of
 
 
+@array_arguments
 def softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -67,6 +69,7 @@ def softmax(
     return per_shard(call, functools.partial(_by_rows, options), lambda spec: spec, z)
 
 
+@array_arguments
 def log_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -103,6 +106,7 @@ def log_softmax(
     return entries.result(_log_softmax(entries.axes, z))
 
 
+@array_arguments
 def logsumexp(
     x: Float[Array, "*shape"],
     axis: Axis = -1,

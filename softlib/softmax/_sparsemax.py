@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 
@@ -32,6 +33,7 @@ class Solution(NamedTuple):
     log_top: Float[Array, "*rows"]
 
 
+@array_arguments
 def sparsemax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -76,6 +78,7 @@ def sparsemax(
     return of_rows(entries, power_map(1, entries.rows(entries.scores)))
 
 
+@array_arguments
 def entmax15(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -116,6 +119,7 @@ def entmax15(
     return of_rows(entries, power_map(2, entries.rows(entries.scores)))
 
 
+@array_arguments
 def support_size(
     p: Float[Array, "*shape"],
     axis: Axis = -1,

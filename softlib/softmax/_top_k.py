@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
@@ -15,6 +16,7 @@ from ._threshold import first_of_largest, is_bad
 type BiasIn = Literal["weights", "selection", "both"]
 
 
+@array_arguments
 def top_k_softmax(
     x: Float[Array, "*shape"],
     k: int,
@@ -83,6 +85,7 @@ def top_k_softmax(
     return gates.entries.result(gates.entries.unrows(weights))
 
 
+@array_arguments
 def top_k_gating(
     x: Float[Array, "*shape"],
     k: int,

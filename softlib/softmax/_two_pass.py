@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib.numerics._extended import (
     BELOW_EXACT_RANGE,
     ExtendedFloat,
@@ -34,6 +35,7 @@ from ._entries import Axis, Entries
 _LIFT = 32.0
 
 
+@array_arguments
 def two_pass_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -84,6 +86,7 @@ def two_pass_softmax(
     return entries.result(entries.unrows(_softmax(compensated, rows)))
 
 
+@array_arguments
 def two_pass_log_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -129,6 +132,7 @@ def two_pass_log_softmax(
     return entries.result(entries.unrows(_log_softmax(compensated, rows)))
 
 
+@array_arguments
 def two_pass_logsumexp(
     x: Float[Array, "*shape"],
     axis: Axis = -1,

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib.numerics import UnifiedMax, UnifiedMaxState
 from softlib.typing import PerRow
@@ -43,6 +44,7 @@ def unified_max_softmax(
     return_flag: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def unified_max_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -128,6 +130,7 @@ def unified_max_log_softmax(
     return_flag: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
+@array_arguments
 def unified_max_log_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,

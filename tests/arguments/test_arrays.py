@@ -1,0 +1,138 @@
+"""Lists, numbers and bools of Python, and NumPy, for the arrays of every function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Bool, Float, Integer
+
+import softlib
+from softlib._array_arguments import ArrayKind, argument_kinds, array_arguments
+from tests import example_calls
+
+# What is not in the annotations is what these tests are about.
+ANY: Any = softlib
+attention, losses, softmax = ANY.attention, ANY.losses, ANY.softmax
+
+
+def array_names() -> dict[str, list[str]]:
+    """The arguments that the signature calls arrays, of each function that has any."""
+    kinds = {
+        address.removeprefix("softlib."): argument_kinds(function)
+        for address, function in example_calls.functions().items()
+    }
+    names = {
+        address: [name for name, kind in of.items() if isinstance(kind, ArrayKind)]
+        for address, of in kinds.items()
+    }
+    return {address: found for address, found in names.items() if found}
+
+
+def plain(value: Any) -> Any:
+    """An array as lists of Python; a key stays what it is."""
+    if not isinstance(value, jax.Array):
+        return value
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == jnp.uint32:
+        return value
+    return value.tolist()
+
+
+@pytest.mark.parametrize("address", array_names())
+def test_lists_are_arrays(address):
+    call = example_calls.of(f"softlib.{address}")
+    if call is None:
+        pytest.skip("its example calls it inside a transformation")
+    lists = {n: plain(call.arguments.get(n)) for n in array_names()[address]}
+    lists = {name: value for name, value in lists.items() if value is not None}
+    found, wanted = (jax.tree.leaves(each) for each in (call(**lists), call()))
+    for one, two in zip(found, wanted, strict=True):
+        if isinstance(two, jax.Array) and jnp.issubdtype(
+            two.dtype, jax.dtypes.prng_key
+        ):
+            continue
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("address", array_names())
+def test_none_is_no_array(address):
+    function = example_calls.functions()[f"softlib.{address}"]
+    kinds = argument_kinds(function)
+    call = example_calls.of(f"softlib.{address}")
+    required = [
+        kind.name
+        for kind in kinds.values()
+        if isinstance(kind, ArrayKind) and not kind.optional
+    ]
+    if call is None:
+        pytest.skip("its example calls it inside a transformation")
+    for name in required:
+        known = rf"^{function.__name__}: `{name}` must be an array, got None\.$"
+        with pytest.raises(TypeError, match=known):
+            call(**{name: None})
+
+
+def test_what_is_no_array_is_named():
+    for value, kind in (("abc", "str"), ([[1.0], [2.0, 3.0]], "list"), ({}, "dict")):
+        with pytest.raises(TypeError, match=f"^softmax: `x` must be .* got {kind}"):
+            softmax.softmax(value)
+
+
+def test_bools_of_python_are_masks(untyped):
+    x = [[1.0, 2.0], [0.0, 1.0]]
+    np.testing.assert_array_equal(softmax.softmax(x, where=False), np.zeros((2, 2)))
+    loss = losses.softmax_cross_entropy(x, [0, 1], where=False)
+    np.testing.assert_array_equal(loss, [0, 0])
+    loads = losses.load_balancing_loss(x, [[0], [1]], where=True)
+    np.testing.assert_array_equal(loads, losses.load_balancing_loss(x, [[0], [1]]))
+    query = np.ones((1, 2, 1, 2), "float32")
+    found = attention.dot_product_attention(query.tolist(), query, query, mask=False)
+    np.testing.assert_array_equal(found, np.zeros_like(query))
+
+
+def test_a_flag_is_true_or_false(untyped):
+    logits, labels = jnp.zeros((1, 2)), jnp.zeros(1, int)
+    known = r"^softmax_cross_entropy: `return_lse` must be True or False, got 'x'\.$"
+    with pytest.raises(TypeError, match=known):
+        losses.softmax_cross_entropy(logits, labels, return_lse="x")
+    lse = losses.softmax_cross_entropy(logits, labels, return_lse=np.True_)[1]
+    assert lse.shape == (1,)
+
+
+@pytest.mark.parametrize("names", ["typo", ("xla", "typo")])
+def test_an_implementation_has_a_known_name_even_where_none_is_chosen(names):
+    known = "^{}: `implementation` must be None or one .* got 'typo'"
+    scores, positives = jnp.zeros((1, 3)), jnp.array([[0]])
+    with pytest.raises(ValueError, match=known.format("soft_top_k_loss")):
+        losses.soft_top_k_loss(scores, positives, k=1, implementation=names)
+    with pytest.raises(ValueError, match=known.format("linear_softmax_cross_entropy")):
+        losses.linear_softmax_cross_entropy(
+            jnp.ones((1, 2)), jnp.ones((3, 2)), jnp.array([0]), implementation=names
+        )
+
+
+@array_arguments
+def typed(
+    x: Float[Array, " n"],
+    ids: Integer[Array, " n"] | Float[Array, "n m"] | None = None,
+    *,
+    where: Bool[Array, "..."] | None = None,
+    scale: Float[Array, ""] | float = 1.0,
+):
+    return x, ids, where, scale
+
+
+example: Any = typed
+
+
+def test_only_what_is_annotated_as_arrays_is_converted():
+    x, ids, where, scale = example([1.0], ids=[2**40], where=True, scale=2.0)
+    assert isinstance(x, jax.Array)
+    assert where.dtype == jnp.bool_
+    assert type(scale) is float
+    assert ids[0] == 2**31 - 1  # out of every range, where 2**40 % 2**32 is 0
+    assert example(x)[0] is x
+    assert example(x, None)[1] is None
+    with pytest.raises(TypeError, match="positional"):
+        example(x, ids, where, scale)
