@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
@@ -28,6 +29,7 @@ from ._kernel_rows import (
 )
 
 
+@array_arguments
 def cauchy_schwarz_divergence(
     samples_p: Float[Array, "N D"],
     samples_q: Float[Array, "M D"],
@@ -93,7 +95,7 @@ def cauchy_schwarz_divergence(
     dtype = accumulator_dtype(p, q)
     of_p = weights_of(function, p.shape[0], weights_p, where_p, dtype, "_p")
     of_q = weights_of(function, q.shape[0], weights_q, where_q, dtype, "_q")
-    p, q = select(of_p.keep, p), select(of_q.keep, q)
+    p, q = select(of_p, p), select(of_q, q)
     axis_p, axis_q = axes_of(of_p, bandwidth, p, q)
 
     def within(axis: Axis, weights: Weights) -> Array:
@@ -105,6 +107,7 @@ def cauchy_schwarz_divergence(
     return jnp.where(of_p.empty | of_q.empty, 0, found)
 
 
+@array_arguments
 def cauchy_schwarz_mutual_information(
     x: Float[Array, "N Dx"],
     t: Float[Array, "N Dt"],
@@ -174,7 +177,7 @@ def cauchy_schwarz_mutual_information(
     )
     check_row_chunk(function, row_chunk)
     found = weights_of(function, x.shape[0], weights, where, accumulator_dtype(x, t))
-    x, t = select(found.keep, x), select(found.keep, t)
+    x, t = select(found, x), select(found, t)
     (axis_x,), (axis_t,) = (
         axes_of(found, bandwidth_x, x),
         axes_of(found, bandwidth_t, t),
@@ -182,6 +185,7 @@ def cauchy_schwarz_mutual_information(
     return _information(found, axis_x, axis_t, normalized, row_chunk)
 
 
+@array_arguments
 def conditional_cauchy_schwarz_divergence(
     x: Float[Array, "N Dx"],
     y: Float[Array, "N Dy"],
@@ -261,7 +265,7 @@ def conditional_cauchy_schwarz_divergence(
     check_row_chunk(function, row_chunk)
     dtype = accumulator_dtype(x, y, y_hat)
     found = weights_of(function, x.shape[0], weights, where, dtype)
-    x, y, y_hat = (select(found.keep, array) for array in (x, y, y_hat))
+    x, y, y_hat = (select(found, array) for array in (x, y, y_hat))
     (axis_x,) = axes_of(found, bandwidth_x, x)
     axis_y, axis_y_hat = axes_of(found, bandwidth_y, y, y_hat)
 
@@ -274,6 +278,7 @@ def conditional_cauchy_schwarz_divergence(
     return jnp.where(found.empty, 0, of_y + of_y_hat - 2 * of_both)
 
 
+@array_arguments
 def cs_information_bottleneck_loss(
     x: Float[Array, "N Dx"],
     y: Float[Array, "N Dy"],
@@ -366,6 +371,7 @@ def cs_information_bottleneck_loss(
     return error + beta * information
 
 
+@array_arguments
 def median_bandwidth(
     x: Float[Array, "N D"], *, where: Bool[Array, " N"] | None = None
 ) -> Float[Array, ""]:
@@ -401,7 +407,7 @@ def median_bandwidth(
     (x,) = checked_points(function, x=x)
     dtype = accumulator_dtype(x)
     found = weights_of(function, x.shape[0], None, where, dtype)
-    x = lax.stop_gradient(select(found.keep, x))
+    x = lax.stop_gradient(select(found, x))
     (axis,) = axes_of(found, 1, x)
     squared = over_rows(_squared_distances, axis, (axis,), None)
     pairs = found.keep[:, None] & found.keep[None, :]

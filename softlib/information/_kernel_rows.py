@@ -4,13 +4,13 @@ Every estimate on them is a log-sum-exp over rows of log-sum-exps within a row, 
 nothing underflows and a row is all that has to exist at a time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -21,11 +21,14 @@ from softlib.typing import Scalar
 
 
 class Weights(NamedTuple):
-    """Normalised weights of N samples as logarithms; -inf drops a sample."""
+    """Normalised weights of N samples.
 
-    log: Float[Array, " N"]
-    keep: Bool[Array, " N"]
-    empty: Bool[Array, ""]  # no sample counts; `log` is then that of equal weights
+    Not their logarithms, in which a weight of 0 would have no derivative.
+    """
+
+    values: Float[Array, " N"]
+    keep: Bool[Array, " N"]  # of a sample whose weight is 0 too
+    empty: Bool[Array, ""]  # no sample has a weight; all are then equal
 
 
 class Axis(NamedTuple):
@@ -65,17 +68,17 @@ def weights_of(
     why = "one per sample"
     checks.require_boolean(function, **{f"where{suffix}": keep})
     checks.require_shape(function, f"where{suffix}", keep, (count,), why)
-    log = jnp.zeros(count, dtype)
+    values = keep.astype(dtype)
     if weights is not None:
         weights = jnp.asarray(weights)
         checks.require_floating(function, **{f"weights{suffix}": weights})
         checks.require_shape(function, f"weights{suffix}", weights, (count,), why)
-        keep = keep & (weights != 0)
-        log = jnp.log(jnp.where(keep, weights, 1).astype(dtype))
-    empty = ~keep.any()
+        values = jnp.where(keep, weights, 0).astype(dtype)
+    most = lax.stop_gradient(values.max(initial=0))
+    empty = most == 0
     # With equal weights an empty sample has finite sums, which the caller drops.
-    log = jnp.where(empty, 0, jnp.where(keep, log, -jnp.inf))
-    return Weights(log - logsumexp(log), keep, empty)
+    values = jnp.where(empty, 1, values / jnp.where(empty, 1, most))
+    return Weights(values / values.sum(), keep, empty)
 
 
 def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, ...]:
@@ -84,9 +87,9 @@ def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, 
     Differences do not depend on the centre, but |a|² + |b|² - 2 ab loses all digits far
     from it; its derivative is 0 for the same reason.
     """
-    dtype = accumulator_dtype(*arrays, weights.log)
-    first = jnp.where(weights.keep[:, None], arrays[0], 0).astype(dtype)
-    centre = lax.stop_gradient((jnp.exp(weights.log)[:, None] * first).sum(0))
+    dtype = accumulator_dtype(*arrays, weights.values)
+    weighted = weights.values[:, None] * arrays[0].astype(dtype)
+    centre = lax.stop_gradient(weighted.sum(0))
 
     def axis(array: Array) -> Axis:
         shifted = (array.astype(dtype) - centre[None]) / bandwidth
@@ -95,8 +98,12 @@ def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, 
     return tuple(axis(array) for array in arrays)
 
 
-def select(keep: Bool[Array, " N"], array: Array) -> Array:
-    """Dropped samples become 0 before any arithmetic: 0 * NaN is NaN."""
+def select(weights: Weights, array: Array) -> Array:
+    """Dropped samples become 0 before any arithmetic: 0 * NaN is NaN.
+
+    So do samples that are not finite where their weight is 0.
+    """
+    keep = weights.keep & ((weights.values != 0) | jnp.isfinite(array).all(-1))
     return jnp.where(keep[:, None], array, 0)
 
 
@@ -128,5 +135,16 @@ def over_rows(
 
 
 def mean_log(weights: Weights, values: Float[Array, " N"]) -> Float[Array, ""]:
-    """The logarithm of the weighted mean of e^values."""
-    return logsumexp(values + weights.log)
+    """The logarithm of the weighted mean of e^values.
+
+    `logsumexp` leaves out what has a weight of 0, and so its derivative.
+    """
+    w = weights.values
+    some = w != 0
+    top = lax.stop_gradient(jnp.where(some, values, -jnp.inf).max(initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    # Without a weight a value may be so far above the others that e^value overflows.
+    most = math.log(float(jnp.finfo(values.dtype).max)) / 2
+    above = values - top
+    total = (w * jnp.exp(jnp.where(some, above, jnp.minimum(above, most)))).sum()
+    return top + jnp.log(total)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
@@ -43,6 +44,7 @@ class HeadDistillationOptions(LogitsDistillationOptions, total=False):
     precision: Precision
 
 
+@array_arguments
 def linear_knowledge_distillation_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -69,8 +71,8 @@ def linear_knowledge_distillation_loss(
         teacher_hidden: The teacher's inputs of its head, of any number of features.
         teacher_weight: Of the same classes; one column per class with
             `target_vocab_axis=1`.
-        temperature: $T > 0$; a number is static, an array traced and differentiable
-            (through the student; the teacher is constant).
+        temperature: $T > 0$; a number is static, an array traced and differentiable,
+            through both distributions.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
         **options: `bias`, `logit_scale`, `logit_softcap`, `vocab_axis` of the student
@@ -103,6 +105,7 @@ def linear_knowledge_distillation_loss(
     return _knowledge_distillation(pair, temperature, where)
 
 
+@array_arguments
 def knowledge_distillation_loss(
     logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
@@ -152,6 +155,7 @@ def knowledge_distillation_loss(
     return _knowledge_distillation(pair, temperature, where)
 
 
+@array_arguments
 def linear_normalized_distillation_loss(
     hidden: Float[Array, "*batch D"],
     weight: Float[Array, "V D"] | Float[Array, "D V"],
@@ -187,7 +191,7 @@ def linear_normalized_distillation_loss(
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class leaves the second term.
         temperature: $\lambda > 0$, of the second term alone; a number is static, an
-            array traced and differentiable (through the student).
+            array traced and differentiable, through both distributions.
         gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
@@ -223,6 +227,7 @@ def linear_normalized_distillation_loss(
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
+@array_arguments
 def normalized_distillation_loss(
     logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],
@@ -245,7 +250,7 @@ def normalized_distillation_loss(
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class leaves the second term.
         temperature: $\lambda > 0$, of the second term alone; a number is static, an
-            array traced and differentiable (through the student).
+            array traced and differentiable, through both distributions.
         gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
@@ -280,6 +285,7 @@ def normalized_distillation_loss(
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
+@array_arguments
 def decoupled_knowledge_distillation_loss(
     logits: Float[Array, "*batch V"],
     teacher_logits: Float[Array, "*batch V"],

@@ -11,6 +11,7 @@ logarithms of p and q, for every s, 0 included.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
 from softlib.softmax._entmax import log_probability, require_below_two, solution
@@ -30,6 +32,7 @@ from ._rows import rows_that_count
 from ._sources import GivenLogits
 
 
+@array_arguments
 def sparsemax_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
@@ -51,7 +54,8 @@ def sparsemax_loss(
         logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
-            numbers of the shape of `logits` are distributions, which must sum to 1.
+            numbers of the shape of `logits` are distributions; for other sums than 1
+            see `entmax_loss`.
         class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
@@ -77,6 +81,7 @@ def sparsemax_loss(
     return _fenchel_young("sparsemax_loss", logits, labels, 2.0, class_where, where)
 
 
+@array_arguments
 def entmax_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
@@ -101,8 +106,11 @@ def entmax_loss(
         logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
-            numbers of the shape of `logits` are distributions, which must sum to 1; a
-            mass on an excluded class costs +inf.
+            numbers of the shape of `logits` are distributions; a mass on an excluded
+            class costs +inf. Of a label with another sum than 1 it is the loss in which
+            $z$ counts from the level $z_i - (p_i^{\alpha - 1} - 1) / (\alpha - 1)$ of
+            the support: the Bregman divergence of $q$ from $p$, which is 0 at $q = p$
+            alone.
         alpha: $\alpha > 0$: a number (static), or an array that is a scalar or one
             value per row; traced and differentiable.
         class_where: True for the classes that exist; broadcasts to `logits`.
@@ -134,6 +142,7 @@ def entmax_loss(
     return _fenchel_young("entmax_loss", logits, labels, alpha, class_where, where)
 
 
+@array_arguments
 def bi_tempered_logistic_loss(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
@@ -354,15 +363,19 @@ def _of_distributions(z: Array, q: Array, s: Array, p: Array, log_top: Array) ->
 def _of_distributions_jvp(primals, tangents):
     z, q, s, p, _ = primals
     dz, dq, ds, _, _ = tangents
-    tangent = _moved(z, s, p, p - q, dz, ds)
+    # Of a label with another sum than 1 only what is beyond the level of the row costs.
+    excess = q.sum(-1) - 1
+    share, level = _level(z, p, s)
+    slope = p - q + excess[..., None] * share
+    tangent = _moved(z, s, p, slope, dz, ds)
     if not isinstance(dq, SymbolicZero):
-        # Of the formula as it is printed; of two labels with equal sums it is the same.
         wide = s[..., None]
         finite = (z > -jnp.inf) & ((q > 0) | (wide > 0))
-        slope = _deformed_log(q, wide) + 1 / (1 + wide) - jnp.where(finite, z, 0)
+        slope = _deformed_log(q, wide) + level(s)[..., None] - jnp.where(finite, z, 0)
         tangent = tangent + jnp.where(finite, slope * dq, 0).sum(-1)
     if not isinstance(ds, SymbolicZero):
-        tangent = tangent - _entropy_slope(q, s, ds)
+        of_level = jax.jvp(lambda s: level(s) - 1 / (1 + s), (s,), (ds,))[1]
+        tangent = tangent - _entropy_slope(q, s, ds) + excess * of_level
     return _of_distributions(*primals), tangent
 
 
@@ -377,6 +390,28 @@ def _moved(z: Array, s: Array, p: Array, slope: Array, dz: Any, ds: Any) -> Arra
     if not isinstance(ds, SymbolicZero):
         tangent = tangent + _entropy_slope(p, s, ds)
     return tangent
+
+
+def _level(z: Array, p: Array, s: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """How a row's level follows its logits, and the level itself as a function of s.
+
+    On the support the deformed logarithm of p is z less the level.
+    """
+    wide, on = s[..., None], p > 0
+    log_p = jnp.log(jnp.where(on, p, 1))
+    # Relative to the largest entry, which for alpha > 2 is the one of the least p.
+    power = jnp.where(on, (1 - wide) * log_p, -jnp.inf)
+    most = lax.stop_gradient(power.max(-1, keepdims=True, initial=-jnp.inf))
+    power = jnp.exp(power - jnp.where(most == -jnp.inf, 0, most))
+    total = power.sum(-1, keepdims=True)
+    share = power / jnp.where(total == 0, 1, total)
+
+    def level(s: Array) -> Array:
+        above = jnp.where(on, z, 0) - _deformed_log(jnp.where(on, p, 1), s[..., None])
+        # The share is constant here: what p changes by adds nothing.
+        return (lax.stop_gradient(share) * jnp.where(on, above, 0)).sum(-1)
+
+    return share, level
 
 
 def _entropy_slope(p: Array, s: Array, ds: Array) -> Array:

@@ -102,9 +102,14 @@ class SourcePair:
         return self.own.function
 
     def with_constant_target(self) -> "SourcePair":
-        """No gradient reaches what the target's logits come from."""
+        """No gradient reaches what the target's logits come from.
+
+        The temperature that divides them is no part of the target: it is shared.
+        """
         target = self.target
-        arrays = {"modifiers": lax.stop_gradient(target.modifiers)}
+        modifiers = lax.stop_gradient(target.modifiers)
+        modifiers = modifiers._replace(temperature=target.modifiers.temperature)
+        arrays: dict[str, Any] = {"modifiers": modifiers}
         for name in ("hidden", "weight", "logits"):
             if hasattr(target, name):
                 arrays[name] = lax.stop_gradient(getattr(target, name))

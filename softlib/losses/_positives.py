@@ -120,8 +120,11 @@ class Positives:
         # A row of infinite cost has no gradient; without a weight no cost is infinite.
         infinite = costs == jnp.inf
         used = self.present & (weights != 0)
-        finite = jnp.where(used, weights * jnp.where(infinite | ~used, 0, costs), 0)
-        loss = finite.sum(-1)
+        # The derivative in a weight of 0 is the cost, so that it is no reason to drop
+        # one; a NaN has none.
+        finite = self.present & ~infinite & (used | ~jnp.isnan(costs))
+        terms = jnp.where(finite, weights, 0) * jnp.where(finite, costs, 0)
+        loss = terms.sum(-1)
         signs = lax.stop_gradient(jnp.sign(weights))
         limit = jnp.where(used & infinite, signs, 0).sum(-1)
         return jnp.where(limit == 0, loss, jnp.copysign(jnp.inf, limit))

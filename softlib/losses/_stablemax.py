@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._sharding import in_auto_mode
 from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
@@ -16,6 +17,7 @@ from ._sources import GivenLogits
 from ._tile import RowStatistics
 
 
+@array_arguments
 def stablemax_cross_entropy(
     logits: Float[Array, "*batch V"],
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
@@ -157,7 +159,8 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
     x = source.final_logits()
     total = _no_overflow(stable_weight(x).sum(-1, keepdims=True))
     total = jnp.where(total == 0, 1, total)
-    asked = labels != 0
+    # Not `labels != 0` alone: the derivative in a mass of 0 is the cost.
+    asked = (labels != 0) | (x != -jnp.inf)
     cost = jnp.log(total) - log_stable_weight(jnp.where(asked, x, 0))
     return Rows(
         _statistics(source),
