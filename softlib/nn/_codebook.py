@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks, losses
+from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
@@ -63,13 +64,15 @@ class CodebookState(NamedTuple):
     sums: Float[Array, "K D"]
 
 
+@array_arguments
 def assign_codes(
     embeddings: Float[Array, "V D"], codebook: Float[Array, "K D"]
 ) -> Int[Array, " V"]:
     r"""The nearest code of each embedding, by Euclidean distance.
 
     $M(i) = \arg\min_j |e_i - c_j|^2 = \arg\max_j (e_i \cdot c_j - |c_j|^2 / 2)$, the
-    lowest code on ties: an argmax over a linear head, streamed over the codes.
+    lowest code on ties: an argmax over a linear head, streamed over the codes, with
+    $e$ and $c$ relative to the mean of the codes, so that nothing cancels far from 0.
 
     Args:
         embeddings: One row per token.
@@ -83,7 +86,7 @@ def assign_codes(
         ValueError: Shapes do not fit together.
 
     Derivatives: none, integers.
-    Cost: one product of V x D x K, no array of V x K.
+    Cost: one product of V x D x K and a copy of the rows, no array of V x K.
     Source: vector quantization.
 
     Example:
@@ -93,7 +96,9 @@ def assign_codes(
     """
     embeddings, codebook = _tables("assign_codes", embeddings, codebook)
     dtype = accumulator_dtype(embeddings, codebook)
-    lengths = jnp.sum(jnp.square(codebook.astype(dtype)), axis=-1)
+    centre = _centre(codebook.astype(dtype))
+    embeddings, codebook = (x.astype(dtype) - centre for x in (embeddings, codebook))
+    lengths = jnp.sum(jnp.square(codebook), axis=-1)
     argmax = losses.linear_row_statistics(
         lax.stop_gradient(embeddings),
         lax.stop_gradient(codebook),
@@ -105,6 +110,7 @@ def assign_codes(
     return argmax
 
 
+@array_arguments(as_given=("weights",))
 def kmeans(
     x: Float[Array, "V D"],
     num_codes: int,
@@ -166,6 +172,9 @@ def _lloyd(
     num_codes: int,
     num_iterations: int,
 ) -> KMeans:
+    centre = _centre(x)  # sums and products of rows far from 0 would cancel
+    x = x - centre
+
     def step(codebook: Array, _) -> tuple[Array, Array]:
         mapping = assign_codes(x, codebook)
         inertia = _inertia(x, codebook, mapping, weights)
@@ -176,9 +185,10 @@ def _lloyd(
     codebook, inertia = lax.scan(step, start, length=num_iterations)
     mapping = assign_codes(x, codebook)
     last = _inertia(x, codebook, mapping, weights)
-    return KMeans(codebook, mapping, jnp.append(inertia, last))
+    return KMeans(codebook + centre, mapping, jnp.append(inertia, last))
 
 
+@array_arguments
 def codebook_state(
     codebook: Float[Array, "K D"], counts: Float[Array, " K"] | None = None
 ) -> CodebookState:
@@ -220,6 +230,7 @@ def codebook_state(
     return CodebookState(codebook, counts, codebook * counts[:, None])
 
 
+@array_arguments(as_given=("weights",))
 def codebook_ema_update(
     state: CodebookState,
     embeddings: Float[Array, "V D"],
@@ -277,6 +288,7 @@ def codebook_ema_update(
     return CodebookState(_centroids(state.codebook, counts, sums), counts, sums)
 
 
+@array_arguments
 def straight_through_codes(
     embeddings: Float[Array, "V D"],
     codebook: Float[Array, "K D"],
@@ -326,6 +338,7 @@ def straight_through_codes(
     return codes + (embeddings - lax.stop_gradient(embeddings))
 
 
+@array_arguments(as_given=("counts",))
 def frequency_mapping(
     counts: Integer[Array, " V"] | Float[Array, " V"],
     num_codes: int,
@@ -424,6 +437,12 @@ def _row_weights(
         checks.require_floating(function, weights=weights)
     checks.require_shape(function, "weights", weights, x.shape[:1], "one per row")
     return lax.stop_gradient(weights.astype(x.dtype))
+
+
+def _centre(x: Float[Array, "N D"]) -> Float[Array, "1 D"]:
+    """The mean of rows, 0 where it is not finite."""
+    mean = x.mean(0, keepdims=True)
+    return jnp.where(jnp.isfinite(mean), mean, 0)
 
 
 def _totals(

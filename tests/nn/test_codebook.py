@@ -39,6 +39,20 @@ def test_ties_go_to_the_lowest_code_and_a_code_finds_itself():
     np.testing.assert_array_equal(nn.assign_codes(jnp.zeros((1, 2)), codebook), [0])
 
 
+def test_what_is_near_does_not_depend_on_where_it_is():
+    """|e|² - 2 e c + |c|² in float32 loses all digits far from the origin."""
+    x = clouds(rows=40)[0]
+    x = x / 100
+    codebook = x[:4]
+    wanted = oracle.nearest(x, codebook)
+    far = jnp.float32(np.round(np.float64(x) * 2**7) / 2**7)  # exact after the shift
+    np.testing.assert_array_equal(nn.assign_codes(far + 1e4, far[:4] + 1e4), wanted)
+    kmeans = functools.partial(nn.kmeans, num_codes=4, key=jax.random.key(0))
+    near, moved = kmeans(far), kmeans(far + 1e4)
+    np.testing.assert_allclose(moved.inertia[-1], near.inertia[-1], rtol=1e-4)
+    np.testing.assert_allclose(moved.codebook - 1e4, near.codebook, atol=2e-3)
+
+
 # ----------------------------------------------------------------------------- k-means
 def test_kmeans_finds_clouds():
     x, own = clouds()
@@ -272,6 +286,6 @@ KEY = jax.random.key(0)
         ),
     ],
 )
-def test_wrong_arguments_are_errors(call, error, message):
+def test_wrong_arguments_are_errors(call, error, message, eager):
     with pytest.raises(error, match=message):
         call()
