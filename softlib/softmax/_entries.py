@@ -99,3 +99,13 @@ class Entries(NamedTuple):
     def beside(self, value: Array) -> Array:
         """What `per_row` gives, with axes of length 1 in the place of a row's."""
         return jnp.expand_dims(value, self.axes)
+
+
+def moderating(size: Array) -> Array:
+    """A power of two that takes numbers of this size away from the largest: mostly 1.
+
+    The reciprocal of one of the largest numbers is subnormal, which a processor may
+    take for 0, and the sum of two overflows.
+    """
+    half = float(2.0 ** (jnp.finfo(size.dtype).maxexp // 2))
+    return jnp.where(size > half, 1 / half, 1).astype(size.dtype)

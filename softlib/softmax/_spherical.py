@@ -5,12 +5,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib.typing import Scalar
 
-from ._entries import Axis, Entries
+from ._entries import Axis, Entries, moderating
 from ._taylor import finite_scores, log_normalized
 
 
+@array_arguments
 def spherical_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -60,6 +62,7 @@ def spherical_softmax(
     return entries.result(y / jnp.where(total == 0, 1, total))
 
 
+@array_arguments
 def log_spherical_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -116,4 +119,5 @@ def _checked(
 
 def _square(z: Array, size: Array, epsilon: Array) -> Array:
     """(z^2 + epsilon) / size^2."""
-    return (z / size) ** 2 + epsilon / size / size
+    factor = moderating(size)
+    return (z * factor / (size * factor)) ** 2 + epsilon / size / size

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ._entries import Axis, Entries
+from softlib._array_arguments import array_arguments
+
+from ._entries import Axis, Entries, moderating
 
 
+@array_arguments
 def stablemax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -23,8 +26,7 @@ def stablemax(
     is not invariant to a shift of the scores.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN, and so do scores
-            so large that the sum of $s$ overflows.
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
         where: True for the entries that count; broadcasts to `x`. Others may hold
             anything, NaN included.
@@ -51,6 +53,7 @@ def stablemax(
     return entries.result(_stablemax(entries.axes, entries.scores))
 
 
+@array_arguments
 def log_stablemax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -64,8 +67,7 @@ def log_stablemax(
     has nearly all the probability.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN, and so do scores
-            so large that the sum of $s$ overflows.
+        x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
         where: True for the entries that count; broadcasts to `x`. Others may hold
             anything, NaN included.
@@ -95,6 +97,7 @@ def log_stablemax(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _stablemax(axes: tuple[int, ...], x: Array) -> Array:
     s = stable_weight(x)
+    s = s * moderating(s.max(axes, keepdims=True, initial=0))
     return s / _positive(s.sum(axes, keepdims=True))
 
 
@@ -109,9 +112,10 @@ def _(axes, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _log_stablemax(axes: tuple[int, ...], x: Array) -> Array:
-    return log_stable_weight(x) - jnp.log(
-        _positive(stable_weight(x).sum(axes, keepdims=True))
-    )
+    s = stable_weight(x)
+    factor = moderating(s.max(axes, keepdims=True, initial=0))
+    total = (s * factor).sum(axes, keepdims=True)
+    return log_stable_weight(x) - (jnp.log(_positive(total)) - jnp.log(factor))
 
 
 @_log_stablemax.defjvp

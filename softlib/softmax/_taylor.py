@@ -15,10 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 
-from ._entries import Axis, Entries
+from ._entries import Axis, Entries, moderating
 
 
+@array_arguments
 def taylor_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -71,6 +73,7 @@ def taylor_softmax(
     return entries.result(y / jnp.where(total == 0, 1, total))
 
 
+@array_arguments
 def log_taylor_softmax(
     x: Float[Array, "*shape"],
     axis: Axis = -1,
@@ -151,8 +154,9 @@ def _nodes(order: int) -> np.ndarray:
 def _integral(z: Array, size: Array, order: int) -> Array:
     """T_n(z) n! / (size + largest node)^n."""
     nodes, weights = np.polynomial.laguerre.laggauss(order // 2 + 1)
-    inverse = 1 / (size + nodes[-1])
+    factor = moderating(size)
+    inverse = 1 / ((size + nodes[-1]) * factor)
     total = jnp.zeros_like(z)
     for node, weight in zip(nodes, weights, strict=True):
-        total = total + float(weight) * ((z + float(node)) * inverse) ** order
+        total = total + float(weight) * ((z + float(node)) * factor * inverse) ** order
     return total

@@ -124,7 +124,7 @@ def test_row_without_entries_is_zero_without_gradient(function):
     np.testing.assert_array_equal(slope, jnp.zeros((2, 2)))
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 3e38])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_bad_score_makes_its_row_nan(bad):
     x = jnp.array([[1.0, bad, bad], [1.0, 2.0, 3.0]])
     for function in BOTH.values():

@@ -1,0 +1,31 @@
+"""Maps that are ratios, where a sum overflows or a reciprocal is subnormal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import softmax
+
+MAPS = ("stablemax", "spherical_softmax", "taylor_softmax")
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", MAPS)
+def test_the_largest_scores_share_all(name, dtype, jitted):
+    with jax.enable_x64():
+        most = float(jnp.finfo(dtype).max)
+        function, log = (getattr(softmax, n) for n in (name, f"log_{name}"))
+        if jitted:
+            function, log = jax.jit(function), jax.jit(log)
+        for x, wanted in (
+            ([most / 3, 0, 0], [1, 0, 0]),
+            ([most, most, 0], [0.5, 0.5, 0]),
+            ([most / 3, 1, most / 3], [0.5, 0, 0.5]),
+        ):
+            scores = jnp.array(x, dtype)
+            np.testing.assert_allclose(function(scores), wanted, atol=1e-6)
+            np.testing.assert_allclose(jnp.exp(log(scores)), wanted, atol=1e-5)
+            slope = jax.grad(lambda x: function(x)[0])(scores)
+            assert jnp.isfinite(slope).all()
