@@ -84,9 +84,10 @@ class Checkpoints:
                 ),
             )
             self._manager.wait_until_finished()
-            seal = self.folder / str(progress.step) / SEAL
-            seal.write_text(json.dumps(_digests(seal.parent), indent=1), "utf-8")
+            _write_seal(self.folder / str(progress.step))
         except Exception as error:  # Orbax has no common base class for its errors
+            # Written but not sealed: the next run would start from it all the same.
+            shutil.rmtree(self.folder / str(progress.step), ignore_errors=True)
             earlier = [s for s in self._manager.all_steps() if s != progress.step]
             raise Failure(
                 f"cannot write the checkpoint of step {progress.step} in {self.folder}:"
@@ -200,11 +201,18 @@ def _quieten_orbax() -> None:
     sys.unraisablehook = hook
 
 
+def _write_seal(folder: pathlib.Path) -> None:
+    """Under another name first: half a seal would call what it seals damaged."""
+    part = folder / f"{SEAL}.part"
+    part.write_text(json.dumps(_digests(folder), indent=1), "utf-8")
+    part.replace(folder / SEAL)
+
+
 def _digests(folder: pathlib.Path) -> dict[str, str]:
     """Digest of every file of a checkpoint, by its path inside it."""
     digests = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if path.name != SEAL:
+        if not path.name.startswith(SEAL):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
             digests[path.relative_to(folder).as_posix()] = digest

@@ -15,10 +15,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from language_model import corpus as corpus_, options as options_, session, training
-from language_model.checkpoints import Checkpoints
+from language_model.checkpoints import Checkpoints, Progress
 from language_model.failures import Failure, reason
 from language_model.model import LanguageModel, rotate
 
@@ -247,6 +248,29 @@ def test_wrong_path_is_one_line_and_exit_code_2(tmp_path):
         "error: cannot read /nowhere/sotu.txt.xz: No such file or directory "
         "(/nowhere/sotu.txt.xz).\n"
     )
+
+
+def test_a_disk_that_is_full_at_the_seal_leaves_the_earlier_checkpoint(
+    tmp_path, monkeypatch
+):
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    saved = Checkpoints(tmp_path, {"seed": 1})
+    saved.save(Progress(1), model, optimizer)
+    write = pathlib.Path.write_text
+
+    def half(path, text, *args):
+        write(path, text[: len(text) // 2], *args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", half)
+    with pytest.raises(Failure, match=r"No space left .* of step 1 is whole"):
+        saved.save(Progress(2), model, optimizer)
+    saved.close()
+    monkeypatch.undo()
+    again = Checkpoints(tmp_path, {"seed": 1})
+    assert again.restore(model, optimizer).step == 1
+    again.close()
 
 
 def test_file_that_cannot_grow_is_one_line_and_keeps_the_earlier_checkpoint(
