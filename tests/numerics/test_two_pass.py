@@ -14,6 +14,7 @@ from softlib.attention import _attention as attention_module, dot_product_attent
 from softlib.attention._scores import Softmax
 from softlib.numerics import PlainSum, RunningMax, TwoPass, UnifiedMax
 from softlib.testing import assert_close
+from tests import operations
 from tests.oracles import extended as oracle
 
 ACCUMULATOR = TwoPass()
