@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from ._array_arguments import array_arguments
 from ._checks import require_axes, require_boolean, require_broadcastable
+from ._dtypes import accumulator_dtype
 
 
 @array_arguments(as_given=("values",))
@@ -57,7 +58,7 @@ def masked_mean(
             f"got {values.dtype}."
         )
     require_axes(function, "axis", axis, values.ndim)
-    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    dtype = accumulator_dtype(values)
     if where is None:
         where = jnp.ones((), bool)
     where = jnp.asarray(where)
@@ -66,7 +67,7 @@ def masked_mean(
         function, "where", where, values.shape, "the shape of `values`"
     )
     where = jnp.broadcast_to(where, values.shape)
-    total = jnp.where(where, values, 0).astype(dtype).sum(axis)
+    total = jnp.where(where, values.astype(dtype), 0).sum(axis)
     count = where.sum(axis, dtype=jnp.int32)  # exact beyond 2**24, unlike float32
     if axis_name is not None:
         total, count = lax.psum((total, count), axis_name)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Array
 
 from softlib import _checks as checks, masks
 from softlib._array_arguments import as_array
+from softlib._dtypes import accumulator_dtype
 from softlib._ids import signed
 from softlib._sharding import match_varying, per_shard
 from softlib.masks import Mask
@@ -67,7 +69,7 @@ class Shapes(NamedTuple):
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.batch, dtype=int))
+        return math.prod(self.batch)
 
     def flat(self, *arrays: Array) -> list[Array]:
         """Exactly one batch axis."""
@@ -90,7 +92,7 @@ class Shapes(NamedTuple):
         batch, pairs = array.shape[: len(self.batch)], array.shape[len(self.batch) :]
         if batch not in (self.batch, (1,) * len(batch)):
             array, batch = jnp.broadcast_to(array, (*self.batch, *pairs)), self.batch
-        return array.reshape(int(np.prod(batch, dtype=int)), *pairs)
+        return array.reshape(math.prod(batch), *pairs)
 
     def on_rows(self, function: str, name: str, array: Array) -> Array:
         """(B, T, N), from anything that broadcasts to it."""
@@ -288,7 +290,7 @@ def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
     scale = jnp.asarray(scale)
     checks.require_floating(function, scale=scale)
     checks.require_shape(function, "scale", scale, (), "a number or a scalar array")
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = accumulator_dtype(query)
     return query.astype(wide) * scale.astype(wide), 1.0
 
 

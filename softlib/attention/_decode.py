@@ -299,7 +299,7 @@ def _attend(
     if lengths is not None or is_causal:
         total = jnp.asarray(everything, jnp.int32) if lengths is None else lengths
         total = jnp.broadcast_to(total, tuple(batch)).reshape(-1, 1)
-        later = jnp.arange(queries, dtype=jnp.int32)[::-1] * is_causal
+        later = jnp.arange(queries, dtype=jnp.int32)[::-1] * int(is_causal)
         seen = total - first - later[None, :]
         visible = jnp.tile(seen, (1, heads // groups))
     if unified is not None:
@@ -437,4 +437,4 @@ def _per_head(name: str, value: ArrayLike, heads: int) -> Array:
     checks.require_shape_in(
         FUNCTION, name, numbers, ((), (heads,)), "one number, or one per query head"
     )
-    return numbers.astype(jnp.promote_types(numbers.dtype, jnp.float32))
+    return numbers.astype(accumulator_dtype(numbers))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
 from softlib.numerics import RunningMax, RunningMaxState, UnifiedMax, UnifiedMaxState
 from softlib.typing import Precision
@@ -90,7 +90,7 @@ def scores(
     key: Float[Array, "B S K H"],
     scale: Float[Array, ""],
 ) -> Float[Array, "B K R S"]:
-    dtype = jnp.result_type(query, key)
+    dtype = common_dtype(query, key)
     z = jnp.einsum(
         "bkrh,bskh->bkrs",
         query.astype(dtype),

@@ -19,6 +19,7 @@ from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
 from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
+from softlib._dtypes import common_dtype
 from softlib.masks import Block, block_map
 
 from ._plan import Skeleton, plan_of
@@ -167,7 +168,7 @@ def _limits(which: Pass, options: Options, operands: Operands) -> Any:
         which,
         operands.plan.lengths,
         (operands.query.shape[-1], _value(operands).shape[-1]),
-        jnp.result_type(*arrays),
+        common_dtype(*arrays),
         _devices.tpu(),
         _KINDS[options.kind].is_light,
     )

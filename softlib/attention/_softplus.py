@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision
 
@@ -180,7 +181,7 @@ def softplus_attention(
         all_partial=dense is not None,
     )
     out_dtype = query.dtype
-    wide = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    wide = accumulator_dtype(query, key, value)
     query, key, value = shapes.flat(query, key, value)
     if query_seq_lengths is not None:
         query = shapes.without_padding(query, query_seq_lengths)
@@ -283,7 +284,7 @@ def softplus_weights(
         why = "the shape of `logits`"
         checks.require_broadcastable(function, "where", where, logits.shape, why)
         ok = jnp.broadcast_to(where, logits.shape)
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
+    wide = accumulator_dtype(logits)
     z = jnp.where(ok, logits.astype(wide), 0)
     total = lambda x: jnp.where(ok, x, 0).sum(axis, keepdims=True)
     if power is None:
@@ -295,7 +296,7 @@ def softplus_weights(
         )
     else:
         kind, phi = Reweighted(float(power)), jax.nn.softplus(z)
-        count = ok.sum(axis, keepdims=True)
+        count = ok.sum(axis, keepdims=True, dtype=wide)
         mean = total(phi) / jnp.maximum(count, 1)
         offset = jnp.where(count <= offset_rows, 0, mean)
         above = jnp.where(ok, lax.stop_gradient(phi - offset), 0)

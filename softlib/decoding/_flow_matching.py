@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, cast, promoted
 from softlib.losses import softmax_cross_entropy
 from softlib.softmax import (
     gumbel_softmax,
@@ -66,7 +66,7 @@ def exponential_temperature(
     """
     function = "exponential_temperature"
     checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
-    t = _time(t)
+    t, tau_max, decay = promoted(_time(t), tau_max, decay)
     return tau_max * jnp.exp(-decay * t)
 
 
@@ -134,8 +134,11 @@ def gumbel_softmax_interpolant(
         noise = jax.random.gumbel(key, x1.shape, dtype)
     checks.require_shape(function, "noise", noise, x1.shape, "that of `x1`")
     t = _on_positions(function, t, x1.shape[:-1], dtype)
-    inverse = jnp.exp(decay * t) / tau_max
-    z = (x1.astype(dtype) + noise.astype(dtype) / beta) * inverse
+    wide, noise = x1.astype(dtype), noise.astype(dtype)
+    wide, noise, t, tau_max, decay, beta = promoted(
+        wide, noise, t, tau_max, decay, beta
+    )
+    z = (wide + noise / beta) * (jnp.exp(decay * t) / tau_max)
     return softmax(z).astype(x1.dtype)
 
 
@@ -191,8 +194,9 @@ def gumbel_flow_velocity(
     checks.require_positive_scalars(function, tau_max=tau_max, decay=decay)
     dtype = accumulator_dtype(x)
     t = _on_positions(function, t, x.shape[:-1], dtype)
-    speed = decay / tau_max * jnp.exp(decay * t)
     wide, target = x.astype(dtype), target_probs.astype(dtype)
+    wide, target, t, tau_max, decay = promoted(wide, target, t, tau_max, decay)
+    speed = decay / tau_max * jnp.exp(decay * t)
     mean = (target * wide).sum(-1, keepdims=True)
     return (speed * wide * (target - mean)).astype(x.dtype)
 
@@ -364,6 +368,9 @@ def sample_gumbel_flow(
         checks.require_positive_scalars(function, step_temperature=step_temperature)
     _require_beta(function, beta)
     dtype = jnp.float32
+    tau_max, decay, beta, guidance_scale = cast(
+        dtype, tau_max, decay, beta, guidance_scale
+    )
 
     def said(x: Array, t: Array) -> Array:
         logits = denoiser(x, t)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 
 from ._gaussian_experts import SOFTMAX_GATE, ExpertGate, GaussianExperts
 
@@ -178,7 +178,7 @@ def voronoi_loss(
         raise ValueError(
             f"{function}: `orders` must hold positive numbers, got {orders}."
         )
-    dtype = jnp.promote_types(fitted.dtype, true.dtype)
+    dtype = common_dtype(fitted.dtype, true.dtype)
     fitted, true = fitted.astype(dtype), true.astype(dtype)
     cells = _nearest(fitted, true)
     inside = jax.nn.one_hot(cells, count, dtype=dtype)

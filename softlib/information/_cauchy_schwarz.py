@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
 from ._kernel_rows import (
@@ -368,6 +368,7 @@ def cs_information_bottleneck_loss(
         normalized=normalized,
         **shared,
     )
+    error, information, beta = promoted(error, information, beta)
     return error + beta * information
 
 

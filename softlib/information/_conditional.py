@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
@@ -172,10 +172,12 @@ def centroid_update(
     sums = _sums(function, probs, labels, _classes(function, centroids), where)
     why = "as many outcomes as `probs`"
     checks.require_shape(function, "centroids", centroids, sums.sums.shape, why)
-    moved = decay * centroids + (1 - decay) * sums.centroids()
+    old, new = promoted(centroids, sums.centroids())
+    decay = jnp.asarray(decay, old.dtype)
+    moved = decay * old + (1 - decay) * new
     moved = moved / moved.sum(1, keepdims=True)
     present = (sums.counts > 0)[:, None]
-    return jnp.where(present, moved, centroids).astype(centroids.dtype)
+    return jnp.where(present, moved, old).astype(centroids.dtype)
 
 
 @array_arguments
@@ -241,7 +243,7 @@ def conditional_mutual_information(
     count = _classes(function, centroids)
     why = "as many outcomes as `logits`"
     checks.require_shape(function, "centroids", centroids, (count, classes), why)
-    q = lax.stop_gradient(centroids).astype(jnp.promote_types(dtype, centroids.dtype))
+    q = lax.stop_gradient(centroids).astype(common_dtype(dtype, centroids.dtype))
     labels = labels_in_range(labels, count)
     inside = labels >= 0
     counts = kept & inside

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
 
@@ -180,6 +180,7 @@ def dpo_optimal_policy(
     ref, chosen, rejected = space.arrays
     # Where the reference has no mass the policy has none, whatever the ratio is.
     space = space.within(ref != -jnp.inf)
+    ref, chosen, rejected, beta = promoted(ref, chosen, rejected, beta)
     return space.normalized(ref + space.kept(chosen - rejected) / beta)
 
 
@@ -236,6 +237,7 @@ def optimal_rejected_distribution(
     space = _Space.of(function, axis, where, ref_logp=ref_logp, target_logp=target_logp)
     ref, target = space.arrays
     space = space.within(ref != -jnp.inf)
+    ref, target, beta = promoted(ref, target, beta)
     return space.normalized(ref + beta * space.kept(ref - target))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._compiled_once import compiled_once
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
 
@@ -92,7 +92,8 @@ def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, 
     centre = lax.stop_gradient(weighted.sum(0))
 
     def axis(array: Array) -> Axis:
-        shifted = (array.astype(dtype) - centre[None]) / bandwidth
+        shifted, unit = promoted(array.astype(dtype) - centre[None], bandwidth)
+        shifted = shifted / unit
         return Axis(shifted, (shifted**2).sum(-1))
 
     return tuple(axis(array) for array in arrays)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
@@ -114,6 +114,7 @@ def smooth_adversarial_comp_sum_loss(
     moved = _margin_distance(clean_logits, moved_logits, labels)
     # What has no finite loss keeps it, and has no slope.
     usual = jnp.isfinite(clean)
+    clean, moved, nu = promoted(clean, moved, nu)
     loss = jnp.where(usual, clean + nu * jnp.where(usual, moved, 0), clean)
     return loss if counts is None else jnp.where(counts, loss, 0)
 
@@ -177,6 +178,7 @@ def projected_gradient_ascent(
     checks.require_scalar(function, "radius", radius, 0, math.inf)
     checks.require_scalar(function, "step_size", step_size, 0, math.inf)
     centre = lax.stop_gradient(x).astype(accumulator_dtype(x))
+    centre, radius, step_size = promoted(centre, radius, step_size)
     of = lambda points: lax.stop_gradient(objective(points.astype(x.dtype)))
     found = jax.eval_shape(objective, x).shape
     if found != x.shape[:1]:

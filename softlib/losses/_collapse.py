@@ -67,7 +67,7 @@ def softmax_collapse_fraction(
             f"{function}: `dtype` must be available, got {dtype}, for which 64-bit "
             "arrays have to be on (jax.enable_x64)."
         )
-    computed = jnp.promote_types(dtype, jnp.float32)
+    computed = accumulator_dtype(dtype)
     z = logits.astype(computed)
     top = z.max(-1, keepdims=True, initial=-jnp.inf)
     terms = jnp.exp(z - jnp.where(top == -jnp.inf, 0, top))

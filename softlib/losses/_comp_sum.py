@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
@@ -377,6 +378,7 @@ def comp_sum_from_log_prob(
 
 def _power_loss(log_prob: Array, exponent: Scalar) -> Array:
     """(1 - p**a) / a for the exponent a, and its limit -log p for a = 0."""
+    log_prob, exponent = promoted(log_prob, exponent)
     bounded = exponent > 0
     limit = jnp.where(bounded, 1 / jnp.where(bounded, exponent, 1), jnp.inf)
     return of_log_prob(log_prob, lambda nll: _box_cox(nll, exponent), limit)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
 from ._rows import Rows, prepare, prepare_in_turn
@@ -56,6 +56,9 @@ def cross_entropy(
 ) -> Float[Array, "*batch"]:
     loss = rows.label_cost
     assert loss is not None
+    loss, label_smoothing, logsumexp_penalty = promoted(
+        loss, label_smoothing, logsumexp_penalty
+    )
     if rows.uniform_cost is not None:
         loss = (1 - label_smoothing) * loss + label_smoothing * rows.uniform_cost
     if not is_zero(logsumexp_penalty):

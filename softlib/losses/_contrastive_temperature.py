@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib.typing import PerRow, Scalar
 
@@ -89,14 +89,15 @@ def robust_contrastive_loss(
     s = jnp.where(used, similarity, 0).astype(accumulator_dtype(similarity))
 
     def direction(s: Array, tau: Array) -> Array:
-        count = negatives.sum(-1)
+        s, tau, own_rho = promoted(s, tau, rho)
+        count = negatives.sum(-1, dtype=s.dtype)
         some = count > 0
         tau = jnp.where(some, tau, 1)
         h = (s - jnp.diagonal(s)[:, None]) / tau[:, None]
         # A row without negatives keeps one, whose loss is dropped below.
         h = jnp.where(negatives | ~some[:, None], h, -jnp.inf)
         mean = jax.nn.logsumexp(h, axis=-1) - jnp.log(jnp.maximum(count, 1))
-        return jnp.where(some, tau * (mean + rho), 0)
+        return jnp.where(some, tau * (mean + own_rho), 0)
 
     return direction(s, temperatures[0]), direction(s.T, temperatures[1])
 
@@ -220,7 +221,7 @@ def global_contrastive_update(
     ids = labels_in_range(ids, before.shape[0])
     known = ids >= 0
     old = before.astype(dtype)[jnp.where(known, ids, 0)]
-    count = keep.sum(-1)
+    count = keep.sum(-1, dtype=dtype)
     some = count > 0
     total = jax.nn.logsumexp(
         jnp.where(keep | ~some[:, None], scaled, -jnp.inf), axis=-1

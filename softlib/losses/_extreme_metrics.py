@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
 
@@ -148,9 +149,7 @@ def propensity_scored_precision_at_k(
             f"{function}: `propensities` must have one axis, one number per label, "
             f"got shape {propensities.shape}."
         )
-    inverse = 1 / propensities.astype(
-        jnp.promote_types(propensities.dtype, jnp.float32)
-    )
+    inverse = 1 / propensities.astype(accumulator_dtype(propensities))
 
     def value(ids: Array) -> Array:
         known = labels_in_range(ids, len(inverse))
@@ -205,10 +204,11 @@ def label_propensities(
     checks.require_scalar(function, "b", b, 0, math.inf)
     counts = jnp.asarray(label_counts)
     counts = counts.astype(
-        jnp.promote_types(counts.dtype, jnp.float32)
+        accumulator_dtype(counts)
         if jnp.issubdtype(counts.dtype, jnp.floating)
         else jnp.float32
     )
+    counts, a, b = promoted(counts, a, b)
     constant = max(math.log(num_examples) - 1, 0) * (b + 1) ** a
     return 1 / (1 + constant * (counts + b) ** -a)
 
@@ -230,7 +230,7 @@ def _hits(
 
 
 def _counted(function: str, values: Array, where: Array | None) -> Array:
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(accumulator_dtype(values))
     if where is None:
         return values
     where = checks.checked_where(function, where, values.shape, "the batch shape")

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 
 from ._spherical_family import SphericalStatistics
@@ -206,7 +206,7 @@ def factored_spherical_statistics(
         labels = jnp.where(where, labels, 0)
     outside = labels < 0
     hidden = jnp.where(outside[..., None], lax.stop_gradient(hidden), hidden)
-    own = label_deviations(state, labels)
+    own = label_deviations(state, labels).astype(hidden.dtype)
     deviation = jnp.where(outside, jnp.nan, (own * hidden).sum(-1))
     squares = (product(hidden, state.gram) * hidden).sum(-1)
     # Not negative but for rounding; its slope is right then, too.
@@ -316,8 +316,9 @@ def label_deviations(
     """Rows of the head less its mean row; anything for a label of -1."""
     rows = state.rows[jnp.maximum(labels, 0)]
     deviations = product(rows, state.mixing)
-    return deviations + jnp.broadcast_to(state.offset, deviations.shape)
+    offset = state.offset.astype(deviations.dtype)
+    return deviations + jnp.broadcast_to(offset, deviations.shape)
 
 
 def product(x: Array, y: Array) -> Array:
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+    return jnp.matmul(*promoted(x, y), precision=lax.Precision.HIGHEST)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
 from softlib.softmax._entmax import log_probability, require_below_two, solution
@@ -263,7 +264,7 @@ class _Rows:
         if jnp.issubdtype(labels.dtype, jnp.floating):
             why = "the shape of `logits`"
             checks.require_shape(function, "labels", labels, logits.shape, why)
-            z = z.astype(jnp.promote_types(z.dtype, labels.dtype))
+            z = z.astype(common_dtype(z.dtype, labels.dtype))
             labels = labels.astype(z.dtype)
             if where is not None:
                 labels = jnp.where(where[..., None], labels, 0)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._compose import log_probability, of_log_prob, wide_log_prob
@@ -184,6 +185,8 @@ def _focal_loss(
 
 
 def _focal(log_prob: Array, gamma: Scalar) -> Array:
+    log_prob, gamma = promoted(log_prob, gamma)
+
     def loss(nll):
         others = -expm1(-nll)  # 1 - p
         certain = others < jnp.finfo(others.dtype).tiny

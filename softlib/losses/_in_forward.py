@@ -91,7 +91,7 @@ def _total_backward(
     gradients: tuple[HeadGradient, Any, Any],
     cotangent: Float[Array, ""],
 ):
-    scaled = lambda g: (g * cotangent).astype(g.dtype)
+    scaled = lambda g: (g.astype(cotangent.dtype) * cotangent).astype(g.dtype)
     head, factors, scalars = jax.tree.map(scaled, gradients)
     return (
         SumOperands(

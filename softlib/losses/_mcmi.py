@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.information import conditional_mutual_information
 from softlib.typing import Scalar
 
@@ -77,4 +78,5 @@ def mcmi_loss(
     information = conditional_mutual_information(
         logits, labels, centroids=centroids, where=where
     )
+    likelihood, information, weight = promoted(likelihood, information, weight)
     return likelihood - weight * information

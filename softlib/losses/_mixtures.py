@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._compose import log_probability_of_labels, of_log_prob, wide_log_prob
@@ -338,11 +339,13 @@ def _poly1(log_prob: Array, epsilon: Scalar) -> Array:
 
 
 def _symmetric(log_prob: Array, alpha: Scalar, beta: Scalar, log_zero: Scalar) -> Array:
+    log_prob, alpha, beta, log_zero = promoted(log_prob, alpha, beta, log_zero)
     return _mixture(log_prob, alpha, -beta * log_zero)
 
 
 def _mixture(log_prob: Array, of_entropy: Scalar, of_error: Scalar) -> Array:
     """The sum of -log p and 1 - p with these coefficients."""
+    log_prob, of_entropy, of_error = promoted(log_prob, of_entropy, of_error)
     loss = lambda nll: of_entropy * nll + of_error * -expm1(-nll)
     # Without its first term the loss is bounded.
     return of_log_prob(log_prob, loss, jnp.where(of_entropy == 0, of_error, jnp.inf))

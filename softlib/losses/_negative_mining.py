@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, cast, promoted
 from softlib._ids import equal_ids
 from softlib.typing import Scalar
 
@@ -103,6 +103,7 @@ def in_batch_triplet_loss(
     s = similarity.astype(accumulator_dtype(similarity))
     if where is not None:
         s = jnp.where(where[:, None], s, 0)
+    s, margin = promoted(s, margin)
     own = jnp.diagonal(s)[:, None]
     others = jnp.where(positives, -jnp.inf, s)
     hardest, _ = jax.lax.top_k(others, min(num_negatives, shape[1]))
@@ -110,11 +111,12 @@ def in_batch_triplet_loss(
     violation = jnp.where(exists, jnp.where(exists, hardest, 0) - own + margin, 0)
     cost = jnp.maximum(violation, 0)
     if weight_temperature is None:
-        loss = cost.sum(1) / jnp.maximum(exists.sum(1), 1)
+        loss = cost.sum(1) / jnp.maximum(exists.sum(1, dtype=s.dtype), 1)
     else:
         active = exists & ~(violation <= 0)  # NaN is active
         some = active.any(1, keepdims=True)
-        exponents = jnp.where(active, hardest / weight_temperature, -jnp.inf)
+        (tau,) = cast(s.dtype, weight_temperature)
+        exponents = jnp.where(active, hardest / tau, -jnp.inf)
         w = jax.nn.softmax(jnp.where(some, exponents, 0), axis=1)
         loss = (jnp.where(active, w, 0) * cost).sum(1)
     return loss if where is None else jnp.where(where, loss, 0)
@@ -325,7 +327,7 @@ def _shares(
 
     def of_batch(batch: Array) -> Array:
         points = jnp.where(batch < 0, 0, batch)
-        s = embeddings[points] @ label_embeddings.T
+        s = jnp.matmul(*promoted(embeddings[points], label_embeddings.T))
         allowed = jnp.arange(count)[None] != points[:, None]
         if positives is not None:
             allowed = allowed & ~positives[points]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan, absent
+from softlib._dtypes import common_dtype
 from softlib._sharding import match_varying
 from softlib.typing import Implementations
 
@@ -150,7 +151,7 @@ def _of_raw(
         return _tile_gradient.log_probabilities(tile, lse, modifiers, 0, labels)
 
     s, t = map(log_p, raws, options.both, operands, lse)
-    dtype = jnp.promote_types(s.dtype, t.dtype)
+    dtype = common_dtype(s.dtype, t.dtype)
     found = _pair_terms.values(
         options.divergence, s.astype(dtype), t.astype(dtype), mixture
     )

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from softlib._dtypes import common_dtype
 from softlib._sharding import match_varying
 from softlib.typing import AxisName
 
@@ -49,8 +51,8 @@ class Pair(NamedTuple):
         return self.target, self.other
 
     @property
-    def dtype(self) -> jnp.dtype:
-        dtype = jnp.promote_types(self.target.dtype, self.other.dtype)
+    def dtype(self) -> DTypeLike:
+        dtype = common_dtype(self.target.dtype, self.other.dtype)
         return dtype if self.mixture is None else _with(dtype, self.mixture)
 
     @property
@@ -173,5 +175,5 @@ def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
     return cut, size
 
 
-def _with(dtype: jnp.dtype, array: Any) -> jnp.dtype:
-    return jnp.promote_types(dtype, array.dtype)
+def _with(dtype: DTypeLike, array: Any) -> DTypeLike:
+    return common_dtype(dtype, array.dtype)

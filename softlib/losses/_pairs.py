@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from softlib import _checks as checks
+from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
@@ -152,7 +153,7 @@ class SourcePair:
 
     @property
     def _dtype(self) -> Any:
-        return jnp.promote_types(self.own.dtype, self.target.dtype)
+        return common_dtype(self.own.dtype, self.target.dtype)
 
 
 def _call(

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 
 from ._rows import rows_that_count
@@ -72,12 +73,14 @@ class Positives:
         """As given, or equal ones that sum to 1, or are 1; 0 where is no positive."""
         if weights is None:
             ones = self.present.astype(source.dtype)
-            return ones if total else ones / jnp.maximum(self.count[..., None], 1)
+            if total:
+                return ones
+            return ones / jnp.maximum(self.count[..., None], 1).astype(ones.dtype)
         weights = jnp.asarray(weights)
         checks.require_floating(source.function, weights=weights)
         shape, why = self.present.shape, "the shape of `positives`"
         checks.require_shape(source.function, "weights", weights, shape, why)
-        wide = jnp.promote_types(weights.dtype, source.dtype)
+        wide = common_dtype(weights.dtype, source.dtype)
         return jnp.where(self.present, weights, 0).astype(wide)
 
     @property

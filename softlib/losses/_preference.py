@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._compose import is_zero
@@ -76,6 +77,7 @@ def preference_margin(
         ref_rejected_logps=ref_rejected_logps,
     )
     difference, limit = finite_part(difference)
+    difference, limit, beta = promoted(difference, limit, beta)
     return counted(where, beta * difference + limit)
 
 
@@ -166,8 +168,11 @@ def dpo_loss(
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
-    slope = label_smoothing if is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
     difference, limit = finite_part(difference)
+    difference, limit, beta, flip_rate, label_smoothing = promoted(
+        difference, limit, beta, flip_rate, label_smoothing
+    )
+    slope = label_smoothing if is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
     return counted(where, _logistic(beta * difference, slope, limit))
 
 
@@ -231,6 +236,7 @@ def simpo_loss(
     of_chosen = _mean(function, chosen, "chosen_lengths", chosen_lengths)
     of_rejected = _mean(function, rejected, "rejected_lengths", rejected_lengths)
     difference, limit = finite_part(of_chosen - of_rejected)
+    difference, limit, beta, gamma = promoted(difference, limit, beta, gamma)
     return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib._dtypes import cast, promoted
 from softlib._sharding import in_auto_mode
 from softlib.typing import PerRow, Scalar
 
@@ -223,6 +224,7 @@ def linear_optimal_temperature(
     inside = (ends[0] < log_tau) & (log_tau < ends[1])
     # KL is the variance of the logits near a flat row; no root has a slope of 0.
     inside = inside & (slope < -jnp.finfo(slope.dtype).tiny)
+    (rho,) = cast(source.dtype, rho)
     found = _implicit(log_tau, _excess(source, rho, log_tau), slope, inside)
     low, high = (end + jnp.zeros_like(log_tau) for end in (low, high))  # divided alike
     found = jnp.clip(jnp.exp(found), lax.stop_gradient(low), lax.stop_gradient(high))
@@ -408,7 +410,7 @@ def _robust(
     tau = source.modifiers.temperature
     assert tau is not None
     tau = jnp.broadcast_to(tau.astype(source.dtype), source.batch)
-    tau = rows.counted(tau, 1)
+    cost, tau, rho = promoted(cost, rows.counted(tau, 1), rho)
     finite = jnp.isfinite(cost)
     loss = tau * (jnp.where(finite, cost, 0) + rho - _log_classes(source))
     # An infinite cost, and NaN of a bad label, have no slope; an empty row costs 0.

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
 from ._sources import GivenLogits, Source, require_per_class
@@ -297,14 +298,14 @@ def per_class(source: Source, class_weights: ArrayLike | None) -> Array | None:
 
 
 def _wide(array: Array) -> DTypeLike:
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return accumulator_dtype(array)
 
 
 def _on_excluded_classes(source: Source, labels: Array) -> Bool[Array, "..."] | None:
     where = source.modifiers.class_where
     if where is None:
         return None
-    return (source.at_labels(where, labels) == 0) & (labels >= 0)
+    return (source.at_labels(where.astype(jnp.int32), labels) == 0) & (labels >= 0)
 
 
 def _uniform_cost(

@@ -154,5 +154,5 @@ def _draw(
     # The inverse of log(j + 1) / log(L + 1); rounding must not reach label L.
     place = jnp.exp(uniform * math.log(labels + 1)).astype(jnp.int32) - 1
     drawn = jnp.clip(place, 0, labels - 1)
-    share = jnp.log1p(1 / (drawn + 1.0)) / math.log(labels + 1)
+    share = jnp.log1p(1 / (drawn.astype(jnp.float32) + 1)) / math.log(labels + 1)
     return drawn, jnp.log(share)

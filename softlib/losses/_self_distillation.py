@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.typing import Scalar
@@ -147,11 +147,12 @@ def universal_self_distillation_loss(
     zipf = _zipf(order, own)
     non_target = weigh(zipf, 0 - _log_softmax(z, ~own)).sum(1)
 
-    values = targets.distribution
+    values, label_smoothing = promoted(targets.distribution, label_smoothing)
     smooth = (1 - label_smoothing) * values + label_smoothing / classes
     of_weak = weigh(smooth, 0 - log_w).sum(1)
 
     def finished(factor: Scalar, term: Array) -> Array:
+        term, factor = promoted(term, factor)
         term = jnp.where(kept, factor * term, 0)
         return jnp.where(targets.outside, jnp.nan, term)
 

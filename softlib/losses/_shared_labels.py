@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
 from ._sources import GivenLogits, LinearHead, Source
@@ -155,7 +156,7 @@ def _with_rows_backward(axis: int, labels: Array, cotangents: tuple[Array, Array
     # A token that occurs often is summed before it is rounded to the weight's dtype.
     order = jnp.argsort(labels)
     ids = labels[order]
-    wide = jnp.promote_types(of_rows.dtype, jnp.float32)
+    wide = accumulator_dtype(of_rows)
     first = jnp.concatenate([jnp.ones(min(1, len(ids)), bool), ids[1:] != ids[:-1]])
     runs = jnp.cumsum(first) - 1
     sums = jax.ops.segment_sum(

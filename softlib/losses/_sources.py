@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
 from softlib import _checks as checks
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import in_auto_mode, match_varying, per_shard
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
@@ -126,7 +126,7 @@ class LinearHead:
             gradient_filter_eps=_filter(
                 function,
                 gradient_filter_eps,
-                jnp.promote_types(hidden.dtype, weight.dtype),
+                common_dtype(hidden.dtype, weight.dtype),
                 vocab_chunk=vocab_chunk,
                 token_chunk=token_chunk,
             ),
@@ -249,12 +249,14 @@ class LinearHead:
         return found if self.axis_name is None else lax.psum(found, self.axis_name)
 
     def count_classes(self) -> ArrayLike:
-        """How many classes are selected."""
+        """How many classes are selected, an array in the dtype of the sums."""
         where = self.modifiers.class_where
         if where is None:
             return self.vocabulary
-        count = where.sum(-1, dtype=jnp.int32)
-        return count if self.axis_name is None else lax.psum(count, self.axis_name)
+        count = where.sum(-1, dtype=jnp.int32)  # exact, unlike a sum of floats
+        if self.axis_name is not None:
+            count = lax.psum(count, self.axis_name)
+        return count.astype(self.dtype)
 
     def _own_statistics(
         self,
@@ -469,7 +471,7 @@ class GivenLogits:
             return self.vocabulary
         if where.ndim > 1:
             where = jnp.broadcast_to(where, self.logits.shape)
-        return where.sum(-1, dtype=jnp.int32)
+        return where.sum(-1, dtype=jnp.int32).astype(self.dtype)
 
     def final_logits(self) -> Array:
         """The logits themselves, for losses that need more than statistics."""

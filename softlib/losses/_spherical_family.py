@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._centre import centred, without_infinite
@@ -85,7 +86,7 @@ def z_loss_from_statistics(
         [0.3466]
     """
     require_z_parameters("z_loss_from_statistics", a, b, epsilon)
-    deviation, _, squares, classes = statistics
+    deviation, _, squares, classes = promoted(*statistics)
     return z_loss_of(deviation, squares, classes, a, b, epsilon)
 
 
@@ -189,6 +190,9 @@ def z_loss_of(
     epsilon: Scalar,
 ) -> Array:
     """Of the label's deviation from the mean and the sum of squared deviations."""
+    deviation, squares, classes, a, b, epsilon = promoted(
+        deviation, squares, classes, a, b, epsilon
+    )
     variance = squares / classes + epsilon
     flat = variance == 0  # the slope of the root is infinite there
     sigma = jnp.sqrt(jnp.where(flat, 1, variance))
@@ -199,6 +203,7 @@ def z_loss_of(
 def log_spherical_of(
     label: Array, squares: Array, classes: ArrayLike, epsilon: Scalar
 ) -> Array:
+    label, squares, classes, epsilon = promoted(label, squares, classes, epsilon)
     cost = jnp.log(squares + classes * epsilon) - jnp.log(label * label + epsilon)
     return _at_least_zero(cost)
 
@@ -217,7 +222,7 @@ def squared_error_of(label: Array, squares: Array) -> Array:
 
 def _sums(statistics: SphericalStatistics) -> tuple[Array, Array, Array]:
     """Logit of the label, sum of the logits, sum of their squares."""
-    deviation, mean, squares, classes = statistics
+    deviation, mean, squares, classes = promoted(*statistics)
     return deviation + mean, classes * mean, squares + classes * mean**2
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import common_dtype
 from softlib._sharding import in_auto_mode
 from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
@@ -149,7 +150,7 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
     checks.require_shape(
         source.function, "labels", labels, source.logits.shape, "the shape of `logits`"
     )
-    labels = labels.astype(jnp.promote_types(labels.dtype, source.dtype))
+    labels = labels.astype(common_dtype(labels.dtype, source.dtype))
     if where is not None:
         labels = jnp.where(where[..., None], labels, 0)
     excluded = None

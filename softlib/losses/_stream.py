@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from softlib._compiled_once import compiled_once
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
 
 from . import _chunks, _tile, _tile_gradient
@@ -509,13 +509,13 @@ def _copied_on_cpu(array: Array) -> Array:
 
 
 def _product_dtype(head: Head) -> Any:
-    return jnp.promote_types(head.hidden.dtype, head.weight.dtype)
+    return common_dtype(head.hidden.dtype, head.weight.dtype)
 
 
 def product(
     a: Array, b: Array, contract: tuple[int, int], options: Options, dtype: Any
 ) -> Array:
-    common = jnp.promote_types(a.dtype, b.dtype)
+    common = common_dtype(a.dtype, b.dtype)
     return lax.dot_general(
         a.astype(common),
         b.astype(common),

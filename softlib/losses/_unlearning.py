@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._given_log_probs import counted, finite_part, log_probs_of_sequences
@@ -71,6 +72,7 @@ def negative_preference_loss(
     )
     # log(1 + ratio**beta) would overflow: log-ratios of sequences are hundreds of nats.
     log_ratio, limit = finite_part(logps - lax.stop_gradient(ref_logps))
+    log_ratio, beta = promoted(log_ratio, beta)
     value = 2 / beta * jax.nn.softplus(beta * log_ratio)
     # -inf, a sequence that is impossible already, costs nothing.
     return counted(where, jnp.where(limit == 0, value, jnp.maximum(limit, 0)))

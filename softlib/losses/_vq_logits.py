@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
 
@@ -189,7 +189,7 @@ def log_weights_of(
         if counts is None:
             counts = _count(mapping, num_codes)
         return lax.stop_gradient(jnp.log(counts.astype(dtype)))
-    bias = token_bias.astype(jnp.promote_types(dtype, token_bias.dtype))
+    bias = token_bias.astype(common_dtype(dtype, token_bias.dtype))
     codes = _in_range(mapping, num_codes)
     options = {"mode": "drop", "indices_are_sorted": False}
     start = jnp.full(num_codes, -jnp.inf, bias.dtype)
@@ -249,4 +249,4 @@ def _in_range(mapping: Array, num_codes: int) -> Int[Array, " V"]:
 
 
 def _wide(array: Array) -> DTypeLike:
-    return jnp.promote_types(array.dtype, jnp.float32)
+    return accumulator_dtype(array)

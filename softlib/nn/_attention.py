@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Integer
 
 from softlib import _checks as checks, attention, masks
+from softlib._dtypes import common_dtype
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision
 
@@ -142,7 +143,7 @@ class _AttentionFn:
         )
         # Sums of exponentials are float32 at least: force_fp32_for_softmax is met.
         if dtype is None:
-            dtype = jnp.result_type(query, key, value)
+            dtype = common_dtype(query, key, value)
         query, key, value = (x.astype(dtype) for x in (query, key, value))
         if mask is not None and not isinstance(mask, Mask):
             if not isinstance(mask, jax.Array | np.ndarray):

@@ -284,6 +284,7 @@ def codebook_ema_update(
     weights = _row_weights(function, weights, x)
     new = _totals(x, mapping, weights, len(state.codebook))
     old = lax.stop_gradient((state.counts, state.sums))
+    decay = jnp.asarray(decay, x.dtype)
     counts, sums = (decay * a + (1 - decay) * b for a, b in zip(old, new, strict=True))
     return CodebookState(_centroids(state.codebook, counts, sums), counts, sums)
 
@@ -457,7 +458,7 @@ def _totals(
 
 def _centroids(old: Array, counts: Array, sums: Array) -> Float[Array, "K D"]:
     # Below the smallest normal number a quotient has lost its digits.
-    some = counts[:, None] > jnp.finfo(counts.dtype).tiny * 1e6
+    some = counts[:, None] > float(jnp.finfo(counts.dtype).tiny) * 1e6
     return jnp.where(some, sums / jnp.where(some, counts[:, None], 1), old)
 
 

@@ -7,6 +7,8 @@ from flax.nnx import initializers
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._dtypes import accumulator_dtype
+
 from ._fourier_density import (
     fourier_cross_entropy,
     fourier_logits,
@@ -132,7 +134,7 @@ class FourierHead(nnx.Module):
         kernel, bias = self.kernel[...], self.bias[...]
         if self.dtype is not None:
             x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        wide = jnp.promote_types(jnp.result_type(x, kernel, bias), jnp.float32)
+        wide = accumulator_dtype(x, kernel, bias)
         product = jnp.matmul(x, kernel, preferred_element_type=wide)
         return product + bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
 

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._masked_mean import masked_mean
 from softlib.losses import importance_loss, load_balancing_loss, router_z_loss
 from softlib.softmax import (
@@ -235,7 +235,7 @@ class MixtureOfExperts(nnx.Module):
         self.prioritized, self.activation = prioritized, activation
         self.axis_name, self.dtype, self.precision = axis_name, dtype, precision
 
-        wide = jnp.promote_types(param_dtype, jnp.float32)
+        wide = accumulator_dtype(param_dtype)
         shape = (features, num_experts)
         self.router = nnx.Param(router_init(rngs.params(), shape, wide))
         is_noisy = gate == "noisy_top_k"
@@ -423,7 +423,7 @@ class MixtureOfExperts(nnx.Module):
         stacks = (self.expert_in, self.expert_gate, self.expert_out)
         dtype = self.dtype
         if dtype is None:
-            dtype = jnp.result_type(x, *(w[...] for w in stacks if w is not None))
+            dtype = common_dtype(x, *(w[...] for w in stacks if w is not None))
         x, weights, indices = x.astype(dtype), routing.weights, routing.indices
         size = self.num_experts
         slots = lambda x: self._network(_batched(self.precision), x, dtype)

@@ -15,6 +15,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from softlib._dtypes import accumulator_dtype
 from softlib.attention._feature_maps import FeatureMap
 from softlib.attention._gated_rnn import quasi_lstm
 from softlib.attention._linear_attention import (
@@ -565,7 +566,7 @@ def _returned(found, project, return_state: bool) -> Array | RecurrentResult:
 
 def _softplus(logits: Array) -> Array:
     """In float32 at least: a step of 1e-3 has few digits in a narrow dtype."""
-    return jax.nn.softplus(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return jax.nn.softplus(logits.astype(accumulator_dtype(logits)))
 
 
 def _step_bias(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:

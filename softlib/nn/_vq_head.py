@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int, Integer
 
 from softlib import losses
+from softlib._dtypes import accumulator_dtype
 
 from ._codebook import (
     CodebookState,
@@ -264,7 +265,7 @@ class VQLogitsHead(nnx.Module):
         """
         embedding = self._embedding("commitment_loss")
         codes = jax.lax.stop_gradient(self.codebook[...][self.mapping[...]])
-        wide = jnp.promote_types(embedding.dtype, jnp.float32)
+        wide = accumulator_dtype(embedding)
         return jnp.mean(jnp.square(embedding.astype(wide) - codes.astype(wide)))
 
     def update_codebook(

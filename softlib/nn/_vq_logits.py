@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from softlib import _checks as checks, losses
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range, signed
 from softlib.losses._vq_logits import (
     log_weights_of,
@@ -136,7 +137,7 @@ def vq_logits(
     logits = jnp.where(_row(valid, logits), logits, jnp.nan)
     if token_bias is None:
         return logits
-    bias = token_bias.astype(jnp.promote_types(token_bias.dtype, logits.dtype))
+    bias = token_bias.astype(common_dtype(token_bias.dtype, logits.dtype))
     return logits + _row(bias, logits)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
+from softlib._dtypes import accumulator_dtype, promoted
 
 EXACT_RANGE = 45_000.0
 """The exponents of $e^x$ need no more than 16 bits up to here."""
@@ -107,6 +107,7 @@ def extended_add(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
         >>> print(twice.mantissa / wide.mantissa, twice.exponent - wide.exponent)
         [2.] [0.]
     """
+    a, b = _alike(a, b)
     exponent = jnp.maximum(a.exponent, b.exponent)
     return ExtendedFloat(scaled(a, exponent) + scaled(b, exponent), exponent)
 
@@ -133,6 +134,7 @@ def extended_multiply(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
         >>> print(softlib.numerics.extended_log(same) // 1)
         [1000.]
     """
+    a, b = _alike(a, b)
     mantissa = a.mantissa * b.mantissa
     exponent = lax.stop_gradient(a.exponent + b.exponent)
     shift = _exponent_of(mantissa)
@@ -241,6 +243,12 @@ def extended_to_float(x: ExtendedFloat) -> Float[Array, "*shape"]:
     exponent = jnp.clip(lax.stop_gradient(exponent) + shift, -most, most)
     half = jnp.floor(exponent / 2)
     return mantissa * power_of_two(half) * power_of_two(exponent - half)
+
+
+def _alike(a: ExtendedFloat, b: ExtendedFloat) -> tuple[ExtendedFloat, ExtendedFloat]:
+    """Both in the dtype that holds both."""
+    of_a, exponent_of_a, of_b, exponent_of_b = promoted(*a, *b)
+    return ExtendedFloat(of_a, exponent_of_a), ExtendedFloat(of_b, exponent_of_b)
 
 
 @jax.custom_jvp

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
 from softlib.softmax import softmax
@@ -78,7 +79,7 @@ def calibrated_confidence(
     groups = labels_in_range(groups, num_groups)
     inside = groups >= 0
     ids = jnp.where(inside, groups, 0)
-    wide = jnp.where(counts, nll, 0).astype(jnp.promote_types(nll.dtype, jnp.float32))
+    wide = jnp.where(counts, nll, 0).astype(accumulator_dtype(nll))
     # The share of each sample; those of a group, all e^-s, add up to n e^-s.
     share = softmax(0 - wide, where=counts)
     share = jnp.where((inside | ~counts).all(), share, jnp.nan)

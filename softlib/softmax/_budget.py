@@ -153,7 +153,7 @@ def _budget_sparsemax(
 ) -> Float[Array, "*rows V"]:
     top = top_score(z)
     counts = z > -jnp.inf
-    full = budget >= counts.sum(-1)
+    full = budget >= counts.sum(-1, dtype=budget.dtype)
     level = _level(z - top, budget, ~full)
     # About the threshold and not about the maximum: far below that, differences to it
     # are too coarse to add up to the budget. The shift is what rounds off.

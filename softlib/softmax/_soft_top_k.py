@@ -147,7 +147,7 @@ def _solve(
     bad = (jnp.isnan(scores) | (scores == jnp.inf)).any(-1, keepdims=True)
     bad = bad | jnp.isnan(k) | ~((alpha > 0) & (alpha < jnp.inf))
     counts = (scores > -jnp.inf) & ~bad
-    number = counts.sum(-1, keepdims=True)
+    number = counts.sum(-1, keepdims=True, dtype=scores.dtype)
     split = (k > 0) & (k < number)  # rows for which there is a threshold
     inside = counts & split
     x = jnp.where(inside, scores, -jnp.inf)
@@ -247,7 +247,7 @@ def _excess(u: Array, counts: Array, k: Array) -> Array:
     near = jnp.where(jnp.isfinite(near), near, 0)
     rest = jnp.exp(near - far)
     rest = rest / (1 + rest * jnp.exp(-near))
-    whole = (counts & (u > 0)).sum(-1, keepdims=True) - k
+    whole = (counts & (u > 0)).sum(-1, keepdims=True, dtype=k.dtype) - k
     # More than the rests can be; the exponential of all of `near` may overflow.
     scaled = whole * jnp.exp(jnp.minimum(near, math.log(1e30)))
     return scaled + jnp.where(u > 0, -rest, rest).sum(-1, keepdims=True)
