@@ -14,6 +14,7 @@ import numpy as np
 
 from . import _preferred, _primitive, _ptxas
 from ._sharding import automatic_axes
+from ._symbolic import has_symbolic_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +291,8 @@ def _why_not(implementation: Implementation, options: Any, operands: Any) -> str
         axes = automatic_axes(operands)
         if axes:
             return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
+        if has_symbolic_shape(operands):
+            return "its tiles need sizes, and a dimension is symbolic (jax.export)"
     if implementation.platform == "cuda" and (reason := _ptxas.why_not()) is not None:
         return reason
     return implementation.why_not(options, operands)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
+from softlib._symbolic import is_symbolic
 from softlib.numerics import RunningMax, RunningMaxState, UnifiedMax, UnifiedMaxState
 from softlib.typing import Precision
 
@@ -165,5 +166,7 @@ def _keys_per_part(options: Options, operands: Operands) -> int:
     batch, count, heads, size = operands.key.shape
     if options.num_splits is not None:
         return -(-count // options.num_splits)
+    if is_symbolic(batch):
+        return min(count, LEAST_KEYS)  # as for a large batch
     per_key = max(1, batch * heads * (size + operands.value.shape[-1]))
     return min(count, max(LEAST_KEYS, PART_SIZE // per_key))

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from softlib._sharding import device_count, match_varying
+from softlib._symbolic import is_symbolic
 
 from . import _stream
 from ._scores import Result
@@ -27,7 +28,7 @@ SCORES = 1 << 20
 
 def forward(options: Options, operands: Operands) -> Result:
     cut = Cut.of(operands)
-    if cut.steps <= 1:  # 0 without batch entries
+    if cut.is_one_step:
         return _stream.forward(options, operands)
     part = lambda i: _stream.forward(options, cut.operands(operands, i))
     found = lax.map(part, jnp.arange(cut.steps))
@@ -36,7 +37,7 @@ def forward(options: Options, operands: Operands) -> Result:
 
 def backward(options: Options, given: BackwardOperands) -> Gradient:
     operands, cut = given.operands, Cut.of(given.operands)
-    if cut.steps <= 1:  # 0 without batch entries
+    if cut.is_one_step:
         return _stream.backward(options, given)
     wide = dataclasses.replace(options, wide_gradients=True)
 
@@ -86,8 +87,12 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, operands: Operands) -> "Cut":
         batch, _, heads, _ = operands.key.shape
+        blocks = math.prod(operands.plan.blocks)
+        if is_symbolic(batch):  # one entry at a time, whatever their number
+            head_step = _divisor(heads, SCORES // (operands.groups * blocks))
+            return cls(batch, heads, operands.groups, 1, head_step)
         devices = device_count(operands.key)
-        lanes = SCORES // (operands.groups * math.prod(operands.plan.blocks))
+        lanes = SCORES // (operands.groups * blocks)
         # An even division over devices is one by a divisor of both numbers.
         batch_step = math.gcd(batch, devices)
         lanes = lanes * devices // batch_step
@@ -95,6 +100,10 @@ class Cut(NamedTuple):
         if head_step == heads:
             batch_step = _divisor(batch, lanes * batch_step // heads, batch_step)
         return cls(batch, heads, operands.groups, batch_step, head_step)
+
+    @property
+    def is_one_step(self) -> bool:
+        return not is_symbolic(self.batch) and self.steps <= 1  # 0 without entries
 
     @property
     def steps(self) -> int:
@@ -159,7 +168,7 @@ class Cut(NamedTuple):
         view = _View()
         for axis, size in enumerate(x.shape):
             # An axis of length 1 is shared.
-            if axis == batch and size > 1:
+            if axis == batch and size != 1:
                 steps = size // self.batch_step
                 view.add(self.batch_step, steps, 1, lambda i: i // head_steps)
             elif axis == heads and size > 1:

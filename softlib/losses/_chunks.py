@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from softlib._symbolic import is_symbolic
+
 TILE = 2**20
 ROWS = 2**21
 # Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
@@ -41,7 +43,8 @@ type Index = int | Int[Array, ""]
 # -------------------------------------------------------------------------- vocabulary
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
-    fitting = TILE // max(rows, features, 1)
+    # As for many rows where their number is not known.
+    fitting = 0 if is_symbolic(rows) else TILE // max(rows, features, 1)
     chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
     # Two slices at least, or the tile would be the logits that are not to be stored.
     half = _round_up(math.ceil(vocabulary / 2), _LANES)
@@ -55,7 +58,7 @@ def halved(size: int) -> int:
 
 def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
     """How many classes, in whole steps, the forward pass keeps for the backward one."""
-    if features < _KEPT_FEATURES:
+    if features < _KEPT_FEATURES or is_symbolic(rows):
         return 0
     below = max(vocabulary - 6 * size, 0)
     most = min(KEPT // max(rows, 1), vocabulary * 3 // 4, below)
@@ -207,7 +210,8 @@ def row_blocks(
 
 
 def _at_most(rows: int, limit: int, strided: bool) -> RowCut:
-    if rows <= limit:
+    # The length of a shorter rest must be known.
+    if is_symbolic(rows) or rows <= limit:
         return RowCut(1, rows, 0, strided)
     if strided:
         least = math.ceil(rows / limit)

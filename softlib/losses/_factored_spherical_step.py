@@ -240,9 +240,7 @@ def _sum_by_label(values: Array, labels: Array) -> Array:
     values, labels = values[order], labels[order]
     first = jnp.concatenate([jnp.zeros(1, bool), labels[1:] != labels[:-1]])
     groups = jnp.cumsum(first)
-    return jax.ops.segment_sum(
-        values, groups, num_segments=len(labels), indices_are_sorted=True
-    )
+    return jnp.zeros_like(values).at[groups].add(values, indices_are_sorted=True)
 
 
 def _require_plain_sgd(function: str, learning_rate: Any, weight_decay: Any) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, absent
 from softlib._sharding import match_varying
+from softlib._symbolic import has_symbolic_shape
 from softlib.typing import Implementations
 
 from . import _chunks, _engine, _stream, _tile
@@ -59,8 +60,9 @@ def total(
 ) -> Float[Array, ""]:
     """The sum of `loss` over all rows; its statistics all have gradients."""
     made = _dispatch.plan(_engine.LINEAR, names, options, operands.head)
-    if made.is_reference:
-        return _plain(names, options, loss, operands)  # JAX differentiates it
+    # JAX differentiates the plain form, which streams: a block of rows needs a size.
+    if made.is_reference or has_symbolic_shape(operands.head.hidden):
+        return _plain(names, options, loss, operands)
     return _total(names, options, loss, operands)
 
 

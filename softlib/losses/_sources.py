@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool
 from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import in_auto_mode, match_varying, per_shard
+from softlib._symbolic import is_symbolic
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
@@ -104,6 +105,11 @@ class LinearHead:
             checks.require_positive_integer(function, "vocab_chunk", vocab_chunk)
         if token_chunk is not None:
             checks.require_positive_integer(function, "token_chunk", token_chunk)
+            if is_symbolic(*hidden.shape[:-1]):
+                raise ValueError(
+                    f"{function}: `token_chunk` must be None where the number of rows "
+                    f"is symbolic (jax.export), got {token_chunk}."
+                )
         vocabulary = weight.shape[vocab_axis]
         _check_vocabulary(function, "weight", vocabulary, weight.shape)
         if axis_name is not None:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
+from softlib._symbolic import is_symbolic
 
 from . import _chunks, _tile, _tile_gradient
 from ._chunks import Index, RowCut
@@ -284,7 +285,7 @@ def gradient_sums_of_heads(
     vocabulary = heads[0].weight.shape[options[0].vocab_axis]
     across = cut.whole and all(_across(own, cut.size) for own in options)
     class_axis = 0 if across else 1
-    copied = _copied_on_cpu if cut.size >= _MANY else lambda array: array
+    copied = _copied_on_cpu if _are_many(cut.size) else lambda array: array
     zeros = lambda head, *shape: match_varying(
         jnp.zeros(shape, head.dtype), head.hidden
     )
@@ -431,6 +432,10 @@ def _follows(options: Options, head: Head) -> bool:
 _MANY = 256
 
 
+def _are_many(rows: int) -> bool:
+    return is_symbolic(rows) or rows >= _MANY
+
+
 def _across(options: Options, rows: int) -> bool:
     """Whether a tile of rows that are one piece lies as (classes, rows).
 
@@ -438,7 +443,7 @@ def _across(options: Options, rows: int) -> bool:
     table (V, D) it lies best across, and the gradient of hidden as (D, rows); turning
     that costs a copy, so this is done only where all rows are one piece.
     """
-    return options.vocab_axis == 0 and rows >= _MANY
+    return options.vocab_axis == 0 and _are_many(rows)
 
 
 def pieces(options: Options, head: Head) -> tuple[RowCut, int]:
