@@ -138,7 +138,7 @@ def _of_weight(
         """How many of the equal entries are needed."""
         each = jnp.where(equal, weights, 0).max(-1, keepdims=True)
         missing = (wanted - weight(above)) / jnp.where(each > 0, each, 1)
-        return jnp.maximum(jnp.ceil(missing), 1)
+        return jnp.clip(jnp.ceil(missing), 1, scores.shape[-1]).astype(jnp.int32)
 
     crowded = number_of(scores == least) > 1
     last = jnp.where(crowded, jnp.int32(-1), scores.shape[-1])
