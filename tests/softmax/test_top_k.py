@@ -150,7 +150,9 @@ def test_entries_that_do_not_count_have_no_gradient_and_make_no_nan():
         assert not dx[1:].any()
         assert jnp.isfinite(dx).all()
         assert jnp.isfinite(dbias).all()
-        assert dx[0, 4] == -dx[0, 1] != 0
+        # Two entries share the weight; each derivative is rounded by itself.
+        assert dx[0, 4] != 0
+        np.testing.assert_allclose(dx[0, 4], -dx[0, 1], rtol=1e-6)
 
 
 def test_axes_of_a_row():
