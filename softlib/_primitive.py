@@ -91,6 +91,9 @@ class Call:
 
 def run(call: Call, operands: Any) -> Any:
     """Binds the primitive; the results have the structure that `call.plain` gives."""
+    if jax.config.jax_disable_jit and call.fallback is not None:
+        # Operation by operation, with values that a debugger can look at.
+        return call.fallback(call.options, operands)
     every = jax.tree.leaves(operands)
     empty = tuple(
         (place, leaf.shape, leaf.dtype)

@@ -308,3 +308,17 @@ def test_an_eager_call_compiles_once():
         counted.clear()
         function(x)
     assert counted == []
+
+
+def test_without_jit_an_operation_runs_on_values():
+    seen = []
+
+    def call(options, operands):
+        seen.append(isinstance(operands, jax.core.Tracer))
+        return 2 * operands
+
+    kernel = Implementation("pallas_tpu", _kernel, platform="tpu")
+    operation = Operation("visible", (kernel, Implementation("xla", call)))
+    with jax.disable_jit():
+        np.testing.assert_array_equal(double(jnp.ones(ROWS), operation=operation), 2)
+    assert seen == [False]
