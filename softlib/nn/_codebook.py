@@ -144,10 +144,10 @@ def kmeans(
     Source: "k-means++: The Advantages of Careful Seeding".
 
     Example:
-        >>> x = jnp.array([[0.0], [0.2], [5.0], [5.2]])
+        >>> x = jnp.array([[0.0], [0.25], [5.0], [5.25]])
         >>> found = softlib.nn.kmeans(x, 2, key=jax.random.key(0))
-        >>> print(jnp.sort(found.codebook[:, 0]), found.inertia[-1].round(4))
-        [0.1 5.1] 0.04
+        >>> print(jnp.sort(found.codebook[:, 0]), found.inertia[-1])
+        [0.125 5.125] 0.0625
     """
     function = "kmeans"
     x = jnp.asarray(x)
