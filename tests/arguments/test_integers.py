@@ -42,13 +42,17 @@ ADDED: dict[str, dict[str, Any]] = {
 }
 
 
+# Numbers that may be integers: a large one is meant, not out of a range.
+NUMBERS = ("weights",)
+
+
 def integer_arguments() -> dict[str, list[str]]:
     """The arguments that may be ids, told by the signature, of each function."""
     found = {
         address.removeprefix("softlib."): [
             name
             for name, kind in argument_kinds(function).items()
-            if isinstance(kind, ArrayKind) and kind.integer
+            if isinstance(kind, ArrayKind) and kind.integer and name not in NUMBERS
         ]
         for address, function in example_calls.functions().items()
     }

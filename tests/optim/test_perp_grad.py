@@ -269,7 +269,7 @@ def test_errors_name_the_argument():
     state = optax.EmptyState()
     with pytest.raises(ValueError, match="perp_grad: `params` must be the weights, go"):
         update(gradient, state)
-    with pytest.raises(TypeError, match="perp_grad: `rescale` must be a Python bool"):
+    with pytest.raises(TypeError, match="perp_grad: `rescale` must be True or False"):
         update(gradient, state, weight, rescale=1)
     with pytest.raises(ValueError, match="perp_grad: `eps` must be >= 0, got -1"):
         perp_grad(eps=-1)
