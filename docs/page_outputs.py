@@ -11,7 +11,7 @@ _NO_NUMBERS = re.compile(r"(Array\()?\[*\s*((-?nan|-?inf)[,\s]*)+(\].*)?")
 
 
 def complaint(output: str) -> str | None:
-    """What is wrong with the text that a cell prints; None if nothing is."""
+    """Complaint about the text that a cell prints; None if there is none."""
     if not output.strip():
         return "prints nothing visible"
     lines = [line.strip() for line in output.strip().splitlines()]

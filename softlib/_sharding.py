@@ -21,9 +21,8 @@ def automatic_axes(operands: Any = ()) -> list[str]:
     meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
     free: dict[str, None] = {}
     for mesh in meshes:
-        for axis in mesh.axis_names:
-            several = axis in mesh.explicit_axes or mesh.shape[axis] > 1
-            if several and axis not in mesh.manual_axes:
+        for axis in _free_axes(mesh):
+            if axis in mesh.explicit_axes or mesh.shape[axis] > 1:
                 free[axis] = None
     return list(free)
 
@@ -34,8 +33,12 @@ def device_count(array: Any) -> int:
     The mesh is that of the array's type, known with no mesh in context, too.
     """
     mesh = jax.typeof(array).sharding.mesh
-    free = (axis for axis in mesh.axis_names if axis not in mesh.manual_axes)
-    return math.prod(mesh.shape[axis] for axis in free)
+    return math.prod(mesh.shape[axis] for axis in _free_axes(mesh))
+
+
+def _free_axes(mesh: Any) -> list[str]:
+    """Axes of the mesh that no enclosing `shard_map` has taken."""
+    return [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
 
 
 def match_varying(tree: Any, *others: Array) -> Any:

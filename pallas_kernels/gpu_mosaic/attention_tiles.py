@@ -67,7 +67,7 @@ class BackwardTiles:
     together: bool = True
 
     def smem_bytes(self, features: int, value_features: int) -> int:
-        """Of the kernel that takes most."""
+        """Bytes of shared memory of the kernel that takes most."""
         rows = TILE + self.stages * max(self.keys, self.queries)
         return rows * (2 * (features + value_features) + 2 * 4) + SPARE_BYTES
 

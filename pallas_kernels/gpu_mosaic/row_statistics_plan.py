@@ -1,4 +1,4 @@
-"""What is given to the row-statistics kernels for Hopper, and their tiles for it."""
+"""Operands and options of the row-statistics kernels for Hopper, and their tiles."""
 
 import dataclasses
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""How the softmax kernel for GPUs cuts a row."""
+"""Sizes into which the softmax kernel for GPUs cuts a row."""
 
 import dataclasses
 import math

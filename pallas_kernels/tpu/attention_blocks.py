@@ -1,4 +1,4 @@
-"""What attention kernels for TPUs share: parts of blocks, products, and the call."""
+"""Parts of blocks, products and the call, shared by attention kernels for TPUs."""
 
 import dataclasses
 import functools

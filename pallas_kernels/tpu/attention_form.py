@@ -1,4 +1,4 @@
-"""What is static of an attention on a TPU: how scores are made, which pairs attend."""
+"""Static form of an attention on a TPU: how scores are made, which pairs attend."""
 
 import dataclasses
 from collections.abc import Callable

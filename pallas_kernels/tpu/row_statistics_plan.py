@@ -1,4 +1,4 @@
-"""What is given to the row-statistics kernels for TPUs, and their tiles for it."""
+"""Operands and options of the row-statistics kernels for TPUs, and their tiles."""
 
 import dataclasses
 from typing import Any, NamedTuple

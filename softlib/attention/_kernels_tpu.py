@@ -41,9 +41,6 @@ _KINDS: dict[Any, Weights] = {
 }
 
 
-# Compiled functions, because these remember their traces: a call traces its kernels
-# even where it is lowered for a CPU.
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.tpu.attention import attention
 
@@ -63,7 +60,6 @@ def _forward(options: Options, operands: Operands) -> Result:
     return Result(out, normalizer)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward(options: Options, given: BackwardOperands) -> Gradient:
     from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
     from pallas_kernels.tpu.attention_query_gradient import query_gradient

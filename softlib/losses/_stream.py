@@ -110,7 +110,7 @@ def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Array 
 
 
 def kept_shape(options: Options, head: Head) -> tuple[int, int] | None:
-    """Of the array that `forward_keeping` adds to the statistics, if it does."""
+    """Shape of the array that `forward_keeping` adds to the statistics, if it does."""
     keep, rows = _kept_classes(options, head)[1], head.hidden.shape[0]
     if keep == 0:
         return None
