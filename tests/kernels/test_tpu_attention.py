@@ -102,9 +102,7 @@ def given_tiles(monkeypatch):
 
     def forget() -> None:
         _kernels_tpu._lists.cache_clear()
-        for implementation in (_kernels_tpu.FORWARD, _kernels_tpu.BACKWARD):
-            call: Any = implementation.call
-            call.clear_cache()  # of traces with other tiles
+        jax.clear_caches()  # of traces with other tiles
 
     yield give
     forget()
