@@ -5,10 +5,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 HOPPER = ("h100",)
 BLACKWELL = ("b200",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How the arguments of a program lie on several devices.
+
+    Attributes:
+        kind: Of the mesh's axis: Explicit, divided by the types, so that each device
+            runs kernels on its part; or Auto, divided by the compiler.
+        specs: Of each argument; the axis is named `device`.
+        collectives: Exchanges that the mathematics needs; any other is a fault.
+        devices: How many.
+    """
+
+    kind: str
+    specs: tuple[PartitionSpec, ...]
+    collectives: frozenset[str] = frozenset()
+    devices: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +48,9 @@ class Case:
         spills: Registers that may be spilled: an exception, with its reason.
         ours: Whether it has to hold kernels, without spills. What is not ours is
             compiled only for the tables: peers, and sizes of tiles not chosen.
+        plain: Targets on which a program of ours has no kernel, as is right there.
         sizes: Of its tiles, if it is one of a sweep over them.
+        division: Over several devices; None on one.
     """
 
     family: str
@@ -43,7 +64,9 @@ class Case:
     bytes_moved: float = 0
     spills: int = 0
     ours: bool = True
+    plain: tuple[str, ...] = ()
     sizes: str = ""
+    division: Division | None = None
 
 
 def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,10 @@ from typing import Any
 
 from .case import Case
 
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "all-to-all"),
+    *("collective-permute", "reduce-scatter"),
+)
 # The oldest of the TPUs, for which no sizes were sought that spill nothing.
 SPILLS_ON_V4 = 256
 
@@ -41,6 +45,7 @@ class Compiled:
 
     `counted_flops` and `accessed_bytes` are those of XLA's analysis: for a kernel, what
     its tiles do, read and write, as the kernel says. 0 where the kernel does not say.
+    `collectives` counts the exchanges between devices by their names.
     """
 
     family: str
@@ -53,6 +58,7 @@ class Compiled:
     counted_flops: float = 0.0
     accessed_bytes: float = 0.0
     kernels: tuple[Kernel, ...] = ()
+    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -76,8 +82,11 @@ def faults(case: Case, compiled: Compiled) -> Iterator[str]:
         return
     if not case.ours:
         return
-    if not compiled.kernels:
-        yield "no kernel is in the program"
+    if bool(compiled.kernels) == (compiled.target in case.plain):
+        yield f"{len(compiled.kernels)} kernels are in the program"
+    needed = case.division.collectives if case.division else frozenset()
+    for name in sorted({*compiled.collectives} - needed):
+        yield f"{compiled.collectives[name]} {name} between devices"
     allowed = max(case.spills, SPILLS_ON_V4 if compiled.target == "v4" else 0)
     for kernel in compiled.kernels:
         if kernel.spills > allowed:
@@ -86,6 +95,15 @@ def faults(case: Case, compiled: Compiled) -> Iterator[str]:
     most = case.most_temporaries * case.naive_bytes
     if case.naive_bytes and compiled.temp_bytes > most:
         yield f"{compiled.temp_bytes} temporary bytes are more than {most:.0f}"
+
+
+def collectives(program: str) -> dict[str, int]:
+    """How often each exchange between devices is in the compiled text.
+
+    One that runs beside other work has two lines there, and is counted at its start.
+    """
+    names = "|".join(COLLECTIVES)
+    return dict(Counter(re.findall(rf" ({names})(?:-start)?\(", program)))
 
 
 def tpu_kernels(program: str, table_of: Callable[[str], str]) -> tuple[Kernel, ...]:

@@ -24,6 +24,7 @@ def row(compiled: Compiled) -> str:
     if compiled.error is not None:
         return f"{head}\n       {compiled.error}"
     lines = [f"{head}, {byte_count(compiled.temp_bytes)} of temporaries"]
+    lines += [f"       {exchanges}"] if (exchanges := _exchanges(compiled)) else []
     for kernel in compiled.kernels:
         facts = dataclasses.asdict(kernel) | {"memory": byte_count(kernel.memory_bytes)}
         del facts["memory_bytes"], facts["name"]
@@ -62,7 +63,10 @@ def _lines(case: Case, compiled: Compiled) -> list[str]:
     if case.naive_bytes:
         share = f"{compiled.temp_bytes / case.naive_bytes:.2%}"
     temporaries = byte_count(compiled.temp_bytes)
-    head = f"| {case.name} | {compiled.target} | {temporaries} | {share}"
+    name = case.name
+    if case.division is not None:
+        name += f": {_exchanges(compiled) or 'no exchange'}"
+    head = f"| {name} | {compiled.target} | {temporaries} | {share}"
     lines = [f"{head} | {_cells(kernel)} |" for kernel in compiled.kernels]
     return lines or [f"{head} | none | | | | | |"]
 
@@ -77,6 +81,11 @@ def _cells(kernel: Kernel) -> str:
         kernel.spills,
     )
     return " | ".join(map(str, cells))
+
+
+def _exchanges(compiled: Compiled) -> str:
+    """Between devices: how many of which."""
+    return ", ".join(f"{count} {name}" for name, count in compiled.collectives.items())
 
 
 def byte_count(count: float) -> str:

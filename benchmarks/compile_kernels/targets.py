@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from .case import Case, Division
+
 _TPUS = {
     "v4": "v4:2x2x1",
     "v5e": "v5e:2x2",
@@ -51,9 +53,11 @@ def missing(target: str) -> str | None:
     return None
 
 
-def lower(function: Any, arguments: Sequence[Any], target: str) -> jax.stages.Lowered:
-    """The function of these shapes, traced and lowered for the target."""
-    mesh = jax.sharding.Mesh(np.array(_devices(target)[:1]), ("device",))
+def lower(case: Case, target: str) -> jax.stages.Lowered:
+    """The case's function of its shapes, traced and lowered for the target."""
+    if case.division is not None:
+        return _lower_divided(case, case.division, target)
+    mesh = jax.sharding.Mesh(np.array(_devices(target, 1)), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -61,15 +65,38 @@ def lower(function: Any, arguments: Sequence[Any], target: str) -> jax.stages.Lo
 
     # The sharding chooses the platform; whoever asks for the device asks the mesh.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).trace(*jax.tree.map(placed, arguments)).lower()
+        return (
+            jax.jit(case.function).trace(*jax.tree.map(placed, case.arguments)).lower()
+        )
 
 
-def _devices(target: str) -> Sequence[Any]:
+def _lower_divided(case: Case, division: Division, target: str) -> jax.stages.Lowered:
+    """The everyday program of several devices: only its arrays know the mesh."""
+    mesh = jax.sharding.Mesh(
+        np.array(_devices(target, division.devices)),
+        ("device",),
+        axis_types=(getattr(jax.sharding.AxisType, division.kind),),
+    )
+    placed = [
+        jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
+        for x, spec in zip(case.arguments, division.specs, strict=True)
+    ]
+    return jax.jit(case.function).trace(*placed).lower()
+
+
+def _devices(target: str, count: int) -> Sequence[Any]:
     if is_tpu(target):
-        return topologies.get_topology_desc(_TPUS[target], platform="tpu").devices
-    return topologies.get_topology_desc(
-        target, platform="cuda", topology="1x1x1", target_config=_description(target)
-    ).devices
+        found = topologies.get_topology_desc(_TPUS[target], platform="tpu").devices
+    else:
+        found = topologies.get_topology_desc(
+            target,
+            platform="cuda",
+            topology=f"1x1x{count}",
+            target_config=_description(target),
+        ).devices
+    return found[:count]
 
 
 def _description(target: str) -> str:

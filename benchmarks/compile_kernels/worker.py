@@ -18,7 +18,7 @@ from typing import IO
 from . import targets
 from .case import Case
 from .cases import chosen
-from .compiled import Compiled, Kernel, gpu_kernels, tpu_kernels
+from .compiled import Compiled, Kernel, collectives, gpu_kernels, tpu_kernels
 
 # Set before jax is imported; the folder of dumps is appended.
 TPU_FLAGS = (
@@ -71,12 +71,13 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
         return found[0].read_text() if found else ""
 
     with _standard_output() as printed:
-        program = targets.lower(case.function, case.arguments, target).compile()
+        program = targets.lower(case, target).compile()
+        text = program.as_text() or ""
         kernels: tuple[Kernel, ...]
         if targets.is_tpu(target):
-            kernels = tpu_kernels(program.as_text() or "", table_of)
+            kernels = tpu_kernels(text, table_of)
         else:
-            kernels = gpu_kernels(program.as_text() or "", printed(), _KNOWN)
+            kernels = gpu_kernels(text, printed(), _KNOWN)
     memory = program.memory_analysis()
     assert memory is not None
     counted = program.cost_analysis() or {}
@@ -91,6 +92,7 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
         counted.get("flops", 0.0),
         counted.get("bytes accessed", 0.0),
         kernels,
+        collectives(text),
     )
 
 

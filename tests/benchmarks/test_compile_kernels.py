@@ -5,13 +5,15 @@ import itertools
 
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.compile_kernels import report, roofline, targets
-from benchmarks.compile_kernels.case import Case, array
+from benchmarks.compile_kernels.case import Case, Division, array
 from benchmarks.compile_kernels.cases import all_cases, chosen
 from benchmarks.compile_kernels.compiled import (
     Compiled,
     Kernel,
+    collectives,
     faults,
     gpu_kernels,
     tpu_kernels,
@@ -105,7 +107,7 @@ def test_two_gpu_kernels_of_one_program():
     ("change", "fault"),
     [
         ({"error": "no"}, "no"),
-        ({"kernels": ()}, "no kernel"),
+        ({"kernels": ()}, "0 kernels"),
         ({"temp_bytes": 21}, "21 temporary bytes"),
         ({"kernels": (dataclasses.replace(KERNEL, spills=1),)}, "rows spills 1"),
         (
@@ -118,6 +120,31 @@ def test_faults(change, fault):
     assert not list(faults(CASE, GOOD))
     (found,) = faults(CASE, dataclasses.replace(GOOD, **change))
     assert fault in found
+
+
+def test_what_divided_programs_exchange():
+    text = """
+  %a.1 = f32[8]{0} all-gather-start(%p), dimensions={0}
+  %b.1 = f32[8]{0} all-gather-done(%a.1)
+  %c = (f32[], f32[8]{0}) all-reduce(%p, %b.1), to_apply=%sum
+"""
+    assert collectives(text) == {"all-gather": 1, "all-reduce": 1}
+    division = Division("Explicit", (P("device"),), frozenset({"all-reduce"}))
+    case = dataclasses.replace(CASE, division=division)
+    sums = dataclasses.replace(GOOD, collectives={"all-reduce": 2})
+    assert not list(faults(case, sums))
+    assert list(faults(CASE, sums)) == ["2 all-reduce between devices"]
+    gathers = dataclasses.replace(GOOD, collectives=collectives(text))
+    assert list(faults(case, gathers)) == ["1 all-gather between devices"]
+    assert "| small: 2 all-reduce | v5e |" in report.markdown([case], [sums])
+    assert "| small: no exchange | v5e |" in report.markdown([case], [GOOD])
+    assert "2 all-reduce" in report.row(sums)
+
+
+def test_where_plain_jax_is_right_a_kernel_is_a_fault():
+    case = dataclasses.replace(CASE, plain=("v5e",))
+    assert list(faults(case, GOOD)) == ["1 kernels are in the program"]
+    assert not list(faults(case, dataclasses.replace(GOOD, kernels=())))
 
 
 def test_spills_are_allowed_on_v4_and_where_a_case_says_so():
