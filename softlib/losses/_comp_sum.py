@@ -58,7 +58,8 @@ def linear_comp_sum_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has the
+        loss of a probability of 0, +inf or $1 / (\tau - 1)$, and gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -108,7 +109,8 @@ def comp_sum_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has the
+        loss of a probability of 0, +inf or $1 / (\tau - 1)$, and gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -165,7 +167,8 @@ def linear_generalized_cross_entropy_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has loss $1 /
+        q$ and gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -216,7 +219,8 @@ def generalized_cross_entropy_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has loss $1 /
+        q$ and gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -272,7 +276,8 @@ def linear_mean_absolute_error_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has loss 1 and
+        gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -318,7 +323,8 @@ def mean_absolute_error_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf has loss 1 and
+        gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

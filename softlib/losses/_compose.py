@@ -3,7 +3,8 @@
 Each public loss builds a source, asks `prepare` for its rows, and composes numbers per
 row here. The order of the selections is the order of precedence: a row that `where`
 drops is 0, then a label outside the vocabulary is NaN, then a row without classes is
-0, then a label on an excluded class is infinitely unlikely.
+0, then a label on an excluded class, or in a row whose logits are all -inf, is
+infinitely unlikely.
 """
 
 import math
@@ -91,7 +92,7 @@ def cross_entropy_statistics(
 
 def log_probability(rows: Rows) -> Float[Array, "*batch"]:
     assert rows.log_prob is not None
-    return _exceptions(rows, rows.excluded, rows.log_prob, -jnp.inf)
+    return _exceptions(rows, rows.impossible, rows.log_prob, -jnp.inf)
 
 
 def log_probability_of_labels(
@@ -139,7 +140,7 @@ def entropy(rows: Rows) -> Float[Array, "*batch"]:
 
 
 def correct(rows: Rows) -> Bool[Array, "*batch"]:
-    hit = (rows.statistics.argmax == rows.labels) & ~rows.empty
+    hit = (rows.statistics.argmax == rows.labels) & ~rows.massless
     return rows.counted(hit, False)
 
 
@@ -187,7 +188,8 @@ def _exceptions(
 ) -> Array:
     if impossible is not None:
         values = jnp.where(impossible, limit, values)
-    values = jnp.where(rows.empty, 0, values)
+    if rows.no_classes is not None:
+        values = jnp.where(rows.no_classes, 0, values)
     if rows.outside is not None:
         values = jnp.where(rows.outside, jnp.nan, values)
     return rows.counted(values)

@@ -136,7 +136,8 @@ def linear_softmax_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), or the pair
-        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf.
+        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
+        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
@@ -266,7 +267,8 @@ def softmax_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), or the pair
-        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf.
+        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
+        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a

@@ -81,7 +81,8 @@ def linear_knowledge_distillation_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -130,7 +131,8 @@ def knowledge_distillation_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -199,7 +201,8 @@ def linear_normalized_distillation_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0, one with two classes no second term.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one with two classes has no second term.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -258,7 +261,8 @@ def normalized_distillation_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0, one with two classes no second term.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one with two classes has no second term.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -321,7 +325,8 @@ def decoupled_knowledge_distillation_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0, one with two classes no second term.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one with two classes has no second term.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

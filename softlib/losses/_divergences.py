@@ -53,8 +53,10 @@ def linear_kl_divergence(
             of both, as in `linear_softmax_cross_entropy`.
 
     Returns:
-        The divergence per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        The divergence per row in nats, float32 (float64 if an argument is float64). A
+        row without classes has 0 and gradient 0; one whose logits are all -inf costs
+        +inf, one of a target whose logits are costs 0 (with `reverse` the other way
+        round), both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -115,8 +117,10 @@ def softmax_kl_divergence(
             `implementation` of both, as in `softmax_cross_entropy`.
 
     Returns:
-        The divergence per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        The divergence per row in nats, float32 (float64 if an argument is float64). A
+        row without classes has 0 and gradient 0; one whose logits are all -inf costs
+        +inf, one of a target whose logits are costs 0 (with `reverse` the other way
+        round), both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -189,7 +193,8 @@ def linear_jensen_shannon_divergence(
 
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        A row without classes has 0 and gradient 0; where the logits of one are all
+        -inf, its probabilities in the formula are 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -256,7 +261,8 @@ def softmax_jensen_shannon_divergence(
 
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        A row without classes has 0 and gradient 0; where the logits of one are all
+        -inf, its probabilities in the formula are 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -325,7 +331,8 @@ def linear_soft_target_cross_entropy(
 
     Returns:
         The cross-entropy per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        A row without classes has 0 and gradient 0; one whose logits are all -inf costs
+        +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -384,7 +391,8 @@ def softmax_soft_target_cross_entropy(
 
     Returns:
         The cross-entropy per row in nats, float32 (float64 if an argument is float64).
-        A row without classes has 0 and gradient 0.
+        A row without classes has 0 and gradient 0; one whose logits are all -inf costs
+        +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

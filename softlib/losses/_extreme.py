@@ -188,7 +188,7 @@ def multilabel_softmax_loss(
     every, own = rows.statistics(source, ("lse",), of_all=True)
     assert every.lse is not None
     lse = every.lse[..., None]
-    counts = rows.present & (lse != -jnp.inf)
+    counts = rows.of_some_class(source)
     possible = counts & (own != -jnp.inf)
     costs = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
     costs = jnp.where(counts & ~possible, jnp.inf, costs)
@@ -265,9 +265,7 @@ def soft_top_k_loss(
     log_z = log_soft_top_k(masked.final_logits(), k, alpha=alpha)
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
-    some = jnp.asarray(masked.count_classes()) > 0
-    counts = rows.present & (some[..., None] if some.ndim else some)
-    costs = jnp.where(counts, 0 - log_z, 0)
+    costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)
     return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
 
 
@@ -278,10 +276,10 @@ def _decoupled(
     others, own = rows.statistics(source, ("lse",))
     assert others.lse is not None
     lse = others.lse[..., None]
-    # Without a competitor a positive costs nothing.
-    counts = rows.present & (lse != -jnp.inf)
-    possible = counts & (own != -jnp.inf)
+    # Without a competitor a positive costs nothing, unless it cannot be itself.
+    impossible = rows.of_some_class(source) & (own == -jnp.inf)
+    possible = rows.present & (lse != -jnp.inf) & ~impossible
     margin = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
     costs = jnp.where(possible, jax.nn.softplus(margin), 0)
-    costs = jnp.where(counts & ~possible, jnp.inf, costs)
+    costs = jnp.where(impossible, jnp.inf, costs)
     return rows.exceptions(rows.sum(rows.weights(source, weights), costs))

@@ -29,7 +29,7 @@ from softlib.softmax._entmax import log_probability, require_below_two, solution
 from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
 
-from ._rows import rows_that_count
+from ._rows import rows_that_count, without_classes
 from ._sources import GivenLogits
 
 
@@ -63,7 +63,8 @@ def sparsemax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), never negative. A
-        row without classes has loss 0 and gradient 0.
+        row without classes has loss 0 and gradient 0; one whose logits are all -inf
+        costs +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -120,7 +121,8 @@ def entmax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), never negative. A
-        row without classes has loss 0 and gradient 0.
+        row without classes has loss 0 and gradient 0; one whose logits are all -inf
+        costs +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -181,7 +183,8 @@ def bi_tempered_logistic_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), never negative. A
-        row without classes has loss 0 and gradient 0.
+        row without classes has loss 0 and gradient 0; one whose logits are all -inf
+        costs +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -246,7 +249,8 @@ class _Rows:
     z: Float[Array, "*batch V"]  # in the dtype of the sums; -inf for no class
     labels: Array  # ids, -1 for one outside; or distributions
     where: Bool[Array, "*batch"] | None
-    infinite: Bool[Array, "*batch"]  # mass on an excluded class
+    infinite: Bool[Array, "*batch"]  # mass on a class whose logit is -inf
+    no_classes: Bool[Array, "..."] | None  # of each row or of all
 
     @classmethod
     def of(
@@ -260,6 +264,7 @@ class _Rows:
         source = GivenLogits.of(function, logits, class_where=class_where)
         where = rows_that_count(source, where)
         z = source.masked(where).final_logits()
+        no_classes = without_classes(source)
         labels = jnp.asarray(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             why = "the shape of `logits`"
@@ -269,7 +274,7 @@ class _Rows:
             if where is not None:
                 labels = jnp.where(where[..., None], labels, 0)
             infinite = ((labels != 0) & (z == -jnp.inf)).any(-1)
-            return cls(function, z, labels, where, infinite)
+            return cls(function, z, labels, where, infinite, no_classes)
         checks.require_integer(function, labels=labels)
         checks.require_shape(
             function, "labels", labels, source.batch, "the batch shape"
@@ -278,7 +283,7 @@ class _Rows:
         if where is not None:
             labels = jnp.where(where, labels, 0)
         infinite = (_at(labels, z) & (z == -jnp.inf)).any(-1)
-        return cls(function, z, labels, where, infinite)
+        return cls(function, z, labels, where, infinite, no_classes)
 
     @property
     def are_ids(self) -> bool:
@@ -298,8 +303,10 @@ class _Rows:
 
     def with_exceptions(self, loss: Array) -> Array:
         """In the order of precedence of all losses of logits."""
-        loss = jnp.where(self.infinite, jnp.inf, loss)
         loss = jnp.where((self.z == -jnp.inf).all(-1), 0, loss)
+        loss = jnp.where(self.infinite, jnp.inf, loss)
+        if self.no_classes is not None:
+            loss = jnp.where(self.no_classes, 0, loss)
         if self.are_ids:
             loss = jnp.where(self.labels < 0, jnp.nan, loss)
         return loss if self.where is None else jnp.where(self.where, loss, 0)

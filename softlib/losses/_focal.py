@@ -57,7 +57,8 @@ def linear_softmax_focal_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -110,7 +111,8 @@ def softmax_focal_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

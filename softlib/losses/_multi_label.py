@@ -65,7 +65,8 @@ def linear_multi_label_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -136,7 +137,8 @@ def multi_label_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

@@ -130,8 +130,7 @@ def _one_versus_all(
     rows = Positives.of(source, positives, where, required=False)
     others, own = rows.statistics(source, ("sum_softplus",))
     assert others.sum_softplus is not None
-    some = jnp.asarray(source.count_classes()) > 0
-    counts = rows.present & (some[..., None] if some.ndim else some)
+    counts = rows.of_some_class(source)
     possible = counts & (own != -jnp.inf)
     costs = jax.nn.softplus(jnp.where(possible, 0 - own, 0))
     costs = jnp.where(possible, costs, jnp.where(counts, jnp.inf, 0))

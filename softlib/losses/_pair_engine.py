@@ -66,7 +66,7 @@ def _sums(
     lse = tuple(map(functools.partial(_lse, names, options), options.both, pair.both))
     known = KnownPair(pair, lse)
     found = _dispatch.execute(made, options, known)
-    return known, found._replace(value=_unless_empty(found.value, lse))
+    return known, found._replace(value=_with_exceptions(options, found.value, lse))
 
 
 def _linear_forward(
@@ -88,6 +88,8 @@ def _linear_backward(
     cotangent: Float[Array, " rows"],
 ):
     known, sums = residuals
+    if options.divergence != "jensen_shannon":  # as in `_with_exceptions`
+        cotangent = jnp.where(_massless(known.lse), 0, cotangent)
     gradient = _dispatch.run(
         PAIR_GRADIENT, names, options, PairBackwardOperands(known, sums, cotangent)
     )
@@ -114,10 +116,21 @@ def _lse(
     return found.lse
 
 
-def _unless_empty(value: Array, lse: tuple[Array, ...]) -> Array:
-    """0 where one of the heads has no class."""
-    empty = (lse[0] == -jnp.inf) | (lse[1] == -jnp.inf)
-    return jnp.where(empty, 0, value)
+def _with_exceptions(
+    options: PairOptions, value: Array, lse: tuple[Array, ...]
+) -> Array:
+    """0 where the target asks for nothing, without slope where one has no probability.
+
+    Jensen-Shannon's terms need no exception: what has no probability has no share.
+    """
+    if options.divergence == "jensen_shannon":
+        return value
+    value = jnp.where(lse[0] == -jnp.inf, 0, value)
+    return jnp.where(_massless(lse), lax.stop_gradient(value), value)
+
+
+def _massless(lse: tuple[Array, ...]) -> Array:
+    return (lse[0] == -jnp.inf) | (lse[1] == -jnp.inf)
 
 
 # ------------------------------------------------------------------------- given logits
@@ -155,7 +168,7 @@ def _of_raw(
     found = _pair_terms.values(
         options.divergence, s.astype(dtype), t.astype(dtype), mixture
     )
-    return _unless_empty(found.sum(1), lse)
+    return _with_exceptions(options, found.sum(1), lse)
 
 
 def _reference(options: PairOptions, known: KnownPair) -> Float[Array, " rows"]:

@@ -17,7 +17,7 @@ from softlib import _checks as checks
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 
-from ._rows import rows_that_count
+from ._rows import rows_that_count, without_classes
 from ._sources import GivenLogits, Source
 from ._tile import RowStatistics
 
@@ -117,6 +117,13 @@ class Positives:
             source = dataclasses.replace(source, modifiers=modifiers)
         found = source.statistics(names)
         return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
+
+    def of_some_class(self, source: Source) -> Bool[Array, "*batch M"]:
+        """The positives of the rows that have a class."""
+        nothing = without_classes(source)
+        if nothing is None:
+            return self.present
+        return self.present & ~(nothing[..., None] if nothing.ndim else nothing)
 
     def sum(self, weights: Array, costs: Array) -> Float[Array, "*batch"]:
         """The weighted costs of the positives, each finite or +inf or NaN."""

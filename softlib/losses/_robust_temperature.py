@@ -74,7 +74,8 @@ def linear_robust_softmax_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64); it may be
-        negative. A row without classes has loss 0 and gradient 0.
+        negative. A row without classes has loss 0 and gradient 0; one whose logits are
+        all -inf costs +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -126,7 +127,8 @@ def robust_softmax_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64); it may be
-        negative. A row without classes has loss 0 and gradient 0.
+        negative. A row without classes has loss 0 and gradient 0; one whose logits are
+        all -inf costs +inf, with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -413,8 +415,8 @@ def _robust(
     cost, tau, rho = promoted(cost, rows.counted(tau, 1), rho)
     finite = jnp.isfinite(cost)
     loss = tau * (jnp.where(finite, cost, 0) + rho - _log_classes(source))
-    # An infinite cost, and NaN of a bad label, have no slope; an empty row costs 0.
-    loss = jnp.where(finite & ~rows.empty, loss, lax.stop_gradient(cost))
+    # An infinite cost, and NaN of a bad label, have no slope; without classes it is 0.
+    loss = jnp.where(finite & ~rows.massless, loss, lax.stop_gradient(cost))
     return rows.counted(loss)
 
 

@@ -30,7 +30,10 @@ class Rows:
     where: Bool[Array, "*batch"] | None
     labels: Int[Array, "*batch"] | None = None  # -1: outside the vocabulary
     outside: Bool[Array, "*batch"] | None = None  # a label outside the vocabulary
-    excluded: Bool[Array, "*batch"] | None = None  # a label on an excluded class
+    no_classes: Bool[Array, "..."] | None = None  # of each row or of all
+    # Where the label has probability 0 whatever the logits do: it is on an excluded
+    # class, or no class has a probability.
+    impossible: Bool[Array, "*batch"] | None = None
     infinite: Bool[Array, "*batch"] | None = None  # and it has a weight
     class_weight: Float[Array, "*batch"] | None = None  # of the one label
     log_prob: Float[Array, "*batch"] | None = None  # of the one label, if it counts
@@ -44,8 +47,9 @@ class Rows:
         return _lse_to_compute_with(self.statistics)
 
     @property
-    def empty(self) -> Bool[Array, "*batch"]:
-        return _empty(self.statistics)
+    def massless(self) -> Bool[Array, "*batch"]:
+        """Where no class has a probability; all of a row without classes."""
+        return massless(self.statistics)
 
     def counted(self, values: Array, bad: ArrayLike = 0) -> Array:
         """0 where `where` is False."""
@@ -114,6 +118,7 @@ class Marked(NamedTuple):
     labels: Int[Array, "*batch"]  # -1: outside the vocabulary
     where: Bool[Array, "*batch"] | None
     excluded: Bool[Array, "*batch"] | None  # a label on an excluded class
+    no_classes: Bool[Array, "..."] | None  # of each row or of all
     class_weight: Float[Array, "*batch"] | None  # of the label
 
 
@@ -130,7 +135,15 @@ def mark(
     if class_weights is not None:
         counts = labels >= 0 if where is None else where & (labels >= 0)
         class_weight = jnp.where(counts, source.at_labels(class_weights, labels), 1)
-    return Marked(labels, where, _on_excluded_classes(source, labels), class_weight)
+    excluded = _on_excluded_classes(source, labels)
+    return Marked(labels, where, excluded, without_classes(source), class_weight)
+
+
+def without_classes(source: Source) -> Bool[Array, "..."] | None:
+    """The rows of which no class is selected; None: there is none."""
+    if source.modifiers.class_where is None:
+        return None
+    return jnp.asarray(source.count_classes()) == 0
 
 
 def _with_label(
@@ -172,27 +185,30 @@ def with_statistics(
     uniform_cost: Array | None,
     log_prob: Array | None = None,
 ) -> Rows:
-    labels, where, excluded, class_weight = marked
+    labels, where, excluded, no_classes, class_weight = marked
+    impossible = impossible_labels(statistics, excluded)
     rows = Rows(
         statistics,
         where,
         labels,
         outside=labels < 0,
-        excluded=excluded,
-        infinite=excluded,
+        no_classes=no_classes,
+        impossible=impossible,
+        infinite=impossible,
         class_weight=class_weight,
         uniform_cost=uniform_cost,
     )
     if statistics.label_logits is None:
         return rows
     if log_prob is None:
-        log_prob = statistics.label_logits - rows.lse
+        own = jnp.where(rows.massless, 0, statistics.label_logits)
+        log_prob = own - rows.lse
     label_cost = 0 - log_prob  # not -log_prob: a certain label costs 0, not -0
     rows = dataclasses.replace(rows, log_prob=log_prob)
     if class_weight is None:
         return dataclasses.replace(rows, label_cost=label_cost)
-    infinite = None if excluded is None else excluded & (class_weight != 0)
-    label_cost = weigh(class_weight, _infinite_if(excluded, label_cost))
+    infinite = impossible & (class_weight != 0)
+    label_cost = weigh(class_weight, jnp.where(impossible, jnp.inf, label_cost))
     return dataclasses.replace(rows, infinite=infinite, label_cost=label_cost)
 
 
@@ -252,14 +268,15 @@ def prepare_several(
         own = jnp.where(labels < 0, 1, source.at_labels(factors, labels))
         weights = weights * own
     excluded = _on_excluded_classes(source, labels)
+    impossible = impossible_labels(statistics, excluded, several=True)
     costs = _lse_to_compute_with(statistics)[..., None] - statistics.label_logits
-    label_cost = weigh(weights, _infinite_if(excluded, costs)).sum(-1)
-    infinite = None if excluded is None else (excluded & (weights != 0)).any(-1)
+    label_cost = weigh(weights, jnp.where(impossible, jnp.inf, costs)).sum(-1)
     return Rows(
         statistics,
         where,
         outside=outside.any(-1),
-        infinite=infinite,
+        no_classes=without_classes(source),
+        infinite=(impossible & (weights != 0)).any(-1),
         label_cost=label_cost,
         uniform_cost=_uniform_cost(source, statistics, mass, factors),
     )
@@ -276,8 +293,14 @@ def weigh(weights: Array, costs: Array) -> Array:
     return jnp.where(infinite & (weights != 0), limit, finite)
 
 
-def _infinite_if(excluded: Array | None, costs: Array) -> Array:
-    return costs if excluded is None else jnp.where(excluded, jnp.inf, costs)
+def impossible_labels(
+    statistics: RowStatistics, excluded: Array | None, *, several: bool = False
+) -> Bool[Array, "..."]:
+    """The labels on excluded classes, and all of a row without a probability."""
+    found = massless(statistics)
+    if several:
+        found = found[..., None]
+    return found if excluded is None else found | excluded
 
 
 def rows_that_count(
@@ -328,16 +351,18 @@ def _uniform_cost(
     if outside is not None:
         weights = jnp.where(outside, 0, weights)
     total, of_logits = _summed(weights, source.final_logits(), outside)
+    of_logits = jnp.where(massless(statistics), 0, of_logits)
     return mass * (total * lse - of_logits) / classes
 
 
 def mean_cost(
     statistics: RowStatistics, classes: ArrayLike
 ) -> Float[Array, "..."] | None:
-    """The mean of lse - z_j over so many selected classes."""
+    """The mean of lse - z_j over so many selected classes; 0 in a massless row."""
     if statistics.sum_logits is None:
         return None
-    mean = statistics.sum_logits / jnp.maximum(classes, 1)
+    total = jnp.where(massless(statistics), 0, statistics.sum_logits)
+    mean = total / jnp.maximum(classes, 1)
     return _lse_to_compute_with(statistics) - mean
 
 
@@ -363,17 +388,30 @@ def _with_distributions(
     if class_weights is not None:
         labels = labels * jnp.broadcast_to(class_weights, shape)
     outside = _outside(source)
-    excluded = None if outside is None else ((labels != 0) & outside).any(-1)
+    impossible = impossible_masses(labels, massless(statistics), outside)
     total, of_logits = _summed(labels, source.final_logits(), outside)
+    of_logits = jnp.where(massless(statistics), 0, of_logits)
     statistics = statistics._replace(label_logits=of_logits)
     return Rows(
         statistics,
         where,
-        excluded=excluded,
-        infinite=excluded,
+        no_classes=without_classes(source),
+        impossible=impossible,
+        infinite=impossible,
         label_cost=total * _lse_to_compute_with(statistics) - of_logits,
         uniform_cost=uniform,
     )
+
+
+def impossible_masses(
+    masses: Float[Array, "*batch V"],
+    massless: Bool[Array, "*batch"],
+    outside: Bool[Array, "*batch V"] | None,
+) -> Bool[Array, "*batch"]:
+    """Rows with a mass on an excluded class, or with any where no class has one."""
+    found = massless[..., None]
+    found = found if outside is None else found | outside
+    return ((masses != 0) & found).any(-1)
 
 
 def _outside(source: GivenLogits) -> Bool[Array, "*batch V"] | None:
@@ -396,12 +434,12 @@ def _summed(
     return coefficients.sum(-1), product.sum(-1)
 
 
-def _empty(statistics: RowStatistics) -> Bool[Array, "*batch"]:
+def massless(statistics: RowStatistics) -> Bool[Array, "*batch"]:
     assert statistics.lse is not None
     return statistics.lse == -jnp.inf
 
 
 def _lse_to_compute_with(statistics: RowStatistics) -> Float[Array, "*batch"]:
-    """0 in an empty row."""
+    """0 in a massless row."""
     assert statistics.lse is not None
-    return jnp.where(_empty(statistics), 0, statistics.lse)
+    return jnp.where(massless(statistics), 0, statistics.lse)

@@ -43,7 +43,8 @@ def sdm_loss(
 
     Returns:
         The loss per row, float32 (float64 if `logits` is). A row without classes has
-        loss 0 and gradient 0.
+        loss 0 and gradient 0; one whose logits are all -inf costs +inf, with gradient
+        0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -87,8 +88,10 @@ def sdm_loss(
     else:
         index = jnp.where(outside, 0, labels)[..., None]
         loss = -jnp.take_along_axis(log_p, index, axis=-1)[..., 0]
-        # A row without classes is one of only -inf.
-        loss = jnp.where((log_p == -jnp.inf).all(-1), 0, loss)
+        loss = jnp.where((log_p == -jnp.inf).all(-1), jnp.inf, loss)
+    if class_where is not None:
+        exists = jnp.broadcast_to(class_where, logits.shape).any(-1)
+        loss = jnp.where(exists, loss, 0)
     loss = jnp.where(outside, jnp.nan, loss)
     return loss if where is None else jnp.where(where, loss, 0)
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
+from ._rows import without_classes
 from ._sources import GivenLogits, LinearHead, Source
 from ._vocabulary_parallel import first_class
 
@@ -26,15 +27,18 @@ def log_probs_of_shared_labels(
 ) -> tuple[Float[Array, "*lead T S"], Bool[Array, "*lead T"]]:
     """Log p of every label at every position, and which positions have a class.
 
-    The batch of `source` is (*lead, T). -inf for a label on an excluded class; anything
-    for the label -1 and at a position without classes.
+    The batch of `source` is (*lead, T). -inf for a label on an excluded class, and for
+    all where no class has a probability; anything for the label -1 and at a position
+    without classes.
     """
     if isinstance(source, LinearHead):
         lse, logits = _of_linear_head(source, labels)
     else:
         lse, logits = _of_given_logits(source, labels)
-    some = lse > -jnp.inf
-    return logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None], some | jnp.isnan(lse)
+    nothing = without_classes(source)
+    some = True if nothing is None else ~nothing
+    log_probs = logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    return log_probs, jnp.broadcast_to(some, lse.shape)
 
 
 def _of_given_logits(

@@ -57,7 +57,8 @@ def linear_log_spherical_softmax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -110,7 +111,8 @@ def log_spherical_softmax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -167,7 +169,8 @@ def linear_log_taylor_softmax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -215,7 +218,8 @@ def log_taylor_softmax_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -271,7 +275,8 @@ def linear_spherical_squared_error(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -319,7 +324,8 @@ def spherical_squared_error(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

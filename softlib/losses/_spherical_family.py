@@ -20,7 +20,7 @@ from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
 from ._centre import centred, without_infinite
-from ._rows import mark, rows_that_count
+from ._rows import mark, rows_that_count, without_classes
 from ._sources import Source
 
 STATISTICS = ("label_logits", "sum_logits", "sum_squared_logits")
@@ -255,7 +255,9 @@ def loss_of_sums(
     """
     function = source.function
     where = rows_that_count(source, where)
-    source = without_infinite(source.masked(where))
+    source = source.masked(where)
+    no_classes = without_classes(source)
+    source = without_infinite(source)
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)
     checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
@@ -267,9 +269,10 @@ def loss_of_sums(
     assert found.sum_logits is not None
     assert found.sum_squared_logits is not None
     classes = jnp.broadcast_to(jnp.asarray(source.count_classes()), source.batch)
-    empty, outside = classes == 0, marked.labels < 0
-    excluded = False if marked.excluded is None else marked.excluded
-    usual = ~(empty | outside | excluded)
+    outside, impossible = marked.labels < 0, classes == 0
+    if marked.excluded is not None:
+        impossible = impossible | marked.excluded
+    usual = ~(outside | impossible)
     classes = jnp.maximum(classes, 1).astype(source.dtype)
     label = jnp.where(usual, found.label_logits, 0)
     # Selected before the formula: its slope may be infinite where there is no loss.
@@ -282,8 +285,10 @@ def loss_of_sums(
     # What overflows, or came from +inf, is no number.
     squares = jnp.where(squares == jnp.inf, jnp.nan, squares)
     loss = formula(Sums(label, total, squares, classes))
-    loss = jnp.where(excluded, jnp.inf, jnp.where(usual, loss, 0))
-    loss = jnp.where(outside, jnp.nan, jnp.where(empty, 0, loss))
+    loss = jnp.where(impossible, jnp.inf, jnp.where(usual, loss, 0))
+    if no_classes is not None:
+        loss = jnp.where(no_classes, 0, loss)
+    loss = jnp.where(outside, jnp.nan, loss)
     return loss if where is None else jnp.where(where, loss, 0)
 
 

@@ -13,7 +13,15 @@ from softlib._sharding import in_auto_mode
 from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
 from . import _compose
-from ._rows import Rows, mark, rows_that_count
+from ._rows import (
+    Rows,
+    impossible_labels,
+    impossible_masses,
+    mark,
+    massless,
+    rows_that_count,
+    without_classes,
+)
 from ._sources import GivenLogits
 from ._tile import RowStatistics
 
@@ -53,7 +61,8 @@ def stablemax_cross_entropy(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -91,15 +100,18 @@ def stablemax_cross_entropy(
 
 def _of_ids(source: GivenLogits, labels: Array, where: Array | None) -> Rows:
     marked = mark(source, labels, where, None)
+    statistics = _statistics(source)
+    impossible = impossible_labels(statistics, marked.excluded)
     over_rows = lambda spec: PartitionSpec(*spec[: len(source.batch)])
     cost = in_auto_mode(_cost, over_rows, source.final_logits(), marked.labels)
     return Rows(
-        _statistics(source),
+        statistics,
         where,
         marked.labels,
         outside=marked.labels < 0,
-        excluded=marked.excluded,
-        infinite=marked.excluded,
+        no_classes=marked.no_classes,
+        impossible=impossible,
+        infinite=impossible,
         label_cost=cost,
     )
 
@@ -153,10 +165,11 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
     labels = labels.astype(common_dtype(labels.dtype, source.dtype))
     if where is not None:
         labels = jnp.where(where[..., None], labels, 0)
-    excluded = None
+    outside = None
     if source.modifiers.class_where is not None:
         outside = jnp.broadcast_to(~source.modifiers.class_where, labels.shape)
-        excluded = ((labels != 0) & outside).any(-1)
+    statistics = _statistics(source)
+    impossible = impossible_masses(labels, massless(statistics), outside)
     x = source.final_logits()
     total = _no_overflow(stable_weight(x).sum(-1, keepdims=True))
     total = jnp.where(total == 0, 1, total)
@@ -164,10 +177,11 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
     asked = (labels != 0) | (x != -jnp.inf)
     cost = jnp.log(total) - log_stable_weight(jnp.where(asked, x, 0))
     return Rows(
-        _statistics(source),
+        statistics,
         where,
-        excluded=excluded,
-        infinite=excluded,
+        no_classes=without_classes(source),
+        impossible=impossible,
+        infinite=impossible,
         label_cost=jnp.where(asked, labels * cost, 0).sum(-1),
     )
 

@@ -75,7 +75,8 @@ def linear_token_log_probs(
 
     Returns:
         The log-probability per row, float32 (float64 if an argument is float64), never
-        above 0; 0 for a row without classes.
+        above 0; 0 for a row without classes, -inf without gradient for one whose logits
+        are all -inf.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
@@ -148,7 +149,7 @@ def softmax_token_log_probs(
 
     Returns:
         The log-probability per row, float32 (float64 if an argument is float64); 0 for
-        a row without classes.
+        a row without classes, -inf without gradient for one whose logits are all -inf.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a

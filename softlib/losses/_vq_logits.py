@@ -140,6 +140,8 @@ def vq_softmax_cross_entropy(
     if token_bias is not None:
         own = at_labels(token_bias.astype(_wide(token_bias)))
         counts_here = labels >= 0 if where is None else where & (labels >= 0)
+        # What is impossible without the bias too has no slope in it.
+        counts_here = counts_here & (log_prob != -jnp.inf)
         log_prob = log_prob + jnp.where(counts_here, own, 0)
     return 0 - log_prob  # a certain label costs 0, not -0
 

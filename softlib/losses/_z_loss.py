@@ -65,7 +65,8 @@ def linear_z_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
@@ -124,7 +125,8 @@ def z_loss(
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose sum of squares overflows is NaN.
+        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
+        with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.

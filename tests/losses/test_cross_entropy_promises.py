@@ -226,7 +226,7 @@ def test_no_class_selected_gives_zero_loss_and_gradient(source):
     np.testing.assert_array_equal(metrics(*inputs, np.arange(4)).lse, -np.inf)
 
 
-def test_all_logits_of_minus_infinity_give_zero_loss_and_gradient(source):
+def test_all_logits_of_minus_infinity_cost_infinity_without_gradient(source):
     hidden, weight = arrays()
     inputs = source.inputs(hidden, weight)
     metrics = source.metrics(
@@ -237,7 +237,9 @@ def test_all_logits_of_minus_infinity_give_zero_loss_and_gradient(source):
         return metrics(*inputs, labels=labels)._replace(lse=None)
 
     values, gradients = differentiated(but_lse, *inputs, labels=np.arange(4))
-    for leaf in jax.tree.leaves((values, gradients)):
+    np.testing.assert_array_equal(values.loss, np.inf)
+    np.testing.assert_array_equal(values.log_prob, -np.inf)
+    for leaf in jax.tree.leaves((values.entropy, values.correct, gradients)):
         np.testing.assert_array_equal(leaf, 0)
     np.testing.assert_array_equal(metrics(*inputs, np.arange(4)).lse, -np.inf)
 

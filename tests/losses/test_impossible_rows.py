@@ -1,0 +1,280 @@
+"""Rows whose logits are all -inf, and rows without classes, in every loss with labels.
+
+A mask that is too eager leaves a row in which nothing is possible. Its label costs
++inf, so that it does not look like a perfect loss; a row in which no class exists
+costs 0. Neither moves anything.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softlib import losses
+from tests import public_names
+
+CLASSES, FEATURES = 4, 3
+LABELS = jnp.array([1, 2])
+RANDOM = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RANDOM.normal(size=shape), jnp.float32)
+
+
+HIDDEN, WEIGHT = normal(2, FEATURES), normal(CLASSES, FEATURES)
+LOGITS, OTHERS = normal(2, CLASSES), normal(2, CLASSES)
+TARGET = {"target_hidden": HIDDEN, "target_weight": normal(CLASSES, FEATURES)}
+TEACHER = {"teacher_hidden": HIDDEN, "teacher_weight": TARGET["target_weight"]}
+
+# Not of one distribution over classes with a label in each row.
+NO_LOSSES = {
+    "draw_positives",
+    "factored_spherical_sgd_step",  # of a state without a bias
+    "factored_spherical_sgd_update",
+    "factored_spherical_statistics",
+    "hard_negative_recall",
+    "in_batch_positives",
+    "in_batch_triplet_loss",  # of differences of similarities
+    "label_rank",
+    "linear_label_rank",
+    "linear_row_statistics",
+    "precision_at_k",
+    "propensity_scored_precision_at_k",
+    "recall_at_k",
+    "row_statistics",
+    "sampled_softmax_loss",  # of drawn classes, whose bias it may be told
+    "zipf_soft_labels",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bi_tempered_logistic_loss": {"t1": 0.5, "t2": 1.5},
+    "decoupled_knowledge_distillation_loss": {"teacher_logits": OTHERS},
+    "linear_jensen_shannon_divergence": TARGET,
+    "linear_kl_divergence": TARGET,
+    "linear_knowledge_distillation_loss": TEACHER,
+    "linear_normalized_distillation_loss": TEACHER,
+    "linear_robust_softmax_cross_entropy": {"rho": 0.1, "temperature": 0.5},
+    "linear_soft_target_cross_entropy": TARGET,
+    "linear_z_loss": {"a": 0.1, "b": 1.0},
+    "mcmi_loss": {"centroids": jnp.full((4, 4), 0.25), "weight": 0.1},
+    "normalized_distillation_loss": {"teacher_logits": OTHERS},
+    "robust_softmax_cross_entropy": {"rho": 0.1, "temperature": 0.5},
+    "sdm_loss": {"similarity": 2.0, "distance": jnp.array([0.5, 0.8])},
+    "smooth_adversarial_comp_sum_loss": {"adversarial_logits": OTHERS},
+    "soft_top_k_loss": {"k": 2},
+    "softmax_jensen_shannon_divergence": {"target_logits": OTHERS},
+    "softmax_kl_divergence": {"target_logits": OTHERS},
+    "softmax_soft_target_cross_entropy": {"target_logits": OTHERS},
+    "universal_self_distillation_loss": {"weak_logits": OTHERS},
+    "vq_softmax_cross_entropy": {
+        "codebook": WEIGHT[:2],
+        "mapping": jnp.array([0, 1, 0, 1]),
+    },
+    "z_loss": {"a": 0.1, "b": 1.0},
+}
+# What is bounded has its limit.
+LIMITS: dict[str, float] = {
+    "edit_invariant_sequence_loss": 5.0,  # its floor
+    "generalized_cross_entropy_loss": 1 / 0.7,
+    "linear_edit_invariant_sequence_loss": 5.0,
+    "linear_generalized_cross_entropy_loss": 1 / 0.7,
+    "linear_mean_absolute_error_loss": 1.0,
+    "linear_sequence_log_probs": -np.inf,
+    "linear_token_log_probs": -np.inf,
+    "linear_top1_correct": False,
+    "mean_absolute_error_loss": 1.0,
+    "sequence_log_probs": -np.inf,
+    "softmax_token_log_probs": -np.inf,
+    "softmax_top1_correct": False,
+}
+
+
+def names() -> list[str]:
+    """Public losses whose signature asks for labels or positives."""
+    asked = {"labels", "positives"}
+    return [
+        each.name
+        for each in public_names.public_names()
+        if each.package == "softlib.losses"
+        and inspect.isfunction(each.value)
+        and asked & inspect.signature(each.value).parameters.keys()
+        and each.name not in NO_LOSSES
+    ]
+
+
+# Their class_where is of codes, or they have none.
+WITHOUT_CLASS_WHERE = {
+    "mcmi_loss",
+    "universal_self_distillation_loss",
+    "vq_softmax_cross_entropy",
+}
+
+
+def problem(name: str, bias: float) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """What is differentiated and what is not; `bias` is added to the first row.
+
+    Of a linear head to all rows, whose logits have no other way to be infinite.
+    """
+    parameters = inspect.signature(getattr(losses, name)).parameters
+    sequences = "sequence" in name
+    options = dict(OPTIONS.get(name, {}))
+    several = sequences or "multi_label" in name or "positives" in parameters
+    kind = "positives" if "positives" in parameters else "labels"
+    options[kind] = LABELS[:, None] if several else LABELS
+    if "hidden" not in parameters:
+        logits = LOGITS.at[0].add(bias)
+        given = "scores" if "scores" in parameters else "logits"
+        return {given: logits[:, None] if sequences else logits}, options
+    hidden = HIDDEN[:, None] if sequences else HIDDEN
+    of_classes = "bias"
+    inputs = {"hidden": hidden}
+    if "codebook" in parameters:
+        of_classes = "token_bias"
+    else:
+        tables = parameters.keys() & {"weight", "label_embeddings"}
+        inputs |= dict.fromkeys(tables, WEIGHT)
+    return inputs | {of_classes: jnp.full(CLASSES, bias)}, options
+
+
+def found(name: str, bias: float, **more: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """All results, and the gradients of the sum of the floating ones."""
+    inputs, options = problem(name, bias)
+
+    def total(inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        results = getattr(losses, name)(**inputs, **options, **more)
+        leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.dtype != bool]
+        return sum((leaf.sum() for leaf in leaves), jnp.zeros(())), results
+
+    gradients, results = jax.jit(jax.grad(total, has_aux=True))(inputs)
+    return results, {name: np.asarray(of) for name, of in gradients.items()}
+
+
+def expected(name: str, results: Any) -> tuple[Any, Any]:
+    """The numbers of the first row, and what they should be."""
+    if name.endswith("_token_metrics"):
+        wanted = results._replace(loss=np.inf, correct=False)
+    elif name == "universal_self_distillation_loss":
+        wanted = results._replace(target=np.inf, non_target=np.inf)
+        return results[:2], wanted[:2]  # the third term is of the weak classifier
+    else:
+        wanted = LIMITS.get(name, np.inf)
+    return results, wanted
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_impossible_row_costs_infinity_and_has_no_gradient(name):
+    results, gradients = found(name, -jnp.inf)
+    results, wanted = expected(name, results)
+    for one, limit in zip(*map(jax.tree.leaves, (results, wanted)), strict=True):
+        np.testing.assert_allclose(one[0] if one.ndim else one, limit, rtol=1e-6)
+    usual, usual_gradients = found(name, 0.0)
+    if name.startswith(("linear_", "vq_")):
+        for gradient in gradients.values():
+            np.testing.assert_array_equal(gradient, 0)
+        return
+    (gradient,), (usual_gradient,) = gradients.values(), usual_gradients.values()
+    np.testing.assert_array_equal(gradient[0], 0)
+    assert np.any(gradient[1]) or name.endswith("correct")
+    if name != "universal_self_distillation_loss":  # whose mean couples rows
+        np.testing.assert_allclose(gradient[1], usual_gradient[1], rtol=1e-6)
+        one, other = (jax.tree.leaves(each)[0][1] for each in (results, usual))
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n not in WITHOUT_CLASS_WHERE])
+def test_a_row_without_classes_costs_nothing(name):
+    nothing = jnp.zeros(CLASSES, bool)
+    results, gradients = found(name, -jnp.inf, class_where=nothing)
+    for leaf in jax.tree.leaves((results, gradients)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+# ------------------------------------------------------------------------------ options
+@pytest.mark.parametrize("name", ["softmax", "linear_softmax"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_options_of_cross_entropy(name, implementation):
+    name += "_cross_entropy"
+    own = {"implementation": implementation}
+    smooth = {"label_smoothing": 0.1, "logsumexp_penalty": 0.1}
+    for options in (smooth, {"class_weights": jnp.arange(4.0)}):
+        results, gradients = found(name, -jnp.inf, **own, **options)
+        assert results[0] == np.inf
+        for gradient in gradients.values():
+            np.testing.assert_array_equal(gradient[0], 0)
+    free = {"class_weights": jnp.zeros(4)}
+    np.testing.assert_array_equal(found(name, -jnp.inf, **own, **free)[0], 0)
+    # The slope in a traced option is that of the rows that have one.
+    inputs, known = problem(name, -jnp.inf)
+    loss = functools.partial(getattr(losses, name), **inputs, **known, **own)
+    of_smoothing = jax.jit(jax.grad(lambda x: loss(label_smoothing=x).sum()))
+    assert np.isfinite(of_smoothing(0.1))
+
+
+@pytest.mark.parametrize("name", ["softmax_cross_entropy", "stablemax_cross_entropy"])
+def test_distributions_as_labels(name):
+    logits = jnp.full((2, CLASSES), -jnp.inf)
+    labels = jnp.array([[0.5, 0.5, 0, 0], [0, 0, 0, 0.0]])
+    loss = lambda logits: getattr(losses, name)(logits, labels)
+    found, pull = jax.vjp(jax.jit(loss), logits)
+    np.testing.assert_array_equal(found, [np.inf, 0])
+    np.testing.assert_array_equal(pull(jnp.ones(2))[0], 0)
+
+
+def test_the_sum_over_rows():
+    options = {"row_weights": jnp.array([1.0, 0.0])}
+    results, gradients = found("linear_softmax_cross_entropy_sum", -jnp.inf, **options)
+    assert results == np.inf
+    assert not any(gradient.any() for gradient in gradients.values())
+    nothing = {"row_weights": jnp.zeros(2)}
+    assert found("linear_softmax_cross_entropy_sum", -jnp.inf, **nothing)[0] == 0
+
+
+def test_an_excluded_label_among_impossible_classes():
+    exists = jnp.array([True, False, True, True])
+    results, gradients = found("softmax_cross_entropy", -jnp.inf, class_where=exists)
+    assert results[0] == np.inf
+    np.testing.assert_array_equal(gradients["logits"][0], 0)
+
+
+# -------------------------------------------------------------------------- divergences
+HALF = np.log(2) / 2
+# (of the logits, of the target, of both)
+DIVERGENCES: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
+    "kl": ({}, (np.inf, 0, 0)),
+    "reverse kl": ({"reverse": True}, (0, np.inf, 0)),
+    "soft target": ({}, (np.inf, 0, 0)),
+    "jensen-shannon": ({}, (HALF, HALF, 0)),
+}
+PAIRS = {
+    "kl": "kl_divergence",
+    "reverse kl": "kl_divergence",
+    "soft target": "soft_target_cross_entropy",
+    "jensen-shannon": "jensen_shannon_divergence",
+}
+
+
+@pytest.mark.parametrize("case", DIVERGENCES)
+@pytest.mark.parametrize("form", ["softmax", "linear", "linear reference"])
+def test_divergences_where_one_has_no_probability(case, form):
+    """Mass where there is none costs +inf; what has no mass asks for nothing."""
+    options, wanted = DIVERGENCES[case]
+    linear, _, implementation = form.partition(" ")
+    function = getattr(losses, f"{linear}_{PAIRS[case]}")
+    if implementation:
+        options = options | {"implementation": implementation}
+    for place, limit in enumerate(wanted):
+        biases = [-jnp.inf if place in (own, 2) else 0.0 for own in range(2)]
+        if linear == "linear":
+            heads = {"hidden": HIDDEN, "weight": WEIGHT} | TARGET
+            inputs = heads | {"bias": jnp.full(CLASSES, biases[0])}
+            inputs |= {"target_bias": jnp.full(CLASSES, biases[1])}
+        else:
+            inputs = {"logits": LOGITS + biases[0], "target_logits": OTHERS + biases[1]}
+        values, pull = jax.vjp(jax.jit(lambda x: function(**x, **options)), inputs)
+        np.testing.assert_allclose(values, limit, rtol=1e-6)
+        for gradient in pull(jnp.ones(2))[0].values():
+            np.testing.assert_allclose(gradient, 0, atol=1e-7)
