@@ -70,11 +70,7 @@ def outcome(call: example_calls.Call, **changed: Any) -> Any:
 
 @pytest.mark.parametrize("address", integer_arguments())
 def test_ids_of_every_dtype_mean_the_same_in_every_function(address):
-    recorded = example_calls.of(f"softlib.{address}")
-    call = recorded or example_calls.Call(
-        address, example_calls.functions()[f"softlib.{address}"], {}
-    )
-    call = call._replace(arguments=call.arguments | ADDED.get(address, {}))
+    call = example_calls.of(f"softlib.{address}").replaced(**ADDED.get(address, {}))
     for name in integer_arguments()[address]:
         known = np.asarray(call.arguments[name])
         assert np.issubdtype(known.dtype, np.integer)

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from softlib import attention, information, losses, nn, softmax
-from tests import public_names
-from tests.public import recorded_calls
-from tests.public.recorded_calls import FUNCTIONS, Call
+from tests import example_calls
+from tests.example_calls import FUNCTIONS, Call
 
 # Calls that compile each time, and why.
 COMPILING = {
@@ -56,20 +55,15 @@ def compilations(count: list[int], call: Callable[[], Any]) -> int:
     return count[0] - before
 
 
-def recorded(name: public_names.PublicName) -> Call:
-    """The call of the example, on arrays of JAX where the example had traced ones."""
-    return recorded_calls.recorded(name).cast(jnp.float32)
-
-
 def gradient(call: Call) -> Callable[[], Any] | None:
     """By everything that is floating, of the sum of all floating results."""
     function, arrays = call.split()
-    floating = [array for array in arrays if recorded_calls.is_floating(array)]
+    floating = [array for array in arrays if example_calls.is_floating(array)]
 
     def total(floating: list[Any]) -> Any:
         rest = iter(floating)
-        own = [next(rest) if recorded_calls.is_floating(a) else a for a in arrays]
-        found = filter(recorded_calls.is_floating, function(own))
+        own = [next(rest) if example_calls.is_floating(a) else a for a in arrays]
+        found = filter(example_calls.is_floating, function(own))
         return sum((array.astype(jnp.float32).sum() for array in found), jnp.zeros(()))
 
     return (lambda: jax.grad(total)(floating)) if floating else None
@@ -77,13 +71,13 @@ def gradient(call: Call) -> Callable[[], Any] | None:
 
 @pytest.mark.parametrize("name", KEPT, ids=lambda name: name.address)
 def test_calls_compile_once(name, count):
-    assert compilations(count, recorded(name).result) == 0
+    assert compilations(count, example_calls.of(name.address)) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT, ids=lambda name: name.address)
 def test_gradients_compile_once(name, count):
-    derivative = gradient(recorded(name))
+    derivative = gradient(example_calls.of(name.address))
     if derivative is not None and name.address not in NOT_REVERSED:
         assert compilations(count, derivative) == 0
 
@@ -91,8 +85,8 @@ def test_gradients_compile_once(name, count):
 def test_exceptions_are_exceptions(count):
     for name in CALLED:
         if name.address in COMPILING:
-            call = recorded(name)
-            assert compilations(count, call.result) > 0, name.address
+            call = example_calls.of(name.address)
+            assert compilations(count, call) > 0, name.address
 
 
 # ------------------------------------------------------------------ loops of many steps

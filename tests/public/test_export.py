@@ -13,9 +13,8 @@ from jax import export
 
 from softlib import attention, losses, masks, softmax
 from softlib._symbolic import has_symbolic_shape, is_symbolic
-from tests import public_names
-from tests.public import recorded_calls
-from tests.public.recorded_calls import FUNCTIONS, Call
+from tests import example_calls, public_names
+from tests.example_calls import FUNCTIONS, Call
 
 # Annotations ask for sizes that are Python integers.
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -123,14 +122,14 @@ NOT_SYMBOLIC: dict[str, str] = {
 
 def batched(name: public_names.PublicName, size: Any) -> tuple[Call, bool]:
     """The recorded call with one more batch axis on the arrays that may have it."""
-    call = recorded_calls.recorded(name)
+    call = example_calls.of(name.address)
     more = False
     arguments = dict(call.arguments)
     for key, parameter in call.parameters.items():
         value: Any = arguments.get(key)
         if not BATCH.search(str(parameter.annotation)):
             continue
-        if recorded_calls.is_array(value) and value.ndim:
+        if example_calls.is_array(value) and value.ndim:
             more = True
             shape = (size, *value.shape)
             arguments[key] = jax.ShapeDtypeStruct(shape, value.dtype)
@@ -145,7 +144,7 @@ def run(call: Call, transform: Callable[..., Any]) -> Any:
         rest = iter(arrays)
         whole = [next(rest) if is_array(leaf) else leaf for leaf in leaves]
         arguments = jax.tree.unflatten(structure, whole)
-        return Call(call.function, arguments).result()
+        return call(**arguments)
 
     return transform(function)([leaf for leaf in leaves if is_array(leaf)])
 

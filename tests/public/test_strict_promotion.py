@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import public_names
-from tests.public import recorded_calls
-from tests.public.recorded_calls import FUNCTIONS, Call
+from tests import example_calls, public_names
+from tests.example_calls import FUNCTIONS, Call
 
 # Why a function cannot be called here, or not with other dtypes than in its example.
 NOT_AT_ALL = {
@@ -47,14 +46,14 @@ OPTIONS = {
 def trace(call: Call, *, reverse: bool = True) -> None:
     """The call and its derivative by everything that is floating, nothing computed."""
     function, arrays = call.split()
-    is_floating = [recorded_calls.is_floating(array) for array in arrays]
+    is_floating = [example_calls.is_floating(array) for array in arrays]
     floating = [a for a, yes in zip(arrays, is_floating, strict=True) if yes]
 
     def of_floating(floating: list[Any]) -> list[Any]:
         rest = iter(floating)
         pairs = zip(arrays, is_floating, strict=True)
         found = function([next(rest) if yes else array for array, yes in pairs])
-        return list(filter(recorded_calls.is_floating, found)) if reverse else found
+        return list(filter(example_calls.is_floating, found)) if reverse else found
 
     def with_derivative(floating: list[Any]) -> Any:
         found, pull = jax.vjp(of_floating, floating)
@@ -69,15 +68,16 @@ def trace_as_possible(name: public_names.PublicName, call: Call) -> None:
 
 @pytest.mark.parametrize("name", CALLABLE, ids=lambda name: name.address)
 def test_calls_of_one_dtype(name: public_names.PublicName):
+    call = example_calls.of(name.address)
     with jax.numpy_dtype_promotion("strict"):
-        trace_as_possible(name, recorded_calls.recorded(name))
+        trace_as_possible(name, call)
 
 
 @pytest.mark.parametrize("name", CALLABLE, ids=lambda name: name.address)
 def test_calls_of_several_dtypes(name: public_names.PublicName):
     if name.address in NOT_MIXED:
         return
-    call = recorded_calls.recorded(name)
+    call = example_calls.of(name.address)
     with jax.numpy_dtype_promotion("strict"):
         refused_for_promotion(name, call.cast(jnp.bfloat16))
         mixed = call.cast(jnp.bfloat16, jnp.float32, numbers=True)
@@ -116,7 +116,7 @@ def refused_for_promotion(name: public_names.PublicName, call: Call) -> bool:
 
 def shapes(call: Call) -> Iterator[tuple[int, ...]]:
     """Of the arrays, of their rows, of their last axis, and of a scalar."""
-    leaves = filter(recorded_calls.is_array, jax.tree.leaves(call.arguments))
+    leaves = filter(example_calls.is_array, jax.tree.leaves(call.arguments))
     own = [np.shape(leaf) for leaf in leaves]
     cuts = [slice(None), slice(-1), slice(-1, None), slice(1), slice(2), slice(-2)]
     found = (shape[cut] for shape, cut in itertools.product(own, cuts))
