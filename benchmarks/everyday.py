@@ -1,8 +1,8 @@
 """Time of functions that most programs call, at the sizes most programs have.
 
 `make bench-everyday` writes benchmarks/everyday.md; `--quick` prints small shapes only.
-The programs of a case run in turns in one process and compute the same; the first of
-them is the yardstick.
+The programs of a case run in turns in one process and compute the same (`capacity` may
+drop a token); the first of them is the yardstick.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from softlib import losses, softmax
+from softlib import losses, nn, softmax
 
 from .measure import machine, prepare, ratio, take_turns
 from .report import table
@@ -92,6 +92,46 @@ def _filter(name: str, naive: Program, own: Program) -> Case:
     return Case(name, programs, ((64, 50_257),), (8, 1000), scores)
 
 
+# ------------------------------------------------------------------ mixture of experts
+_CHOSEN = 2
+
+
+def _experts(dispatch: str) -> Program:
+    """Two products per expert; `capacity` has a quarter of the slots to spare."""
+
+    def call(x: jax.Array, up: jax.Array, down: jax.Array, chosen: jax.Array):
+        gates, number = jnp.full(chosen.shape, 1 / _CHOSEN), len(up)
+        if dispatch == "dropless":
+            network = lambda rows, groups: groups.linear(
+                jax.nn.silu(groups.linear(rows, up)), down
+            )
+            return nn.dropless_experts(x, gates, chosen, network, num_experts=number)
+        capacity = 5 * chosen.size // (4 * number)
+        slots = nn.capacity_dispatch(chosen, number, capacity)
+        network = lambda slots: jax.nn.silu(slots @ up) @ down
+        sizes = {"num_experts": number, "capacity": capacity}
+        return nn.capacity_experts(x, gates, chosen, slots, network, **sizes)
+
+    return call
+
+
+def _trained_experts(dispatch: str) -> Program:
+    loss = lambda *arrays: (_experts(dispatch)(*arrays) ** 2).mean()
+    return jax.grad(loss, (0, 1, 2))
+
+
+def _tokens_and_experts(
+    tokens: int, features: int, hidden: int, experts: int
+) -> tuple[jax.Array, ...]:
+    chosen = jax.random.randint(jax.random.key(9), (tokens, _CHOSEN), 0, experts)
+    up = _normal(1, experts, features, hidden) / features**0.5
+    down = _normal(2, experts, hidden, features) / hidden**0.5
+    return _normal(0, tokens, features), up, down, chosen
+
+
+_DISPATCHES = ("capacity", "dropless")
+_EXPERTS = ((2048, 256, 512, 8), (1024, 512, 2048, 8), (512, 256, 512, 64))
+
 CASES = (
     _filter("top-p filter", _top_p, lambda x: softmax.top_p_logits(x, _MASS)),
     _filter("top-k filter", _top_k, lambda x: softmax.top_k_logits(x, _KEPT)),
@@ -113,6 +153,20 @@ CASES = (
         _LOGITS,
         (32, 1000),
         _logits_and_labels,
+    ),
+    Case(
+        "experts (tokens, features, hidden, experts)",
+        {name: _experts(name) for name in _DISPATCHES},
+        _EXPERTS,
+        (64, 16, 32, 4),
+        _tokens_and_experts,
+    ),
+    Case(
+        "experts, gradients",
+        {name: _trained_experts(name) for name in _DISPATCHES},
+        _EXPERTS,
+        (64, 16, 32, 4),
+        _tokens_and_experts,
     ),
 )
 

@@ -100,12 +100,12 @@ class MixtureOfExperts(nnx.Module):
 
     The way to the experts:
 
-    - `dropless`: tokens are sorted by expert and `jax.lax.ragged_dot` multiplies them.
-      No token is dropped and no product wasted, on accelerators;
+    - `dropless`: tokens are sorted by expert and `jax.lax.ragged_dot` multiplies them,
+      on a CPU products of blocks of rows. No token is dropped and few products are
+      wasted;
     - `capacity`: every expert has a number of slots, what finds none is dropped, see
       `softlib.nn.capacity_dispatch`;
-    - `dense`: all tokens through all experts. E / K times the products; on a CPU still
-      the fastest, because it has no ragged product.
+    - `dense`: all tokens through all experts. E / K times the products.
 
     Args:
         features: Size D of the last axis of inputs and outputs.
