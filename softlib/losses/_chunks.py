@@ -10,8 +10,11 @@ Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
 
 So a tile holds about `TILE` numbers, C is a multiple of 128 from 1024 to 4096, R is at
 most 2048, and rows are cut as soon as their float32 gradient would need more than
-`ROWS` numbers of scratch for the sum of one step. A vocabulary below 2048 is halved.
-(On a CPU, C = 1024 is within 2 % of the best of 512 to 4096, for 1024 and 2048 rows.)
+`ROWS` numbers of scratch for the sum of one step. (On a CPU, C = 1024 is within 2 % of
+the best of 512 to 4096, for 1024 and 2048 rows.)
+
+Logits of `WHOLE` numbers at most are one tile, kept for the backward pass: the tiles of
+a stream would need as much scratch, and be computed twice.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ from jaxtyping import Array, Int
 from softlib._symbolic import is_symbolic
 
 TILE = 2**20
+WHOLE = 2**22
 ROWS = 2**21
 # Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
 BLOCK = 2**25
@@ -34,7 +38,8 @@ BLOCK = 2**25
 # to keep: 96 MiB, of three quarters of the classes at most. With the scratch of a step,
 # some six tiles, they are smaller than the logits.
 KEPT = 3 * 2**23
-_KEPT_FEATURES = 512
+# Of fewer features a product takes less time than writing and reading it.
+_KEPT_FEATURES = 128
 _LANES = 128
 
 type Index = int | Int[Array, ""]
@@ -43,8 +48,10 @@ type Index = int | Int[Array, ""]
 # -------------------------------------------------------------------------- vocabulary
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
+    # Where products are kept, smaller tiles leave room for them.
+    tile = TILE if features < _KEPT_FEATURES else TILE // 4
     # As for many rows where their number is not known.
-    fitting = 0 if is_symbolic(rows) else TILE // max(rows, features, 1)
+    fitting = 0 if is_symbolic(rows) else tile // max(rows, features, 1)
     chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
     # Two slices at least, or the tile would be the logits that are not to be stored.
     half = _round_up(math.ceil(vocabulary / 2), _LANES)
@@ -53,7 +60,7 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
 
 def halved(size: int) -> int:
     """Classes per step where two tiles take the place of one."""
-    return max(size // 2, min(size, 512))
+    return max(_round_up(size // 2, _LANES), min(size, 512))
 
 
 def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:

@@ -7,7 +7,8 @@ never padded, transposed or copied; the loop order (vocabulary outside, row grou
 inside) keeps every sum in float32 without a float32 buffer of the weight's size.
 
 For few rows, where one more product costs more than memory, the forward stream keeps
-the raw products of its first classes and the backward one finds them there.
+the raw products of its first classes and the backward one finds them there: of all
+classes where these are one tile.
 """
 
 from collections.abc import Callable
@@ -111,10 +112,11 @@ def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Array 
 
 def kept_shape(options: Options, head: Head) -> tuple[int, int] | None:
     """Shape of the array that `forward_keeping` adds to the statistics, if it does."""
-    keep, rows = _kept_classes(options, head)[1], head.hidden.shape[0]
+    size, keep = _kept_classes(options, head)
+    rows = head.hidden.shape[0]
     if keep == 0:
         return None
-    return (keep, rows) if _kept_axis(options, rows) == 0 else (rows, keep)
+    return (keep, rows) if _across(options, head, rows, size) else (rows, keep)
 
 
 def _kept_classes(options: Options, head: Head) -> tuple[int, int]:
@@ -124,12 +126,9 @@ def _kept_classes(options: Options, head: Head) -> tuple[int, int]:
     vocabulary = head.weight.shape[options.vocab_axis]
     if not cut.whole:
         return size, 0
+    if size == vocabulary and _is_one_tile(options, head, rows):
+        return size, vocabulary
     return size, _chunks.kept_classes(rows, features, vocabulary, size)
-
-
-def _kept_axis(options: Options, rows: int) -> int:
-    """The axis of the classes in products that are kept."""
-    return 0 if _across(options, rows) else 1
 
 
 def statistics(
@@ -138,7 +137,7 @@ def statistics(
     """Of rows that are one piece; with the raw products of the first `keep` classes."""
     rows = head.hidden.shape[0]
     vocabulary = head.weight.shape[options.vocab_axis]
-    axis = _kept_axis(options, rows) if keep else 1
+    axis = 0 if keep and _across(options, head, rows, size) else 1
 
     def update(state, start, size):
         part = classes_of(head, start, size, options)
@@ -283,9 +282,11 @@ def gradient_sums_of_heads(
     products of the first classes of a single head.
     """
     vocabulary = heads[0].weight.shape[options[0].vocab_axis]
-    across = cut.whole and all(_across(own, cut.size) for own in options)
+    lies_across = lambda own, head: _across(own, head, cut.size, size)
+    across = cut.whole and all(map(lies_across, options, heads))
     class_axis = 0 if across else 1
-    copied = _copied_on_cpu if _are_many(cut.size) else lambda array: array
+    copies = size < vocabulary and _are_many(cut.size)
+    copied = _copied_on_cpu if copies else lambda array: array
     zeros = lambda head, *shape: match_varying(
         jnp.zeros(shape, head.dtype), head.hidden
     )
@@ -436,14 +437,16 @@ def _are_many(rows: int) -> bool:
     return is_symbolic(rows) or rows >= _MANY
 
 
-def _across(options: Options, rows: int) -> bool:
-    """Whether a tile of rows that are one piece lies as (classes, rows).
+def _across(options: Options, head: Head, rows: int, size: int) -> bool:
+    """Whether a tile of `size` classes of rows that are one piece is (classes, rows).
 
     Which way it lies decides which operands of the products are transposed. Over a
     table (V, D) it lies best across, and the gradient of hidden as (D, rows); turning
-    that costs a copy, so this is done only where all rows are one piece.
+    that costs a copy, so this is done only where all rows are one piece. The one tile
+    of all classes is quicker as (rows, classes), without any copy.
     """
-    return options.vocab_axis == 0 and _are_many(rows)
+    several = size < head.weight.shape[options.vocab_axis]
+    return options.vocab_axis == 0 and several and _are_many(rows)
 
 
 def pieces(options: Options, head: Head) -> tuple[RowCut, int]:
@@ -458,10 +461,21 @@ def classes_per_step(options: Options, head: Head, rows: int) -> int:
     vocabulary = head.weight.shape[options.vocab_axis]
     size = options.vocab_chunk
     if size is None:
-        size = _chunks.vocab_chunk(rows, head.hidden.shape[1], vocabulary)
+        size = vocabulary
+        if not _is_one_tile(options, head, rows):
+            size = _chunks.vocab_chunk(rows, head.hidden.shape[1], vocabulary)
         if head.modifiers.centre is not None:
             size = _chunks.halved(size)  # raw products are read again: two tiles
     return min(size, vocabulary)
+
+
+def _is_one_tile(options: Options, head: Head, rows: int) -> bool:
+    """Whether logits, and a gradient of the weight before it is rounded, are small."""
+    if is_symbolic(rows):
+        return False
+    rounded = head.weight.dtype != head.dtype
+    of_class = max(rows, head.hidden.shape[1] if rounded else 1)
+    return of_class * head.weight.shape[options.vocab_axis] <= _chunks.WHOLE
 
 
 def classes_of(head: Head, start: Any, size: int, options: Options) -> Head:

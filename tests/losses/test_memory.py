@@ -76,6 +76,31 @@ def test_kept_products_are_bounded(vocabulary):
 
 
 @pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize(
+    ("rows", "features", "vocabulary"), [(256, 128, 1000), (128, 512, 32_768)]
+)
+def test_logits_as_small_as_the_scratch_of_a_stream_are_computed_once(
+    rows, features, vocabulary, vocab_axis
+):
+    program = compiled(rows, features, vocabulary, jnp.float32, vocab_axis)
+    # Those of the forward pass and the two gradients, not a fourth, and no loop, whose
+    # body would be counted once.
+    product = 2 * rows * features * vocabulary
+    assert "while" not in (program.as_text() or "")
+    cost = program.cost_analysis()
+    assert cost is not None
+    assert 3 * product < cost["flops"] < 3.5 * product
+    assert temporary(program) < 4 * rows * vocabulary + MIB / 4
+
+
+@pytest.mark.parametrize("features", [128, 512])
+def test_a_few_features_are_enough_to_keep_products(features):
+    program = compiled(256, features, 32_768, jnp.float32)
+    logits = 4 * 256 * 32_768
+    assert 3 / 4 * logits < temporary(program) < logits
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize("vocabulary", [4096, 4099])
 def test_no_buffer_of_logits_and_no_second_weight(vocabulary, vocab_axis):
     rows, features = 384, 512

@@ -63,11 +63,21 @@ def test_a_token_chunk_of_any_size(token_chunk, vocab_axis):
 @pytest.mark.parametrize("rows", [1, 300])
 def test_products_that_are_kept(rows, vocab_axis):
     """Enough features for most of the classes to be kept, and few rows or many."""
-    arrays, labels = problem(rows, 512, 2000)
-    assert _chunks.kept_classes(rows, 512, 2000, 100) == 1400
+    arrays, labels = problem(rows, 128, 2000)
+    assert _chunks.kept_classes(rows, 128, 2000, 100) == 1400
     wanted = value_and_gradients(arrays, labels, implementation="reference")
     actual = value_and_gradients(arrays, labels, vocab_chunk=100, vocab_axis=vocab_axis)
     assert_same(actual, wanted, 2000)
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_one_tile_of_all_classes(rows, vocab_axis):
+    arrays, labels = problem(rows)
+    assert rows * CLASSES <= _chunks.WHOLE
+    wanted = value_and_gradients(arrays, labels, implementation="reference")
+    actual = value_and_gradients(arrays, labels, vocab_axis=vocab_axis)
+    assert_same(actual, wanted, CLASSES)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000, 8192, 8184, 8191, 10**6])
