@@ -70,6 +70,35 @@ def _logits_and_labels(rows: int, classes: int) -> tuple[jax.Array, ...]:
     return _normal(0, rows, classes), _ids(rows, classes)
 
 
+# ------------------------------------------------------------------------- linear heads
+def _optax_of_head(hidden: jax.Array, table: jax.Array, labels: jax.Array) -> jax.Array:
+    return _OF_LOGITS["optax"](hidden @ table.T, labels)
+
+
+_OF_HEAD: dict[str, Program] = {
+    "optax on logits": lambda *arrays: _optax_of_head(*arrays).mean(),
+    "softlib": lambda *arrays: losses.linear_softmax_cross_entropy(*arrays).mean(),
+    "softlib, sum": lambda hidden, table, labels: (
+        losses.linear_softmax_cross_entropy_sum(
+            hidden, table, labels, row_weights=1 / hidden.shape[0]
+        )
+    ),
+}
+
+
+def _head(rows: int, features: int, classes: int) -> tuple[jax.Array, ...]:
+    hidden, table = _normal(0, rows, features), _normal(1, classes, features)
+    return hidden, table / features**0.5
+
+
+def _head_and_labels(rows: int, features: int, classes: int) -> tuple[jax.Array, ...]:
+    return *_head(rows, features, classes), _ids(rows, classes)
+
+
+def _best_of_head(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(lax.top_k(hidden @ table.T, _KEPT))
+
+
 # ------------------------------------------------------------------------------ filters
 _KEPT, _MASS = 50, 0.9
 
@@ -90,6 +119,18 @@ def _filter(name: str, naive: Program, own: Program) -> Case:
     programs = {"by its definition": naive, "softlib": own}
     scores = lambda rows, classes: (2 * _normal(0, rows, classes),)
     return Case(name, programs, ((64, 50_257),), (8, 1000), scores)
+
+
+def _soft_top_k(x: jax.Array) -> jax.Array:
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]):
+        low, high = bounds
+        middle = (low + high) / 2
+        more = jax.nn.sigmoid(x + middle).sum(-1, keepdims=True) > _KEPT
+        return jnp.where(more, low, middle), jnp.where(more, middle, high)
+
+    reach = abs(x).max(-1, keepdims=True) + jnp.log(x.shape[-1])
+    low, high = lax.fori_loop(0, 30, halve, (-reach, reach))
+    return jax.nn.sigmoid(x + (low + high) / 2)
 
 
 # ------------------------------------------------------------------ mixture of experts
@@ -139,6 +180,33 @@ CASES = (
         "top-k softmax",
         lambda x: jax.nn.softmax(_top_k(x), -1),
         lambda x: softmax.top_k_softmax(x, _KEPT),
+    ),
+    _filter("soft top-k", _soft_top_k, lambda x: softmax.soft_top_k(x, _KEPT)),
+    Case(
+        "top-k of a linear head",
+        {
+            "by its definition": _best_of_head,
+            "softlib": lambda *head: losses.linear_top_k(*head, k=_KEPT),
+        },
+        ((64, 128, 50_257), (256, 512, 32_768)),
+        (32, 16, 1000),
+        _head,
+    ),
+    Case(
+        "linear cross-entropy, and gradients",
+        {
+            name: jax.value_and_grad(loss, argnums=(0, 1))
+            for name, loss in _OF_HEAD.items()
+        },
+        (
+            (256, 128, 1000),
+            (128, 64, 50_257),
+            (128, 64, 130_072),
+            (256, 256, 32_000),
+            (1024, 512, 32_768),
+        ),
+        (32, 16, 1000),
+        _head_and_labels,
     ),
     Case(
         "cross-entropy of logits",
