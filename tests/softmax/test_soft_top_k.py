@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 from softlib import softmax as library
+from softlib.softmax import _soft_top_k
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import compiled
 from tests.oracles import gates as oracle
@@ -63,6 +64,24 @@ def test_sums_to_k_wherever_the_scores_are():
         for shift, alpha in ((0.0, 1.0), (1e4, 1.0), (0.0, 1e3), (0.0, 1e6)):
             total = call(x + shift, jnp.float32(k), jnp.float32(alpha)).sum(-1)
             assert_close(total, np.full(4, k), dtype="float32", length=1000, c=1)
+
+
+def test_a_few_steps_find_the_threshold(monkeypatch):
+    """Where bisection is not there yet."""
+    k = np.tile([0.5, 50.0, 900.25], 3)
+    x = 2 * jnp.asarray(np.random.default_rng(4).normal(size=(9, 1000)), "float32")
+    steps, root = [], _soft_top_k._root
+
+    def counted(step, low, high, t, most=None):
+        steps.append(5 if most is None else most)
+        return root(step, low, high, t, steps[-1])
+
+    monkeypatch.setattr(_soft_top_k, "_root", counted)
+    jax.clear_caches()  # what is traced here must not be found again elsewhere
+    z = jax.jit(library.soft_top_k)(x, jnp.asarray(k, "float32"))
+    jax.clear_caches()
+    assert_close(z.sum(-1), k, dtype="float32", length=1000, c=1)
+    assert 0 < sum(steps) < 12
 
 
 def test_large_alpha_is_the_hard_top_k_and_ties_share():
