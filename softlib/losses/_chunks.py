@@ -39,7 +39,7 @@ BLOCK = 2**25
 # some six tiles, they are smaller than the logits.
 KEPT = 3 * 2**23
 # Of fewer features a product takes less time than writing and reading it.
-_KEPT_FEATURES = 128
+KEPT_FEATURES = 128
 _LANES = 128
 
 type Index = int | Int[Array, ""]
@@ -49,7 +49,7 @@ type Index = int | Int[Array, ""]
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
     # Where products are kept, smaller tiles leave room for them.
-    tile = TILE if features < _KEPT_FEATURES else TILE // 4
+    tile = TILE if features < KEPT_FEATURES else TILE // 4
     # As for many rows where their number is not known.
     fitting = 0 if is_symbolic(rows) else tile // max(rows, features, 1)
     chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
@@ -65,7 +65,7 @@ def halved(size: int) -> int:
 
 def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
     """How many classes, in whole steps, the forward pass keeps for the backward one."""
-    if features < _KEPT_FEATURES or is_symbolic(rows):
+    if features < KEPT_FEATURES or is_symbolic(rows):
         return 0
     below = max(vocabulary - 6 * size, 0)
     most = min(KEPT // max(rows, 1), vocabulary * 3 // 4, below)

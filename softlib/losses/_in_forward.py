@@ -63,7 +63,22 @@ def total(
     # JAX differentiates the plain form, which streams: a block of rows needs a size.
     if made.is_reference or has_symbolic_shape(operands.head.hidden):
         return _plain(names, options, loss, operands)
+    if not _is_quicker(options, operands.head):
+        return _plain(names, options, loss, operands)
     return _total(names, options, loss, operands)
+
+
+def _is_quicker(options: Options, head: Head) -> bool:
+    """Whether gradients in the forward pass take less time than a loss per row.
+
+    They keep all logits where that streams: a gain where a product takes longer than
+    to keep its result, and where the logits are so few that both keep them. A number
+    of rows whose logits are to exist asks for it.
+    """
+    rows, features = head.hidden.shape
+    few = rows * head.weight.shape[options.vocab_axis] <= _chunks.WHOLE
+    asked = options.token_chunk is not None
+    return asked or few or features >= _chunks.KEPT_FEATURES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
