@@ -2,14 +2,15 @@
 
 Functions say in their annotations which arguments are arrays. Lists, Python numbers and
 bools, and arrays of NumPy are taken for arrays in all of them; None only where the
-annotation has it. What is annotated as a bool must be one.
+annotation has it. A Python number stays one where the annotation has both. What is
+annotated as a bool must be one. A method is called by the name of its class.
 """
 
 import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -36,7 +37,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
     """
     if function is None:
         return functools.partial(array_arguments, as_given=as_given)
-    name = function.__name__
+    name = function.__qualname__.removesuffix(".__call__")
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
@@ -51,7 +52,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
     return call
 
 
-def as_array(function: str, name: str, value: Any) -> Array:
+def as_array(function: str, name: str, value: Any, what: str = "an array") -> Array:
     """The value as an array; an integer that JAX cannot hold becomes the nearest.
 
     As an id it so stays out of range, and does not wrap into it.
@@ -67,7 +68,7 @@ def as_array(function: str, name: str, value: Any) -> Array:
     except (TypeError, ValueError) as error:
         described = "None" if value is None else type(value).__name__
         raise TypeError(
-            f"{function}: `{name}` must be an array, got {described}."
+            f"{function}: `{name}` must be {what}, got {described}."
         ) from error
 
 
@@ -85,9 +86,19 @@ class ArrayKind(NamedTuple):
     integer: bool
 
 
+class NumberKind(NamedTuple):
+    """An argument that is a number or an array; numbers are static, also of NumPy."""
+
+    name: str
+    optional: bool
+
+
+type _Kind = ArrayKind | NumberKind | _Flag | None
+
+
 def _converted(
     function: str,
-    kind: "ArrayKind | _Flag | None",
+    kind: _Kind,
     value: Any,
     as_given: tuple[str, ...],
 ) -> Any:
@@ -99,6 +110,10 @@ def _converted(
         return value
     if kind is None or (value is None and kind.optional):
         return value
+    if isinstance(kind, NumberKind):
+        if isinstance(value, int | float | np.generic | np.ndarray):
+            return value
+        return as_array(function, kind.name, value, "a number or an array")
     array = as_array(function, kind.name, value)
     if kind.integer and kind.name not in as_given:
         return signed(array)
@@ -106,22 +121,51 @@ def _converted(
 
 
 @functools.cache
-def argument_kinds(function: Callable[..., Any]) -> dict[str, ArrayKind | _Flag | None]:
-    """In the order of the signature; None for what is neither an array nor a bool."""
+def argument_kinds(function: Callable[..., Any]) -> dict[str, _Kind]:
+    """In the order of the signature, and those of `**options` behind.
+
+    None for what is neither an array nor a bool.
+    """
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: _kind(each.name, each.annotation) for each in parameters}
+    kinds = {each.name: _kind(each.name, each.annotation) for each in parameters}
+    for each in parameters:
+        if typing.get_origin(each.annotation) is typing.Unpack:
+            (options,) = typing.get_args(each.annotation)
+            hints = typing.get_type_hints(options).items()
+            kinds |= {name: _kind(name, hint) for name, hint in hints}
+    return kinds
 
 
-def _kind(name: str, annotation: Any) -> ArrayKind | _Flag | None:
+def _kind(name: str, annotation: Any) -> _Kind:
     if annotation is bool:
         return _Flag(name)
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if union else (annotation,)
-    arrays = [each for each in members if each is not types.NoneType]
-    if not arrays or not all(map(_is_array, arrays)):
+    members = list(_members(annotation))
+    known = [each for each in members if each is not types.NoneType]
+    optional = len(known) < len(members)
+    arrays = [each for each in known if _is_array(each)]
+    if not arrays:
         return None
-    integer = any("int32" in getattr(each, "dtypes", ()) for each in arrays)
-    return ArrayKind(name, len(arrays) < len(members), integer)
+    if len(arrays) == len(known):
+        integer = any("int32" in getattr(each, "dtypes", ()) for each in arrays)
+        return ArrayKind(name, optional, integer)
+    numbers = all(_is_number(each) for each in known if not _is_array(each))
+    return NumberKind(name, optional) if numbers else None
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation allows, those of aliases and unions within it."""
+    if isinstance(annotation, typing.TypeAliasType):
+        yield from _members(annotation.__value__)
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for each in typing.get_args(annotation):
+            yield from _members(each)
+    else:
+        yield annotation
+
+
+def _is_number(annotation: Any) -> bool:
+    known = (int, float, complex, np.generic, np.ndarray)
+    return isinstance(annotation, type) and issubclass(annotation, known)
 
 
 def _is_array(annotation: Any) -> bool:

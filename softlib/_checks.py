@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from ._dispatch import Operation
+from .typing import Implementations
+
 
 def require_floating(function: str, **arrays: Array | None) -> None:
     for name, array in arrays.items():
@@ -189,3 +192,14 @@ def require_names(
             f"{function}: `{name}` must hold at least one name and none twice, "
             f"got {tuple(value)!r}."
         )
+
+
+def require_implementation(
+    function: str, operation: Operation, names: Implementations
+) -> None:
+    """A name that no implementation has is an error, also where none is chosen."""
+    try:
+        operation.candidates(names)
+    except ValueError as error:
+        message = str(error).removeprefix(f"{operation.name}: ")
+        raise ValueError(f"{function}: {message}") from None

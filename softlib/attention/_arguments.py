@@ -294,8 +294,11 @@ def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
     return query.astype(wide) * scale.astype(wide), 1.0
 
 
-def run(names: Implementations, options: Options, operands: Operands) -> Result:
+def run(
+    function: str, names: Implementations, options: Options, operands: Operands
+) -> Result:
     """The engine, on arrays that may be divided over an Explicit mesh."""
+    checks.require_implementation(function, _engine.operation_of(operands), names)
 
     def call(query: Array, rest: Operands) -> Result:
         given = rest._replace(query=query)

@@ -212,7 +212,7 @@ def dot_product_attention(
     options = Options(
         kind, scale, logit_softcap, precision, out_dtype, has_given_blocks=given
     )
-    found = run(implementation, options, operands)
+    found = run(function, implementation, options, operands)
     out = shapes.unflat(found.out)
     if not return_lse:
         return out

@@ -34,9 +34,13 @@ from ._stream import BackwardOperands, Gradient
 from ._tiles import Operands, Options, product
 
 
+def operation_of(operands: Operands) -> Operation:
+    """Attention over keys, or over tuples of keys."""
+    return TUPLE_ATTENTION if operands.outer else ATTENTION
+
+
 def attention(names: Implementations, options: Options, operands: Operands) -> Result:
-    operation = TUPLE_ATTENTION if operands.outer else ATTENTION
-    choice = _dispatch.plan(operation, names, options, operands)
+    choice = _dispatch.plan(operation_of(operands), names, options, operands)
     if choice.is_reference:
         return _dispatch.execute(choice, options, operands)  # JAX differentiates it
     return _attention(choice, names, options, operands)

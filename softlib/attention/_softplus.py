@@ -205,7 +205,7 @@ def softplus_attention(
     def call(kind: Any, value: Any, rows: Any = ()) -> Any:
         options = Options(kind, 1.0, None, precision, out_dtype, has_given_blocks=given)
         operands = Operands(query, key, value, plan, dense, rows=rows)
-        return run(implementation, options, operands)
+        return run(function, implementation, options, operands)
 
     # An underflow of a whole row is possible for scores without a bound only.
     plain = Softplus() if bounded else LogSoftplus()
@@ -308,6 +308,7 @@ def softplus_weights(
     return (entries / jnp.where(normalizer == 0, 1, normalizer)).astype(logits.dtype)
 
 
+@array_arguments
 def length_log_scale(row_count: ArrayLike, head_dim: int) -> Float[Array, "..."]:
     r"""The scale $\log d\, \log N$ of softplus attention, per row.
 

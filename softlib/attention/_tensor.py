@@ -302,7 +302,7 @@ def _attention(
     options = Options(
         Softmax(), scale, None, precision, out_dtype, has_given_blocks=given
     )
-    found = run(implementation, options, operands)
+    found = run(function, implementation, options, operands)
     out = last.unflat(found.out)
     return (out, last.unflat(found.normalizer)) if return_lse else out
 

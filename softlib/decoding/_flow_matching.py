@@ -37,6 +37,7 @@ class FlowSample(NamedTuple):
     state: Float[Array, "*positions V"]
 
 
+@array_arguments
 def exponential_temperature(
     t: PerRow, *, tau_max: Scalar = 10.0, decay: Scalar = 3.0
 ) -> Float[Array, "..."]:
@@ -244,14 +245,17 @@ def gumbel_flow_loss(
     function = "gumbel_flow_loss"
     checks.require_floating(function, logits=logits)
     checks.require_rank(function, "logits", logits, 1, "(*positions, V)")
-    if not jnp.issubdtype(labels.dtype, jnp.floating):
-        return softmax_cross_entropy(logits, labels, where=where)
-    checks.require_shape(function, "labels", labels, logits.shape, "that of `logits`")
     positions = logits.shape[:-1]
-    z = logits.astype(accumulator_dtype(logits))
     if where is not None:
         checks.require_boolean(function, where=where)
         checks.require_broadcastable(function, "where", where, positions, "positions")
+    if not jnp.issubdtype(labels.dtype, jnp.floating):
+        checks.require_integer(function, labels=labels)
+        checks.require_shape(function, "labels", labels, positions, "the positions")
+        return softmax_cross_entropy(logits, labels, where=where)
+    checks.require_shape(function, "labels", labels, logits.shape, "that of `logits`")
+    z = logits.astype(accumulator_dtype(logits))
+    if where is not None:
         where = where.reshape((1,) * (len(positions) - where.ndim) + where.shape)
         where = jnp.broadcast_to(where, positions)
         z = jnp.where(where[..., None], z, 0)

@@ -169,20 +169,17 @@ def cauchy_schwarz_mutual_information(
         >>> print(information(x, x**2, **sigma).round(4))
         0.5693
     """
-    function = "cauchy_schwarz_mutual_information"
-    x, t = checked_points(function, x=x, t=t)
-    _require_pairs(function, x, t=t)
-    checks.require_positive_scalars(
-        function, bandwidth_x=bandwidth_x, bandwidth_t=bandwidth_t
+    return _mutual_information(
+        "cauchy_schwarz_mutual_information",
+        x,
+        t,
+        bandwidth_x=bandwidth_x,
+        bandwidth_t=bandwidth_t,
+        normalized=normalized,
+        weights=weights,
+        where=where,
+        row_chunk=row_chunk,
     )
-    check_row_chunk(function, row_chunk)
-    found = weights_of(function, x.shape[0], weights, where, accumulator_dtype(x, t))
-    x, t = select(found, x), select(found, t)
-    (axis_x,), (axis_t,) = (
-        axes_of(found, bandwidth_x, x),
-        axes_of(found, bandwidth_t, t),
-    )
-    return _information(found, axis_x, axis_t, normalized, row_chunk)
 
 
 @array_arguments
@@ -255,27 +252,18 @@ def conditional_cauchy_schwarz_divergence(
         >>> print(divergence(x, x, x + 0.5, symmetric=True, **sigma).round(4))
         0.1639
     """
-    function = "conditional_cauchy_schwarz_divergence"
-    x, y, y_hat = checked_points(function, x=x, y=y, y_hat=y_hat)
-    _require_pairs(function, x, y=y)
-    checks.require_shape(function, "y_hat", y_hat, y.shape, "the shape of `y`")
-    checks.require_positive_scalars(
-        function, bandwidth_x=bandwidth_x, bandwidth_y=bandwidth_y
+    return _conditional_divergence(
+        "conditional_cauchy_schwarz_divergence",
+        x,
+        y,
+        y_hat,
+        bandwidth_x=bandwidth_x,
+        bandwidth_y=bandwidth_y,
+        symmetric=symmetric,
+        weights=weights,
+        where=where,
+        row_chunk=row_chunk,
     )
-    check_row_chunk(function, row_chunk)
-    dtype = accumulator_dtype(x, y, y_hat)
-    found = weights_of(function, x.shape[0], weights, where, dtype)
-    x, y, y_hat = (select(found, array) for array in (x, y, y_hat))
-    (axis_x,) = axes_of(found, bandwidth_x, x)
-    axis_y, axis_y_hat = axes_of(found, bandwidth_y, y, y_hat)
-
-    density = over_rows(_log_density, (found, axis_x), (axis_x,), row_chunk)
-    axes = axis_x, axis_y, axis_y_hat
-    of_others = density if symmetric else None
-    common = found, of_others, axes
-    rows = over_rows(_conditional_products, common, (density, *axes), row_chunk)
-    of_y, of_y_hat, of_both = [mean_log(found, integral) for integral in rows]
-    return jnp.where(found.empty, 0, of_y + of_y_hat - 2 * of_both)
 
 
 @array_arguments
@@ -351,7 +339,8 @@ def cs_information_bottleneck_loss(
     function = "cs_information_bottleneck_loss"
     checks.require_scalar(function, "beta", beta, 0, math.inf)
     shared = {"weights": weights, "where": where, "row_chunk": row_chunk}
-    error = conditional_cauchy_schwarz_divergence(
+    error = _conditional_divergence(
+        function,
         x,
         y,
         y_hat,
@@ -360,7 +349,8 @@ def cs_information_bottleneck_loss(
         symmetric=symmetric,
         **shared,
     )
-    information = cauchy_schwarz_mutual_information(
+    information = _mutual_information(
+        function,
         x,
         t,
         bandwidth_x=bandwidth_x,
@@ -420,6 +410,68 @@ def median_bandwidth(
     # NaN of a sample that counts stays NaN; the sort has put it last.
     median = jnp.where(jnp.isnan(squared).any(), jnp.nan, median)
     return jnp.where(median == 0, 1, jnp.sqrt(median / 2))
+
+
+def _conditional_divergence(
+    function: str,
+    x: Array,
+    y: Array,
+    y_hat: Array,
+    *,
+    bandwidth_x: Scalar,
+    bandwidth_y: Scalar,
+    symmetric: bool,
+    weights: Array | None,
+    where: Array | None,
+    row_chunk: int | None,
+) -> Float[Array, ""]:
+    x, y, y_hat = checked_points(function, x=x, y=y, y_hat=y_hat)
+    _require_pairs(function, x, y=y)
+    checks.require_shape(function, "y_hat", y_hat, y.shape, "the shape of `y`")
+    checks.require_positive_scalars(
+        function, bandwidth_x=bandwidth_x, bandwidth_y=bandwidth_y
+    )
+    check_row_chunk(function, row_chunk)
+    dtype = accumulator_dtype(x, y, y_hat)
+    found = weights_of(function, x.shape[0], weights, where, dtype)
+    x, y, y_hat = (select(found, array) for array in (x, y, y_hat))
+    (axis_x,) = axes_of(found, bandwidth_x, x)
+    axis_y, axis_y_hat = axes_of(found, bandwidth_y, y, y_hat)
+
+    density = over_rows(_log_density, (found, axis_x), (axis_x,), row_chunk)
+    axes = axis_x, axis_y, axis_y_hat
+    of_others = density if symmetric else None
+    common = found, of_others, axes
+    rows = over_rows(_conditional_products, common, (density, *axes), row_chunk)
+    of_y, of_y_hat, of_both = [mean_log(found, integral) for integral in rows]
+    return jnp.where(found.empty, 0, of_y + of_y_hat - 2 * of_both)
+
+
+def _mutual_information(
+    function: str,
+    x: Array,
+    t: Array,
+    *,
+    bandwidth_x: Scalar,
+    bandwidth_t: Scalar,
+    normalized: bool,
+    weights: Array | None,
+    where: Array | None,
+    row_chunk: int | None,
+) -> Float[Array, ""]:
+    x, t = checked_points(function, x=x, t=t)
+    _require_pairs(function, x, t=t)
+    checks.require_positive_scalars(
+        function, bandwidth_x=bandwidth_x, bandwidth_t=bandwidth_t
+    )
+    check_row_chunk(function, row_chunk)
+    found = weights_of(function, x.shape[0], weights, where, accumulator_dtype(x, t))
+    x, t = select(found, x), select(found, t)
+    (axis_x,), (axis_t,) = (
+        axes_of(found, bandwidth_x, x),
+        axes_of(found, bandwidth_t, t),
+    )
+    return _information(found, axis_x, axis_t, normalized, row_chunk)
 
 
 # ------------------------------------------------- of one row and all others, by index

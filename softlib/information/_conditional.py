@@ -227,7 +227,24 @@ def conditional_mutual_information(
         >>> print(cmi(logits, labels).round(4))
         [0.3278 0.3278]
     """
-    function = "conditional_mutual_information"
+    return mutual_information_of(
+        "conditional_mutual_information",
+        logits,
+        labels,
+        centroids=centroids,
+        where=where,
+    )
+
+
+def mutual_information_of(
+    function: str,
+    logits: Array,
+    labels: Array,
+    *,
+    centroids: Array | None,
+    where: Array | None,
+) -> Float[Array, " N"]:
+    """`conditional_mutual_information` under the name of a function that calls it."""
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     checks.require_floating(function, logits=logits)
     classes = _outcomes(function, "logits", logits)

@@ -102,7 +102,9 @@ def linear_knowledge_distillation_loss(
     function = "linear_knowledge_distillation_loss"
     _check_temperature(function, temperature)
     heads = (hidden, weight, teacher_hidden, teacher_weight)
-    pair = SourcePair.of_heads(function, *heads, temperature=temperature, **options)
+    pair = SourcePair.of_heads(
+        function, *heads, second="teacher", temperature=temperature, **options
+    )
     return _knowledge_distillation(pair, temperature, where)
 
 
@@ -152,7 +154,12 @@ def knowledge_distillation_loss(
     function = "knowledge_distillation_loss"
     _check_temperature(function, temperature)
     pair = SourcePair.of_logits(
-        function, logits, teacher_logits, temperature=temperature, **options
+        function,
+        logits,
+        teacher_logits,
+        second="teacher",
+        temperature=temperature,
+        **options,
     )
     return _knowledge_distillation(pair, temperature, where)
 
@@ -225,8 +232,10 @@ def linear_normalized_distillation_loss(
     function = "linear_normalized_distillation_loss"
     _check_temperature(function, temperature)
     heads = (hidden, weight, teacher_hidden, teacher_weight)
-    pair = SourcePair.of_heads(function, *heads, **options)
-    heated = SourcePair.of_heads(function, *heads, temperature=temperature, **options)
+    pair = SourcePair.of_heads(function, *heads, second="teacher", **options)
+    heated = SourcePair.of_heads(
+        function, *heads, second="teacher", temperature=temperature, **options
+    )
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
@@ -284,8 +293,10 @@ def normalized_distillation_loss(
     function = "normalized_distillation_loss"
     _check_temperature(function, temperature)
     both = (logits, teacher_logits)
-    pair = SourcePair.of_logits(function, *both, **options)
-    heated = SourcePair.of_logits(function, *both, temperature=temperature, **options)
+    pair = SourcePair.of_logits(function, *both, second="teacher", **options)
+    heated = SourcePair.of_logits(
+        function, *both, second="teacher", temperature=temperature, **options
+    )
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
@@ -349,7 +360,12 @@ def decoupled_knowledge_distillation_loss(
     checks.require_scalar(function, "alpha", alpha, 0, math.inf)
     checks.require_scalar(function, "beta", beta, 0, math.inf)
     pair = SourcePair.of_logits(
-        function, logits, teacher_logits, temperature=temperature, **options
+        function,
+        logits,
+        teacher_logits,
+        second="teacher",
+        temperature=temperature,
+        **options,
     ).with_constant_target()
     labels, where, outside = _valid(pair, labels, where)
     student, teacher = (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
-from softlib.softmax import log_soft_top_k
+from softlib.softmax._soft_top_k import log_soft_top_k_of
 from softlib.typing import PerRow
 
 from ._options import LinearHeadOptions, LogitsOptions
@@ -81,7 +81,9 @@ def linear_decoupled_softmax_loss(
         [0.5032 0.2395]
     """
     function = "linear_decoupled_softmax_loss"
-    source = LinearHead.of(function, hidden, label_embeddings, **options)
+    source = LinearHead.of(
+        function, hidden, label_embeddings, weight_name="label_embeddings", **options
+    )
     return _decoupled(source, positives, weights, where)
 
 
@@ -128,7 +130,7 @@ def decoupled_softmax_loss(
         >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
         [0.2201]
     """
-    source = GivenLogits.of("decoupled_softmax_loss", scores, **options)
+    source = GivenLogits.of("decoupled_softmax_loss", scores, name="scores", **options)
     return _decoupled(source, positives, weights, where)
 
 
@@ -183,7 +185,7 @@ def multilabel_softmax_loss(
         >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
         [1.8152]
     """
-    source = GivenLogits.of("multilabel_softmax_loss", scores, **options)
+    source = GivenLogits.of("multilabel_softmax_loss", scores, name="scores", **options)
     rows = Positives.of(source, positives, where, required=True)
     every, own = rows.statistics(source, ("lse",), of_all=True)
     assert every.lse is not None
@@ -257,12 +259,12 @@ def soft_top_k_loss(
         >>> print(loss(scores, positives, k=2, alpha=4.0).round(4))
         [0.]
     """
-    source = GivenLogits.of("soft_top_k_loss", scores, **options)
+    source = GivenLogits.of("soft_top_k_loss", scores, name="scores", **options)
     rows = Positives.of(source, positives, where, required=True)
     if k is None:
         k = jnp.maximum(rows.count, 1).astype(source.dtype)
     masked = source.masked(rows.where)
-    log_z = log_soft_top_k(masked.final_logits(), k, alpha=alpha)
+    log_z = log_soft_top_k_of(source.function, masked.final_logits(), k, -1, alpha)
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
     costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)

@@ -198,7 +198,17 @@ def factored_spherical_statistics(
         >>> print([x.round(2).tolist() for x in s[:3]])
         [[1.0], [1.0], [2.0]]
     """
-    function = "factored_spherical_statistics"
+    return statistics_of("factored_spherical_statistics", state, hidden, labels, where)
+
+
+def statistics_of(
+    function: str,
+    state: FactoredSphericalState,
+    hidden: Array,
+    labels: Array,
+    where: Array | None,
+) -> SphericalStatistics:
+    """`factored_spherical_statistics` under the name of a function that calls it."""
     state, hidden, labels, where = checked(function, state, hidden, labels, where)
     state = lax.stop_gradient(state)
     if where is not None:

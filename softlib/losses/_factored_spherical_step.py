@@ -27,9 +27,9 @@ from softlib.typing import Scalar
 from ._factored_spherical import (
     FactoredSphericalState,
     checked,
-    factored_spherical_statistics,
     label_deviations,
     product,
+    statistics_of,
 )
 from ._spherical_family import SphericalStatistics
 
@@ -115,7 +115,7 @@ def factored_spherical_sgd_step(
     _require_plain_sgd(function, learning_rate, weight_decay)
 
     def value(hidden: Array, cotangents: SphericalStatistics) -> Array:
-        found = factored_spherical_statistics(state, hidden, labels, where=where)
+        found = statistics_of(function, state, hidden, labels, where)
         # Added zeros, whose cotangents are those of the statistics.
         found = jax.tree.map(jnp.add, found, cotangents)
         total = loss(found)
@@ -126,7 +126,7 @@ def factored_spherical_sgd_step(
         return total
 
     shapes = jax.eval_shape(
-        lambda h: factored_spherical_statistics(state, h, labels, where=where), hidden
+        lambda h: statistics_of(function, state, h, labels, where), hidden
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, (of_hidden, cotangents) = jax.value_and_grad(value, (0, 1))(

@@ -61,7 +61,7 @@ def linear_kl_to_reference(
     """
     function = "linear_kl_to_reference"
     pair = SourcePair.of_heads(
-        function, hidden, weight, ref_hidden, ref_weight, **options
+        function, hidden, weight, ref_hidden, ref_weight, second="ref", **options
     )
     return _mean(pair, where)
 
@@ -104,7 +104,7 @@ def kl_to_reference(
         [0.1201]
     """
     function = "kl_to_reference"
-    pair = SourcePair.of_logits(function, logits, ref_logits, **options)
+    pair = SourcePair.of_logits(function, logits, ref_logits, second="ref", **options)
     return _mean(pair, where)
 
 

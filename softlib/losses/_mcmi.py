@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
-from softlib.information import conditional_mutual_information
+from softlib.information._conditional import mutual_information_of
 from softlib.typing import Scalar
 
-from ._cross_entropy import softmax_cross_entropy
+from ._compose import log_probability_of_labels
+from ._sources import GivenLogits
 
 
 @array_arguments
@@ -74,9 +75,10 @@ def mcmi_loss(
     checks.require_shape(
         function, "centroids", centroids, (logits.shape[-1],) * 2, "one per class"
     )
-    likelihood = softmax_cross_entropy(logits, labels, where=where)
-    information = conditional_mutual_information(
-        logits, labels, centroids=centroids, where=where
+    source = GivenLogits.of(function, logits)
+    likelihood = 0 - log_probability_of_labels(source, labels, where)
+    information = mutual_information_of(
+        function, logits, labels, centroids=centroids, where=where
     )
     likelihood, information, weight = promoted(likelihood, information, weight)
     return likelihood - weight * information

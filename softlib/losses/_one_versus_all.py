@@ -72,7 +72,9 @@ def linear_one_versus_all_loss(
         [1.7 3.5]
     """
     function = "linear_one_versus_all_loss"
-    source = LinearHead.of(function, hidden, label_embeddings, **options)
+    source = LinearHead.of(
+        function, hidden, label_embeddings, weight_name="label_embeddings", **options
+    )
     return _one_versus_all(source, positives, weights, where)
 
 
@@ -120,7 +122,7 @@ def one_versus_all_loss(
         >>> print(loss(scores, jnp.array([[True, False]])).round(4))
         [0.4402]
     """
-    source = GivenLogits.of("one_versus_all_loss", scores, **options)
+    source = GivenLogits.of("one_versus_all_loss", scores, name="scores", **options)
     return _one_versus_all(source, positives, weights, where)
 
 

@@ -9,7 +9,6 @@ from typing import TypedDict
 
 from jaxtyping import Array
 
-from softlib._dispatch import Operation
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -62,14 +61,3 @@ def require_known(
             raise TypeError(
                 f"{function}: `**options` must be among {options}, got {name!r}."
             )
-
-
-def require_implementation(
-    function: str, operation: Operation, names: Implementations
-) -> None:
-    """A name that no implementation has is an error, also where none is chosen."""
-    try:
-        operation.candidates(names)
-    except ValueError as error:
-        message = str(error).removeprefix(f"{operation.name}: ")
-        raise ValueError(f"{function}: {message}") from None

@@ -72,16 +72,18 @@ class SourcePair:
         weight: ArrayLike,
         target_hidden: ArrayLike,
         target_weight: ArrayLike,
+        second: str = "target",
         **options: Any,
     ) -> "SourcePair":
+        """Checked heads; errors call the second what the function's user does."""
         require_known(function, options, HeadPairOptions.__optional_keys__)
         own, target = _split(options)
         source = LinearHead.of(function, hidden, weight, **own)
-        second = LinearHead.of(
+        other = LinearHead.of(
             f"{function}, second head", target_hidden, target_weight, **target
         )
-        _require_alike(source, second, "target_hidden", "target_weight")
-        return cls(source, second)
+        _require_alike(source, other, f"{second}_hidden", f"{second}_weight")
+        return cls(source, other)
 
     @classmethod
     def of_logits(
@@ -89,14 +91,16 @@ class SourcePair:
         function: str,
         logits: ArrayLike,
         target_logits: ArrayLike,
+        second: str = "target",
         **options: Any,
     ) -> "SourcePair":
+        """Checked logits; errors call the second what the function's user does."""
         require_known(function, options, LogitsPairOptions.__optional_keys__)
         own, target = _split(options)
         source = GivenLogits.of(function, logits, **own)
-        second = GivenLogits.of(f"{function}, second logits", target_logits, **target)
-        _require_alike(source, second, "target_logits", "target_logits")
-        return cls(source, second)
+        other = GivenLogits.of(f"{function}, second logits", target_logits, **target)
+        _require_alike(source, other, f"{second}_logits", f"{second}_logits")
+        return cls(source, other)
 
     @property
     def function(self) -> str:

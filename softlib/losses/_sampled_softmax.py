@@ -97,7 +97,12 @@ def sampled_softmax_loss(
     checks.require_positive_integer(function, "num_sampled", num_sampled)
     checks.require_one_of(function, "distribution", distribution, DISTRIBUTIONS)
     source = LinearHead.of(
-        function, hidden, label_embeddings, bias=bias, logit_scale=logit_scale
+        function,
+        hidden,
+        label_embeddings,
+        weight_name="label_embeddings",
+        bias=bias,
+        logit_scale=logit_scale,
     )
     rows = Positives.of(source, positives, where, required=True)
     source, ids = source.masked(rows.where), rows.ids

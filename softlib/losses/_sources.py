@@ -23,12 +23,7 @@ from softlib._symbolic import is_symbolic
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
 from . import _engine, _in_forward
-from ._options import (
-    LinearHeadOptions,
-    LogitsOptions,
-    require_implementation,
-    require_known,
-)
+from ._options import LinearHeadOptions, LogitsOptions, require_known
 from ._source_rows import (
     Shape,
     collapsed,
@@ -85,18 +80,21 @@ class LinearHead:
         axis_name: AxisName | None = None,
         precision: Precision = None,
         implementation: Implementations = None,
+        weight_name: str = "weight",
         **modifiers: Any,
     ) -> "LinearHead":
+        """A checked head; errors call the weight what the function's user does."""
         require_known(function, modifiers, LinearHeadOptions.__optional_keys__)
         hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
-        checks.require_floating(function, hidden=hidden, weight=weight)
+        checks.require_floating(function, **{"hidden": hidden, weight_name: weight})
         checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
         checks.require_one_of(function, "vocab_axis", vocab_axis, (0, 1))
         features = hidden.shape[-1]
         if weight.ndim != 2 or weight.shape[1 - vocab_axis] != features:
             layout = "(V, D)" if vocab_axis == 0 else "(D, V)"
             raise ValueError(
-                f"{function}: `weight` must have shape {layout} with D = {features} "
+                f"{function}: `{weight_name}` must have shape {layout} with "
+                f"D = {features} "
                 f"(the last axis of `hidden`) for vocab_axis={vocab_axis}, "
                 f"got {weight.shape}."
                 + _layout_hint(weight.shape, features, vocab_axis)
@@ -111,7 +109,7 @@ class LinearHead:
                     f"is symbolic (jax.export), got {token_chunk}."
                 )
         vocabulary = weight.shape[vocab_axis]
-        _check_vocabulary(function, "weight", vocabulary, weight.shape)
+        _check_vocabulary(function, weight_name, vocabulary, weight.shape)
         if axis_name is not None:
             _check_axis(function, axis_name)
             if gradient_filter_eps is not None:
@@ -138,7 +136,7 @@ class LinearHead:
             ),
             precision=precision,
         )
-        require_implementation(function, _engine.LINEAR, implementation)
+        checks.require_implementation(function, _engine.LINEAR, implementation)
         return cls(
             function,
             hidden,
@@ -387,16 +385,18 @@ class GivenLogits:
         *,
         logit_softcap: float | None = None,
         implementation: Implementations = None,
+        name: str = "logits",
         **modifiers: Any,
     ) -> "GivenLogits":
+        """Checked logits; errors call them what the function's user does."""
         require_known(function, modifiers, LogitsOptions.__optional_keys__)
         logits = jnp.asarray(logits)
-        checks.require_floating(function, logits=logits)
-        checks.require_rank(function, "logits", logits, 1, "(..., V)")
+        checks.require_floating(function, **{name: logits})
+        checks.require_rank(function, name, logits, 1, "(..., V)")
         batch, vocabulary = logits.shape[:-1], logits.shape[-1]
-        _check_vocabulary(function, "logits", vocabulary, logits.shape)
+        _check_vocabulary(function, name, vocabulary, logits.shape)
         dtype = accumulator_dtype(logits)
-        require_implementation(function, _engine.GIVEN, implementation)
+        checks.require_implementation(function, _engine.GIVEN, implementation)
         return cls(
             function,
             logits,

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib.typing import Scalar
 
@@ -53,6 +54,7 @@ class SphericalStatistics(NamedTuple):
     classes: Float[Array, ""]
 
 
+@array_arguments
 def z_loss_from_statistics(
     statistics: SphericalStatistics,
     *,
@@ -90,6 +92,7 @@ def z_loss_from_statistics(
     return z_loss_of(deviation, squares, classes, a, b, epsilon)
 
 
+@array_arguments
 def log_spherical_softmax_from_statistics(
     statistics: SphericalStatistics, *, epsilon: Scalar = 1e-6
 ) -> Float[Array, "*batch"]:

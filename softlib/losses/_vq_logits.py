@@ -104,7 +104,9 @@ def vq_softmax_cross_entropy(
             f"{function}: `axis_name` must be None, got {options['axis_name']!r}: a "
             "codebook is small enough for every device."
         )
-    source = LinearHead.of(function, hidden, codebook, **options)
+    source = LinearHead.of(
+        function, hidden, codebook, weight_name="codebook", **options
+    )
     mapping, labels = jnp.asarray(mapping), jnp.asarray(labels)
     require_mapping(function, mapping, source.vocabulary)
     checks.require_integer(function, labels=labels)
@@ -172,13 +174,17 @@ def vq_token_counts(mapping: Integer[Array, " V"], num_codes: int) -> Int[Array,
         >>> print(softlib.losses.vq_token_counts(jnp.array([0, 2, 2, 0, 0]), 4))
         [3 0 2 0]
     """
-    mapping = jnp.asarray(mapping)
-    checks.require_positive_integer("vq_token_counts", "num_codes", num_codes)
-    require_mapping("vq_token_counts", mapping, num_codes)
-    return _count(mapping, num_codes)
+    return token_counts("vq_token_counts", mapping, num_codes)
 
 
 # ------------------------------------------------------------------------------- shared
+def token_counts(function: str, mapping: Array, num_codes: int) -> Int[Array, " K"]:
+    """`vq_token_counts` under the name of a function that calls it."""
+    checks.require_positive_integer(function, "num_codes", num_codes)
+    require_mapping(function, mapping, num_codes)
+    return _count(mapping, num_codes)
+
+
 def log_weights_of(
     mapping: Integer[Array, " V"],
     num_codes: int,

@@ -69,6 +69,8 @@ def plot(
     for name, length in zip(("query_length", "key_length"), lengths, strict=True):
         require_at_least(1, "plot", name, length)
     blocks = (block, block) if isinstance(block, int) else block
+    if blocks is not None and min(blocks) < 1:
+        raise ValueError(f"plot: `block` must be at least 1, got {block!r}.")
     if tokens:
         image = _of_tokens(mask, lengths, blocks)
         shades = [_EMPTY, _VISITED, _IN_WHOLE, _ATTENDS]

@@ -88,7 +88,8 @@ class Radial(Mask):
     rule: Literal["paper", "pow2"] = "paper"
 
     def __post_init__(self):
-        _check("Radial", self)
+        options = (self.sink_frames, self.decay, self.min_window, self.rule)
+        _check("Radial", self.tokens_per_frame, *options)
 
     def _attends(self, query_index, key_index):
         query, key = self._split(query_index), self._split(key_index)
@@ -179,27 +180,36 @@ def radial_pair_count(
         >>> print(round(kept / (128 * 3600) ** 2, 3))
         0.158
     """
-    require_at_least(0, "radial_pair_count", "frames", frames)
+    function, options = "radial_pair_count", (sink_frames, decay, min_window, rule)
+    require_at_least(0, function, "frames", frames)
+    _check(function, tokens_per_frame, *options)
     mask = Radial(tokens_per_frame, sink_frames, decay, min_window, rule)
     return pair_count(mask._bands(), frames, tokens_per_frame, sink_frames)
 
 
-def _check(function: str, mask: Radial) -> None:
-    require_at_least(1, function, "tokens_per_frame", mask.tokens_per_frame)
-    require_at_least(0, function, "sink_frames", mask.sink_frames)
-    require_at_least(0, function, "min_window", mask.min_window)
-    checks.require_positive_number(function, "decay", mask.decay)
-    checks.require_one_of(function, "rule", mask.rule, ("paper", "pow2"))
-    if mask.rule == "paper" and (mask.decay != 1 or mask.min_window != 0):
+def _check(
+    function: str,
+    tokens_per_frame: int,
+    sink_frames: int,
+    decay: float,
+    min_window: int,
+    rule: str,
+) -> None:
+    require_at_least(1, function, "tokens_per_frame", tokens_per_frame)
+    require_at_least(0, function, "sink_frames", sink_frames)
+    require_at_least(0, function, "min_window", min_window)
+    checks.require_positive_number(function, "decay", decay)
+    checks.require_one_of(function, "rule", rule, ("paper", "pow2"))
+    if rule == "paper" and (decay != 1 or min_window != 0):
         raise ValueError(
             f'{function}: `decay` and `min_window` must be 1.0 and 0 for rule="paper", '
-            f"got decay={mask.decay}, min_window={mask.min_window}; they belong to "
+            f"got decay={decay}, min_window={min_window}; they belong to "
             'rule="pow2".'
         )
     for name, value in (
-        ("tokens_per_frame", mask.tokens_per_frame),
-        ("min_window", mask.min_window),
-        ("decay * tokens_per_frame", mask.decay * mask.tokens_per_frame),
+        ("tokens_per_frame", tokens_per_frame),
+        ("min_window", min_window),
+        ("decay * tokens_per_frame", decay * tokens_per_frame),
     ):
         if value >= 2**30:
             raise ValueError(f"{function}: `{name}` must be below 2**30, got {value}.")

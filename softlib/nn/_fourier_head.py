@@ -7,6 +7,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 from ._fourier_density import (
@@ -97,6 +98,7 @@ class FourierHead(nnx.Module):
         self.kernel = nnx.Param(kernel * weight_scale)
         self.bias = nnx.Param(bias * bias_scale)
 
+    @array_arguments
     def __call__(
         self,
         x: Float[Array, "*batch D"],

@@ -8,6 +8,7 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.losses import TokenMetrics
 
 from ._head_calls import loss_or_logits, operands, token_metrics
@@ -77,6 +78,7 @@ class LinenOutputHead(linen.Module):
                 "bias", self.bias_init, (self.num_classes,), self.param_dtype
             )
 
+    @array_arguments
     def __call__(
         self,
         hidden: Float[Array, "*batch D"],

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._masked_mean import masked_mean
 from softlib.losses import importance_loss, load_balancing_loss, router_z_loss
@@ -259,6 +260,7 @@ class MixtureOfExperts(nnx.Module):
         self.expert_gate_bias = bias(hidden_features) if gated else None
         self.expert_out, self.expert_out_bias = stacked(down), bias(features)
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch D"],

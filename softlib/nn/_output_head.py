@@ -8,6 +8,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Integer
 
+from softlib._array_arguments import array_arguments
 from softlib.losses import TokenMetrics
 
 from ._head_calls import loss_or_logits, operands, token_metrics
@@ -101,6 +102,7 @@ class OutputHead(nnx.Module):
         self.kernel = parameter(embedding is None, kernel_init, *shape)
         self.bias = parameter(use_bias, bias_init, num_classes)
 
+    @array_arguments
     def __call__(
         self,
         hidden: Float[Array, "*batch D"],

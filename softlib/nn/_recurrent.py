@@ -15,6 +15,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.attention._feature_maps import FeatureMap
 from softlib.attention._gated_rnn import quasi_lstm
@@ -99,6 +100,7 @@ class LinearAttention(nnx.Module):
             rngs,
         )
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],
@@ -195,6 +197,7 @@ class NormalizedAttention(nnx.Module):
             rngs=rngs,
         )
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],
@@ -296,6 +299,7 @@ class GatedLinearAttention(nnx.Module):
         rates = jax.random.uniform(rngs.params(), (count,), param_dtype, *RATE_RANGE)
         self.log_rate = nnx.Param(jnp.log(rates))
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],
@@ -389,6 +393,7 @@ class SelectiveScan(nnx.Module):
         self.log_rates = nnx.Param(jnp.broadcast_to(rates, (features, num_states)))
         self.skip = nnx.Param(jnp.ones(features, param_dtype))
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],
@@ -477,6 +482,7 @@ class QuasiLSTM(nnx.Module):
             nnx.Param(jnp.zeros((), param_dtype)) if reversed_gate else None
         )
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],

@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 # A row shorter than this has no direction.
@@ -88,6 +89,7 @@ class TempNet(nnx.Module):
         self.pooling = nnx.Param(jnp.ones(hidden, param_dtype))
         self.offset = nnx.Param(jnp.zeros((), param_dtype))
 
+    @array_arguments
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """Returns the temperatures, float32 (float64 if the input is float64).
 
@@ -174,6 +176,7 @@ class PrototypeTempNet(nnx.Module):
         self.pooling = nnx.Param(jnp.ones(num_prototypes, param_dtype))
         self.offset = nnx.Param(jnp.zeros((), param_dtype))
 
+    @array_arguments
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """Returns the temperatures, float32 (float64 if the input is float64).
 

@@ -13,6 +13,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks, attention, masks
+from softlib._array_arguments import array_arguments
 from softlib.masks import Block, Mask, PerAxis
 from softlib.typing import Implementations, Precision
 
@@ -165,6 +166,7 @@ class TensorAttention(nnx.Module):
 
         self.blank_keys, self.blank_values = blank(size), blank(width)
 
+    @array_arguments
     def __call__(
         self,
         inputs: Float[Array, "*batch T D"],

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks, masks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.attention import dot_product_attention
 from softlib.masks import Mask
@@ -145,6 +146,7 @@ class VideoTransformerBlock(nnx.Module):
         self.mlp_in = linear(features, hidden)
         self.mlp_out = linear(hidden, features)
 
+    @array_arguments
     def __call__(
         self,
         tokens: Float[Array, "*batch D"],
@@ -260,6 +262,7 @@ class VideoPositions(nnx.Module):
 
         self.frame, self.row, self.column = map(table, self.grid)
 
+    @array_arguments
     def __call__(
         self, tokens: Float[Array, "batch frames places D"]
     ) -> Float[Array, "batch frames places D"]:

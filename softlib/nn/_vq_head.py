@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int, Integer
 
 from softlib import losses
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 from ._codebook import (
@@ -192,6 +193,7 @@ class VQLogitsHead(nnx.Module):
             head._keep(codebook_state(head.codebook[...], jnp.float32(counts)))
         return head
 
+    @array_arguments
     def __call__(
         self,
         hidden: Float[Array, "*batch D"],

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
-from softlib import _checks as checks, losses
+from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range, signed
+from softlib.losses._sources import LinearHead
 from softlib.losses._vq_logits import (
     log_weights_of,
     require_mapping,
     require_token_bias,
+    token_counts,
 )
 from softlib.typing import PerRow, Precision
 
@@ -67,8 +69,7 @@ def vq_clusters(mapping: Integer[Array, " V"], num_codes: int) -> TokenClusters:
         >>> print(clusters.tokens[clusters.starts[1] :])
         [0 2]
     """
-    mapping = jnp.asarray(mapping)
-    counts = losses.vq_token_counts(mapping, num_codes)
+    counts = token_counts("vq_clusters", mapping, num_codes)
     # Tokens without a code come first or last; the starts leave the first ones out.
     tokens = jnp.argsort(mapping, stable=True).astype(jnp.int32)
     before = (mapping < 0).sum(dtype=jnp.int32)
@@ -120,13 +121,15 @@ def vq_logits(
         [[3. 1. 3.]]
     """
     function = "vq_logits"
-    logits = losses.linear_logits(
+    logits = LinearHead.of(
+        function,
         hidden,
         codebook,
+        weight_name="codebook",
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         precision=precision,
-    )
+    ).final_logits()
     mapping, num_codes = jnp.asarray(mapping), logits.shape[-1]
     token_bias = None if token_bias is None else jnp.asarray(token_bias)
     require_mapping(function, mapping, num_codes)
@@ -194,14 +197,16 @@ def vq_sample(
         (3,)
     """
     function = "vq_sample"
-    logits = losses.linear_logits(
+    logits = LinearHead.of(
+        function,
         hidden,
         codebook,
+        weight_name="codebook",
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
         precision=precision,
-    )
+    ).final_logits()
     num_codes = logits.shape[-1]
     if isinstance(mapping, TokenClusters):
         clusters = mapping

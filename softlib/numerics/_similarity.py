@@ -202,6 +202,7 @@ def distance_quantile(
     return jnp.where(jnp.isnan(x), jnp.nan, d)
 
 
+@array_arguments
 def dkw_radius(n: ArrayLike, *, alpha: Scalar = 0.95) -> Float[Array, "..."]:
     r"""Half-width of a band that holds a whole distribution function.
 

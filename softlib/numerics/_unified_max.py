@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -217,6 +217,10 @@ jax.tree_util.register_pytree_node(UnifiedMax, _flatten, _unflatten)
 
 
 def require_range(function: str, valid_range: tuple[ArrayLike, ArrayLike]) -> None:
+    if not isinstance(valid_range, Sequence) or isinstance(valid_range, str):
+        raise TypeError(
+            f"{function}: `valid_range` must be a pair (a, b), got {valid_range!r}."
+        )
     if len(valid_range) != 2:
         raise ValueError(
             f"{function}: `valid_range` must be a pair (a, b), got "

@@ -144,7 +144,7 @@ def sparsify_gates(
         raise ValueError(
             f"{function}: `threshold` or `top_k` must be given, got None for both."
         )
-    entries = Entries.of(function, gates, axis, where)
+    entries = Entries.of(function, gates, axis, where, "gates")
     values = (
         entries.x if entries.where is None else jnp.where(entries.where, entries.x, 0)
     )

@@ -36,13 +36,18 @@ class Entries(NamedTuple):
 
     @classmethod
     def of(
-        cls, function: str, x: Array, axis: Axis, where: Array | None = None
+        cls,
+        function: str,
+        x: Array,
+        axis: Axis,
+        where: Array | None = None,
+        name: str = "x",
     ) -> "Entries":
-        checks.require_floating(function, x=x)
+        checks.require_floating(function, **{name: x})
         checks.require_axes(function, "axis", axis, x.ndim)
         if where is not None:
             checks.require_boolean(function, where=where)
-            why = "the shape of `x`"
+            why = f"the shape of `{name}`"
             checks.require_broadcastable(function, "where", where, x.shape, why)
             where = jnp.broadcast_to(
                 where.reshape((1,) * (x.ndim - where.ndim) + where.shape), x.shape

@@ -68,7 +68,7 @@ def gumbel_softmax(
         [0. 0. 0. 1.]
     """
     function = "gumbel_softmax"
-    entries = Entries.of(function, logits, axis, where)
+    entries = Entries.of(function, logits, axis, where, "logits")
     tau = temperature_of_rows(function, entries, temperature)
     noise = jax.random.gumbel(key, logits.shape, entries.x.dtype)
     scores = entries.scores + noise
@@ -279,7 +279,7 @@ def _concrete(
     checks.require_floating(function, log_x=log_x, logits=logits)
     checks.require_shape(function, "logits", logits, log_x.shape, "that of `log_x`")
     dtype = accumulator_dtype(log_x, logits)
-    entries = Entries.of(function, logits.astype(dtype), axis, where)
+    entries = Entries.of(function, logits.astype(dtype), axis, where, "logits")
     tau = temperature_of_rows(function, entries, temperature)
     counts = entries.scores != -jnp.inf
     x = jnp.where(counts, log_x.astype(dtype), 0)

@@ -95,7 +95,7 @@ def noisy_top_k_gating(
     function = "noisy_top_k_gating"
     checks.require_positive_integer(function, "k", k)
     checks.require_scalar(function, "noise_floor", noise_floor, 0, jnp.inf)
-    entries = Entries.of(function, logits, axis, where)
+    entries = Entries.of(function, logits, axis, where, "logits")
     checks.require_floating(function, noise_logits=noise_logits)
     why = "that of `logits`"
     checks.require_shape(function, "noise_logits", noise_logits, logits.shape, why)

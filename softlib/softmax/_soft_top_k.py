@@ -114,7 +114,19 @@ def log_soft_top_k(
         >>> print(-softlib.softmax.log_soft_top_k(x, 1))
         [  0. 200.]
     """
-    entries, solved = _solve("log_soft_top_k", x, k, axis, alpha, where)
+    return log_soft_top_k_of("log_soft_top_k", x, k, axis, alpha, where)
+
+
+def log_soft_top_k_of(
+    function: str,
+    x: Array,
+    k: PerRow,
+    axis: Axis,
+    alpha: PerRow,
+    where: Array | None = None,
+) -> Array:
+    """`log_soft_top_k` under the name of a function that calls it."""
+    entries, solved = _solve(function, x, k, axis, alpha, where)
     log_z = jnp.where(
         solved.inside, jax.nn.log_sigmoid(solved.u), jnp.log(solved.whole)
     )

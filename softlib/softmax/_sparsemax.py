@@ -150,7 +150,7 @@ def support_size(
         >>> print(softlib.softmax.support_size(p))
         2
     """
-    entries = Entries.of("support_size", p, axis, where)
+    entries = Entries.of("support_size", p, axis, where, "p")
     counts = p != 0
     if entries.where is not None:
         counts = counts & entries.where

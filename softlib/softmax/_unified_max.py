@@ -8,9 +8,11 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib.numerics import UnifiedMax, UnifiedMaxState
+from softlib.numerics._unified_max import CRITERIA, require_range
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -197,11 +199,10 @@ def _accumulator(
             return value
         return entries.per_row(function, name, jnp.asarray(value, entries.x.dtype))
 
-    if len(valid_range) == 2:
-        low, high = valid_range
-        low, high = per_row("valid_range", low), per_row("valid_range", high)
-        valid_range = (low, high)
-    return UnifiedMax(per_row("phi", phi), valid_range, criterion)
+    checks.require_one_of(function, "criterion", criterion, CRITERIA)
+    require_range(function, valid_range)
+    low, high = (per_row("valid_range", bound) for bound in valid_range)
+    return UnifiedMax(per_row("phi", phi), (low, high), criterion)
 
 
 # ------------------------------------------------------------- rows are the last axis
