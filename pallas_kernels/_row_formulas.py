@@ -1,12 +1,32 @@
-"""Formulas of row statistics that do not depend on where numbers lie."""
+"""Operands and formulas of row statistics, the same in the kernels of all devices."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 
+class Operands(NamedTuple):
+    """Arrays of one call.
+
+    Attributes:
+        hidden: (N, D).
+        weight: (V, D), or in another layout that the options of the kernel name.
+        labels: (N, L) int32, or None; a label outside [0, V) is in no class.
+        per_row: Numbers of every row, (N,) each, by name: `logit_scale`, `temperature`.
+        per_class: Numbers of every class, (V,) each: `bias`, and `where`, which is 0
+            for a class that is not selected.
+    """
+
+    hidden: jax.Array
+    weight: jax.Array
+    labels: jax.Array | None
+    per_row: dict[str, jax.Array]
+    per_class: dict[str, jax.Array]
+
+
 def state_names(statistics: tuple[str, ...], labels: int) -> tuple[str, ...]:
-    """What the forward pass carries from tile to tile."""
+    """Names of the numbers per row that the forward pass carries from tile to tile."""
     names: list[str] = []
     if "lse" in statistics or "mean_logit" in statistics:
         names += ["top", "total"]

@@ -16,7 +16,7 @@ from ._row_tiles import BLOCK, ROWS, SPAN
 
 @dataclasses.dataclass(frozen=True)
 class LogitTiles:
-    """Of one block of threads.
+    """Tiles of logits of one block of threads, and the memory that feeds them.
 
     Attributes:
         ring: Whose slots hold a span of features of both operands.

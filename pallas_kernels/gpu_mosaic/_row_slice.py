@@ -33,7 +33,7 @@ _BEYOND = 2**30  # more than any class
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static of the logits and of what is asked of them.
+    """Options of the logits and of their statistics; Python values.
 
     Attributes:
         statistics: Names, as `row_statistics.STATISTICS` has them.

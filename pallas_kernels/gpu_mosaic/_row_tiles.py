@@ -80,7 +80,7 @@ class BackwardTiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the choice depends on.
+    """Sizes of a problem, as far as the choice of tiles depends on them.
 
     Attributes:
         rows: N.
@@ -100,7 +100,7 @@ class Shapes:
 
 
 def choose_tiles(shapes: Shapes, device: Gpu) -> Tiles | None:
-    """Of the forward pass; None if no tile leaves enough registers."""
+    """Tiles of the forward pass; None if none leaves enough registers."""
     classes = _classes(FORWARD_CLASSES, shapes)
     if classes is None:
         return None
@@ -109,7 +109,7 @@ def choose_tiles(shapes: Shapes, device: Gpu) -> Tiles | None:
 
 
 def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
-    """Of the backward pass; None if no tile leaves enough registers."""
+    """Tiles of the backward pass; None if none leaves enough registers."""
     classes = _classes(BACKWARD_CLASSES, shapes)
     if classes is None:
         return None
@@ -137,7 +137,7 @@ def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
 def _seconds(
     shapes: Shapes, classes: int, chunk: int, features: int, device: Gpu
 ) -> float:
-    """Of the whole backward pass."""
+    """Estimated time of the whole backward pass."""
     logits = chunk // classes
     splits = _splits(shapes.row_tiles, logits, device)
     pieces = _ceil(shapes.features, features)
@@ -159,7 +159,7 @@ def _classes(sizes: tuple[tuple[int, int], ...], shapes: Shapes) -> int | None:
 
 
 def _splits(row_tiles: int, tiles: int, device: Gpu) -> int:
-    """Of so many tiles of classes; of equally good numbers the smallest."""
+    """Parts into which the tiles of classes are divided; of equals the fewest."""
     best = (math.inf, 1)
     for splits in range(1, min(tiles, 4 * device.multiprocessors) + 1):
         per_split = _ceil(tiles, splits)

@@ -28,7 +28,7 @@ LN2 = math.log(2)
 
 
 class Axis(NamedTuple):
-    """Where the queries, or the keys, of a tile of scores are.
+    """Place of the queries, or of the keys, in a tile of scores.
 
     Attributes:
         axis: Of the tile.
@@ -41,7 +41,7 @@ class Axis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static of the scores.
+    """Options that turn products into scores and weights; Python values.
 
     Attributes:
         mask: Called with int32 indices of queries and keys, and with the `mask_scalars`
@@ -78,7 +78,7 @@ class Form:
 
     @property
     def unit(self) -> float:
-        """Of Z, per z: 1 where no power is taken."""
+        """Factor from z to Z: 1 where no power is taken."""
         return 1.0 if self.weights == "stablemax" else LOG2E
 
     def bits(self, raw: Any) -> Any:

@@ -44,7 +44,7 @@ STATISTICS = ("sum", "max", "min", "reference", "lost", "bad")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static.
+    """Options of one call: Python values, of which each makes a kernel of its own.
 
     Attributes:
         logit_softcap: c in c * tanh(z / c); None for none.
@@ -60,7 +60,7 @@ class Form:
 
 
 class Numbers(NamedTuple):
-    """Of the rows (heads, rows) of queries, float32."""
+    """Numbers per row of queries, (heads, rows) float32 each."""
 
     scale: jax.Array
     phi: jax.Array
@@ -69,7 +69,7 @@ class Numbers(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of every split: (batch, heads, splits, rows), float32.
+    """Sums over each split of the keys: (batch, heads, splits, rows), float32.
 
     Attributes:
         sum: Of exp(z - reference).

@@ -1,4 +1,4 @@
-"""How the decode kernel for Hopper divides the keys, and what it holds of them."""
+"""Sizes into which the decode kernel for Hopper divides the keys."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ LEAST_TILES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the keys are cut.
+    """Numbers of parts of the keys, and of tiles that are read ahead.
 
     Attributes:
         splits: Parts of a sequence that are read side by side.

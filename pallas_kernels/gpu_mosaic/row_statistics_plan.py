@@ -1,12 +1,15 @@
-"""Operands and options of the row-statistics kernels for Hopper, and their tiles."""
+"""Options of the row-statistics kernels for Hopper, and their tiles.
+
+Hidden and weight are both bfloat16 or both float16, the weight is (V, D), and D a
+multiple of 8. Numbers per row and per class are float32.
+"""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 
 from pallas_kernels._devices import H100, gpu
-from pallas_kernels._row_formulas import state_names
+from pallas_kernels._row_formulas import Operands as Operands, state_names
 
 from ._row_tiles import (
     BackwardTiles,
@@ -17,29 +20,9 @@ from ._row_tiles import (
 )
 
 
-class Operands(NamedTuple):
-    """Arrays of one call.
-
-    Attributes:
-        hidden: (N, D), bfloat16 or float16, D a multiple of 8.
-        weight: (V, D), of the same dtype.
-        labels: (N, L) int32, or None; a label outside [0, V) is in no class.
-        per_row: Numbers of every row, (N,) float32 each, by name: `logit_scale`,
-            `temperature`.
-        per_class: Numbers of every class, (V,) float32 each: `bias`, and `where`, which
-            is 0 for a class that is not selected.
-    """
-
-    hidden: jax.Array
-    weight: jax.Array
-    labels: jax.Array | None
-    per_row: dict[str, jax.Array]
-    per_class: dict[str, jax.Array]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static.
+    """Options of one call: Python values, of which each makes a kernel of its own.
 
     Attributes:
         statistics: Names of those that are asked for: `lse`, `label_logits`,

@@ -17,7 +17,7 @@ SLACK_BYTES = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a row is cut.
+    """Sizes of the pieces of a row.
 
     Attributes:
         piece: Elements of a load, a multiple of 128 times `vector`.

@@ -35,7 +35,7 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static of one call.
+    """Options of one call; Python values.
 
     Attributes:
         masks: Evaluated on the first axis for each row, on the others where a run says

@@ -51,7 +51,7 @@ class Tiles:
 
     @property
     def queries(self) -> int:
-        """Of a tile."""
+        """Queries of a tile, of which each takes a row per head."""
         return ROWS // self.groups
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Tiles:
 
 
 class Problem(NamedTuple):
-    """What a choice depends on.
+    """Sizes of a problem, as far as the choice of tiles depends on them.
 
     Attributes:
         groups: Query heads per key head.
@@ -108,7 +108,7 @@ def candidates(which: Pass, problem: Problem, device: Gpu) -> list[Tiles]:
 def seconds(
     which: Pass, tiles: Tiles, problem: Problem, device: Gpu, steps: int
 ) -> float:
-    """Of so many steps, all of one key head, on the whole device."""
+    """Estimated time of so many steps, all of one key head, on the whole device."""
     features = sum(
         n * size for n, size in zip(PRODUCTS[which], problem.features, strict=True)
     )

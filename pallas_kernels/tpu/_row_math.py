@@ -59,7 +59,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static of the logits and of what is asked of them.
+    """Options of the logits and of their statistics; Python values.
 
     Attributes:
         statistics: Names, in the order of `softlib.losses.RowStatistics`.

@@ -46,7 +46,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What the choice depends on."""
+    """Sizes of a problem, as far as the choice of tiles depends on them."""
 
     rows: int
     features: int
@@ -130,7 +130,7 @@ def _vmem(kind: Pass, shapes: Shapes, rows: int, classes: int, features: int) ->
 
 
 def seconds(kind: Pass, shapes: Shapes, tiles: Tiles, device: Tpu) -> float:
-    """What the model says of them."""
+    """Estimated time of a pass with these tiles."""
     steps_rows = math.ceil(shapes.rows / tiles.rows)
     steps_classes = math.ceil(shapes.vocabulary / tiles.classes)
     splits = shapes.features // tiles.features

@@ -12,7 +12,7 @@ from .attention_weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Which pairs of a block attend.
+    """Mask of a block of pairs, evaluated in the kernel.
 
     Attributes:
         attends: `attends(query, key, *scalars)`, of positions (rows, 1) and
@@ -50,7 +50,7 @@ class Masking:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static of an attention.
+    """Options that turn products into weights; Python values.
 
     Attributes:
         weights: The positive function.

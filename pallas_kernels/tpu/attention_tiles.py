@@ -152,7 +152,7 @@ def seconds(
     visited: float,
     partial: float,
 ) -> float:
-    """What so many visited blocks cost, `partial` of them with the mask."""
+    """Estimated time of so many visited blocks, `partial` of them with the mask."""
     head, value = features
     products = {
         "forward": head + value,

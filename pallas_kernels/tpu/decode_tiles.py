@@ -1,4 +1,4 @@
-"""Block sizes of the decode kernel, from a model of what they cost; what is static."""
+"""Options of the decode kernel, and block sizes from a model of what they cost."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ CHUNK = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the keys are cut.
+    """Sizes of the blocks of keys.
 
     Attributes:
         keys: Of a block; a multiple of `chunk`.
@@ -38,7 +38,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What is static.
+    """Options of one call: Python values, of which each makes a kernel of its own.
 
     Attributes:
         heads: Of keys; row `r` of `rows` queries reads head `r // (rows // heads)`.

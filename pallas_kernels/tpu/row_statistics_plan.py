@@ -1,37 +1,23 @@
-"""Operands and options of the row-statistics kernels for TPUs, and their tiles."""
+"""Options of the row-statistics kernels for TPUs, and their tiles.
+
+Hidden and weight are float32 or bfloat16; the weight is (V, D), or (D, V) with
+`vocab_axis=1`.
+"""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
-from jax import Array, lax
+from jax import lax
 
 from pallas_kernels._devices import tpu
+from pallas_kernels._row_formulas import Operands as Operands
 
 from ._row_tiles import Pass, Shapes, Tiles, choose_tiles
 
 
-class Operands(NamedTuple):
-    """Arrays of one call.
-
-    Attributes:
-        hidden: (N, D), float32 or bfloat16.
-        weight: (V, D), or (D, V) with `vocab_axis=1`; float32 or bfloat16.
-        labels: (N, L) int32, or None; a label outside [0, V) is in no class.
-        per_row: Numbers of every row, (N,) each, by name: `logit_scale`, `temperature`.
-        per_class: Numbers of every class, (V,) each: `bias`, and `where`, which is 0
-            for a class that is not selected.
-    """
-
-    hidden: Array
-    weight: Array
-    labels: Array | None
-    per_row: dict[str, Array]
-    per_class: dict[str, Array]
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static.
+    """Options of one call: Python values, of which each makes a kernel of its own.
 
     Attributes:
         statistics: Names of those that are asked for: `lse`, `label_logits`,

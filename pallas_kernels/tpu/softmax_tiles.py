@@ -19,7 +19,7 @@ SLACK_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the array is cut.
+    """Sizes of the blocks of the array, and of what is worked on at a time.
 
     Attributes:
         rows: Of a block; a multiple of `strip`.
@@ -39,7 +39,7 @@ class Tiles:
 
 
 def held_bytes(dtype: Any, out_dtype: Any) -> int:
-    """Of an element in VMEM: of each array one is worked on, one on its way."""
+    """Bytes of VMEM per element: of each array one is worked on, one on its way."""
     arrays = (dtype,) if out_dtype is None else (dtype, out_dtype)
     return 2 * sum(jnp.dtype(each).itemsize for each in arrays)
 

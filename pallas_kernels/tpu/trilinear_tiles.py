@@ -55,7 +55,7 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        """Of a tile of queries."""
+        """Rows of a tile of queries, of all heads of it."""
         return self.groups * self.query
 
     @property
@@ -68,7 +68,7 @@ class Tiles:
 
 
 class Problem(NamedTuple):
-    """What a choice depends on.
+    """Sizes of a problem, as far as the choice of tiles depends on them.
 
     Attributes:
         groups: Query heads per key head.
@@ -137,7 +137,7 @@ def vmem_bytes(which: Pass, tiles: Tiles, problem: Problem) -> int:
 def seconds(
     which: Pass, tiles: Tiles, problem: Problem, device: Tpu, visited: int, blocks: int
 ) -> float:
-    """Of so many tiles of pairs, in so many blocks, for one key head."""
+    """Estimated time of so many tiles of pairs in so many blocks, per key head."""
     products = sum(
         n * size for n, size in zip(_PRODUCTS[which], problem.features, strict=True)
     )
