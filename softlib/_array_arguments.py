@@ -33,7 +33,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
     Integers come out as int32 or int64 (`signed`), so that no function behind this
     meets an unsigned or narrow one. `as_given` names arguments that are no ids in a
     range, numbers or ids that are only compared: they keep their dtype, and with it
-    values that no signed one holds.
+    values that no signed one holds. A number of such a name is not looked at.
     """
     if function is None:
         return functools.partial(array_arguments, as_given=as_given)
@@ -111,6 +111,8 @@ def _converted(
     if kind is None or (value is None and kind.optional):
         return value
     if isinstance(kind, NumberKind):
+        if kind.name in as_given:
+            return value
         if isinstance(value, int | float | np.generic | np.ndarray):
             return value
         return as_array(function, kind.name, value, "a number or an array")

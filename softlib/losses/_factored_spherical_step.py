@@ -59,7 +59,7 @@ class FactoredSphericalStep(NamedTuple):
     state: FactoredSphericalState
 
 
-@array_arguments
+@array_arguments(as_given=("learning_rate", "weight_decay"))
 def factored_spherical_sgd_step(
     state: FactoredSphericalState,
     hidden: Float[Array, "*batch D"],
@@ -144,7 +144,7 @@ def factored_spherical_sgd_step(
     return FactoredSphericalStep(total, of_hidden, state)
 
 
-@array_arguments
+@array_arguments(as_given=("learning_rate", "weight_decay"))
 def factored_spherical_sgd_update(
     state: FactoredSphericalState,
     hidden: Float[Array, "*batch D"],

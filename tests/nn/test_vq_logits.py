@@ -159,7 +159,7 @@ def test_wrong_arguments_are_errors():
             function(hidden, codebook, mapping * 1.0)
         with pytest.raises(ValueError, match=r"`token_bias` must have.*per token"):
             function(hidden, codebook, mapping, token_bias=jnp.zeros(3))
-        with pytest.raises(ValueError, match="`weight` must have shape"):
+        with pytest.raises(ValueError, match="`codebook` must have shape"):
             function(hidden[:, 1:], codebook, mapping)
     clusters = nn.vq_clusters(mapping, CODES)
     with pytest.raises(ValueError, match=r"`mapping.counts`.*\(6,\).*one per code"):

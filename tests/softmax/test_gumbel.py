@@ -192,7 +192,11 @@ def test_density_near_a_vertex_and_of_rows_that_lack_entries():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: gumbel_softmax(KEY, jnp.zeros(3, int)), TypeError, "`x` must have"),
+        (
+            lambda: gumbel_softmax(KEY, jnp.zeros(3, int)),
+            TypeError,
+            "`logits` must have",
+        ),
         (
             lambda: gumbel_softmax(KEY, jnp.zeros(3), temperature=0),
             ValueError,
