@@ -58,6 +58,12 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     return min(chunk, max(half, 512), vocabulary)
 
 
+def search_chunk(rows: int, features: int) -> int:
+    """Classes per step of a forward pass that searches its tiles."""
+    most = 0 if is_symbolic(rows) else WHOLE // max(rows, features, 1)
+    return most // _LANES * _LANES
+
+
 def halved(size: int) -> int:
     """Classes per step where two tiles take the place of one."""
     return max(_round_up(size // 2, _LANES), min(size, 512))

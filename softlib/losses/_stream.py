@@ -179,28 +179,39 @@ def top_classes(
     """
     cut, size = pieces(options, head)
     inf = jnp.inf
+    features = head.hidden.shape[1]
+    vocabulary = head.weight.shape[options.vocab_axis]
+    # Behind a barrier: XLA would make a full sort of a search with several readers.
+    largest = lambda z, k: lax.optimization_barrier(lax.top_k(z, k))
+    if options.vocab_chunk is None and size < vocabulary:
+        # A search in few large tiles takes less time than in many small ones.
+        size = max(size, _chunks.search_chunk(cut.size, features))
+        size = min(size, vocabulary)
 
     def of(group: Index | None) -> tuple[Array, Array]:
         mine = rows_of(head, cut, group)
-        rows = mine.hidden.shape[0]
 
-        def step(best, start, size):
+        def found_in(start, size, least=None):
             part = classes_of(mine, start, size, options)
             z = tile_of(part, options).z
             z = _tile.select(z, part.modifiers.class_where, -inf)
-            values, places = lax.top_k(z, min(count, size))
-            ids = jnp.concatenate([best[1], start + places], axis=1)
+            if least is not None:
+                # The search passes over what cannot be among the best.
+                z = jnp.where(z <= least, -inf, z)
+            values, places = largest(z, min(count, size))
+            return values, start + places
+
+        def step(best, start, size):
+            values, ids = found_in(start, size, best[0][:, -1:])
+            ids = jnp.concatenate([best[1], ids], axis=1)
             both = jnp.concatenate([best[0], values], axis=1)
-            values, places = lax.top_k(both, count)
+            values, places = largest(both, count)
             return values, jnp.take_along_axis(ids, places, axis=1)
 
-        empty = (
-            jnp.full((rows, count), -inf, head.dtype),
-            jnp.full((rows, count), -1, jnp.int32),
-        )
-        empty = match_varying(empty, head.hidden)
-        vocabulary = mine.weight.shape[options.vocab_axis]
-        values, ids = _chunks.fold(step, empty, vocabulary, size)
+        # The first tile begins, with as many as are asked for.
+        first = min(max(size, count), vocabulary)
+        best = found_in(0, first)
+        values, ids = _chunks.fold(step, best, vocabulary, size, first)
         return values, jnp.where(values == -inf, -1, ids)
 
     return by_rows(cut, of, head.hidden)

@@ -64,8 +64,9 @@ def linear_top_k(
         ValueError: Shapes do not fit together, or an option is out of range.
 
     Derivatives: none; the logits are constant to differentiation.
-    Cost: the forward pass of `linear_row_statistics`, and per tile a search for its
-        greatest k logits, which for small D takes longer than the products.
+    Cost: the forward pass of `linear_row_statistics`, in tiles of 16 MiB, and per tile
+        a search for its greatest k logits, which for small D takes longer than the
+        products.
     Source: exact maximum inner product search.
 
     Example:

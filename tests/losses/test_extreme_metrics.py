@@ -144,6 +144,18 @@ def test_top_k_has_no_array_of_rows_by_classes():
     assert "[100,512]" in text
 
 
+def test_top_k_searches_few_large_tiles_and_sorts_none():
+    struct = jax.ShapeDtypeStruct
+    top = functools.partial(losses.linear_top_k, k=5)
+    arrays = struct((256, 128), jnp.float32), struct((40_000, 128), jnp.float32)
+    text = str(operations.make_jaxpr(top)(*arrays))
+    assert "[256,40000]" not in text
+    assert "[256,16384]" in text
+    program = jax.jit(top).lower(*arrays).compile().as_text() or ""
+    assert 'custom_call_target="TopK"' in program
+    assert " sort(" not in program
+
+
 @pytest.mark.usefixtures("untyped")
 def test_wrong_arguments_are_named():
     ranking, positives = (jnp.asarray(a) for a in problem())
