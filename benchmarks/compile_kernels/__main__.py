@@ -45,7 +45,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--write",
         action="store_true",
-        help="compile all and write benchmarks/kernels*.md and kernels.json",
+        help="compile all, or all of --family, and write their numbers and the tables: "
+        "benchmarks/kernels.json and kernels*.md",
     )
     parser.add_argument(
         "--render", action="store_true", help="compile nothing: tables from the numbers"
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(chosen("all", ""), from_json(NUMBERS.read_text()))
         return 0
     if options.write:
-        options.family, options.case, options.every = "all", "", 1
+        options.family, options.case, options.every = options.family or "all", "", 1
     cases = chosen(options.family, options.case)
     by_key = {(c.family, c.name, target): c for c in cases for target in c.targets}
     reasons = {target: targets.missing(target) for target in options.targets}
@@ -87,10 +88,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for fault in wrong:
         print(fault, file=sys.stderr)
     if options.write:
-        NUMBERS.write_text(to_json(everything))
-        _write(cases, everything)
+        every_case = chosen("all", "")
+        numbers = _among(from_json(NUMBERS.read_text()), everything, every_case)
+        NUMBERS.write_text(to_json(numbers))
+        _write(every_case, numbers)
     print(f"{len(everything)} programs compiled, {len(wrong)} faults", file=sys.stderr)
     return int(bool(wrong) or len(possible) < len(options.targets))
+
+
+def _among(
+    old: Sequence[Compiled], new: Sequence[Compiled], cases: Sequence[Case]
+) -> list[Compiled]:
+    """The new numbers, and the old ones of cases that are not among them."""
+    numbers = {compiled.key: compiled for compiled in (*old, *new)}
+    keys = [
+        (case.family, case.name, target)
+        for target in targets.TARGETS
+        for case in cases
+        if target in case.targets
+    ]
+    found = [numbers.pop(key) for key in keys if key in numbers]
+    return [*found, *numbers.values()]  # of peers that are not installed here
 
 
 def _write(cases: list[Case], everything: list[Compiled]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compile_kernels import report, roofline, targets
+from benchmarks.compile_kernels import __main__ as command, report, roofline, targets
 from benchmarks.compile_kernels.case import Case, Division, array
 from benchmarks.compile_kernels.cases import all_cases, chosen
 from benchmarks.compile_kernels.compiled import (
@@ -157,6 +157,14 @@ def test_spills_are_allowed_on_v4_and_where_a_case_says_so():
 
 def test_numbers_survive_json():
     assert report.from_json(report.to_json([GOOD])) == [GOOD]
+
+
+def test_numbers_of_a_part_replace_those_of_the_same_programs():
+    peer = dataclasses.replace(GOOD, name="of a peer that is not installed")
+    found = command._among(
+        [GOOD, peer], [dataclasses.replace(GOOD, temp_bytes=7)], [CASE]
+    )
+    assert [(c.name, c.temp_bytes) for c in found] == [("small", 7), (peer.name, 20)]
 
 
 def test_the_page_has_a_line_for_every_kernel_and_failure():
