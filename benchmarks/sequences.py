@@ -147,6 +147,12 @@ def lines(quick: bool) -> list[Line]:
         shape = (1, video, heads, 64)
         name = f"Radial(1024), {video} tokens, {heads} heads"
         found.append(Line(name, "no mask", radial, own, (shape,) * 3))
+    # Frames narrower than the blocks, of which few are empty; and a long video.
+    for length, tokens in ((video // 4, 256), (4 * video, 1024)):
+        narrow = functools.partial(own, mask=masks.Radial(tokens))
+        name = f"Radial({tokens}), {length} tokens, 1 head"
+        shapes = ((1, length, 1, 64),) * 3
+        found.append(Line(name, "no mask", narrow, own, shapes, gradients=False))
     return found
 
 

@@ -4,20 +4,42 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from softlib import masks
 from softlib.masks import Block, PerAxis
 
-# Seconds per pair of a large block are 1; smaller blocks pay more for each step of the
-# loop and for their narrower products. Measured on a CPU with d = 64.
-_RATES = {512: 1.0, 256: 1.1, 128: 1.5}
+from ._host import has_few_cores
+
+
+class _Price(NamedTuple):
+    """Of a pair in a block of some size; 1 is the time of a pair of a large block.
+
+    Attributes:
+        rate: Smaller blocks pay more for each step of the loop and for their narrower
+            products.
+        mask: What evaluating the mask adds.
+    """
+
+    rate: float
+    mask: float
+
+
+# Measured on CPUs with d = 64.
+_PRICES = {512: _Price(1.0, 0.3), 256: _Price(1.1, 0.33), 128: _Price(1.5, 0.45)}
+# On 2 cores, where every step is one lane (`_lanes`): tiles of 128 stay in a cache of
+# theirs, and a mask weighs more in them. Tiles of 64 lost what they skip.
+_PRICES_ON_FEW_CORES = {
+    512: _Price(1.0, 0.15),
+    256: _Price(1.1, 0.4),
+    128: _Price(1.02, 0.6),
+}
 # With several key axes all but the last are cut finely, because every combination of
 # their keys makes rows of a tile.
 _QUERIES, _KEYS, _COMBINATIONS = (256, 128, 64, 32, 16), (512, 256, 128), (16, 8)
-# Evaluating the mask costs this fraction of a block's products.
+# With several key axes, evaluating the mask costs this fraction of a block's products.
 _PARTIAL = 0.3
 # Scores of one step beyond this leave the caches of most CPUs.
 _SCORES = 1 << 20
@@ -66,18 +88,23 @@ def cheapest(
         maps = _maps(skeleton.mask, lengths, sizes, sample)
         visited, whole = (_count(maps, least) for least in (Block.SOME, Block.ALL))
         pairs = math.prod(sizes) * rows / max(len(sample), 1)
-        looked_into = _PARTIAL * (visited - whole)
-        costs[sizes] = _rate(sizes, groups) * pairs * (visited + looked_into)
+        rate, mask = _price(sizes, groups)
+        costs[sizes] = pairs * (rate * visited + mask * (visited - whole))
     best = min(costs, key=lambda sizes: costs[sizes])
     return costs[best], best
 
 
-def _rate(sizes: tuple[int, ...], groups: int) -> float:
-    """Seconds per pair, in those of large blocks."""
+def _price(sizes: tuple[int, ...], groups: int) -> _Price:
     if len(sizes) == 2:
-        return _RATES.get(min(sizes), 1.0)
+        prices, smallest = _prices(), min(sizes)
+        return prices[next((n for n in sorted(prices) if smallest <= n), max(prices))]
     rows = groups * math.prod(sizes[:-1])
-    return 0.85 + 57 / sizes[-1] + 40 / rows
+    rate = 0.85 + 57 / sizes[-1] + 40 / rows
+    return _Price(rate, _PARTIAL * rate)
+
+
+def _prices() -> dict[int, _Price]:
+    return _PRICES_ON_FEW_CORES if has_few_cores() else _PRICES
 
 
 def _candidates(
@@ -101,7 +128,7 @@ def _candidates(
 
 def _wanted(axes: int) -> Iterator[tuple[int, ...]]:
     if axes == 2:
-        for size in _RATES:
+        for size in _prices():
             yield size, size
         return
     # As many combinations in all, spread over the key axes before the last.

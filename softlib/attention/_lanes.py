@@ -2,7 +2,9 @@
 
 A lane is one key head of one batch entry, with the query heads that read it. The tiles
 of all lanes of a step exist together, so steps take as many as keep a tile of scores in
-a cache: scratch memory does not grow with the batch, and blocks can be large.
+a cache: scratch memory does not grow with the batch, and blocks can be large. How many
+lanes that are depends on the machine: a tile that is large enough is a step of its own
+on a few cores.
 """
 
 import dataclasses
@@ -18,12 +20,17 @@ from softlib._sharding import device_count, match_varying
 from softlib._symbolic import is_symbolic
 
 from . import _stream
+from ._host import has_few_cores
 from ._scores import Result
 from ._stream import BackwardOperands, Gradient
 from ._tiles import Operands, Options
 
 # Scores of one step.
 SCORES = 1 << 20
+# On a few cores the products of one lane are as fast as they get when its tile has
+# _LARGE scores: XLA's products of several matrices of that size at once take 1.4 times
+# as long as one after the other, and their scores leave the cache between its passes.
+_LARGE, _LARGE_STEP = 1 << 12, 1 << 14
 
 
 def forward(options: Options, operands: Operands) -> Result:
@@ -87,12 +94,11 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, operands: Operands) -> "Cut":
         batch, _, heads, _ = operands.key.shape
-        blocks = math.prod(operands.plan.blocks)
+        lanes = _lanes_of_step(operands.groups * math.prod(operands.plan.blocks))
         if is_symbolic(batch):  # one entry at a time, whatever their number
-            head_step = _divisor(heads, SCORES // (operands.groups * blocks))
+            head_step = _divisor(heads, lanes)
             return cls(batch, heads, operands.groups, 1, head_step)
         devices = device_count(operands.key)
-        lanes = SCORES // (operands.groups * blocks)
         # An even division over devices is one by a divisor of both numbers.
         batch_step = math.gcd(batch, devices)
         lanes = lanes * devices // batch_step
@@ -205,6 +211,14 @@ class _View:
 
     def start(self, i: Array) -> list[Any]:
         return [jnp.zeros_like(i) if at is None else at(i) for at in self._starts]
+
+
+def _lanes_of_step(tile: int) -> int:
+    """How many lanes, whose tiles have so many scores each."""
+    scores = SCORES
+    if tile >= _LARGE and has_few_cores():
+        scores = min(SCORES, _LARGE_STEP)
+    return scores // tile
 
 
 def _divisor(number: int, most: int, of: int = 1) -> int:

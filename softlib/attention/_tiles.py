@@ -192,7 +192,9 @@ class Pairs(NamedTuple):
         ok = ok.reshape(-1, 1, math.prod(outer), 1, plan.blocks[0], size_k)
         if self.dense is not None:
             ok = ok & self._grouped(self._tile(self.dense, at))
-        return self._as_scores(ok)
+        # Otherwise XLA evaluates the mask anew in each sum and maximum that reads it,
+        # where its integers keep the whole loop from being vectorised on a CPU.
+        return lax.optimization_barrier(self._as_scores(ok))
 
     def bias_of(self, at: Index) -> Array:
         assert self.bias is not None

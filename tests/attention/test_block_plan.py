@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib import attention, masks
-from softlib.attention import block_plan
+from softlib.attention import _block_lists, block_plan
 from tests.oracles import masks as pairs
 
 EXACT = {
@@ -148,6 +148,22 @@ def test_sizes_are_chosen_out_of_three_and_no_larger_than_needed(length):
             assert size in (128, 256, 512) or length <= size < length + 8
         # One that is given is taken.
         assert block_plan(mask, length, length, block_key=24).blocks[1] == 24
+
+
+def test_few_cores_take_small_blocks_where_these_skip_something(monkeypatch):
+    """Bands of 256 tokens a frame are narrower than a block: all blocks hold pairs."""
+    sizes = {}
+    for few in (True, False):
+        monkeypatch.setattr(_block_lists, "has_few_cores", lambda few=few: few)
+        _block_lists.cheapest.cache_clear()
+        _block_lists.lists.cache_clear()
+        for tokens in (256, 1024):
+            sizes[few, tokens] = block_plan(masks.Radial(tokens), *(16_384,) * 2).blocks
+    _block_lists.cheapest.cache_clear()
+    _block_lists.lists.cache_clear()
+    assert sizes[True, 1024] == (128, 128)
+    assert sizes[False, 1024] == (256, 256)
+    assert sizes[True, 256] == sizes[False, 256] == (512, 512)
 
 
 def test_a_narrow_window_gets_smaller_blocks_than_no_mask():

@@ -83,3 +83,24 @@ def test_scratch_memory_does_not_grow_with_the_batch_of_scores():
     grown, arguments = large - small, arguments_large - arguments_small
     assert grown < 8 * arguments
     assert 8 * arguments < 16 * 16 * 128 * 128 * 4
+
+
+@pytest.mark.parametrize(("few", "expected"), [(True, (1, 1)), (False, (4, 8))])
+def test_a_large_tile_is_a_step_of_its_own_on_few_cores(few, expected, monkeypatch):
+    monkeypatch.setattr(_lanes, "has_few_cores", lambda: few)
+    x = jnp.zeros((4, 256, 8, 2))
+    plan = block_plan(None, 256, 256, block_query=128, block_key=128)
+    cut = _lanes.Cut.of(Operands(x, x, x, plan))
+    assert (cut.batch_step, cut.head_step) == expected
+    # Small ones share a step: their loop would cost more than their products.
+    small = block_plan(None, 16, 16, block_query=16, block_key=16)
+    assert _lanes.Cut.of(Operands(x, x, x, small)).is_one_step
+
+
+def test_a_mask_is_evaluated_once_in_a_step():
+    """Not anew in the maximum and in the sum: it is dear, and stops vectorisation."""
+    arrays = [draw(1, 64, 1, 8, seed=i) for i in range(3)]
+    options: Any = {"mask": masks.Radial(8), "block_query": 32, "block_key": 32}
+    call = lambda q, k, v: dot_product_attention(q, k, v, **options)
+    text: Any = jax.jit(call).lower(*arrays).compile().as_text()
+    assert text.count(" count-leading-zeros(") == 1
