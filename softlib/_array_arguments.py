@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import AbstractArray, Array
 
 from ._ids import signed
+from ._one_program import as_one_program, transfers_are_refused
 
 
 @overload
@@ -39,8 +40,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
         return functools.partial(array_arguments, as_given=as_given)
     name = function.__qualname__.removesuffix(".__call__")
 
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
+    def converted(*args: Any, **options: Any) -> Any:
         kinds = argument_kinds(function)
         given = list(args)
         for place, kind in enumerate([*kinds.values()][: len(args)]):
@@ -48,6 +48,15 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
         for key, value in options.items():
             options[key] = _converted(name, kinds.get(key), value, as_given)
         return function(*given, **options)
+
+    is_method = name != function.__qualname__
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        # A module may have a state, which no program leaves behind.
+        if not is_method and transfers_are_refused():
+            return as_one_program(converted, args, options)
+        return converted(*args, **options)
 
     return call
 

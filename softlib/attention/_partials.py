@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.numerics import RunningMax
 
 
+@array_arguments
 def merge_partials(
     outs: Float[Array, "P *rows H"] | Sequence[Float[Array, "*rows H"]],
     lses: Float[Array, "P ..."] | Sequence[Float[Array, "*rows"]],

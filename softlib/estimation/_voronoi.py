@@ -11,6 +11,7 @@ from softlib._dtypes import accumulator_dtype, common_dtype
 from ._gaussian_experts import SOFTMAX_GATE, ExpertGate, GaussianExperts
 
 
+@array_arguments
 def gauge_fixed_experts(
     experts: GaussianExperts,
     gate: ExpertGate = SOFTMAX_GATE,

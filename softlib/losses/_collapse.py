@@ -107,6 +107,7 @@ def zero_loss_fraction(
     return _share(function, losses == 0, where).astype(accumulator_dtype(losses))
 
 
+@array_arguments
 def naive_loss_minimization_alignment(
     grads: PyTree, params: PyTree
 ) -> PyTree[Float[Array, ""] | None]:

@@ -127,6 +127,7 @@ def log_spherical_softmax_from_statistics(
     return log_spherical_of(label, squares, statistics.classes, epsilon)
 
 
+@array_arguments
 def log_taylor_softmax_from_statistics(
     statistics: SphericalStatistics,
 ) -> Float[Array, "*batch"]:
@@ -155,6 +156,7 @@ def log_taylor_softmax_from_statistics(
     return log_taylor_of(label, total, squares, statistics.classes)
 
 
+@array_arguments
 def spherical_squared_error_from_statistics(
     statistics: SphericalStatistics,
 ) -> Float[Array, "*batch"]:

@@ -86,6 +86,7 @@ def extended_exp(x: Float[Array, "*shape"]) -> ExtendedFloat:
     return _extended_exp(x.astype(accumulator_dtype(x)))
 
 
+@array_arguments
 def extended_add(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
     r"""$a + b$, with one rounding.
 
@@ -112,6 +113,7 @@ def extended_add(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
     return ExtendedFloat(scaled(a, exponent) + scaled(b, exponent), exponent)
 
 
+@array_arguments
 def extended_multiply(a: ExtendedFloat, b: ExtendedFloat) -> ExtendedFloat:
     r"""$a b$: mantissas are multiplied, exponents added.
 
@@ -189,6 +191,7 @@ def extended_sum(
     return ExtendedFloat(total, most.reshape(total.shape))
 
 
+@array_arguments
 def extended_log(x: ExtendedFloat) -> Float[Array, "*shape"]:
     r"""$\log(m 2^n) = \log m + n \log 2$, in nats.
 
@@ -216,6 +219,7 @@ def extended_log(x: ExtendedFloat) -> Float[Array, "*shape"]:
     return jnp.where(empty, -jnp.inf, found)
 
 
+@array_arguments
 def extended_to_float(x: ExtendedFloat) -> Float[Array, "*shape"]:
     r"""$m 2^n$ as an ordinary number.
 
