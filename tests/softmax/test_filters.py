@@ -193,3 +193,14 @@ def test_zeros_of_either_sign_are_equal(k, traced):
     order = jnp.array([0, 1, 3, 4, 2])  # by value, then by index
     expected = jnp.zeros(5, bool).at[order[:k]].set(True)
     np.testing.assert_array_equal(kept, expected)
+
+
+def test_nan_anywhere_in_a_long_row_is_found():
+    """Of either sign, beside -inf: a maximum or a sum may pass over one."""
+    rows = np.full((12, 1000), -np.inf, np.float32)
+    rows[::2] = np.random.default_rng(0).normal(size=(6, 1000))
+    for row in range(0, 12, 3):
+        rows[row, 977 * row % 1000] = -np.nan if row % 2 else np.nan
+    kept = top_k_logits(jnp.asarray(rows), 3)
+    bad = np.isnan(np.asarray(kept)).all(-1)
+    np.testing.assert_array_equal(bad, np.arange(12) % 3 == 0)
