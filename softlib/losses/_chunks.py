@@ -30,7 +30,9 @@ from jaxtyping import Array, Int
 from softlib._symbolic import is_symbolic
 
 TILE = 2**20
-WHOLE = 2**22
+WHOLE = 2**21
+# Of the tiles of a search, which keeps nothing for a backward pass.
+SEARCH = 2**22
 ROWS = 2**21
 # Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
 BLOCK = 2**25
@@ -39,7 +41,7 @@ BLOCK = 2**25
 # some six tiles, they are smaller than the logits.
 KEPT = 3 * 2**23
 # Of fewer features a product takes less time than writing and reading it.
-KEPT_FEATURES = 128
+KEPT_FEATURES = 256
 _LANES = 128
 
 type Index = int | Int[Array, ""]
@@ -60,7 +62,7 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
 
 def search_chunk(rows: int, features: int) -> int:
     """Classes per step of a forward pass that searches its tiles."""
-    most = 0 if is_symbolic(rows) else WHOLE // max(rows, features, 1)
+    most = 0 if is_symbolic(rows) else SEARCH // max(rows, features, 1)
     return most // _LANES * _LANES
 
 

@@ -36,7 +36,7 @@ def linear_softmax_cross_entropy_sum(
     so its backward pass computes the logits again. A sum is multiplied by one number at
     the end: its gradients are computed along with it, while the logits of a block of
     rows exist, in three matrix products instead of four. That saves time with many rows
-    of many features, where products are nearly all of the work. With fewer than 128
+    of many features, where products are nearly all of the work. With fewer than 256
     features a product takes less time than to keep its result: there, unless
     `token_chunk` is given, the loss per row is taken and summed, so that the sum is
     never the slower of the two. For the mean over the rows that count let `row_weights`
@@ -76,8 +76,8 @@ def linear_softmax_cross_entropy_sum(
     Cost: with N rows 6 N V D flop with gradients, 2 N V D without; scratch of a block
         of logits, at most 128 MiB or that of 128 rows, and where the rows are several
         blocks and the weight is narrower than float32, its gradient in float32. Kept
-        for the backward pass: the gradients, and nothing else. With fewer than 128
-        features and more than 16 MiB of logits, that of `linear_row_statistics`.
+        for the backward pass: the gradients, and nothing else. With fewer than 256
+        features and more than 8 MiB of logits, that of `linear_row_statistics`.
     Source: the gradient in the forward pass of "Liger Kernel: Efficient Triton Kernels
         for LLM Training". Deviations: a scalar by construction (there a loss per row
         is accepted and its gradients are wrong), sums in float32, blocks by memory.

@@ -114,9 +114,9 @@ def linear_row_statistics(
         float32. The gradient of `logit_scale` adds two tiles, as does that of
         `temperature` for narrow operands, a bias, a softcap or a gradient filter;
         elsewhere it follows from that of `hidden`. Kept for the backward pass: the
-        arguments and O(N) numbers; for up to 2048 rows of 128 features or more also
+        arguments and O(N) numbers; for up to 2048 rows of 256 features or more also
         products of the first classes, at most three quarters of them and 96 MiB. Of
-        logits of 16 MiB at most (and for a weight narrower than float32 at most 2^22
+        logits of 8 MiB at most (and for a weight narrower than float32 at most 2^21
         numbers) all are stored instead, and the backward pass takes 4 N V D flop.
         `label_rank` costs a second stream. A reverse-over-reverse derivative stores the
         tiles, O(N V).

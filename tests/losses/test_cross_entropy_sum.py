@@ -143,7 +143,7 @@ def mean(hidden, weight, labels, **options):
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_three_products_in_the_compiled_program(vocab_axis):
     """Per step of the vocabulary; a loss per row needs a fourth, for the logits."""
-    rows, features, classes = 256, 128, 2048
+    rows, features, classes = 256, 256, 2048
     struct = jax.ShapeDtypeStruct
     shape = (classes, features) if vocab_axis == 0 else (features, classes)
     arrays = (struct((rows, features), jnp.float32), struct(shape, jnp.float32))
@@ -292,7 +292,7 @@ def test_explain_names_the_operation():
     assert "linear_sum_with_gradients\n  everywhere: xla" in text
 
 
-@pytest.mark.parametrize("features", [64, 128])
+@pytest.mark.parametrize("features", [64, 256])
 def test_keeps_no_logits_that_take_longer_to_keep_than_to_compute(features):
     rows, classes = 256, 32_768
     struct = jax.ShapeDtypeStruct
@@ -309,12 +309,12 @@ def test_keeps_no_logits_that_take_longer_to_keep_than_to_compute(features):
         return memory.temp_size_in_bytes
 
     logits = 4 * rows * classes
-    assert (scratch() > logits) == (features == 128)
+    assert (scratch() > logits) == (features == 256)
     assert scratch(token_chunk=rows) > logits
 
 
 def test_scratch_is_a_block_of_logits():
-    rows, features, classes = 4096, 128, 65536
+    rows, features, classes = 4096, 256, 65536
     struct = jax.ShapeDtypeStruct
     program = jax.jit(jax.grad(mean, argnums=(0, 1))).lower(
         struct((rows, features), jnp.float32),

@@ -63,8 +63,8 @@ def test_a_token_chunk_of_any_size(token_chunk, vocab_axis):
 @pytest.mark.parametrize("rows", [1, 300])
 def test_products_that_are_kept(rows, vocab_axis):
     """Enough features for most of the classes to be kept, and few rows or many."""
-    arrays, labels = problem(rows, 128, 2000)
-    assert _chunks.kept_classes(rows, 128, 2000, 100) == 1400
+    arrays, labels = problem(rows, 256, 2000)
+    assert _chunks.kept_classes(rows, 256, 2000, 100) == 1400
     wanted = value_and_gradients(arrays, labels, implementation="reference")
     actual = value_and_gradients(arrays, labels, vocab_chunk=100, vocab_axis=vocab_axis)
     assert_same(actual, wanted, 2000)
