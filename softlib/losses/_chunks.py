@@ -60,8 +60,10 @@ def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     return min(chunk, max(half, 512), vocabulary)
 
 
-def search_chunk(rows: int, features: int) -> int:
+def search_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step of a forward pass that searches its tiles."""
+    if not is_symbolic(rows) and rows * vocabulary <= SEARCH:
+        return vocabulary
     most = 0 if is_symbolic(rows) else SEARCH // max(rows, features, 1)
     return most // _LANES * _LANES
 

@@ -185,7 +185,7 @@ def top_classes(
     largest = lambda z, k: lax.optimization_barrier(lax.top_k(z, k))
     if options.vocab_chunk is None and size < vocabulary:
         # A search in few large tiles takes less time than in many small ones.
-        size = max(size, _chunks.search_chunk(cut.size, features))
+        size = max(size, _chunks.search_chunk(cut.size, features, vocabulary))
         size = min(size, vocabulary)
 
     def of(group: Index | None) -> tuple[Array, Array]:
