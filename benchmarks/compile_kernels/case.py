@@ -14,7 +14,7 @@ BLACKWELL = ("b200",)
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How the arguments of a program lie on several devices.
+    """A division of the arguments of a program over several devices.
 
     Attributes:
         kind: Of the mesh's axis: Explicit, divided by the types, so that each device

@@ -98,7 +98,7 @@ def faults(case: Case, compiled: Compiled) -> Iterator[str]:
 
 
 def collectives(program: str) -> dict[str, int]:
-    """How often each exchange between devices is in the compiled text.
+    """Counts of each exchange between devices in the compiled text, by name.
 
     One that runs beside other work has two lines there, and is counted at its start.
     """

@@ -15,7 +15,7 @@ from ._host import has_few_cores
 
 
 class _Price(NamedTuple):
-    """Of a pair in a block of some size; 1 is the time of a pair of a large block.
+    """Time of a pair in a block of some size, in that of a pair of a large block.
 
     Attributes:
         rate: Smaller blocks pay more for each step of the loop and for their narrower

@@ -1,4 +1,4 @@
-"""What the plain JAX stream should know about the machine that it will run on."""
+"""Facts about this machine that decide the steps of the plain JAX stream."""
 
 import os
 

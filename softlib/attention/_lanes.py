@@ -214,7 +214,7 @@ class _View:
 
 
 def _lanes_of_step(tile: int) -> int:
-    """How many lanes, whose tiles have so many scores each."""
+    """Number of lanes that one step takes, if each has a tile of `tile` scores."""
     scores = SCORES
     if tile >= _LARGE and has_few_cores():
         scores = min(SCORES, _LARGE_STEP)

@@ -48,7 +48,7 @@ class Rows:
 
     @property
     def massless(self) -> Bool[Array, "*batch"]:
-        """Where no class has a probability; all of a row without classes."""
+        """Marks rows in which no class has a probability, those without classes too."""
         return massless(self.statistics)
 
     def counted(self, values: Array, bad: ArrayLike = 0) -> Array:

@@ -61,26 +61,27 @@ def _ragged_rows(
     """Every row times the matrix of its group, or times its transpose."""
     contracted = (((1,), (2 if transposed else 1,)), ((), ()))
     dimensions = lax.RaggedDotDimensionNumbers(contracted, [0], [0])
-    return lax.ragged_dot_general(
-        rows,
-        weight,
-        sizes,
-        dimensions,
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+    return _ragged(rows, weight, sizes, dimensions, precision, dtype)
 
 
 def _ragged_outer(
     rows: Array, others: Array, sizes: Array, *, precision: Precision, dtype: Any
 ) -> Array:
-    """Of every group, the sum of the outer products of its rows in both: (G, D, F)."""
+    """Sum of the outer products of its rows in both, for every group: (G, D, F)."""
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return _ragged(rows, others, sizes, dimensions, precision, dtype)
+
+
+def _ragged(
+    left: Array,
+    right: Array,
+    sizes: Array,
+    dimensions: lax.RaggedDotDimensionNumbers,
+    precision: Precision,
+    dtype: Any,
+) -> Array:
     return lax.ragged_dot_general(
-        rows,
-        others,
-        sizes,
-        dimensions,
+        *(left, right, sizes, dimensions),
         precision=precision,
         preferred_element_type=dtype,
     )

@@ -233,7 +233,7 @@ def _root(
     t: Array,
     most: int | None = None,
 ) -> Array:
-    """Where a rising function is 0 between `low` and `high`, by Newton's steps from t.
+    """Finds where a rising function is 0 in [low, high], by Newton's steps from t.
 
     `step(t)` is the step that the function's slope at t asks for, and whether the root
     lies below t. Whatever the first says, the second keeps the root in a bracket: a

@@ -25,7 +25,7 @@ FIELDS = {"gate_weight": "gate"}
 
 
 def bad_values(value: Any, kind: Any) -> Iterator[Any]:
-    """Of other kinds, dtypes and shapes than the example has."""
+    """Gives arguments of other kinds, dtypes and shapes than the example has."""
     yield "typo"
     yield None
     if not isinstance(kind, ArrayKind):
@@ -45,7 +45,7 @@ def bad_values(value: Any, kind: Any) -> Iterator[Any]:
 
 
 def error(call: Call) -> Exception | None:
-    """Of a call that is traced, not computed."""
+    """Returns what the call raises when it is traced, or None; computes nothing."""
     is_none = lambda leaf: leaf is None
     leaves, structure = jax.tree.flatten(call.arguments, is_leaf=is_none)
     is_array = lambda x: (

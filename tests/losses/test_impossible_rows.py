@@ -115,7 +115,7 @@ WITHOUT_CLASS_WHERE = {
 
 
 def problem(name: str, bias: float) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """What is differentiated and what is not; `bias` is added to the first row.
+    """Arrays to differentiate by, and the rest; `bias` is added to the first row.
 
     Of a linear head to all rows, whose logits have no other way to be infinite.
     """

@@ -196,7 +196,7 @@ def test_zeros_of_either_sign_are_equal(k, traced):
 
 
 def test_nan_anywhere_in_a_long_row_is_found():
-    """Of either sign, beside -inf: a maximum or a sum may pass over one."""
+    """Finds NaN of either sign beside -inf: a maximum or a sum may pass over one."""
     rows = np.full((12, 1000), -np.inf, np.float32)
     rows[::2] = np.random.default_rng(0).normal(size=(6, 1000))
     for row in range(0, 12, 3):
