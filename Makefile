@@ -29,7 +29,10 @@ OFFSET ?=
 DRAFT ?=
 
 RUN := $(VENV)/bin/python
-PYTEST := -m pytest -n $(WORKERS) $(if $(OFFSET),--offset $(OFFSET))
+# A test that aborts its process ends the run: the processes that xdist starts in the place
+# of such a one have waited for ever for the cases that it had.
+PYTEST := -m pytest -n $(WORKERS) --max-worker-restart 0 \
+  $(if $(OFFSET),--offset $(OFFSET))
 # Most of the suite's time is compilation, of programs too small to gain from it, and many
 # of the last run's. `make slow` and `make test-rest` compile as users do.
 QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \

@@ -24,6 +24,7 @@ from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
+from softlib.numerics._largest import largest
 
 from . import _chunks, _tile, _tile_gradient
 from ._chunks import Index, RowCut
@@ -181,8 +182,6 @@ def top_classes(
     inf = jnp.inf
     features = head.hidden.shape[1]
     vocabulary = head.weight.shape[options.vocab_axis]
-    # Behind a barrier: XLA would make a full sort of a search with several readers.
-    largest = lambda z, k: lax.optimization_barrier(lax.top_k(z, k))
     if options.vocab_chunk is None and size < vocabulary:
         # A search in few large tiles takes less time than in many small ones.
         size = max(size, _chunks.search_chunk(cut.size, features, vocabulary))

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib._compiled_once import compiled_once
+from softlib.numerics._largest import largest
 
 # Up to so many a partial sort is quicker.
 _FEW = 128
@@ -101,9 +102,8 @@ def _first_of_largest(
     else:
         k = jnp.broadcast_to(per_row, scores.shape[:-1])[..., None]
     if number is not None and number <= _FEW:
-        # Of equal entries `top_k` finds the first, except that 0 comes before -0.
-        # (Behind a barrier: XLA would make a full sort of one with several readers.)
-        best, index = lax.optimization_barrier(lax.top_k(scores, min(number, count)))
+        # Of equal entries a search finds the first, except that 0 comes before -0.
+        best, index = largest(scores, min(number, count))
         least = best[..., -1:]
         last = jnp.where(best == least, index, -1).max(-1, keepdims=True)
         crowded = least == 0
