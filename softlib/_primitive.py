@@ -115,14 +115,15 @@ def _traced(call: Call, function: Function, *leaves: Any) -> Any:
 
 
 def _trace(call: Call, *leaves: Any) -> Any:
-    return _traced.trace(call, call.plain, *map(_type_of, leaves))
+    return _traced.trace(call, call.plain, *map(type_of, leaves))
 
 
 def _results(call: Call, *leaves: Any) -> Any:
     return jax.tree.structure(_trace(call, *map(jax.typeof, leaves)).out_info)
 
 
-def _type_of(aval: Any) -> jax.ShapeDtypeStruct:
+def type_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """An abstract value as the argument of a trace, with the mesh of its type."""
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
@@ -192,7 +193,7 @@ def _chosen(call: Call, platform: str | None, module: Any) -> Function:
     own = dict(call.platforms).get(platform or "")
     if own is None:
         function, missing = call.fallback, f"for platform {platform}"
-    elif _is_divided(module):
+    elif is_divided(module):
         function, missing = own.plain, "for a program divided by the compiler"
     else:
         function, missing = own.kernel, ""
@@ -213,7 +214,7 @@ def _mesh_for(device: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device))
 
 
-def _is_divided(module: Any) -> bool:
+def is_divided(module: Any) -> bool:
     """Whether the compiler divides the program, or a part of it, over devices."""
     context = module.axis_context
     if isinstance(context, mlir.ShardingContext):

@@ -8,6 +8,7 @@ are each other's transposes, and so have derivatives of every order and in both 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
 
-from softlib._primitive import _is_divided, _type_of
+from softlib._primitive import is_divided, type_of
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
 from softlib.typing import Precision
@@ -188,10 +189,12 @@ def _primitive(
     The transpose rule, which names both products, is added below.
     """
     primitive = Primitive(name)
+    # Remembers the types that it has found.
+    static = [*inspect.signature(everywhere).parameters][3:]
+    traced = jax.jit(everywhere, static_argnames=static)
 
-    def type_of(*avals: Any, **options: Any) -> Any:
-        traced = jax.jit(functools.partial(everywhere, **options))
-        (found,) = traced.trace(*map(_type_of, avals)).jaxpr.out_avals
+    def result(*avals: Any, **options: Any) -> Any:
+        (found,) = traced.trace(*map(type_of, avals), **options).jaxpr.out_avals
         return found
 
     def derivative(primals: Any, tangents: Any, **options: Any) -> Any:
@@ -233,11 +236,11 @@ def _primitive(
 
     def lowered_for_cpu(context: Any, *values: Any, **options: Any) -> Any:
         # The compiler divides a product over devices better than a loop of slices.
-        divided = _is_divided(context.module_context)
+        divided = is_divided(context.module_context)
         function = functools.partial(everywhere if divided else on_cpu, **options)
         return mlir.lower_fun(function, multiple_results=False)(context, *values)
 
-    primitive.def_abstract_eval(type_of)
+    primitive.def_abstract_eval(result)
     primitive.def_impl(eager)
     ad.primitive_jvps[primitive] = derivative
     batching.primitive_batchers[primitive] = mapped
