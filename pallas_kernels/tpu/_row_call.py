@@ -1,4 +1,4 @@
-"""What the row-statistics kernels share: operands, grid, products, and slices."""
+"""The parts that the row-statistics kernels share: operands, grid, products, slices."""
 
 import dataclasses
 import functools
@@ -28,11 +28,11 @@ class Step(NamedTuple):
 
     Attributes:
         refs: References by name.
-        outer: The tile that stays.
-        inner: The tile that goes by.
-        part: Of D.
-        is_first: Whether nothing of this outer tile has been visited.
-        is_last: Whether nothing is left after this step.
+        outer: Index of the tile that stays for all steps of the second grid axis.
+        inner: Index of the tile that changes from step to step.
+        part: Which part of the features is in; the backward pass counts them twice.
+        is_first: Whether this step is the first one of its outer tile.
+        is_last: Whether this step is the last one of its outer tile.
     """
 
     refs: dict[str, Any]
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What the three kernels share: operands, grid, products, the walk over slices."""
+    """One call of a kernel: operands and grid, products, the walk over slices."""
 
     kind: Pass
     options: Options
@@ -82,7 +82,7 @@ class Call:
 
     @property
     def parts(self) -> int:
-        """Of D."""
+        """The number of parts that the features are cut into."""
         return self.operands.hidden.shape[1] // self.tiles.features
 
     @property
@@ -105,7 +105,7 @@ class Call:
 
     # ------------------------------------------------------------------ inside a kernel
     def multiply(self, step: Step) -> None:
-        """Adds a part of D to the raw products of the tile."""
+        """Adds the product over one part of the features to the logits of the tile."""
         part, axis = step.part, self.options.vocab_axis
         turn = lambda *at: at if axis == 0 else at[::-1]
 
@@ -127,7 +127,7 @@ class Call:
         return None
 
     def divide(self, step: Step, name: str) -> None:
-        """Divides an operand of float32; one of bfloat16 is multiplied as it is."""
+        """Writes a float32 operand as a sum of bfloat16 ones; keeps one of bfloat16."""
         parts = step.refs.get(f"{name}_parts")
         if parts is None:
             return
@@ -150,9 +150,9 @@ class Call:
         *,
         fresh: bool = False,
     ) -> None:
-        """Adds a product of two operands, or of the cotangents and one, to `to[part]`.
+        """Adds the product of two references, by their names, to `refs[to][part]`.
 
-        `at`: from rows and columns of the product to those of each factor.
+        `at` gives, for rows and columns of the product, the indices of each factor.
         """
         shape, ref = step.refs[to].shape[len(part) :], step.refs[to]
         # Parts of one product after the other: together they would spill.
@@ -239,9 +239,10 @@ class Call:
 
     @property
     def _streamed(self) -> tuple[int, int]:
-        """Length of the axis whose tiles go by, and of a tile.
+        """The length of the axis that a sum runs over, and of a tile of it.
 
-        Overhang of the other axis gives results that are not written.
+        What lies beyond its end would enter the sum. What lies beyond the end of the
+        other axis gives results that are not written.
         """
         if self.kind == "weight":
             return self.rows, self.tiles.rows
@@ -254,9 +255,9 @@ class Call:
     def _without_overhang(
         self, array: Any, axis: int, step: Step, start: Any = 0
     ) -> Any:
-        """0 where the streamed operand of a sum over the inner tile ends.
+        """The array with zeros beyond the end of the axis that a sum runs over.
 
-        `start`: of its rows, in the tile.
+        `start` is the place in the tile of the array's first row.
         """
         whole, tile = self._streamed
         if whole % tile == 0:
@@ -273,9 +274,10 @@ class Call:
         turn: Callable[[Any, Slice], None],
         add: Callable[[Any], None],
     ) -> None:
-        """Logits into cotangents, once all of D is in, and their products added.
+        """Turns logits into cotangents and adds what these contribute to a gradient.
 
-        `add` adds the product to a part of the sum.
+        `turn` does so for a slice, once the logits are complete; `add` adds the product
+        of the cotangents and the part of an operand that it is told.
         """
         refs, part = step.refs, step.part
 
@@ -300,7 +302,7 @@ class Call:
             pl.when(due)(functools.partial(add_all, at))
 
     def note_cotangents(self, step: Step, at: Any, raw: Any) -> None:
-        """Keeps those of some rows, as the products want them."""
+        """Stores the cotangents of some rows, divided as the products need them."""
         draw = step.refs["draw"]
         for i, part in enumerate(parts_of(raw, draw.shape[0])):
             draw[i, at, :] = part
@@ -317,7 +319,7 @@ class Call:
         return self.tiles.rows, self.tiles.classes
 
     def operand_scratch(self) -> dict[str, Any]:
-        """For operands of float32, divided."""
+        """The scratch that holds float32 operands as sums of bfloat16 ones."""
         tiles, found = self.tiles, {}
         block = (tiles.classes, tiles.features)
         blocks = {
@@ -349,7 +351,7 @@ class Call:
         scratch: dict[str, Any],
         interpret: Any,
     ) -> dict[str, Array]:
-        """Calls the kernel with references by name; results by name."""
+        """Runs a kernel that takes references by name; returns results by name."""
         operands, tiles = self._operands(), self.tiles
         scratch = scratch | self.operand_scratch()
         names = (*operands, *results, *scratch)

@@ -1,4 +1,4 @@
-"""Some keys of a block, in the decode kernel: scores, weights, and their sums.
+"""One chunk of keys in the decode kernel: scores, weights, and their sums.
 
 Sums and maxima stay apart by lane until the sequence ends, except for the running
 maximum, which is that of a row.
@@ -22,9 +22,10 @@ PIECE = 2
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Of the pass that is under way, and the scores and weights of a chunk: refs.
+    """References to the sums of a sequence so far and to the scores of one chunk.
 
-    Numbers per row are (rows, 128), some of them apart by lane.
+    Numbers per row have the shape (rows, 128). Of some, each lane holds the sum over
+    the keys in this lane alone, until the sequence ends.
     """
 
     weighted: Any
@@ -61,7 +62,7 @@ def visit_chunk(
     masked: bool,
     again: bool,
 ) -> None:
-    """Some keys of a block: `masked` if not every row sees them all.
+    """Adds a chunk of keys to the sums; `masked` if some row does not see them all.
 
     Scores and weights go through vector memory, a few rows at a time: as a value they
     would need more registers than there are.
@@ -104,7 +105,7 @@ def visit_chunk(
         return
 
     def values(at, which):
-        """128 places of the block: 0 behind the end, and of other heads than one."""
+        """Values of 128 places; 0 behind the end and for other heads than `which`."""
         value = value_ref[pl.ds(start + at, LANES)]
         key, head = _key_and_head(form, at + _iota((LANES, 1), 0))
         counts = key < (longest - first if masked else tiles.chunk)
@@ -134,9 +135,11 @@ def visit_chunk(
 def _products(
     first: Any, second: Any, contract: int, precision: lax.Precision
 ) -> Iterator[Any]:
-    """Their sum is the product of the last axis with `contract`; the smallest first.
+    """Yields products of bfloat16 parts, the smallest first; their sum is the product.
 
-    One after another: what the compiler makes of a product of float32 spills.
+    The last axis of `first` is contracted with the axis `contract` of `second`. Each
+    part is a product of its own: registers spill in what the compiler makes of one of
+    float32.
     """
     left, right = (
         list(parts_of(x, part_count(x.dtype, precision))) for x in (first, second)
@@ -146,14 +149,14 @@ def _products(
 
 
 class _Mask(NamedTuple):
-    """Of some rows: their head, and how many keys of the chunk they see (None: all)."""
+    """A mask of rows by their head and by how many keys they see (None: all)."""
 
     form: Form
     head: Any
     visible: Any
 
     def __call__(self, z: Any, start: int) -> Any:
-        """-inf for what does not count; `start` is the first lane in the chunk."""
+        """The scores, -inf where they do not count; the first has the lane `start`."""
         key, head = _key_and_head(self.form, start + _iota((1, z.shape[1]), 1))
         if self.form.heads > 1:
             z = jnp.where(head == self.head, z, -jnp.inf)
@@ -165,7 +168,7 @@ class _Mask(NamedTuple):
 def _weigh(
     rows, mask: _Mask, numbers, state: State, form: Form, lanes: int, *, again: bool
 ) -> None:
-    """Turns products into weights, and adds them up."""
+    """Turns the scores of some rows into weights and adds these to their sums."""
     column = lambda i: jnp.broadcast_to(numbers[:, i : i + 1], state.top[rows].shape)
     scale, plain = column(0), form.unified and not again
     is_long = form.elementwise or form.logit_softcap is not None
@@ -178,7 +181,7 @@ def _weigh(
         return mask(z, start)
 
     def fold(function, carry):
-        """Some lanes after the others: masks of all would need too many registers."""
+        """Runs over 128 lanes at a time: masks of all would need too many registers."""
 
         def step(i, carry):
             for start in range(0, piece, LANES):
@@ -221,7 +224,7 @@ def _weigh(
 
 
 def _key_and_head(form: Form, place):
-    """Of places in a chunk, where the heads of a key lie side by side."""
+    """The key and the head at a place of a chunk: heads of a key are neighbours."""
     key = quotient(place, form.heads)
     return key, place - key * form.heads
 
@@ -231,23 +234,23 @@ def _iota(shape: tuple[int, int], axis: int):
 
 
 def _piece(lanes: int, dtype: Any) -> int:
-    """Lanes of a product, and of what is unrolled, without spills as compiled."""
+    """The number of lanes of one product: as many as compile without spills."""
     most = 1 if dtype == jnp.float32 else PIECE
     return next(n * LANES for n in (most, 1) if lanes % (n * LANES) == 0)
 
 
 def strip_of(dtype: Any) -> int:
-    """Rows that are worked on at a time: those of one register."""
+    """The number of rows of one register, which are worked on at a time."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
 def quotient(x, divisor: int):
-    """Of integers that are not negative."""
+    """`x // divisor` of integers that are not negative."""
     if divisor & (divisor - 1):
         return lax.div(x, jnp.int32(divisor))
     return lax.shift_right_logical(x, jnp.int32(divisor.bit_length() - 1))
 
 
 def count_of(n, size: int):
-    """How many pieces of a size; 0 or less if there is nothing."""
+    """The number of pieces of `size` that hold `n` entries; 0 or less for `n` <= 0."""
     return lax.div(n + size - 1, jnp.int32(size))

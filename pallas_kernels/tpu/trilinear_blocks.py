@@ -34,10 +34,11 @@ type Pair = tuple[jax.Array, jax.Array]
 
 
 class Shape(NamedTuple):
-    """What the bodies know of one call, all static.
+    """The static facts of one call.
 
-    `parts`: of the query heads of a key head, `tiles.groups` each. `pieces`: into which
-    left operands of products are divided, and keys and values of the second axis.
+    `parts` is the number of parts, of `tiles.groups` heads each, of the query heads
+    that share a key head. `pieces` holds how many bfloat16 arrays stand for a float32
+    one: for left operands of products, and for keys and values of the second axis.
     """
 
     lengths: tuple[int, int, int]
@@ -52,12 +53,12 @@ class Shape(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of a tile of queries."""
+        """The number of rows of a tile of queries."""
         return self.tiles.rows
 
     @property
     def scores(self) -> int:
-        """Rows of a tile of scores."""
+        """The number of rows of a tile of scores."""
         return self.rows * self.tiles.combined
 
     def spread(self, features: int) -> Any:
@@ -65,7 +66,7 @@ class Shape(NamedTuple):
         return vmem(self.pieces[0], self.scores, features, dtype=jnp.bfloat16)
 
     def first_keys(self, features: int) -> Any:
-        """Scratch for a block of the first axis, tile by tile: one may be a row."""
+        """Scratch for a block of the first axis by tiles; a tile may be one row."""
         return vmem(self.tiles.counts[0], self.tiles.combined, features)
 
     def keys(self) -> tuple[Any, ...]:
@@ -78,12 +79,12 @@ class Shape(NamedTuple):
         )
 
     def divided(self, x: jax.Array) -> list[jax.Array]:
-        """A left operand of a product."""
+        """The bfloat16 arrays whose sum is a left operand of a product."""
         return divided(x, self.pieces[0])
 
 
 class Block(NamedTuple):
-    """Where a step is, and what the lists say of it."""
+    """The place of a step: its first tuple, and which of its tiles are visited."""
 
     shape: Shape
     starts: tuple[Any, Any, Any]
@@ -95,7 +96,7 @@ class Block(NamedTuple):
         return lax.shift_right_logical(self.word, KINDS + 2 * tile) & 3
 
     def load(self, refs: Sequence[Any], scratch: Sequence[Any]) -> None:
-        """Keys and values of both axes, 0 beyond the ends, as they are needed."""
+        """Fills the scratch with keys and values of both axes, 0 beyond the ends."""
         for ref, own in zip(refs[:2], scratch[:2], strict=True):
             x = self._inside(ref[0], 1, self.starts[1])
             for t, part in enumerate(parts(x, self.shape.tiles.combined)):
@@ -127,10 +128,12 @@ class Block(NamedTuple):
         leave: Callable[[Any], None] | None = None,
         transposed: bool = False,
     ) -> None:
-        """Over tiles of the first axis, and in each over those of the second.
+        """Runs over tiles of the first axis and, in each, over those of the second.
 
-        `enter(own)` and `leave(own)` of a tile that is not NONE, `visit(own, other,
-        tile)` in it; `own` is its place in `Shape.first_keys`, `other` a slice.
+        `enter(own)` and `leave(own)` are called around each tile of the first axis that
+        is not NONE, `visit(own, other, tile)` for each tile of the second in it. `own`
+        is the place of the first tile in `Shape.first_keys`, `other` the slice of the
+        second.
         """
         tiles, (firsts, seconds) = self.shape.tiles, self.shape.tiles.counts
 
@@ -165,7 +168,7 @@ class Block(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of scores; `level` 0 is whole, in 1 only the first axis is not."""
+    """A tile of scores: whole at `level` 0, at 1 whole on the second key axis alone."""
 
     shape: Shape
     starts: tuple[Any, Any, Any]
@@ -173,7 +176,7 @@ class Tile(NamedTuple):
     transposed: bool
 
     def select(self, x: jax.Array, fill: float) -> jax.Array:
-        """`x` where the tuples attend."""
+        """`x` where the tuples attend, else `fill`."""
         if self.level == 0:
             return x
         if self.transposed:
@@ -191,7 +194,10 @@ class Tile(NamedTuple):
         return jnp.concatenate(found, 0)
 
     def _allowed(self, i: Any, j: Any, l: Any) -> Any:
-        """None for everywhere; `l` does not count where the second axis is whole."""
+        """Where tuples (i, j, l) attend; None for everywhere.
+
+        `l` is not read where the second axis is whole.
+        """
         s, found = self.shape, []
         if s.masks.first is not None:
             found.append(s.masks.first(i, j))
@@ -207,7 +213,7 @@ class Tile(NamedTuple):
         return functools.reduce(jnp.logical_and, found) if found else None
 
     def _lines(self) -> tuple[Any, Any]:
-        """Queries and first keys of the rows, along the lanes."""
+        """The query and the first key of each row of the tile, laid along the lanes."""
         s, (query, first, _) = self.shape, self.starts
         row = lax.broadcasted_iota(jnp.int32, (1, s.scores), 1)
         step = quotient(row, s.rows, s.tiles.combined)
@@ -254,8 +260,8 @@ def call(
 ) -> Any:
     """One kernel over (batch, heads, visits, parts); `kinds` name the axis of an array.
 
-    Parts of the query heads of a key head are heads of their own where the queries own
-    the results, and else follow each other in the same block, whose sum they enter.
+    Where results belong to queries, each part of the query heads of a key head is a
+    head of its own. Else parts are later steps in the same block and enter its sum.
     """
     batch, entries = operands[0].shape[0], visits.rows.size
     tiles, heads, inner = shape.tiles, shape.heads, shape.parts
@@ -316,7 +322,7 @@ def call(
 
 
 def unstack(ref: Any, x: jax.Array, groups: int) -> None:
-    """Writes the rows of a tile of queries: the inverse of `Block.queries`."""
+    """Writes the rows of a tile of queries; undoes `Block.queries`."""
     features = x.shape[1]
     for g, part in enumerate(parts(x, x.shape[0] // groups)):
         ref[0, :, g * features : (g + 1) * features] = part.astype(ref.dtype)
