@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jax.test_util import check_grads
 from jaxtyping import Array
 
 from ._assert_close import assert_close
@@ -190,22 +189,28 @@ class _Subject:
     def cotangents(self):
         shapes = jax.eval_shape(self.leaves, *self.arrays)
         random = np.random.default_rng(0)
+        # Of NumPy, here and below: an operation on one array alone is a compilation.
         return [
-            jnp.asarray(random.uniform(0.5, 1.5, s.shape), s.dtype)
+            jax.device_put(np.asarray(random.uniform(0.5, 1.5, s.shape), s.dtype))
             for s in shapes
             if _is_floating(s)
         ]
 
     @functools.cached_property
     def expected(self):
-        return self.compute(self.cotangents(), *self.arrays)
+        return jax.device_get(self.compute(self.cotangents(), *self.arrays))
+
+    @functools.cached_property
+    def in_float64(self):
+        with jax.enable_x64():
+            return _InFloat64(self)
 
     @functools.cached_property
     def compute(self):
         return jax.jit(self.result)
 
     def compare(self, actual, expected):
-        actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+        actual, expected = map(jax.tree.leaves, jax.device_get((actual, expected)))
         for one, two in zip(actual, expected, strict=True):
             if one.dtype != two.dtype:
                 raise AssertionError(f"dtypes differ, {one.dtype} and {two.dtype}")
@@ -239,20 +244,22 @@ def _check_vmap(subject: _Subject) -> None:
         ]
         axes = [0 if i in batched else None for i in everything]
         stacked = [
-            jnp.stack(several) if axis == 0 else several[0]
+            np.stack(several) if axis == 0 else several[0]
             for axis, several in zip(axes, zip(*versions, strict=True), strict=True)
         ]
-        actual = jax.jit(jax.vmap(subject.result, (None, *axes)))(cotangents, *stacked)
+        call = jax.jit(jax.vmap(subject.result, (None, *axes)))
+        actual = jax.device_get(call(cotangents, *stacked))
         for k, arrays in enumerate(versions):
             one = jax.tree.map(lambda a, k=k: a[k], actual)
             subject.compare(one, subject.compute(cotangents, *arrays))
 
 
-def _version(array: Array, k: int) -> Array:
+def _version(array: Array, k: int) -> np.ndarray:
     """The k-th of several different arrays that are as admissible as `array`."""
-    if array.ndim:
-        return jnp.roll(array, k, axis=0)
-    return array * (1 + k / 8) if _is_floating(array) else array
+    one = np.asarray(array)
+    if one.ndim:
+        return np.roll(one, k, axis=0)
+    return np.asarray(one * (1 + k / 8), one.dtype) if _is_floating(one) else one
 
 
 def _check_determinism(subject: _Subject) -> None:
@@ -280,48 +287,107 @@ def _replace(subject: _Subject, function: Callable[..., Any]) -> _Subject:
 
 
 # ---------------------------------------------------------------- derivatives, float64
-def _in_float64(subject: _Subject):
-    """The differentiable arguments, and the floating outputs as their function."""
-    arrays = [
-        jnp.asarray(np.asarray(a, np.float64) if _is_floating(a) else np.asarray(a))
-        for a in subject.arrays
-    ]
-    chosen = [arrays[i] for i in subject.differentiable]
-    outputs = jax.jit(lambda chosen: subject.floating(arrays, chosen)[0])
-    return chosen, outputs
+class _InFloat64:
+    """A subject's floating outputs and their gradients, in float64, as two programs."""
+
+    def __init__(self, subject: _Subject):
+        arrays = [
+            jax.device_put(
+                np.asarray(a, np.float64) if _is_floating(a) else np.asarray(a)
+            )
+            for a in subject.arrays
+        ]
+        self.chosen = [arrays[i] for i in subject.differentiable]
+        self.outputs = jax.jit(lambda chosen: subject.floating(arrays, chosen)[0])
+        random = np.random.default_rng(1)
+        self.cotangents = [
+            random.uniform(0.5, 1.5, s.shape)
+            for s in jax.eval_shape(self.outputs, self.chosen)
+        ]
+        self.outputs_and_gradient = jax.jit(functools.partial(_pulled, self.outputs))
+        self.gradient = lambda x, g: self.outputs_and_gradient(g, x)[1][0]
+
+    @property
+    def is_differentiable(self) -> bool:
+        return bool(self.chosen and self.cotangents)
 
 
-def _check_first_derivative(subject: _Subject, *, mode: str) -> None:
+def _pulled(function, cotangents, *point):
+    values, pull = jax.vjp(function, *point)
+    return values, pull(cotangents)
+
+
+def _check_reverse_mode(subject: _Subject) -> None:
     with jax.enable_x64():
-        chosen, outputs = _in_float64(subject)
-        if chosen and jax.eval_shape(outputs, chosen):
-            check_grads(outputs, (chosen,), order=1, modes=[mode])
+        wide = subject.in_float64
+        if wide.is_differentiable:
+            pulled = wide.outputs_and_gradient
+            _compare_reverse(wide.outputs, pulled, (wide.chosen,))
 
 
-def _pullback(subject: _Subject):
-    """The gradient as a function of cotangents and arguments, and a point for it."""
-    chosen, outputs = _in_float64(subject)
-    random = np.random.default_rng(1)
-    cotangents = [
-        jnp.asarray(random.uniform(0.5, 1.5, s.shape))
-        for s in jax.eval_shape(outputs, chosen)
-    ]
-    gradient = jax.jit(lambda g, x: jax.vjp(outputs, x)[1](g)[0])
-    return gradient, (cotangents, chosen)
+def _check_forward_mode(subject: _Subject) -> None:
+    with jax.enable_x64():
+        wide = subject.in_float64
+        if wide.is_differentiable:
+            _compare_forward(wide.outputs, (wide.chosen,))
 
 
 def _check_gradient_of_gradient(subject: _Subject) -> None:
     with jax.enable_x64():
-        gradient, point = _pullback(subject)
-        if all(point):
-            check_grads(gradient, point, order=1, modes=["rev"])
+        wide = subject.in_float64
+        if wide.is_differentiable:
+            pulled = jax.jit(functools.partial(_pulled, wide.gradient))
+            _compare_reverse(wide.gradient, pulled, (wide.chosen, wide.cotangents))
 
 
 def _check_hessian_vector_product(subject: _Subject) -> None:
     with jax.enable_x64():
-        gradient, point = _pullback(subject)
-        if all(point):
-            check_grads(gradient, point, order=1, modes=["fwd"])
+        wide = subject.in_float64
+        if wide.is_differentiable:
+            _compare_forward(wide.gradient, (wide.chosen, wide.cotangents))
+
+
+def _compare_reverse(function, pulled, point) -> None:
+    """The pulled back cotangent along a direction, and the difference quotient."""
+    values = jax.device_get(function(*point))
+    random = np.random.default_rng(2)
+    tangents, cotangents = _normal(random, point), _normal(random, values)
+    found, gradients = jax.device_get(pulled(cotangents, *point))
+    jax.tree.map(_compare_with_differences, found, values)
+    quotient = _difference_quotient(function, point, tangents)
+    _compare_with_differences(_dot(gradients, tangents), _dot(quotient, cotangents))
+
+
+def _compare_forward(function, point) -> None:
+    tangents = _normal(np.random.default_rng(2), point)
+    both = jax.jit(lambda point, tangents: jax.jvp(function, point, tangents))
+    found, slopes = jax.device_get(both(point, tangents))
+    jax.tree.map(_compare_with_differences, found, jax.device_get(function(*point)))
+    quotient = _difference_quotient(function, point, tangents)
+    jax.tree.map(_compare_with_differences, slopes, quotient)
+
+
+def _difference_quotient(function, point, tangents, step=1e-4):
+    """That of both sides, along the tangents."""
+    here = jax.device_get(point)
+    moved = lambda s: jax.tree.map(lambda x, t: x + s * t, here, tangents)
+    above, below = (jax.device_get(function(*moved(s))) for s in (step, -step))
+    # Equal infinities have no difference.
+    slope = lambda x, y: np.where(x == y, 0.0, x - y) / (2 * step)
+    return jax.tree.map(slope, above, below)
+
+
+def _normal(random, tree):
+    return jax.tree.map(lambda x: random.normal(size=np.shape(x)), tree)
+
+
+def _dot(one, two):
+    leaves = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return sum(np.vdot(x, y) for x, y in leaves)
+
+
+def _compare_with_differences(actual, expected) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------ many devices
@@ -368,11 +434,11 @@ def _check_shard_map(subject: _Subject) -> None:
                 arguments = _placed(subject, mesh)
                 both = jax.jit(lambda *a, o=outside, i=inside: (o.result(*a), i(*a)))
                 for actual in jax.device_get(both(*arguments)):
-                    subject.compare(actual, jax.device_get(subject.expected))
+                    subject.compare(actual, subject.expected)
 
 
 def _check_sharded_jit(subject: _Subject) -> None:
-    expected = jax.device_get(subject.expected)
+    expected = subject.expected
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         mesh = _mesh(subject, axis_type)
         with jax.set_mesh(mesh):
@@ -410,8 +476,8 @@ def _placed(subject: _Subject, mesh):
 _CHECKS: dict[str, Callable[[_Subject], None]] = {
     "jit": _check_jit,
     "vmap": _check_vmap,
-    "reverse_mode": functools.partial(_check_first_derivative, mode="rev"),
-    "forward_mode": functools.partial(_check_first_derivative, mode="fwd"),
+    "reverse_mode": _check_reverse_mode,
+    "forward_mode": _check_forward_mode,
     "gradient_of_gradient": _check_gradient_of_gradient,
     "hessian_vector_product": _check_hessian_vector_product,
     "checkpoint": _check_checkpoint,
