@@ -7,13 +7,18 @@ that is named after empty rows has those too.
 
 from collections.abc import Iterator
 
+import hypothesis
 import numpy as np
+import pytest
 
 from tests.attention import (
+    decode_problems,
     problems,
     tensor_problems,
     test_attention,
+    test_decode,
     test_kronecker,
+    test_recurrent_forms,
     test_sequence_parallel,
     test_softplus,
 )
@@ -25,6 +30,9 @@ from tests.kernels import (
     test_tpu_row_statistics,
     test_tpu_trilinear,
 )
+from tests.masks import random_masks, test_against_definition
+from tests.oracles import masks as oracle
+from tests.pairwise import pairwise
 
 
 def block_sparse() -> Iterator[tuple[str, np.ndarray]]:
@@ -93,3 +101,60 @@ def test_labels_are_classes_that_count():
             chosen = np.asarray(where)
             assert 0 < chosen[inside].sum() < inside.size
             assert 1 < chosen.sum() < chosen.size
+
+
+def differs(left: np.ndarray, right: np.ndarray) -> bool:
+    left, right = np.asarray(left), np.asarray(right)
+    return left.shape != right.shape or bool(np.abs(left - right).max() > 1e-3)
+
+
+ONE_DTYPE = {"dtype": ("float32",)}
+
+
+def test_every_option_of_a_decoding_step_changes_its_result():
+    for case in pairwise(test_decode.OPTIONS | ONE_DTYPE, test_decode.valid):
+        arrays, _, options, _ = test_decode.prepared(case)
+        found = decode_problems.oracle(arrays, **options)
+        plain = {"is_causal": False, "logit_softcap": None, "lengths": None}
+        for name in plain:
+            # One query is the last one, with or without a causal mask.
+            if options[name] != plain[name] and (name, case["T"]) != ("is_causal", 1):
+                without = options | {name: plain[name]}
+                other = decode_problems.oracle(arrays, **without)
+                assert differs(found.out, other.out), (name, case)
+        for name in arrays:
+            others = {**arrays, name: 1.3 * arrays[name]}
+            other = decode_problems.oracle(others, **options)
+            assert differs(found.out, other.out), (name, case)
+
+
+def test_every_option_of_a_recurrence_changes_its_result():
+    for case in test_recurrent_forms.CASES:
+        given = test_recurrent_forms.from_case(case)
+        found = test_recurrent_forms.oracle(given, case)
+        options = set(given) & {"log_decay", "mask"} if case["length"] > 1 else set()
+        for name in options:
+            without = {n: array for n, array in given.items() if n != name}
+            other = test_recurrent_forms.oracle(without, case)
+            assert differs(found, other), (name, case)
+        # A single key may be masked.
+        for name in ("query", "key", "value") if case["length"] > 1 else ():
+            others = given | {name: given[name][..., ::-1]}
+            other = test_recurrent_forms.oracle(others, case)
+            assert differs(found, other), (name, case)
+
+
+@pytest.mark.parametrize("name", [*random_masks.PRIMITIVES, "compositions"])
+def test_random_masks_allow_some_pairs_and_not_others(name):
+    drawn = []
+    strategy = random_masks.PRIMITIVES.get(name, random_masks.compositions)
+    positions = test_against_definition.POSITIONS
+
+    @hypothesis.settings(max_examples=30, database=None)
+    @hypothesis.given(strategy)
+    def draw(case):
+        pairs = oracle.dense(case.keeps, positions, positions)
+        drawn.append(pairs.any() and not pairs.all())
+
+    draw()
+    assert sum(drawn) >= len(drawn) / 3 or name == "All", (sum(drawn), len(drawn))
