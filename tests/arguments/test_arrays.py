@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds, array_arguments
-from tests import example_calls
+from tests import example_calls, programs
 
 # What is not in the annotations is what these tests are about.
 ANY: Any = softlib
@@ -32,11 +32,19 @@ def array_names() -> dict[str, list[str]]:
 
 def plain(value: Any) -> Any:
     """An array as lists of Python; a key stays what it is."""
-    if not isinstance(value, jax.Array):
-        return value
-    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == jnp.uint32:
-        return value
-    return value.tolist()
+    return value.tolist() if is_plain(value) else value
+
+
+def as_array(value: Any) -> Any:
+    return jnp.asarray(value.tolist()) if is_plain(value) else value
+
+
+def is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, jax.Array)
+        and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        and value.dtype != jnp.uint32
+    )
 
 
 @pytest.mark.parametrize("address", array_names())
@@ -44,31 +52,32 @@ def test_lists_are_arrays(address):
     if address == "attention.sequence_parallel_attention":
         pytest.skip("it runs inside jax.shard_map")
     call = example_calls.of(f"softlib.{address}")
-    lists = {n: plain(call.arguments.get(n)) for n in array_names()[address]}
-    lists = {name: value for name, value in lists.items() if value is not None}
-    found, wanted = (jax.tree.leaves(each) for each in (call(**lists), call()))
+    arrays = {n: call.arguments.get(n) for n in array_names()[address]}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
+    lists = {name: plain(value) for name, value in arrays.items()}
+    if all(map(np.ndim, arrays.values())):
+        # Made of lists: some of the example are weakly typed, which no list becomes.
+        arrays = {name: as_array(value) for name, value in arrays.items()}
+        programs.assert_same(lambda: call(**lists), lambda: call(**arrays))
+        return
+    # A number is no constant of a traced program, where an array is one.
+    found, wanted = (jax.tree.leaves(call(**each)) for each in (lists, arrays))
     for one, two in zip(found, wanted, strict=True):
-        if isinstance(two, jax.Array) and jnp.issubdtype(
-            two.dtype, jax.dtypes.prng_key
-        ):
-            continue
         np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("address", array_names())
 def test_none_is_no_array(address):
     function = example_calls.functions()[f"softlib.{address}"]
-    kinds = argument_kinds(function)
-    call = example_calls.of(f"softlib.{address}")
-    required = [
-        kind.name
-        for kind in kinds.values()
-        if isinstance(kind, ArrayKind) and not kind.optional
-    ]
+    kinds = argument_kinds(function).values()
+    found = (kind for kind in kinds if isinstance(kind, ArrayKind))
+    required = [kind.name for kind in found if not kind.optional]
+    # Known before anything else of the call is looked at.
+    others = dict.fromkeys(required, np.zeros(1, "float32"))
     for name in required:
         known = rf"^{function.__name__}: `{name}` must be an array, got None\.$"
         with pytest.raises(TypeError, match=known):
-            call(**{name: None})
+            function(**others | {name: None})
 
 
 def test_what_is_no_array_is_named():

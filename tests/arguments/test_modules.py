@@ -16,7 +16,7 @@ from flax import linen
 
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds
-from tests import example_calls, public_names
+from tests import example_calls, programs, public_names
 
 
 def module_classes() -> dict[str, type]:
@@ -84,9 +84,7 @@ def test_lists_are_arrays(name):
         key: value.tolist() if isinstance(value, jax.Array) else value
         for key, value in arguments.items()
     }
-    found, wanted = (jax.tree.leaves(module(**each)) for each in (lists, arguments))
-    for one, other in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(one, other)
+    programs.assert_same(lambda: module(**lists), lambda: module(**arguments))
 
 
 @pytest.mark.parametrize("name", NNX)
