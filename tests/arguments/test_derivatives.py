@@ -6,7 +6,7 @@ exactly 0, temperatures of 1, distributions that are certain or do not sum to 1.
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -145,15 +145,23 @@ def slopes(function: Any, x: np.ndarray, side: int) -> np.ndarray:
     for place in itertools.product(*map(range, x.shape)):
         step = np.zeros(x.shape)
         step[place] = STEP * (side or 1)
-        of = [function(jnp.asarray(x + k * step)) for k in range(3)]
+        of = [function(x + k * step) for k in range(3)]
         if side:
             found[place] = (-1.5 * of[0] + 2 * of[1] - 0.5 * of[2]) / step[place]
         else:
-            found[place] = (of[1] - function(jnp.asarray(x - step))) / (2 * STEP)
+            found[place] = (of[1] - function(x - step)) / (2 * STEP)
     return found
 
 
 def check(call: example_calls.Call, name: str, x: np.ndarray, side: int) -> None:
+    check_all(call, name, [(x, side)])
+
+
+def check_all(
+    call: example_calls.Call, name: str, at: Iterable[tuple[np.ndarray, int]]
+) -> None:
+    """At several points of one argument; points of one shape share a program."""
+
     def total(value: jax.Array) -> jax.Array:
         leaves = jax.tree.leaves(call(**{name: value}))
         kept = [y for y in leaves if jnp.issubdtype(jnp.asarray(y).dtype, jnp.floating)]
@@ -162,11 +170,12 @@ def check(call: example_calls.Call, name: str, x: np.ndarray, side: int) -> None
         terms = [jnp.where(jnp.isfinite(y), y * weigh(y), 0).sum() for y in kept]
         return sum(terms, jnp.zeros(()))
 
-    function = jax.jit(total)
-    found = np.asarray(jax.grad(function)(jnp.asarray(x)))
-    wanted = slopes(function, x, side)
-    where = f"{call.function.__name__}, `{name}` = {x.tolist()}"
-    np.testing.assert_allclose(found, wanted, 1e-5, 1e-6, err_msg=where)
+    function = jax.jit(jax.value_and_grad(total))
+    for x, side in at:
+        found = np.asarray(function(x)[1])
+        wanted = slopes(lambda x: function(x)[0], x, side)
+        where = f"{call.function.__name__}, `{name}` = {x.tolist()}"
+        np.testing.assert_allclose(found, wanted, 1e-5, 1e-6, err_msg=where)
 
 
 @pytest.mark.parametrize("short", differentiable())
@@ -178,8 +187,7 @@ def test_derivatives_are_those_of_differences(short):
         given = jax.tree.map(lambda value: generic(value, draw), call.arguments)
         call = call.replaced(**given)
         for name in differentiable()[short]:
-            for x, side in points(short, name, given):
-                check(call, name, x, side)
+            check_all(call, name, points(short, name, given))
 
 
 # Of these the second derivative at a mass of 0 is infinite.
@@ -205,14 +213,12 @@ def test_derivatives_in_distributions_that_are_labels(case):
         function = example_calls.functions()[address]
         call = example_calls.Call(function, {"logits": logits} | options)
         q = np.array([[0.3, 0.2, 0.1, 0.4]])
-        for labels, side in ((q, 0), (1.3 * q, 0), (np.eye(4)[:1], 1)):
-            if not side or case not in STEEP:
-                check(call, "labels", labels, side)
-        for labels in (q, 0.8 * q, np.eye(4)[:1]):
-            known = example_calls.Call(
-                function, options | {"labels": jnp.asarray(labels)}
-            )
-            check(known, "logits", np.asarray(logits), 0)
+        corner = np.eye(4)[:1]
+        at = [(q, 0), (1.3 * q, 0), (corner, 1)]
+        check_all(call, "labels", at[:2] if case in STEEP else at)
+        labels = jnp.concatenate([q, 0.8 * q, corner])
+        known = example_calls.Call(function, options | {"labels": labels})
+        check(known, "logits", np.tile(logits, (3, 1)), 0)
 
 
 def test_derivatives_in_the_weights_of_samples():
@@ -242,5 +248,5 @@ def test_derivatives_in_the_weights_of_samples():
             names = ("weights_p", "weights_q") if "samples_p" in given else ("weights",)
             for name in names:
                 call = example_calls.Call(function, given)
-                check(call, name, np.array([0.5, 1.0, 2.0, 1.5]), 0)
-                check(call, name, np.array([0.0, 1.0, 2.0, 0.0]), 1)
+                some, zeros = [0.5, 1.0, 2.0, 1.5], [0.0, 1.0, 2.0, 0.0]
+                check_all(call, name, [(np.array(some), 0), (np.array(zeros), 1)])
