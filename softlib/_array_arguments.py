@@ -3,7 +3,7 @@
 Functions say in their annotations which arguments are arrays. Lists, Python numbers and
 bools, and arrays of NumPy are taken for arrays in all of them; None only where the
 annotation has it. A Python number stays one where the annotation has both. What is
-annotated as a bool must be one. A method is called by the name of its class.
+annotated as a bool must be one. Messages call `__call__` by the name of its class.
 """
 
 import functools
@@ -49,7 +49,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
             options[key] = _converted(name, kinds.get(key), value, as_given)
         return function(*given, **options)
 
-    is_method = name != function.__qualname__
+    is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:

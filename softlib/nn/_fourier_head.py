@@ -127,6 +127,7 @@ class FourierHead(nnx.Module):
             self.coefficients(x), labels, num_bins=self.num_bins, where=where
         )
 
+    @array_arguments
     def coefficients(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
         """Real parts, then imaginary parts, of the n + 1 coefficients, float32.
 
@@ -140,6 +141,7 @@ class FourierHead(nnx.Module):
         product = jnp.matmul(x, kernel, preferred_element_type=wide)
         return product + bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
 
+    @array_arguments
     def smoothness_penalty(
         self, x: Float[Array, "*batch D"], *, normalize: bool = True
     ) -> Float[Array, "*batch"]:

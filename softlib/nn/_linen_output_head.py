@@ -95,6 +95,7 @@ class LinenOutputHead(linen.Module):
         """
         return loss_or_logits(*self._operands(hidden), labels, **options)
 
+    @array_arguments
     def token_metrics(
         self,
         hidden: Float[Array, "*batch D"],

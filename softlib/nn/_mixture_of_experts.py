@@ -308,6 +308,7 @@ class MixtureOfExperts(nnx.Module):
         y, dropped = self._through_experts(x, routing)
         return y.reshape(shape), self._report(routing, dropped, where)
 
+    @array_arguments
     def balance(self, expert_load: Float[Array, " E"], rate: PerRow) -> None:
         """Moves a `SelectionBias` by `rate` towards experts with less than their share.
 

@@ -119,6 +119,7 @@ class OutputHead(nnx.Module):
         """
         return loss_or_logits(*self._operands(hidden), labels, **options)
 
+    @array_arguments
     def token_metrics(
         self,
         hidden: Float[Array, "*batch D"],

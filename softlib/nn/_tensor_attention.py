@@ -193,6 +193,7 @@ class TensorAttention(nnx.Module):
         query, keys, values = self._heads(inputs, inputs_kv)
         return self.out(self._attend(query, keys, values, mask))
 
+    @array_arguments
     def attention_weights(
         self,
         inputs: Float[Array, "*batch T D"],

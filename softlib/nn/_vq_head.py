@@ -236,6 +236,7 @@ class VQLogitsHead(nnx.Module):
             hidden, self._cast(table), mapping, labels, token_bias=bias, **options
         )
 
+    @array_arguments
     def sample(
         self,
         key: Array,
@@ -270,6 +271,7 @@ class VQLogitsHead(nnx.Module):
         wide = accumulator_dtype(embedding)
         return jnp.mean(jnp.square(embedding.astype(wide) - codes.astype(wide)))
 
+    @array_arguments
     def update_codebook(
         self,
         *,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds
@@ -106,3 +106,40 @@ def test_modules_of_linen():
     np.testing.assert_array_equal(found, wanted)
     with pytest.raises(TypeError, match=r"^LinenOutputHead: `hidden` must be an array"):
         head.apply(variables, None)
+
+
+def methods() -> dict[str, Any]:
+    """The other public methods of modules that take arrays, by `Class.method`."""
+    found = {}
+    for each in public_names.public_names():
+        cls = each.value
+        # (flax wraps the methods of linen's.)
+        if not isinstance(cls, type) or not issubclass(cls, nnx.Module):
+            continue
+        for name, value in vars(cls).items():
+            if name.startswith("_") or not inspect.isfunction(value):
+                continue
+            kinds = argument_kinds(inspect.unwrap(value)).values()
+            if any(isinstance(kind, ArrayKind) for kind in kinds):
+                found[f"{each.name}.{name}"] = value
+    return found
+
+
+def test_methods_name_what_is_no_array():
+    found = methods()
+    assert {"OutputHead.token_metrics", "FourierHead.coefficients"} <= {*found}
+    for name, method in found.items():
+        for kind in argument_kinds(inspect.unwrap(method)).values():
+            if isinstance(kind, ArrayKind) and not kind.optional:
+                known = rf"^{name}: `{kind.name}` must be an array, got None\.$"
+                with pytest.raises(TypeError, match=known):
+                    method(None, **{kind.name: None})
+
+
+def test_methods_take_lists():
+    head: Any = softlib.nn.OutputHead(2, 3, rngs=nnx.Rngs(0))
+    hidden, labels = jnp.eye(2), jnp.array([1, 2])
+    wanted = head.token_metrics(hidden, labels)
+    found = head.token_metrics(hidden.tolist(), np.array(labels, np.uint8))
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
