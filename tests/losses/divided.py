@@ -6,11 +6,11 @@ Used in one process, and by the two that two_processes.py is run in.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from softlib import losses
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = (8, 4), 16, 48
 FLOATING = (

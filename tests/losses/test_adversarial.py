@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from softlib.losses import (
     smooth_adversarial_comp_sum_loss,
 )
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.losses.problems import assert_agrees
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "comp_sum_losses_case0.npz"

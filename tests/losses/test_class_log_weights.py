@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
 from softlib.losses._sources import GivenLogits, LinearHead
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import row_statistics as oracle
 
 ROWS, FEATURES, CLASSES = 6, 3, 7

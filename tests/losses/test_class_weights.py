@@ -4,13 +4,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.testing import assert_close
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.problems import assert_agrees
 from tests.oracles.weighted_cross_entropy import (
     target_of,

@@ -4,11 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.compiled import losses
+from tests.host import jnp
 
 
 # ------------------------------------------------------------------------ the softmax

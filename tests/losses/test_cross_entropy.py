@@ -5,11 +5,11 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
+from tests.host import jnp
 from tests.losses.problems import (
     OPTIONS,
     SHAPES,
@@ -58,6 +58,7 @@ OTHERS = pairwise(
     {
         "operation": OPERATIONS,
         **SHAPES,
+        "V": (1, 127, 1000, 50257),  # the stream is that of the loss
         **OPTIONS,
         "where": (True, False),
     },

@@ -4,12 +4,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
 

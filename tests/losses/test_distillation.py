@@ -5,13 +5,13 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.problems import assert_agrees, precision
 from tests.oracles import divergences as oracle
 

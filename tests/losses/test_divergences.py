@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,6 +15,7 @@ from softlib import losses
 from softlib.losses._pairs import HeadPairOptions, LogitsPairOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.host import jnp
 from tests.losses.problems import assert_agrees, precision
 from tests.oracles import divergences as oracle
 

@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import edit_invariant as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/eisl_case0.npz"

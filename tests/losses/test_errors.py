@@ -3,11 +3,11 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 4, 3, 7
 HIDDEN = jnp.zeros((ROWS, FEATURES))

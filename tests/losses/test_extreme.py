@@ -5,7 +5,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from softlib.softmax import soft_top_k
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import extreme as oracle
 

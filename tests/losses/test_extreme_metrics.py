@@ -3,13 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 from tests import operations
 from tests.compiled import losses
+from tests.host import jnp
 from tests.oracles import extreme as oracle
 
 ROWS, FEATURES, CLASSES = 6, 3, 13

@@ -3,11 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
+from tests.host import jnp
 
 QUERIES, LABELS, FEATURES, SCALE, STEPS = 200, 400, 8, 20.0, 400
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from softlib import losses
 from softlib.losses import SphericalStatistics
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import spherical as oracle
 
 CLASSES, FEATURES, ROWS = 41, 5, 12

@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -17,6 +16,7 @@ from softlib.losses._fenchel_young import (
 )
 from softlib.softmax._entmax import entmax
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import sparse_maps as oracle
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "sparse_softmax_case0.npz"

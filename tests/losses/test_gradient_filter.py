@@ -1,13 +1,13 @@
 """The gradient filter: which blocks it drops, what it leaves exact, its error bound."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import softlib
 from softlib import losses
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 300, 8, 700
 EPS = 1e-3

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -18,6 +17,7 @@ from softlib._dispatch import Implementation
 from softlib.losses import _engine, _stream
 from softlib.losses._stream import Head
 from softlib.losses._tile import Modifiers, Options
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES, CHUNK = 8, 512, 4500, 512
 # Of the platform that runs here, and of those that have kernels of their own.

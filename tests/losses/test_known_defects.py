@@ -4,13 +4,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import softlib
 from softlib import losses
+from tests.host import jnp
 from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
 

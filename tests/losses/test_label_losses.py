@@ -7,7 +7,6 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import label_losses as oracle
 

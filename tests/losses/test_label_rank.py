@@ -1,12 +1,12 @@
 """The rank of a label: its place in the stable descending order of the row."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from tests.compiled import losses
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 5, 3, 300
 

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from softlib.losses import (
@@ -11,6 +10,7 @@ from softlib.losses import (
     linear_token_metrics,
     softmax_cross_entropy,
 )
+from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
 MIB = 2**20

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given as given_examples, settings, strategies as st
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.losses.problems import assert_agrees
 from tests.oracles.weighted_cross_entropy import target_of, weighted_cross_entropy
 

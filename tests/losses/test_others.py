@@ -6,13 +6,13 @@ The other tests of losses have vocabularies that are too small to be cut.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
 from softlib.losses._others import pieces_of
 from softlib.testing import assert_close
+from tests.host import jnp
 
 ROWS = 24
 

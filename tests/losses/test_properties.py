@@ -3,12 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
 from softlib import losses
 from softlib.testing import assert_close
+from tests.host import jnp
 
 CLASSES, FEATURES = 13, 4
 rows_and_seeds = given(

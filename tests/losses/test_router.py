@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from softlib.losses._router import (
 )
 from softlib.softmax import softmax
 from softlib.testing import assert_close
+from tests.host import jnp
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 NAN, INF = jnp.nan, jnp.inf

@@ -4,12 +4,12 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.testing import assert_close
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees, values_and_gradients
 from tests.oracles import row_statistics as oracle
 

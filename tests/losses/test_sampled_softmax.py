@@ -4,13 +4,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.losses._sampled_softmax import _draw
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import losses
+from tests.host import jnp
 
 ROWS, FEATURES, CLASSES, DRAWN = 8, 3, 11, 6
 IDS = np.array(

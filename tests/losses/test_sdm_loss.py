@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from softlib import losses as library
 from softlib.losses import softmax_cross_entropy
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import compiled
+from tests.host import jnp
 from tests.oracles import similarity as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -5,7 +5,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from softlib import losses
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.host import jnp
 from tests.oracles import preference as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

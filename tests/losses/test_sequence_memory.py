@@ -3,12 +3,12 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from softlib import losses
 from tests import operations
+from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
 BATCH, LENGTH, FEATURES, CLASSES = 4, 16, 8, 6000

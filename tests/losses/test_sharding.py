@@ -4,12 +4,12 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
+from tests.host import jnp
 from tests.oracles.cross_entropy import token_metrics
 from tests.oracles.row_statistics import row_statistics
 

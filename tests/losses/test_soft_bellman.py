@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import soft_bellman as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/oreo_case0.npz"

@@ -6,7 +6,6 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,6 +15,7 @@ from softlib import losses, softmax
 from softlib.losses._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import spherical as oracle
 

@@ -4,13 +4,13 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import losses
 from softlib.softmax import log_stablemax
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import stablemax as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

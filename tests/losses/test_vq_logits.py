@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from softlib import losses
 from softlib.losses._options import LinearHeadOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.host import jnp
 from tests.losses.test_memory import temporary
 from tests.oracles import vq_logits as oracle
 
