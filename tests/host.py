@@ -32,6 +32,8 @@ REARRANGING = (
     "where",
     "zeros_like",
 )
+# Those whose result has the dtype of all that they are given.
+JOINING = ("concatenate", "stack", "where")
 
 
 def _is_traced() -> bool:
@@ -100,8 +102,11 @@ def _rearranged(theirs: Callable[..., Any], name: str) -> Callable[..., Any]:
         if not arrays or _is_traced():
             return theirs(*args, **options)
         on_host = lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
-        args, options = jax.tree.map(on_host, (args, options))
-        return _put(np.array(ours(*args, **options)))
+        values = ours(*jax.tree.map(on_host, args), **jax.tree.map(on_host, options))
+        # NumPy has another idea of a number beside an array of bfloat16.
+        joined = jax.tree.leaves(args[name == "where" :]) if name in JOINING else None
+        dtype = jax.numpy.result_type(*joined) if joined else None
+        return _put(np.array(values), dtype)
 
     return make
 
