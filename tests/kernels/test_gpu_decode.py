@@ -28,7 +28,10 @@ HOPPER = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """`decode_attention` by the kernel, with two stages."""
+    """Compiles `decode_attention` by the kernel, with two stages.
+
+    What comes is a program of arrays, lengths and of the numbers of a unified maximum.
+    """
     for name in ("LEAST_KEYS", "LEAST_FEATURES"):
         monkeypatch.setattr(_decode_kernels, name, 1)
     monkeypatch.setattr(_decode_kernels.devices, "gpu_generation", lambda: "hopper")
@@ -41,19 +44,29 @@ def interpreted(monkeypatch):
     simulated = functools.partial(kernels.decode, interpret=SIMULATED)
     monkeypatch.setattr(kernels, "decode", simulated)
 
-    def call(arrays, lengths, **options):
-        if lengths is not None:
-            options["key_value_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
-        decode = functools.partial(
-            decode_attention,
-            **{"num_splits": 1, **options},
-            implementation="pallas_gpu",
-            return_statistics=True,
+    def compiled(arrays, lengths, *, numbers=(), **options):
+        traced = lambda lengths, numbers: (
+            dict(numbers)
+            | ({} if lengths is None else {"key_value_seq_lengths": np.int32(lengths)})
         )
-        with operations.kernels_of("cuda"):
-            return jax.jit(lambda arrays: decode(**arrays))(arrays)
 
-    return call
+        @jax.jit
+        def decode(arrays, traced):
+            return decode_attention(
+                **arrays,
+                **traced,
+                **{"num_splits": 1, **options},
+                implementation="pallas_gpu",
+                return_statistics=True,
+            )
+
+        with operations.kernels_of("cuda"):
+            program = decode.lower(arrays, traced(lengths, numbers)).compile()
+        return lambda arrays, lengths, numbers=(): program(
+            arrays, traced(lengths, numbers)
+        )
+
+    return compiled
 
 
 def small(dtype="bfloat16", *, B=3, S=152, N=2, K=1, **sizes):
@@ -63,15 +76,9 @@ def small(dtype="bfloat16", *, B=3, S=152, N=2, K=1, **sizes):
 
 # Sizes, options of the kernel and of the oracle, options of the kernel.
 CASES: dict[str, Any] = {
-    "running maximum": ({}, {}, {}),
     "two splits": ({}, {}, {"num_splits": 2}),
     "more splits than tiles have": ({"B": 1}, {}, {"num_splits": 3, "phi": 0.3}),
     "no lengths": ({"lengths": None, "S": 128, "B": 1}, {}, {"phi": 0.3}),
-    "two heads, elementwise": (
-        {"N": 6, "K": 2, "B": 1},
-        {},
-        {"phi": jnp.linspace(-2, 2, 6), "criterion": "elementwise"},
-    ),
     "causal draft, softcap": (
         {"T": 5, "B": 2},
         {"is_causal": True, "logit_softcap": 2.0},
@@ -88,82 +95,108 @@ def test_matches_the_oracle(name, interpreted):
     sizes = dict(sizes)
     lengths = sizes.pop("lengths", LENGTHS[: sizes.get("B", 3)])
     arrays = small(**sizes)
-    out, statistics = interpreted(arrays, lengths, **shared, **options)
+    numbers = {"phi": np.float32(options["phi"])} if "phi" in options else {}
+    static = {n: x for n, x in options.items() if n not in numbers} | shared
+    call = interpreted(arrays, lengths, numbers=numbers, **static)
+    out, statistics = call(arrays, lengths, numbers)
+    check(arrays, lengths, out, statistics, **shared)
+    assert not statistics.needs_recompute.any()
+
+
+def check(arrays, lengths, out, statistics, scale=1, **shared):
+    """Results by the oracle's; `scale` is that of the largest scores."""
     expected = oracle(arrays, lengths=lengths, **shared)
     dtype = arrays["query"].dtype
+    # Scores of some hundreds are as exact as their products.
+    length = 152 * scale**2
     assert out.dtype == dtype
     assert_close(out, expected.out, dtype=dtype, length=152)
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=152)
-    assert_close(statistics.max_score, expected.max_score, dtype="float32", length=64)
-    assert not statistics.needs_recompute.any()
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+    top, length = statistics.max_score, 64 * scale**2
+    assert_close(top, expected.max_score, dtype="float32", length=length)
 
 
 # Of NumPy, which multiplies in the interpreter.
 NOT_FINITE = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 
-RANGES: dict[str, Any] = {
-    "above": ((-70.0, 5.0), "row_max", 1),
-    "below": ((6.0, 80.0), "row_max", 2),
-    "an element": ((-4.0, 80.0), "elementwise", 1),
-    "overflow": ((-70.0, 2000.0), "row_max", 1),
+# By criterion the splits, the heads, and the valid ranges; in the last of "row_max" the
+# scores of the first sequence are large.
+WIDE = (-70.0, 80.0)
+PROGRAMS: dict[Any, Any] = {
+    None: (1, {"N": 2, "K": 1}, {}),
+    "row_max": (
+        2,
+        {"N": 3, "K": 1},
+        {"above": (-70.0, 5.0), "below": (6.0, 80.0), "overflow": (-70.0, 2e3)},
+    ),
+    "elementwise": (1, {"N": 6, "K": 2}, {"an element": (-4.0, 80.0)}),
 }
 
 
 @NOT_FINITE
-@pytest.mark.parametrize("name", RANGES)
-def test_rows_that_leave_the_range_are_done_again(name, interpreted):
-    """Right results, and flags exactly where the criterion says."""
-    valid_range, criterion, splits = RANGES[name]
-    arrays, lengths = small(N=3), (152, 20, 0)
-    if name == "overflow":
-        arrays["query"] = arrays["query"].at[0].multiply(64)
-    out, statistics = interpreted(
-        arrays,
-        lengths,
-        phi=0.5,
-        valid_range=valid_range,
-        criterion=criterion,
-        num_splits=splits,
+@pytest.mark.parametrize("criterion", PROGRAMS)
+def test_one_program_of_several_problems(criterion, interpreted):
+    """Within its range, out of it, and with NaN; the running maximum has no range."""
+    splits, heads, ranges = PROGRAMS[criterion]
+    arrays, lengths = small(**heads), (152, 20, 0)
+    phi = np.full(heads["N"], 0.5, np.float32)
+    options = {"criterion": criterion} if criterion else {}
+
+    def numbers(phi, valid_range=WIDE):
+        limits = tuple(map(np.float32, valid_range))
+        return {"phi": phi, "valid_range": limits} if criterion else {}
+
+    call = interpreted(
+        arrays, lengths, numbers=numbers(phi), num_splits=splits, **options
     )
+    spread = np.linspace(-2, 2, heads["N"], dtype=np.float32)
+    out, statistics = call(arrays, lengths, numbers(spread))
+    check(arrays, lengths, out, statistics)
+    assert not statistics.needs_recompute.any()
+    for name, valid_range in ranges.items():
+        given = numbers(phi, valid_range)
+        check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, given)
+    if criterion != "elementwise":
+        check_what_lies_behind_the_length(call, arrays, lengths, numbers(0 * phi))
+    if criterion == "row_max":
+        check_a_reference_that_is_no_number(call, arrays, lengths, numbers)
+
+
+def check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, numbers):
+    """Right results, and flags exactly where the criterion says."""
+    scale = 64 if name == "overflow" else 1
+    query = np.array(arrays["query"])
+    query[0] *= scale
+    arrays = arrays | {"query": query}
+    out, statistics = call(arrays, lengths, numbers)
     expected = oracle(arrays, lengths=lengths)
-    flags = expected.outside(0.5, valid_range, criterion)
+    flags = expected.outside(0.5, numbers["valid_range"], criterion)
     if name == "overflow":
         flags = flags | (expected.max_score > 80)
-    assert flags.any()
-    assert not flags.all()
-    np.testing.assert_array_equal(statistics.needs_recompute, flags)
-    assert_close(out, expected.out, dtype="bfloat16", length=152)
-    # Scores of some hundreds are as exact as their products.
-    length = 152 * 64**2 if name == "overflow" else 152
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+    assert flags.any(), name
+    assert not flags.all(), name
+    np.testing.assert_array_equal(statistics.needs_recompute, flags, name)
+    check(arrays, lengths, out, statistics, scale)
 
 
-@pytest.mark.parametrize("phi", [None, 0.0])
-def test_what_lies_behind_the_length_does_not_matter(phi, interpreted):
-    arrays, lengths = small(B=2), LENGTHS[:2]
+def check_what_lies_behind_the_length(call, arrays, lengths, numbers):
     behind = np.arange(152)[None] >= np.array(lengths)[:, None]
-    arrays = {
-        name: jnp.where(behind[..., None, None], jnp.nan, array).astype(array.dtype)
-        if name in ("key", "value")
-        else array
-        for name, array in arrays.items()
-    }
-    clean = {n: np.nan_to_num(np.asarray(a, np.float64)) for n, a in arrays.items()}
-    out, _ = interpreted(arrays, lengths, phi=phi)
-    expected = oracle(clean, lengths=lengths)
-    assert_close(out, expected.out, dtype="bfloat16", length=152)
+    spoilt = {}
+    for name in ("key", "value"):
+        spoilt[name] = np.array(arrays[name])
+        spoilt[name][behind] = np.nan
+    out, statistics = call(arrays | spoilt, lengths, numbers)
+    check(arrays, lengths, out, statistics)
 
 
-@NOT_FINITE
-def test_a_reference_that_is_no_number_is_not_used(interpreted):
-    arrays = small()
-    phi = jnp.asarray([np.nan, -np.inf])
-    out, statistics = interpreted(arrays, LENGTHS, phi=phi, num_splits=2)
-    expected = oracle(arrays, lengths=LENGTHS)
-    assert_close(out, expected.out, dtype="bfloat16", length=152)
-    np.testing.assert_array_equal(
-        statistics.needs_recompute, expected.max_score > -np.inf
-    )
+def check_a_reference_that_is_no_number(call, arrays, lengths, numbers):
+    """It is not used, those of other heads are."""
+    phi = np.full(arrays["query"].shape[2], 0.5, np.float32)
+    phi[:2] = np.nan, -np.inf
+    out, statistics = call(arrays, lengths, numbers(phi))
+    check(arrays, lengths, out, statistics)
+    some = np.asarray(statistics.max_score) > -np.inf
+    np.testing.assert_array_equal(statistics.needs_recompute, some & ~np.isfinite(phi))
 
 
 # --------------------------------------------------------------------------- tile sizes

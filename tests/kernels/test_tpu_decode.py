@@ -25,24 +25,37 @@ LENGTHS = (150, 0, 77)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """`decode_attention` by the kernel, with small tiles; the mode may be set."""
+    """Compiles `decode_attention` by the kernel, with small tiles.
+
+    What comes is a program of arrays, lengths and of the numbers of a unified maximum.
+    """
     monkeypatch.setattr(_decode_kernels, "LEAST_KEYS", 1)
     monkeypatch.setattr(_decode_kernels, "LEAST_FEATURES", 1)
 
-    def call(arrays, lengths, *, tiles, mode=PLAIN, **options):
+    def compiled(arrays, lengths, *, tiles, mode=PLAIN, numbers=(), **options):
         monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: tiles)
-        if lengths is not None:
-            options["key_value_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
-        decode = functools.partial(
-            decode_attention,
-            **options,
-            implementation="pallas_tpu",
-            return_statistics=True,
+        traced = lambda lengths, numbers: (
+            dict(numbers)
+            | ({} if lengths is None else {"key_value_seq_lengths": np.int32(lengths)})
         )
-        with pltpu.force_tpu_interpret_mode(mode), operations.kernels_of("tpu"):
-            return jax.jit(lambda arrays: decode(**arrays))(arrays)
 
-    return call
+        @jax.jit
+        def decode(arrays, traced):
+            return decode_attention(
+                **arrays,
+                **traced,
+                **options,
+                implementation="pallas_tpu",
+                return_statistics=True,
+            )
+
+        with pltpu.force_tpu_interpret_mode(mode), operations.kernels_of("tpu"):
+            program = decode.lower(arrays, traced(lengths, numbers)).compile()
+        return lambda arrays, lengths, numbers=(): program(
+            arrays, traced(lengths, numbers)
+        )
+
+    return compiled
 
 
 def small(dtype="float32", *, B=3, S=150, seed=0, **sizes):
@@ -51,17 +64,10 @@ def small(dtype="float32", *, B=3, S=150, seed=0, **sizes):
 
 # Sizes, tiles, options of the kernel and of the oracle, options of the kernel.
 CASES: dict[str, Any] = {
-    "running maximum": ({}, Tiles(64, 64), {}, {}),
     "no lengths": ({"lengths": None, "S": 128, "B": 2}, Tiles(64, 64), {}, {}),
     "one head": ({"N": 3, "K": 1}, Tiles(128, 128), {}, {"phi": 0.3}),
     "three heads": ({"N": 9, "K": 3}, Tiles(128, 128), {}, {"phi": 0.3}),
     "unified": ({"N": 8}, Tiles(64, 64), {}, {"phi": 0.3}),
-    "per head, elementwise": (
-        {"B": 2, "lengths": (150, 77)},
-        Tiles(64, 64),
-        {},
-        {"phi": jnp.linspace(-2, 2, 4), "criterion": "elementwise"},
-    ),
     "causal draft, softcap": (
         {"T": 3, "lengths": (150, 2, 65)},
         Tiles(64, 64),
@@ -86,96 +92,118 @@ def test_matches_the_oracle(name, interpreted):
     lengths = sizes.pop("lengths", LENGTHS[: sizes.get("B", 3)])
     arrays = small(**sizes)
     mode: Any = SIMULATED if name in SIMULATED_CASES else PLAIN
-    out, statistics = interpreted(
-        arrays, lengths, tiles=tiles, mode=mode, **shared, **options
+    numbers = {n: np.float32(x) for n, x in options.items()}
+    call = interpreted(
+        arrays, lengths, tiles=tiles, mode=mode, numbers=numbers, **shared
     )
-    expected = oracle(arrays, lengths=lengths, **shared)
-    dtype = arrays["query"].dtype
-    assert out.dtype == dtype
-    assert_close(out, expected.out, dtype=dtype, length=150)
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=150)
-    assert_close(statistics.max_score, expected.max_score, dtype="float32", length=16)
+    out, statistics = call(arrays, lengths, numbers)
+    check(arrays, lengths, out, statistics, **shared)
     assert not statistics.needs_recompute.any()
 
 
-# These with races.
-SIMULATED_CASES = ("running maximum", "unified", "bfloat16")
+def check(arrays, lengths, out, statistics, scale=1, **shared):
+    """Results by the oracle's; `scale` is that of the largest scores."""
+    expected = oracle(arrays, lengths=lengths, **shared)
+    dtype = arrays["query"].dtype
+    # Scores of some hundreds are as exact as their products.
+    length = 150 * scale**2
+    assert out.dtype == dtype
+    assert_close(out, expected.out, dtype=dtype, length=length)
+    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+    top, length = statistics.max_score, 16 * scale**2
+    assert_close(top, expected.max_score, dtype="float32", length=length)
 
-RANGES: dict[str, Any] = {
-    "above": ((-70.0, 3.0), "row_max"),
-    "below": ((2.0, 80.0), "row_max"),
-    "an element": ((-5.0, 80.0), "elementwise"),
-    "overflow": ((-70.0, 2000.0), "row_max"),
+
+# These with races, and "row_max" below.
+SIMULATED_CASES = ("bfloat16",)
+
+# By criterion the valid ranges; in the last the scores of the first sequence are large.
+WIDE = (-70.0, 80.0)
+RANGES: dict[Any, dict[str, tuple[float, float]]] = {
+    None: {},
+    "row_max": {"above": (-70.0, 3.0), "below": (2.0, 80.0), "overflow": (-70.0, 2e3)},
+    "elementwise": {"an element": (-5.0, 80.0)},
 }
+PHI = np.full(6, 0.5, np.float32)
 
 
-@pytest.mark.parametrize("name", RANGES)
-def test_rows_that_leave_the_range_are_done_again(name, interpreted):
-    """Right results, and flags exactly where the criterion says."""
-    arrays = small(B=3, N=6, K=2, H=6)
-    lengths, (valid_range, criterion) = (150, 40, 0), RANGES[name]
-    if name == "overflow":
-        arrays["query"] = arrays["query"].at[0].multiply(200)
-    out, statistics = interpreted(
-        arrays,
-        lengths,
+@pytest.mark.parametrize("criterion", RANGES)
+def test_one_program_of_several_problems(criterion, interpreted):
+    """Within its range, out of it, and with NaN; the running maximum has no range."""
+    arrays, lengths = small(B=3, N=6, K=2, H=6), (150, 40, 0)
+    mode: Any = SIMULATED if criterion == "row_max" else PLAIN
+    options = {} if criterion is None else {"criterion": criterion}
+
+    def numbers(phi, valid_range):
+        limits = tuple(map(np.float32, valid_range))
+        return {"phi": phi, "valid_range": limits} if criterion else {}
+
+    call = interpreted(
+        *(arrays, lengths),
         tiles=Tiles(64, 64),
-        mode=SIMULATED if name == "overflow" else PLAIN,
-        phi=0.5,
-        valid_range=valid_range,
-        criterion=criterion,
+        mode=mode,
+        numbers=numbers(PHI, WIDE),
+        **options,
     )
+    out, statistics = call(
+        arrays, lengths, numbers(np.linspace(-2, 2, 6, dtype=np.float32), WIDE)
+    )
+    check(arrays, lengths, out, statistics)
+    assert not statistics.needs_recompute.any()
+    for name, valid_range in RANGES[criterion].items():
+        given = numbers(PHI, valid_range)
+        check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, given)
+    # The range is left, so that both passes meet what lies behind.
+    left = numbers(0 * PHI, (-70.0, 4.0))
+    found = check_what_lies_behind_the_length(call, arrays, lengths, left)
+    assert found.needs_recompute.any() or criterion is None
+    check_nan_stays_with_the_rows_of_its_head(call, arrays, numbers(0 * PHI, WIDE))
+
+
+def check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, numbers):
+    """Right results, and flags exactly where the criterion says."""
+    scale = 200 if name == "overflow" else 1
+    query = np.array(arrays["query"])
+    query[0] *= scale
+    arrays = arrays | {"query": query}
+    out, statistics = call(arrays, lengths, numbers)
     expected = oracle(arrays, lengths=lengths)
-    flags = expected.outside(0.5, valid_range, criterion)
+    flags = expected.outside(0.5, numbers["valid_range"], criterion)
     if name == "overflow":
         flags = flags | (expected.max_score > 80)
-    assert flags.any()
-    assert not flags.all()
-    np.testing.assert_array_equal(statistics.needs_recompute, flags)
-    scale = 200 if name == "overflow" else 1
-    # Scores of some hundreds are as exact as their products.
-    length = 150 * scale**2 if scale > 1 else 150
-    assert_close(out, expected.out, dtype="float32", length=length)
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
+    assert flags.any(), name
+    assert not flags.all(), name
+    np.testing.assert_array_equal(statistics.needs_recompute, flags, name)
+    check(arrays, lengths, out, statistics, scale)
 
 
-def test_what_lies_behind_the_length_does_not_matter(interpreted):
-    arrays, lengths = small(B=2), (150, 77)
+def check_what_lies_behind_the_length(call, arrays, lengths, numbers):
     behind = np.arange(150)[None] >= np.array(lengths)[:, None]
-    arrays = {
-        name: jnp.where(behind[..., None, None], np.nan, array)
-        if name in ("key", "value")
-        else array
-        for name, array in arrays.items()
+    spoilt = {
+        name: np.where(behind[..., None, None], np.float32(np.nan), arrays[name])
+        for name in ("key", "value")
     }
-    clean = {n: np.nan_to_num(a) for n, a in arrays.items()}
-    expected = oracle(clean, lengths=lengths)
-    mode: Any = pltpu.InterpretParams(uninitialized_memory="nan")
-    # The range is left, so that both passes meet what lies behind.
-    options = {"phi": 0.0, "valid_range": (-70.0, 4.0)}
-    out, statistics = interpreted(
-        arrays, lengths, tiles=Tiles(64, 64), mode=mode, **options
-    )
-    assert statistics.needs_recompute.any()
-    assert_close(out, expected.out, dtype="float32", length=150)
+    out, statistics = call(arrays | spoilt, lengths, numbers)
+    check(arrays, lengths, out, statistics)
+    return statistics
 
 
-@pytest.mark.parametrize("phi", [None, 0.0])
-def test_nan_stays_with_the_rows_of_its_head(phi, interpreted):
+def check_nan_stays_with_the_rows_of_its_head(call, arrays, numbers):
     """All heads share a product: what is not finite in one is not in the others."""
-    arrays = small(B=2)
-    arrays["value"] = arrays["value"].at[0, 7, 1].set(np.nan)
-    arrays["key"] = arrays["key"].at[1, 8, 0].set(np.nan)
-    arrays["value"] = arrays["value"].at[1, 9, 1, 0].set(np.inf)
-    mode = PLAIN
-    out, _ = interpreted(arrays, None, tiles=Tiles(64, 64), mode=mode, phi=phi)
+    key, value = np.array(arrays["key"]), np.array(arrays["value"])
+    value[0, 7, 1] = np.nan
+    key[1, 8, 0] = np.nan
+    value[1, 9, 1, 0] = np.inf
+    out, _ = call(arrays | {"key": key, "value": value}, (150, 150, 150), numbers)
     nan = np.isnan(out[:, 0])
-    np.testing.assert_array_equal(nan[0].all(1), [False, False, True, True])
-    np.testing.assert_array_equal(nan[0].any(1), [False, False, True, True])
-    np.testing.assert_array_equal(nan[1].all(1), [True, True, False, False])
+    of_heads = [[False] * 3 + [True] * 3, [True] * 3 + [False] * 3]
+    np.testing.assert_array_equal(nan[0].all(1), of_heads[0])
+    np.testing.assert_array_equal(nan[0].any(1), of_heads[0])
+    np.testing.assert_array_equal(nan[1].all(1), of_heads[1])
     # Infinity or NaN: a product of float32 is one of parts, some of which are 0.
-    assert not np.isfinite(out[1, 0, 2:, 0]).any()
-    assert np.isfinite(out[1, 0, 2:, 1:]).all()
+    assert not np.isfinite(out[1, 0, 3:, 0]).any()
+    assert np.isfinite(out[1, 0, 3:, 1:]).all()
+    assert np.isfinite(out[2]).all()
 
 
 @pytest.mark.usefixtures("interpreted")
