@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from softlib.losses import _engine
-from softlib.losses._stream import Head
+from softlib.losses._stream import BackwardOperands, Head
 from softlib.losses._tile import Modifiers, Options, RowStatistics
+from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.oracles import row_statistics as oracle
 
@@ -82,6 +83,62 @@ def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
         logit_softcap=problem.softcap,
         **{name: x for name, x in known.items() if x is not None},
     )
+
+
+def check(problem: Problem, adapter: Any) -> None:
+    """Both passes against the oracle.
+
+    Where classes are selected also if none is: then lse is -inf and all gradients, save
+    that of a label's own logit, are 0, not NaN.
+
+    Args:
+        problem: What is computed.
+        adapter: The module with the implementations FORWARD and BACKWARD.
+    """
+    head, options = problem.head(), problem.options()
+
+    @jax.jit
+    def both(head, label_factor):
+        found = adapter.FORWARD.call(options, head)
+        cotangents = cotangents_of(found)
+        if cotangents.label_logits is not None:
+            of_labels = label_factor * cotangents.label_logits
+            cotangents = cotangents._replace(label_logits=of_labels)
+        rows = RowCotangents(found.lse, found.mean_logit, cotangents)
+        gradient = adapter.BACKWARD.call(options, BackwardOperands(head, rows))
+        return found, cotangents, gradient
+
+    found, cotangents, gradient = both(head, np.float32(1))
+    expected = expected_of(problem, head, cotangents)
+    check_statistics(problem, found, expected)
+    check_gradient(problem, gradient, expected)
+    if problem.class_where:
+        nothing = head.modifiers._replace(class_where=np.zeros(problem.classes, bool))
+        found, _, gradient = both(head._replace(modifiers=nothing), np.float32(0))
+        np.testing.assert_array_equal(found.lse, -np.inf)
+        np.testing.assert_array_equal(found.mean_logit, 0)
+        np.testing.assert_array_equal(gradient.hidden, 0)
+        np.testing.assert_array_equal(gradient.weight, 0)
+
+
+def filtered_and_not(options: Options, head: Head) -> tuple[Any, Any, Any]:
+    """The arguments (head, rows) of a backward pass, and what it gives in plain JAX.
+
+    By the stream, with the filter of the options and without it.
+    """
+    unfiltered = dataclasses.replace(options, gradient_filter_eps=None)
+    stream = next(i for i in _engine.LINEAR.implementations if i.name == "xla")
+    plain = _engine.LINEAR_GRADIENT.plain.call
+
+    @jax.jit
+    def both(head):
+        statistics = stream.call(options, head)
+        rows = RowCotangents(statistics.lse, None, cotangents_of(statistics))
+        given = BackwardOperands(head, rows)
+        return rows, plain(options, given), plain(unfiltered, given)
+
+    rows, expected, everything = both(head)
+    return (head, rows), expected, everything
 
 
 def check_statistics(problem: Problem, found: RowStatistics, expected: Any) -> None:

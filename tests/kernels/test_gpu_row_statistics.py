@@ -12,13 +12,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
-from softlib.losses import _engine, _kernels_gpu
+from softlib.losses import _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Modifiers, Options, RowStatistics
+from softlib.losses._tile import Options, RowStatistics
 from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.kernels import row_problems as problems
-from tests.kernels.row_problems import ALL, FEW, cotangents_of, expected_of
+from tests.kernels.row_problems import ALL, FEW, expected_of
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -97,14 +97,7 @@ def test_statistics_and_gradients(name, simulated):
 
 
 def check(problem: Problem) -> None:
-    head, options = problem.head(), problem.options()
-    found = statistics_of(options, head)
-    cotangents = cotangents_of(found)
-    expected = expected_of(problem, head, cotangents)
-    problems.check_statistics(problem, found, expected)
-    rows = RowCotangents(found.lse, found.mean_logit, cotangents)
-    gradient = gradient_of(options, head, rows)
-    problems.check_gradient(problem, gradient, expected)
+    problems.check(problem, _kernels_gpu)
 
 
 # By the tiles that are chosen for them, of 256 classes: what lies behind an edge is
@@ -118,23 +111,6 @@ def test_the_tiles_that_are_shipped(name, monkeypatch):
         simulated = functools.partial(getattr(kernels, call), interpret=SIMULATED)
         monkeypatch.setattr(kernels, call, simulated)
     check(SHIPPED[name])
-
-
-def test_a_row_without_a_class(simulated):
-    """Nothing is selected: lse is -inf, all gradients are 0, not NaN."""
-    problem = Problem(16, 64, 130, statistics=(*FEW, "mean_logit"), splits=1)
-    simulated(problem.tiles(), problem.backward_tiles())
-    head, options = problem.head(), problem.options()
-    nothing = jnp.zeros(problem.classes, bool)
-    head = head._replace(modifiers=Modifiers(None, None, None, nothing))
-    found = statistics_of(options, head)
-    np.testing.assert_array_equal(found.lse, -np.inf)
-    np.testing.assert_array_equal(found.mean_logit, 0)
-    ones = RowStatistics(lse=jnp.ones(problem.rows), mean_logit=jnp.ones(problem.rows))
-    rows = RowCotangents(found.lse, found.mean_logit, ones)
-    gradient = gradient_of(options, head, rows)
-    np.testing.assert_array_equal(gradient.hidden, 0)
-    np.testing.assert_array_equal(gradient.weight, 0)
 
 
 def test_extreme_logits(simulated):
@@ -159,19 +135,13 @@ def test_the_filter_drops_the_blocks_that_the_stream_drops(classes_of_tile, simu
     head = problem.head()
     # Sure of the label, whose tile then has nothing to learn either; the rest is not.
     assert head.labels is not None
-    sure = 30 * head.weight[jnp.clip(head.labels[:, 0], 0)]
-    first = jnp.arange(200)[:, None] < 130
-    head = head._replace(hidden=jnp.where(first, sure, head.hidden))
+    hidden, weight = np.array(head.hidden), np.asarray(head.weight)
+    hidden[:130] = 30 * weight[np.maximum(head.labels[:130, 0], 0)]
+    head = head._replace(hidden=jnp.asarray(hidden))
     options = dataclasses.replace(problem.options(), gradient_filter_eps=1e-2)
-    stream = next(i for i in _engine.LINEAR.implementations if i.name == "xla")
-    statistics = jax.jit(lambda head: stream.call(options, head))(head)
-    rows = RowCotangents(statistics.lse, None, cotangents_of(statistics))
-    given = BackwardOperands(head, rows)
-    plain = jax.jit(_engine.LINEAR_GRADIENT.plain.call, static_argnums=0)
-    expected = plain(options, given)
-    everything = plain(dataclasses.replace(options, gradient_filter_eps=None), given)
-    assert jnp.abs(expected.weight - everything.weight).max() > 1e-3
-    gradient = gradient_of(options, head, rows)
+    given, expected, everything = problems.filtered_and_not(options, head)
+    assert np.abs(expected.weight - everything.weight).max() > 1e-3
+    gradient = gradient_of(options, *given)
     for value, wanted in zip(gradient[:2], expected[:2], strict=True):
         wanted = np.asarray(wanted, np.float64)
         assert_close(value, wanted, dtype=problem.dtype, length=400)
