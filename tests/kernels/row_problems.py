@@ -113,7 +113,7 @@ def check(problem: Problem, adapter: Any) -> None:
     check_statistics(problem, found, expected)
     check_gradient(problem, gradient, expected)
     if problem.class_where:
-        nothing = head.modifiers._replace(class_where=np.zeros(problem.classes, bool))
+        nothing = head.modifiers._replace(class_where=jnp.zeros(problem.classes, bool))
         found, _, gradient = both(head._replace(modifiers=nothing), np.float32(0))
         np.testing.assert_array_equal(found.lse, -np.inf)
         np.testing.assert_array_equal(found.mean_logit, 0)

@@ -44,7 +44,7 @@ def interpreted(monkeypatch):
     simulated = functools.partial(kernels.decode, interpret=SIMULATED)
     monkeypatch.setattr(kernels, "decode", simulated)
 
-    def compiled(arrays, lengths, *, numbers=(), **options):
+    def compiled(arrays, lengths, *, numbers=(), num_splits=1, **options):
         traced = lambda lengths, numbers: (
             dict(numbers)
             | ({} if lengths is None else {"key_value_seq_lengths": np.int32(lengths)})
@@ -55,7 +55,8 @@ def interpreted(monkeypatch):
             return decode_attention(
                 **arrays,
                 **traced,
-                **{"num_splits": 1, **options},
+                **options,
+                num_splits=num_splits,
                 implementation="pallas_gpu",
                 return_statistics=True,
             )

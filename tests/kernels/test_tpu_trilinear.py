@@ -139,19 +139,17 @@ simulated = pytest.mark.parametrize(
 )
 
 
-def compiled(call: Any, *arguments: Any) -> Any:
-    return jax.jit(call, compiler_options=FAST)(*arguments)
-
-
-def forward(case: Case, operands: Operands) -> Any:
+def run(case: Case, operands: Operands, cotangents: Any) -> Any:
+    """Both passes, by one program."""
     options = case.options()
-    return compiled(lambda given: _tuple_kernels.FORWARD.call(options, given), operands)
 
+    def both(operands, cotangents):
+        found = _tuple_kernels.FORWARD.call(options, operands)
+        given = BackwardOperands(operands, found.out, found.normalizer, *cotangents)
+        return found, _tuple_kernels.BACKWARD.call(options, given)
 
-def gradient(case: Case, operands: Operands, found: Any, g: Any, g_lse: Any) -> Any:
-    given = BackwardOperands(operands, found.out, found.normalizer, g, g_lse)
-    options = case.options()
-    return compiled(lambda given: _tuple_kernels.BACKWARD.call(options, given), given)
+    found = jax.jit(both, compiler_options=FAST)(operands, cotangents)
+    return jax.tree.map(np.asarray, found)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -176,8 +174,7 @@ def check(name: str, case: Case, small_tiles: Any) -> None:
     small_tiles(case)
     operands = case.operands()
     cotangents = problems.draw_cotangents(operands)
-    found = forward(case, operands)
-    gradients = gradient(case, operands, found, *cotangents)
+    found, gradients = run(case, operands, cotangents)
     rounded = jnp.dtype(case.dtype)
     # Two pieces lose what is below 16 bits; without any, all is rounded to bfloat16.
     c = 128.0 if case.precision == "high" else 4.0
@@ -201,9 +198,8 @@ def test_rows_that_attend_to_nothing_at_all(small_tiles, interpreted):
     case = dataclasses.replace(EVERY["ragged"], mask=PerAxis(None, Causal(-1000)))
     small_tiles(case)
     operands = case.operands()
-    found = forward(case, operands)
-    ones = jnp.ones_like
-    gradients = gradient(case, operands, found, ones(found.out), ones(found.normalizer))
+    cotangents = problems.draw_cotangents(operands)
+    found, gradients = run(case, operands, cotangents)
     np.testing.assert_array_equal(found.out, 0)
     np.testing.assert_array_equal(found.normalizer, -np.inf)
     for leaf in jax.tree.leaves(gradients):

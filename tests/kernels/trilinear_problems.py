@@ -30,7 +30,7 @@ def draw_operands(
     T, S1, S2 = lengths
     (N, K), (H, E), B = heads, features, batch
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
-    query = factor * draw(B, T, N, H)
+    query = jnp.asarray(factor * random.normal(size=(B, T, N, H)), dtype)
     outer = (draw(B, S1, K, H), draw(B, S1, K, E))
     plan = plan_of(mask, lengths, (16, 8, 128))
     return Operands(query, draw(B, S2, K, H), draw(B, S2, K, E), plan, outer=(outer,))
