@@ -55,7 +55,7 @@ class Options:
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": {
-        "attentions": ("softmax", "lssa", "lssar-15"),
+        "attentions": ("softmax", "lssar-15"),
         "length": 16,
         "factor": 4,
         "width": 32,

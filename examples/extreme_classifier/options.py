@@ -58,7 +58,7 @@ class Options:
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": {
-        "objectives": ("softmax", "decoupled", "one-versus-all"),
+        "objectives": ("softmax", "decoupled"),
         "items": 2500,
         "held_out": 400,
         "least": 20,

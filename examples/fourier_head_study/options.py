@@ -42,13 +42,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": {
         "bins": 40,
-        "frequencies": (2, 8),
+        "frequencies": (2,),
         "seeds": 1,
         "width": 32,
-        "steps": 200,
+        "steps": 40,
         "batch": 128,
         "learning_rate": 0.01,
-        "evaluate_every": 100,
+        "evaluate_every": 20,
         "out": pathlib.Path("runs/fourier-head-smoke"),
     },
 }

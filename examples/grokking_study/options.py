@@ -55,12 +55,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "modulus": 59,
         "train_percent": 50,
-        "epochs": 200,
-        "perp_epochs": 200,
+        "epochs": 10,
+        "perp_epochs": 10,
         "small_modulus": 11,
-        "small_methods": ("stablemax-plain", "stablemax"),
-        "small_epochs": 300,
-        "points": 20,
+        "small_methods": ("stablemax",),
+        "small_epochs": 20,
+        "points": 5,
         "out": pathlib.Path("runs/grokking-smoke"),
     },
 }

@@ -55,15 +55,15 @@ class Options:
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": {
-        "classes": 8_192,
+        "classes": 2_048,
         "features": 16,
         "steps": 300,
         "entropy_steps": 100,
         "scores": (5, 20),
         "evaluations": 2,
         "held_out": 128,
-        "timed": (512, 8_192),
-        "rounds": 5,
+        "timed": (512, 2_048),
+        "rounds": 2,
         "out": pathlib.Path("runs/spherical-head-smoke"),
     },
 }

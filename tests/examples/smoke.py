@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
+
 from tests import children
 
 
@@ -32,3 +34,10 @@ def complete_run(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return out, json.loads((out / "metrics.json").read_text()), done.stdout
+
+
+def colours(pixels: np.ndarray, levels: int = 15) -> int:
+    """How many colours pixels have, each part of a colour rounded to a few levels."""
+    rounded = (pixels.reshape(-1, 3) * levels).round().astype(np.int64)
+    # As numbers: rows would be compared entry by entry, which takes seconds.
+    return len(np.unique(rounded @ (levels + 1) ** np.arange(3)))

@@ -21,7 +21,7 @@ from radial_video_model import (
 from study.command_line import EXAMPLES
 
 from softlib import masks
-from tests.examples.smoke import complete_run
+from tests.examples.smoke import colours, complete_run
 
 SCRIPT = EXAMPLES / "radial_video.py"
 SMALL = dataclasses.replace(
@@ -33,6 +33,15 @@ SMALL = dataclasses.replace(
 def smoke(tmp_path_factory):
     """One complete run of the smoke preset: folder, metrics and what it printed."""
     return complete_run(SCRIPT, tmp_path_factory.mktemp("runs") / "smoke")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that is long enough to learn something, and extends its clips."""
+    arguments = "--steps 120 --evaluate-every 40 --extension 2 --adapter-steps 8"
+    more = "--train-frames 96 --cost-frames 2,8"
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    return complete_run(SCRIPT, out, *arguments.split(), *more.split())
 
 
 @pytest.fixture(scope="module")
@@ -49,34 +58,57 @@ def test_run_leaves_a_picture_that_shows_something(smoke):
     # No panel is empty: each cell of a coarse grid over the picture has two colours.
     for rows in np.array_split(pixels, 3):
         for cell in np.array_split(rows, 3, axis=1):
-            assert len(np.unique((cell * 15).round().reshape(-1, 3), axis=0)) > 10
+            assert colours(cell) > 10
 
 
-def test_both_attentions_learn_from_the_same_start(smoke):
-    _, metrics, _ = smoke
-    curves = {
+def curves_of(metrics: dict[str, Any]) -> dict[str, list[float]]:
+    return {
         name: [r["held_out_loss"] for r in history if "held_out_loss" in r]
         for name, history in metrics["histories"].items()
     }
-    copy = metrics["held_out"][0]["error"]
+
+
+def test_both_attentions_start_from_the_copy_and_differ_when_trained(smoke):
+    _, metrics, _ = smoke
+    curves, copy = curves_of(metrics), metrics["held_out"][0]["error"]
     for name in ("dense", "radial"):
         assert curves[name][0] == pytest.approx(copy, rel=1e-5)
-        assert curves[name][-1] < 0.99 * copy
+        assert curves[name][-1] != pytest.approx(copy, rel=1e-4)
     assert curves["dense"] != curves["radial"]
 
 
-def test_adapters_start_as_no_change_and_are_trained(smoke):
-    _, metrics, _ = smoke
+@pytest.mark.slow
+def test_both_attentions_learn(trained):
+    _, metrics, _ = trained
+    curves, copy = curves_of(metrics), metrics["held_out"][0]["error"]
+    for name in ("dense", "radial"):
+        assert curves[name][0] == pytest.approx(copy, rel=1e-5)
+        assert curves[name][-1] < 0.99 * copy
+
+
+def adapters_change(metrics: dict[str, Any], long: int) -> tuple[float, float]:
+    """The error before and after the adapters were trained, as two places say."""
     error = {(r["name"], r["frames"]): r["error"] for r in metrics["held_out"]}
     history = metrics["histories"]["adapters"]
-    long = SMALL.frames * SMALL.extension
     before = error["dense under the radial mask, not adapted", long]
     after = error["dense under the radial mask, adapters", long]
     assert history[0]["held_out_loss"] == pytest.approx(before, rel=1e-4)
     assert history[-1]["held_out_loss"] == pytest.approx(after, rel=1e-4)
-    assert after < before
+    return before, after
+
+
+def test_adapters_start_as_no_change_and_are_trained(smoke):
+    _, metrics, _ = smoke
+    before, after = adapters_change(metrics, SMALL.frames)
+    assert after != pytest.approx(before, rel=1e-4)
     parameters = metrics["parameters"]
     assert 0 < parameters["adapters"] < 0.1 * parameters["all"]
+
+
+@pytest.mark.slow
+def test_adapters_mend_longer_clips(trained):
+    before, after = adapters_change(trained[1], 2 * SMALL.frames)
+    assert after < before
 
 
 def test_stored_scores_take_the_memory_that_streaming_saves(smoke):
@@ -140,7 +172,7 @@ def test_help_shows_every_option_and_the_defaults_of_the_preset(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(options_.Options):
         assert "--" + field.name.replace("_", "-") in text
-    assert "optimiser steps of each of the two models (default: 120)" in text
+    assert "optimiser steps of each of the two models (default: 4)" in text
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import train_language_model
 from flax import nnx
 from language_model import corpus as corpus_, options as options_, session, training
 from language_model.checkpoints import Checkpoints, Progress
@@ -140,9 +141,24 @@ def test_fresh_starts_anew(smoke, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------- exact resume
-def state_after(out: pathlib.Path, cache: pathlib.Path) -> dict[str, np.ndarray]:
+def assert_equal_runs(
+    one: pathlib.Path, other: pathlib.Path, cache: pathlib.Path, *arguments: str
+) -> None:
+    metrics, expected_metrics = (
+        (path / "metrics.csv").read_bytes() for path in (one, other)
+    )
+    assert metrics == expected_metrics
+    actual, expected = (state_after(out, cache, *arguments) for out in (one, other))
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
+        assert array.tobytes() == expected[name].tobytes(), name
+
+
+def state_after(
+    out: pathlib.Path, cache: pathlib.Path, *arguments: str
+) -> dict[str, np.ndarray]:
     """Every array of model and optimiser in the last checkpoint."""
-    o = options_.parse(["--preset", "smoke", "--cache", str(cache), *LONG])
+    o = options_.parse(["--preset", "smoke", "--cache", str(cache), *arguments])
     corpus = corpus_.load(o)
     identity = {name: getattr(o, name) for name in options_.IDENTITY}
     checkpoints = Checkpoints(
@@ -162,6 +178,50 @@ def latest_checkpoint(out: pathlib.Path) -> int:
     return max((int(p.name) for p in out.glob("checkpoints/*[0-9]")), default=0)
 
 
+def test_run_that_a_signal_stops_resumes_to_the_bit(
+    smoke, tmp_path, monkeypatch, capsys
+):
+    """In this process, with a signal in the middle of a step."""
+    cache, step, left = smoke[0].parent / "cache", training.train_step, [10**9]
+    before = signal.getsignal(signal.SIGINT)
+
+    def counted(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(number)
+        return step(*arguments, **options)
+
+    def run(out: pathlib.Path) -> int:
+        arguments = ["--preset", "smoke", *SHORT_REPORT, "--cache", str(cache)]
+        return train_language_model.main([*arguments, "--out", str(out)])
+
+    monkeypatch.setattr(training, "train_step", counted)
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    number: signal.Signals = signal.SIGTERM
+    try:
+        assert run(whole) == 0
+        for number, exit_code, steps in (
+            (signal.SIGTERM, 143, 3),
+            (signal.SIGINT, 130, 6),
+        ):
+            left[0] = 3
+            assert run(stopped) == exit_code
+            printed = capsys.readouterr()
+            assert printed.err == (
+                f"stopped: {number.name}: stopped after step {steps} of 12; "
+                "checkpoint written, the same command resumes.\n"
+            )
+            assert ("at step 3 of 12" in printed.out) == (steps > 3)
+            lines = (stopped / "metrics.csv").read_text().splitlines()
+            assert len(lines) == steps + 2
+        assert run(stopped) == 0
+        assert "at step 6 of 12" in capsys.readouterr().out
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert_equal_runs(stopped, whole, cache)
+
+
+@pytest.mark.slow
 def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
     folder, uninterrupted
 ):
@@ -201,14 +261,7 @@ def test_run_stopped_three_times_equals_the_uninterrupted_to_the_bit(
     done = finish(*arguments)
     assert done.returncode == 0, done.stderr
     assert f"at step {resumed_at} of 200" in done.stdout
-    metrics, expected_metrics = (
-        (path / "metrics.csv").read_bytes() for path in (out, uninterrupted)
-    )
-    assert metrics == expected_metrics
-    actual, expected = state_after(out, cache), state_after(uninterrupted, cache)
-    assert actual.keys() == expected.keys()
-    for name, array in actual.items():
-        assert array.tobytes() == expected[name].tobytes(), name
+    assert_equal_runs(out, uninterrupted, cache, *LONG)
 
 
 @pytest.mark.slow
