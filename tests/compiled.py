@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 import softlib
 
@@ -27,10 +28,10 @@ def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         if not ENABLED:
             return function(*args, **options)
         leaves, tree = jax.tree.flatten((args, options))
-        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         rest = [leaf for leaf, a in zip(leaves, is_array, strict=True) if not a]
 
-        def of_arrays(arrays: list[jax.Array]) -> Any:
+        def of_arrays(arrays: list[Any]) -> Any:
             array, other = iter(arrays), iter(rest)
             whole = [next(array) if a else next(other) for a in is_array]
             args, options = jax.tree.unflatten(tree, whole)
@@ -40,11 +41,33 @@ def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             # 0, 0.0, -0.0 and False are one key otherwise.
             key = tree, *is_array, *((type(leaf), leaf, repr(leaf)) for leaf in rest)
             program = programs.setdefault(key, jax.jit(of_arrays))
-        except TypeError:  # not hashable, as arrays of NumPy are not
+        except TypeError:  # not hashable
             program = jax.jit(of_arrays)
         return program([leaf for leaf, a in zip(leaves, is_array, strict=True) if a])
 
     return call
+
+
+def computed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, with results of NumPy: what is done with them compiles nothing.
+
+    They stay what they are where the call itself is traced.
+    """
+    of_jax = compiled(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        result: Any = of_jax(*args, **options)
+        leaves = jax.tree.leaves(result)
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        return result if is_traced else jax.device_get(result)
+
+    return call
+
+
+def f32(numbers: Any) -> Any:
+    """An array of NumPy, which no program makes; functions take it for one of JAX."""
+    return np.asarray(numbers, np.float32)
 
 
 class _Package:

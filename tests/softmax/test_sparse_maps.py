@@ -21,6 +21,7 @@ from softlib.softmax import (
     tempered_softmax,
 )
 from softlib.testing import assert_close, check_transformations
+from tests.compiled import f32
 from tests.oracles import sparse_maps as oracle
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "sparse_softmax_case0.npz"
@@ -52,9 +53,8 @@ def compiled(z, alpha=None, where=None):
 
 
 def run(z, alpha=ALPHAS, where: Any = True) -> dict[str, np.ndarray]:
-    z = jnp.asarray(z, jnp.float32)
-    where = jnp.broadcast_to(jnp.asarray(where), z.shape)
-    found = compiled(z, jnp.asarray(alpha, jnp.float32), where)
+    z = f32(z)
+    found = compiled(z, f32(alpha), np.broadcast_to(where, z.shape))
     return {name: np.asarray(p) for name, p in found.items()}
 
 
@@ -75,11 +75,11 @@ def test_vectors():
         case = np.load(CASE)
         names = {"1p25": 1.25, "1p5": 1.5, "2p0": 2.0}
         z, cotangent = (
-            jnp.asarray(np.tile(case[name], (len(names), 1)))
+            np.tile(case[name], (len(names), 1))
             for name in ("in_scores", "in_cotangent")
         )
         rows = len(case["in_scores"])
-        alpha = jnp.repeat(jnp.asarray(list(names.values())), rows)
+        alpha = np.repeat(list(names.values()), rows)
 
         @jax.jit
         def compute(z, alpha, cotangent):
@@ -93,7 +93,7 @@ def test_vectors():
             }
             return others, dict(zip(KINDS, (p, *pullback(cotangent)), strict=True))
 
-        found, by_alpha = compute(z, alpha, cotangent)
+        found, by_alpha = jax.device_get(compute(z, alpha, cotangent))
         for kind, value in by_alpha.items():
             for i, name in enumerate(names):
                 found[kind + name] = value[i * rows : (i + 1) * rows]
@@ -118,8 +118,8 @@ def test_matches_oracle(dtype):
     """Rows longer than a block in float32; a parameter per row."""
     classes = 2051 if dtype == "float32" else CLASSES
     with jax.enable_x64() if dtype == "float64" else contextlib.nullcontext():
-        z = jnp.asarray(scores(classes), dtype)
-        alpha = jnp.asarray(ALPHAS, jnp.promote_types(dtype, jnp.float32))
+        z = scores(classes).astype(jnp.dtype(dtype))
+        alpha = np.asarray(ALPHAS, jnp.promote_types(dtype, jnp.float32))
         found, wanted = compiled(z, alpha), all_oracles(np.float64(z), alpha)
         for name in NAMES:
             assert found[name].dtype == z.dtype
@@ -127,8 +127,8 @@ def test_matches_oracle(dtype):
 
 
 def test_alphas_above_two_match_the_oracle():
-    alpha = np.float32(np.linspace(2.1, 4, ROWS))
-    z = np.float32(scores(std=0.3))
+    alpha = f32(np.linspace(2.1, 4, ROWS))
+    z = f32(scores(std=0.3))
     p = run(z, alpha)["entmax"]
     # An error e at the edge of the support is e^(1 / (alpha - 1)) in p.
     np.testing.assert_allclose(p, oracle.entmax(z, alpha), rtol=0, atol=1e-4)
@@ -142,9 +142,9 @@ def test_alphas_above_two_match_the_oracle():
 @pytest.mark.parametrize("std", [0.0, 1e-6, 0.01, 10.0])
 def test_large_vocabularies_in_float32(std):
     """Flat scores, with thousands in the support, and peaked ones."""
-    z = np.float32(scores(200_000, std=std, rows=1))
+    z = f32(scores(200_000, std=std, rows=1))
     for function in (sparsemax, entmax15):
-        p = jax.jit(function)(jnp.asarray(z))
+        p: Any = np.asarray(jax.jit(function)(z))
         wanted = getattr(oracle, function.__name__)(z)
         assert abs(np.asarray(p, np.longdouble).sum() - 1) < 1e-6
         np.testing.assert_allclose(p, wanted, rtol=0, atol=5e-7 * wanted.max())
@@ -189,7 +189,7 @@ def test_symmetries(seed):
 
 # ------------------------------------------------------------------------------- limits
 def test_entmax_contains_its_relatives():
-    z = jnp.asarray(scores(), jnp.float32)
+    z = f32(scores())
     found = [run(z, np.full(ROWS, alpha))["entmax"] for alpha in (1, 1.5, 2)]
     wanted = jax.jit(lambda z: (softmax(z), entmax15(z), sparsemax(z)))(z)
     for one, two in zip(found, wanted, strict=True):
@@ -200,7 +200,7 @@ def test_entmax_contains_its_relatives():
 
 
 def test_static_parameters():
-    z = jnp.asarray(scores(), jnp.float32)
+    z = f32(scores())
 
     @jax.jit
     def static(z):
@@ -214,10 +214,8 @@ def test_static_parameters():
 
 
 def test_alpha_near_one_is_accurate():
-    z = np.float32(scores())
-    alpha = np.float32(
-        1 + np.array([-1e-3, 1e-3, -1e-5, 1e-5, 2e-7, -2e-7, 1e-2, -0.01])
-    )
+    z = f32(scores())
+    alpha = f32(1 + np.array([-1e-3, 1e-3, -1e-5, 1e-5, 2e-7, -2e-7, 1e-2, -0.01]))
     wanted = oracle.entmax(z, alpha)
     assert_close(run(z, alpha)["entmax"], wanted, dtype="float32", length=CLASSES)
     near_softmax = np.abs(wanted[:6] - oracle.entmax(z, 1)[:6])
@@ -249,7 +247,7 @@ def test_entries_that_do_not_count():
     ok = np.arange(CLASSES) % 3 != 0
     masked = run(np.where(ok, z, np.nan), where=ok)
     infinite = run(np.where(ok, z, -np.inf))
-    alone = all_oracles(np.float32(z[:, ok]), np.float32(ALPHAS))
+    alone = all_oracles(f32(z[:, ok]), f32(ALPHAS))
     for name, p in masked.items():
         assert not p[:, ~ok].any()
         np.testing.assert_allclose(p[:, ok], alone[name].astype(float), atol=1e-6)
@@ -289,9 +287,8 @@ def test_exceptional_rows():
 
 
 def gradients_of(x, alpha):
-    cotangent = jnp.asarray(scores(seed=9), jnp.float32)
-    args = jnp.asarray(x, jnp.float32), jnp.asarray(alpha, jnp.float32), cotangent
-    return jax.tree.map(np.asarray, pulled_back(*args))
+    args = map(np.float32, (x, alpha, scores(seed=9)))
+    return jax.device_get(pulled_back(*args))
 
 
 @jax.jit
@@ -327,7 +324,7 @@ def test_axes():
     for (axis, wanted), value in zip(oracles.items(), found, strict=True):
         axes = range(3) if axis is None else np.atleast_1d(axis)
         last = range(-len(axes), 0)
-        moved = np.moveaxis(value, axes, last)
+        moved = np.moveaxis(np.asarray(value), axes, last)
         rows = np.moveaxis(x, axes, last)
         size = np.prod(rows.shape[-len(axes) :])
         expected = wanted(rows.reshape(-1, size)).reshape(rows.shape)
@@ -338,10 +335,11 @@ def test_axes():
 def test_small_shapes(shape):
     """No rows, no entries, one entry: the only one gets everything."""
     run = jax.jit(lambda x: (sparsemax(x), budget_sparsemax(x, budget=2.0)))
-    for value in run(jnp.full(shape, -7.0)):
+    x = np.full(shape, -7.0, np.float32)
+    for value in run(x):
         np.testing.assert_array_equal(value, np.ones(shape))
     gradient = jax.jit(jax.grad(lambda x: (sparsemax(x) * 3).sum()))
-    np.testing.assert_array_equal(gradient(jnp.full(shape, -7.0)), np.zeros(shape))
+    np.testing.assert_array_equal(gradient(x), np.zeros(shape))
 
 
 def test_bad_parameters_make_their_rows_nan():
@@ -364,9 +362,9 @@ def test_a_row_does_not_depend_on_the_others():
 def test_newton_ends_on_scores_made_to_delay_it():
     """Supports that shrink by little in each step."""
     z = -np.cumsum(2.0 ** -np.arange(60))[None] * np.geomspace(1, 1e6, 7)[:, None]
-    z = np.float32(np.concatenate([z, np.geomspace(-1e-6, -1e6, 60)[None]]))
+    z = f32(np.concatenate([z, np.geomspace(-1e-6, -1e6, 60)[None]]))
     for function in (sparsemax, entmax15):
-        p = jax.jit(function)(jnp.asarray(z))
+        p: Any = np.asarray(jax.jit(function)(z))
         wanted = getattr(oracle, function.__name__)(z)
         assert_close(p, wanted, dtype="float32", length=60)
 
@@ -375,9 +373,9 @@ def test_newton_ends_on_scores_made_to_delay_it():
 def test_derivatives_match_differences():
     """In the scores and in the parameter, forward and reverse, in float64."""
     with jax.enable_x64():
-        z, alpha = jnp.asarray(scores(std=0.7, seed=3)), jnp.asarray(ALPHAS)
-        moves = jnp.asarray(scores(seed=1)), jnp.asarray(scores(1, seed=2)[:, 0])
-        cotangent = jnp.asarray(scores(seed=5))
+        z, alpha = scores(std=0.7, seed=3), ALPHAS
+        moves = scores(seed=1), scores(1, seed=2)[:, 0]
+        cotangent = scores(seed=5)
 
         @jax.jit
         def compute(z, alpha, moves, cotangent):
@@ -385,7 +383,8 @@ def test_derivatives_match_differences():
             _, pullback = jax.vjp(all_maps, z, alpha)
             return tangents, pullback(dict.fromkeys(p, cotangent))
 
-        tangents, (dz, dalpha) = compute(z, alpha, moves, cotangent)
+        found = jax.device_get(compute(z, alpha, moves, cotangent))
+        tangents, (dz, dalpha) = found
         reverse = (dz * moves[0]).sum() + (dalpha * moves[1]).sum()
         forward = sum((tangent * cotangent).sum() for tangent in tangents.values())
         assert float(reverse) == pytest.approx(float(forward))
@@ -397,9 +396,9 @@ def test_derivatives_match_differences():
 
 def test_slope_in_alpha_is_exact_around_softmax():
     """The printed formula divides a difference by (alpha - 1)^2."""
-    z = np.float32(scores())
+    z = f32(scores())
     alpha = 1 + np.repeat([0.0, 1e-6, -1e-5, 1e-4], 2)
-    cotangent = np.float32(scores(seed=9))
+    cotangent = f32(scores(seed=9))
     slope = gradients_of(z, alpha)["entmax"][1]
     # By alpha at 1: -p l^2 / 2 with l = log p, without its mean.
     p = oracle.entmax(z, 1)
@@ -427,15 +426,16 @@ def test_gradients_stay_finite_at_the_edge_for_large_alpha():
     ],
 )
 def test_second_derivatives_are_symmetric_and_masked_gradients_zero(name):
-    z = jnp.asarray(scores(rows=1)[0], jnp.float32).at[3].set(jnp.nan)
-    where = jnp.arange(CLASSES) != 3
+    z = f32(scores(rows=1)[0])
+    z[3] = np.nan
+    where = np.arange(CLASSES) != 3
 
     def squares(z):
         found = all_maps(z[None], jnp.array([1.2]), where)[name]
         return (found[0] ** 2 * jnp.arange(float(CLASSES))).sum()
 
     both = jax.jit(lambda z: (jax.grad(squares)(z), jax.hessian(squares)(z)))
-    gradient, hessian = both(z)
+    gradient, hessian = jax.device_get(both(z))
     assert np.isfinite(gradient).all()
     assert gradient[3] == 0
     np.testing.assert_allclose(hessian, hessian.T, atol=2e-5)

@@ -12,24 +12,24 @@ import pytest
 from softlib import softmax as library
 from softlib.softmax._threshold import first_of_largest
 from softlib.testing import assert_close, check_transformations
-from tests.compiled import compiled
+from tests.compiled import computed, f32
 from tests.oracles import gates as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 INF, NAN = jnp.inf, jnp.nan
-softmax = compiled(library.softmax)
-top_k_softmax = compiled(library.top_k_softmax)
-top_k_gating = compiled(library.top_k_gating)
+softmax = computed(library.softmax)
+top_k_softmax = computed(library.top_k_softmax)
+top_k_gating = computed(library.top_k_gating)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "bias_in", "renormalize"))
+@computed
 def both(x, bias, where, **options):
     call = functools.partial
     dense = call(top_k_softmax, bias=bias, where=where, **options)(x)
     return dense, *call(top_k_gating, bias=bias, where=where, **options)(x)
 
 
-def problem(dtype, seed=0):
+def problem(dtype, seed=0) -> Any:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(6, 7)).round(1)
     x[1, [0, 3]] = -np.inf
@@ -39,7 +39,7 @@ def problem(dtype, seed=0):
     bias = rng.normal(size=7).round(1)
     where = rng.random((6, 7)) < 0.8
     x[5, ~where[5]] = np.nan
-    return jnp.asarray(x, dtype), jnp.asarray(bias, dtype), jnp.asarray(where)
+    return *(np.asarray(a, jnp.dtype(dtype)) for a in (x, bias)), where
 
 
 # k, bias_in, renormalize, where, dtype
@@ -74,7 +74,7 @@ def test_matches_oracle(k, bias_in, renormalize, masked, dtype):
 
 def test_vectors():
     with np.load(DATA / "topk_moe_gating_case0.npz") as data, jax.enable_x64():
-        of = lambda name: jnp.asarray(data[name])
+        of = lambda name: data[name]
         x, bias, k = of("out_logits"), of("in_beta0"), int(data["in_k"])
         dense, _, indices = both(x, None, None, k=k)
         np.testing.assert_allclose(dense, data["out_gate_nobias"], rtol=1e-14)
@@ -85,57 +85,57 @@ def test_vectors():
         ):
             dense, *_ = both(x, bias, None, k=k, bias_in=bias_in)
             np.testing.assert_allclose(dense, data[name], rtol=1e-13)
-        _, pull = jax.vjp(lambda x: top_k_softmax(x, k, bias=bias), x)
-        (by_x,) = pull(of("in_cotangent"))
+        pull = lambda x, g: jax.vjp(lambda x: top_k_softmax(x, k, bias=bias), x)[1](g)
+        (by_x,) = jax.jit(pull)(x, of("in_cotangent"))
         np.testing.assert_allclose(by_x, data["out_gate_paper_vjp_logits"], atol=1e-14)
         tied, *_ = both(of("in_tied_logits"), None, None, k=k)
         np.testing.assert_array_equal(tied > 0, data["out_tied_mask"])
 
 
 def test_exactly_k_of_tied_entries_the_lower_index_first():
-    x = jnp.array([[1.0, 1, 1, 1], [0.0, -0.0, 0.0, -1], [-0.0, 0.0, -0.0, 0.0]])
+    x = f32([[1, 1, 1, 1], [0.0, -0.0, 0.0, -1], [-0.0, 0.0, -0.0, 0.0]])
     dense, _, indices = both(x, None, None, k=2)
     np.testing.assert_array_equal(dense, np.array([[0.5, 0.5, 0, 0]] * 3))
     np.testing.assert_array_equal(indices, np.array([[0, 1]] * 3))
 
 
 def test_k_of_one_is_one_hot_without_gradient_and_k_of_all_is_softmax():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)), "float32")
+    x = np.asarray(np.random.default_rng(1).normal(size=(3, 5)), np.float32)
     first = lambda x: top_k_softmax(x, 1)
-    np.testing.assert_array_equal(first(x), jnp.eye(5)[x.argmax(-1)])
-    assert not jax.jit(jax.jacobian(first))(x).any()
+    np.testing.assert_array_equal(first(x), np.eye(5)[x.argmax(-1)])
+    assert not np.any(jax.jit(jax.jacobian(first))(x))
     for k in (5, 9):
         np.testing.assert_array_equal(top_k_softmax(x, k), softmax(x))
 
 
 def test_softmax_of_the_selected_is_softmax_of_all_divided_by_its_sum():
-    x = jnp.asarray(np.random.default_rng(2).normal(size=(8, 6)), "float32")
+    x = np.asarray(np.random.default_rng(2).normal(size=(8, 6)), np.float32)
     part = top_k_softmax(x, 3, renormalize=False)
-    assert_close(part, jnp.where(part > 0, softmax(x), 0), dtype=x.dtype, length=6)
+    assert_close(part, np.where(part > 0, softmax(x), 0), dtype=x.dtype, length=6)
     whole = part / part.sum(-1, keepdims=True)
     assert_close(top_k_softmax(x, 3), whole, dtype=x.dtype, length=6)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_nan_and_inf_make_their_row_nan_and_no_other(renormalize):
-    x = jnp.array([[1.0, NAN, 0, -1], [INF, 2, 0, 0], [3.0, 2, 1, 0]])
+    x = f32([[1.0, NAN, 0, -1], [INF, 2, 0, 0], [3.0, 2, 1, 0]])
     dense, weights, _ = both(x, None, None, k=2, renormalize=renormalize)
-    assert jnp.isnan(dense[:2]).all()
-    assert jnp.isnan(weights[:2]).all()
-    assert jnp.isfinite(dense[2]).all()
-    bias = jnp.array([0.0, NAN, 0, 0])
+    assert np.isnan(dense[:2]).all()
+    assert np.isnan(weights[:2]).all()
+    assert np.isfinite(dense[2]).all()
+    bias = f32([0.0, NAN, 0, 0])
     dense, weights, _ = both(x[2:], bias, None, k=1, bias_in="selection")
-    assert jnp.isnan(dense).all()
-    assert jnp.isnan(weights).all()
-    where = jnp.array([True, False, True, True])
+    assert np.isnan(dense).all()
+    assert np.isnan(weights).all()
+    where = np.array([True, False, True, True])
     dense, *_ = both(x[2:], bias, where, k=1, bias_in="selection")
     np.testing.assert_array_equal(dense, [[1, 0, 0, 0]])
 
 
 def test_entries_that_do_not_count_have_no_gradient_and_make_no_nan():
-    x = jnp.array([[NAN, 1.0, -INF, 0.5, 2], [NAN] * 5, [-INF] * 5])
-    where = jnp.array([[False, True, True, True, True], [False] * 5, [True] * 5])
-    bias = jnp.array([NAN, 0.0, 0, -INF, 0])
+    x = f32([[NAN, 1.0, -INF, 0.5, 2], [NAN] * 5, [-INF] * 5])
+    where = np.array([[False, True, True, True, True], [False] * 5, [True] * 5])
+    bias = f32([NAN, 0.0, 0, -INF, 0])
 
     def call(x, bias, renormalize):
         options: Any = {"bias": bias, "where": where, "renormalize": renormalize}
@@ -144,38 +144,38 @@ def test_entries_that_do_not_count_have_no_gradient_and_make_no_nan():
 
     for renormalize in (True, False):
         grad = jax.jit(jax.grad(call, (0, 1), has_aux=True), static_argnums=2)
-        (dx, dbias), gates = grad(x, bias, renormalize)
+        (dx, dbias), gates = jax.device_get(grad(x, bias, renormalize))
         assert gates[0, 3] == 0  # its bias is -inf
         assert not gates[1:].any()
         assert not dx[1:].any()
-        assert jnp.isfinite(dx).all()
-        assert jnp.isfinite(dbias).all()
+        assert np.isfinite(dx).all()
+        assert np.isfinite(dbias).all()
         # Two entries share the weight; each derivative is rounded by itself.
         assert dx[0, 4] != 0
         np.testing.assert_allclose(dx[0, 4], -dx[0, 1], rtol=1e-6)
 
 
 def test_axes_of_a_row():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)), "float32")
-    moved = jnp.moveaxis(top_k_softmax(jnp.moveaxis(x, 1, -1), 2), -1, 1)
+    x = np.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)), np.float32)
+    moved = np.moveaxis(top_k_softmax(np.moveaxis(x, 1, -1), 2), -1, 1)
     np.testing.assert_array_equal(top_k_softmax(x, 2, axis=1), moved)
     flat = top_k_softmax(x.reshape(-1), 5).reshape(x.shape)
     np.testing.assert_array_equal(top_k_softmax(x, 5, axis=None), flat)
     np.testing.assert_array_equal(top_k_softmax(x, 5, axis=(0, 1, 2)), flat)
     weights, indices = top_k_gating(x, 2, axis=1)
     assert weights.shape == indices.shape == (2, 2, 4)
-    taken = jnp.take_along_axis(top_k_softmax(x, 2, axis=1), indices, axis=1)
+    taken = np.take_along_axis(top_k_softmax(x, 2, axis=1), indices, axis=1)
     assert_close(weights, taken, dtype=x.dtype, length=3)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 1), (1,)])
 def test_empty_batches_and_rows_of_one(shape):
-    x = jnp.full(shape, 2.0)
+    x = np.full(shape, 2.0, np.float32)
     dense, weights, indices = both(x, None, None, k=1)
     assert dense.shape == x.shape
     assert weights.shape == indices.shape == (*shape[:-1], 1)
     assert (dense == 1).all() or x.size == 0
-    assert top_k_softmax(jnp.zeros((2, 0)), 3).shape == (2, 0)
+    assert top_k_softmax(np.zeros((2, 0), np.float32), 3).shape == (2, 0)
 
 
 @pytest.mark.slow
@@ -185,13 +185,13 @@ def test_transformations():
         top_k_softmax(x, 3, bias=bias, bias_in="both"),
         top_k_gating(x, 2, bias=bias, renormalize=False)[0],
     )
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(4, 5)), "float32")
+    x = np.asarray(np.random.default_rng(4).normal(size=(4, 5)), np.float32)
     check_transformations(call, x, bias[:5])
 
 
 def test_array_k_has_a_value_per_row():
-    x = jnp.array([[3.0, 1, 1, 2]] * 5)
-    kept = first_of_largest(x, jnp.array([0, 1, 2, 3, 9]))
+    x = f32([[3.0, 1, 1, 2]] * 5)
+    kept = computed(first_of_largest)(x, np.array([0, 1, 2, 3, 9]))
     order = np.array([0, 3, 1, 2])
     for row, k in enumerate((0, 1, 2, 3, 4)):
         if k:
