@@ -34,11 +34,16 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied, options):
     assert head.bias is not None
     head.bias[...] = jnp.linspace(-1, 1, CLASSES)
     hidden, labels = batch()
-    logits = head(hidden)
+
+    @nnx.jit
+    def everything(head, hidden, labels):
+        metrics = head.token_metrics(hidden, labels, metrics=("loss", "correct"))
+        return head(hidden), head(hidden, labels), metrics
+
+    logits, loss, metrics = everything(head, hidden, labels)
     assert logits.shape == (2, 5, CLASSES)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(head(hidden, labels), expected, atol=1e-5)
-    metrics = head.token_metrics(hidden, labels, metrics=("loss", "correct"))
+    np.testing.assert_allclose(loss, expected, atol=1e-5)
     np.testing.assert_array_equal(metrics.correct, logits.argmax(-1) == labels)
 
 

@@ -34,13 +34,24 @@ def test_loss_is_the_cross_entropy_of_the_logits(learned, biased):
         learn_mapping=learned, use_token_bias=biased, logit_softcap=2.0, logit_scale=1.5
     )
     hidden, labels = batch()
-    logits = head(hidden)
+
+    @nnx.jit
+    def everything(head, hidden, labels):
+        logits = head(hidden)
+        pairs = [
+            (
+                head(hidden, labels, where=where),
+                losses.softmax_cross_entropy(logits, labels, where=where),
+            )
+            for where in (None, labels % 2 == 0)
+        ]
+        drawn = head.sample(jax.random.key(0), hidden, temperature=0.5)
+        return logits, pairs, drawn
+
+    logits, pairs, drawn = everything(head, hidden, labels)
     assert logits.shape == (2, 5, CLASSES)
-    for where in (None, labels % 2 == 0):
-        loss = head(hidden, labels, where=where)
-        wanted = losses.softmax_cross_entropy(logits, labels, where=where)
+    for loss, wanted in pairs:
         assert_close(loss, wanted, dtype="float32", length=CLASSES)
-    drawn = head.sample(jax.random.key(0), hidden, temperature=0.5)
     assert drawn.shape == (2, 5)
 
 
