@@ -4,7 +4,6 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -12,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from softlib import losses
 from softlib.numerics import balanced_kmeans
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.losses.problems import assert_agrees
 from tests.oracles import extreme as oracle
 
@@ -194,23 +194,23 @@ def test_recall_counts_what_is_in_the_batch():
 
 
 def test_larger_clusters_hold_more_of_the_hardest_negatives():
-    """The claim of the paper, on 64 Gaussian blobs in 16 dimensions."""
+    """The claim of the paper, on 32 Gaussian blobs in 16 dimensions."""
     random = np.random.default_rng(0)
-    means = random.normal(size=(64, 16))
+    means = random.normal(size=(32, 16))
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    x = means[np.arange(2048) % 64] + 0.6 / 4 * random.normal(size=(2048, 16))
+    x = means[np.arange(512) % 32] + 0.6 / 4 * random.normal(size=(512, 16))
     x = jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
     found = []
-    for size in (1, 4, 16, 64, 256):
+    for size in (1, 8, 64):
         clusters = jax.jit(balanced_kmeans, static_argnums=1)(
             x, size, key=jax.random.key(0)
         )
-        batches = losses.ngame_batches(clusters, batch_size=256, key=jax.random.key(1))
+        batches = losses.ngame_batches(clusters, batch_size=64, key=jax.random.key(1))
         share = jax.jit(losses.hard_negative_recall)(x, x, batches).mean()
         found.append(float(share))
-    assert found[0] == pytest.approx(256 / 2048, abs=0.01)
+    assert found[0] == pytest.approx(64 / 512, abs=0.02)
     assert found == sorted(found)
-    assert found[3] > 4 * found[0]
+    assert found[2] > 4 * found[0]
 
 
 # ------------------------------------------------------------------------------- errors
