@@ -1,11 +1,10 @@
 """One of two processes that hold the arrays of a loss together, 4 devices each.
 
-test_two_processes.py starts `python two_processes.py PORT PROCESS` twice. Each checks
-what it holds, its own parts of every number per row and of every gradient, against
-float64 on one of its devices, and says so in one line per case.
+test_two_processes.py starts `python two_processes.py PORT PROCESS CASE...` twice. Each
+checks what it holds, its own parts of every number per row and of every gradient,
+against float64 on one of its devices, and says so in one line per case.
 """
 
-import itertools
 import sys
 
 import jax
@@ -21,11 +20,15 @@ from tests.losses.divided import (
     vocabulary_parallel,
 )
 
-# Under plain jit: the axis between the processes, and where rows, classes and features
-# are.
-PLAIN = (
+# The axis between the processes and the kind of the mesh; then `check_vma` of
+# `shard_map`, or under plain jit where rows, classes and features are.
+CASES = (
+    ("data", AxisType.Explicit, False),
+    ("classes", AxisType.Explicit, True),
     ("data", AxisType.Auto, (("data", "classes"),)),
     ("classes", AxisType.Explicit, ("data", "classes")),
+    ("data", AxisType.Auto, True),
+    ("classes", AxisType.Auto, False),
     ("classes", AxisType.Auto, ("data", None, "classes")),
     ("data", AxisType.Explicit, ("classes", None, "data")),
 )
@@ -56,23 +59,21 @@ def connect(port, process):
     assert (jax.process_count(), jax.device_count()) == (2, 8)
 
 
-def main(port, process):
+def main(port, process, *cases):
     connect(port, process)
     where = specs("data", "classes")
-    for crossing, check_vma in itertools.product(("data", "classes"), (True, False)):
-        # Either kind of mesh meets either value of the other two.
-        auto = check_vma == (crossing == "data")
-        mesh = grid(crossing, AxisType.Auto if auto else AxisType.Explicit)
-        function = vocabulary_parallel(mesh, where, check_vma)
-        gradients = check(mesh, where, function)
-        # Each device has the gradient of its classes, and of no other.
-        parts = gradients["weight"].addressable_shards
-        assert {part.data.shape for part in parts} == {(CLASSES // 4, FEATURES)}
-        print(f"shard_map, {crossing}, check_vma={check_vma}: equal", flush=True)
-    for crossing, kind, division in PLAIN:
-        check(grid(crossing, kind), specs(*division), metrics)
-        print(f"jit, {crossing}, {division}: equal", flush=True)
+    for crossing, kind, how in (CASES[case] for case in cases):
+        mesh = grid(crossing, kind)
+        if isinstance(how, bool):
+            function = vocabulary_parallel(mesh, where, check_vma=how)
+            gradients = check(mesh, where, function)
+            # Each device has the gradient of its classes, and of no other.
+            parts = gradients["weight"].addressable_shards
+            assert {part.data.shape for part in parts} == {(CLASSES // 4, FEATURES)}
+        else:
+            check(mesh, specs(*how), metrics)
+        print(f"{crossing}, {kind}, {how}: equal", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))
