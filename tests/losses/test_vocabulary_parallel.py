@@ -5,7 +5,6 @@ import itertools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -14,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from softlib.losses import RowStatistics
 from softlib.testing import assert_close
 from tests.compiled import losses
+from tests.host import jnp
 from tests.losses.divided import (
     CLASSES,
     FLOATING,
@@ -188,56 +188,57 @@ CALLS |= dict.fromkeys(TWO_HEADS, lambda f, h, w, y, **o: f(h, w, h[..., ::-1], 
 WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
 
 
-def test_every_loss_takes_a_divided_vocabulary():
-    names = {name for name in losses.__all__ if name.startswith("linear_")} - WHOLE
-    mesh = grid(2, 4)
+EVERY = sorted({n for n in losses.__all__ if n.startswith("linear_")} - WHOLE)
+
+
+def of_losses(names, hidden, weight, labels, axis_name=None):
+    """What the functions return, by name."""
+    found = {}
+    for name in names:
+        call = CALLS.get(name, lambda f, *arrays, **o: f(*arrays, **o))
+        function = getattr(losses, name)
+        found[name] = call(function, hidden, weight, labels, axis_name=axis_name)
+    return found
+
+
+def compare_with_one_device(names, change):
+    """`change(function)` of the losses on a mesh and on one device."""
     arrays = problem()
-    del arrays["cotangents"]
-    arrays["labels"] = np.abs(arrays["labels"]) % CLASSES
-
-    def every(hidden, weight, labels, axis_name=None):
-        found = {}
-        for name in sorted(names):
-            call = CALLS.get(name, lambda f, *arrays, **o: f(*arrays, **o))
-            function = getattr(losses, name)
-            found[name] = call(function, hidden, weight, labels, axis_name=axis_name)
-        return found
-
-    def divided(hidden, weight, labels):
-        return jax.shard_map(
-            functools.partial(every, axis_name="classes"),
-            mesh=mesh,
-            in_specs=(P("data"), P("classes"), P("data")),
-            out_specs=P("data"),
-        )(hidden, weight, labels)
-
-    def differentiated(function):
-        """The gradients of a weighted sum; those by the weights are its terms."""
-
-        def total(hidden, weight, scales, labels):
-            found = function(hidden, weight, labels)
-            sums = {
-                name: sum(
-                    (leaf**2).sum()
-                    for leaf in jax.tree.leaves(found[name])
-                    if jnp.issubdtype(leaf.dtype, jnp.floating)
-                )
-                for name in found
-            }
-            return sum(scales[i] * sums[n] for i, n in enumerate(sorted(sums))), found
-
-        return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))
-
-    scales = np.linspace(0.1, 0.3, len(names), dtype=np.float32)
-    operands = [arrays["hidden"], arrays["weight"], scales, arrays["labels"]]
-    expected = jax.device_get(differentiated(every)(*operands))
-    actual = jax.device_get(differentiated(divided)(*operands))
-    assert len(actual[1]) == len(names) > 4
+    labels = np.abs(arrays["labels"]) % CLASSES
+    whole = functools.partial(of_losses, names)
+    divided = jax.shard_map(
+        functools.partial(whole, axis_name="classes"),
+        mesh=grid(2, 4),
+        in_specs=(P("data"), P("classes"), P("data")),
+        out_specs=P("data"),
+    )
+    actual, expected = (
+        jax.device_get(jax.jit(change(f))(arrays["hidden"], arrays["weight"], labels))
+        for f in (divided, whole)
+    )
     for found, wanted in zip(
         jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
     ):
         assert found.dtype == wanted.dtype
         assert_close(found, wanted, dtype=jnp.float32, length=CLASSES)
+
+
+def test_every_loss_takes_a_divided_vocabulary():
+    assert len(EVERY) > 4
+    compare_with_one_device(EVERY, lambda function: function)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_of_every_loss_with_a_divided_vocabulary(name):
+    def differentiated(function):
+        def total(hidden, weight, labels):
+            leaves = jax.tree.leaves(function(hidden, weight, labels))
+            floating = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+            return sum((leaf**2).sum() for leaf in floating) / 5
+
+        return jax.grad(total, (0, 1))
+
+    compare_with_one_device([name], differentiated)
 
 
 def test_all_statistics_in_float64():
