@@ -56,9 +56,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": {
         "classes": 2_048,
+        "word_features": 4,
         "features": 16,
-        "steps": 300,
-        "entropy_steps": 100,
+        "steps": 160,
+        "entropy_steps": 60,
         "scores": (5, 20),
         "evaluations": 2,
         "held_out": 128,
