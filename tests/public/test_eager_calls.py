@@ -194,6 +194,7 @@ SMALL: dict[str, tuple[Callable[..., Any], jax.Array]] = {
 }
 
 
+@pytest.mark.usefixtures("untyped")  # the checks of types take most of the time
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of memory")
 @pytest.mark.parametrize("case", SMALL)
 def test_memory_does_not_grow(case):
