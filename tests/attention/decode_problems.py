@@ -1,6 +1,10 @@
-"""Caches of several sequences, and what the library and the oracle make of them."""
+"""Caches of several sequences, and what the library and the oracle make of them.
+
+Arguments and results are arrays of NumPy: what a test does with them compiles nothing.
+"""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +19,18 @@ FLOATING = ("query", "key", "value", "scale", "sinks")
 
 def problem(
     dtype="float32", *, T=1, N=4, K=2, S=11, H=6, Hv=5, B=4, sinks=False, seed=0
-):
+) -> dict[str, Any]:
     """Rounded arrays by name; with scores of a few units."""
     random = np.random.default_rng(seed)
     shapes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, Hv)}
     arrays = {
-        name: jnp.asarray(1.5 * random.normal(size=shape), dtype)
+        name: np.asarray(1.5 * random.normal(size=shape), jnp.dtype(dtype))
         for name, shape in shapes.items()
     }
     wide = "float64" if dtype == "float64" else "float32"
-    arrays["scale"] = jnp.asarray(0.4, wide)
+    arrays["scale"] = np.asarray(0.4, wide)
     if sinks:
-        arrays["sinks"] = jnp.asarray(random.normal(size=N), wide)
+        arrays["sinks"] = np.asarray(random.normal(size=N), wide)
     return arrays
 
 
@@ -38,22 +42,22 @@ def oracle(arrays, **options):
 def decoded(arrays, lengths=None, **options):
     """(out, DecodeStatistics), compiled once per set of static options and shapes."""
     traced, static = _sorted(lengths, options)
-    return _decoded(arrays, traced, static)
+    return jax.device_get(_decoded(arrays, traced, static))
 
 
 def gradients(arrays, lengths, g_out, g_lse, **options):
     """Of the sum of both results with these cotangents, by argument, compiled."""
     traced, static = _sorted(lengths, options)
     dtype = jnp.promote_types(arrays["query"].dtype, jnp.float32)
-    cotangents = jnp.asarray(g_out, dtype), jnp.asarray(g_lse, dtype)
-    return _gradients(arrays, traced, cotangents, static)
+    cotangents = np.asarray(g_out, dtype), np.asarray(g_lse, dtype)
+    return jax.device_get(_gradients(arrays, traced, cotangents, static))
 
 
 def _sorted(lengths, options):
     options = dict(options)
     traced = {n: options.pop(n) for n in ("phi", "valid_range") if n in options}
     if lengths is not None:
-        traced["key_value_seq_lengths"] = jnp.asarray(lengths, jnp.int32)
+        traced["key_value_seq_lengths"] = np.asarray(lengths, np.int32)
     return traced, tuple(sorted(options.items()))
 
 

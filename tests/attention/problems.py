@@ -1,4 +1,7 @@
-"""Attention on small arrays, under masks that are told to library and oracle apart."""
+"""Attention on small arrays, under masks that are told to library and oracle apart.
+
+Arguments and results are arrays of NumPy: what a test does with them compiles nothing.
+"""
 
 from typing import Any, NamedTuple
 
@@ -30,7 +33,9 @@ class Given(NamedTuple):
     allowed: Any
 
 
-def problem(shape=None, dtype="float32", *, scale=None, bias=None, sinks=False, seed=0):
+def problem(
+    shape=None, dtype="float32", *, scale=None, bias=None, sinks=False, seed=0
+) -> dict[str, Any]:
     """Rounded arrays by name, with scores of a few units.
 
     `scale` is "traced" or a number, `bias` its axes out of "bnts", then perhaps "-" for
@@ -40,11 +45,11 @@ def problem(shape=None, dtype="float32", *, scale=None, bias=None, sinks=False, 
     random = np.random.default_rng(seed)
     T, S, H, E, N, K, B = shape
     shapes = {"query": (B, T, N, H), "key": (B, S, K, H), "value": (B, S, K, E)}
-    draw = lambda shape: jnp.asarray(random.normal(size=shape), dtype)
+    draw = lambda shape: np.asarray(random.normal(size=shape), jnp.dtype(dtype))
     arrays = {name: draw(shape) for name, shape in shapes.items()}
     wide = "float64" if dtype == "float64" else "float32"
     if scale == "traced":
-        arrays["scale"] = jnp.asarray(1.3 * H**-0.5, wide)
+        arrays["scale"] = np.asarray(1.3 * H**-0.5, wide)
     if sinks:
         arrays["sinks"] = draw((N,)).astype(wide)
     if bias is not None:
@@ -52,9 +57,16 @@ def problem(shape=None, dtype="float32", *, scale=None, bias=None, sinks=False, 
         array = draw(tuple(n if axis in bias else 1 for axis, n in sizes))
         if "-" in bias:
             dropped = random.random(array.shape) < 0.2
-            array = jnp.where(dropped, -jnp.inf, array).astype(dtype)
+            array = np.where(dropped, -np.inf, array).astype(array.dtype)
         arrays["bias"] = array
     return arrays
+
+
+def planted(array, index, value) -> Any:
+    """A copy with a value at an index."""
+    copy = array.copy()
+    copy[index] = value
+    return copy
 
 
 def mask(name, shape):
@@ -82,7 +94,7 @@ def mask(name, shape):
             for ids, n in (([0, 1, 1, 2, 3], T), ([0, 1, 2, 2, 4], S))
         )
         allowed = query[:, :, None] == key[:, None]
-        value = masks.Segments(jnp.asarray(query), jnp.asarray(key))
+        value = masks.Segments(*map(jax.device_put, (query, key)))
         return Given({"mask": value}, allowed[:, None])
     if name == "lengths":
         query, key = np.array([T, (T + 1) // 2]), np.array([0, (S + 1) // 2])
@@ -91,10 +103,10 @@ def mask(name, shape):
         ]
         allowed = inside[0][:, None, :, None] & inside[1][:, None, None]
         lengths = {"query_seq_lengths": query, "key_value_seq_lengths": key}
-        return Given({k: jnp.asarray(v) for k, v in lengths.items()}, allowed)
+        return Given(jax.device_put(lengths), allowed)
     assert name == "array"
     allowed = random.random((1, N, T, S)) < 0.7
-    return Given({"mask": jnp.asarray(allowed)}, allowed)
+    return Given({"mask": jax.device_put(allowed)}, allowed)
 
 
 def oracle(arrays, **options):
@@ -108,7 +120,7 @@ def cotangents(arrays, seed=1):
     query, value = arrays["query"], arrays["value"]
     g_out = random.normal(size=(*query.shape[:-1], value.shape[-1]))
     g_lse = random.normal(size=query.shape[:-1])
-    return np.asarray(jnp.asarray(g_out, query.dtype), np.float64), g_lse
+    return np.asarray(np.asarray(g_out, query.dtype), np.float64), g_lse
 
 
 def attended(arrays, traced=None, **options):
@@ -120,7 +132,7 @@ def attended(arrays, traced=None, **options):
             **arrays, **traced, return_lse=True, **options
         )
 
-    return call(arrays, traced or {})
+    return jax.device_get(call(arrays, traced or {}))
 
 
 def with_gradients(arrays, g_out, g_lse, traced=None, **options):
@@ -138,4 +150,4 @@ def with_gradients(arrays, g_out, g_lse, traced=None, **options):
         )
         return results, gradients
 
-    return call(arrays, traced or {}, jnp.asarray(g_out), jnp.asarray(g_lse))
+    return jax.device_get(call(arrays, traced or {}, g_out, g_lse))

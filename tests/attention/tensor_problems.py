@@ -1,4 +1,7 @@
-"""Kronecker attention on small arrays, under masks told to library and oracle apart."""
+"""Kronecker attention on small arrays, under masks told to library and oracle apart.
+
+Arguments and results are arrays of NumPy: what a test does with them compiles nothing.
+"""
 
 import itertools
 from typing import Any, NamedTuple
@@ -49,7 +52,7 @@ def problem(shape=None, dtype="float32", *, scale=None, seed=0) -> dict[str, Any
     """Rounded arrays by name, with scores of a few units; `scale` may be "traced"."""
     T, S, H, E, N, K, B = shape or Shape()
     random = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
+    draw = lambda *shape: np.asarray(random.normal(size=shape), jnp.dtype(dtype))
     arrays: dict[str, Any] = {
         "query": draw(B, T, N, H),
         "keys": tuple(draw(B, s, K, H) for s in S),
@@ -57,7 +60,7 @@ def problem(shape=None, dtype="float32", *, scale=None, seed=0) -> dict[str, Any
     }
     if scale == "traced":
         wide = "float64" if dtype == "float64" else "float32"
-        arrays["scale"] = jnp.asarray(1.3 * H**-0.5, wide)
+        arrays["scale"] = np.asarray(1.3 * H**-0.5, wide)
     return arrays
 
 
@@ -118,7 +121,7 @@ def mask(name, shape) -> Given:
             np.stack([ids(s, b * (t != 1)) for b in range(B)]) for t, s in enumerate(S)
         ]
         axes = [
-            masks.Segments(jnp.asarray(query), jnp.asarray(k[0] if t == 1 else k))
+            masks.Segments(*map(jax.device_put, (query, k[0] if t == 1 else k)))
             for t, k in enumerate(keys)
         ]
         same = [query[:, :, None] == k[:, None, :] for k in keys]
@@ -129,7 +132,7 @@ def mask(name, shape) -> Given:
     lengths = [(s + np.arange(B)) // 2 for s in S]
     lengths[-1][0] = 0
     axes = [
-        masks.Padding(jnp.asarray(query) if t == 0 else None, jnp.asarray(length))
+        masks.Padding(*map(jax.device_put, (query if t == 0 else None, length)))
         for t, length in enumerate(lengths)
     ]
     inside = [
@@ -176,7 +179,7 @@ def cotangents(arrays, seed=1):
     query, value = arrays["query"], arrays["values"][0]
     g_out = random.normal(size=(*query.shape[:-1], value.shape[-1]))
     g_lse = random.normal(size=query.shape[:-1])
-    return np.asarray(jnp.asarray(g_out, query.dtype), np.float64), g_lse
+    return np.asarray(np.asarray(g_out, query.dtype), np.float64), g_lse
 
 
 def attended(arrays, traced=None, **options):
@@ -186,7 +189,7 @@ def attended(arrays, traced=None, **options):
     def call(arrays, traced):
         return attend(**arrays, **traced, return_lse=True, **options)
 
-    return call(arrays, traced or {})
+    return jax.device_get(call(arrays, traced or {}))
 
 
 def with_gradients(arrays, g_out, g_lse, traced=None, **options):
@@ -202,7 +205,7 @@ def with_gradients(arrays, g_out, g_lse, traced=None, **options):
         )
         return results, gradients
 
-    return call(arrays, traced or {}, jnp.asarray(g_out), jnp.asarray(g_lse))
+    return jax.device_get(call(arrays, traced or {}, g_out, g_lse))
 
 
 def assert_gradients(gradients, expected, arrays, *, dtype, length, c=4.0):

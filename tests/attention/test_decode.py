@@ -30,7 +30,7 @@ OPTIONS = {
     "lengths": (None, LENGTHS),
     "num_splits": (None, 3),
     "heads": ((4, 2), (3, 3)),
-    "dtype": ("float32", "float64", "bfloat16", "float16"),
+    "dtype": ("float64", "bfloat16", "float16"),  # float32 is that of the other tests
 }
 
 
@@ -46,7 +46,7 @@ def prepared(case):
     dtype, (N, K) = case.pop("dtype"), case.pop("heads")
     arrays = problem(dtype, T=case.pop("T"), N=N, K=K, sinks=case.pop("sinks"))
     if case["phi"] == "per head":
-        case["phi"] = jnp.linspace(-2, 2, N)
+        case["phi"] = np.linspace(-2, 2, N, dtype=np.float32)
     shared = {name: case[name] for name in ("is_causal", "logit_softcap", "lengths")}
     return arrays, case, shared, dtype
 
@@ -91,7 +91,7 @@ def test_gradients_match_oracle(case):
     g_out, g_lse = random.normal(size=(*shape, 5)), random.normal(size=shape)
     found = gradients(arrays, options.pop("lengths"), g_out, g_lse, **options)
     # The cotangent of a bfloat16 result is rounded to bfloat16.
-    rounded = np.asarray(jnp.asarray(g_out, dtype), np.float64)
+    rounded = np.asarray(np.asarray(g_out, jnp.dtype(dtype)), np.float64)
     expected = oracle(arrays, **shared, g_out=rounded, g_lse=g_lse).gradients
     for argument in FLOATING:
         if argument in arrays:
@@ -104,8 +104,8 @@ def test_gradients_match_oracle(case):
 @pytest.mark.parametrize("criterion", ["row_max", "elementwise"])
 def test_matches_independent_vectors(implementation, criterion):
     data = np.load(DATA / "unified_max_softmax_case0.npz")
-    arrays = {name: jnp.asarray(data["in_" + name]) for name in ("query", "key")}
-    arrays["value"] = jnp.asarray(data["in_value"])
+    arrays = {name: data["in_" + name] for name in ("query", "key")}
+    arrays["value"] = data["in_value"]
     out, statistics = decoded(
         arrays,
         data["in_lengths"],

@@ -7,13 +7,13 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import attention, masks
 from softlib.attention import _lanes
+from tests.compiled import f32
 
 LENGTH, FEATURES = 16, 8
 # Per lane one block, so that no loop but that over lanes has several steps.
@@ -38,7 +38,7 @@ def placed(case, shapes):
     names = ("x", "y")[: len(mesh_shape)]
     mesh = jax.make_mesh(mesh_shape, names, (AxisType.Auto,) * len(names))
     random = np.random.default_rng(0)
-    array = lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    array = lambda shape: f32(random.normal(size=shape))
     return [jax.device_put(array(s), NamedSharding(mesh, spec)) for s in shapes]
 
 
@@ -87,13 +87,13 @@ def test_arrays_over_pairs_sinks_and_masks_stay_where_they_are(case, monkeypatch
     query, key, value = placed(
         case, [(batch, LENGTH, n, FEATURES) for n in (2 * heads, heads, heads)]
     )
-    array = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
+    array = lambda *shape: f32(random.normal(size=shape))
     mesh, axes = query.sharding.mesh, (*spec, None, None, None)[:3]
     bias = jax.device_put(
         array(batch, 2 * heads, LENGTH, LENGTH),
         NamedSharding(mesh, P(axes[0], axes[2])),
     )
-    ids = jnp.asarray(random.integers(0, 3, (batch, LENGTH)))
+    ids = random.integers(0, 3, (batch, LENGTH))
     ids = jax.device_put(ids, NamedSharding(mesh, P(axes[0])))
     sinks = jax.device_put(array(2 * heads), NamedSharding(mesh, P(axes[2])))
     arrays = (query, key, value, bias, sinks)

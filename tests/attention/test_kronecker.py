@@ -48,9 +48,9 @@ SHAPES = {
 }
 OPTIONS = {
     "mask": ("windows", "late", "several", "segments"),
-    "shape": ("2", "3", "4"),
-    "blocks": ((8, (4, 8)), (4, (8, 4)), (None, (None, None))),
-    "dtype": ("float32", "float64", "bfloat16"),
+    "shape": ("3", "4"),
+    "blocks": ((8, (4, 8)), (None, (None, None))),
+    "dtype": ("float64", "bfloat16"),
     "scale": (None, "traced"),
     "heads": ((4, 2), (2, 2)),
     "lanes": ("all", "one"),
@@ -109,7 +109,6 @@ REFERENCE = OPTIONS | {
     "mask": ("late", "several", "segments"),
     "shape": ("3", "4"),
     "blocks": ((None, (None, None)),),
-    "dtype": ("float32", "float64", "bfloat16"),
     "scale": (None, "traced"),
     "heads": ((4, 2),),
 }
@@ -195,7 +194,8 @@ def test_no_queries_no_keys_no_sequences_no_features(empty, implementation):
     shape = Shape(T=3, S=(4, 5))._replace(**empty)
     # The scale of no features at all would be 1 / 0.
     scale = "traced" if shape.H else None
-    arrays = problem(shape, scale=scale) | ({} if shape.H else {"scale": jnp.ones(())})
+    arrays = problem(shape, scale=scale)
+    arrays |= {} if shape.H else {"scale": np.ones((), np.float32)}
     given = mask("causal", shape)
     g_out, g_lse = cotangents(arrays)
     (out, lse), gradients = with_gradients(
@@ -217,16 +217,17 @@ BOTH = pytest.mark.parametrize("implementation", ["xla", "reference"])
 )
 def test_matches_independent_vectors(name, scale, implementation):
     data = np.load(DATA / "kronecker_attention_case0.npz")
-    pair = lambda letter: tuple(jnp.asarray(data[f"in_{letter}{t}"]) for t in (1, 2))
+    pair = lambda letter: tuple(data[f"in_{letter}{t}"] for t in (1, 2))
     arrays = {
-        "query": jnp.asarray(data["in_q"]),
+        "query": data["in_q"],
         "keys": pair("k"),
         "values": pair("v"),
     }
     # A segment that no key of the second axis has empties one row.
-    alone = jnp.zeros(12, jnp.int32).at[int(data["in_masked_row"])].set(1)
+    alone = np.int32(np.arange(12) == data["in_masked_row"])
+    ids = masks.Segments(*map(jax.device_put, (alone, 0 * alone)))
     first, second = (masks.Window(int(data[w]) - 1, 0) for w in ("in_w1", "in_w2"))
-    given = PerAxis(first, second & masks.Segments(alone, jnp.zeros(12, jnp.int32)))
+    given = PerAxis(first, second & ids)
     numbers = {} if scale is None else {"scale": scale}
     (out, lse), gradients = with_gradients(
         arrays,
@@ -253,7 +254,7 @@ def test_matches_independent_vectors(name, scale, implementation):
 def test_matches_independent_vectors_of_order_4(implementation):
     data = np.load(DATA / "kronecker_attention_case0.npz")
     with jax.enable_x64(True):
-        one = lambda a: jnp.asarray(a)[:, None, :]  # a head, no batch axis
+        one = lambda a: a[:, None, :]  # a head, no batch axis
         arrays = {
             "query": one(data["in_o4_q"]),
             "keys": tuple(map(one, data["in_o4_k"])),
@@ -272,7 +273,7 @@ def test_matches_independent_vectors_of_order_4(implementation):
         close(lse[:, 0], data["out_o4_lse"])
         close(gradients["query"][:, 0], data["out_o4_dq"])
         for name, letter in (("keys", "k"), ("values", "v")):
-            close(jnp.stack(gradients[name])[:, :, 0], data["out_o4_d" + letter])
+            close(np.stack(gradients[name])[:, :, 0], data["out_o4_d" + letter])
 
 
 # ------------------------------------------------------------------------------ batches
@@ -280,10 +281,11 @@ def test_batch_axes_may_be_none_or_several():
     shape = Shape(B=6)
     arrays = problem(shape)
     random = np.random.default_rng(4)
-    ids = jnp.asarray(np.sort(random.integers(0, 3, (6, 9)), -1))
+    ids = np.sort(random.integers(0, 3, (6, 9)), -1)
+    put = jax.device_put
     given = PerAxis(
-        masks.Padding(key=jnp.array([7, 1, 4, 0, 5, 2])),
-        masks.Segments(jnp.concatenate([ids, ids[:, :2]], 1), ids),
+        masks.Padding(key=put(np.array([7, 1, 4, 0, 5, 2]))),
+        masks.Segments(put(np.concatenate([ids, ids[:, :2]], 1)), put(ids)),
         joint=no_diagonal,
     )
     flat = attended(arrays, {"mask": given}, block_query=8, block_keys=(4, 8))
@@ -294,7 +296,7 @@ def test_batch_axes_may_be_none_or_several():
     )
     one = attended(
         jax.tree.map(lambda a: a[1], arrays),
-        {"mask": jax.tree.map(lambda a: a[1], given)},
+        {"mask": jax.tree.map(lambda a: put(np.asarray(a)[1]), given)},
         block_query=8,
         block_keys=(4, 8),
     )
@@ -325,7 +327,7 @@ def compiled(*reaches):
             **arrays, mask=given, return_lse=True, block_query=4, block_keys=sizes
         )
 
-    return call
+    return lambda arrays: jax.device_get(call(arrays))
 
 
 def same(one, two, length=42, c=4.0):
@@ -358,7 +360,7 @@ def test_the_order_of_the_keys_of_an_axis_is_arbitrary(seed):
 @given(seed=seeds)
 def test_values_of_1_give_1_where_a_tuple_attends_and_0_elsewhere(seed):
     arrays = problem(LAW, seed=seed)
-    arrays["values"] = jax.tree.map(jnp.ones_like, arrays["values"])
+    arrays["values"] = jax.tree.map(np.ones_like, arrays["values"])
     out, lse = compiled((3, 1), (0, 0))(arrays)
     empty = np.asarray(lse) == -np.inf
     # Queries 6, 7 and 8 have no key of their own on the second axis.
@@ -373,7 +375,7 @@ def test_an_axis_of_one_key_folds_into_the_queries_and_the_values(seed):
     """<q, k1, k2> is the product of q * k1 with k2: a factor of its own."""
     arrays = problem(LAW._replace(S=(1, 6)), seed=seed)
     (k1, k2), (v1, v2) = arrays["keys"], arrays["values"]
-    wide = lambda a: jnp.repeat(a, 2, axis=2)
+    wide = lambda a: np.repeat(a, 2, axis=2)
     out, lse = compiled()(arrays)
     query = arrays["query"] * wide(k1)
     folded, folded_lse = compiled()({"query": query, "keys": (k2,), "values": (v2,)})
@@ -386,7 +388,7 @@ def test_a_key_repeated_along_an_axis_counts_as_often(seed):
     """Equal keys: their mean value, and the log of their number in the lse."""
     arrays = problem(LAW, seed=seed)
     k1, k2 = arrays["keys"]
-    same_keys = jnp.broadcast_to(k2[:, :1], k2.shape)
+    same_keys = np.broadcast_to(k2[:, :1], k2.shape)
     out, lse = compiled()(arrays | {"keys": (k1, same_keys)})
     v1, v2 = arrays["values"]
     once, once_lse = compiled()(
@@ -404,11 +406,11 @@ def test_a_key_repeated_along_an_axis_counts_as_often(seed):
 def test_keys_of_zero_give_the_product_of_the_mean_values(seed):
     arrays = problem(LAW, seed=seed)
     k1, k2 = arrays["keys"]
-    out, lse = compiled()(arrays | {"keys": (k1, jnp.zeros_like(k2))})
+    out, lse = compiled()(arrays | {"keys": (k1, np.zeros_like(k2))})
     v1, v2 = arrays["values"]
     mean = v1.mean(1, keepdims=True) * v2.mean(1, keepdims=True)
-    wanted = jnp.broadcast_to(mean, out.shape)
-    same((out, lse), (wanted, jnp.full_like(lse, np.log(42))))
+    wanted = np.broadcast_to(mean, out.shape)
+    same((out, lse), (wanted, np.full_like(lse, np.log(42))))
 
 
 @FEW
@@ -419,8 +421,8 @@ def test_two_sets_of_tuples_merge_by_their_log_sums(seed):
     cut = np.random.default_rng(seed).integers(1, 7)
     halves = []
     for ends in ((0, cut), (cut, 7)):
-        rows = (jnp.arange(7) >= ends[0]) & (jnp.arange(7) < ends[1])
-        ids = masks.Segments(jnp.zeros(9, int), jnp.where(rows, 0, 1))
+        rows = (np.arange(7) >= ends[0]) & (np.arange(7) < ends[1])
+        ids = masks.Segments(*map(jax.device_put, (np.zeros(9, int), 1 - rows)))
         halves.append(under_segments(arrays, ids))
     total = np.logaddexp(halves[0][1], halves[1][1])
     merged = sum(np.exp(lse - total)[..., None] * out for out, lse in halves)
@@ -454,7 +456,7 @@ def test_one_key_axis_is_attention_at_scale_1_over_h(name):
             **plain, mask=value, scale=1 / 4, return_lse=True
         )
         results, pull = jax.vjp(function, plain)
-        given = (jnp.asarray(g, jnp.float32) for g in (g_out, g_lse))
+        given = (np.asarray(g, np.float32) for g in (g_out, g_lse))
         return results, pull(tuple(given))[0]
 
     expected, wanted = call(plain, value)

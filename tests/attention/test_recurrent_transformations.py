@@ -1,5 +1,7 @@
 """The recurrent forms of attention through every transformation of JAX."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,13 +17,14 @@ from softlib.attention._linear_recurrence import METHODS, linear_recurrence
 from softlib.attention._recurrent_attention import LinearAttentionState
 from softlib.attention._selective_scan import selective_scan
 from softlib.testing import TRANSFORMATIONS, check_transformations
+from tests.compiled import f32
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 8, 5, 2, 1, 2
 
 
-def draw(seed, *shape):
+def draw(seed, *shape) -> Any:
     random = np.random.default_rng(seed)
-    return jnp.asarray(random.normal(size=shape), jnp.float32)
+    return f32(random.normal(size=shape))
 
 
 def tokens():
@@ -35,10 +38,10 @@ def tokens():
 
 def sum_normalized():
     """Decays per key head, a mask, a state before and after."""
-    log_decay = -jnp.abs(draw(3, ROWS, LENGTH, KEY_HEADS))
-    mask = jnp.asarray(np.random.default_rng(4).uniform(size=(ROWS, LENGTH)) < 0.8)
+    log_decay = -np.abs(draw(3, ROWS, LENGTH, KEY_HEADS))
+    mask = np.random.default_rng(4).uniform(size=(ROWS, LENGTH)) < 0.8
     memory = draw(5, ROWS, KEY_HEADS, SIZE, SIZE)
-    normalizer = jnp.abs(draw(6, ROWS, KEY_HEADS, SIZE))
+    normalizer = np.abs(draw(6, ROWS, KEY_HEADS, SIZE))
 
     def function(q, k, v, log_decay, mask, memory, normalizer):
         return linear_attention(
@@ -57,7 +60,7 @@ def sum_normalized():
 
 def normalized():
     """A decay per query head: keys are repeated."""
-    log_decay = -jnp.abs(draw(3, ROWS, LENGTH, HEADS))
+    log_decay = -np.abs(draw(3, ROWS, LENGTH, HEADS))
     n = draw(4, ROWS, LENGTH, HEADS)
 
     def function(q, k, v, n, log_decay):
@@ -67,7 +70,7 @@ def normalized():
 
 
 def bidirectional():
-    eta = jnp.exp(draw(4, ROWS, LENGTH, HEADS))
+    eta = np.exp(draw(4, ROWS, LENGTH, HEADS))
 
     def function(q, k, v, eta):
         return linear_attention(
@@ -90,13 +93,13 @@ def decoding():
         first = decode_step(None, q, k, v)
         return decode_step(first.state, q, -k, v, log_decay=log_decay).output
 
-    return function, (q, k, v, -jnp.abs(draw(3, ROWS, KEY_HEADS))), range(4)
+    return function, (q, k, v, -np.abs(draw(3, ROWS, KEY_HEADS))), range(4)
 
 
 def scan():
     u, delta = draw(0, 2, ROWS, LENGTH, 3)
     B, C = draw(1, 2, ROWS, LENGTH, 2)
-    A, D = jnp.abs(draw(2, 3, 2)), draw(3, 3)
+    A, D = np.abs(draw(2, 3, 2)), draw(3, 3)
 
     def function(u, delta, A, B, C, D):
         return selective_scan(u, jnp.abs(delta), A, B, C, D, chunk_size=2)

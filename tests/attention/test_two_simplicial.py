@@ -46,6 +46,11 @@ def call_with(**options):
     return call
 
 
+def run(arrays, traced=None, **options):
+    """(out, lse), compiled."""
+    return jax.device_get(jax.jit(call_with(**options))(arrays, traced or {}))
+
+
 def with_gradients(arrays, g_out, g_lse, traced=None, **options):
     @jax.jit
     def run(arrays, traced, g_out, g_lse):
@@ -57,7 +62,7 @@ def with_gradients(arrays, g_out, g_lse, traced=None, **options):
         )
         return results, gradients
 
-    return run(arrays, traced or {}, jnp.asarray(g_out), jnp.asarray(g_lse))
+    return jax.device_get(run(arrays, traced or {}, g_out, g_lse))
 
 
 def windowed(shape, window1, window2):
@@ -88,8 +93,8 @@ CASES = pairwise(
     {
         "windows": ((5, 2), (1, 5), (40, 13)),
         "biases": ((0.0, 0.0), (0.25, 1.0)),
-        "dtype": ("float32", "float64", "bfloat16"),
-        "heads": ((4, 1), (4, 2), (2, 2)),
+        "dtype": ("float64", "bfloat16"),
+        "heads": ((4, 2), (2, 2)),
         "scale": (None, 0.3),
     }
 )
@@ -124,19 +129,19 @@ def test_matches_oracle(case):
 
 def test_is_kronecker_attention_under_two_windows():
     arrays = problem(SHAPE)
-    run = jax.jit(call_with(window1=6, window2=3, implementation="reference"))
+    found = run(arrays, window1=6, window2=3, implementation="reference")
     given = PerAxis(masks.Window(5, 0), masks.Window(2, 0))
     wanted = attended(arrays, {"mask": given}, scale=0.5)
-    for one, two in zip(run(arrays, {}), wanted, strict=True):
+    for one, two in zip(found, wanted, strict=True):
         assert_close(one, two, dtype="float32", length=18)
 
 
 def test_matches_independent_vectors():
     """But for the one row that the vectors empty."""
     data = np.load(DATA / "kronecker_attention_case0.npz")
-    both = lambda letter: tuple(jnp.asarray(data[f"in_{letter}{t}"]) for t in (1, 2))
+    both = lambda letter: tuple(data[f"in_{letter}{t}"] for t in (1, 2))
     arrays = {
-        "query": jnp.asarray(data["in_q"]),
+        "query": data["in_q"],
         "keys": both("k"),
         "values": both("v"),
     }
@@ -166,12 +171,12 @@ def test_windows_hold_the_query_itself_and_count_keys():
     """Windows of 1 leave the diagonal; of 2, one key before it, too."""
     arrays = problem(SHAPE._replace(N=2, K=2))
     (v1, v2), (k1, k2) = arrays["values"], arrays["keys"]
-    out, lse = jax.jit(call_with(window1=1, window2=1))(arrays, {})
+    out, lse = run(arrays, window1=1, window2=1)
     assert_close(out, v1 * v2, dtype="float32", length=1)
     wanted = (arrays["query"] * k1 * k2).sum(-1) / 2
     assert_close(lse, wanted, dtype="float32", length=4)
-    out, lse = jax.jit(call_with(window1=2, window2=1, scale=0.0))(arrays, {})
-    before = jnp.concatenate([v1[:, :1], v1[:, :-1]], 1)
+    out, lse = run(arrays, window1=2, window2=1, scale=0.0)
+    before = np.concatenate([v1[:, :1], v1[:, :-1]], 1)
     assert_close(out, (v1 + before) / 2 * v2, dtype="float32", length=2)
     assert (lse[:, 0] == 0).all()
     counts = np.full((2, 12, 2), np.log(2))
@@ -179,7 +184,7 @@ def test_windows_hold_the_query_itself_and_count_keys():
 
 
 def test_every_query_sees_itself_so_that_no_row_is_empty():
-    _, lse = jax.jit(call_with(window1=1, window2=2))(problem(SHAPE), {})
+    _, lse = run(problem(SHAPE), window1=1, window2=2)
     assert np.isfinite(lse).all()
 
 
@@ -187,9 +192,8 @@ def test_without_the_second_key_and_value_it_is_attention():
     """Public kernels initialise so: K2 + 1/d and V2 + 1 of zeros; scale d**-1.5."""
     arrays = problem(SHAPE)
     (k1, k2), (v1, v2) = arrays["keys"], arrays["values"]
-    arrays |= {"keys": (k1, jnp.zeros_like(k2)), "values": (v1, jnp.zeros_like(v2))}
-    run = call_with(window1=7, window2=4, key2_bias=1 / 4, value2_bias=1.0)
-    out, lse = jax.jit(run)(arrays, {})
+    arrays |= {"keys": (k1, np.zeros_like(k2)), "values": (v1, np.zeros_like(v2))}
+    out, lse = run(arrays, window1=7, window2=4, key2_bias=1 / 4, value2_bias=1.0)
     plain, plain_lse = jax.jit(
         lambda *arrays: attention.dot_product_attention(
             *arrays, scale=4**-1.5, mask=masks.Window(6, 0), return_lse=True
@@ -197,7 +201,7 @@ def test_without_the_second_key_and_value_it_is_attention():
     )(arrays["query"], k1, v1)
     assert_close(out, plain, dtype="float32", length=28)
     seen = np.minimum(np.arange(13) + 1, 4).reshape(1, 13, 1)
-    assert_close(lse, plain_lse + np.log(seen), dtype="float32", length=28)
+    assert_close(lse, np.asarray(plain_lse) + np.log(seen), dtype="float32", length=28)
 
 
 def test_biases_are_added_before_use_without_rounding():
@@ -205,8 +209,8 @@ def test_biases_are_added_before_use_without_rounding():
     arrays = problem(SHAPE._replace(N=2, K=1), "bfloat16")
     k1, k2 = arrays["keys"]
     arrays["keys"] = (k1, (4 + k2 / 64).astype("bfloat16"))
-    run = call_with(window1=5, window2=5, key2_bias=1 / 256, value2_bias=1 / 256)
-    out, lse = jax.jit(run)(arrays, {})
+    biases = {"key2_bias": 1 / 256, "value2_bias": 1 / 256}
+    out, lse = run(arrays, window1=5, window2=5, **biases)
     wanted = expected(arrays, (5, 5), (1 / 256, 1 / 256))
     assert_close(lse, wanted.lse, dtype="float32", length=25)
     assert_close(out, wanted.out, dtype="bfloat16", length=1)
@@ -215,14 +219,14 @@ def test_biases_are_added_before_use_without_rounding():
 def test_scale_and_biases_may_be_traced_and_have_a_derivative():
     arrays = problem(SHAPE)
     g_out, g_lse = cotangents(arrays)
-    run = call_with(window1=5, window2=3)
+    call = call_with(window1=5, window2=3)
     numbers = {"scale": 0.4, "key2_bias": 0.25, "value2_bias": 1.0}
 
     def total(traced):
-        out, lse = run(arrays, traced)
+        out, lse = call(arrays, traced)
         return (g_out * out).sum() + (g_lse * lse).sum()
 
-    slopes = jax.jit(jax.grad(total))(jax.tree.map(jnp.float32, numbers))
+    slopes = jax.jit(jax.grad(total))(jax.tree.map(np.float32, numbers))
     wanted = expected(
         arrays, (5, 3), (0.25, 1.0), scale=0.4, g_out=g_out, g_lse=g_lse
     ).gradients
@@ -238,11 +242,11 @@ def test_scale_and_biases_may_be_traced_and_have_a_derivative():
 
 def test_batch_axes_may_be_none_or_several():
     arrays = problem(SHAPE._replace(B=4, N=2, K=1))
-    run = jax.jit(call_with(window1=5, window2=3))
+    windows = {"window1": 5, "window2": 3}
     fold = lambda a: a.reshape(2, 2, *a.shape[1:])
-    flat = run(arrays, {})
-    several = run(jax.tree.map(fold, arrays), {})
-    one = run(jax.tree.map(lambda a: a[1], arrays), {})
+    flat = run(arrays, **windows)
+    several = run(jax.tree.map(fold, arrays), **windows)
+    one = run(jax.tree.map(lambda a: a[1], arrays), **windows)
     for all_, two, single in zip(flat, several, one, strict=True):
         np.testing.assert_array_equal(fold(all_), two)
         assert_close(all_[1], single, dtype="float32", length=15)
@@ -252,7 +256,7 @@ def test_the_log_sum_comes_on_request():
     arrays = problem(SHAPE._replace(N=2, K=1))
     flat = (arrays["query"], *arrays["keys"], *arrays["values"])
     out = jax.jit(functools.partial(simplicial, window1=5, window2=3))(*flat)
-    both = jax.jit(call_with(window1=5, window2=3))(arrays, {})
+    both = run(arrays, window1=5, window2=3)
     np.testing.assert_array_equal(out, both[0])
 
 

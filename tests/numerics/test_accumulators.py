@@ -1,5 +1,7 @@
 """The running-max accumulator: values, monoid laws, exceptional scores, derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from softlib.numerics import RunningMax
 from softlib.testing import assert_close
+from tests.compiled import f32
 
 ACCUMULATOR = RunningMax()
 
@@ -42,9 +45,9 @@ def accumulated(blocks, values=None):
 def test_fold_matches_oracle(dtype, sizes, scale):
     with jax.enable_x64(dtype == "float64"):
         rng = np.random.default_rng(0)
-        blocks = [jnp.asarray(scale * rng.normal(size=(4, n)), dtype) for n in sizes]
-        values = [jnp.asarray(rng.normal(size=(n, 3)), dtype) for n in sizes]
-        state = accumulated(blocks, values)
+        blocks = [(scale * rng.normal(size=(4, n))).astype(dtype) for n in sizes]
+        values = [rng.normal(size=(n, 3)).astype(dtype) for n in sizes]
+        state = jax.jit(accumulated)(blocks, values)
         lse, mean = oracle(np.concatenate(blocks, 1), np.concatenate(values, 0))
         length = sum(sizes)
         assert_close(ACCUMULATOR.finalize(state), lse, dtype=dtype, length=length)
@@ -85,20 +88,22 @@ def test_monoid_laws(seed, absent, scale):
 
 
 def test_an_empty_row_is_minus_infinity_with_mean_and_gradient_zero():
-    z = jnp.array([[-jnp.inf, -jnp.inf], [0.0, 0.0]])
+    z = f32([[-np.inf, -np.inf], [0.0, 0.0]])
 
+    @jax.jit
     def results(z):
         state = accumulated([z, z], [jnp.ones((2, 1))] * 2)
         return ACCUMULATOR.finalize(state), ACCUMULATOR.mean(state)
 
-    lse, mean = results(z)
+    lse, mean = jax.device_get(results(z))
     np.testing.assert_allclose(lse, [-np.inf, np.log(4)], rtol=1e-6)
     np.testing.assert_array_equal(mean[:, 0], [0, 1])
     finite = lambda z: jnp.where(
         z[0, 0] == 0, 0, results(z)[0][1] + results(z)[1].sum()
     )
-    np.testing.assert_array_equal(jax.grad(finite)(z)[0], 0)
-    np.testing.assert_allclose(jax.grad(finite)(z)[1], 0.5, rtol=1e-6)
+    gradient = np.asarray(jax.jit(jax.grad(finite))(z))
+    np.testing.assert_array_equal(gradient[0], 0)
+    np.testing.assert_allclose(gradient[1], 0.5, rtol=1e-6)
 
 
 def test_nan_stays_in_its_row():
@@ -115,16 +120,18 @@ def test_minus_infinity_counts_as_absent():
 
 def test_first_and_second_derivatives_are_those_of_logsumexp():
     with jax.enable_x64():
-        z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6)))
+        z = np.random.default_rng(0).normal(size=(2, 6))
         fold = lambda z: ACCUMULATOR.finalize(accumulated([z[:, :4], z[:, 4:]])).sum()
         plain = lambda z: jax.nn.logsumexp(z, axis=1).sum()
-        np.testing.assert_allclose(jax.grad(fold)(z), jax.grad(plain)(z), rtol=1e-12)
-        np.testing.assert_allclose(
-            jax.hessian(fold)(z), jax.hessian(plain)(z), atol=1e-14
-        )
-        np.testing.assert_allclose(
-            jax.jvp(fold, (z,), (z,))[1], jax.jvp(plain, (z,), (z,))[1], rtol=1e-12
-        )
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def derivatives(f, z):
+            return jax.grad(f)(z), jax.hessian(f)(z), jax.jvp(f, (z,), (z,))[1]
+
+        found, expected = derivatives(fold, z), derivatives(plain, z)
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-14)
+        np.testing.assert_allclose(found[2], expected[2], rtol=1e-12)
 
 
 def test_states_pass_through_loops():
