@@ -108,13 +108,27 @@ def test_the_filter_drops_the_blocks_that_the_stream_drops(small_tiles):
     small_tiles((128, 256, 72))
     problem = Problem(300, 72, 500, "float32")
     head = problem.head()
-    # Sure of the label, whose tile then has nothing to learn either; the rest is not.
     assert head.labels is not None
-    hidden, weight = np.array(head.hidden), np.asarray(head.weight)
-    hidden[:150] = 8 * weight[np.maximum(head.labels[:150, 0], 0)]
-    head = head._replace(hidden=jnp.asarray(hidden))
+    hidden, labels = np.array(head.hidden), np.array(head.labels[:, 0])
+    # Sure of the label, whose tile then has nothing to learn either; the rest is not,
+    weight = np.asarray(head.weight)
+    pulls = 12 * weight / (weight**2).sum(1, keepdims=True)
+    hidden[:150] = pulls[np.maximum(labels[:150], 0)]
+    # and one of the first rows is in doubt in the second block of the first tile alone.
+    doubted = [140, 200]
+    hidden[5] = pulls[doubted].sum(0)
+    labels[5] = doubted[np.argmin(weight[doubted] @ hidden[5])]
+    head = head._replace(
+        hidden=jnp.asarray(hidden), labels=jnp.asarray(labels[:, None])
+    )
+    distance = np.exp(hidden @ weight.T)
+    distance /= distance.sum(1, keepdims=True)
+    distance[np.arange(300), labels] -= labels >= 0
+    eps = 0.15
+    visited = [np.abs(distance[:128, i : i + 128]).max() > eps for i in (0, 128, 256)]
+    assert visited == [False, True, False]
     options = dataclasses.replace(
-        problem.options(), gradient_filter_eps=1e-2, statistics=FEW
+        problem.options(), gradient_filter_eps=eps, statistics=FEW
     )
     (_, known), expected, everything = problems.filtered_and_not(options, head)
     given = BackwardOperands(head, known)
