@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.numerics._nan import nan_where
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -88,7 +89,7 @@ def dense_to_sparse_gate(
         bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
         bias = jnp.where(counts, bias.astype(scores.dtype), 0)
         scores = scores + (bias if bias_scaled_by_temperature else tau * bias)
-    scores = jnp.where(counts, jnp.where(bad, jnp.nan, scores), -jnp.inf)
+    scores = jnp.where(counts, nan_where(bad, scores), -jnp.inf)
     return entries.result(softmax(tempered(entries, scores, tau), entries.axes))
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib.numerics._nan import nan_where
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
@@ -225,4 +226,4 @@ class _Filtered:
     def keep(self, kept: Array, bad: Array | bool = False) -> Array:
         bad = jnp.broadcast_to(self._bad | bad, self.scores.shape)
         kept, bad = self._entries.unrows(kept), self._entries.unrows(bad)
-        return jnp.where(bad, jnp.nan, jnp.where(kept, self._x, -jnp.inf))
+        return nan_where(bad, jnp.where(kept, self._x, -jnp.inf))

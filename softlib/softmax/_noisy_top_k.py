@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.numerics._nan import nan_where
 
 from ._entries import Entries
 from ._top_k import top_k_gating
@@ -117,7 +118,7 @@ def noisy_top_k_gating(
     if key is not None:
         noise = last(jax.random.normal(key, logits.shape, v.dtype))
     noisy = jnp.where(counts, v if noise is None else v + scale * noise, -jnp.inf)
-    bad_or_noisy = jnp.where(bad, jnp.nan, noisy)
+    bad_or_noisy = nan_where(bad, noisy)
     weights, indices = top_k_gating(bad_or_noisy, k, renormalize=renormalize)
     chosen = jax.nn.one_hot(indices, v.shape[-1], dtype=bool).any(-2)
     if noise is None:

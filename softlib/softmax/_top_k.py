@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.numerics._nan import nan_where
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
@@ -196,4 +197,4 @@ class _Gates:
     def weighted(self, kept: Array) -> Array:
         """What the weights are a softmax of: -inf where not kept, NaN in bad rows."""
         scores = jnp.where(kept, self._weight, -jnp.inf)
-        return jnp.where(self.bad, jnp.nan, scores)
+        return nan_where(self.bad, scores)
