@@ -194,7 +194,7 @@ class Tile(NamedTuple):
         return jnp.concatenate(found, 0)
 
     def _allowed(self, i: Any, j: Any, l: Any) -> Any:
-        """Where tuples (i, j, l) attend; None for everywhere.
+        """True where tuples (i, j, l) attend; None if all of them do.
 
         `l` is not read where the second axis is whole.
         """

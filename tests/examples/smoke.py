@@ -37,7 +37,7 @@ def complete_run(
 
 
 def colours(pixels: np.ndarray, levels: int = 15) -> int:
-    """How many colours pixels have, each part of a colour rounded to a few levels."""
+    """The number of colours, each part of a colour rounded to one of a few levels."""
     rounded = (pixels.reshape(-1, 3) * levels).round().astype(np.int64)
     # As numbers: rows would be compared entry by entry, which takes seconds.
     return len(np.unique(rounded @ (levels + 1) ** np.arange(3)))

@@ -16,9 +16,9 @@ from pallas_kernels.gpu_mosaic import decode as kernels, decode_tiles
 from pallas_kernels.gpu_mosaic.attention_tiles import ROWS, SPARE_BYTES
 from pallas_kernels.gpu_mosaic.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
-from softlib.testing import assert_close
 from tests import operations
-from tests.attention.decode_problems import oracle, problem
+from tests.attention.decode_problems import problem
+from tests.kernels import decode_problems as problems
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)
 # A ring of two tiles of 64 keys that wraps, with a ragged last one.
@@ -45,11 +45,6 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(kernels, "decode", simulated)
 
     def compiled(arrays, lengths, *, numbers=(), num_splits=1, **options):
-        traced = lambda lengths, numbers: (
-            dict(numbers)
-            | ({} if lengths is None else {"key_value_seq_lengths": np.int32(lengths)})
-        )
-
         @jax.jit
         def decode(arrays, traced):
             return decode_attention(
@@ -62,9 +57,9 @@ def interpreted(monkeypatch):
             )
 
         with operations.kernels_of("cuda"):
-            program = decode.lower(arrays, traced(lengths, numbers)).compile()
+            program = decode.lower(arrays, problems.traced(lengths, numbers)).compile()
         return lambda arrays, lengths, numbers=(): program(
-            arrays, traced(lengths, numbers)
+            arrays, problems.traced(lengths, numbers)
         )
 
     return compiled
@@ -106,15 +101,15 @@ def test_matches_the_oracle(name, interpreted):
 
 def check(arrays, lengths, out, statistics, scale=1, **shared):
     """Results by the oracle's; `scale` is that of the largest scores."""
-    expected = oracle(arrays, lengths=lengths, **shared)
-    dtype = arrays["query"].dtype
-    # Scores of some hundreds are as exact as their products.
-    length = 152 * scale**2
-    assert out.dtype == dtype
-    assert_close(out, expected.out, dtype=dtype, length=152)
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
-    top, length = statistics.max_score, 64 * scale**2
-    assert_close(top, expected.max_score, dtype="float32", length=length)
+    keys, features = 152, 64
+    problems.check_results(
+        *(arrays, lengths, out, statistics),
+        # Scores of some hundreds are as exact as their products.
+        keys=keys * scale**2,
+        features=features * scale**2,
+        out_length=keys,
+        **shared,
+    )
 
 
 # Of NumPy, which multiplies in the interpreter.
@@ -140,13 +135,10 @@ def test_one_program_of_several_problems(criterion, interpreted):
     """Within its range, out of it, and with NaN; the running maximum has no range."""
     splits, heads, ranges = PROGRAMS[criterion]
     arrays, lengths = small(**heads), (152, 20, 0)
-    phi = np.full(heads["N"], 0.5, np.float32)
+    phi = np.full(heads["N"], problems.PHI, np.float32)
     options = {"criterion": criterion} if criterion else {}
 
-    def numbers(phi, valid_range=WIDE):
-        limits = tuple(map(np.float32, valid_range))
-        return {"phi": phi, "valid_range": limits} if criterion else {}
-
+    numbers = functools.partial(problems.unified, criterion, valid_range=WIDE)
     call = interpreted(
         arrays, lengths, numbers=numbers(phi), num_splits=splits, **options
     )
@@ -155,39 +147,16 @@ def test_one_program_of_several_problems(criterion, interpreted):
     check(arrays, lengths, out, statistics)
     assert not statistics.needs_recompute.any()
     for name, valid_range in ranges.items():
-        given = numbers(phi, valid_range)
-        check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, given)
+        given = numbers(phi, valid_range=valid_range)
+        problems.check_rows_that_leave_the_range(
+            name, call, check, arrays, lengths, criterion, given, overflow=64
+        )
     if criterion != "elementwise":
-        check_what_lies_behind_the_length(call, arrays, lengths, numbers(0 * phi))
+        problems.check_what_lies_behind_the_length(
+            call, check, arrays, lengths, numbers(0 * phi)
+        )
     if criterion == "row_max":
         check_a_reference_that_is_no_number(call, arrays, lengths, numbers)
-
-
-def check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, numbers):
-    """Right results, and flags exactly where the criterion says."""
-    scale = 64 if name == "overflow" else 1
-    query = np.array(arrays["query"])
-    query[0] *= scale
-    arrays = arrays | {"query": query}
-    out, statistics = call(arrays, lengths, numbers)
-    expected = oracle(arrays, lengths=lengths)
-    flags = expected.outside(0.5, numbers["valid_range"], criterion)
-    if name == "overflow":
-        flags = flags | (expected.max_score > 80)
-    assert flags.any(), name
-    assert not flags.all(), name
-    np.testing.assert_array_equal(statistics.needs_recompute, flags, name)
-    check(arrays, lengths, out, statistics, scale)
-
-
-def check_what_lies_behind_the_length(call, arrays, lengths, numbers):
-    behind = np.arange(152)[None] >= np.array(lengths)[:, None]
-    spoilt = {}
-    for name in ("key", "value"):
-        spoilt[name] = np.array(arrays[name])
-        spoilt[name][behind] = np.nan
-    out, statistics = call(arrays | spoilt, lengths, numbers)
-    check(arrays, lengths, out, statistics)
 
 
 def check_a_reference_that_is_no_number(call, arrays, lengths, numbers):

@@ -16,7 +16,8 @@ from pallas_kernels.tpu.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
 from tests import operations
-from tests.attention.decode_problems import oracle, problem
+from tests.attention.decode_problems import problem
+from tests.kernels import decode_problems as problems
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
 PLAIN: Any = True
@@ -34,10 +35,6 @@ def interpreted(monkeypatch):
 
     def compiled(arrays, lengths, *, tiles, mode=PLAIN, numbers=(), **options):
         monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: tiles)
-        traced = lambda lengths, numbers: (
-            dict(numbers)
-            | ({} if lengths is None else {"key_value_seq_lengths": np.int32(lengths)})
-        )
 
         @jax.jit
         def decode(arrays, traced):
@@ -50,9 +47,9 @@ def interpreted(monkeypatch):
             )
 
         with pltpu.force_tpu_interpret_mode(mode), operations.kernels_of("tpu"):
-            program = decode.lower(arrays, traced(lengths, numbers)).compile()
+            program = decode.lower(arrays, problems.traced(lengths, numbers)).compile()
         return lambda arrays, lengths, numbers=(): program(
-            arrays, traced(lengths, numbers)
+            arrays, problems.traced(lengths, numbers)
         )
 
     return compiled
@@ -103,15 +100,15 @@ def test_matches_the_oracle(name, interpreted):
 
 def check(arrays, lengths, out, statistics, scale=1, **shared):
     """Results by the oracle's; `scale` is that of the largest scores."""
-    expected = oracle(arrays, lengths=lengths, **shared)
-    dtype = arrays["query"].dtype
-    # Scores of some hundreds are as exact as their products.
-    length = 150 * scale**2
-    assert out.dtype == dtype
-    assert_close(out, expected.out, dtype=dtype, length=length)
-    assert_close(statistics.lse, expected.lse, dtype="float32", length=length)
-    top, length = statistics.max_score, 16 * scale**2
-    assert_close(top, expected.max_score, dtype="float32", length=length)
+    keys, features = 150, 16
+    problems.check_results(
+        *(arrays, lengths, out, statistics),
+        # Scores of some hundreds are as exact as their products.
+        keys=keys * scale**2,
+        features=features * scale**2,
+        out_length=keys * scale**2,
+        **shared,
+    )
 
 
 # These with races, and "row_max" below.
@@ -124,7 +121,7 @@ RANGES: dict[Any, dict[str, tuple[float, float]]] = {
     "row_max": {"above": (-70.0, 3.0), "below": (2.0, 80.0), "overflow": (-70.0, 2e3)},
     "elementwise": {"an element": (-5.0, 80.0)},
 }
-PHI = np.full(6, 0.5, np.float32)
+PHI = np.full(6, problems.PHI, np.float32)
 
 
 @pytest.mark.parametrize("criterion", RANGES)
@@ -134,10 +131,7 @@ def test_one_program_of_several_problems(criterion, interpreted):
     mode: Any = SIMULATED if criterion == "row_max" else PLAIN
     options = {} if criterion is None else {"criterion": criterion}
 
-    def numbers(phi, valid_range):
-        limits = tuple(map(np.float32, valid_range))
-        return {"phi": phi, "valid_range": limits} if criterion else {}
-
+    numbers = functools.partial(problems.unified, criterion)
     call = interpreted(
         *(arrays, lengths),
         tiles=Tiles(64, 64),
@@ -152,40 +146,16 @@ def test_one_program_of_several_problems(criterion, interpreted):
     assert not statistics.needs_recompute.any()
     for name, valid_range in RANGES[criterion].items():
         given = numbers(PHI, valid_range)
-        check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, given)
+        problems.check_rows_that_leave_the_range(
+            name, call, check, arrays, lengths, criterion, given, overflow=200
+        )
     # The range is left, so that both passes meet what lies behind.
     left = numbers(0 * PHI, (-70.0, 4.0))
-    found = check_what_lies_behind_the_length(call, arrays, lengths, left)
+    found = problems.check_what_lies_behind_the_length(
+        call, check, arrays, lengths, left
+    )
     assert found.needs_recompute.any() or criterion is None
     check_nan_stays_with_the_rows_of_its_head(call, arrays, numbers(0 * PHI, WIDE))
-
-
-def check_rows_that_leave_the_range(name, call, arrays, lengths, criterion, numbers):
-    """Right results, and flags exactly where the criterion says."""
-    scale = 200 if name == "overflow" else 1
-    query = np.array(arrays["query"])
-    query[0] *= scale
-    arrays = arrays | {"query": query}
-    out, statistics = call(arrays, lengths, numbers)
-    expected = oracle(arrays, lengths=lengths)
-    flags = expected.outside(0.5, numbers["valid_range"], criterion)
-    if name == "overflow":
-        flags = flags | (expected.max_score > 80)
-    assert flags.any(), name
-    assert not flags.all(), name
-    np.testing.assert_array_equal(statistics.needs_recompute, flags, name)
-    check(arrays, lengths, out, statistics, scale)
-
-
-def check_what_lies_behind_the_length(call, arrays, lengths, numbers):
-    behind = np.arange(150)[None] >= np.array(lengths)[:, None]
-    spoilt = {
-        name: np.where(behind[..., None, None], np.float32(np.nan), arrays[name])
-        for name in ("key", "value")
-    }
-    out, statistics = call(arrays | spoilt, lengths, numbers)
-    check(arrays, lengths, out, statistics)
-    return statistics
 
 
 def check_nan_stays_with_the_rows_of_its_head(call, arrays, numbers):

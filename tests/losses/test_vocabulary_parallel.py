@@ -192,7 +192,7 @@ EVERY = sorted({n for n in losses.__all__ if n.startswith("linear_")} - WHOLE)
 
 
 def of_losses(names, hidden, weight, labels, axis_name=None):
-    """What the functions return, by name."""
+    """The results of the functions, by the names of these."""
     found = {}
     for name in names:
         call = CALLS.get(name, lambda f, *arrays, **o: f(*arrays, **o))
