@@ -64,8 +64,10 @@ def _converted(theirs: Callable[..., Any]) -> Callable[..., Any]:
         is_theirs = is_theirs or any(isinstance(leaf, jax.Array) for leaf in leaves)
         if is_theirs or _is_traced():
             return theirs(array, dtype, **options)
-        # A copy, for the caller may change the array.
-        return _put(np.array(array), dtype)
+        # A copy, for the caller may change the array. Large integers stay exact.
+        is_exact = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.integer)
+        whole = jax.dtypes.canonicalize_dtype(dtype) if is_exact else None
+        return _put(np.array(array, whole), dtype)
 
     return make
 

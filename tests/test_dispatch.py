@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
@@ -14,6 +13,7 @@ import softlib
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, absent
 from softlib.losses import _engine
+from tests.host import jnp
 
 ROWS = 4
 

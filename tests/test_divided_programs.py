@@ -8,7 +8,6 @@ import dataclasses
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -17,6 +16,7 @@ from softlib import attention, explain, losses, masks, softmax
 from softlib.attention import _engine as attention_engine
 from softlib.losses import _engine as losses_engine
 from softlib.softmax import _softmax as softmax_file
+from tests.host import jnp
 
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 

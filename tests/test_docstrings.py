@@ -5,13 +5,13 @@ import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
 
 import softlib
 from tests import docstring_rules, public_names
+from tests.host import jnp
 
 NAMES = list(public_names.public_names())
 DOCUMENTED = [name for name in NAMES if callable(name.value)]  # not the type aliases

@@ -12,6 +12,7 @@ CALLS = {
     "asarray of float64": lambda jnp: jnp.asarray(np.arange(3.0)),
     "asarray of a list": lambda jnp: jnp.asarray([1, 2]),
     "asarray with a dtype": lambda jnp: jnp.asarray(np.arange(3.0), "bfloat16"),
+    "array of the largest integers": lambda jnp: jnp.array([0, 255], "uint8"),
     "array of booleans": lambda jnp: jnp.array([True, False]),
     "arange": lambda jnp: jnp.arange(1, 9, 3),
     "arange of floats": lambda jnp: jnp.arange(5.0),

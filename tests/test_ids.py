@@ -1,13 +1,13 @@
 """Ids mean the same in every integer dtype, also where the range does not fit it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import attention, masks
 from softlib._ids import equal_ids, labels_in_range, signed
 from tests.compiled import information, losses, nn, scoring
+from tests.host import jnp
 
 ROWS, CLASSES = 4, 300
 IDS = [3, 5, 100, 7]

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax import export
 
 import softlib
 from softlib import _ptxas
+from tests.host import jnp
 from tests.test_dispatch import DOUBLE, ROWS, double
 
 X = jnp.ones(ROWS)

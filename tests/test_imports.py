@@ -69,7 +69,7 @@ PLANNING = """
 import sys
 
 import jax
-import jax.numpy as jnp
+from tests.host import jnp
 
 import softlib
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -11,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import softlib
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 
 
 def oracle(values, where=None, axis=None):

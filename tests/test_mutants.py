@@ -11,7 +11,7 @@ from scripts.mutations import mutants_of
 
 SOURCE = '''
 """Text 1."""
-import jax.numpy as jnp
+from tests.host import jnp
 
 LIMIT: "Float[Array, 'a 3']" = 2.5
 

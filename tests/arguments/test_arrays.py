@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Bool, Float, Integer
@@ -11,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds, array_arguments
 from tests import example_calls, programs
+from tests.host import jnp
 
 # What is not in the annotations is what these tests are about.
 ANY: Any = softlib

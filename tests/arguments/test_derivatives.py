@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import docstring_rules, example_calls
+from tests.host import jnp
 
 STEP = 1e-5  # of the differences
 _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n(?: {5}.*)?)*)", re.MULTILINE)

@@ -3,12 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib._array_arguments import ArrayKind, argument_kinds
 from tests import example_calls
+from tests.host import jnp
 
 DTYPES = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 LABELS, POSITIVES = jnp.array([2, 0]), jnp.array([[0]])

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from softlib._array_arguments import ArrayKind, NumberKind, argument_kinds
 from tests import example_calls, public_names
 from tests.example_calls import FUNCTIONS, Call
+from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")
 

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
@@ -17,6 +16,7 @@ from flax import linen, nnx
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds
 from tests import example_calls, programs, public_names
+from tests.host import jnp
 
 
 def module_classes() -> dict[str, type]:

@@ -6,10 +6,10 @@ Arguments and results are arrays of NumPy: what a test does with them compiles n
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from softlib import attention, masks
+from tests.host import jnp
 from tests.oracles import masks as pairs
 from tests.oracles.attention import attention as dense
 

@@ -7,11 +7,11 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from softlib import attention, masks
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import masks as pairs
 from tests.oracles.kronecker import kronecker_attention as dense
 

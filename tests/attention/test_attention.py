@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from tests.attention.problems import (
     with_gradients,
 )
 from tests.compiled import f32
+from tests.host import jnp
 from tests.pairwise import name as case_name, pairwise
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

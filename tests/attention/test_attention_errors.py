@@ -3,11 +3,11 @@
 import re
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import attention, masks
+from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")
 

@@ -4,12 +4,12 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.extend import core
 
 from softlib import attention, masks
 from tests import operations
+from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
 N, K, H = 2, 1, 16

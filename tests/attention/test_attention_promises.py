@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen
 import flax.nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +24,7 @@ from tests.attention.problems import (
     with_gradients,
 )
 from tests.compiled import f32
+from tests.host import jnp
 
 attend: Any = attention.dot_product_attention
 BOTH = pytest.mark.parametrize("implementation", ["xla", "reference"])

@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -12,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from softlib import attention, masks
 from softlib.testing import assert_close
 from tests.attention.problems import Shape, problem
+from tests.host import jnp
 
 SHAPE = Shape(T=13, S=21, N=2, K=1, B=2)
 FEW = settings(max_examples=15)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from softlib import attention, masks
 from softlib.testing import assert_close, check_transformations
 from tests.attention.problems import Shape, mask, problem
 from tests.compiled import f32
+from tests.host import jnp
 
 SHAPE = Shape(T=3, S=5, H=2, E=3, N=4, K=2, B=2)
 CUSTOM = {"forward_mode": "the stream has a custom_vjp"}

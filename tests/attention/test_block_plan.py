@@ -3,13 +3,13 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib import attention, masks
 from softlib.attention import _block_lists, block_plan
+from tests.host import jnp
 from tests.oracles import masks as pairs
 
 EXACT = {

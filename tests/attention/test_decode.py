@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from tests.attention.decode_problems import (
     oracle,
     problem,
 )
+from tests.host import jnp
 from tests.pairwise import name as case_name, pairwise
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

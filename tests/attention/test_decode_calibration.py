@@ -3,12 +3,12 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.attention import calibrate_unified_max
 from tests.attention.decode_problems import decoded, oracle, problem
+from tests.host import jnp
 
 calibrate = jax.jit(calibrate_unified_max, static_argnums=1)
 

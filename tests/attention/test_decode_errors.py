@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 
 from softlib.attention import decode_attention
+from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +20,7 @@ from tests.attention.decode_problems import (
 )
 from tests.attention.problems import planted
 from tests.compiled import f32
+from tests.host import jnp
 
 
 def scaled(arrays, factors):

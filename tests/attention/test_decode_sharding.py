@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -12,6 +11,7 @@ from softlib import attention
 from softlib.testing import assert_close
 from tests import operations
 from tests.attention.decode_problems import oracle, problem
+from tests.host import jnp
 
 LENGTHS = (16, 5, 0, 9)
 # Scores of the last two sequences leave the range. With the batch divided as well, one

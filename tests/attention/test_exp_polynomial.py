@@ -6,7 +6,6 @@ from fractions import Fraction
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from softlib.attention._exp_polynomial import (
     exp_polynomial_error,
     taylor_factors_by_row,
 )
+from tests.host import jnp
 from tests.oracles import polynomial_attention as oracle
 
 

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -24,6 +23,7 @@ from tests.attention.tensor_problems import (
     problem,
     with_gradients,
 )
+from tests.host import jnp
 from tests.pairwise import name as case_name, pairwise
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

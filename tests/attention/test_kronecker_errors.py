@@ -4,11 +4,11 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from softlib import attention, masks
 from tests.attention.tensor_problems import PerAxis, attend
+from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")
 

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from softlib import attention, masks
 from tests import operations
 from tests.attention.tensor_problems import Between, PerAxis, attend
 from tests.attention.test_attention_memory import arrays_of
+from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
 N, K, H = 2, 1, 16

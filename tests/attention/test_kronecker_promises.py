@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +25,7 @@ from tests.attention.tensor_problems import (
     with_gradients,
 )
 from tests.compiled import f32
+from tests.host import jnp
 
 BOTH = pytest.mark.parametrize("implementation", ["xla", "reference"])
 BLOCKS: Any = {"block_query": 8, "block_keys": (8, 8)}

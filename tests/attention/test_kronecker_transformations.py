@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from tests.attention.tensor_problems import (
     mask,
     problem,
 )
+from tests.host import jnp
 
 SHAPE = Shape(T=3, S=(4, 5), H=2, E=3, N=2, K=1, B=8)
 CUSTOM = {"forward_mode": "the stream has a custom_vjp"}

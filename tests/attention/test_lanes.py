@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import masks
 from softlib.attention import _lanes, block_plan, dot_product_attention
 from softlib.attention._tiles import Operands
+from tests.host import jnp
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS = 4, 12, 20, 8, 4
 BLOCKS: Any = {"block_query": 8, "block_key": 8}

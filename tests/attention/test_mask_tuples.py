@@ -1,12 +1,12 @@
 """A tuple of masks holds where all of them hold."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import attention, masks
 from softlib.testing import assert_close
+from tests.host import jnp
 
 B, T, S, N, H = 2, 9, 11, 4, 3
 

@@ -4,7 +4,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -12,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from softlib.attention import decode_attention, merge_partials
 from softlib.testing import assert_close, check_transformations
 from tests.attention.decode_problems import oracle, problem
+from tests.host import jnp
 
 
 def oracle_of_parts(outs, lses):

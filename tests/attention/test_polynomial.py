@@ -7,7 +7,6 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from softlib.testing import assert_close, check_transformations
 from tests import pairwise
 from tests.attention.problems import planted
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import polynomial_attention as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -2,7 +2,6 @@
 
 import re
 
-import jax.numpy as jnp
 import pytest
 
 from softlib.attention._feature_maps import taylor_feature_map
@@ -17,6 +16,7 @@ from softlib.attention._linear_attention import (
 from softlib.attention._linear_recurrence import linear_recurrence
 from softlib.attention._recurrent_attention import LinearAttentionState
 from softlib.attention._selective_scan import selective_scan, selective_scan_matrix
+from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")
 

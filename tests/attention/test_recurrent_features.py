@@ -5,13 +5,13 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.attention._feature_maps import taylor_feature_map
 from softlib.attention._linear_attention import attention_matrix, linear_attention
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import recurrent
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

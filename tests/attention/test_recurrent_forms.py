@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from softlib.attention._linear_attention import (
 )
 from softlib.testing import assert_close
 from tests import pairwise
+from tests.host import jnp
 from tests.oracles import recurrent
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from softlib.attention._linear_recurrence import METHODS, linear_recurrence
 from softlib.attention._selective_scan import selective_scan
 from softlib.testing import assert_close
 from tests.compiled import f32
+from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
 

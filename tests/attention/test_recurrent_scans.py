@@ -7,7 +7,6 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from softlib.attention._linear_recurrence import METHODS, linear_recurrence
 from softlib.attention._selective_scan import selective_scan, selective_scan_matrix
 from softlib.testing import assert_close
 from tests import pairwise
+from tests.host import jnp
 from tests.oracles import recurrent
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from softlib.attention._recurrent_attention import LinearAttentionState
 from softlib.attention._selective_scan import selective_scan
 from softlib.testing import TRANSFORMATIONS, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 8, 5, 2, 1, 2
 

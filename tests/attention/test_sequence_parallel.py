@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
@@ -20,6 +19,7 @@ from softlib.attention._ring import ring_of
 from softlib.testing import assert_close
 from tests import operations
 from tests.compiled import f32
+from tests.host import jnp
 
 LENGTH, DEVICES = 64, 4
 BLOCKS: Any = {"block_query": 8, "block_key": 8}

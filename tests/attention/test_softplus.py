@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +17,7 @@ from softlib.attention import (
 )
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import softplus_attention as oracle
 from tests.pairwise import name, pairwise
 

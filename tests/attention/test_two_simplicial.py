@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,6 +21,7 @@ from tests.attention.tensor_problems import (
     oracle,
     problem,
 )
+from tests.host import jnp
 from tests.oracles import masks as pairs
 from tests.pairwise import name, pairwise
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import pytest
 
 from benchmarks import accelerator
 from benchmarks.accelerator_problems import PROBLEMS
+from tests.host import jnp
 
 LOGSUMEXP = next(p for p in PROBLEMS if p.name == "logsumexp")
 SMALL = dataclasses.replace(

@@ -1,12 +1,12 @@
 """The accuracy benchmark: its exact forms, its measure of errors, its page."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import accuracy
 from benchmarks.accuracy import Decade, Function, Results
+from tests.host import jnp
 
 
 @pytest.mark.parametrize("name", accuracy.FUNCTIONS)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 
-import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -18,6 +17,7 @@ from benchmarks.compile_kernels.compiled import (
     gpu_kernels,
     tpu_kernels,
 )
+from tests.host import jnp
 
 PROGRAM = """\
 ENTRY %main {

@@ -3,10 +3,10 @@
 import collections
 import itertools
 
-import jax.numpy as jnp
 import pytest
 
 from benchmarks import measure
+from tests.host import jnp
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9])

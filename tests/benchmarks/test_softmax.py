@@ -1,11 +1,11 @@
 """The benchmark of softmax: its programs compute the same, and its page says it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import softmax
+from tests.host import jnp
 
 
 @pytest.mark.parametrize("case", softmax.CASES, ids=lambda case: case.name)

@@ -1,11 +1,11 @@
 """The sorting forms are the maps they are held against; the table says the ratio."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import sparse_softmax
 from benchmarks.sparse_softmax import Line
+from tests.host import jnp
 
 
 def test_the_sorting_forms_compute_the_same():

@@ -1,11 +1,11 @@
 """The benchmark of the head in factors: its programs do the same, its page says it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import spherical
 from softlib import losses
+from tests.host import jnp
 
 
 def test_both_z_loss_programs_take_the_same_step():

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +27,7 @@ from benchmarks.results import (
     from_json,
     to_json,
 )
+from tests.host import jnp
 
 CASE = Case(8, 4, 96)
 GHOST = Program(

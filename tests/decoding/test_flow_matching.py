@@ -5,7 +5,6 @@ import itertools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,6 +13,7 @@ from softlib import decoding
 from softlib.softmax import concrete_log_prob, softmax, straight_through_one_hot
 from softlib.testing import assert_close
 from tests.compiled import compiled
+from tests.host import jnp
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 KEY = jax.random.key(0)

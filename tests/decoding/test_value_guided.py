@@ -1,11 +1,11 @@
 """Search guided by values, and the chain of remembered samples."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.decoding import independence_chain_update, value_guided_search
+from tests.host import jnp
 
 KEY = jax.random.key(0)
 

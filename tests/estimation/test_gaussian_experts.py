@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
@@ -23,6 +22,7 @@ from softlib.estimation import (
     gaussian_experts_responsibilities,
 )
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import gaussian_experts as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

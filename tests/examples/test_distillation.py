@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from distillation_study import (
@@ -17,6 +16,7 @@ from matplotlib import image
 from study.command_line import EXAMPLES
 
 from tests.examples.smoke import colours, complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "distillation.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import lzma
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from extreme_classifier import (
@@ -22,6 +21,7 @@ from matplotlib import image
 from study.command_line import EXAMPLES
 
 from tests.examples.smoke import colours, complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "train_extreme_classifier.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])

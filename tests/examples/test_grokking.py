@@ -5,7 +5,6 @@ import functools
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +15,7 @@ from matplotlib import image
 from study.command_line import EXAMPLES
 
 from tests.examples.smoke import complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "grokking.py"
 SMOKE = options_.Options(**options_.PRESETS["smoke"])

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import signal
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,6 +17,7 @@ from study import training
 from study.command_line import EXAMPLES
 
 from tests.examples.smoke import colours, complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "length_extrapolation.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])

@@ -6,7 +6,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,6 +21,7 @@ from study.command_line import EXAMPLES
 
 from softlib import masks
 from tests.examples.smoke import colours, complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "radial_video.py"
 SMALL = dataclasses.replace(

@@ -5,7 +5,6 @@ import hashlib
 import lzma
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from language_model.failures import Failure
@@ -23,6 +22,7 @@ from simplex_flow_model import (
 from study.command_line import EXAMPLES
 
 from tests.examples.smoke import colours, complete_run
+from tests.host import jnp
 
 SCRIPT = EXAMPLES / "simplex_flow.py"
 SMALL = options_.Options(**options_.PRESETS["smoke"])

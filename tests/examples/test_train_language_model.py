@@ -13,7 +13,6 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -26,6 +25,7 @@ from language_model.model import LanguageModel, rotate
 
 from tests import children
 from tests.examples import smoke as smoke_
+from tests.host import jnp
 
 SCRIPT = pathlib.Path(options_.EXAMPLES) / "train_language_model.py"
 # Long enough to be stopped half-way, at milliseconds a step.

@@ -1,13 +1,13 @@
 """Conditional mutual information and its centroids: vectors, identities, promises."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import information
+from tests.host import jnp
 from tests.losses.problems import assert_agrees, precision
 
 cmi = information.conditional_mutual_information

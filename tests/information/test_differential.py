@@ -5,13 +5,13 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from softlib import information, losses
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import preference as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from softlib import masks
@@ -13,6 +12,7 @@ from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, Stab
 from softlib.attention._stream import BackwardOperands
 from softlib.attention._tiles import Operands, Options
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles.attention import attention as oracle
 
 CAUSAL, SOFTMAX = masks.Causal(), Softmax()

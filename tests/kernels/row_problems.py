@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from softlib.losses import _engine
@@ -12,6 +11,7 @@ from softlib.losses._stream import BackwardOperands, Head
 from softlib.losses._tile import Modifiers, Options, RowStatistics
 from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import row_statistics as oracle
 
 FEW = ("lse", "label_logits")

@@ -1,11 +1,11 @@
 """How kernels turn scores into weights: small arrays, without a kernel around them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.tpu.attention_weights import LOG2_E, Weights
+from tests.host import jnp
 
 # Both sides of every case distinction, and far out.
 Z = np.array([-200.0, -36.5, -35.5, -3.0, -0.5, 0.0, 0.25, 1.0, 4.0, 30.0])

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -24,6 +23,7 @@ from softlib.attention import _kernels_gpu
 from softlib.attention._plan import plan_of
 from softlib.attention._scores import LogSoftplus, Softplus, StableMax
 from softlib.attention._tiles import Operands
+from tests.host import jnp
 from tests.kernels import attention_problems as problems
 from tests.kernels.attention_problems import Problem
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -18,6 +17,7 @@ from pallas_kernels.gpu_mosaic.decode_tiles import Tiles
 from softlib.attention import _decode_kernels, decode_attention
 from tests import operations
 from tests.attention.decode_problems import problem
+from tests.host import jnp
 from tests.kernels import decode_problems as problems
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,6 +16,7 @@ from softlib.losses._stream import BackwardOperands, Head
 from softlib.losses._tile import Options, RowStatistics
 from softlib.losses._tile_gradient import RowCotangents
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.kernels import row_problems as problems
 from tests.kernels.row_problems import ALL, FEW, expected_of
 

@@ -5,7 +5,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec as P
 
@@ -17,6 +16,7 @@ from softlib.losses import _kernels_gpu
 from softlib.losses._stream import BackwardOperands, Head
 from softlib.losses._tile import Modifiers, Options, RowStatistics
 from softlib.losses._tile_gradient import RowCotangents
+from tests.host import jnp
 from tests.oracles.row_statistics import STATISTICS as ALL
 
 FEW = ("lse", "label_logits")

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,6 +16,7 @@ from pallas_kernels.gpu_mosaic.softmax_tiles import Tiles, choose_tiles
 from softlib.softmax import _kernels, logsumexp, softmax
 from softlib.softmax._row_blocks import Options, Rows
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import softmax as oracle
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,6 +28,7 @@ from softlib.attention._stream import BackwardOperands
 from softlib.attention._tiles import Operands, Options
 from softlib.attention._tuple_blocks_gpu import Order
 from softlib.masks import Between, Causal, PerAxis, Window
+from tests.host import jnp
 from tests.kernels import trilinear_problems as problems
 
 SIMULATED = plgpu.InterpretGPUParams(detect_races=True)

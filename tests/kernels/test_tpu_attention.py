@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -24,6 +23,7 @@ from softlib.attention import _kernels_tpu
 from softlib.attention._plan import plan_of
 from softlib.attention._scores import LogSoftplus, Softplus, StableMax
 from softlib.attention._tiles import Operands, Options
+from tests.host import jnp
 from tests.kernels import attention_problems as problems
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)

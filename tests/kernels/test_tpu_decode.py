@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -17,6 +16,7 @@ from softlib.attention import _decode_kernels, decode_attention
 from softlib.testing import assert_close
 from tests import operations
 from tests.attention.decode_problems import problem
+from tests.host import jnp
 from tests.kernels import decode_problems as problems
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)

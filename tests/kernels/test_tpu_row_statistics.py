@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -16,6 +15,7 @@ from softlib.losses import _kernels_tpu
 from softlib.losses._stream import BackwardOperands
 from softlib.losses._tile import Options
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.kernels import row_problems as problems
 from tests.kernels.row_problems import ALL, FEW
 

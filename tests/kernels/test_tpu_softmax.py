@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -17,6 +16,7 @@ from softlib.softmax import _kernels, logsumexp, softmax
 from softlib.softmax._row_blocks import Options, Rows
 from softlib.testing import assert_close
 from tests import operations
+from tests.host import jnp
 from tests.oracles import softmax as oracle
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)

@@ -5,7 +5,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -20,6 +19,7 @@ from softlib.attention._scores import Softmax
 from softlib.attention._stream import BackwardOperands
 from softlib.attention._tiles import Operands, Options
 from softlib.masks import Between, Causal, PerAxis, Window
+from tests.host import jnp
 from tests.kernels import trilinear_problems as problems
 
 NARROW = PerAxis(Window(4, 0), Window(20, 0))

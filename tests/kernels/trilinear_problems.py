@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from softlib.attention._plan import plan_of
@@ -12,6 +11,7 @@ from softlib.attention._stream import Gradient
 from softlib.attention._tiles import Operands
 from softlib.masks import PerAxis
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles.kronecker import kronecker_attention as oracle
 
 

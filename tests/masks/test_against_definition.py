@@ -1,12 +1,12 @@
 """Every mask against its definition, pair by pair: NumPy, traced, blocks, counts."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib import masks
+from tests.host import jnp
 from tests.masks import random_masks
 from tests.oracles import masks as oracle
 

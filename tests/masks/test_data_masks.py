@@ -1,11 +1,11 @@
 """Masks that hold arrays: segments and padding, with and without a batch axis."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import masks
+from tests.host import jnp
 from tests.oracles import masks as oracle
 
 QUERY_IDS = np.array([[0, 0, 1, 1, 2, 2, 2], [3, 3, 3, 3, 3, 0, 0]])

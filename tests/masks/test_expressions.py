@@ -1,7 +1,6 @@
 """Masks print as the expression that makes them."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -23,6 +22,7 @@ from softlib.masks import (
     Segments,
     Window,
 )
+from tests.host import jnp
 from tests.masks.random_masks import compositions
 
 IDS = jnp.array([0, 0, 1])

@@ -4,12 +4,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
 from softlib import masks
+from tests.host import jnp
 
 
 def operations_per_pair(mask, query, key) -> list[str]:

@@ -4,11 +4,11 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import softlib
+from tests.host import jnp
 
 masks: Any = softlib.masks  # the arguments are wrong on purpose
 pytestmark = pytest.mark.usefixtures("untyped")

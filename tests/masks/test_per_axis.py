@@ -6,13 +6,13 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import softlib
 from softlib.masks import Between, Block, Causal, Padding, PerAxis, Segments, Window
+from tests.host import jnp
 from tests.masks import random_masks
 from tests.oracles import masks as oracle
 

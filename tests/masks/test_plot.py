@@ -3,11 +3,11 @@
 import builtins
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import masks
+from tests.host import jnp
 
 pytest.importorskip("matplotlib").use("Agg")
 plt = pytest.importorskip("matplotlib.pyplot")

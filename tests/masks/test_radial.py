@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from benchmarks import radial_density
 from softlib import masks
 from softlib.masks import _radial_bands, _radial_blocks
+from tests.host import jnp
 from tests.masks import random_masks
 from tests.oracles import masks as oracle
 

@@ -3,11 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import masks
+from tests.host import jnp
 
 CHECKER = np.indices((4, 5)).sum(0) % 2 == 0
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.linen.attention
 import flax.nnx.nn.attention
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
@@ -15,6 +14,7 @@ from flax import linen, nnx
 from softlib import attention, masks
 from softlib.nn import attention_fn
 from softlib.testing import assert_close
+from tests.host import jnp
 
 B, T, D, N = 2, 7, 12, 4
 WINDOW = masks.Window(2, 1)

@@ -3,13 +3,13 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.testing import assert_close
 from tests.compiled import nn
+from tests.host import jnp
 from tests.oracles import vq_logits as oracle
 
 

@@ -4,7 +4,6 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -12,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.compiled import nn
+from tests.host import jnp
 from tests.oracles import fourier_density as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

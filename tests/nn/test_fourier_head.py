@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,6 +10,7 @@ from flax import nnx
 
 from softlib.testing import assert_close
 from tests.compiled import losses, nn
+from tests.host import jnp
 
 FEATURES, BINS = 6, 20
 

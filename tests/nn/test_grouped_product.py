@@ -4,11 +4,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.nn._grouped_product import grouped_product
+from tests.host import jnp
 
 D, F, ROWS = 5, 3, 333
 # Groups without a row, of one row, of blocks and a part, and rows without a group.

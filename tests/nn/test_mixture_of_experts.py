@@ -4,7 +4,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -19,6 +18,7 @@ from softlib.nn._expert_dispatch import (
 from softlib.nn._mixture_of_experts import MixtureOfExperts, RouterReport, SelectionBias
 from softlib.testing import assert_close
 from tests.compiled import losses, softmax
+from tests.host import jnp
 from tests.oracles import gates as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

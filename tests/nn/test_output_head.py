@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,6 +12,7 @@ from flax import linen, nnx
 from softlib import masked_mean
 from softlib.nn import LinenOutputHead, OutputHead
 from tests.compiled import losses
+from tests.host import jnp
 
 FEATURES, CLASSES = 6, 37
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +15,7 @@ from softlib.nn._recurrent import (
     SelectiveScan,
 )
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import recurrent
 
 FEATURES, LENGTH = 8, 7

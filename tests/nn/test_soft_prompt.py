@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import nn
+from tests.host import jnp
 
 
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])

@@ -4,12 +4,12 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from softlib.nn._temperature_network import PrototypeTempNet, TempNet
+from tests.host import jnp
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "tempnet_case0.npz"
 RANGE: dict[str, Any] = {"temperature_min": 0.2, "temperature_max": 3.0}

@@ -4,7 +4,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,6 +14,7 @@ from softlib.masks import Block
 from softlib.nn import _tensor_attention
 from softlib.nn._tensor_attention import TensorAttention
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles.kronecker import kronecker_attention as dense
 
 D, T, HEADS = 8, 5, 4

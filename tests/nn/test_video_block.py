@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -12,6 +11,7 @@ from flax import nnx
 from softlib import masks
 from softlib.nn import VideoPositions, VideoTransformerBlock
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import video_block as oracle
 
 GRID, D, HEADS = (2, 3), 32, 4

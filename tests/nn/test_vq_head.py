@@ -1,7 +1,6 @@
 """The codebook head as a Flax module: fixed maps, k-means of a table, learned maps."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,6 +9,7 @@ from flax import nnx
 from softlib import losses, masked_mean
 from softlib.nn import CodebookVariable, VQLogitsHead, assign_codes, frequency_mapping
 from softlib.testing import assert_close
+from tests.host import jnp
 
 FEATURES, CLASSES, CODES = 6, 37, 5
 

@@ -3,12 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import losses, nn
+from tests.host import jnp
 from tests.losses.test_vq_logits import CODES, DATA, ROWS, TOKENS, arrays, bias
 from tests.oracles import vq_logits as oracle
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from softlib.numerics import RunningMax
 from softlib.testing import assert_close
 from tests.compiled import f32
+from tests.host import jnp
 
 ACCUMULATOR = RunningMax()
 

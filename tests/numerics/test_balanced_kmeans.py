@@ -3,11 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.numerics import balanced_kmeans
+from tests.host import jnp
 
 clusters_of = functools.partial(jax.jit, static_argnums=1)(
     lambda x, size, key: balanced_kmeans(x, size, key=key)

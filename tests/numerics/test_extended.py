@@ -4,7 +4,6 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -21,6 +20,7 @@ from softlib.numerics import (
 )
 from softlib.numerics._extended import EXACT_RANGE
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import extended as oracle
 
 ZERO = ExtendedFloat(jnp.zeros(1), jnp.full(1, -jnp.inf))

@@ -1,11 +1,11 @@
 """The search for the greatest entries of rows."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
 from softlib.numerics._largest import largest
+from tests.host import jnp
 
 
 def rows(shape: tuple[int, ...]) -> np.ndarray:

@@ -1,13 +1,13 @@
 """The accumulator of positive weights: values, monoid laws, edges, derivatives."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.numerics import PlainSum
 from softlib.testing import assert_close
+from tests.host import jnp
 
 ACCUMULATOR = PlainSum()
 

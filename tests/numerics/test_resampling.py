@@ -1,12 +1,12 @@
 """Systematic resampling of signed weights."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.numerics import systematic_resample
+from tests.host import jnp
 
 _draw = jax.jit(systematic_resample, static_argnums=2)
 

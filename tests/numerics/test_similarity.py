@@ -3,12 +3,12 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import numerics as library
 from tests.compiled import compiled
+from tests.host import jnp
 from tests.oracles import similarity as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -5,7 +5,6 @@ import functools
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -15,6 +14,7 @@ from softlib.attention._scores import Softmax
 from softlib.numerics import PlainSum, RunningMax, TwoPass, UnifiedMax
 from softlib.testing import assert_close
 from tests import operations
+from tests.host import jnp
 from tests.oracles import extended as oracle
 
 ACCUMULATOR = TwoPass()

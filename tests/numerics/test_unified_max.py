@@ -3,13 +3,13 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.numerics import PlainSum, RunningMax, UnifiedMax
 from softlib.testing import assert_close
+from tests.host import jnp
 
 
 def oracle(z, x):

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.optim import perp_grad
 from softlib.testing import assert_close
+from tests.host import jnp
 from tests.oracles import stablemax as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

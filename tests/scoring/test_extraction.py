@@ -4,13 +4,13 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.scoring import calibrated_confidence, identical_groups
 from softlib.testing import assert_close, check_transformations
+from tests.host import jnp
 from tests.oracles import sequences as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/ethicist_case0.npz"

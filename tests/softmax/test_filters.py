@@ -6,12 +6,12 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib import softmax as library
 from tests.compiled import computed, f32
+from tests.host import jnp
 from tests.oracles import gates as oracle
 
 top_k_logits = computed(library.top_k_logits)

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.softmax import noisy_top_k_gating, top_k_gating
 from softlib.testing import assert_close
 from tests.compiled import computed, f32
+from tests.host import jnp
 
 INF, NAN = jnp.inf, jnp.nan
 KEY = jax.random.key(3)

@@ -3,7 +3,6 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
@@ -11,6 +10,7 @@ from jax.test_util import check_grads
 from softlib import softmax as library
 from softlib.testing import assert_close
 from tests.compiled import computed, f32
+from tests.host import jnp
 from tests.oracles import similarity as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -5,7 +5,6 @@ from typing import Any
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -14,6 +13,7 @@ import softlib
 from softlib.softmax import _row_blocks, log_softmax, logsumexp, softmax
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import softmax as oracle
 from tests.pairwise import name as case_name, pairwise
 

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -22,6 +21,7 @@ from softlib.softmax import (
 )
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import sparse_maps as oracle
 
 CASE = pathlib.Path(__file__).parent.parent / "data" / "sparse_softmax_case0.npz"

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -13,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from softlib import softmax as maps
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import stablemax as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from softlib import softmax as library
 from softlib.softmax._threshold import first_of_largest
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import computed, f32
+from tests.host import jnp
 from tests.oracles import gates as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -4,7 +4,6 @@ import functools
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from softlib.softmax import (
 )
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import extended as oracle
 
 FUNCTIONS = {

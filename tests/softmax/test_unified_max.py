@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
@@ -14,6 +13,7 @@ from softlib.softmax import unified_max_log_softmax, unified_max_softmax
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.compiled import f32
+from tests.host import jnp
 from tests.oracles import extended as oracle
 
 FUNCTIONS = {

@@ -1,10 +1,10 @@
 """`assert_close` accepts rounding and nothing else, and says where and how much."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from softlib.testing import assert_close
+from tests.host import jnp
 
 
 def test_accepts_errors_within_the_bound_and_rejects_those_beyond():

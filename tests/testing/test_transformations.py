@@ -3,12 +3,12 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 from softlib.testing import TRANSFORMATIONS, check_transformations
+from tests.host import jnp
 
 X = jnp.linspace(-1.0, 1.0, 24).reshape(8, 3)
 W = jnp.linspace(0.5, 2.0, 15).reshape(3, 5)
