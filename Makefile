@@ -15,14 +15,14 @@ ARGS ?=
 # Processes of the test suite; each holds a JAX runtime of about 1 GB.
 WORKERS ?= 2
 # Of a test with several cases `make test` runs one in so many, at least one for each value
-# of each parameter; 1 for all. tests/selection.py has the rules.
+# of each parameter, and tests that take long in turns. tests/selection.py has the rules.
 EVERY ?= 6
 # Of the tests of a file `make test-oldest` runs one in so many; 1 for all.
-ONE_IN ?= 24
+ONE_IN ?= 32
 # `make test-rest` runs one in so many of the cases that `make test` leaves out, and starts
 # none after so many seconds.
 SLICE ?= 40
-SECONDS_OF_SLICE ?= 150
+SECONDS_OF_SLICE ?= 120
 # Which ones these are: a number. The number of commits where there is none.
 OFFSET ?=
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
@@ -67,7 +67,7 @@ test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we acce
 test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as users compile
 	$(RUN) $(PYTEST) -m "slow or not slow" --every $(EVERY) --slice $(SLICE) \
 	  --seconds $(SECONDS_OF_SLICE) $(ARGS)
-	$(RUN) $(PYTEST) --every 16 --one-in 90 \
+	$(RUN) $(PYTEST) --every 16 --one-in 120 \
 	  tests/losses tests/attention tests/softmax $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory

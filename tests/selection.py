@@ -4,8 +4,9 @@ The suite holds more cases than one run can try. A run takes one case in `every`
 by a hash of its name, which no order of parameters can be in step with. With the next
 offset it takes others; `every` offsets in a row take all. Whatever the offset, a run
 takes at least one case of each test, and at least one for each value of each axis of
-its parameters. A test with one axis therefore runs whole, except where its cases take
-long: of such tests only pairwise lists do.
+its parameters. A test with one axis therefore runs whole. The exceptions take long: of
+such a test's axes only a pairwise list runs whole, and where it has none, only one of
+several offsets in a row takes the test.
 """
 
 import dataclasses
@@ -25,10 +26,12 @@ class Case:
     Attributes:
         name: As pytest writes it: file::test[parameters].
         values: Where the case lies on the axes each value of which is to run.
+        turns: Its test runs in one of so many offsets in a row.
     """
 
     name: str
     values: tuple[tuple[str, Hashable], ...] = ()
+    turns: int = 1
 
     @property
     def test(self) -> str:
@@ -39,24 +42,30 @@ class Case:
         return self.name.partition("::")[0]
 
 
-def values_of(
-    parameters: Mapping[str, Any], *, is_long: bool = False
-) -> tuple[tuple[str, Hashable], ...]:
-    """Parameters as `Case.values`: equal ones are one value, 1 and True are not.
+def case(name: str, parameters: Mapping[str, Any], turns: int | None = None) -> Case:
+    """The case of a test with these parameters: equal ones are one value.
 
-    Of a test whose cases take long only those that come from a pairwise list.
+    Args:
+        name: As pytest writes it.
+        parameters: By the names of the test's arguments; empty where it has none.
+        turns: Of a test that takes long: in one of so many offsets it runs, unless
+            its parameters come from a pairwise list. Only such values are axes then.
     """
-    return tuple(
+    values = tuple(
         (name, _hashable(value))
         for name, value in parameters.items()
-        if isinstance(value, pairwise.Case) or not is_long
+        if isinstance(value, pairwise.Case) or turns is None
     )
+    return Case(name, values, 1 if values else turns or 1)
 
 
 def select(
     cases: Sequence[Case], every: int, offset: int, one_in: int = 1
 ) -> list[Case]:
     """The cases to run, in the order in which they are given.
+
+    `every` offsets in a row take all cases, and `turns * every` those of a test that
+    takes turns.
 
     Args:
         cases: Of any number of tests in any number of files.
@@ -65,16 +74,18 @@ def select(
         offset: Which ones.
         one_in: Of the tests of a file one in so many runs, and at least one.
     """
+    # Other bits than those that choose among the cases of a test.
+    turns = lambda case: case.turns if every > 1 else 1  # 1 means everything
+    turn = lambda case: divmod(offset + (number(case.test) >> 32), turns(case))
+    due = [case for case in cases if turn(case)[1] == 0]
     tests = {
         test.name
-        for of_file in _grouped([Case(c.test) for c in cases], "file")
+        for of_file in _grouped([Case(c.test) for c in due], "file")
         for test in _select_one_group(list(dict.fromkeys(of_file)), one_in, offset)
     }
-    chosen = {
-        case
-        for of_test in _grouped([c for c in cases if c.test in tests], "test")
-        for case in _select_one_group(of_test, every, offset)
-    }
+    chosen = set()
+    for of_test in _grouped([case for case in due if case.test in tests], "test"):
+        chosen |= _select_one_group(of_test, every, turn(of_test[0])[0])
     return [case for case in cases if case in chosen]
 
 

@@ -1,17 +1,11 @@
 """Options of pytest, and its hooks, that make it run what `selection` selects."""
 
-import pathlib
 import time
-from typing import Any
 
 import pytest
 
-from tests import selection, time_budget
+from tests import long_tests, selection
 
-# Folders whose tests have the files and names of the repository as cases: all run.
-WHOLE = {time_budget.REPOSITORY, "docs"}
-# Tests with several cases that take more than half a second each, by their names.
-LONG = pathlib.Path(__file__).with_name("long_tests.txt")
 STARTED = time.monotonic()
 
 
@@ -22,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=1,
         help="of a test with several cases run one in so many, and at least one for "
-        "each value of a parameter; all where cases are files of the repository",
+        "each value of a parameter; of tests that take long some run in turns",
     )
     options.addoption(
         "--one-in",
@@ -71,14 +65,16 @@ def pytest_collection_modifyitems(
 ) -> None:
     option = config.option
     by_name = {item.nodeid: item for item in items}
-    long = {*LONG.read_text().splitlines()}
-    whole, sampled, slow = [], [], []
+    long = long_tests.read(long_tests.TABLE.read_text())
+    sampled, slow = [], []
     for item in items:
-        case = selection.Case(item.nodeid, _values_of(item, long))
+        callspec = getattr(item, "callspec", None)  # of a test with parameters
+        seconds = long.get(item.nodeid.partition("[")[0])
+        turns = None if seconds is None else long_tests.turns(seconds)
+        parameters = callspec.params if callspec else {}
+        case = selection.case(item.nodeid, parameters, turns)
         if option.slice and item.get_closest_marker("slow"):
             slow.append(case)
-        elif time_budget.package_of(item.nodeid) in WHOLE:
-            whole.append(case)
         else:
             sampled.append(case)
     chosen = selection.select(sampled, option.every, option.offset, option.one_in)
@@ -87,19 +83,11 @@ def pytest_collection_modifyitems(
         chosen = selection.slice_of(left_out, option.slice, option.offset)
         kept = [by_name[case.name] for case in chosen]
     else:
-        names = {case.name for case in (*whole, *chosen)}
+        names = {case.name for case in chosen}
         kept = [item for item in items if item.nodeid in names]
     if left := [item for item in items if item not in {*kept}]:
         items[:] = kept
         config.hook.pytest_deselected(items=left)
-
-
-def _values_of(item: pytest.Item, long: set[str]) -> tuple[tuple[str, Any], ...]:
-    callspec = getattr(item, "callspec", None)  # of a test with parameters
-    if callspec is None:
-        return ()
-    is_long = item.nodeid.partition("[")[0] in long
-    return selection.values_of(callspec.params, is_long=is_long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

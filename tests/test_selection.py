@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from tests import selection, selection_hooks
+from tests import long_tests, selection
 from tests.pairwise import name, pairwise
 from tests.selection import Case
 
@@ -26,6 +26,12 @@ PAIRS = [
 ]
 ALONE = [Case("f.py::alone"), Case("g.py::alone")]
 CASES = [*PRODUCT, *PAIRS, *ALONE]
+TURNS = 2
+LONG = [
+    selection.case(f"f.py::long{i}[{j}]", {"j": j}, TURNS)
+    for i in range(40)
+    for j in range(3)
+]
 OFFSETS = range(20)
 
 
@@ -97,30 +103,65 @@ def test_slices_in_a_row_take_everything_once():
 def test_equal_parameters_are_one_value_and_others_are_not():
     case = {"a": [1]}
     found = [
-        selection.values_of({"x": x, "y": case})
+        selection.case("t", {"x": x, "y": case})
         for x in (1, 1.0, True, "1", (1,), float("1"))
     ]
     assert len({*found}) == 5
-    assert selection.values_of({"x": {}}) != selection.values_of({"x": {"a": 1}})
+    assert selection.case("t", {"x": {}}) != selection.case("t", {"x": {"a": 1}})
 
 
-def test_of_long_tests_only_pairwise_lists_are_taken_whole():
-    pair = pairwise(AXES)[0]
-    parameters = {"case": pair, "implementation": "xla"}
-    values = selection.values_of(parameters, is_long=True)
-    assert values == (selection.values_of(parameters)[0],)
-    assert dict(values).keys() == {"case"}
-    long = [Case(f"f.py::long[{i}]") for i in range(12)]
-    assert {len(selection.select(long, 1000, k)) for k in OFFSETS} == {1}
-    assert {c for k in range(6) for c in selection.select(long, 6, k)} == {*long}
+def test_a_long_test_with_a_pairwise_list_runs_that_whole_every_time():
+    pairs = [
+        selection.case(f"f.py::t[{i}]", {"pair": pair, "implementation": "xla"}, TURNS)
+        for i, pair in enumerate(pairwise(AXES))
+    ]
+    assert all(dict(case.values).keys() == {"pair"} for case in pairs)
+    for offset in OFFSETS:
+        assert selection.select(pairs, 1000, offset) == pairs
 
 
-def test_long_tests_exist(repository: pathlib.Path):
-    names = selection_hooks.LONG.read_text().splitlines()
+def test_long_tests_run_in_turns_of_which_none_is_left_out():
+    chosen = {k: selection.select(LONG, 3, k) for k in OFFSETS}
+    tests = {k: {case.test for case in chosen[k]} for k in OFFSETS}
+    for k in OFFSETS[: -3 * TURNS]:
+        turns = [tests[k + i] for i in range(TURNS)]
+        assert sum(map(len, turns)) == len(set().union(*turns)) == 40
+        rounds = [chosen[k + i] for i in range(3 * TURNS)]
+        assert {*itertools.chain(*rounds)} == {*LONG}
+    assert selection.select(LONG, 1, 0) == LONG
+    # Not all in the same turn.
+    assert all(10 < len(tests[k]) < 30 for k in OFFSETS)
+
+
+# ------------------------------------------------------------- the table of long tests
+JUNIT = """<testsuites><testsuite>
+    <testcase classname="tests.losses.test_a" name="test_quick" time="0.3" />
+    <testcase classname="tests.losses.test_a" name="test_long" time="2.0" />
+    <testcase classname="tests.losses.test_a" name="test_cases[1]" time="0.2" />
+    <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
+    <testcase classname="tests.kernels.test_b" name="test_cases[2]" time="9.0" />
+    <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
+</testsuite></testsuites>"""
+
+
+def test_what_a_run_measured_is_the_table():
+    text = long_tests.table(long_tests.measured(JUNIT))
+    assert text == (
+        "9.0 tests/kernels/test_b.py::test_long\n"
+        "0.4 tests/losses/test_a.py::test_cases\n"
+        "2.0 tests/losses/test_a.py::test_long\n"
+    )
+    assert long_tests.read(text)["tests/losses/test_a.py::test_cases"] == 0.4
+
+
+def test_what_takes_longer_waits_for_more_turns():
+    assert [long_tests.turns(s) for s in (0.4, 1.2, 1.3, 100)] == [1, 2, 3, 6]
+
+
+def test_long_tests_exist():
+    names = list(long_tests.read(long_tests.TABLE.read_text()))
     assert names == sorted({*names})
-    for long in names:
-        file, _, test = long.partition("::")
-        assert f"\ndef {test}(" in (repository / file).read_text(), long
+    assert [name for name in names if not long_tests.exists(name)] == []
 
 
 def test_the_offset_is_the_number_of_commits(tmp_path: pathlib.Path):

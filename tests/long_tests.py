@@ -1,0 +1,75 @@
+"""Which tests take long, and how often they run: the table in long_tests.txt.
+
+`python -m tests.long_tests junit.xml` puts what a run has measured into the table;
+`make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay.
+"""
+
+import collections
+import math
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping
+from xml.etree import ElementTree as ET
+
+TABLE = pathlib.Path(__file__).with_name("long_tests.txt")
+# Seconds that a test may cost a run. Half of it is long for a case that has others
+# beside it.
+SHARE = 0.6
+# So many runs in a row at most take a test once.
+MOST = 6
+# Cases by name, each of which is there for one thing that the others do not show.
+EVERY_TIME = ("tests/kernels/", "tests/test_readme.py", "tests/test_docstrings.py")
+
+
+def read(text: str) -> dict[str, float]:
+    """Seconds of one case by the name of the test."""
+    lines = (line.split() for line in text.splitlines())
+    return {test: float(seconds) for seconds, test in lines}
+
+
+def turns(seconds: float) -> int:
+    """Of so many runs in a row one takes the test, which then costs `SHARE` a run."""
+    return min(MOST, math.ceil(seconds / SHARE))
+
+
+def measured(junit: str) -> dict[str, float]:
+    """Seconds of one case of each test of a run that takes long; 0 of the others.
+
+    Args:
+        junit: The file of pytest's --junitxml.
+    """
+    seconds = collections.defaultdict(list)
+    short = set()
+    for case in ET.fromstring(junit).iter("testcase"):
+        name, bracket, _ = case.attrib["name"].partition("[")
+        file = case.attrib["classname"].replace(".", "/") + ".py"
+        test = f"{file}::{name}"
+        seconds[test].append(float(case.attrib["time"]))
+        if bracket and file.startswith(EVERY_TIME):
+            short.add(test)
+    means = {test: statistics.mean(times) for test, times in seconds.items()}
+    for test, mean in means.items():
+        if mean <= (SHARE if len(seconds[test]) == 1 else SHARE / 2):
+            short.add(test)
+    return {test: 0 if test in short else mean for test, mean in means.items()}
+
+
+def table(seconds: Mapping[str, float]) -> str:
+    """The lines of the file."""
+    long = {test: s for test, s in seconds.items() if s}
+    return "".join(f"{long[test]:.1f} {test}\n" for test in sorted(long))
+
+
+def exists(test: str) -> bool:
+    """Whether the suite still has it."""
+    file, _, name = test.partition("::")
+    path = TABLE.parent.parent / file
+    return path.exists() and f"\ndef {name}(" in path.read_text()
+
+
+if __name__ == "__main__":
+    known = read(TABLE.read_text())
+    for name in sys.argv[1:]:
+        known |= measured(pathlib.Path(name).read_text())
+    TABLE.write_text(table({test: s for test, s in known.items() if exists(test)}))
