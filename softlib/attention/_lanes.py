@@ -31,9 +31,13 @@ SCORES = 1 << 20
 # _LARGE scores: XLA's products of several matrices of that size at once take 1.4 times
 # as long as one after the other, and their scores leave the cache between its passes.
 _LARGE, _LARGE_STEP = 1 << 12, 1 << 14
+# Scores of whole blocks that are masked, too, rather than visited in a loop of their
+# own: that takes a fraction of a millisecond on one core, compiling a loop a hundred.
+MASKED = 1 << 18
 
 
 def forward(options: Options, operands: Operands) -> Result:
+    operands = _in_few_loops(operands)
     cut = Cut.of(operands)
     if cut.is_one_step:
         return _stream.forward(options, operands)
@@ -43,7 +47,8 @@ def forward(options: Options, operands: Operands) -> Result:
 
 
 def backward(options: Options, given: BackwardOperands) -> Gradient:
-    operands, cut = given.operands, Cut.of(given.operands)
+    operands = _in_few_loops(given.operands)
+    given, cut = given._replace(operands=operands), Cut.of(operands)
     if cut.is_one_step:
         return _stream.backward(options, given)
     wide = dataclasses.replace(options, wide_gradients=True)
@@ -211,6 +216,17 @@ class _View:
 
     def start(self, i: Array) -> list[Any]:
         return [jnp.zeros_like(i) if at is None else at(i) for at in self._starts]
+
+
+def _in_few_loops(operands: Operands) -> Operands:
+    """The operands, with few whole blocks listed among those that need the mask."""
+    plan, (batch, _, heads, _) = operands.plan, operands.query.shape
+    whole, partial = (blocks.shape[-1] for blocks in (plan.whole, plan.partial))
+    if not whole or not partial or plan.counts is not None or is_symbolic(batch):
+        return operands
+    if whole * batch * heads * math.prod(plan.blocks) > MASKED:
+        return operands
+    return operands._replace(plan=plan.in_one_list())
 
 
 def _lanes_of_step(tile: int) -> int:

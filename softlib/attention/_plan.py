@@ -5,6 +5,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from softlib import _checks as checks, masks
 from softlib.masks import Mask, PerAxis
@@ -61,6 +63,13 @@ class BlockPlan:
     def visited(self) -> int:
         """How many blocks are visited."""
         return self.whole.shape[-1] + self.partial.shape[-1]
+
+    def in_one_list(self) -> "BlockPlan":
+        """The same blocks, with the mask evaluated in all of them."""
+        lists = self.whole, self.partial
+        on_host = all(isinstance(blocks, np.ndarray) for blocks in lists)
+        partial = (np if on_host else jnp).concatenate(lists, axis=-1)
+        return dataclasses.replace(self, whole=self.whole[:, :0], partial=partial)
 
     @property
     def density(self) -> float:

@@ -25,12 +25,15 @@ from ._tiles import (
     Options,
     Pairs,
     Tiler,
+    add_at,
     factor_cotangents,
     gather,
     product,
     scores,
+    set_at,
     spread,
     spread_first,
+    tile_at,
 )
 
 
@@ -67,9 +70,9 @@ def forward(options: Options, operands: Operands) -> Result:
 
     def visit(partial: bool, at: Index, state: Any) -> Any:
         row, column = at[0], at[-1]
-        q = spread(query[row], _tiles_at(outer_keys, at))
+        q = spread(tile_at(query, row), _tiles_at(outer_keys, at))
         tile = scores(options, pairs, q, key(column), at, partial=partial)
-        entries = kind.entries(tile.z, tuple(r[row] for r in rows))
+        entries = kind.entries(tile.z, tuple(tile_at(r, row) for r in rows))
         if tile.ok is not None:
             entries = jnp.where(tile.ok, entries, kind.absent)
 
@@ -78,11 +81,11 @@ def forward(options: Options, operands: Operands) -> Result:
             weighted = product(_flat(weights), value(column), options)
             return gather(weighted, _tiles_at(outer_values, at))
 
-        before = jax.tree.map(lambda leaf: leaf[row], state)
+        before = jax.tree.map(lambda leaf: tile_at(leaf, row), state)
         after = kind.accumulator.update(
             before, entries, axis=(-3, -1), weigh=None if value is None else weigh
         )
-        return jax.tree.map(lambda leaf, new: leaf.at[row].set(new), state, after)
+        return jax.tree.map(lambda leaf, new: set_at(leaf, row, new), state, after)
 
     sinks = operands.sinks
     if sinks is not None:
@@ -132,27 +135,26 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     def visit(partial: bool, at: Index, total: Gradient) -> Gradient:
         row, column = at[0], at[-1]
         keys, values = (_tiles_at(tiles, at) for tiles in (outer_keys, outer_values))
-        q = query[row]
-        tile = scores(options, pairs, spread(q, keys), key[column], at, partial=partial)
+        q, k = tile_at(query, row), tile_at(key, column)
+        tile = scores(options, pairs, spread(q, keys), k, at, partial=partial)
         shape = tile.z.shape
         select = lambda x: x if tile.ok is None else jnp.where(tile.ok, x, 0)
-        weights = kind.weights(tile.z, tuple(r[row] for r in rows), inverse[row])
-        answer = -delta[row]
+        weights = kind.weights(
+            tile.z, tuple(tile_at(r, row) for r in rows), tile_at(inverse, row)
+        )
+        answer = -tile_at(delta, row)
         dv, outer = total.value, total.outer
         if value is not None:
             assert cotangent is not None
             assert cotangent_first is not None
             assert dv is not None
-            do, p = cotangent[row], _flat(select(weights.p))
-            answers = product(
-                spread(do, values), value[column].swapaxes(-1, -2), options
-            )
+            do, p = tile_at(cotangent, row), _flat(select(weights.p))
+            v, do_first = tile_at(value, column), tile_at(cotangent_first, row)
+            answers = product(spread(do, values), v.swapaxes(-1, -2), options)
             answer = answers.reshape(shape) + answer
-            dv = dv.at[column].add(
-                product(_first(cotangent_first[row], values), p, options)
-            )
+            dv = add_at(dv, column, product(_first(do_first, values), p, options))
             if outer:
-                found = product(p, value[column], options)
+                found = product(p, v, options)
                 outer = _added(outer, 1, factor_cotangents(do, values, found), at)
         dz = select(weights.slope * answer)
         bias = total.bias
@@ -161,18 +163,17 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
         row_gradients = total.rows
         if weights.row_slope is not None:
             first = select(weights.row_slope * answer).sum((-3, -1))
-            row_gradients = (row_gradients[0].at[row].add(first), *row_gradients[1:])
+            row_gradients = (add_at(row_gradients[0], row, first), *row_gradients[1:])
         if tile.slope is not None:
             dz = dz * tile.slope
         dz = _flat(dz)
-        dq = product(dz, key[column], options)
+        q_first = _first(tile_at(query_first, row), keys)
+        dq = product(dz, k, options)
         if outer:
             outer = _added(outer, 0, factor_cotangents(q, keys, dq), at)
         return total._replace(
-            query=total.query.at[row].add(gather(dq, keys)),
-            key=total.key.at[column].add(
-                product(_first(query_first[row], keys), dz, options)
-            ),
+            query=add_at(total.query, row, gather(dq, keys)),
+            key=add_at(total.key, column, product(q_first, dz, options)),
             value=dv,
             bias=bias,
             rows=row_gradients,
@@ -279,7 +280,7 @@ def _flat(scores: Array) -> Array:
 
 
 def _tiles_at(tiles: Sequence[Array], at: Index) -> list[Array]:
-    return [tile[column] for tile, column in zip(tiles, at[1:-1], strict=True)]
+    return [tile_at(tile, column) for tile, column in zip(tiles, at[1:-1], strict=True)]
 
 
 def _first(rows: Array, factors: Sequence[Array]) -> Array:
@@ -290,7 +291,7 @@ def _added(total: Any, place: int, found: Sequence[Array], at: Index) -> Any:
     """Adds to the gradients of the outer keys, place 0, or of the values, place 1."""
     added = []
     for pair, part, column in zip(total, found, at[1:-1], strict=True):
-        new = pair[place].at[column].add(part)
+        new = add_at(pair[place], column, part)
         added.append((new, pair[1]) if place == 0 else (pair[0], new))
     return tuple(added)
 
@@ -319,11 +320,15 @@ def _fold(plan: BlockPlan, visit: Callable[..., Any], state: Any) -> Any:
         count = blocks.shape[-1]
         if count == 0:
             continue
-        blocks = match_varying(jnp.asarray(blocks), *jax.tree.leaves(state))
+        lines = [jnp.asarray(line) for line in blocks]
+        lines = match_varying(lines, *jax.tree.leaves(state))
         stop = count if plan.counts is None else plan.counts[i]
 
-        def step(at: Array, state: Any, partial=i == 1, blocks=blocks) -> Any:
-            return visit(partial, tuple(blocks[:, at]), state)
+        def step(place: Array, state: Any, partial=i == 1, lines=lines) -> Any:
+            # XLA compiles equal instructions of a loop once. All that take a tile out
+            # of its array are equal unless it merges them with where the index is from.
+            at = lax.optimization_barrier([tile_at(line, place) for line in lines])
+            return visit(partial, at, state)
 
         state = lax.fori_loop(0, stop, step, state)
     return state

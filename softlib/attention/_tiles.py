@@ -29,6 +29,8 @@ type Index = Sequence[Array]
 # Why a kernel does not run with blocks of the user.
 OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
 
+_IN_RANGE: Any = {"allow_negative_indices": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -133,7 +135,7 @@ class Tiler(NamedTuple):
         size, (rows, *_, count) = self.plan.blocks[-1], self.plan.grid
         if rows > 1 or count * size != x.shape[1]:
             tiles = self.key(x)
-            return lambda column: tiles[column]
+            return lambda column: tile_at(tiles, column)
 
         def cut(column: Array) -> Array:
             tile = lax.dynamic_slice_in_dim(x, column * size, size, 1)
@@ -313,6 +315,32 @@ def product(left: Array, right: Array, options: Options) -> Array:
         precision=options.precision,
         preferred_element_type=left.dtype,
     )
+
+
+def tile_at(tiles: Array, index: Array) -> Array:
+    """`tiles[index]` of a block's index, which is in range.
+
+    Indexing would turn negative indices into positive ones, and adding to it check
+    their range: programs of their own for XLA to compile, in every loop.
+    """
+    sizes = (1, *tiles.shape[1:])
+    tile = lax.dynamic_slice(tiles, _start(tiles, index), sizes, **_IN_RANGE)
+    return lax.squeeze(tile, (0,))
+
+
+def set_at(tiles: Array, index: Array, tile: Array) -> Array:
+    """`tiles` with that tile in its place."""
+    start = _start(tiles, index)
+    return lax.dynamic_update_slice(tiles, lax.expand_dims(tile, (0,)), start, **_IN_RANGE)
+
+
+def add_at(tiles: Array, index: Array, tile: Array) -> Array:
+    """`tiles` with that tile added in its place."""
+    return set_at(tiles, index, tile_at(tiles, index) + tile)
+
+
+def _start(tiles: Array, index: Array) -> list[Any]:
+    return [index] + [0] * (tiles.ndim - 1)
 
 
 def _padded(x: Array, axis: int, length: int, fill: float) -> Array:
