@@ -93,12 +93,20 @@ def pytest_command(options: Sequence[str], tests: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "pytest", *quiet, *options, *tests]
 
 
-def ordered_tests(group: int, root: pathlib.Path) -> list[str]:
-    """The files of the group's tests, those that look at its results first."""
+def ordered_tests(path: str, group: int, root: pathlib.Path) -> list[str]:
+    """The files of the group's tests: first those that share most words with the path.
+
+    Then those that look at the results of the whole group.
+    """
     _, first, folder = GROUPS[group]
     files = sorted(str(p.relative_to(root)) for p in (root / folder).glob("test_*.py"))
+    words = lambda path: {*re.split(r"[/_.]+", path)} - {*folder.split("/"), "py"}
     rank = {f"{folder}/test_{name}.py": i for i, name in enumerate(first)}
-    return sorted(files, key=lambda file: rank.get(file, len(first)))
+
+    def place(file: str) -> tuple[int, int]:
+        return -len(words(path) & words(file)), rank.get(file, len(first))
+
+    return sorted(files, key=place)
 
 
 class Copy:
@@ -174,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def verdict(mutant: Mutant, group: int) -> str:
         tree = trees.get()
         try:
-            tests = ordered_tests(group, ROOT)
+            tests = ordered_tests(mutant.path, group, ROOT)
             failed = tree.attempt(mutant, pytest_command(options, tests), given.seconds)
             if failed == LATE:  # by a loop without an end, or by a slow machine
                 return f"UNDECIDED after {given.seconds:g} s"

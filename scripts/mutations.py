@@ -24,6 +24,8 @@ NAMES = _table(
     "maximum minimum, minimum maximum, max min, min max, argmax argmin, argmin argmax, "
     "any all, all any, logaddexp maximum, log1p log, expm1 exp, exp2 exp"
 )
+# Arguments that only check, so that no result is another without them.
+CHECKS = {"strict"}
 # Functions of one array that are left out.
 IDENTITY = {"exp", "log", "tanh", "abs", "sqrt", "square", "stop_gradient", "softplus"}
 
@@ -125,7 +127,7 @@ def _changes_of_call(node: ast.Call) -> Iterator[ast.expr]:
     if called in IDENTITY and plain and len(node.args) == 1:
         yield node.args[0]
     for i, keyword in enumerate(node.keywords):
-        if keyword.arg is not None:
+        if keyword.arg is not None and keyword.arg not in CHECKS:
             yield _replaced(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
 
 

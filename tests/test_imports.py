@@ -69,7 +69,7 @@ PLANNING = """
 import sys
 
 import jax
-from tests.host import jnp
+import jax.numpy as jnp
 
 import softlib
 

@@ -11,7 +11,7 @@ from scripts.mutations import mutants_of
 
 SOURCE = '''
 """Text 1."""
-from tests.host import jnp
+import jax.numpy as jnp
 
 LIMIT: "Float[Array, 'a 3']" = 2.5
 
@@ -50,6 +50,7 @@ def changes_of(expression: str) -> set[str]:
         ("jnp.tanh(a)", {"a"}),
         ("f(a, axis=b, **c)", {"f(a, **c)"}),
         ("x.sum(b)", set()),
+        ("zip(a, b, strict=c)", set()),
         ("'text'", set()),
     ],
 )
@@ -83,9 +84,11 @@ def test_a_seed_draws_the_same_and_every_group(repository: pathlib.Path):
         paths = {mutant.path for mutant, of in drawn if of == group}
         assert paths
         assert paths <= {*files}
-        tests = mutants.ordered_tests(group, repository)
+        tests = mutants.ordered_tests("a.py", group, repository)
         assert tests[: len(first)] == [f"{folder}/test_{name}.py" for name in first]
         assert len(tests) == len({*tests})
+    of_softmax = mutants.ordered_tests("pallas_kernels/tpu/softmax.py", 2, repository)
+    assert of_softmax[0] == "tests/kernels/test_tpu_softmax.py"
 
 
 @pytest.fixture

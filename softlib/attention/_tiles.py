@@ -331,7 +331,9 @@ def tile_at(tiles: Array, index: Array) -> Array:
 def set_at(tiles: Array, index: Array, tile: Array) -> Array:
     """`tiles` with that tile in its place."""
     start = _start(tiles, index)
-    return lax.dynamic_update_slice(tiles, lax.expand_dims(tile, (0,)), start, **_IN_RANGE)
+    return lax.dynamic_update_slice(
+        tiles, lax.expand_dims(tile, (0,)), start, **_IN_RANGE
+    )
 
 
 def add_at(tiles: Array, index: Array, tile: Array) -> Array:
