@@ -170,7 +170,8 @@ def _by_running_max(
 
 def _quotients(state: Any) -> tuple[Array, Array, Array]:
     accumulator = RunningMax()
-    return accumulator.mean(state), accumulator.finalize(state), state.max
+    top = jnp.where(state.sum == 0, -jnp.inf, state.max)  # -inf in an empty row
+    return accumulator.mean(state), accumulator.finalize(state), top
 
 
 def _unified_over(axis_name: AxisName, state: Any) -> Any:

@@ -17,7 +17,8 @@ class RunningMaxState(NamedTuple):
     r"""Partial sums of $e^{z}$, relative to the largest score seen so far.
 
     Attributes:
-        max: $m = \max_j z_j$, or -inf while nothing has been seen; one per row.
+        max: $m = \max_j z_j$, one per row; -inf while nothing has been seen, and after
+            a block of scores that are all -inf the least finite number.
         sum: $s = \sum_j e^{z_j - m}$, 0 while nothing has been seen.
         weighted: A pytree of $\sum_j e^{z_j - m} x_j$, or None; leaves start with the
             row axes.
@@ -91,8 +92,11 @@ class RunningMax:
                 `state.weighted`. None if the state carries none.
         """
         # The maximum cancels in every result, so it is a constant to differentiation.
-        top = jnp.maximum(state.max, lax.stop_gradient(block).max(axis))
-        exponentials = jnp.exp(block - jnp.expand_dims(_finite(top), axis))
+        # Bounded, it can be subtracted in an empty row too, without a selection, which
+        # would be a kernel of its own.
+        top = at_least_finite(lax.stop_gradient(block).max(axis))
+        top = jnp.maximum(state.max, top)
+        exponentials = jnp.exp(block - jnp.expand_dims(top, axis))
         added = RunningMaxState(
             top,
             exponentials.sum(axis),
@@ -115,6 +119,11 @@ class RunningMax:
     def mean(self, state: RunningMaxState) -> Any:
         r"""$\sum_j p_j x_j$ with $p$ the softmax of the scores; 0 for an empty row."""
         return mean_of(state.sum, state.weighted)
+
+
+def at_least_finite(maximum: Array) -> Array:
+    """The maximum, or the least finite number, which can be subtracted from -inf."""
+    return jnp.maximum(maximum, float(jnp.finfo(maximum.dtype).min))
 
 
 def _rescale(state: RunningMaxState, top: Array) -> RunningMaxState:
