@@ -18,6 +18,7 @@ a stream would need as much scratch, and be computed twice.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ KEPT_FEATURES = 256
 _LANES = 128
 
 type Index = int | Int[Array, ""]
+
+# Slices whose start is never negative: nothing is added to it, in no loop.
+slice_of = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
+with_slice = functools.partial(
+    lax.dynamic_update_slice_in_dim, allow_negative_indices=False
+)
 
 
 # -------------------------------------------------------------------------- vocabulary
@@ -98,8 +105,15 @@ def fold[Carry](
     if whole == 1:
         carry = step(carry, first, size)
     elif whole:
-        body = lambda i, carry: step(carry, first + i * size, size)
-        carry = lax.fori_loop(0, whole, body, carry)
+        # The loop carries the start, so that no kernel computes it: those of loops over
+        # other parts of the axis are equal, and equal kernels are compiled once.
+        def body(_: Index, both: tuple[Array, Carry]) -> tuple[Array, Carry]:
+            start, carry = both
+            after = lax.optimization_barrier(start + size)
+            return after, step(carry, start, size)
+
+        begun = (jnp.asarray(first, jnp.int32), carry)
+        _, carry = lax.fori_loop(0, whole, body, begun)
     rest = (length - first) % size
     if rest:
         carry = step(carry, length - rest, rest)
@@ -143,7 +157,7 @@ class RowCut:
             if group is None:
                 return array[count:]
             grouped = array[:count].reshape(*self._shape, *array.shape[1:])
-            return lax.dynamic_index_in_dim(grouped, group, self._axis, keepdims=False)
+            return _entry_of(grouped, group, self._axis)
 
         return jax.tree.map(of, tree)
 
@@ -160,16 +174,23 @@ class RowCut:
 
     def add(self, total: Total, piece: Any, group: Index | None) -> Total:
         """Adds the numbers of one group, or for None of the rest."""
+        if self.whole or group is None:
+            old = total.grouped if self.whole else total.rest
+        else:
+            entry = lambda array: _entry_of(array, group, self._axis)
+            old = jax.tree.map(entry, total.grouped)
+        return self.put(total, jax.tree.map(jnp.add, old, piece), group)
+
+    def put(self, total: Total, piece: Any, group: Index | None) -> Total:
+        """Writes the numbers of one group, or for None of the rest."""
         if self.whole:
-            return Total(jax.tree.map(jnp.add, total.grouped, piece), ())
+            return Total(piece, ())
         if group is None:
-            return total._replace(rest=jax.tree.map(jnp.add, total.rest, piece))
-
-        def of(array: Array, more: Array) -> Array:
-            old = lax.dynamic_index_in_dim(array, group, self._axis, keepdims=False)
-            return lax.dynamic_update_index_in_dim(array, old + more, group, self._axis)
-
-        return total._replace(grouped=jax.tree.map(of, total.grouped, piece))
+            return total._replace(rest=piece)
+        write = lambda array, entry: lax.dynamic_update_index_in_dim(
+            array, entry, group, self._axis, allow_negative_indices=False
+        )
+        return total._replace(grouped=jax.tree.map(write, total.grouped, piece))
 
     def joined(self, total: Total) -> Any:
         """The total as arrays over all rows."""
@@ -243,6 +264,12 @@ def _of_size(rows: int, size: int, strided: bool) -> RowCut:
     if rows <= size:
         return RowCut(1, rows, 0, strided)
     return RowCut(rows // size, size, rows % size, strided)
+
+
+def _entry_of(array: Array, index: Index, axis: int) -> Array:
+    return lax.dynamic_index_in_dim(
+        array, index, axis, keepdims=False, allow_negative_indices=False
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:

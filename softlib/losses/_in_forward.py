@@ -186,7 +186,7 @@ def _value_and_gradients(
             sums.value + value,
             classes,
             jax.tree.map(jnp.add, sums.scalars, scalars),
-            cut.add(sums.rows, per_row, group),
+            cut.put(sums.rows, per_row, group),
         )
 
     # Several blocks add to the weight's gradient: not in a narrower dtype.

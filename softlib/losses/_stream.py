@@ -99,7 +99,7 @@ def by_rows(cut: RowCut, of: Callable[[Index | None], Any], like: Array) -> Any:
         return of(0)
     piece = jax.eval_shape(of, 0)
     total = match_varying(cut.zeros(piece), like)
-    visit = lambda total, group: cut.add(total, of(group), group)
+    visit = lambda total, group: cut.put(total, of(group), group)
     return cut.joined(cut.fold(visit, total))
 
 
@@ -157,7 +157,7 @@ def statistics(
     def step_keeping(carry, start, size):
         state, kept = carry
         state, raw = update(state, start, size)
-        return state, lax.dynamic_update_slice_in_dim(kept, raw, start, axis)
+        return state, _chunks.with_slice(kept, raw, start, axis)
 
     state = _tile.init(options, rows, head.labels, head.ranked, head.dtype)
     state, kept = match_varying(state, head.hidden), None
@@ -355,9 +355,9 @@ def gradient_sums_of_heads(
 
         def write(buffer, values, axis):
             if add:
-                old = lax.dynamic_slice_in_dim(buffer, start, size, axis)
+                old = _chunks.slice_of(buffer, start, size, axis)
                 values = old + values
-            return lax.dynamic_update_slice_in_dim(buffer, values, start, axis)
+            return _chunks.with_slice(buffer, values, start, axis)
 
         def written(own: Options, buffer: ClassSums, found: ClassSums) -> ClassSums:
             slice_ = found.weight.astype(buffer.weight.dtype)
@@ -373,7 +373,7 @@ def gradient_sums_of_heads(
 
     def step_kept(carry, start, size):
         assert kept is not None
-        raw = lax.dynamic_slice_in_dim(kept, start, size, class_axis)
+        raw = _chunks.slice_of(kept, start, size, class_axis)
         return step(carry, start, size, raw)
 
     def piece(own: Options, head: Head) -> RowSums:
@@ -490,7 +490,7 @@ def _is_one_tile(options: Options, head: Head, rows: int) -> bool:
 
 def classes_of(head: Head, start: Any, size: int, options: Options) -> Head:
     def cut(array: Array, axis: int = 0) -> Array:
-        return lax.dynamic_slice_in_dim(array, start, size, axis)
+        return _chunks.slice_of(array, start, size, axis)
 
     modifiers = head.modifiers
     return head._replace(

@@ -14,6 +14,7 @@ lie the other way, (classes, rows): `class_axis` says which of its axes is the c
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -247,10 +248,8 @@ def update(
         local = labels - start
         inside = (local >= 0) & (local < z.shape[axis])
         places = jnp.where(inside, local, 0)
-        if axis == 0:
-            found = jnp.take_along_axis(z, places.T, axis=0).T
-        else:
-            found = jnp.take_along_axis(z, places, axis=1)
+        at = functools.partial(jnp.take_along_axis, z, mode="promise_in_bounds")
+        found = at(places.T, axis=0).T if axis == 0 else at(places, axis=1)
         label_logits = jnp.where(inside, found, label_logits)
 
     label_rank = state.label_rank
@@ -318,7 +317,9 @@ def finalize(state: State, options: Options) -> RowStatistics:
         state.label_rank,
         state.sum_softplus,
     )
-    return only(found, options)
+    # Many read them: what is merged with its readers is computed in each, and keeps the
+    # tile alive until then.
+    return lax.optimization_barrier(only(found, options))
 
 
 def only(statistics: RowStatistics, options: Options) -> RowStatistics:
