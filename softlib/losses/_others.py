@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from softlib.numerics import RunningMaxState
+from softlib.numerics._running_max import at_least_finite
 
 from . import _tile
 from ._tile import Modifiers, Options, Tile
@@ -64,52 +65,44 @@ def sums(
     shape = (rows, pieces, size)
 
     # A label outside the vocabulary is -1; then every piece stays as it is.
-    at = jnp.where(labels < 0, 0, labels // size)
+    # Several kernels read the number of the label's piece, which a division makes.
+    at = lax.div(jnp.maximum(labels, 0), jnp.full_like(labels, size))
+    at = lax.optimization_barrier(at)
     ids = at * size + lax.broadcasted_iota(labels.dtype, (rows, size), 1)
     marked = (ids == labels)[:, None]
 
     def without_label(of_classes: Array) -> Array:
         """(rows, 1, size): the label's piece, -inf at the label."""
-        own = jnp.take_along_axis(of_classes.reshape(shape), at[..., None], axis=1)
+        own = jnp.take_along_axis(
+            of_classes.reshape(shape), at[..., None], axis=1, mode="promise_in_bounds"
+        )
         return jnp.where(marked, -jnp.inf, own)
 
     mine = lax.broadcasted_iota(labels.dtype, (rows, pieces), 1) == at
     replaced = lambda all_pieces, own: jnp.where(mine, own, all_pieces)
+    total = lambda all_pieces, own: replaced(all_pieces.sum(-1), own.sum(-1)).sum(-1)
 
     exponentials = sum_softplus = None
     if options.wants("lse", "mean_logit"):
-        mean = options.wants("mean_logit")
         weighted = _tile.weighted(present, modifiers, 1)
-        of_all = _state(weighted.reshape(shape), present.reshape(shape), mean)
-        own = _state(without_label(weighted), without_label(present), mean)
-        exponentials = _merged(jax.tree.map(replaced, of_all, own))
+        all_weighted, own_weighted = weighted.reshape(shape), without_label(weighted)
+        tops = lax.stop_gradient(all_weighted).max(-1)
+        tops_of_others = replaced(tops, lax.stop_gradient(own_weighted).max(-1))
+        top = at_least_finite(tops_of_others).max(-1, keepdims=True)
+        # The sum over the label's piece as it lies is replaced, but must not overflow:
+        # in derivatives of this its cotangent is 0, and 0 * inf is NaN.
+        shift = replaced(top, jnp.maximum(top, tops))
+        of_all = jnp.exp(all_weighted - shift[..., None])
+        of_own = jnp.exp(own_weighted - top[..., None])
+        of_logits = None
+        if options.wants("mean_logit"):
+            finite = _tile.without_inf(present).reshape(shape)
+            own_finite = _tile.without_inf(without_label(present))
+            of_logits = total(of_all * finite, of_own * own_finite)
+        exponentials = RunningMaxState(top[:, 0], total(of_all, of_own), of_logits)
     if options.wants("sum_softplus"):
-        softplus = lambda z: jax.nn.softplus(z).sum(-1)
-        found = replaced(
-            softplus(present.reshape(shape)), softplus(without_label(present))
+        sum_softplus = total(
+            jax.nn.softplus(present.reshape(shape)),
+            jax.nn.softplus(without_label(present)),
         )
-        sum_softplus = found.sum(-1)
     return Sums(exponentials, sum_softplus)
-
-
-def _state(weighted: Array, present: Array, mean: bool) -> RunningMaxState:
-    """Of the last axis, without the fold's step from an empty state: a loop less."""
-    top = lax.stop_gradient(weighted).max(-1)
-    exponentials = jnp.exp(weighted - _finite(top)[..., None])
-    of_logits = None
-    if mean:
-        of_logits = (exponentials * _tile.without_inf(present)).sum(-1)
-    return RunningMaxState(top, exponentials.sum(-1), of_logits)
-
-
-def _merged(pieces: RunningMaxState) -> RunningMaxState:
-    """One state of each row from those of its pieces."""
-    top = pieces.max.max(-1)
-    factors = jnp.exp(pieces.max - _finite(top)[..., None])
-    total = lambda part: (part * factors).sum(-1)
-    return RunningMaxState(top, total(pieces.sum), jax.tree.map(total, pieces.weighted))
-
-
-def _finite(maximum: Array) -> Array:
-    """The maximum as something to subtract: 0 where no score is above -inf."""
-    return jnp.where(maximum == -jnp.inf, 0, maximum)

@@ -84,14 +84,14 @@ def prepare(
     checks.require_integer(function, labels=labels)
     checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
     marked = mark(source, labels, where, weights)
-    log_prob = None
+    log_prob = empty = None
     if isinstance(source, GivenLogits) and "label_logits" in names:
         others = source.without_labels().statistics(names, marked.labels)
-        statistics, log_prob = _with_label(others, marked)
+        statistics, log_prob, empty = _with_label(others, marked)
     else:
         statistics = source.statistics(names, marked.labels)
     uniform = _uniform_cost(source, statistics, 1, weights)
-    return with_statistics(marked, statistics, uniform, log_prob)
+    return with_statistics(marked, statistics, uniform, log_prob, empty)
 
 
 def prepare_in_turn(
@@ -148,8 +148,10 @@ def without_classes(source: Source) -> Bool[Array, "..."] | None:
 
 def _with_label(
     others: RowStatistics, marked: Marked
-) -> tuple[RowStatistics, Float[Array, "*batch"]]:
-    """Statistics of all classes, and log p of the label, from those without the label.
+) -> tuple[RowStatistics, Float[Array, "*batch"], Bool[Array, "*batch"]]:
+    """Statistics of all classes, from those without the label, and log p of the label.
+
+    With the rows in which no class has a probability, known before the logarithm.
 
     The difference lse - z_y is 0 as soon as the label is 17 nats above the others in
     float32, and so is p_y - 1, its slope. softplus(lse of the others - z_y) is the same
@@ -166,17 +168,36 @@ def _with_label(
     own = jnp.where(counts, own, -jnp.inf)
     empty = (others.lse == -jnp.inf) & (own == -jnp.inf)
     of_others, own = jnp.where(empty, 0, others.lse), jnp.where(empty, 0, own)
-    lse = jnp.logaddexp(of_others, own)
-    log_prob = 0 - jax.nn.softplus(
-        jnp.where(counts, of_others - jnp.where(counts, own, 0), 0)
-    )
+    # One logarithm for both: lse = max + rest and softplus(excess) = excess^+ + rest.
+    # The sides of each selection have the same value and slope at excess = 0, unlike
+    # those of a maximum and an absolute value: derivatives of any order are right.
+    excess = jnp.where(counts, of_others - jnp.where(counts, own, 0), 0)
+    ahead = excess > 0
+    rest = _log1p_exp(jnp.where(ahead, -excess, excess))
+    log_prob = 0 - (jnp.where(ahead, excess, 0) + rest)
+    lse = jnp.where(counts, jnp.where(ahead, of_others, own) + rest, of_others)
     mean = others.mean_logit
     if mean is not None:
         finite = jnp.where(own == -jnp.inf, 0, own)
         mean = jnp.exp(of_others - lse) * mean + jnp.exp(own - lse) * finite
         mean = jnp.where(empty, 0, mean)
     lse = jnp.where(empty, -jnp.inf, lse)
-    return others._replace(lse=lse, mean_logit=mean), jnp.where(empty, 0, log_prob)
+    log_prob = jnp.where(empty, 0, log_prob)
+    return others._replace(lse=lse, mean_logit=mean), log_prob, empty
+
+
+# The rule spares programs with a gradient the exponential as a number that two kernels
+# share: the slope is one function of the argument.
+@jax.custom_jvp
+def _log1p_exp(x: Array) -> Array:
+    """log(1 + e^x) for x <= 0."""
+    return jnp.log1p(jnp.exp(x))
+
+
+@_log1p_exp.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    return _log1p_exp(x), jax.nn.sigmoid(x) * dx
 
 
 def with_statistics(
@@ -184,9 +205,10 @@ def with_statistics(
     statistics: RowStatistics,
     uniform_cost: Array | None,
     log_prob: Array | None = None,
+    empty: Array | None = None,
 ) -> Rows:
     labels, where, excluded, no_classes, class_weight = marked
-    impossible = impossible_labels(statistics, excluded)
+    impossible = impossible_labels(statistics, excluded, empty=empty)
     rows = Rows(
         statistics,
         where,
@@ -294,10 +316,14 @@ def weigh(weights: Array, costs: Array) -> Array:
 
 
 def impossible_labels(
-    statistics: RowStatistics, excluded: Array | None, *, several: bool = False
+    statistics: RowStatistics,
+    excluded: Array | None,
+    *,
+    several: bool = False,
+    empty: Bool[Array, "*batch"] | None = None,
 ) -> Bool[Array, "..."]:
     """The labels on excluded classes, and all of a row without a probability."""
-    found = massless(statistics)
+    found = massless(statistics) if empty is None else empty
     if several:
         found = found[..., None]
     return found if excluded is None else found | excluded
