@@ -23,7 +23,7 @@ from . import _stream
 from ._host import has_few_cores
 from ._scores import Result
 from ._stream import BackwardOperands, Gradient
-from ._tiles import Operands, Options
+from ._tiles import IN_RANGE, Operands, Options
 
 # Scores of one step.
 SCORES = 1 << 20
@@ -41,9 +41,14 @@ def forward(options: Options, operands: Operands) -> Result:
     cut = Cut.of(operands)
     if cut.is_one_step:
         return _stream.forward(options, operands)
-    part = lambda i: _stream.forward(options, cut.operands(operands, i))
-    found = lax.map(part, jnp.arange(cut.steps))
-    return jax.tree.map(cut.joined, found)
+    # Results of a step are put where they belong: stacked, all would be copied again.
+    wanted = _result(options, operands)
+
+    def step(i: Array, total: Result) -> Result:
+        found = _stream.forward(options, cut.operands(operands, i))
+        return jax.tree.map(lambda x, part: cut.placed(x, part, i), total, found)
+
+    return lax.fori_loop(0, cut.steps, step, match_varying(wanted, operands.query))
 
 
 def backward(options: Options, given: BackwardOperands) -> Gradient:
@@ -53,26 +58,39 @@ def backward(options: Options, given: BackwardOperands) -> Gradient:
         return _stream.backward(options, given)
     wide = dataclasses.replace(options, wide_gradients=True)
 
-    def step(shared: Any, i: Array) -> tuple[Any, Gradient]:
+    def step(i: Array, total: Gradient) -> Gradient:
         found = _stream.backward(wide, cut.backward_operands(given, i))
         # Several lanes may share a part of the bias and a sink.
-        shared = cut.added(shared, (found.bias, found.sinks), i)
-        return shared, found._replace(bias=None, sinks=None)
+        shared = cut.added((total.bias, total.sinks), (found.bias, found.sinks), i)
+        total, found = (x._replace(bias=None, sinks=None) for x in (total, found))
+        total = jax.tree.map(lambda x, part: cut.placed(x, part, i), total, found)
+        return total._replace(bias=shared[0], sinks=shared[1])
 
-    zeros = [
-        None if x is None else jnp.zeros(x.shape, operands.dtype)
-        for x in (operands.bias, operands.sinks)
-    ]
-    zeros = match_varying(tuple(zeros), operands.query)
-    (bias, sinks), found = lax.scan(step, zeros, jnp.arange(cut.steps))
-    found = jax.tree.map(cut.joined, found)._replace(bias=bias, sinks=sinks)
-    if options.wide_gradients:
-        return found
     like = Gradient(
         *(operands.query, operands.key, operands.value),
         *(operands.bias, operands.sinks, operands.rows, operands.outer),
     )
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), found, like)
+    zeros = lambda x: jnp.zeros(x.shape, operands.dtype)
+    narrow = lambda x: jnp.zeros(x.shape, x.dtype)
+    total = jax.tree.map(zeros if options.wide_gradients else narrow, like)
+    shared = jax.tree.map(zeros, (operands.bias, operands.sinks))
+    total = total._replace(bias=shared[0], sinks=shared[1])
+    total = lax.fori_loop(0, cut.steps, step, match_varying(total, operands.query))
+    if options.wide_gradients:
+        return total
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), total, like)
+
+
+def _result(options: Options, operands: Operands) -> Result:
+    """Zeros, as many as there are results."""
+    rows = operands.query.shape[:-1]
+    zeros = lambda dtype, *features: jnp.zeros((*rows, *features), dtype)
+    value = operands.value
+    return Result(
+        None if value is None else zeros(options.out_dtype, value.shape[-1]),
+        zeros(operands.dtype),
+        zeros(operands.dtype) if options.kind.keeps_max else None,
+    )
 
 
 class Cut(NamedTuple):
@@ -138,14 +156,13 @@ class Cut(NamedTuple):
         part: Any = lambda x: None if x is None else self._part(x, i, 0, 2)
         return BackwardOperands(self.operands(whole.operands, i), *map(part, whole[1:]))
 
-    def joined(self, x: Array) -> Array:
-        """(steps, batch_step, length, some heads, ...) -> (B, length, heads, ...)."""
-        _, batch_step, length, some_heads, *features = x.shape
-        steps = (self.batch // self.batch_step, self.heads // self.head_step)
-        heads = (self.head_step, some_heads // self.head_step)
-        x = x.reshape(*steps, batch_step, length, *heads, *features)
-        x = jnp.moveaxis(x, (2, 0, 3, 4, 1), (0, 1, 2, 3, 4))
-        return x.reshape(self.batch, length, some_heads * steps[1], *features)
+    def placed(self, total: Array, part: Array, i: Array) -> Array:
+        """`total`, (B, length, heads, ...), with what a step found in its place."""
+        view = self._view(total, 0, 2)
+        part = part.astype(total.dtype).reshape(view.sizes)
+        parts = total.reshape(view.shape)
+        parts = lax.dynamic_update_slice(parts, part, view.start(i), **IN_RANGE)
+        return parts.reshape(total.shape)
 
     def added(self, total: Any, found: Any, i: Array) -> Any:
         """Adds what a step found to (bias, sinks), where its lanes lie in them."""
@@ -159,8 +176,8 @@ class Cut(NamedTuple):
     def _part(self, x: Array, i: Array, batch: int | None, heads: int | None) -> Array:
         """Of a step, with these axes of batch entries and of heads (query or key)."""
         view = self._view(x, batch, heads)
-        part = lax.dynamic_slice(x.reshape(view.shape), view.start(i), view.sizes)
-        return part.reshape(view.part)
+        x, start = x.reshape(view.shape), view.start(i)
+        return lax.dynamic_slice(x, start, view.sizes, **IN_RANGE).reshape(view.part)
 
     def _added(
         self, total: Array, part: Array, i: Array, batch: int | None, heads: int | None
@@ -168,10 +185,9 @@ class Cut(NamedTuple):
         """Adds a part, in its place."""
         view = self._view(total, batch, heads)
         parts, start = total.reshape(view.shape), view.start(i)
-        before = lax.dynamic_slice(parts, start, view.sizes)
-        parts = lax.dynamic_update_slice(
-            parts, before + part.reshape(view.sizes), start
-        )
+        part = part.reshape(view.sizes)
+        part = lax.dynamic_slice(parts, start, view.sizes, **IN_RANGE) + part
+        parts = lax.dynamic_update_slice(parts, part, start, **IN_RANGE)
         return parts.reshape(total.shape)
 
     def _view(self, x: Array, batch: int | None, heads: int | None) -> "_View":
@@ -181,10 +197,12 @@ class Cut(NamedTuple):
             # An axis of length 1 is shared.
             if axis == batch and size != 1:
                 steps = size // self.batch_step
-                view.add(self.batch_step, steps, 1, lambda i: i // head_steps)
+                at = lambda i: lax.div(i, i.dtype.type(head_steps))
+                view.add(self.batch_step, steps, 1, at)
             elif axis == heads and size > 1:
                 group = size // self.heads
-                view.add(self.head_step, head_steps, group, lambda i: i % head_steps)
+                at = lambda i: lax.rem(i, i.dtype.type(head_steps))
+                view.add(self.head_step, head_steps, group, at)
             else:
                 view.add(size)
         return view

@@ -54,6 +54,7 @@ class Softmax:
     accumulator: ClassVar[Any] = RunningMax()
     absent = -jnp.inf
     is_log = True
+    keeps_max = False
 
     def entries(self, z: Array, rows: Rows) -> Array:
         return z
@@ -94,6 +95,7 @@ class Positive:
     accumulator: ClassVar[Any] = PlainSum()
     absent = 0.0
     is_log = False
+    keeps_max = False
 
     def value(self, z: Array) -> Array:
         raise NotImplementedError
@@ -158,6 +160,7 @@ class SoftplusMoments(Softplus):
     """Sum and maximum of softplus over a row, without values."""
 
     accumulator: ClassVar[Any] = _SumAndMax()
+    keeps_max = True
 
     def finalize(self, state: Any) -> Result:
         total, top = state

@@ -28,9 +28,10 @@ from ._tiles import (
     add_at,
     factor_cotangents,
     gather,
+    part_at,
     product,
     scores,
-    set_at,
+    set_part,
     spread,
     spread_first,
     tile_at,
@@ -78,14 +79,18 @@ def forward(options: Options, operands: Operands) -> Result:
 
         def weigh(weights: Array) -> Array:
             assert value is not None
-            weighted = product(_flat(weights), value(column), options)
-            return gather(weighted, _tiles_at(outer_values, at))
+            weights = _flat(lax.squeeze(weights, (0,)))
+            weighted = product(weights, value(column), options)
+            weighted = gather(weighted, _tiles_at(outer_values, at))
+            return lax.expand_dims(weighted, (0,))
 
-        before = jax.tree.map(lambda leaf: tile_at(leaf, row), state)
+        # With the axis of tiles: then XLA reads, adds to and writes a tile at once.
+        before = jax.tree.map(lambda leaf: part_at(leaf, row), state)
+        entries = lax.expand_dims(entries, (0,))
         after = kind.accumulator.update(
             before, entries, axis=(-3, -1), weigh=None if value is None else weigh
         )
-        return jax.tree.map(lambda leaf, new: set_at(leaf, row, new), state, after)
+        return jax.tree.map(lambda leaf, new: set_part(leaf, row, new), state, after)
 
     sinks = operands.sinks
     if sinks is not None:

@@ -29,7 +29,8 @@ type Index = Sequence[Array]
 # Why a kernel does not run with blocks of the user.
 OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
 
-_IN_RANGE: Any = {"allow_negative_indices": False}
+# Of slices whose place is known to be in range: else XLA is asked to check it.
+IN_RANGE: Any = {"allow_negative_indices": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Tiler(NamedTuple):
             return lambda column: tile_at(tiles, column)
 
         def cut(column: Array) -> Array:
-            tile = lax.dynamic_slice_in_dim(x, column * size, size, 1)
+            tile = lax.dynamic_slice_in_dim(x, column * size, size, 1, **IN_RANGE)
             return jnp.moveaxis(tile.astype(self.dtype), 1, 2)
 
         return cut
@@ -210,15 +211,16 @@ class Pairs(NamedTuple):
         narrow = [axis for axis in range(4) if self.bias.shape[axis] == 1]
         dz = dz.sum(narrow, keepdims=True)
         start = self._start(total, at)
-        before = lax.dynamic_slice(total, start, dz.shape)
-        return lax.dynamic_update_slice(total, before + dz, start)
+        dz = lax.dynamic_slice(total, start, dz.shape, **IN_RANGE) + dz
+        return lax.dynamic_update_slice(total, dz, start, **IN_RANGE)
 
     def _tile(self, x: Array, at: Index) -> Array:
         sizes = [
             1 if whole == 1 else size
             for whole, size in zip(x.shape[2:], self.plan.blocks, strict=True)
         ]
-        return lax.dynamic_slice(x, self._start(x, at), (*x.shape[:2], *sizes))
+        start, sizes = self._start(x, at), (*x.shape[:2], *sizes)
+        return lax.dynamic_slice(x, start, sizes, **IN_RANGE)
 
     def _start(self, x: Array, at: Index) -> list[Any]:
         zero = jnp.zeros_like(at[0])
@@ -323,26 +325,31 @@ def tile_at(tiles: Array, index: Array) -> Array:
     Indexing would turn negative indices into positive ones, and adding to it check
     their range: programs of their own for XLA to compile, in every loop.
     """
-    sizes = (1, *tiles.shape[1:])
-    tile = lax.dynamic_slice(tiles, _start(tiles, index), sizes, **_IN_RANGE)
-    return lax.squeeze(tile, (0,))
-
-
-def set_at(tiles: Array, index: Array, tile: Array) -> Array:
-    """`tiles` with that tile in its place."""
-    start = _start(tiles, index)
-    return lax.dynamic_update_slice(
-        tiles, lax.expand_dims(tile, (0,)), start, **_IN_RANGE
-    )
+    return lax.squeeze(part_at(tiles, index), (0,))
 
 
 def add_at(tiles: Array, index: Array, tile: Array) -> Array:
     """`tiles` with that tile added in its place."""
-    return set_at(tiles, index, tile_at(tiles, index) + tile)
+    added = part_at(tiles, index) + lax.expand_dims(tile, (0,))
+    return set_part(tiles, index, added)
+
+
+def part_at(tiles: Array, index: Array) -> Array:
+    """`tile_at` with the axis of tiles, of length 1."""
+    sizes = (1, *tiles.shape[1:])
+    return lax.dynamic_slice(tiles, _start(tiles, index), sizes, **IN_RANGE)
+
+
+def set_part(tiles: Array, index: Array, part: Array) -> Array:
+    """`tiles` with what `part_at` gives in its place.
+
+    Where nothing but arithmetic lies between the two, XLA reads and writes at once.
+    """
+    return lax.dynamic_update_slice(tiles, part, _start(tiles, index), **IN_RANGE)
 
 
 def _start(tiles: Array, index: Array) -> list[Any]:
-    return [index] + [0] * (tiles.ndim - 1)
+    return [index] + [index.dtype.type(0)] * (tiles.ndim - 1)
 
 
 def _padded(x: Array, axis: int, length: int, fill: float) -> Array:

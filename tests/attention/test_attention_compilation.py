@@ -52,8 +52,8 @@ def kernels(text):
     [
         ({}, 16, 0, 23),
         ({"is_causal": True}, 16, 0, 25),
-        ({"is_causal": True, **BLOCKS}, LENGTH, 2, 64),
-        ({"mask": masks.Window(9, 0), **BLOCKS}, 32, 2, 61),
+        ({"is_causal": True, **BLOCKS}, LENGTH, 2, 57),
+        ({"mask": masks.Window(9, 0), **BLOCKS}, 32, 2, 55),
     ],
     ids=["one block", "one block, causal", "causal", "window"],
 )
