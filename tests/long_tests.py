@@ -15,17 +15,25 @@ from xml.etree import ElementTree as ET
 TABLE = pathlib.Path(__file__).with_name("long_tests.txt")
 # Seconds that a test may cost a run. Half of it is long for a case that has others
 # beside it.
-SHARE = 0.6
+SHARE = 0.4
 # So many runs in a row at most take a test once.
-MOST = 6
+MOST = 8
+# Tests of a file here share what their file has run, so they take turns together.
+TOGETHER = "tests/examples/"
 # Cases by name, each of which is there for one thing that the others do not show.
 EVERY_TIME = ("tests/kernels/", "tests/test_readme.py", "tests/test_docstrings.py")
 
 
 def read(text: str) -> dict[str, float]:
-    """Seconds of one case by the name of the test."""
+    """Seconds of one case by the name of the test, or of a file."""
     lines = (line.split() for line in text.splitlines())
     return {test: float(seconds) for seconds, test in lines}
+
+
+def entry(test: str) -> str:
+    """Where the table has this test: by its name, or the name of its file."""
+    file = test.partition("::")[0]
+    return file if file.startswith(TOGETHER) else test.partition("[")[0]
 
 
 def turns(seconds: float) -> int:
@@ -40,19 +48,21 @@ def measured(junit: str) -> dict[str, float]:
         junit: The file of pytest's --junitxml.
     """
     seconds = collections.defaultdict(list)
-    short = set()
+    by_name = set()
     for case in ET.fromstring(junit).iter("testcase"):
         name, bracket, _ = case.attrib["name"].partition("[")
         file = case.attrib["classname"].replace(".", "/") + ".py"
-        test = f"{file}::{name}"
+        test = entry(f"{file}::{name}")
         seconds[test].append(float(case.attrib["time"]))
         if bracket and file.startswith(EVERY_TIME):
-            short.add(test)
-    means = {test: statistics.mean(times) for test, times in seconds.items()}
-    for test, mean in means.items():
-        if mean <= (SHARE if len(seconds[test]) == 1 else SHARE / 2):
-            short.add(test)
-    return {test: 0 if test in short else mean for test, mean in means.items()}
+            by_name.add(test)
+    found = {}
+    for test, times in seconds.items():
+        is_file = test.endswith(".py")
+        mean = sum(times) if is_file else statistics.mean(times)
+        limit = SHARE if is_file or len(times) == 1 else SHARE / 2
+        found[test] = mean if mean > limit and test not in by_name else 0
+    return found
 
 
 def table(seconds: Mapping[str, float]) -> str:
@@ -65,7 +75,7 @@ def exists(test: str) -> bool:
     """Whether the suite still has it."""
     file, _, name = test.partition("::")
     path = TABLE.parent.parent / file
-    return path.exists() and f"\ndef {name}(" in path.read_text()
+    return path.exists() and (not name or f"\ndef {name}(" in path.read_text())
 
 
 if __name__ == "__main__":

@@ -69,10 +69,10 @@ def pytest_collection_modifyitems(
     sampled, slow = [], []
     for item in items:
         callspec = getattr(item, "callspec", None)  # of a test with parameters
-        seconds = long.get(item.nodeid.partition("[")[0])
-        turns = None if seconds is None else long_tests.turns(seconds)
+        entry = long_tests.entry(item.nodeid)
+        turns = long_tests.turns(long[entry]) if entry in long else None
         parameters = callspec.params if callspec else {}
-        case = selection.case(item.nodeid, parameters, turns)
+        case = selection.case(item.nodeid, parameters, turns, entry)
         if option.slice and item.get_closest_marker("slow"):
             slow.append(case)
         else:

@@ -133,6 +133,17 @@ def test_long_tests_run_in_turns_of_which_none_is_left_out():
     assert all(10 < len(tests[k]) < 30 for k in OFFSETS)
 
 
+def test_what_shares_a_file_takes_turns_together():
+    cases = [
+        selection.case(f"e/{i % 9}.py::t{i}", {}, 3, f"e/{i % 9}.py") for i in range(99)
+    ]
+    for offset in OFFSETS:
+        chosen = selection.select(cases, 2, offset)
+        files = {case.file for case in chosen}
+        assert chosen == [case for case in cases if case.file in files]
+        assert 0 < len(files) < 9
+
+
 # ------------------------------------------------------------- the table of long tests
 JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_quick" time="0.3" />
@@ -141,12 +152,15 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
     <testcase classname="tests.kernels.test_b" name="test_cases[2]" time="9.0" />
     <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
+    <testcase classname="tests.examples.test_c" name="test_run" time="7.0" />
+    <testcase classname="tests.examples.test_c" name="test_picture" time="0.1" />
 </testsuite></testsuites>"""
 
 
 def test_what_a_run_measured_is_the_table():
     text = long_tests.table(long_tests.measured(JUNIT))
     assert text == (
+        "7.1 tests/examples/test_c.py\n"
         "9.0 tests/kernels/test_b.py::test_long\n"
         "0.4 tests/losses/test_a.py::test_cases\n"
         "2.0 tests/losses/test_a.py::test_long\n"
@@ -154,8 +168,13 @@ def test_what_a_run_measured_is_the_table():
     assert long_tests.read(text)["tests/losses/test_a.py::test_cases"] == 0.4
 
 
+def test_the_table_is_by_test_or_by_file():
+    assert long_tests.entry("tests/a/test_x.py::t[1]") == "tests/a/test_x.py::t"
+    assert long_tests.entry("tests/examples/test_x.py::t") == "tests/examples/test_x.py"
+
+
 def test_what_takes_longer_waits_for_more_turns():
-    assert [long_tests.turns(s) for s in (0.4, 1.2, 1.3, 100)] == [1, 2, 3, 6]
+    assert [long_tests.turns(s) for s in (0.4, 0.8, 0.9, 100)] == [1, 2, 3, 8]
 
 
 def test_long_tests_exist():

@@ -24,11 +24,11 @@ def test_a_package_over_its_budget_is_named():
     ]
 
 
-def test_the_budgets_fit_into_fourteen_minutes_on_two_processes(
+def test_the_budgets_fit_into_fifteen_minutes_on_two_processes(
     repository: pathlib.Path,
 ):
     table = (repository / "tests/time_budget.toml").read_text()
-    assert sum(time_budget.parse(table).values()) <= 2 * 14 * 60
+    assert sum(time_budget.parse(table).values()) < 2 * 15 * 60
 
 
 def test_the_suite_reports_the_time_of_each_package(pytester):
