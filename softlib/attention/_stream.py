@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from softlib._sharding import match_varying
+from softlib.numerics._barrier import barrier_on_cpu
 
 from ._plan import BlockPlan
 from ._scores import Kind, Result, Softmax
@@ -332,7 +333,7 @@ def _fold(plan: BlockPlan, visit: Callable[..., Any], state: Any) -> Any:
         def step(place: Array, state: Any, partial=i == 1, lines=lines) -> Any:
             # XLA compiles equal instructions of a loop once. All that take a tile out
             # of its array are equal unless it merges them with where the index is from.
-            at = lax.optimization_barrier([tile_at(line, place) for line in lines])
+            at = barrier_on_cpu([tile_at(line, place) for line in lines])
             return visit(partial, at, state)
 
         state = lax.fori_loop(0, stop, step, state)

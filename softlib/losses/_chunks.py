@@ -29,6 +29,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from softlib._symbolic import is_symbolic
+from softlib.numerics._barrier import barrier_on_cpu
 
 TILE = 2**20
 WHOLE = 2**21
@@ -109,7 +110,7 @@ def fold[Carry](
         # other parts of the axis are equal, and equal kernels are compiled once.
         def body(_: Index, both: tuple[Array, Carry]) -> tuple[Array, Carry]:
             start, carry = both
-            after = lax.optimization_barrier(start + size)
+            after = barrier_on_cpu(start + size)
             return after, step(carry, start, size)
 
         begun = (jnp.asarray(first, jnp.int32), carry)

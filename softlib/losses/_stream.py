@@ -24,6 +24,7 @@ from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
+from softlib.numerics._barrier import barrier_on_cpu
 from softlib.numerics._largest import largest
 
 from . import _chunks, _tile, _tile_gradient
@@ -533,8 +534,7 @@ def _copied_on_cpu(array: Array) -> Array:
     XLA folds a transpose into the product next to it. On a CPU a product of transposed
     operands takes up to a quarter longer, more than the copy; elsewhere it does not.
     """
-    keep = lambda array: array
-    return lax.platform_dependent(array, cpu=lax.optimization_barrier, default=keep)
+    return barrier_on_cpu(array)
 
 
 def _product_dtype(head: Head) -> Any:

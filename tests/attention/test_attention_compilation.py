@@ -76,3 +76,15 @@ def test_few_whole_blocks_share_the_loop_of_the_others(monkeypatch):
     assert found == [2, 4]
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, *results)
+
+
+def test_barriers_for_cpus_are_in_no_program_for_gpus():
+    """XLA for GPUs fails where one stands between a loop's counter and a slice."""
+    call = gradient(**BLOCKS, implementation="xla").trace(*arrays(16))
+    barriers = {
+        platform: call.lower(lowering_platforms=(platform,))
+        .as_text()
+        .count("optimization_barrier")
+        for platform in ("cpu", "cuda")
+    }
+    assert barriers["cpu"] > 0 == barriers["cuda"]
