@@ -181,10 +181,11 @@ def test_symmetries(seed):
     for name, p in found.items():
         np.testing.assert_allclose(p, shifted[name], atol=1e-6)
         np.testing.assert_allclose(p[:, order], permuted[name], atol=1e-6)
-        rising = np.take_along_axis(p, np.argsort(z, -1), -1)
-        assert (np.diff(rising, axis=-1) >= 0).all()
-        for row, q in zip(z, p, strict=True):
-            assert len({*zip(row, q, strict=True)}) == len({*row})
+        steps = np.diff(np.take_along_axis(p, np.argsort(z, -1), -1), axis=-1)
+        ties = np.diff(np.sort(z, -1), axis=-1) == 0
+        assert (steps[~ties] >= 0).all()
+        # Optimised, the last classes of a row have another instruction for powers.
+        assert np.abs(steps[ties]).max(initial=0) <= 4 * np.finfo(np.float32).eps
 
 
 # ------------------------------------------------------------------------------- limits
