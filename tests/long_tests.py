@@ -1,4 +1,4 @@
-"""Which tests take long, and how often they run: the table in long_tests.txt.
+"""Reads and writes long_tests.txt: the tests that take long, with their seconds.
 
 `python -m tests.long_tests junit.xml` puts what a run has measured into the table;
 `make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay.
@@ -31,13 +31,13 @@ def read(text: str) -> dict[str, float]:
 
 
 def entry(test: str) -> str:
-    """Where the table has this test: by its name, or the name of its file."""
+    """Returns the name under which the table has this test: its own or its file's."""
     file = test.partition("::")[0]
     return file if file.startswith(TOGETHER) else test.partition("[")[0]
 
 
 def turns(seconds: float) -> int:
-    """Of so many runs in a row one takes the test, which then costs `SHARE` a run."""
+    """Number of runs in a row of which one takes a test, at about `SHARE` a run."""
     return min(MOST, math.ceil(seconds / SHARE))
 
 

@@ -27,13 +27,14 @@ class Case:
         name: As pytest writes it: file::test[parameters].
         values: Where the case lies on the axes each value of which is to run.
         turns: Its test runs in one of so many offsets in a row.
-        with_: The name of what runs in the same of them; by default its test.
+        together: A name; tests that share it run in the same of them. By default the
+            test's own.
     """
 
     name: str
     values: tuple[tuple[str, Hashable], ...] = ()
     turns: int = 1
-    with_: str | None = None
+    together: str | None = None
 
     @property
     def test(self) -> str:
@@ -48,7 +49,7 @@ def case(
     name: str,
     parameters: Mapping[str, Any],
     turns: int | None = None,
-    with_: str | None = None,
+    together: str | None = None,
 ) -> Case:
     """The case of a test with these parameters: equal ones are one value.
 
@@ -57,14 +58,14 @@ def case(
         parameters: By the names of the test's arguments; empty where it has none.
         turns: Of a test that takes long: in one of so many offsets it runs, unless
             its parameters come from a pairwise list. Only such values are axes then.
-        with_: As in `Case`.
+        together: As in `Case`.
     """
     values = tuple(
         (name, _hashable(value))
         for name, value in parameters.items()
         if isinstance(value, pairwise.Case) or turns is None
     )
-    return Case(name, values, 1 if values else turns or 1, with_)
+    return Case(name, values, 1 if values else turns or 1, together)
 
 
 def select(
@@ -84,7 +85,7 @@ def select(
     """
     # Other bits than those that choose among the cases of a test.
     turns = lambda case: case.turns if every > 1 else 1  # 1 means everything
-    start = lambda case: number(case.with_ or case.test) >> 32
+    start = lambda case: number(case.together or case.test) >> 32
     turn = lambda case: divmod(offset + start(case), turns(case))
     due = [case for case in cases if turn(case)[1] == 0]
     tests = {

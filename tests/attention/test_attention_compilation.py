@@ -1,4 +1,4 @@
-"""What XLA compiles for attention: its time is that of the loops and kernels counted.
+"""Counts the loops and kernels that XLA compiles for attention, which take its time.
 
 Every kernel of a program for CPUs takes XLA about as long as any other, whatever is in
 it; equal ones of a loop count once. Counted is the text of the compiled program, so

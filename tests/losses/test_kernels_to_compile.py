@@ -1,4 +1,4 @@
-"""How many kernels the CPU's compiler makes of a loss and its gradients.
+"""Counts the kernels that the CPU's compiler makes of a loss and its gradients.
 
 Each distinct one takes it about as long whatever it does, so they are the time of a
 first call. They are read off the compiled program; nothing is run.
