@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from softlib import attention, masks
+from softlib import attention, masks, recurrent
 
 from .measure import machine, prepare, ratio, take_turns
 from .report import table
@@ -91,7 +91,7 @@ def radial(query, key, value):
 
 def _scan(u, delta, A, B, C):
     positive = (jax.nn.softplus(delta), jnp.exp(A))
-    return attention.selective_scan(u, *positive, B, C)
+    return recurrent.selective_scan(u, *positive, B, C)
 
 
 def _plain_scan(u, delta, A, B, C):
@@ -115,7 +115,7 @@ def lines(quick: bool) -> list[Line]:
         Line(
             "linear_attention",
             "chunks by hand",
-            attention.linear_attention,
+            recurrent.linear_attention,
             chunked_linear_attention,
             (tokens,) * 3,
         ),

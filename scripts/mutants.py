@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Groups of files with the tests that try them; of these first the files that are named.
 GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
-        "softlib/losses/_{stream,tile,tile_gradient,engine}.py",
+        "softlib/logits/_engine/{stream,tile,tile_gradient,operations}.py",
         (
             "row_statistics",
             "row_statistics_promises",
@@ -37,7 +37,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tests/losses",
     ),
     (
-        "softlib/attention/_{stream,tiles,scores,lanes}.py",
+        "softlib/attention/_engine/{stream,tiles,scores,lanes}.py",
         ("attention", "softplus", "attention_promises"),
         "tests/attention",
     ),
@@ -50,7 +50,11 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tests/kernels",
     ),
     ("softlib/masks/_*.py", ("against_definition", "values"), "tests/masks"),
-    ("softlib/losses/_*.py", ("cross_entropy", "errors"), "tests/losses"),
+    (
+        "softlib/losses/_*.py softlib/logits/_*.py",
+        ("cross_entropy", "errors"),
+        "tests/losses",
+    ),
 )
 LATE = "late"
 FASTER = (

@@ -1,8 +1,10 @@
 """Softmax variants, attention masks and large-vocabulary losses for JAX.
 
+- `softlib.logits`: what one asks of logits, formed or not.
 - `softlib.losses`: losses over vocabularies too large to form the logits.
 - `softlib.softmax`: softmax and its relatives, maps from scores to probabilities.
 - `softlib.attention`: attention that costs what its mask leaves.
+- `softlib.recurrent`: linear systems with varying parameters, in linear time.
 - `softlib.masks`: attention masks, values that compose.
 - `softlib.numerics`: the streaming accumulators they are built on.
 - `softlib.estimation`: small models, fitted with a stated guarantee.
@@ -23,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 from . import (
     attention as attention,
     information as information,
+    logits as logits,
     losses as losses,
     masks as masks,
     numerics as numerics,
+    recurrent as recurrent,
     softmax as softmax,
     typing as typing,
 )
@@ -41,12 +45,14 @@ __all__ = [
     "explain",
     "implementations",
     "information",
+    "logits",
     "losses",
     "masked_mean",
     "masks",
     "nn",
     "numerics",
     "optim",
+    "recurrent",
     "scoring",
     "softmax",
     "testing",

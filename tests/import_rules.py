@@ -13,10 +13,10 @@ EVERYWHERE = {"jax", "jaxtyping", "numpy"}
 LIBRARY = {"softlib", "pallas_kernels"}
 
 ROWS = {"softmax", "masks", "information"}
-ENGINES = {"attention", "losses"}
+ENGINES = {"attention", "logits", "recurrent"}
 STUDIES = {"decoding", "scoring", "estimation"}
 APPLICATIONS = {"bandits", "logs"}
-MODELLESS = {"numerics"} | ROWS | ENGINES | STUDIES
+MODELLESS = {"numerics", "losses"} | ROWS | ENGINES | STUDIES
 
 # Package -> what its files may import besides EVERYWHERE, the standard library, the
 # private files at the root of softlib, and its own files.
@@ -25,12 +25,31 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "softmax": {"numerics", "pallas_kernels"},
     "masks": {"numerics"},
     "information": {"numerics"},
-    **{name: {"numerics", "pallas_kernels"} | ROWS for name in ENGINES},
-    **{name: {"numerics"} | ROWS | ENGINES for name in STUDIES},
+    "attention": {"numerics", "pallas_kernels"} | ROWS,
+    "logits": {"numerics", "pallas_kernels"},
+    "recurrent": set(),
+    "losses": {"numerics", "logits"} | ROWS,
+    **{name: {"numerics", "losses"} | ROWS | ENGINES for name in STUDIES},
     "optim": {"optax", "numerics", "losses"},
     "nn": {"flax"} | MODELLESS,
     **dict.fromkeys(APPLICATIONS, MODELLESS),
     "testing": set(),
+}
+# Folders of an engine: their files import each other and what stands below the package,
+# never the files beside the folder, which are its users.
+ENGINE_FOLDERS = {"_engine", "_tuples", "_decode", "_polynomial"}
+# A private file is private to its package. These reach into another so far.
+REACHES_INTO = {
+    ("attention", "softmax"),
+    ("estimation", "softmax"),
+    ("logits", "numerics"),
+    ("losses", "information"),
+    ("losses", "logits"),
+    ("losses", "softmax"),
+    ("nn", "logits"),
+    ("nn", "losses"),
+    ("nn", "recurrent"),
+    ("softmax", "numerics"),
 }
 # Imported only inside functions: users of the rest need not have them.
 INSIDE_FUNCTIONS = {
@@ -133,8 +152,14 @@ def violations(source: str, path: pathlib.PurePath, roots: set[str]) -> list[str
                 file = rest[1:] or ([name] if _is_file(name) else [])
                 if not file:
                     say(f"a file of {package} imports its files, not {module}")
+                elif inner[1] in ENGINE_FOLDERS and file[0] not in ENGINE_FOLDERS:
+                    say(f"a file of {inner[1]} is below {file[0]}")
             elif package is None or target not in MAY_IMPORT.get(package, set()):
                 say(f"{package or 'a root file'} may not import {target}")
+            elif (package, target) not in REACHES_INTO and any(
+                map(_is_file, (*rest[1:], name))
+            ):
+                say(f"{module} is private to {target}")
             continue
         allowed = EVERYWHERE | sys.stdlib_module_names
         if package in MAY_IMPORT:

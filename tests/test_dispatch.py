@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import softlib
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, absent
-from softlib.losses import _engine
+from softlib.logits._engine import operations
 from tests.host import jnp
 
 ROWS = 4
@@ -202,11 +202,11 @@ def _marked(implementation: Implementation) -> Implementation:
 def kernels(monkeypatch):
     """Puts kernels into the operations of the engine."""
     for name in ("LINEAR", "LINEAR_GRADIENT"):
-        operation = getattr(_engine, name)
+        operation = getattr(operations, name)
         fake = _marked(operation.plain)
         others = tuple(i for i in operation.implementations if i.name != fake.name)
         replaced = dataclasses.replace(operation, implementations=(fake, *others))
-        monkeypatch.setattr(_engine, name, replaced)
+        monkeypatch.setattr(operations, name, replaced)
 
 
 def _loss(implementation=None, softcap=None):

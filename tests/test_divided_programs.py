@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import attention, explain, losses, masks, softmax
-from softlib.attention import _engine as attention_engine
-from softlib.losses import _engine as losses_engine
+from softlib.attention._engine import operations as attention_engine
+from softlib.logits._engine import operations as losses_engine
 from softlib.softmax import _softmax as softmax_file
 from tests.host import jnp
 

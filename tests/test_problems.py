@@ -18,7 +18,6 @@ from tests.attention import (
     test_attention,
     test_decode,
     test_kronecker,
-    test_recurrent_forms,
     test_sequence_parallel,
     test_softplus,
 )
@@ -33,6 +32,7 @@ from tests.kernels import (
 from tests.masks import random_masks, test_against_definition
 from tests.oracles import masks as oracle
 from tests.pairwise import pairwise
+from tests.recurrent import test_recurrent_forms
 
 
 def block_sparse() -> Iterator[tuple[str, np.ndarray]]:

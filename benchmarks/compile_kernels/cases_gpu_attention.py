@@ -17,10 +17,16 @@ from pallas_kernels.gpu_mosaic import (
     attention_key_gradients as of_keys,
 )
 from softlib import attention, masks
-from softlib.attention import _kernels_gpu as adapter
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
-from softlib.attention._tiles import Operands, Options
+from softlib.attention._engine import kernels_gpu as adapter
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import (
+    Kind,
+    LogSoftplus,
+    Softmax,
+    Softplus,
+    StableMax,
+)
+from softlib.attention._engine.tiles import Operands, Options
 
 from .attention_problems import CAUSAL, RADIAL, Problem, forward_and_training
 from .case import HOPPER, Case, array

@@ -19,10 +19,16 @@ from pallas_kernels.tpu import (
     attention_query_gradient as of_queries,
 )
 from softlib import attention, masks
-from softlib.attention import _kernels_tpu as adapter
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
-from softlib.attention._tiles import Operands, Options
+from softlib.attention._engine import kernels_tpu as adapter
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import (
+    Kind,
+    LogSoftplus,
+    Softmax,
+    Softplus,
+    StableMax,
+)
+from softlib.attention._engine.tiles import Operands, Options
 
 from .attention_problems import CAUSAL, RADIAL, Problem, forward_and_training
 from .case import TPUS, Case, array

@@ -62,7 +62,7 @@ class Form:
     """Options of the logits and of their statistics; Python values.
 
     Attributes:
-        statistics: Names, in the order of `softlib.losses.RowStatistics`.
+        statistics: Names, in the order of `softlib.logits.RowStatistics`.
         logit_softcap: c; None for none.
         labels: How many labels a row has.
         per_row: Columns of the table of numbers per row.

@@ -21,10 +21,10 @@ from softlib._sharding import match_varying, per_shard
 from softlib.masks import Mask
 from softlib.typing import Implementations
 
-from . import _engine
-from ._plan import BlockPlan, plan_of
-from ._scores import Result
-from ._tiles import Operands, Options
+from ._engine import operations
+from ._engine.plan import BlockPlan, plan_of
+from ._engine.scores import Result
+from ._engine.tiles import Operands, Options
 
 
 class Shapes(NamedTuple):
@@ -298,11 +298,11 @@ def run(
     function: str, names: Implementations, options: Options, operands: Operands
 ) -> Result:
     """The engine, on arrays that may be divided over an Explicit mesh."""
-    checks.require_implementation(function, _engine.operation_of(operands), names)
+    checks.require_implementation(function, operations.operation_of(operands), names)
 
     def call(query: Array, rest: Operands) -> Result:
         given = rest._replace(query=query)
-        return _engine.attention(names, options, match_varying(given))
+        return operations.attention(names, options, match_varying(given))
 
     def specs(spec: PartitionSpec) -> Any:
         per_row = PartitionSpec(*spec[:3])

@@ -19,8 +19,9 @@ from softlib._sharding import match_varying, per_shard
 from softlib.numerics import UnifiedMax
 from softlib.typing import AxisName, Implementations, Precision, Scalar
 
-from . import _decode_engine as engine, _partials as partials
-from ._decode_stream import Operands, Options
+from . import _partials as partials
+from ._decode import operations as engine
+from ._decode.stream import Operands, Options
 
 FUNCTION = "decode_attention"
 CRITERIA = ("row_max", "elementwise")

@@ -13,9 +13,9 @@ from softlib.masks import Mask
 from softlib.typing import Implementations, Precision, Scalar
 
 from ._arguments import Shapes, are_given, planned, run, scaled, values_and_array
-from ._plan import BlockPlan
-from ._scores import Kind, LogSoftplus, Softmax, StableMax
-from ._tiles import Operands, Options
+from ._engine.plan import BlockPlan
+from ._engine.scores import Kind, LogSoftplus, Softmax, StableMax
+from ._engine.tiles import Operands, Options
 
 _KINDS: dict[str, Kind] = {
     "softmax": Softmax(),

@@ -21,9 +21,9 @@ from ._arguments import (
     scaled,
     tuple_shapes,
 )
-from ._plan import BlockPlan, block_sizes, cheapest_last_axis, per_axis, plan_of
-from ._scores import Softmax
-from ._tiles import Operands, Options
+from ._engine.plan import BlockPlan, block_sizes, cheapest_last_axis, per_axis, plan_of
+from ._engine.scores import Softmax
+from ._engine.tiles import Operands, Options
 
 
 class _Options(TypedDict, total=False):

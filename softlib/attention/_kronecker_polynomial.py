@@ -17,9 +17,9 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Precision, Scalar
 
-from . import _exp_polynomial, _monomials
 from ._arguments import tuple_shapes
-from ._exp_polynomial import Basis
+from ._polynomial import exp_polynomial, monomials
+from ._polynomial.exp_polynomial import Basis
 
 # Far beyond any certified degree; the factorials up to here are doubles.
 LARGEST_DEGREE = 100
@@ -238,8 +238,8 @@ def _attend(
 
     factors = polynomial.factors
     if factors is None:
-        factors = _exp_polynomial.taylor_factors_by_row(bounds, polynomial.degree)
-    sums = _monomials.attend(
+        factors = exp_polynomial.taylor_factors_by_row(bounds, polynomial.degree)
+    sums = monomials.attend(
         query_columns,
         tuple(key_columns),
         with_ones,
@@ -313,36 +313,36 @@ def _polynomial(
     basis: Basis,
     width: int,
 ) -> _Polynomial:
-    _checks.require_one_of(function, "basis", basis, _exp_polynomial.BASES)
+    _checks.require_one_of(function, "basis", basis, exp_polynomial.BASES)
     if degree is not None:
-        _exp_polynomial.require_degree(function, degree, LARGEST_DEGREE)
+        exp_polynomial.require_degree(function, degree, LARGEST_DEGREE)
         if rtol is not None:
             raise ValueError(
                 f"{function}: `rtol` must be None if `degree` is given, got {rtol}."
             )
         if logit_bound is not None:
-            _exp_polynomial.require_bound(function, "logit_bound", logit_bound)
+            exp_polynomial.require_bound(function, "logit_bound", logit_bound)
     elif logit_bound is None:
         raise ValueError(
             f"{function}: `logit_bound` or `degree` must be given (the degree is "
             "static, bounds of arrays are not), got None for both."
         )
     else:
-        degree = _exp_polynomial.certified_degree(
+        degree = exp_polynomial.certified_degree(
             function, logit_bound, 1e-2 if rtol is None else rtol, basis, "logit_bound"
         )
     rank = math.comb(width + degree, degree)
-    if rank > _monomials.LARGEST_RANK:
+    if rank > monomials.LARGEST_RANK:
         raise ValueError(
-            f"{function}: `degree` must make at most {_monomials.LARGEST_RANK} "
+            f"{function}: `degree` must make at most {monomials.LARGEST_RANK} "
             f"monomials of the features, got {rank} for degree {degree} and heads of "
             f"size {width}; take shorter heads, a larger `rtol` or a smaller "
             "`logit_bound`."
         )
     if logit_bound is None and basis == "chebyshev":
-        return _Polynomial(degree, _exp_polynomial.LARGEST_BOUND, None)
-    limit = float(_exp_polynomial.LARGEST_BOUND if logit_bound is None else logit_bound)
-    factors = _exp_polynomial.taylor_factors(limit, degree, basis)
+        return _Polynomial(degree, exp_polynomial.LARGEST_BOUND, None)
+    limit = float(exp_polynomial.LARGEST_BOUND if logit_bound is None else logit_bound)
+    factors = exp_polynomial.taylor_factors(limit, degree, basis)
     return _Polynomial(degree, limit, factors)
 
 

@@ -16,9 +16,9 @@ from softlib.masks import Mask
 from softlib.typing import Implementations, Precision
 
 from ._arguments import Shapes, are_given, planned, run, values_and_array
-from ._plan import BlockPlan
-from ._scores import LogSoftplus, Reweighted, Softplus, SoftplusMoments
-from ._tiles import Operands, Options
+from ._engine.plan import BlockPlan
+from ._engine.scores import LogSoftplus, Reweighted, Softplus, SoftplusMoments
+from ._engine.tiles import Operands, Options
 
 
 class SoftplusStatistics(NamedTuple):

@@ -19,7 +19,7 @@ from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
-from ._rows import Rows, prepare, prepare_in_turn
+from ._labelled_rows import Rows, prepare, prepare_in_turn
 from ._sources import GivenLogits, Source
 
 METRICS = ("loss", "log_prob", "entropy", "correct", "lse")

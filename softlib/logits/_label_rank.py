@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int, Integer
 
 from softlib._array_arguments import array_arguments
 
-from . import _rows
+from . import _labelled_rows
 from ._options import LinearHeadOptions, LogitsOptions
 from ._row_statistics import checked_labels
 from ._sources import GivenLogits, LinearHead, Source
@@ -99,7 +99,7 @@ def label_rank(
 
 def _rank(source: Source, labels: Array, where: Array | None) -> Array:
     labels = checked_labels(source, labels)
-    where = _rows.rows_that_count(source, where)
+    where = _labelled_rows.rows_that_count(source, where)
     rank = source.masked(where).statistics(("label_rank",), labels).label_rank
     assert rank is not None
     if where is None:

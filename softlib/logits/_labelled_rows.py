@@ -18,8 +18,8 @@ from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
+from ._engine.tile import RowStatistics
 from ._sources import GivenLogits, Source, require_per_class
-from ._tile import RowStatistics
 
 
 @dataclasses.dataclass(frozen=True)

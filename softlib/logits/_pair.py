@@ -20,16 +20,16 @@ from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
 
-from . import _pair_engine
-from ._engine import Given
+from ._engine import pair_operations
+from ._engine.operations import Given
+from ._engine.pair_operations import GivenPair
+from ._engine.pair_stream import Pair, PairOptions
+from ._engine.pair_terms import Divergence
+from ._engine.stream import Head
+from ._labelled_rows import rows_that_count
 from ._options import require_known
-from ._pair_engine import GivenPair
-from ._pair_stream import Pair, PairOptions
-from ._pair_terms import Divergence
-from ._rows import rows_that_count
 from ._source_rows import collapsed, collapsed_modifiers, label_rows
 from ._sources import GivenLogits, LinearHead
-from ._stream import Head
 
 
 class LogitsPairOptions(TypedDict, total=False):
@@ -185,7 +185,7 @@ def _call(
                 )
 
             pair = match_varying(Pair(head(*first), head(*second), mixture))
-            return _pair_engine.linear(names, options, pair).reshape(batch)
+            return pair_operations.linear(names, options, pair).reshape(batch)
 
         heads = [(s.hidden, s.weight, s.modifiers) for s in (first, second)]
         call = lambda hidden, rest, *others: of_heads((hidden, *rest), *others)
@@ -202,7 +202,7 @@ def _call(
 
         pair = GivenPair(given(logits, modifiers), given(*others), mixture)
         pair = match_varying(pair)
-        return _pair_engine.given(names, options, pair).reshape(batch)
+        return pair_operations.given(names, options, pair).reshape(batch)
 
     assert isinstance(first, GivenLogits)
     assert isinstance(second, GivenLogits)

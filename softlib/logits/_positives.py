@@ -17,9 +17,9 @@ from softlib import _checks as checks
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 
-from ._rows import rows_that_count, without_classes
+from ._engine.tile import RowStatistics
+from ._labelled_rows import rows_that_count, without_classes
 from ._sources import GivenLogits, Source
-from ._tile import RowStatistics
 
 # The id that fills a list up.
 PADDING = -1

@@ -16,8 +16,8 @@ from softlib.typing import (
     Precision,
 )
 
+from ._engine.tile import STATISTICS, RowStatistics
 from ._sources import GivenLogits, LinearHead, Source
-from ._tile import STATISTICS, RowStatistics
 
 
 @array_arguments

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
-from ._rows import without_classes
+from ._engine.vocabulary_parallel import first_class
+from ._labelled_rows import without_classes
 from ._sources import GivenLogits, LinearHead, Source
-from ._vocabulary_parallel import first_class
 
 
 def log_probs_of_shared_labels(

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from softlib._ids import labels_in_range
 
-from ._tile import Modifiers, Options, Ranked, RowStatistics, logits_of, select
+from ._engine.tile import Modifiers, Options, Ranked, RowStatistics, logits_of, select
 
 type Shape = tuple[int, ...]
 

@@ -22,7 +22,10 @@ from softlib._sharding import in_auto_mode, match_varying, per_shard
 from softlib._symbolic import is_symbolic
 from softlib.typing import AxisName, GradientFilter, Implementations, Precision
 
-from . import _engine, _in_forward
+from ._engine import operations, sum_with_gradients
+from ._engine.stream import Head, product, top_classes
+from ._engine.tile import FILTER_BLOCK, Modifiers, Options, RowStatistics, only
+from ._engine.vocabulary_parallel import first_class, merged
 from ._options import LinearHeadOptions, LogitsOptions, require_known
 from ._source_rows import (
     Shape,
@@ -37,15 +40,6 @@ from ._source_rows import (
     row_specs,
     shaped,
 )
-from ._stream import Head, product, top_classes
-from ._tile import (
-    FILTER_BLOCK,
-    Modifiers,
-    Options,
-    RowStatistics,
-    only,
-)
-from ._vocabulary_parallel import first_class, merged
 
 
 @functools.partial(
@@ -136,7 +130,7 @@ class LinearHead:
             ),
             precision=precision,
         )
-        checks.require_implementation(function, _engine.LINEAR, implementation)
+        checks.require_implementation(function, operations.LINEAR, implementation)
         return cls(
             function,
             hidden,
@@ -283,9 +277,9 @@ class LinearHead:
             )
             names, head = self.implementation, match_varying(head)
             if in_turn:
-                found, weight = _engine.linear_in_turn(names, options, head)
+                found, weight = operations.linear_in_turn(names, options, head)
                 return shaped(found, batch, labels), weight
-            return shaped(_engine.linear(names, options, head), batch, labels), None
+            return shaped(operations.linear(names, options, head), batch, labels), None
 
         of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
         specs = lambda spec: (row_specs(options, self.batch, labels, spec), of_weight)
@@ -304,8 +298,8 @@ class LinearHead:
         self,
         names: Sequence[str],
         labels: Array,
-        loss: _in_forward.RowLoss,
-        terms: _in_forward.RowTerms,
+        loss: sum_with_gradients.RowLoss,
+        terms: sum_with_gradients.RowTerms,
     ) -> Array:
         """The sum over all rows of a loss, with gradients in the forward pass.
 
@@ -329,11 +323,13 @@ class LinearHead:
             flat = lambda tree: jax.tree.map(
                 lambda a: collapsed(jnp.asarray(a), batch), tree
             )
-            terms = _in_forward.RowTerms(
+            terms = sum_with_gradients.RowTerms(
                 flat(terms.factors), terms.scalars, flat(terms.marks)
             )
-            operands = match_varying(_in_forward.SumOperands(head, terms))
-            return _in_forward.total(self.implementation, options, loss, operands)
+            operands = match_varying(sum_with_gradients.SumOperands(head, terms))
+            return sum_with_gradients.total(
+                self.implementation, options, loss, operands
+            )
 
         arrays = (self.hidden, self.weight, known, self.modifiers, terms)
         return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
@@ -396,7 +392,7 @@ class GivenLogits:
         batch, vocabulary = logits.shape[:-1], logits.shape[-1]
         _check_vocabulary(function, name, vocabulary, logits.shape)
         dtype = accumulator_dtype(logits)
-        checks.require_implementation(function, _engine.GIVEN, implementation)
+        checks.require_implementation(function, operations.GIVEN, implementation)
         return cls(
             function,
             logits,
@@ -443,13 +439,13 @@ class GivenLogits:
         options = self.options.including(*names)
 
         def engine(logits, labels, label_logits, modifiers):
-            given = _engine.Given(
+            given = operations.Given(
                 collapsed(logits, batch),
                 label_rows(labels, batch, vocabulary),
                 collapsed_modifiers(modifiers, logits.shape),
                 ranked_rows(labels, label_logits, batch),
             )
-            found = _engine.given(self.implementation, options, match_varying(given))
+            found = operations.given(self.implementation, options, match_varying(given))
             return shaped(found, batch, labels)
 
         specs = functools.partial(row_specs, options, batch, labels)

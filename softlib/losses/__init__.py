@@ -2,8 +2,8 @@
 
 Row statistics, the engine everything else is composed of:
 
-- `linear_row_statistics`, `row_statistics`, `RowStatistics`
-- `linear_logits`: the logits themselves, where they are few; `linear_top_k`, `TopK`
+- `linear_row_statistics`, `row_statistics`
+- `linear_logits`: the logits themselves, where they are few; `linear_top_k`
 
 Losses and numbers per token; each `linear_` function streams over the vocabulary, its
 twin without the prefix takes logits:
@@ -20,7 +20,7 @@ twin without the prefix takes logits:
 - `linear_entropy`, `softmax_entropy`
 - `linear_top1_correct`, `softmax_top1_correct`
 - `linear_label_rank`, `label_rank`
-- `linear_token_metrics`, `softmax_token_metrics`, `TokenMetrics`: several at once
+- `linear_token_metrics`, `softmax_token_metrics`: several at once
 
 From log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
@@ -101,6 +101,37 @@ Numbers about training:
 - `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`: of routers
 """
 
+from softlib.logits._entropy import (
+    linear_entropy as linear_entropy,
+    softmax_entropy as softmax_entropy,
+)
+from softlib.logits._label_rank import (
+    label_rank as label_rank,
+    linear_label_rank as linear_label_rank,
+)
+from softlib.logits._linear_logits import (
+    linear_logits as linear_logits,
+)
+from softlib.logits._row_statistics import (
+    linear_row_statistics as linear_row_statistics,
+    row_statistics as row_statistics,
+)
+from softlib.logits._sequence import (
+    linear_sequence_log_probs as linear_sequence_log_probs,
+    sequence_log_probs as sequence_log_probs,
+)
+from softlib.logits._token_metrics import (
+    linear_token_log_probs as linear_token_log_probs,
+    linear_token_metrics as linear_token_metrics,
+    linear_top1_correct as linear_top1_correct,
+    softmax_token_log_probs as softmax_token_log_probs,
+    softmax_token_metrics as softmax_token_metrics,
+    softmax_top1_correct as softmax_top1_correct,
+)
+from softlib.logits._top_k import (
+    linear_top_k as linear_top_k,
+)
+
 from ._adversarial import (
     projected_gradient_ascent as projected_gradient_ascent,
     smooth_adversarial_comp_sum_loss as smooth_adversarial_comp_sum_loss,
@@ -122,9 +153,6 @@ from ._comp_sum import (
 from ._comp_sum_bounds import (
     comp_sum_regret_bound as comp_sum_regret_bound,
     comp_sum_transformation as comp_sum_transformation,
-)
-from ._compose import (
-    TokenMetrics as TokenMetrics,
 )
 from ._contrastive_temperature import (
     GlobalContrastiveState as GlobalContrastiveState,
@@ -157,10 +185,6 @@ from ._divergences import (
 from ._edit_invariant import (
     edit_invariant_sequence_loss as edit_invariant_sequence_loss,
     linear_edit_invariant_sequence_loss as linear_edit_invariant_sequence_loss,
-)
-from ._entropy import (
-    linear_entropy as linear_entropy,
-    softmax_entropy as softmax_entropy,
 )
 from ._extreme import (
     decoupled_softmax_loss as decoupled_softmax_loss,
@@ -200,16 +224,9 @@ from ._kl_to_reference import (
     kl_to_reference as kl_to_reference,
     linear_kl_to_reference as linear_kl_to_reference,
 )
-from ._label_rank import (
-    label_rank as label_rank,
-    linear_label_rank as linear_label_rank,
-)
 from ._latent_rationale import (
     trice_loss as trice_loss,
     trice_weights as trice_weights,
-)
-from ._logits import (
-    linear_logits as linear_logits,
 )
 from ._mcmi import (
     mcmi_loss as mcmi_loss,
@@ -254,10 +271,6 @@ from ._router import (
     load_balancing_loss as load_balancing_loss,
     router_z_loss as router_z_loss,
 )
-from ._row_statistics import (
-    linear_row_statistics as linear_row_statistics,
-    row_statistics as row_statistics,
-)
 from ._sampled_softmax import (
     sampled_softmax_loss as sampled_softmax_loss,
 )
@@ -268,10 +281,6 @@ from ._self_distillation import (
     USKDTerms as USKDTerms,
     universal_self_distillation_loss as universal_self_distillation_loss,
     zipf_soft_labels as zipf_soft_labels,
-)
-from ._sequence_log_probs import (
-    linear_sequence_log_probs as linear_sequence_log_probs,
-    sequence_log_probs as sequence_log_probs,
 )
 from ._smoothed import (
     smoothed_token_loss as smoothed_token_loss,
@@ -300,21 +309,6 @@ from ._spherical_family import (
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
 )
-from ._tile import (
-    RowStatistics as RowStatistics,
-)
-from ._token_metrics import (
-    linear_token_log_probs as linear_token_log_probs,
-    linear_token_metrics as linear_token_metrics,
-    linear_top1_correct as linear_top1_correct,
-    softmax_token_log_probs as softmax_token_log_probs,
-    softmax_token_metrics as softmax_token_metrics,
-    softmax_top1_correct as softmax_top1_correct,
-)
-from ._top_k import (
-    TopK as TopK,
-    linear_top_k as linear_top_k,
-)
 from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
     negative_preference_loss as negative_preference_loss,
@@ -333,10 +327,7 @@ __all__ = [
     "FactoredSphericalStep",
     "GlobalContrastiveState",
     "GlobalContrastiveUpdate",
-    "RowStatistics",
     "SphericalStatistics",
-    "TokenMetrics",
-    "TopK",
     "USKDTerms",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",

@@ -14,13 +14,13 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
+from softlib.logits._compose import log_probability_of_labels
+from softlib.logits._labelled_rows import rows_that_count
+from softlib.logits._options import UncooledLogitsOptions
+from softlib.logits._sources import GivenLogits
 from softlib.typing import Scalar
 
 from ._comp_sum import comp_sum_from_log_prob
-from ._compose import log_probability_of_labels
-from ._options import UncooledLogitsOptions
-from ._rows import rows_that_count
-from ._sources import GivenLogits
 
 
 @array_arguments

@@ -11,12 +11,11 @@ from jaxtyping import Array, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._bracketed_root import decreasing_root
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
+from softlib._expm1 import expm1
 from softlib.typing import Scalar
-
-from ._bracketed_root import decreasing_root
-from ._expm1 import expm1
 
 # Beyond it tanh is 1 in float64: stands for the infinite atanh(1).
 LARGEST = 40.0

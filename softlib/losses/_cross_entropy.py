@@ -5,6 +5,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
+from softlib.logits import _compose
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -13,10 +16,6 @@ from softlib.typing import (
     Precision,
     Scalar,
 )
-
-from . import _compose
-from ._options import LinearHeadOptions, LogitsOptions
-from ._sources import GivenLogits, LinearHead, Source
 
 
 # The overloads tell type checkers what `return_lse` returns; the signatures that count

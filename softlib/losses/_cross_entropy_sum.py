@@ -8,13 +8,12 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.logits import _compose, _labelled_rows
+from softlib.logits._engine.sum_with_gradients import RowTerms
+from softlib.logits._engine.tile import RowStatistics
+from softlib.logits._options import LinearHeadOptions
+from softlib.logits._sources import LinearHead
 from softlib.typing import PerRow, Scalar
-
-from . import _compose, _rows
-from ._in_forward import RowTerms
-from ._options import LinearHeadOptions
-from ._sources import LinearHead
-from ._tile import RowStatistics
 
 
 @array_arguments
@@ -108,11 +107,13 @@ def linear_softmax_cross_entropy_sum(
     why = "a scalar, or one per row"
     checks.require_shape_in(function, "row_weights", weights, ((), source.batch), why)
     weights = jnp.broadcast_to(weights, source.batch)
-    where = _rows.rows_that_count(source, where)
+    where = _labelled_rows.rows_that_count(source, where)
     if where is not None:
         weights = jnp.where(where, weights, 0)
     source = source.masked(where)
-    marked = _rows.mark(source, labels, where, _rows.per_class(source, class_weights))
+    marked = _labelled_rows.mark(
+        source, labels, where, _labelled_rows.per_class(source, class_weights)
+    )
 
     numbers = {"smoothing": label_smoothing, "penalty": logsumexp_penalty}
     fixed = {n: x for n, x in numbers.items() if isinstance(x, int | float)}
@@ -144,10 +145,10 @@ class _LossOfRows:
         marked, classes = terms.marks
         assert statistics.label_logits is not None
         statistics = statistics._replace(label_logits=statistics.label_logits[:, 0])
-        rows = _rows.with_statistics(
+        rows = _labelled_rows.with_statistics(
             marked._replace(class_weight=class_weight),
             statistics,
-            _rows.mean_cost(statistics, classes),
+            _labelled_rows.mean_cost(statistics, classes),
         )
         loss = _compose.cross_entropy(rows, numbers["smoothing"], numbers["penalty"])
-        return _rows.weigh(weights, loss)
+        return _labelled_rows.weigh(weights, loss)

@@ -9,15 +9,17 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._expm1 import expm1
 from softlib._ids import labels_in_range
+from softlib.logits._compose import (
+    log_probability_in_turn,
+    log_probability_of_labels,
+)
+from softlib.logits._engine import pair_terms
+from softlib.logits._labelled_rows import rows_that_count, weigh
+from softlib.logits._pair import SourcePair
+from softlib.logits._sources import LinearHead
 from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
-
-from . import _pair_terms
-from ._compose import log_probability_in_turn, log_probability_of_labels
-from ._expm1 import expm1
-from ._pairs import SourcePair
-from ._rows import rows_that_count, weigh
-from ._sources import LinearHead
 
 
 class LogitsDistillationOptions(TypedDict, total=False):
@@ -372,7 +374,7 @@ def decoupled_knowledge_distillation_loss(
         _label_and_rest(log_probability_of_labels(source, labels, where))
         for source in (pair.own, pair.target)
     )
-    binary = _pair_terms.values("kl", teacher, student, None).sum(-1)
+    binary = pair_terms.values("kl", teacher, student, None).sum(-1)
     others = pair.divergence("kl", excluded_labels=labels, where=where)
     loss = _wide(alpha, others) * jnp.where(where, binary, 0)
     loss = loss + _wide(beta, others) * others

@@ -6,9 +6,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.logits._pair import HeadPairOptions, LogitsPairOptions, SourcePair
 from softlib.typing import Scalar
-
-from ._pairs import HeadPairOptions, LogitsPairOptions, SourcePair
 
 
 @array_arguments

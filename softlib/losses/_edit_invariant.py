@@ -13,13 +13,12 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
+from softlib.logits._labelled_rows import rows_that_count
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._shared_labels import log_probs_of_shared_labels
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
 from softlib.typing import Scalar
-
-from ._options import LinearHeadOptions, LogitsOptions
-from ._rows import rows_that_count
-from ._shared_labels import log_probs_of_shared_labels
-from ._sources import GivenLogits, LinearHead, Source
 
 type Mode = Literal["softmax", "gumbel", "logsumexp"]
 type Weights = Sequence[float] | Float[Array, " n"] | None

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._positives import Positives
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.softmax._soft_top_k import log_soft_top_k_of
 from softlib.typing import PerRow
-
-from ._options import LinearHeadOptions, LogitsOptions
-from ._positives import Positives
-from ._sources import GivenLogits, LinearHead, Source
 
 
 @array_arguments

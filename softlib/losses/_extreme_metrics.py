@@ -14,9 +14,8 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
+from softlib.logits._positives import require_ids
 from softlib.typing import Scalar
-
-from ._positives import require_ids
 
 
 @array_arguments

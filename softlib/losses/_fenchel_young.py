@@ -25,12 +25,11 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
+from softlib.logits._labelled_rows import rows_that_count, without_classes
+from softlib.logits._sources import GivenLogits
 from softlib.softmax._entmax import log_probability, require_below_two, solution
 from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
-
-from ._rows import rows_that_count, without_classes
-from ._sources import GivenLogits
 
 
 @array_arguments

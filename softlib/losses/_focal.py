@@ -8,13 +8,12 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
+from softlib._expm1 import expm1
+from softlib.logits._compose import log_probability, of_log_prob, wide_log_prob
+from softlib.logits._labelled_rows import prepare, weigh
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import Scalar
-
-from ._compose import log_probability, of_log_prob, wide_log_prob
-from ._expm1 import expm1
-from ._options import LinearHeadOptions, LogitsOptions
-from ._rows import prepare, weigh
-from ._sources import GivenLogits, LinearHead, Source
 
 
 @array_arguments

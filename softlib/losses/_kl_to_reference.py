@@ -6,8 +6,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib._array_arguments import array_arguments
 from softlib._masked_mean import masked_mean
-
-from ._pairs import HeadPairOptions, LogitsPairOptions, SourcePair
+from softlib.logits._pair import HeadPairOptions, LogitsPairOptions, SourcePair
 
 
 @array_arguments

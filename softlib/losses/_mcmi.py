@@ -9,10 +9,9 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib.information._conditional import mutual_information_of
+from softlib.logits._compose import log_probability_of_labels
+from softlib.logits._sources import GivenLogits
 from softlib.typing import Scalar
-
-from ._compose import log_probability_of_labels
-from ._sources import GivenLogits
 
 
 @array_arguments

@@ -5,12 +5,11 @@ from typing import Unpack
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
+from softlib.logits._compose import cross_entropy, cross_entropy_statistics
+from softlib.logits._labelled_rows import prepare_several
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import Scalar
-
-from ._compose import cross_entropy, cross_entropy_statistics
-from ._options import LinearHeadOptions, LogitsOptions
-from ._rows import prepare_several
-from ._sources import GivenLogits, LinearHead, Source
 
 
 @array_arguments

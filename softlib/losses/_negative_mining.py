@@ -17,9 +17,8 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, cast, promoted
 from softlib._ids import equal_ids
+from softlib.logits._positives import PADDING, require_ids
 from softlib.typing import Scalar
-
-from ._positives import PADDING, require_ids
 
 
 @array_arguments

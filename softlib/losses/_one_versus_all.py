@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
-
-from ._options import LinearHeadOptions, LogitsOptions
-from ._positives import Positives
-from ._sources import GivenLogits, LinearHead, Source
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._positives import Positives
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 
 
 @array_arguments

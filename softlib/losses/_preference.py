@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Num
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
+from softlib.logits._compose import is_zero
 from softlib.typing import Scalar
 
-from ._compose import is_zero
 from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 

@@ -17,16 +17,15 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._bracketed_root import decreasing_root
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import cast, promoted
 from softlib._sharding import in_auto_mode
+from softlib.logits._compose import log_probability
+from softlib.logits._labelled_rows import prepare
+from softlib.logits._options import UncooledHeadOptions, UncooledLogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import PerRow, Scalar
-
-from ._bracketed_root import decreasing_root
-from ._compose import log_probability
-from ._options import UncooledHeadOptions, UncooledLogitsOptions
-from ._rows import prepare
-from ._sources import GivenLogits, LinearHead, Source
 
 
 @array_arguments

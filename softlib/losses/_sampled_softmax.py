@@ -10,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._sharding import in_auto_mode
+from softlib.logits._positives import Positives
+from softlib.logits._sources import LinearHead
 from softlib.typing import PerRow, Precision
-
-from ._positives import Positives
-from ._sources import LinearHead
 
 DISTRIBUTIONS = ("log_uniform", "uniform")
 

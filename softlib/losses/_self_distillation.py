@@ -12,9 +12,8 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
+from softlib.logits._labelled_rows import weigh
 from softlib.typing import Scalar
-
-from ._rows import weigh
 
 
 class USKDTerms(NamedTuple):

@@ -6,10 +6,10 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import Scalar
 
-from ._options import LinearHeadOptions, LogitsOptions
-from ._sources import GivenLogits, LinearHead, Source
 from ._spherical_family import (
     Sums,
     log_spherical_of,

@@ -18,11 +18,10 @@ from jaxtyping import Array, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
+from softlib.logits._centred import centred, without_infinite
+from softlib.logits._labelled_rows import mark, rows_that_count, without_classes
+from softlib.logits._sources import Source
 from softlib.typing import Scalar
-
-from ._centre import centred, without_infinite
-from ._rows import mark, rows_that_count, without_classes
-from ._sources import Source
 
 STATISTICS = ("label_logits", "sum_logits", "sum_squared_logits")
 

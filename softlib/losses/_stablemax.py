@@ -10,10 +10,9 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import common_dtype
 from softlib._sharding import in_auto_mode
-from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
-
-from . import _compose
-from ._rows import (
+from softlib.logits import _compose
+from softlib.logits._engine.tile import RowStatistics
+from softlib.logits._labelled_rows import (
     Rows,
     impossible_labels,
     impossible_masses,
@@ -22,8 +21,8 @@ from ._rows import (
     rows_that_count,
     without_classes,
 )
-from ._sources import GivenLogits
-from ._tile import RowStatistics
+from softlib.logits._sources import GivenLogits
+from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
 
 @array_arguments

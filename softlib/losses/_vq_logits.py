@@ -20,11 +20,10 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode
-
-from ._compose import log_probability_of_labels
-from ._options import LinearHeadOptions
-from ._rows import rows_that_count
-from ._sources import LinearHead
+from softlib.logits._compose import log_probability_of_labels
+from softlib.logits._labelled_rows import rows_that_count
+from softlib.logits._options import LinearHeadOptions
+from softlib.logits._sources import LinearHead
 
 
 @array_arguments(as_given=("counts",))

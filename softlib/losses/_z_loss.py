@@ -5,10 +5,10 @@ from typing import Unpack
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._sources import GivenLogits, LinearHead, Source
 from softlib.typing import Scalar
 
-from ._options import LinearHeadOptions, LogitsOptions
-from ._sources import GivenLogits, LinearHead, Source
 from ._spherical_family import Sums, loss_of_sums, require_z_parameters, z_loss_of
 
 

@@ -6,6 +6,7 @@ from flax.typing import Dtype
 from jaxtyping import Array
 
 from softlib import losses
+from softlib.logits import TokenMetrics
 
 
 def operands(
@@ -38,5 +39,5 @@ def loss_or_logits(
 
 def token_metrics(
     hidden: Array, weight: Array, own: dict[str, Any], labels: Array, **options: Any
-) -> losses.TokenMetrics:
+) -> TokenMetrics:
     return losses.linear_token_metrics(hidden, weight, labels, **own, **options)

@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Integer
 
 from softlib._array_arguments import array_arguments
-from softlib.losses import TokenMetrics
+from softlib.logits import TokenMetrics
 
 from ._head_calls import loss_or_logits, operands, token_metrics
 

@@ -1,6 +1,6 @@
 """Layers of linear systems with varying parameters, for Flax NNX.
 
-Each projects its inputs to the arguments of one function of `softlib.attention` and the
+Each projects its inputs to the arguments of one function of `softlib.recurrent` and the
 result back. `initial_state=` and `return_state=True` are those of that function, so
 that a layer continues a sequence, or decodes it token by token with T = 1.
 """
@@ -17,16 +17,16 @@ from jaxtyping import Array, Bool, Float
 
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
-from softlib.attention._feature_maps import FeatureMap
-from softlib.attention._gated_rnn import quasi_lstm
-from softlib.attention._linear_attention import (
+from softlib.recurrent import (
+    LinearAttentionState,
+    RecurrentResult,
     gated_linear_attention,
     linear_attention,
     normalized_attention,
+    quasi_lstm,
+    selective_scan,
 )
-from softlib.attention._linear_recurrence import RecurrentResult
-from softlib.attention._recurrent_attention import LinearAttentionState
-from softlib.attention._selective_scan import selective_scan
+from softlib.recurrent._feature_maps import FeatureMap
 
 from ._head_sizes import head_sizes
 
@@ -36,7 +36,7 @@ RATE_RANGE = (1.0, 16.0)  # of the scalar rates of a head
 
 
 class LinearAttention(nnx.Module):
-    r"""A layer of `softlib.attention.linear_attention`.
+    r"""A layer of `softlib.recurrent.linear_attention`.
 
     Args:
         features: Size of the last axis of inputs and outputs.
@@ -45,10 +45,10 @@ class LinearAttention(nnx.Module):
         head_features: Size of a query and of a key; None is `features` / `num_heads`.
             The state of a head has as many rows, or what the feature map makes of it.
         value_features: Size of a value; None is `features` / `num_heads`.
-        feature_map: As in `softlib.attention.linear_attention`.
+        feature_map: As in `softlib.recurrent.linear_attention`.
         normalizer: Static, "sum" or "none".
         scale: Multiplies the queries; None is one over the root of their size.
-        chunk_size: As in `softlib.attention.linear_attention`.
+        chunk_size: As in `softlib.recurrent.linear_attention`.
         use_bias: Whether the projections have a bias.
         dtype: Dtype of the projections; None follows inputs and parameters.
         param_dtype: Dtype of the parameters.
@@ -114,10 +114,10 @@ class LinearAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            is_causal: As in `softlib.attention.linear_attention`.
-            mask: As in `softlib.attention.linear_attention`.
-            initial_state: As in `softlib.attention.linear_attention`.
-            return_state: As in `softlib.attention.linear_attention`.
+            is_causal: As in `softlib.recurrent.linear_attention`.
+            mask: As in `softlib.recurrent.linear_attention`.
+            initial_state: As in `softlib.recurrent.linear_attention`.
+            return_state: As in `softlib.recurrent.linear_attention`.
         """
         found = linear_attention(
             *self.heads(inputs),
@@ -133,7 +133,7 @@ class LinearAttention(nnx.Module):
 
 
 class NormalizedAttention(nnx.Module):
-    r"""A layer of `softlib.attention.normalized_attention`.
+    r"""A layer of `softlib.recurrent.normalized_attention`.
 
     The logarithm of the normaliser is a linear function of the token, one per head.
 
@@ -144,7 +144,7 @@ class NormalizedAttention(nnx.Module):
         head_features: Size of a query and of a key; None is `features` / `num_heads`.
         value_features: Size of a value; None is `features` / `num_heads`.
         scale: Multiplies the queries; None is one over the root of their size.
-        chunk_size: As in `softlib.attention.linear_attention`.
+        chunk_size: As in `softlib.recurrent.linear_attention`.
         use_bias: Whether the projections have a bias; the normaliser always has one.
         dtype: Dtype of the projections; None follows inputs and parameters.
         param_dtype: Dtype of the parameters.
@@ -211,10 +211,10 @@ class NormalizedAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            is_causal: As in `softlib.attention.linear_attention`.
-            mask: As in `softlib.attention.linear_attention`.
-            initial_state: As in `softlib.attention.linear_attention`.
-            return_state: As in `softlib.attention.linear_attention`.
+            is_causal: As in `softlib.recurrent.linear_attention`.
+            mask: As in `softlib.recurrent.linear_attention`.
+            initial_state: As in `softlib.recurrent.linear_attention`.
+            return_state: As in `softlib.recurrent.linear_attention`.
         """
         found = normalized_attention(
             *self.heads(inputs),
@@ -229,7 +229,7 @@ class NormalizedAttention(nnx.Module):
 
 
 class GatedLinearAttention(nnx.Module):
-    r"""A layer of `softlib.attention.gated_linear_attention`, gated as in Mamba-2.
+    r"""A layer of `softlib.recurrent.gated_linear_attention`, gated as in Mamba-2.
 
     Per key head a step $\Delta_i = \mathrm{softplus}(w \cdot u_i + b)$ and a learned
     rate $a > 0$: the decay is $e^{-\Delta_i a}$ and the value is multiplied by
@@ -242,7 +242,7 @@ class GatedLinearAttention(nnx.Module):
         head_features: Size of a query and of a key; None is `features` / `num_heads`.
         value_features: Size of a value; None is `features` / `num_heads`.
         scale: Multiplies the queries; None is one over the root of their size.
-        chunk_size: As in `softlib.attention.linear_attention`.
+        chunk_size: As in `softlib.recurrent.linear_attention`.
         use_bias: Whether the projections have a bias; the step always has one.
         dtype: Dtype of the projections; None follows inputs and parameters.
         param_dtype: Dtype of the parameters.
@@ -312,9 +312,9 @@ class GatedLinearAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            mask: As in `softlib.attention.linear_attention`.
-            initial_state: As in `softlib.attention.linear_attention`.
-            return_state: As in `softlib.attention.linear_attention`.
+            mask: As in `softlib.recurrent.linear_attention`.
+            initial_state: As in `softlib.recurrent.linear_attention`.
+            return_state: As in `softlib.recurrent.linear_attention`.
         """
         query, key, value = self.heads(inputs)
         step = _softplus(self.step(inputs))
@@ -333,7 +333,7 @@ class GatedLinearAttention(nnx.Module):
 
 
 class SelectiveScan(nnx.Module):
-    r"""A layer of `softlib.attention.selective_scan`: the core of Mamba (S6).
+    r"""A layer of `softlib.recurrent.selective_scan`: the core of Mamba (S6).
 
     Steps, B and C are linear functions of the token, the steps of low rank and through
     a softplus; the rates are learned, from 1, 2, ... in every channel on. The
@@ -344,7 +344,7 @@ class SelectiveScan(nnx.Module):
         num_states: Number of states per channel.
         step_rank: Rank of the map from the token to its steps; None is a sixteenth of
             `features`, rounded up.
-        chunk_size: As in `softlib.attention.selective_scan`.
+        chunk_size: As in `softlib.recurrent.selective_scan`.
         dtype: Dtype of the projections; None follows inputs and parameters.
         param_dtype: Dtype of the parameters.
         kernel_init: Initialiser of the projections.
@@ -405,8 +405,8 @@ class SelectiveScan(nnx.Module):
 
         Args:
             inputs: A sequence.
-            initial_state: As in `softlib.attention.selective_scan`.
-            return_state: As in `softlib.attention.selective_scan`.
+            initial_state: As in `softlib.recurrent.selective_scan`.
+            return_state: As in `softlib.recurrent.selective_scan`.
         """
         maps = self.maps(inputs)
         low, B, C = jnp.split(maps, [-2 * self.num_states, -self.num_states], axis=-1)
@@ -424,7 +424,7 @@ class SelectiveScan(nnx.Module):
 
 
 class QuasiLSTM(nnx.Module):
-    r"""A layer of `softlib.attention.quasi_lstm`, a recurrent network without loops.
+    r"""A layer of `softlib.recurrent.quasi_lstm`, a recurrent network without loops.
 
     Args:
         features: Size of the last axis of inputs and outputs.
@@ -432,8 +432,8 @@ class QuasiLSTM(nnx.Module):
         reversed_gate: Static; True gives the forget gate the form of a selective
             state-space model, $\sigma(-f)^\alpha$ with one learned $\alpha > 0$, which
             starts at 1 (as its logarithm, where the paper's code clips it at 0).
-        method: As in `softlib.attention.linear_recurrence`.
-        chunk_size: As in `softlib.attention.linear_recurrence`.
+        method: As in `softlib.recurrent.linear_recurrence`.
+        chunk_size: As in `softlib.recurrent.linear_recurrence`.
         dtype: Dtype of the projections; None follows inputs and parameters.
         param_dtype: Dtype of the parameters.
         kernel_init: Initialiser of the projections.
@@ -494,8 +494,8 @@ class QuasiLSTM(nnx.Module):
 
         Args:
             inputs: A sequence.
-            initial_state: As in `softlib.attention.quasi_lstm`.
-            return_state: As in `softlib.attention.quasi_lstm`.
+            initial_state: As in `softlib.recurrent.quasi_lstm`.
+            return_state: As in `softlib.recurrent.quasi_lstm`.
         """
         found = quasi_lstm(
             *jnp.split(self.gates(inputs), 4, axis=-1),

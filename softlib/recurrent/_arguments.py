@@ -11,9 +11,9 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 from softlib.typing import Precision
 
-from . import _feature_maps, _recurrent_attention
+from . import _feature_maps, _states as __states
 from ._feature_maps import FeatureMap
-from ._recurrent_attention import Keys, LinearAttentionState, Options, Queries
+from ._states import Keys, LinearAttentionState, Options, Queries
 
 
 def prepare(
@@ -118,7 +118,7 @@ def inverted(queries: Queries) -> Queries:
     factor = queries.factor
     if factor is None:
         return queries
-    return queries._replace(factor=_recurrent_attention.reciprocal(factor))
+    return queries._replace(factor=__states.reciprocal(factor))
 
 
 def _checked_state(

@@ -13,7 +13,7 @@ from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 from ._linear_recurrence import RecurrentResult, linear_recurrence, require_method
-from ._recurrent_attention import segment_sums
+from ._states import segment_sums
 
 
 class _Options(TypedDict, total=False):
@@ -103,7 +103,7 @@ def quasi_lstm(
 
     Example:
         >>> zero, z = jnp.zeros((3, 1)), jnp.ones((3, 1))
-        >>> print(softlib.attention.quasi_lstm(zero, zero, zero, z)[:, 0])
+        >>> print(softlib.recurrent.quasi_lstm(zero, zero, zero, z)[:, 0])
         [0.25   0.375  0.4375]
     """
     function = "quasi_lstm"
@@ -163,7 +163,7 @@ def quasi_lstm_matrix(
 
     Example:
         >>> zero = jnp.zeros((3, 1))
-        >>> print(softlib.attention.quasi_lstm_matrix(zero, zero, zero)[0])
+        >>> print(softlib.recurrent.quasi_lstm_matrix(zero, zero, zero)[0])
         [[0.25   0.     0.    ]
          [0.125  0.25   0.    ]
          [0.0625 0.125  0.25  ]]

@@ -9,11 +9,11 @@ from softlib import _checks
 from softlib._array_arguments import array_arguments
 from softlib.typing import Precision
 
-from . import _recurrent_attention, _recurrent_chunks
+from . import _chunks as __chunks, _states as __states
+from ._arguments import inverted, prepare
 from ._feature_maps import FeatureMap
 from ._linear_recurrence import CHUNK_SIZE, RecurrentResult
-from ._recurrent_arguments import inverted, prepare
-from ._recurrent_attention import Keys, LinearAttentionState, Options, Queries
+from ._states import Keys, LinearAttentionState, Options, Queries
 
 
 class _GatedOptions(TypedDict, total=False):
@@ -135,9 +135,9 @@ def linear_attention(
 
     Example:
         >>> x = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 4))
-        >>> whole = softlib.attention.linear_attention(*x, return_state=True)
-        >>> half = softlib.attention.linear_attention(*x[:, :, :3], return_state=True)
-        >>> rest = softlib.attention.linear_attention(
+        >>> whole = softlib.recurrent.linear_attention(*x, return_state=True)
+        >>> half = softlib.recurrent.linear_attention(*x[:, :, :3], return_state=True)
+        >>> rest = softlib.recurrent.linear_attention(
         ...     *x[:, :, 3:], initial_state=half.state)
         >>> print(abs(whole.output[:, 3:] - rest).max() < 1e-5)
         True
@@ -234,7 +234,7 @@ def normalized_attention(
 
     Example:
         >>> x, n = jnp.ones((3, 1, 1)), jnp.log(jnp.array([[1.0], [2.0], [4.0]]))
-        >>> print(softlib.attention.normalized_attention(x, x, x, n)[:, 0, 0])
+        >>> print(softlib.recurrent.normalized_attention(x, x, x, n)[:, 0, 0])
         [1.   1.   0.75]
     """
     function = "normalized_attention"
@@ -330,7 +330,7 @@ def gated_linear_attention(
 
     Example:
         >>> x, log_decay = jnp.ones((3, 1, 1)), jnp.log(jnp.full((3, 1), 0.5))
-        >>> print(softlib.attention.gated_linear_attention(x, x, x, log_decay)[:, 0, 0])
+        >>> print(softlib.recurrent.gated_linear_attention(x, x, x, log_decay)[:, 0, 0])
         [1.   1.5  1.75]
     """
     function = "gated_linear_attention"
@@ -397,8 +397,8 @@ def decode_step(
     Example:
         >>> x, state = jax.random.normal(jax.random.key(0), (3, 6, 2, 4)), None
         >>> for i in range(6):
-        ...     output, state = softlib.attention.decode_step(state, *x[:, i])
-        >>> print(abs(output - softlib.attention.linear_attention(*x)[-1]).max() < 1e-5)
+        ...     output, state = softlib.recurrent.decode_step(state, *x[:, i])
+        >>> print(abs(output - softlib.recurrent.linear_attention(*x)[-1]).max() < 1e-5)
         True
     """
     function = "decode_step"
@@ -418,7 +418,7 @@ def decode_step(
         precision=precision,
     )
     queries = inverted(queries)
-    state, output = _recurrent_attention.one_step(options, state, queries, keys)
+    state, output = __states.one_step(options, state, queries, keys)
     return RecurrentResult(output.reshape(*query.shape[:-1], output.shape[-1]), state)
 
 
@@ -465,7 +465,7 @@ def attention_matrix(
 
     Example:
         >>> x = jnp.array([1.0, 2.0, 3.0])[:, None, None]
-        >>> print(softlib.attention.attention_matrix(x, x, feature_map="relu")[0])
+        >>> print(softlib.recurrent.attention_matrix(x, x, feature_map="relu")[0])
         [[1.         0.         0.        ]
          [0.33333334 0.6666667  0.        ]
          [0.16666667 0.33333334 0.5       ]]
@@ -483,9 +483,7 @@ def attention_matrix(
         initial_state=None,
         precision=precision,
     )
-    found = _recurrent_attention.matrix(
-        options, inverted(queries), keys, is_causal=is_causal
-    )
+    found = __states.matrix(options, inverted(queries), keys, is_causal=is_causal)
     return found.reshape(*query.shape[:-3], query.shape[-2], *found.shape[-2:])
 
 
@@ -499,9 +497,9 @@ def _evaluate(
     chunk_size: int | None,
     return_state: bool,
 ) -> Array | RecurrentResult:
-    _recurrent_chunks.require_chunk_size(function, chunk_size)
+    __chunks.require_chunk_size(function, chunk_size)
     axis, size = queries.query.ndim - 4, chunk_size or CHUNK_SIZE
-    state, output = _recurrent_attention.evaluate(
+    state, output = __states.evaluate(
         options, is_causal, axis, size, state, queries, keys
     )
     *batch, length, heads, groups, size = output.shape

@@ -12,7 +12,7 @@ from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 
-from . import _recurrent_chunks
+from . import _chunks as __chunks
 
 METHODS = ("associative", "chunked", "sequential")
 CHUNK_SIZE = 128
@@ -114,7 +114,7 @@ def linear_recurrence(
 
     Example:
         >>> decay, inputs = jnp.array([0.5, 0.5, 0.0]), jnp.array([1.0, 1.0, 1.0])
-        >>> print(softlib.attention.linear_recurrence(decay, inputs))
+        >>> print(softlib.recurrent.linear_recurrence(decay, inputs))
         [1.  1.5 1. ]
     """
     function = "linear_recurrence"
@@ -167,7 +167,7 @@ def linear_recurrence(
 
 def require_method(function: str, method: str, chunk_size: int | None) -> None:
     _checks.require_one_of(function, "method", method, METHODS)
-    _recurrent_chunks.require_chunk_size(function, chunk_size)
+    __chunks.require_chunk_size(function, chunk_size)
     if chunk_size is not None and method != "chunked":
         raise ValueError(
             f"{function}: `chunk_size` must be None with `method` {method!r}, "
@@ -193,7 +193,7 @@ def tree(
 def _chunked(
     size: int, state: Array | None, decay: Array, inputs: Array
 ) -> tuple[Array, Array]:
-    return _recurrent_chunks.fold(tree, state, (decay, inputs), axis=0, size=size)
+    return __chunks.fold(tree, state, (decay, inputs), axis=0, size=size)
 
 
 @compiled_once()

@@ -12,9 +12,9 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
 from softlib.typing import Precision
 
-from . import _recurrent_chunks
+from . import _chunks as __chunks
 from ._linear_recurrence import RecurrentResult
-from ._recurrent_attention import segment_sums
+from ._states import segment_sums
 
 # The backward pass holds the states of a chunk: a fourth of the steps of linear
 # attention, which does not.
@@ -114,7 +114,7 @@ def selective_scan(
 
     Example:
         >>> u, one = jnp.ones((3, 1)), jnp.ones((1, 1))
-        >>> y = softlib.attention.selective_scan(u, u, jnp.log(2) * one, u, u)
+        >>> y = softlib.recurrent.selective_scan(u, u, jnp.log(2) * one, u, u)
         >>> print(y[:, 0])
         [1.   1.5  1.75]
     """
@@ -129,7 +129,7 @@ def selective_scan(
         (*u.shape[:-2], *A.shape),
         "(*batch, D, F)",
     )
-    _recurrent_chunks.require_chunk_size(function, chunk_size)
+    __chunks.require_chunk_size(function, chunk_size)
     dtype = accumulator_dtype(u, delta, A, B, C, D, initial_state)
     axis = u.ndim - 2
     wide = lambda array: None if array is None else array.astype(dtype)
@@ -177,9 +177,7 @@ def _scanned(
             output += jnp.broadcast_to(D, u.shape) * u
         return added, output.astype(now[0].dtype)
 
-    state, output = _recurrent_chunks.fold_steps(
-        step, start, sequence, axis=axis, size=size
-    )
+    state, output = __chunks.fold_steps(step, start, sequence, axis=axis, size=size)
     return jnp.swapaxes(state, -1, -2), output
 
 
@@ -221,7 +219,7 @@ def selective_scan_matrix(
     Example:
         >>> one = jnp.ones((3, 1))
         >>> rates = jnp.log(jnp.full((1, 1), 2.0))
-        >>> print(softlib.attention.selective_scan_matrix(one, rates, one, one)[0])
+        >>> print(softlib.recurrent.selective_scan_matrix(one, rates, one, one)[0])
         [[1.   0.   0.  ]
          [0.5  1.   0.  ]
          [0.25 0.5  1.  ]]

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from softlib._compiled_once import compiled_once
 from softlib.typing import Precision
 
-from . import _recurrent_chunks
+from . import _chunks as __chunks
 
 
 class LinearAttentionState(NamedTuple):
@@ -152,7 +152,7 @@ def causal(
         output = _output(options, numerator, _factor(scores, queries.factor))
         return _with(options, state, key, value), output
 
-    return _recurrent_chunks.fold(
+    return __chunks.fold(
         step,
         state,
         (queries, keys),
@@ -178,7 +178,7 @@ def bidirectional(
         key, value, _ = _prepared(options, keys)
         return _with(options, state, key, value), ()
 
-    state, _ = _recurrent_chunks.fold(
+    state, _ = __chunks.fold(
         add, state, keys, axis=axis, size=size, before=Keys.by_heads
     )
 
@@ -187,7 +187,7 @@ def bidirectional(
         numerator, scores = _read(options, state, query)
         return state, _output(options, numerator, _factor(scores, queries.factor))
 
-    return _recurrent_chunks.fold(
+    return __chunks.fold(
         read,
         state,
         queries,

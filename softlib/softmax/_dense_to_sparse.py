@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib.numerics._nan import nan_where
+from softlib._nan import nan_where
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib._compiled_once import compiled_once
-from softlib.numerics._largest import largest
+from softlib._largest import largest
 
 # Up to so many a partial sort is quicker.
 _FEW = 128

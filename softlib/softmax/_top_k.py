@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib.numerics._nan import nan_where
+from softlib._nan import nan_where
 
 from ._entries import Axis, Entries
 from ._softmax import softmax

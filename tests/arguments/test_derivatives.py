@@ -71,7 +71,7 @@ POINTS: dict[str, tuple[Any, ...]] = {
     "row_temperature": (0.7, 1.0),
     "weight": (0.2, 0.0),
     "a": (0.7, 1.0),
-    "attention.quasi_lstm.alpha": (0.7, 1.0),
+    "recurrent.quasi_lstm.alpha": (0.7, 1.0),
     "attention.softplus_attention.scale": (0.7, 1.0),
     "losses.comp_sum_transformation.tau": (0.5, 1.5),  # it has kinks at 1 and 2
     "losses.decoupled_knowledge_distillation_loss.beta": (0.5, (0.0, 1)),

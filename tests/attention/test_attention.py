@@ -106,8 +106,8 @@ def test_matches_oracle_under_more_masks_biases_and_shapes(case, monkeypatch):
 def matches_oracle(case, monkeypatch):
     case = dict(case)
     if case.pop("lanes") == "one":  # of batch entries and heads, as if they were many
-        monkeypatch.setattr("softlib.attention._lanes.SCORES", 1)
-        monkeypatch.setattr("softlib.attention._lanes.MASKED", 0)
+        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
+        monkeypatch.setattr("softlib.attention._engine.lanes.MASKED", 0)
     with jax.enable_x64(case["dtype"] == "float64"):
         check(case)
 
@@ -155,7 +155,7 @@ def test_every_mask_with_every_bias(name, bias, normalizer):
 def test_batch_entries_and_heads_are_taken_a_few_at_a_time(lanes, bias, monkeypatch):
     shape = Shape(T=13, S=11, N=6, K=2, B=4)
     # A lane is a key head of a batch entry, here with 3 query heads.
-    monkeypatch.setattr("softlib.attention._lanes.SCORES", lanes * 3 * 8 * 8)
+    monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", lanes * 3 * 8 * 8)
     arrays = problem(shape, "bfloat16", bias=bias, sinks=True)
     ids = np.sort(np.random.default_rng(3).integers(0, 3, (4, 13)))
     segments = masks.Segments(*map(jax.device_put, (ids, ids[:, :11])))

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from softlib import masks
-from softlib.attention import _lanes, dot_product_attention
+from softlib.attention import dot_product_attention
+from softlib.attention._engine import lanes as _lanes
 from tests.compiled import f32
 
 BLOCKS: Any = {"block_query": 8, "block_key": 8}

@@ -37,7 +37,7 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 def test_everything_at_once(normalizer, implementation, lanes, later, monkeypatch):
     """Both results, with respect to every array, with data in the mask."""
     if lanes == "one":  # of batch entries and heads at a time, as if they were many
-        monkeypatch.setattr("softlib.attention._lanes.SCORES", 1)
+        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
     softmax = normalizer == "softmax"
     arrays = problem(SHAPE, scale="traced", bias="ns", sinks=softmax)
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib import attention, masks
-from softlib.attention import _block_lists, block_plan
+from softlib.attention import block_plan
+from softlib.attention._engine import block_lists
 from tests.host import jnp
 from tests.oracles import masks as pairs
 
@@ -154,13 +155,13 @@ def test_few_cores_take_small_blocks_where_these_skip_something(monkeypatch):
     """Bands of 256 tokens a frame are narrower than a block: all blocks hold pairs."""
     sizes = {}
     for few in (True, False):
-        monkeypatch.setattr(_block_lists, "has_few_cores", lambda few=few: few)
-        _block_lists.cheapest.cache_clear()
-        _block_lists.lists.cache_clear()
+        monkeypatch.setattr(block_lists, "has_few_cores", lambda few=few: few)
+        block_lists.cheapest.cache_clear()
+        block_lists.lists.cache_clear()
         for tokens in (256, 1024):
             sizes[few, tokens] = block_plan(masks.Radial(tokens), *(16_384,) * 2).blocks
-    _block_lists.cheapest.cache_clear()
-    _block_lists.lists.cache_clear()
+    block_lists.cheapest.cache_clear()
+    block_lists.lists.cache_clear()
     assert sizes[True, 1024] == (128, 128)
     assert sizes[False, 1024] == (256, 256)
     assert sizes[True, 256] == sizes[False, 256] == (512, 512)

@@ -9,7 +9,7 @@ import pytest
 
 import softlib
 from softlib import attention
-from softlib.attention import _decode_stream as stream
+from softlib.attention._decode import stream as stream
 from softlib.testing import assert_close, check_transformations
 from tests.attention.decode_problems import (
     LENGTHS,

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import attention, masks
-from softlib.attention import _lanes
+from softlib.attention._engine import lanes as _lanes
 from tests.compiled import f32
 
 LENGTH, FEATURES = 16, 8

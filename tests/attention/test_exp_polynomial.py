@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention._exp_polynomial import (
+from softlib.attention._polynomial.exp_polynomial import (
     BASES,
     LARGEST_BOUND,
     exp_polynomial,

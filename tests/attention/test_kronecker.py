@@ -100,7 +100,7 @@ def check(case, **more):
 def test_matches_oracle(case, monkeypatch):
     case = dict(case)
     if case.pop("lanes") == "one":  # of batch entries and heads, as if they were many
-        monkeypatch.setattr("softlib.attention._lanes.SCORES", 1)
+        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
     with jax.enable_x64(case["dtype"] == "float64"):
         check(case)
 

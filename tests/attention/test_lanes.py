@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from softlib import masks
-from softlib.attention import _lanes, block_plan, dot_product_attention
-from softlib.attention._tiles import Operands
+from softlib.attention import block_plan, dot_product_attention
+from softlib.attention._engine import lanes as _lanes
+from softlib.attention._engine.tiles import Operands
 from tests.host import jnp
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS = 4, 12, 20, 8, 4

@@ -10,9 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention import _monomials
-from softlib.attention._exp_polynomial import exp_polynomial, exp_polynomial_error
-from softlib.attention._polynomial import kronecker_attention_polynomial
+from softlib.attention._kronecker_polynomial import kronecker_attention_polynomial
+from softlib.attention._polynomial import monomials
+from softlib.attention._polynomial.exp_polynomial import (
+    exp_polynomial,
+    exp_polynomial_error,
+)
 from softlib.testing import assert_close, check_transformations
 from tests import pairwise
 from tests.attention.problems import planted
@@ -27,9 +30,9 @@ RTOL = 1e-2
 @pytest.fixture
 def many_blocks(monkeypatch):
     """Chunks of 4 monomials, blocks of 4 tokens."""
-    monkeypatch.setattr(_monomials, "CHUNK", 4)
-    monkeypatch.setattr(_monomials, "TILE", 1)
-    monkeypatch.setattr(_monomials, "LEAST_BLOCK", 4)
+    monkeypatch.setattr(monomials, "CHUNK", 4)
+    monkeypatch.setattr(monomials, "TILE", 1)
+    monkeypatch.setattr(monomials, "LEAST_BLOCK", 4)
 
 
 def problem(

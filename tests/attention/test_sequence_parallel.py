@@ -15,7 +15,7 @@ from softlib.attention import (
     sequence_order,
     sequence_parallel_attention,
 )
-from softlib.attention._ring import ring_of
+from softlib.attention._devices.ring import ring_of
 from softlib.testing import assert_close
 from tests import operations
 from tests.compiled import f32

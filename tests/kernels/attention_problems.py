@@ -7,10 +7,16 @@ import jax
 import numpy as np
 
 from softlib import masks
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import Kind, LogSoftplus, Softmax, Softplus, StableMax
-from softlib.attention._stream import BackwardOperands
-from softlib.attention._tiles import Operands, Options
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import (
+    Kind,
+    LogSoftplus,
+    Softmax,
+    Softplus,
+    StableMax,
+)
+from softlib.attention._engine.stream import BackwardOperands
+from softlib.attention._engine.tiles import Operands, Options
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles.attention import attention as oracle

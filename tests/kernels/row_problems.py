@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from softlib.losses import _engine
-from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Modifiers, Options, RowStatistics
-from softlib.losses._tile_gradient import RowCotangents
+from softlib.logits._engine import operations
+from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.tile import Modifiers, Options, RowStatistics
+from softlib.logits._engine.tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles import row_statistics as oracle
@@ -60,13 +60,13 @@ class Problem:
 
     def options(self) -> Options:
         options = Options(self.statistics, self.softcap, self.vocab_axis)
-        return _engine.with_residuals(options)
+        return operations.with_residuals(options)
 
 
 def cotangents_of(statistics: RowStatistics) -> RowStatistics:
     random = np.random.default_rng(1)
     some = lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32)
-    return jax.tree.map(some, _engine.differentiable(statistics))
+    return jax.tree.map(some, operations.differentiable(statistics))
 
 
 def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
@@ -127,8 +127,8 @@ def filtered_and_not(options: Options, head: Head) -> tuple[Any, Any, Any]:
     By the stream, with the filter of the options and without it.
     """
     unfiltered = dataclasses.replace(options, gradient_filter_eps=None)
-    stream = next(i for i in _engine.LINEAR.implementations if i.name == "xla")
-    plain = _engine.LINEAR_GRADIENT.plain.call
+    stream = next(i for i in operations.LINEAR.implementations if i.name == "xla")
+    plain = operations.LINEAR_GRADIENT.plain.call
 
     @jax.jit
     def both(head):

@@ -19,10 +19,10 @@ from pallas_kernels.gpu_mosaic import (
 from pallas_kernels.gpu_mosaic.attention_lists import lists
 from pallas_kernels.gpu_mosaic.attention_mask import evaluate, missing
 from softlib import attention, explain, masks
-from softlib.attention import _kernels_gpu
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import LogSoftplus, Softplus, StableMax
-from softlib.attention._tiles import Operands
+from softlib.attention._engine import kernels_gpu
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import LogSoftplus, Softplus, StableMax
+from softlib.attention._engine.tiles import Operands
 from tests.host import jnp
 from tests.kernels import attention_problems as problems
 from tests.kernels.attention_problems import Problem
@@ -75,11 +75,11 @@ def interpreted(monkeypatch):
     ):
         kernel = functools.partial(getattr(module, name), interpret=SIMULATED)
         monkeypatch.setattr(module, name, kernel)
-    monkeypatch.setattr(_kernels_gpu, "choose_tiles", lambda *_: SMALL)
+    monkeypatch.setattr(kernels_gpu, "choose_tiles", lambda *_: SMALL)
 
 
 def check(problem: Problem) -> Any:
-    return problems.check(problem, _kernels_gpu, c=4 * max(problem.spread / 10, 1))
+    return problems.check(problem, kernels_gpu, c=4 * max(problem.spread / 10, 1))
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -102,7 +102,7 @@ def test_nan_in_tiles_that_are_not_listed_is_not_read(interpreted):
         key=jnp.where(unread, jnp.nan, operands.key),
         value=jnp.where(unread, jnp.nan, operands.value),
     )
-    call = jax.jit(functools.partial(_kernels_gpu.FORWARD.call, options))
+    call = jax.jit(functools.partial(kernels_gpu.FORWARD.call, options))
     for found, expected in zip(call(spoilt)[:2], call(operands)[:2], strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -301,7 +301,7 @@ def reason_of(mask: masks.Mask, length: int, block: int) -> str | None:
 
     def call(query: Any, key: Any, value: Any) -> None:
         operands = Operands(query, key, value, plan)
-        found.append(_kernels_gpu.FORWARD.why_not(Problem().options(), operands))
+        found.append(kernels_gpu.FORWARD.why_not(Problem().options(), operands))
 
     with hopper():
         jax.eval_shape(call, *(array(1, length, 1, 64),) * 3)

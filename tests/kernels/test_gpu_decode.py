@@ -14,7 +14,8 @@ from pallas_kernels._devices import H100
 from pallas_kernels.gpu_mosaic import decode as kernels, decode_tiles
 from pallas_kernels.gpu_mosaic.attention_tiles import ROWS, SPARE_BYTES
 from pallas_kernels.gpu_mosaic.decode_tiles import Tiles
-from softlib.attention import _decode_kernels, decode_attention
+from softlib.attention import decode_attention
+from softlib.attention._decode import kernels as _kernels
 from tests import operations
 from tests.attention.decode_problems import problem
 from tests.host import jnp
@@ -33,8 +34,8 @@ def interpreted(monkeypatch):
     What comes is a program of arrays, lengths and of the numbers of a unified maximum.
     """
     for name in ("LEAST_KEYS", "LEAST_FEATURES"):
-        monkeypatch.setattr(_decode_kernels, name, 1)
-    monkeypatch.setattr(_decode_kernels.devices, "gpu_generation", lambda: "hopper")
+        monkeypatch.setattr(_kernels, name, 1)
+    monkeypatch.setattr(_kernels.devices, "gpu_generation", lambda: "hopper")
     choose: Any = decode_tiles.choose_tiles
 
     def few_stages(*args, **options):

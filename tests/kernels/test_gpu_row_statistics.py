@@ -11,10 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
-from softlib.losses import _kernels_gpu
-from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Options, RowStatistics
-from softlib.losses._tile_gradient import RowCotangents
+from softlib.logits._engine import kernels_gpu
+from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.tile import Options, RowStatistics
+from softlib.logits._engine.tile_gradient import RowCotangents
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.kernels import row_problems as problems
@@ -81,11 +81,11 @@ def simulated(monkeypatch):
 
 
 def statistics_of(options: Options, head: Head) -> RowStatistics:
-    return jax.jit(functools.partial(_kernels_gpu.FORWARD.call, options))(head)
+    return jax.jit(functools.partial(kernels_gpu.FORWARD.call, options))(head)
 
 
 def gradient_of(options: Options, head: Head, rows: RowCotangents) -> Any:
-    call = functools.partial(_kernels_gpu.BACKWARD.call, options)
+    call = functools.partial(kernels_gpu.BACKWARD.call, options)
     return jax.jit(call)(BackwardOperands(head, rows))
 
 
@@ -97,7 +97,7 @@ def test_statistics_and_gradients(name, simulated):
 
 
 def check(problem: Problem) -> None:
-    problems.check(problem, _kernels_gpu)
+    problems.check(problem, kernels_gpu)
 
 
 # By the tiles that are chosen for them, of 256 classes: what lies behind an edge is

@@ -12,10 +12,10 @@ from pallas_kernels._devices import H100
 from pallas_kernels.gpu_mosaic import _row_tiles
 from pallas_kernels.gpu_mosaic._row_tiles import BLOCK, Shapes
 from softlib import explain, losses
-from softlib.losses import _kernels_gpu
-from softlib.losses._stream import BackwardOperands, Head
-from softlib.losses._tile import Modifiers, Options, RowStatistics
-from softlib.losses._tile_gradient import RowCotangents
+from softlib.logits._engine import kernels_gpu
+from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.tile import Modifiers, Options, RowStatistics
+from softlib.logits._engine.tile_gradient import RowCotangents
 from tests.host import jnp
 from tests.oracles.row_statistics import STATISTICS as ALL
 
@@ -208,13 +208,13 @@ def test_it_refuses_what_only_the_engine_asks_for():
     everything = BackwardOperands(eight, RowCotangents(row, row, g))
     with jax.sharding.use_abstract_mesh(HOPPER):
         reasons = [
-            _kernels_gpu.FORWARD.why_not(options, head)
+            kernels_gpu.FORWARD.why_not(options, head)
             for options, head in ((Options(FEW), head), (excluding, one))
         ]
-        reasons.append(_kernels_gpu.BACKWARD.why_not(Options(ALL), everything))
+        reasons.append(kernels_gpu.BACKWARD.why_not(Options(ALL), everything))
     assert reasons[0] == "9 labels a row are more than 8"
     assert reasons[1] == "it does not leave the labels out of the sums"
-    assert reasons[2] == _kernels_gpu.NO_TILES
+    assert reasons[2] == kernels_gpu.NO_TILES
 
 
 def test_what_it_accepts_it_lowers():

@@ -22,11 +22,11 @@ from pallas_kernels.gpu_mosaic import (
 from pallas_kernels.gpu_mosaic.attention_mask import Index, evaluate, is_constant
 from pallas_kernels.gpu_mosaic.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
-from softlib.attention import _tuple_kernels_gpu as adapter
-from softlib.attention._scores import Softmax
-from softlib.attention._stream import BackwardOperands
-from softlib.attention._tiles import Operands, Options
-from softlib.attention._tuple_blocks_gpu import Order
+from softlib.attention._engine.scores import Softmax
+from softlib.attention._engine.stream import BackwardOperands
+from softlib.attention._engine.tiles import Operands, Options
+from softlib.attention._tuples import kernels_gpu as adapter
+from softlib.attention._tuples.blocks_gpu import Order
 from softlib.masks import Between, Causal, PerAxis, Window
 from tests.host import jnp
 from tests.kernels import trilinear_problems as problems

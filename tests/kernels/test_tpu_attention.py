@@ -19,10 +19,10 @@ from pallas_kernels.tpu import (
 )
 from pallas_kernels.tpu.attention_tiles import Tiles
 from softlib import attention, explain, masks
-from softlib.attention import _kernels_tpu
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import LogSoftplus, Softplus, StableMax
-from softlib.attention._tiles import Operands, Options
+from softlib.attention._engine import kernels_tpu
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import LogSoftplus, Softplus, StableMax
+from softlib.attention._engine.tiles import Operands, Options
 from tests.host import jnp
 from tests.kernels import attention_problems as problems
 
@@ -96,12 +96,12 @@ def given_tiles(monkeypatch):
             monkeypatch.setattr(module, name, kernel)
         turned = dataclasses.replace(tiles, rows=min(tiles.query, 128), keys=128)
         of = lambda which, *_: turned if which == "key" else tiles
-        monkeypatch.setattr(_kernels_tpu, "_tiles", of)
-        monkeypatch.setattr(_kernels_tpu, "MOST_ENTRIES", most_entries)
+        monkeypatch.setattr(kernels_tpu, "_tiles", of)
+        monkeypatch.setattr(kernels_tpu, "MOST_ENTRIES", most_entries)
         forget()
 
     def forget() -> None:
-        _kernels_tpu._lists.cache_clear()
+        kernels_tpu._lists.cache_clear()
         jax.clear_caches()  # of traces with other tiles
 
     yield give
@@ -109,7 +109,7 @@ def given_tiles(monkeypatch):
 
 
 def check(problem: Problem) -> Any:
-    return problems.check(problem, _kernels_tpu, c=4 * problem.spread)
+    return problems.check(problem, kernels_tpu, c=4 * problem.spread)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -157,7 +157,7 @@ def test_what_no_query_reads_may_be_nan(given_tiles):
         x[:, 256:] = np.nan
         return jnp.asarray(x)
 
-    forward = jax.jit(functools.partial(_kernels_tpu.FORWARD.call, options))
+    forward = jax.jit(functools.partial(kernels_tpu.FORWARD.call, options))
     given = operands._replace(key=blank(operands.key), value=blank(operands.value))
     expected, found = (jax.tree.map(np.asarray, forward(x)) for x in (operands, given))
     np.testing.assert_array_equal(found.out, expected.out)
@@ -235,7 +235,7 @@ def test_a_narrow_band_gets_smaller_tiles_than_a_full_square():
         query = key = value = jnp.zeros((1, 8192, 1, 128), jnp.bfloat16)
         operands = Operands(query, key, value, plan_of(mask, (8192, 8192)))
         options = Options(problems.SOFTMAX, 1.0, None, None, jnp.bfloat16)
-        return _kernels_tpu._tiles("forward", options, operands)
+        return kernels_tpu._tiles("forward", options, operands)
 
     narrow, full = chosen(masks.Window(127, 0)), chosen(masks.All())
     assert narrow.query * narrow.key < full.query * full.key

@@ -12,7 +12,8 @@ import softlib
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
 from pallas_kernels.tpu import decode_tiles
 from pallas_kernels.tpu.decode_tiles import Tiles
-from softlib.attention import _decode_kernels, decode_attention
+from softlib.attention import decode_attention
+from softlib.attention._decode import kernels as _kernels
 from softlib.testing import assert_close
 from tests import operations
 from tests.attention.decode_problems import problem
@@ -30,11 +31,11 @@ def interpreted(monkeypatch):
 
     What comes is a program of arrays, lengths and of the numbers of a unified maximum.
     """
-    monkeypatch.setattr(_decode_kernels, "LEAST_KEYS", 1)
-    monkeypatch.setattr(_decode_kernels, "LEAST_FEATURES", 1)
+    monkeypatch.setattr(_kernels, "LEAST_KEYS", 1)
+    monkeypatch.setattr(_kernels, "LEAST_FEATURES", 1)
 
     def compiled(arrays, lengths, *, tiles, mode=PLAIN, numbers=(), **options):
-        monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: tiles)
+        monkeypatch.setattr(_kernels.tpu, "choose_tiles", lambda *_: tiles)
 
         @jax.jit
         def decode(arrays, traced):
@@ -197,7 +198,7 @@ def test_gradients_are_those_of_plain_jax(monkeypatch):
         jax.grad(functools.partial(loss, implementation=name))
     )
     plain = gradient("xla")(arrays)
-    monkeypatch.setattr(_decode_kernels.tpu, "choose_tiles", lambda *_: Tiles(64, 64))
+    monkeypatch.setattr(_kernels.tpu, "choose_tiles", lambda *_: Tiles(64, 64))
     with pltpu.force_tpu_interpret_mode(PLAIN), operations.kernels_of("tpu"):
         found = gradient("pallas_tpu")(arrays)
     for name, value in found.items():

@@ -11,9 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V6E, V7X
 from pallas_kernels.tpu import _row_call, _row_tiles
 from softlib import explain, losses
-from softlib.losses import _kernels_tpu
-from softlib.losses._stream import BackwardOperands
-from softlib.losses._tile import Options
+from softlib.logits._engine import kernels_tpu
+from softlib.logits._engine.stream import BackwardOperands
+from softlib.logits._engine.tile import Options
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.kernels import row_problems as problems
@@ -101,7 +101,7 @@ def check(name: str, small_tiles: Any, mode: Any) -> None:
     problem = PROBLEMS[name]
     small_tiles(problem.tiles)
     with pltpu.force_tpu_interpret_mode(mode):
-        problems.check(problem, _kernels_tpu)
+        problems.check(problem, kernels_tpu)
 
 
 def test_the_filter_drops_the_blocks_that_the_stream_drops(small_tiles):
@@ -134,7 +134,7 @@ def test_the_filter_drops_the_blocks_that_the_stream_drops(small_tiles):
     given = BackwardOperands(head, known)
     assert np.abs(expected.weight - everything.weight).max() > 1e-4
     gradient = interpreted(
-        lambda given: _kernels_tpu.BACKWARD.call(options, given), PLAIN, given
+        lambda given: kernels_tpu.BACKWARD.call(options, given), PLAIN, given
     )
     for value, wanted in zip(gradient[:2], expected[:2], strict=True):
         assert_close(value, np.asarray(wanted), dtype=jnp.float32, length=500)
@@ -247,6 +247,6 @@ def test_labels_beyond_what_is_compared():
     head = head._replace(
         hidden=jnp.zeros((256, 128)), weight=jnp.zeros((4096, 128)), labels=rows
     )
-    reason = _kernels_tpu.FORWARD.why_not(Options(FEW), head)
+    reason = kernels_tpu.FORWARD.why_not(Options(FEW), head)
     assert reason is not None
     assert "9 labels a row" in reason

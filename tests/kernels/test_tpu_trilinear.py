@@ -14,10 +14,10 @@ from pallas_kernels._devices import ANY_TPU, V4, V5E, V6E, V7X
 from pallas_kernels.tpu import trilinear, trilinear_gradient, trilinear_tiles
 from pallas_kernels.tpu.trilinear_tiles import Problem, Tiles
 from softlib import attention, explain, masks
-from softlib.attention import _tuple_blocks, _tuple_kernels
-from softlib.attention._scores import Softmax
-from softlib.attention._stream import BackwardOperands
-from softlib.attention._tiles import Operands, Options
+from softlib.attention._engine.scores import Softmax
+from softlib.attention._engine.stream import BackwardOperands
+from softlib.attention._engine.tiles import Operands, Options
+from softlib.attention._tuples import blocks as _blocks, kernels_tpu as tuple_kernels
 from softlib.masks import Between, Causal, PerAxis, Window
 from tests.host import jnp
 from tests.kernels import trilinear_problems as problems
@@ -116,11 +116,11 @@ def small_tiles(monkeypatch):
             swapped = problem.lengths != order
             return None if swapped else Tiles(16, *case.tiles)
 
-        monkeypatch.setattr(_tuple_blocks, "choose_tiles", chosen)
-        _tuple_blocks._cheapest.cache_clear()
+        monkeypatch.setattr(_blocks, "choose_tiles", chosen)
+        _blocks._cheapest.cache_clear()
 
     yield give
-    _tuple_blocks._cheapest.cache_clear()
+    _blocks._cheapest.cache_clear()
 
 
 @pytest.fixture(params=[True], ids=["plain"])
@@ -144,9 +144,9 @@ def run(case: Case, operands: Operands, cotangents: Any) -> Any:
     options = case.options()
 
     def both(operands, cotangents):
-        found = _tuple_kernels.FORWARD.call(options, operands)
+        found = tuple_kernels.FORWARD.call(options, operands)
         given = BackwardOperands(operands, found.out, found.normalizer, *cotangents)
-        return found, _tuple_kernels.BACKWARD.call(options, given)
+        return found, tuple_kernels.BACKWARD.call(options, given)
 
     found = jax.jit(both, compiler_options=FAST)(operands, cotangents)
     return jax.tree.map(np.asarray, found)
@@ -215,7 +215,7 @@ def test_wide_gradients(small_tiles):
     lse = jnp.zeros(out.shape[:3], jnp.float32)
     given = BackwardOperands(operands, out, lse, out, lse)
     shapes = jax.eval_shape(
-        lambda given: _tuple_kernels.BACKWARD.call(options, given), given
+        lambda given: tuple_kernels.BACKWARD.call(options, given), given
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from softlib.attention._plan import plan_of
-from softlib.attention._scores import Result
-from softlib.attention._stream import Gradient
-from softlib.attention._tiles import Operands
+from softlib.attention._engine.plan import plan_of
+from softlib.attention._engine.scores import Result
+from softlib.attention._engine.stream import Gradient
+from softlib.attention._engine.tiles import Operands
 from softlib.masks import PerAxis
 from softlib.testing import assert_close
 from tests.host import jnp

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.losses._sources import GivenLogits, LinearHead
+from softlib.logits._sources import GivenLogits, LinearHead
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles import row_statistics as oracle

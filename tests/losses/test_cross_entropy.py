@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import softlib
 from softlib import losses
 from tests.host import jnp
 from tests.losses.problems import (
@@ -162,7 +163,7 @@ def test_companions_match_oracle(case):
             "token_log_probs": ("log_prob",),
             "entropy": ("entropy",),
             "top1_correct": ("correct",),
-            "token_metrics": losses.TokenMetrics._fields,
+            "token_metrics": softlib.logits.TokenMetrics._fields,
         }[operation]
         takes_labels = operation != "entropy"
         options = {
@@ -182,7 +183,7 @@ def test_companions_match_oracle(case):
             got = call(**arrays, **problem.options, **options, **more)
             if operation != "token_metrics":
                 return {outputs[0]: got}
-            assert isinstance(got, losses.TokenMetrics)
+            assert isinstance(got, softlib.logits.TokenMetrics)
             return got._asdict()
 
         cotangents = {n: problem.cotangent() for n in outputs if n != "correct"}

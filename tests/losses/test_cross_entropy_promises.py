@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import softlib
 from softlib import losses
 from softlib.testing import assert_close
 from tests.host import jnp
@@ -14,7 +15,7 @@ from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
 
 ROWS, FEATURES, CLASSES = 4, 3, 7
-METRICS = losses.TokenMetrics._fields
+METRICS = softlib.logits.TokenMetrics._fields
 
 
 def arrays(rows=ROWS, seed=0):
@@ -325,7 +326,7 @@ def test_metrics_are_what_the_single_functions_give(source):
     loss, lse = source("cross_entropy", return_lse=True, **options, **more)(
         *inputs, labels
     )
-    wanted = losses.TokenMetrics(
+    wanted = softlib.logits.TokenMetrics(
         loss,
         source("token_log_probs", **options)(*inputs, labels),
         source("entropy", **options)(*inputs),

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import softlib
 from softlib import losses
-from softlib.losses._pairs import HeadPairOptions, LogitsPairOptions
+from softlib.logits._pair import HeadPairOptions, LogitsPairOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.host import jnp

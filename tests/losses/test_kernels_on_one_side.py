@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from softlib import losses
 from softlib._dispatch import Implementation
-from softlib.losses import _engine, _stream
-from softlib.losses._stream import Head
-from softlib.losses._tile import Modifiers, Options
+from softlib.logits._engine import operations, stream as _stream
+from softlib.logits._engine.stream import Head
+from softlib.logits._engine.tile import Modifiers, Options
 from tests.host import jnp
 
 ROWS, FEATURES, CLASSES, CHUNK = 8, 512, 4500, 512
@@ -45,7 +45,7 @@ def _backward(options, operands):
 @pytest.fixture
 def kernels(monkeypatch):
     """Gives the engine kernels, on the platforms and sides that are named."""
-    monkeypatch.setattr(_engine, "_PLACEHOLDER", jnp.nan)
+    monkeypatch.setattr(operations, "_PLACEHOLDER", jnp.nan)
     jax.clear_caches()
 
     def give(forward, backward):
@@ -53,11 +53,11 @@ def kernels(monkeypatch):
             ("LINEAR", _forward, forward),
             ("LINEAR_GRADIENT", _backward, backward),
         ):
-            operation = getattr(_engine, name)
+            operation = getattr(operations, name)
             given = tuple(_kernel(call, p, p in platforms) for p in PLATFORMS)
             plain = tuple(i for i in operation.implementations if i.platform is None)
             monkeypatch.setattr(
-                _engine,
+                operations,
                 name,
                 dataclasses.replace(operation, implementations=given + plain),
             )
@@ -141,7 +141,7 @@ def test_what_is_kept_depends_on_the_forward_kernel_alone(
 ):
     """A platform whose forward pass is a kernel has the stand-in, no other one has."""
     stand_in = 4242.0
-    monkeypatch.setattr(_engine, "_PLACEHOLDER", stand_in)
+    monkeypatch.setattr(operations, "_PLACEHOLDER", stand_in)
     jax.clear_caches()
     for forward, backward in itertools.product([(), (platform,)], repeat=2):
         kernels(forward, backward)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib.losses._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import losses
 from tests.host import jnp

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+import softlib
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
 from tests.host import jnp
@@ -141,7 +142,7 @@ def test_softmax_token_metrics():
             labels,
             where=where,
             logit_softcap=3.0,
-            metrics=losses.TokenMetrics._fields,
+            metrics=softlib.logits.TokenMetrics._fields,
         )
         return jax.tree.leaves(got)
 

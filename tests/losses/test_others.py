@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.losses._others import pieces_of
+from softlib.logits._engine.other_classes import pieces_of
 from softlib.testing import assert_close
 from tests.host import jnp
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
+import softlib
 from softlib import losses
 from softlib.testing import assert_close
 from tests.host import jnp
@@ -176,7 +177,9 @@ def test_bounds(rows, seed, chunk):
 
 
 # Rounding may exchange two nearly equal logits of different products.
-WITHOUT_RANK = tuple(n for n in losses.RowStatistics._fields if n != "label_rank")
+WITHOUT_RANK = tuple(
+    n for n in softlib.logits.RowStatistics._fields if n != "label_rank"
+)
 
 
 @examples(max_examples=20)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.losses import _chunks
+from softlib.logits._engine import chunks as _chunks
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles.cross_entropy import token_metrics

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+import softlib
 from softlib import losses
 from tests.losses.problems import (
     OPTIONS,
@@ -18,7 +19,7 @@ from tests.pairwise import name, pairwise
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 # The rank has a test of its own: rounding may exchange two nearly equal logits.
-ALL = [name for name in losses.RowStatistics._fields if name != "label_rank"]
+ALL = [name for name in softlib.logits.RowStatistics._fields if name != "label_rank"]
 IMPLEMENTATIONS = ("reference", "xla")
 CASES = pairwise(
     {
@@ -71,7 +72,7 @@ def check(case, implementation):
                 statistics=tuple(statistics),
                 implementation=implementation,
             )
-            assert isinstance(got, losses.RowStatistics)
+            assert isinstance(got, softlib.logits.RowStatistics)
             return {n: a for n, a in got._asdict().items() if a is not None}
 
         others = {} if labels is None else {"labels": labels}

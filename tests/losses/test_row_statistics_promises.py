@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import softlib
 from softlib.testing import assert_close
 from tests.compiled import losses
 from tests.host import jnp
@@ -14,7 +15,7 @@ from tests.losses.problems import as_jax, assert_agrees, values_and_gradients
 from tests.oracles import row_statistics as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-ALL = [name for name in losses.RowStatistics._fields if name != "label_rank"]
+ALL = [name for name in softlib.logits.RowStatistics._fields if name != "label_rank"]
 DIFFERENTIABLE = oracle.DIFFERENTIABLE
 FROM_LOGITS = ("lse", "mean_logit", "sum_logits", "sum_squared_logits")
 

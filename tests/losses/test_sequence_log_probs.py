@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.losses._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.host import jnp

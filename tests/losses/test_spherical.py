@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses, softmax
-from softlib.losses._options import LinearHeadOptions, LogitsOptions
+from softlib.logits._options import LinearHeadOptions, LogitsOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.host import jnp

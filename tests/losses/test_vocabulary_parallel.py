@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib.losses import RowStatistics
+from softlib.logits import RowStatistics
 from softlib.testing import assert_close
 from tests.compiled import losses
 from tests.host import jnp

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib import losses
-from softlib.losses._options import LinearHeadOptions
+from softlib.logits._options import LinearHeadOptions
 from softlib.testing import assert_close, check_transformations
 from tests import operations
 from tests.host import jnp

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
-from softlib.numerics._largest import largest
+from softlib._largest import largest
 from tests.host import jnp
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib.numerics._nan import nan_where
+from softlib._nan import nan_where
 
 
 @pytest.mark.parametrize("function", [jnp.exp, jnp.log, jnp.tanh, jax.nn.softmax])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib.attention import _attention as attention_module, dot_product_attention
-from softlib.attention._scores import Softmax
+from softlib.attention import _dot_product as attention_module, dot_product_attention
+from softlib.attention._engine.scores import Softmax
 from softlib.numerics import PlainSum, RunningMax, TwoPass, UnifiedMax
 from softlib.testing import assert_close
 from tests import operations

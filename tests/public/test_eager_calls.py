@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from softlib import attention, information, losses, nn, softmax
+from softlib import attention, information, losses, nn, recurrent, softmax
 from tests import example_calls
 from tests.example_calls import FUNCTIONS, Call
 
@@ -125,20 +125,20 @@ LOOPS: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
         (TOKENS,),
     ),
     "linear attention": (
-        lambda x: attention.linear_attention(x, x, x, is_causal=True),
+        lambda x: recurrent.linear_attention(x, x, x, is_causal=True),
         (TOKENS,),
     ),
     "linear attention, both sides": (
-        lambda x: attention.linear_attention(x, x, x, feature_map="taylor2"),
+        lambda x: recurrent.linear_attention(x, x, x, feature_map="taylor2"),
         (TOKENS,),
     ),
-    "recurrence": (lambda x: attention.linear_recurrence(x, x, axis=1), (STEPS,)),
+    "recurrence": (lambda x: recurrent.linear_recurrence(x, x, axis=1), (STEPS,)),
     "sequential recurrence": (
-        lambda x: attention.linear_recurrence(x, x, axis=1, method="sequential"),
+        lambda x: recurrent.linear_recurrence(x, x, axis=1, method="sequential"),
         (STEPS,),
     ),
     "selective scan": (
-        lambda x: attention.selective_scan(x, x, jnp.ones((4, 4)), x, x),
+        lambda x: recurrent.selective_scan(x, x, jnp.ones((4, 4)), x, x),
         (STEPS,),
     ),
     "kernel densities": (
@@ -175,7 +175,7 @@ def test_a_function_of_the_caller_is_called_in_each_call():
     # What it reads may have changed; a program that is kept would not notice.
     factor = 1.0
     features = lambda x: factor * jnp.exp(x)
-    read = lambda: attention.linear_attention(
+    read = lambda: recurrent.linear_attention(
         *[TOKENS] * 3, feature_map=features, normalizer="none"
     )
     before = read()

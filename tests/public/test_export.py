@@ -115,7 +115,7 @@ BATCH = re.compile(r"\*(batch|rows|positions|shape)\b|\.\.\.")
 NOT_SYMBOLIC: dict[str, str] = {
     "softlib.explain": "prints what it is called with",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
-    "softlib.attention.linear_recurrence": "scans over its first axis, whose length "
+    "softlib.recurrent.linear_recurrence": "scans over its first axis, whose length "
     "XLA's associative scan has to know",
 }
 

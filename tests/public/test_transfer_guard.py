@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import attention, losses, softmax
+from softlib import losses, recurrent, softmax
 from softlib._one_program import transfers_are_refused
 from tests import example_calls, public_names
 
@@ -74,7 +74,7 @@ def test_a_function_of_the_caller_is_called_in_each_call():
     factor = jnp.array(1.0)
     x = jnp.ones((1, 3, 1, 2))
     features = lambda x: factor * x
-    read = lambda: attention.linear_attention(
+    read = lambda: recurrent.linear_attention(
         x, x, x, feature_map=features, normalizer="none"
     )
     with jax.transfer_guard("disallow"):

@@ -4,18 +4,20 @@ import re
 
 import pytest
 
-from softlib.attention._feature_maps import taylor_feature_map
-from softlib.attention._gated_rnn import quasi_lstm, quasi_lstm_matrix
-from softlib.attention._linear_attention import (
+from softlib.recurrent import (
+    LinearAttentionState,
     attention_matrix,
     decode_step,
     gated_linear_attention,
     linear_attention,
+    linear_recurrence,
     normalized_attention,
+    quasi_lstm,
+    quasi_lstm_matrix,
+    selective_scan,
+    selective_scan_matrix,
+    taylor_feature_map,
 )
-from softlib.attention._linear_recurrence import linear_recurrence
-from softlib.attention._recurrent_attention import LinearAttentionState
-from softlib.attention._selective_scan import selective_scan, selective_scan_matrix
 from tests.host import jnp
 
 pytestmark = pytest.mark.usefixtures("untyped")

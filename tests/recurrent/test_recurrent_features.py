@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention._feature_maps import taylor_feature_map
-from softlib.attention._linear_attention import attention_matrix, linear_attention
+from softlib.recurrent import attention_matrix, linear_attention, taylor_feature_map
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles import recurrent

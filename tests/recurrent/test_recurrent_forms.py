@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention._linear_attention import (
+from softlib.recurrent import (
     attention_matrix,
     decode_step,
     gated_linear_attention,

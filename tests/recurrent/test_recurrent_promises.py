@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention._feature_maps import taylor_feature_map
-from softlib.attention._gated_rnn import quasi_lstm
-from softlib.attention._linear_attention import (
+from softlib.recurrent import (
     attention_matrix,
     gated_linear_attention,
     linear_attention,
+    linear_recurrence,
+    quasi_lstm,
+    selective_scan,
+    taylor_feature_map,
 )
-from softlib.attention._linear_recurrence import METHODS, linear_recurrence
-from softlib.attention._selective_scan import selective_scan
+from softlib.recurrent._linear_recurrence import METHODS
 from softlib.testing import assert_close
 from tests.compiled import f32
 from tests.host import jnp

@@ -10,10 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.attention._gated_rnn import quasi_lstm, quasi_lstm_matrix
-from softlib.attention._linear_attention import gated_linear_attention
-from softlib.attention._linear_recurrence import METHODS, linear_recurrence
-from softlib.attention._selective_scan import selective_scan, selective_scan_matrix
+from softlib.recurrent import (
+    gated_linear_attention,
+    linear_recurrence,
+    quasi_lstm,
+    quasi_lstm_matrix,
+    selective_scan,
+    selective_scan_matrix,
+)
+from softlib.recurrent._linear_recurrence import METHODS
 from softlib.testing import assert_close
 from tests import pairwise
 from tests.host import jnp

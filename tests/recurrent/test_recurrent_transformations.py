@@ -5,16 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softlib.attention._feature_maps import taylor_feature_map
-from softlib.attention._gated_rnn import quasi_lstm
-from softlib.attention._linear_attention import (
+from softlib.recurrent import (
+    LinearAttentionState,
     decode_step,
     linear_attention,
+    linear_recurrence,
     normalized_attention,
+    quasi_lstm,
+    selective_scan,
+    taylor_feature_map,
 )
-from softlib.attention._linear_recurrence import METHODS, linear_recurrence
-from softlib.attention._recurrent_attention import LinearAttentionState
-from softlib.attention._selective_scan import selective_scan
+from softlib.recurrent._linear_recurrence import METHODS
 from softlib.testing import TRANSFORMATIONS, check_transformations
 from tests.compiled import f32
 from tests.host import jnp

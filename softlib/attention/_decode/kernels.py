@@ -22,7 +22,7 @@ from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.numerics import RunningMaxState, UnifiedMaxState
 
-from ._decode_stream import Operands, Options, State
+from .stream import Operands, Options, State
 
 # Shorter caches are read before a kernel has started.
 LEAST_KEYS = 1024

@@ -22,9 +22,9 @@ from softlib._sharding import automatic_axes, match_varying
 from softlib.numerics import RunningMax
 from softlib.typing import AxisName, Implementations
 
-from . import _decode_kernels as kernels, _decode_stream as stream
-from ._decode_kernels import Attended
-from ._decode_stream import Operands, Options
+from . import kernels as kernels, stream as stream
+from .kernels import Attended
+from .stream import Operands, Options
 
 
 class Plans(NamedTuple):

@@ -15,9 +15,8 @@ import numpy as np
 from jax import lax
 
 from softlib import _checks as checks
+from softlib.attention._engine.plan import BlockPlan, Skeleton, plan_of
 from softlib.masks import Block, Mask
-
-from ._plan import BlockPlan, Skeleton, plan_of
 
 type Layout = Literal["contiguous", "paired"]
 

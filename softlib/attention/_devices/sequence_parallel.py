@@ -14,17 +14,17 @@ from softlib import _checks as checks, _dispatch, masks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
+from softlib.attention._arguments import Shapes, scaled
+from softlib.attention._dot_product import dot_product_attention
+from softlib.attention._engine import operations
+from softlib.attention._engine.scores import Softmax
+from softlib.attention._engine.stream import BackwardOperands, Gradient
+from softlib.attention._engine.tiles import Operands, Options
+from softlib.attention._partials import merge
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision, Scalar
 
-from . import _engine
-from ._arguments import Shapes, scaled
-from ._attention import dot_product_attention
-from ._partials import merge
-from ._ring import Layout, Ring, ring_of, sequence_order
-from ._scores import Softmax
-from ._stream import BackwardOperands, Gradient
-from ._tiles import Operands, Options
+from .ring import Layout, Ring, ring_of, sequence_order
 
 
 @array_arguments
@@ -188,7 +188,7 @@ def _ring_forward(
         own_sinks = sinks if step.shift == 0 else None  # counted once
         operands = Operands(query, held[0], held[1], plan, sinks=own_sinks)
         found = _dispatch.run(
-            _engine.ATTENTION, call.names, partials, match_varying(operands)
+            operations.ATTENTION, call.names, partials, match_varying(operands)
         )
         part = (found.out, found.normalizer)
         if result is not None:
@@ -215,7 +215,7 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
         operands = Operands(query, held[0], held[1], plan, sinks=own_sinks)
         given = BackwardOperands(operands, out, lse, *cotangents)
         found: Gradient = _dispatch.run(
-            _engine.ATTENTION_GRADIENT, call.names, options, match_varying(given)
+            operations.ATTENTION_GRADIENT, call.names, options, match_varying(given)
         )
         if step.shift == 0:
             sinks_total = found.sinks

@@ -11,7 +11,7 @@ import numpy as np
 from softlib import masks
 from softlib.masks import Block, PerAxis
 
-from ._host import has_few_cores
+from .host import has_few_cores
 
 
 class _Price(NamedTuple):

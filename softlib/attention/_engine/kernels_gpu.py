@@ -28,10 +28,10 @@ from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.masks import Block
 
-from ._plan import Skeleton, plan_of
-from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
-from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from ._tiles import OWN_BLOCKS, Operands, Options
+from .plan import Skeleton, plan_of
+from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
+from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
+from .tiles import OWN_BLOCKS, Operands, Options
 
 type Pass = Literal["forward", "query", "key"]
 

@@ -22,10 +22,10 @@ from softlib._dispatch import Implementation
 from softlib._dtypes import common_dtype
 from softlib.masks import Block, block_map
 
-from ._plan import Skeleton, plan_of
-from ._scores import LogSoftplus, Result, Softmax, Softplus, StableMax
-from ._stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from ._tiles import OWN_BLOCKS, Operands, Options
+from .plan import Skeleton, plan_of
+from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
+from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
+from .tiles import OWN_BLOCKS, Operands, Options
 
 # Smaller problems do not fill a tile, and a program of plain JAX is made faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32

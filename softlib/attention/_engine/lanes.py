@@ -19,11 +19,11 @@ from jaxtyping import Array
 from softlib._sharding import device_count, match_varying
 from softlib._symbolic import is_symbolic
 
-from . import _stream
-from ._host import has_few_cores
-from ._scores import Result
-from ._stream import BackwardOperands, Gradient
-from ._tiles import IN_RANGE, Operands, Options
+from . import stream as _stream
+from .host import has_few_cores
+from .scores import Result
+from .stream import BackwardOperands, Gradient
+from .tiles import IN_RANGE, Operands, Options
 
 # Scores of one step.
 SCORES = 1 << 20

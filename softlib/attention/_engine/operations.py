@@ -19,19 +19,16 @@ from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes
+from softlib.attention._tuples import (
+    kernels_gpu as tuple_kernels_gpu,
+    kernels_tpu as tuple_kernels,
+)
 from softlib.typing import Implementations
 
-from . import (
-    _kernels_gpu,
-    _kernels_tpu,
-    _lanes,
-    _stream,
-    _tuple_kernels,
-    _tuple_kernels_gpu,
-)
-from ._scores import Result
-from ._stream import BackwardOperands, Gradient
-from ._tiles import Operands, Options, product
+from . import kernels_gpu, kernels_tpu, lanes as _lanes, stream as _stream
+from .scores import Result
+from .stream import BackwardOperands, Gradient
+from .tiles import Operands, Options, product
 
 
 def operation_of(operands: Operands) -> Operation:
@@ -208,15 +205,15 @@ def _operations(
 ATTENTION, ATTENTION_GRADIENT = _operations(
     "dot_product_attention",
     [
-        (_kernels_tpu.FORWARD, _kernels_tpu.BACKWARD),
-        (_kernels_gpu.FORWARD, _kernels_gpu.BACKWARD),
+        (kernels_tpu.FORWARD, kernels_tpu.BACKWARD),
+        (kernels_gpu.FORWARD, kernels_gpu.BACKWARD),
     ],
 )
 # The same computations; kernels of the two differ.
 TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
     "kronecker_attention",
     [
-        (_tuple_kernels.FORWARD, _tuple_kernels.BACKWARD),
-        (_tuple_kernels_gpu.FORWARD, _tuple_kernels_gpu.BACKWARD),
+        (tuple_kernels.FORWARD, tuple_kernels.BACKWARD),
+        (tuple_kernels_gpu.FORWARD, tuple_kernels_gpu.BACKWARD),
     ],
 )

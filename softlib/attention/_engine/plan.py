@@ -11,7 +11,7 @@ import numpy as np
 from softlib import _checks as checks, masks
 from softlib.masks import Mask, PerAxis
 
-from . import _block_lists
+from . import block_lists
 
 _STATIC = {"static": True}
 
@@ -193,7 +193,7 @@ def plan_of(
     """
     blocks = blocks or (None,) * len(lengths)
     skeleton = Skeleton.of(mask)
-    whole, partial, sizes = _block_lists.lists(
+    whole, partial, sizes = block_lists.lists(
         skeleton, lengths, blocks, all_partial, groups
     )
     return BlockPlan(mask, whole, partial, lengths, sizes)
@@ -211,7 +211,7 @@ def cheapest_last_axis(mask: PerAxis, lengths: tuple[int, ...], groups: int) -> 
         moved = PerAxis(*(mask.axes[i] for i in order))
         sizes = (lengths[0], *(lengths[i + 1] for i in order))
         skeleton = Skeleton.of(moved)
-        costs[axis], _ = _block_lists.cheapest(skeleton, sizes, blocks, groups)
+        costs[axis], _ = block_lists.cheapest(skeleton, sizes, blocks, groups)
     return min(costs, key=lambda axis: costs[axis])
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from softlib._barrier import barrier_on_cpu
 from softlib._sharding import match_varying
-from softlib.numerics._barrier import barrier_on_cpu
 
-from ._plan import BlockPlan
-from ._scores import Kind, Result, Softmax
-from ._tiles import (
+from .plan import BlockPlan
+from .scores import Kind, Result, Softmax
+from .tiles import (
     Index,
     Operands,
     Options,

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Precision
 
-from ._plan import BlockPlan
-from ._scores import Kind
+from .plan import BlockPlan
+from .scores import Kind
 
 # Row and columns of a block: traced integers, as many as the plan has axes.
 type Index = Sequence[Array]

@@ -22,10 +22,9 @@ from pallas_kernels.tpu.trilinear_tiles import (
     seconds,
 )
 from softlib import _kernel_limits as limits, masks
+from softlib.attention._engine.plan import Skeleton
+from softlib.attention._engine.tiles import Operands, Options
 from softlib.masks import PerAxis
-
-from ._plan import Skeleton
-from ._tiles import Operands, Options
 
 _OWNERS = {"forward": 0, "query": 0, "first": 1, "second": 2}
 

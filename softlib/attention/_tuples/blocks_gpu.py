@@ -19,10 +19,10 @@ from pallas_kernels.gpu_mosaic.trilinear_tiles import (
     candidates,
     seconds,
 )
+from softlib.attention._engine.plan import Skeleton
+from softlib.attention._engine.tiles import Operands
 
-from ._plan import Skeleton
-from ._tiles import Operands
-from ._tuple_blocks import axes, in_order, joint_status
+from .blocks import axes, in_order, joint_status
 
 # Pairs of the first axis that are classified together first.
 _COUNT = 8

@@ -16,15 +16,19 @@ from pallas_kernels.gpu_mosaic.trilinear_tiles import Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
+from softlib.attention._engine.kernels_gpu import pads, tiled
+from softlib.attention._engine.plan import Skeleton
+from softlib.attention._engine.scores import Result
+from softlib.attention._engine.stream import (
+    BackwardOperands,
+    Gradient,
+    row_constants,
+)
+from softlib.attention._engine.tiles import Operands, Options
 
-from ._kernels_gpu import pads, tiled
-from ._plan import Skeleton
-from ._scores import Result
-from ._stream import BackwardOperands, Gradient, row_constants
-from ._tiles import Operands, Options
-from ._tuple_blocks import lengths_of, masks_of
-from ._tuple_blocks_gpu import Order, orders, runs_of
-from ._tuple_refusals import why_no_mask, why_no_options
+from .blocks import lengths_of, masks_of
+from .blocks_gpu import Order, orders, runs_of
+from .refusals import why_no_mask, why_no_options
 
 # Of the grid of a kernel.
 _MOST_HEADS = 65_535

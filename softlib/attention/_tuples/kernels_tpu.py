@@ -12,19 +12,16 @@ from jaxtyping import Array
 from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
-
-from ._scores import Result
-from ._stream import BackwardOperands, Gradient, row_constants
-from ._tiles import Operands, Options
-from ._tuple_blocks import (
-    Order,
-    chosen_order,
-    lengths_of,
-    masks_of,
-    pieces_of,
-    visits_of,
+from softlib.attention._engine.scores import Result
+from softlib.attention._engine.stream import (
+    BackwardOperands,
+    Gradient,
+    row_constants,
 )
-from ._tuple_refusals import why_no_mask, why_no_options
+from softlib.attention._engine.tiles import Operands, Options
+
+from .blocks import Order, chosen_order, lengths_of, masks_of, pieces_of, visits_of
+from .refusals import why_no_mask, why_no_options
 
 # Of the backward pass, where products of pieces of more leave registers for none.
 MOST_FLOAT32_FEATURES = LANES

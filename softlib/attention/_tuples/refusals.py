@@ -3,10 +3,9 @@
 import jax
 
 from softlib import _kernel_limits as limits
+from softlib.attention._engine.scores import Softmax
+from softlib.attention._engine.tiles import OWN_BLOCKS, Operands, Options
 from softlib.masks import Between
-
-from ._scores import Softmax
-from ._tiles import OWN_BLOCKS, Operands, Options
 
 # Smaller problems do not fill a tile, and a program of plain JAX is made faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32

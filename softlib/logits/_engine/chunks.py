@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from softlib._barrier import barrier_on_cpu
 from softlib._symbolic import is_symbolic
-from softlib.numerics._barrier import barrier_on_cpu
 
 TILE = 2**20
 WHOLE = 2**21

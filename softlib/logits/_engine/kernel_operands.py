@@ -6,10 +6,10 @@ from jaxtyping import Array
 
 from softlib import _kernel_limits as limits
 
-from . import _tile_gradient
-from ._stream import Head, HeadGradient
-from ._tile import Modifiers, Options
-from ._tile_gradient import RowCotangents
+from . import tile_gradient
+from .stream import Head, HeadGradient
+from .tile import Modifiers, Options
+from .tile_gradient import RowCotangents
 
 # Smaller problems do not fill a tile, and a program of plain JAX is made faster.
 LEAST_ROWS, LEAST_CLASSES, LEAST_FEATURES = 64, 2048, 64
@@ -56,11 +56,11 @@ def gradient_of(
 ) -> HeadGradient:
     """Results of kernels in the shapes and dtypes of the operands."""
     modifiers = Modifiers(
-        _tile_gradient.cast_like(head.modifiers.bias, bias),
-        _tile_gradient.summed_like(
+        tile_gradient.cast_like(head.modifiers.bias, bias),
+        tile_gradient.summed_like(
             head.modifiers.logit_scale, per_row.get("logit_scale")
         ),
-        _tile_gradient.summed_like(
+        tile_gradient.summed_like(
             head.modifiers.temperature, per_row.get("temperature")
         ),
         None,

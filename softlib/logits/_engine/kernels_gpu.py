@@ -11,10 +11,10 @@ from pallas_kernels.gpu_mosaic import row_statistics_plan as plans
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
-from . import _kernel_operands as shared
-from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Options, RowStatistics
-from ._tile_gradient import RowCotangents
+from . import kernel_operands as shared
+from .stream import BackwardOperands, Head, HeadGradient
+from .tile import Options, RowStatistics
+from .tile_gradient import RowCotangents
 
 # The float32 gradient of hidden is addressed with 32 bits.
 MOST_ELEMENTS = 1 << 31

@@ -9,9 +9,9 @@ from pallas_kernels.tpu import row_statistics_plan as plans
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
-from . import _kernel_operands as shared
-from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Options, RowStatistics
+from . import kernel_operands as shared
+from .stream import BackwardOperands, Head, HeadGradient
+from .tile import Options, RowStatistics
 
 
 def _forward(options: Options, head: Head) -> RowStatistics:

@@ -21,10 +21,17 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import automatic_axes, match_varying
 from softlib.typing import Implementations
 
-from . import _kernels_gpu, _kernels_tpu, _others, _stream, _tile, _tile_gradient
-from ._stream import BackwardOperands, Head, HeadGradient
-from ._tile import Modifiers, Options, Ranked, RowStatistics
-from ._tile_gradient import RowCotangents
+from . import (
+    kernels_gpu,
+    kernels_tpu,
+    other_classes,
+    stream as _stream,
+    tile as _tile,
+    tile_gradient,
+)
+from .stream import BackwardOperands, Head, HeadGradient
+from .tile import Modifiers, Options, Ranked, RowStatistics
+from .tile_gradient import RowCotangents
 
 
 class Given(NamedTuple):
@@ -330,10 +337,12 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     others = None
     asked, exclude_labels = options, options.exclude_labels
     if exclude_labels and labels is not None and labels.shape[1] == 1:
-        pieces = _others.pieces_of(raw.shape[1])
+        pieces = other_classes.pieces_of(raw.shape[1])
         if pieces > 1:
-            others = _others.sums(options, tile, labels, operands.modifiers, pieces)
-            asked = options.without(*_others.SUMS)
+            others = other_classes.sums(
+                options, tile, labels, operands.modifiers, pieces
+            )
+            asked = options.without(*other_classes.SUMS)
             exclude_labels = False
     state = _tile.init(asked, raw.shape[0], labels, ranked, raw.dtype)
     state = _tile.update(
@@ -356,7 +365,7 @@ def _given_gradient_xla(
     given, rows = operands
     raw = given.logits.astype(given.dtype)
     tile = _tile.logits_of(raw, options, given.modifiers)
-    found = _tile_gradient.cotangent_of_raw(
+    found = tile_gradient.cotangent_of_raw(
         tile, 0, given.labels, rows, options, given.modifiers
     )
     bias, scale, temperature = given.modifiers[:3]
@@ -364,11 +373,11 @@ def _given_gradient_xla(
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
         Modifiers(
-            _tile_gradient.cast_like(bias, found.bias),
-            _tile_gradient.summed_like(scale, found.logit_scale),
-            _tile_gradient.summed_like(temperature, found.temperature),
+            tile_gradient.cast_like(bias, found.bias),
+            tile_gradient.summed_like(scale, found.logit_scale),
+            tile_gradient.summed_like(temperature, found.temperature),
             None,
-            _tile_gradient.cast_like(log_weights, found.class_log_weights),
+            tile_gradient.cast_like(log_weights, found.class_log_weights),
         ),
     )
 
@@ -499,8 +508,8 @@ XLA = Implementation("xla", _stream.forward, note=gathers)
 LINEAR = Operation(
     "linear_row_statistics",
     (
-        _kernels_tpu.FORWARD,
-        _kernels_gpu.FORWARD,
+        kernels_tpu.FORWARD,
+        kernels_gpu.FORWARD,
         XLA,
         Implementation("reference", _linear_reference, _no_filter),
     ),
@@ -510,8 +519,8 @@ _RECOMPUTING = Implementation("xla", _recomputed)
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (
-        _kernels_tpu.BACKWARD,
-        _kernels_gpu.BACKWARD,
+        kernels_tpu.BACKWARD,
+        kernels_gpu.BACKWARD,
         Implementation("xla", _stream.backward, note=gradient_note),
         Implementation("reference", _linear_gradient_reference, _no_filter),
     ),

@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from softlib.numerics import RunningMaxState
 from softlib.numerics._running_max import at_least_finite
 
-from . import _tile
-from ._tile import Modifiers, Options, Tile
+from . import tile as _tile
+from .tile import Modifiers, Options, Tile
 
 # A copy of one piece of this many is small, and so is a number per piece; the loop over
 # fewer classes than these is slower than one over all.

@@ -23,13 +23,20 @@ from softlib._dtypes import common_dtype
 from softlib._sharding import match_varying
 from softlib.typing import Implementations
 
-from . import _engine, _pair_stream, _pair_terms, _stream, _tile, _tile_gradient
-from ._engine import Given
-from ._pair_stream import KnownPair, Pair, PairBackwardOperands, PairOptions
-from ._pair_terms import Slopes, Terms
-from ._stream import Head
-from ._tile import Options, RowStatistics
-from ._vocabulary_parallel import first_class, merged
+from . import (
+    operations,
+    pair_stream,
+    pair_terms,
+    stream as _stream,
+    tile as _tile,
+    tile_gradient,
+)
+from .operations import Given
+from .pair_stream import KnownPair, Pair, PairBackwardOperands, PairOptions
+from .pair_terms import Slopes, Terms
+from .stream import Head
+from .tile import Options, RowStatistics
+from .vocabulary_parallel import first_class, merged
 
 
 class GivenPair(NamedTuple):
@@ -105,7 +112,7 @@ def _lse(
 ) -> Float[Array, " rows"]:
     """Of all classes, by the row-statistics engine without its derivative rule."""
     own = own.including("lse")
-    made = _dispatch.plan(_engine.LINEAR, names, own, head)
+    made = _dispatch.plan(operations.LINEAR, names, own, head)
     found: RowStatistics = _dispatch.execute(made, own, head)
     axis = options.axis_name
     if axis is not None:
@@ -140,7 +147,7 @@ def given(
     """The divergence per row, of logits; a composition that JAX differentiates."""
 
     def lse(own: Options, logits: Given) -> Array:
-        found = _engine.given(names, own.including("lse"), logits).lse
+        found = operations.given(names, own.including("lse"), logits).lse
         assert found is not None
         return found
 
@@ -161,11 +168,11 @@ def _of_raw(
         modifiers = operand.modifiers
         tile = _tile.logits_of(raw, own, modifiers)
         labels = operand.labels if own.exclude_labels else None
-        return _tile_gradient.log_probabilities(tile, lse, modifiers, 0, labels)
+        return tile_gradient.log_probabilities(tile, lse, modifiers, 0, labels)
 
     s, t = map(log_p, raws, options.both, operands, lse)
     dtype = common_dtype(s.dtype, t.dtype)
-    found = _pair_terms.values(
+    found = pair_terms.values(
         options.divergence, s.astype(dtype), t.astype(dtype), mixture
     )
     return _with_exceptions(options, found.sum(1), lse)
@@ -186,7 +193,7 @@ PAIR = Operation(
     "linear_divergence",
     (
         *_ABSENT,
-        Implementation("xla", _pair_stream.forward, note=_engine.gathers),
+        Implementation("xla", pair_stream.forward, note=operations.gathers),
         Implementation("reference", _reference),
     ),
 )
@@ -194,6 +201,6 @@ PAIR_GRADIENT = Operation(
     "linear_divergence_gradient",
     (
         *_ABSENT,
-        Implementation("xla", _pair_stream.backward, note=_engine.gathers),
+        Implementation("xla", pair_stream.backward, note=operations.gathers),
     ),
 )

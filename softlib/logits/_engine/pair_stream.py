@@ -17,12 +17,12 @@ from softlib._dtypes import common_dtype
 from softlib._sharding import match_varying
 from softlib.typing import AxisName
 
-from . import _chunks, _pair_terms, _stream, _tile_gradient
-from ._chunks import RowCut
-from ._pair_terms import Divergence, Slopes, Terms
-from ._stream import Head, HeadGradient
-from ._tile import Options, Tile
-from ._tile_gradient import RawCotangents
+from . import chunks as _chunks, pair_terms, stream as _stream, tile_gradient
+from .chunks import RowCut
+from .pair_terms import Divergence, Slopes, Terms
+from .stream import Head, HeadGradient
+from .tile import Options, Tile
+from .tile_gradient import RawCotangents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def forward(options: PairOptions, known: KnownPair) -> Terms:
             )
             tiles = tuple(map(_stream.tile_of, parts, options.both))
             s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
-            found = _pair_terms.terms(options.divergence, s, t, pair.weight)
+            found = pair_terms.terms(options.divergence, s, t, pair.weight)
             return jax.tree.map(lambda sum_, term: sum_ + term.sum(1), sums, found)
 
         zeros = jnp.zeros(mine[0].hidden.shape[0], pair.dtype)
@@ -118,14 +118,14 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
         axis = tiles[0].class_axis
         lse, sums, g = cut.take(rows, group)
         s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
-        found = _pair_terms.terms(options.divergence, s, t, pair.weight).slopes
+        found = pair_terms.terms(options.divergence, s, t, pair.weight).slopes
         per_row = lambda values: jnp.expand_dims(values, axis)
 
         def of(tile: Tile, part: Head, log_p, slope, total) -> RawCotangents:
             # log p = z - lse: the cotangent of z is the slope less p times its sum.
             dz = per_row(g) * (slope - jnp.exp(log_p) * per_row(total))
             dz = dz.astype(tile.z.dtype)
-            return _tile_gradient.through_modifiers(tile, dz, part.modifiers)
+            return tile_gradient.through_modifiers(tile, dz, part.modifiers)
 
         return (
             of(tiles[0], parts[0], s, found.target, sums.target),
@@ -154,7 +154,7 @@ def _log_probabilities(
 ) -> tuple[Array, Array]:
     def of(tile: Tile, part: Head, lse: Array, own: Options) -> Array:
         labels = part.labels if own.exclude_labels else None
-        found = _tile_gradient.log_probabilities(
+        found = tile_gradient.log_probabilities(
             tile, lse, part.modifiers, start, labels
         )
         return found.astype(pair.dtype)

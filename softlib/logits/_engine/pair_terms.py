@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._expm1 import expm1
+from softlib._expm1 import expm1
 
 type Divergence = Literal["kl", "jensen_shannon", "cross_entropy"]
 

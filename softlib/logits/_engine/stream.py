@@ -20,17 +20,17 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from softlib._barrier import barrier_on_cpu
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, common_dtype
+from softlib._largest import largest
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
-from softlib.numerics._barrier import barrier_on_cpu
-from softlib.numerics._largest import largest
 
-from . import _chunks, _tile, _tile_gradient
-from ._chunks import Index, RowCut
-from ._tile import Modifiers, Options, Ranked, RowStatistics, Tile
-from ._tile_gradient import RawCotangents, RowCotangents
+from . import chunks as _chunks, tile as _tile, tile_gradient
+from .chunks import Index, RowCut
+from .tile import Modifiers, Options, Ranked, RowStatistics, Tile
+from .tile_gradient import RawCotangents, RowCotangents
 
 
 class Head(NamedTuple):
@@ -258,7 +258,7 @@ def gradient_sums(
     def cotangents(tiles, parts, start, group):
         (tile,), (part,) = tiles, parts
         rows = cut.take(known, group)
-        found = _tile_gradient.cotangent_of_raw(
+        found = tile_gradient.cotangent_of_raw(
             tile, start, part.labels, rows, options, part.modifiers
         )
         return (found,)
@@ -414,11 +414,11 @@ def gradient_of(head: Head, sums: RowSums, classes: ClassSums) -> HeadGradient:
         sums.hidden.astype(head.hidden.dtype),
         classes.weight.astype(head.weight.dtype),
         Modifiers(
-            _tile_gradient.cast_like(bias, classes.bias),
-            _tile_gradient.summed_like(scale, sums.logit_scale),
-            _tile_gradient.summed_like(temperature, dtemperature),
+            tile_gradient.cast_like(bias, classes.bias),
+            tile_gradient.summed_like(scale, sums.logit_scale),
+            tile_gradient.summed_like(temperature, dtemperature),
             None,
-            _tile_gradient.cast_like(log_weights, classes.class_log_weights),
+            tile_gradient.cast_like(log_weights, classes.class_log_weights),
         ),
     )
 

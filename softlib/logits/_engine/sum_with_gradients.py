@@ -24,11 +24,11 @@ from softlib._sharding import match_varying
 from softlib._symbolic import has_symbolic_shape
 from softlib.typing import Implementations
 
-from . import _chunks, _engine, _stream, _tile
-from ._chunks import RowCut
-from ._stream import BackwardOperands, ClassSums, Head, HeadGradient, RowSums
-from ._tile import Options, RowStatistics
-from ._tile_gradient import RowCotangents
+from . import chunks as _chunks, operations, stream as _stream, tile as _tile
+from .chunks import RowCut
+from .stream import BackwardOperands, ClassSums, Head, HeadGradient, RowSums
+from .tile import Options, RowStatistics
+from .tile_gradient import RowCotangents
 
 
 class RowTerms(NamedTuple):
@@ -59,7 +59,7 @@ def total(
     operands: SumOperands,
 ) -> Float[Array, ""]:
     """The sum of `loss` over all rows; its statistics all have gradients."""
-    made = _dispatch.plan(_engine.LINEAR, names, options, operands.head)
+    made = _dispatch.plan(operations.LINEAR, names, options, operands.head)
     # JAX differentiates the plain form, which streams: a block of rows needs a size.
     if made.is_reference or has_symbolic_shape(operands.head.hidden):
         return _plain(names, options, loss, operands)
@@ -91,7 +91,7 @@ def _total(
 def _plain(
     names: Implementations, options: Options, loss: RowLoss, operands: SumOperands
 ) -> Float[Array, ""]:
-    statistics = _engine.linear(names, options, operands.head)
+    statistics = operations.linear(names, options, operands.head)
     return loss(statistics, operands.terms).sum()
 
 
@@ -122,7 +122,7 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _note(options: tuple[Options, RowLoss], operands: SumOperands) -> str | None:
-    return _engine.gradient_note(options[0], operands.head)
+    return operations.gradient_note(options[0], operands.head)
 
 
 class _Sums(NamedTuple):
@@ -160,7 +160,7 @@ def _value_and_gradients(
         )
         size = _stream.classes_per_step(options, head, mine.hidden.shape[0])
         found, kept = _stream.statistics(
-            _engine.with_residuals(options), mine, size, keep=vocabulary
+            operations.with_residuals(options), mine, size, keep=vocabulary
         )
 
         def value(statistics, factors, scalars):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._tile import (
+from .tile import (
     FILTER_BLOCK,
     Modifiers,
     Options,

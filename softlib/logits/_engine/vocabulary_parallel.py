@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from softlib.typing import AxisName
 
-from ._tile import RowStatistics
+from .tile import RowStatistics
 
 
 def merged(

@@ -1,0 +1,1 @@
+"""Few queries against a long cache: the stream, its kernels, its calibration."""

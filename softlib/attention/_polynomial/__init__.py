@@ -1,0 +1,1 @@
+"""The exponential as a polynomial, and the monomials of queries and keys."""

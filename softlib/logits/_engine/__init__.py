@@ -1,0 +1,1 @@
+"""Row statistics of logits, tile by tile: streams, kernels, derivative rules."""
