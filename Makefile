@@ -59,8 +59,8 @@ test: lint $(VENV)/.installed-test ## lint, types and the test suite
 # A release that lacks something fails in the first cases already. One test in ONE_IN.
 test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we accept
 	$(QUICKLY) $(OLDEST)/bin/python $(PYTEST) --every 16 --one-in $(ONE_IN) \
-	  tests/numerics tests/softmax \
-	  tests/losses tests/masks tests/attention tests/recurrent tests/estimation tests/decoding \
+	  tests/numerics tests/softmax tests/logits tests/losses tests/masks \
+	  tests/attention tests/recurrent tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/test_dispatch.py $(ARGS)
 
 # A slice that moves with every commit, and some tests at the user's optimisation level.
@@ -68,7 +68,7 @@ test-rest: $(VENV)/.installed-test ## a part of what `make test` leaves out, as 
 	$(RUN) $(PYTEST) -m "slow or not slow" --every $(EVERY) --slice $(SLICE) \
 	  --seconds $(SECONDS_OF_SLICE) $(ARGS)
 	$(RUN) $(PYTEST) --every 16 --one-in 120 \
-	  tests/losses tests/attention tests/recurrent tests/softmax $(ARGS)
+	  tests/logits tests/losses tests/attention tests/recurrent tests/softmax $(ARGS)
 
 slow: $(VENV)/.installed-test ## only the tests that take minutes or much memory
 	$(RUN) -m pytest -m slow $(ARGS)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from softlib import attention, losses, masks, softmax
+from softlib import LinearLogits, attention, losses, masks, softmax
 
 type Program = Callable[..., Any]
 
@@ -95,9 +95,8 @@ def _head(rows: int, features: int, classes: int) -> Size:
 
 def _cross_entropy(implementation: str | None) -> Program:
     def program(hidden: Any, weight: Any, labels: Any) -> Any:
-        return losses.linear_softmax_cross_entropy(
-            hidden, weight, labels, implementation=implementation
-        )
+        logits = LinearLogits(hidden, weight, implementation=implementation)
+        return losses.softmax_cross_entropy(logits, labels)
 
     return program
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+import softlib
 from softlib import losses, nn, softmax
 
 from .measure import machine, prepare, ratio, take_turns
@@ -77,11 +78,11 @@ def _optax_of_head(hidden: jax.Array, table: jax.Array, labels: jax.Array) -> ja
 
 _OF_HEAD: dict[str, Program] = {
     "optax on logits": lambda *arrays: _optax_of_head(*arrays).mean(),
-    "softlib": lambda *arrays: losses.linear_softmax_cross_entropy(*arrays).mean(),
-    "softlib, sum": lambda hidden, table, labels: (
-        losses.linear_softmax_cross_entropy_sum(
-            hidden, table, labels, row_weights=1 / hidden.shape[0]
-        )
+    "softlib": lambda hidden, table, labels: losses.softmax_cross_entropy(
+        softlib.LinearLogits(hidden, table), labels
+    ).mean(),
+    "softlib, sum": lambda hidden, table, labels: losses.softmax_cross_entropy_sum(
+        softlib.LinearLogits(hidden, table), labels, row_weights=1 / hidden.shape[0]
     ),
 }
 
@@ -186,7 +187,9 @@ CASES = (
         "top-k of a linear head",
         {
             "by its definition": _best_of_head,
-            "softlib": lambda *head: losses.linear_top_k(*head, k=_KEPT),
+            "softlib": lambda hidden, table: softlib.logits.top_k(
+                softlib.LinearLogits(hidden, table), k=_KEPT
+            ),
         },
         ((64, 128, 50_257), (256, 512, 32_768)),
         (32, 16, 1000),

@@ -55,19 +55,16 @@ class Program:
 # --------------------------------------------------------------------------------- ours
 def per_row(case: Case) -> Loss:
     def mean(hidden, weight, labels):
-        return softlib.losses.linear_softmax_cross_entropy(
-            hidden, weight, labels, vocab_axis=case.vocab_axis
-        ).mean()
+        logits = softlib.LinearLogits(hidden, weight, vocab_axis=case.vocab_axis)
+        return softlib.losses.softmax_cross_entropy(logits, labels).mean()
 
     return mean
 
 
 def summed(case: Case) -> Loss:
     def mean(hidden, weight, labels):
-        total = softlib.losses.linear_softmax_cross_entropy_sum(
-            hidden, weight, labels, vocab_axis=case.vocab_axis
-        )
-        return total / case.rows
+        logits = softlib.LinearLogits(hidden, weight, vocab_axis=case.vocab_axis)
+        return softlib.losses.softmax_cross_entropy_sum(logits, labels) / case.rows
 
     return mean
 

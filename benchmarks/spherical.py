@@ -26,7 +26,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from softlib import losses
+from softlib import LinearLogits, losses
 
 from .measure import exponent, machine, take_turns
 from .report import table
@@ -39,8 +39,8 @@ CLASSES = (8_192, 32_768, 131_072, 262_144, 524_288, 1_048_576)
 LARGEST_STORED = 262_144
 LEARNING_RATE = 0.1
 STORED = {
-    "cross-entropy, stored": losses.linear_softmax_cross_entropy,
-    "Z-loss, stored": functools.partial(losses.linear_z_loss, a=1.0, b=10.0),
+    "cross-entropy, stored": losses.softmax_cross_entropy,
+    "Z-loss, stored": functools.partial(losses.z_loss, a=1.0, b=10.0),
 }
 FACTORED, REBASE = "Z-loss, in factors", "rebase"
 STYLES = {
@@ -69,7 +69,7 @@ class Line:
 # ---------------------------------------------------------------------------- programs
 def stored_step(loss: Callable[..., Any]) -> Callable[..., Any]:
     def step(weight, hidden, labels):
-        mean = lambda h, w: loss(h, w, labels).mean()
+        mean = lambda h, w: loss(LinearLogits(h, w), labels).mean()
         of_hidden, of_weight = jax.grad(mean, (0, 1))(hidden, weight)
         return weight - LEARNING_RATE * of_weight, of_hidden
 

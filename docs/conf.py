@@ -52,6 +52,8 @@ def _signature_in_source(
     """Of a class whose own a metaclass hides or `dataclass` makes, as flax's do."""
     if what != "class" or issubclass(obj, tuple):
         return signature, returned
+    if obj.__init__ is object.__init__:  # a base, which nobody calls
+        return "", None
     written = obj if dataclasses.is_dataclass(obj) else obj.__init__
     node = ast.parse(textwrap.dedent(inspect.getsource(written))).body[0]
     if isinstance(node, ast.FunctionDef):

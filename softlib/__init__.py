@@ -14,6 +14,8 @@
 - `softlib.optim`: gradient transformations (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
+- `softlib.LinearLogits`: the logits of a linear head, a value that losses take and that
+  is never formed; `softlib.Logits`: what losses accept, that or an array.
 - `softlib.masked_mean`: the one reduction.
 - `softlib.explain`: which implementation a call would use on which platform, and why.
 - `softlib.implementations`: keeps a whole program off kernels, or on them.
@@ -36,9 +38,12 @@ from . import (
 from ._dispatch import explain as explain
 from ._masked_mean import masked_mean as masked_mean
 from ._preferred import implementations as implementations
+from .logits import LinearLogits as LinearLogits, Logits as Logits
 
 __version__ = "0.1.0"
 __all__ = [
+    "LinearLogits",
+    "Logits",
     "attention",
     "decoding",
     "estimation",

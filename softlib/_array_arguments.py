@@ -3,7 +3,8 @@
 Functions say in their annotations which arguments are arrays. Lists, Python numbers and
 bools, and arrays of NumPy are taken for arrays in all of them; None only where the
 annotation has it. A Python number stays one where the annotation has both. What is
-annotated as a bool must be one. Messages call `__call__` by the name of its class.
+annotated as a bool must be one. Messages call `__call__` and `__init__` by the name of
+their class.
 """
 
 import functools
@@ -38,7 +39,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
     """
     if function is None:
         return functools.partial(array_arguments, as_given=as_given)
-    name = function.__qualname__.removesuffix(".__call__")
+    name = function.__qualname__.removesuffix(".__call__").removesuffix(".__init__")
 
     def converted(*args: Any, **options: Any) -> Any:
         kinds = argument_kinds(function)

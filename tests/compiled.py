@@ -7,7 +7,6 @@ losses` has its functions so. One that is about eager calls asks for the fixture
 
 import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 import softlib
+from tests import heads
 
 ENABLED = True  # the fixture `eager` says no
 
@@ -73,7 +73,7 @@ def f32(numbers: Any) -> Any:
 class _Package:
     """A package whose functions are `compiled`; its classes are what they are."""
 
-    def __init__(self, package: types.ModuleType):
+    def __init__(self, package: Any):
         self._package = package
 
     def __getattr__(self, name: str) -> Any:
@@ -85,6 +85,13 @@ class _Package:
 
 information = _Package(softlib.information)
 losses = _Package(softlib.losses)
+of_head = _Package(heads.of_head)
+of_stored = _Package(heads.of_stored)
 nn = _Package(softlib.nn)
 scoring = _Package(softlib.scoring)
 softmax = _Package(softlib.softmax)
+
+
+def of(source: str) -> Any:
+    """As `tests.heads.of`, compiled."""
+    return {"linear": of_head, "logits": of_stored}[source]

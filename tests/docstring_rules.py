@@ -137,6 +137,7 @@ def _class_complaints(cls: type, found_sections: dict[str, str]) -> list[str]:
         ]
     found = _args_complaints(public_names.parameters(cls), found_sections)
     for name, method in public_names.public_methods(cls).items():
-        if not method.__doc__:
+        # What a base class says of a method holds for it, too.
+        if not inspect.getdoc(getattr(cls, name, method)) and not method.__doc__:
             found.append(f"method {name} has no docstring")
     return found + _example_complaints(found_sections)

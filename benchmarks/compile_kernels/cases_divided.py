@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from softlib import attention, losses, masks, softmax
+from softlib import LinearLogits, attention, losses, masks, softmax
 
 from .case import Case, Division, array
 
@@ -55,7 +55,7 @@ def cases() -> list[Case]:
 
 
 def _training(hidden: Any, weight: Any, labels: Any) -> Any:
-    loss = lambda h, w: losses.linear_softmax_cross_entropy(h, w, labels).mean()
+    loss = lambda h, w: losses.softmax_cross_entropy(LinearLogits(h, w), labels).mean()
     return jax.value_and_grad(loss, (0, 1))(hidden, weight)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
-from softlib import losses
+from softlib import LinearLogits, losses
 
 from .case import HOPPER, Case, array
 from .cases_row_statistics import FAMILY, GEMMA, GPT, SMALL
@@ -27,7 +27,7 @@ COTANGENTS = ("g_lse", "g_mean_logit", "g_sum_logits", "g_sum_squared_logits")
 
 
 def cases() -> list[Case]:
-    capped = {"logit_softcap": 30.0}
+    capped = {"softcap": 30.0}
     filtered = {"gradient_filter_eps": 2.0**-12}
     return [
         _case("Gemma 2 head, training step", _step(**capped), GEMMA),
@@ -48,10 +48,11 @@ def cases() -> list[Case]:
     ]
 
 
-def _loss(**options: Any) -> Any:
+def _loss(*, label_smoothing: float = 0.0, **options: Any) -> Any:
     def loss(hidden: Any, weight: Any, labels: Any) -> Any:
-        return losses.linear_softmax_cross_entropy(
-            *(hidden, weight, labels), implementation="pallas_gpu", **options
+        logits = LinearLogits(hidden, weight, implementation="pallas_gpu", **options)
+        return losses.softmax_cross_entropy(
+            logits, labels, label_smoothing=label_smoothing
         ).sum()
 
     return loss

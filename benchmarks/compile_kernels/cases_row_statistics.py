@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from softlib import losses
+from softlib import LinearLogits, losses
 
 from .case import TPUS, Case, array
 
@@ -17,8 +17,8 @@ SMALL = (2048, 512, 16_384)
 
 
 def _loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-    found = losses.linear_softmax_cross_entropy(hidden, weight, labels, **options)
-    return found.sum()
+    logits = LinearLogits(hidden, weight, **options)
+    return losses.softmax_cross_entropy(logits, labels).sum()
 
 
 def _step(**options: Any) -> Any:
@@ -61,7 +61,7 @@ def cases() -> list[Case]:
         _case("Gemma 2 head, loss", _loss, GEMMA, passes=1),
         _case(
             "Gemma 2 head, softcap and filter",
-            _step(logit_softcap=30.0, gradient_filter_eps=2.0**-12),
+            _step(softcap=30.0, gradient_filter_eps=2.0**-12),
             GEMMA,
         ),
         _case("GPT-2 head, training step", _step(), GPT),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+import softlib
 from softlib import losses
 
 from .glyph_models import Classifier
@@ -60,4 +61,4 @@ METHODS = {
 
 
 def accuracy(z: jax.Array, labels: jax.Array) -> float:
-    return float(jnp.mean(losses.softmax_top1_correct(z, labels)))
+    return float(jnp.mean(softlib.logits.top1_correct(z, labels)))

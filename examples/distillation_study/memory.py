@@ -6,19 +6,18 @@ Only temporaries count: neither hidden states and tables nor gradients. Nothing 
 import jax
 import jax.numpy as jnp
 
-from softlib import losses
+from softlib import LinearLogits, losses
 
 from .options import Options
 
 
-def streamed(hidden, table, *teacher) -> jax.Array:
-    return losses.linear_kl_divergence(hidden, table, *teacher).mean()
-
-
-def stored(hidden, table, teacher_hidden, teacher_table) -> jax.Array:
-    z = losses.linear_logits(hidden, table)
-    teacher = losses.linear_logits(teacher_hidden, teacher_table)
+def streamed(z: LinearLogits, teacher: LinearLogits) -> jax.Array:
     return losses.softmax_kl_divergence(z, teacher).mean()
+
+
+def stored(z: LinearLogits, teacher: LinearLogits) -> jax.Array:
+    formed = (z.materialize(), teacher.materialize())
+    return losses.softmax_kl_divergence(*formed).mean()
 
 
 def measure(options: Options) -> dict[str, int | None]:
@@ -30,11 +29,16 @@ def measure(options: Options) -> dict[str, int | None]:
 
 
 def _temporary(loss, options: Options) -> int | None:
-    def head(width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def head(width: int) -> LinearLogits:
         shapes = ((options.memory_rows, width), (options.tokens, width))
-        return tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        arrays = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        return jax.eval_shape(LinearLogits, *arrays)
 
-    operands = head(options.text_student_width) + head(options.text_teacher_width)
-    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*operands).compile()
+    student, teacher = (
+        head(options.text_student_width),
+        head(options.text_teacher_width),
+    )
+    # The gradient of the student's logits is that of its hidden states and its table.
+    program = jax.jit(jax.value_and_grad(loss)).lower(student, teacher).compile()
     found = program.memory_analysis()
     return None if found is None else found.temp_size_in_bytes

@@ -12,7 +12,7 @@ from language_model.training import Stop
 from study import output, training
 from study.session import stoppable
 
-from softlib import information, losses
+from softlib import information
 
 from . import glyph_losses, glyphs, memory, report, text, text_losses
 from .glyph_models import Classifier, logits
@@ -151,7 +151,7 @@ def _text(options: Options, train: Callable, histories: dict) -> dict[str, Any]:
         flush=True,
     )
     cost = nnx.jit(text_losses.cross_entropy)
-    divergence = nnx.jit(text_losses.divergence)
+    divergence = nnx.jit(text_losses.divergence, static_argnames="reverse")
     teacher = text.teacher(options)
     plan = training.Plan(
         name="text teacher",
@@ -163,11 +163,11 @@ def _text(options: Options, train: Callable, histories: dict) -> dict[str, Any]:
         learning_rate=5e-3,
     )
     train(teacher, plan)
-    table, there = teacher.table, text.hidden(teacher, inputs)
+    there = text.logits(teacher, inputs)
 
     def batch_at(step):
         tokens, following = batches.at(step)
-        return tokens, following, text.hidden(teacher, jnp.asarray(tokens)), table
+        return tokens, following, text.logits(teacher, jnp.asarray(tokens))
 
     found = {"teacher": {"loss": float(cost(teacher, inputs, labels))}}
     for name in options.text_methods:
@@ -178,26 +178,18 @@ def _text(options: Options, train: Callable, histories: dict) -> dict[str, Any]:
             steps=options.text_steps,
             batch_at=batch_at,
             loss=loss,
-            evaluate=lambda model: float(
-                divergence(model, inputs, labels, there, table)
-            ),
+            evaluate=lambda model: float(divergence(model, inputs, there)),
             evaluate_every=max(1, options.text_steps // EVALUATIONS),
         )
         train(student, own)
         found[name] = {
             "loss": float(cost(student, inputs, labels)),
-            "divergence": float(divergence(student, inputs, labels, there, table)),
+            "divergence": float(divergence(student, inputs, there)),
             "seconds_per_step": training.seconds_per_step(histories[own.name]),
-            "reverse": float(_reverse(student, inputs, there, table)),
+            "reverse": float(divergence(student, inputs, there, reverse=True)),
         }
         print(f"trained  {name}: {found[name]['divergence']:.3f} nats", flush=True)
     return found
-
-
-@nnx.jit
-def _reverse(model, tokens, *teacher) -> jax.Array:
-    kl = losses.linear_kl_divergence(model(tokens), model.table, *teacher, reverse=True)
-    return kl.mean()
 
 
 def _print_summary(found: dict[str, Any], options: Options) -> None:

@@ -1,9 +1,12 @@
 """Speeches as token ids, and language models of two sizes."""
 
+import jax
 import numpy as np
 from flax import nnx
 from language_model import corpus as corpus_, options as language_model_options
 from language_model.model import LanguageModel
+
+from softlib import LinearLogits
 
 from .options import Options
 
@@ -56,4 +59,9 @@ def _build(options: Options, width: int, layers: int) -> LanguageModel:
     )
 
 
-hidden = nnx.jit(lambda model, tokens: model(tokens))
+def logits(model: LanguageModel, tokens: jax.Array) -> LinearLogits:
+    """With the model's own table, of which a compiled function would return a copy."""
+    return LinearLogits(_hidden(model, tokens), model.table)
+
+
+_hidden = nnx.jit(lambda model, tokens: model(tokens).hidden)

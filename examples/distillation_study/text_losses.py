@@ -1,51 +1,49 @@
 """Losses between two heads over a large vocabulary; no logits of either are formed.
 
-A batch is (tokens, labels, teacher's hidden states, teacher's table).
+A batch is (tokens, labels, the teacher's logits), and logits are values: that of the
+teacher holds its hidden states and its table.
 """
 
 import jax
 from language_model.model import LanguageModel
 
-from softlib import losses
+from softlib import LinearLogits, losses
 
 
 def cross_entropy(
-    model: LanguageModel, tokens, labels, there=None, table=None
+    model: LanguageModel, tokens, labels, teacher: LinearLogits | None = None
 ) -> jax.Array:
-    found = losses.linear_softmax_cross_entropy(model(tokens), model.table, labels)
-    return found.mean()
+    return losses.softmax_cross_entropy(model(tokens), labels).mean()
 
 
-def plain(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
-    h = model(tokens)
-    own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    kd = losses.linear_knowledge_distillation_loss(h, model.table, there, table)
-    return (own + kd).mean()
+def plain(model: LanguageModel, tokens, labels, teacher: LinearLogits) -> jax.Array:
+    z = model(tokens)
+    own = losses.softmax_cross_entropy(z, labels)
+    return (own + losses.knowledge_distillation_loss(z, teacher)).mean()
 
 
-def normalized(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
-    h = model(tokens)
-    own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    nkd = losses.linear_normalized_distillation_loss(
-        h, model.table, there, table, labels
-    )
-    return (own + nkd).mean()
+def normalized(
+    model: LanguageModel, tokens, labels, teacher: LinearLogits
+) -> jax.Array:
+    z = model(tokens)
+    own = losses.softmax_cross_entropy(z, labels)
+    return (own + losses.normalized_distillation_loss(z, teacher, labels)).mean()
 
 
-def reverse(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
-    h = model(tokens)
-    own = losses.linear_softmax_cross_entropy(h, model.table, labels)
+def reverse(model: LanguageModel, tokens, labels, teacher: LinearLogits) -> jax.Array:
+    z = model(tokens)
+    own = losses.softmax_cross_entropy(z, labels)
     # Neither gradient nor time goes to the teacher, which is no argument of training.
-    kl = losses.linear_kl_divergence(h, model.table, there, table, reverse=True)
-    return (own + kl).mean()
+    return (own + losses.softmax_kl_divergence(z, teacher, reverse=True)).mean()
 
 
-def jensen_shannon(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
-    h = model(tokens)
-    own = losses.linear_softmax_cross_entropy(h, model.table, labels)
-    js = losses.linear_jensen_shannon_divergence(h, model.table, there, table)
+def jensen_shannon(
+    model: LanguageModel, tokens, labels, teacher: LinearLogits
+) -> jax.Array:
+    z = model(tokens)
+    own = losses.softmax_cross_entropy(z, labels)
     # Near the teacher JS is a quarter of KL.
-    return (own + 4 * js).mean()
+    return (own + 4 * losses.softmax_jensen_shannon_divergence(z, teacher)).mean()
 
 
 METHODS = {
@@ -57,7 +55,9 @@ METHODS = {
 }
 
 
-def divergence(model: LanguageModel, tokens, labels, there, table) -> jax.Array:
-    """Of the teacher from the student, for evaluation."""
-    h = model(tokens)
-    return losses.linear_kl_divergence(h, model.table, there, table).mean()
+def divergence(
+    model: LanguageModel, tokens, teacher: LinearLogits, *, reverse: bool = False
+) -> jax.Array:
+    """Of the teacher from the student, or in reverse; for evaluation."""
+    z = model(tokens)
+    return losses.softmax_kl_divergence(z, teacher, reverse=reverse).mean()

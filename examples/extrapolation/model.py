@@ -14,8 +14,9 @@ from flax import nnx
 from jax import Array
 from language_model.model import rotate
 
+from softlib import LinearLogits
 from softlib.attention import dot_product_attention, softplus_attention
-from softlib.losses import linear_softmax_cross_entropy
+from softlib.losses import softmax_cross_entropy
 from softlib.masks import Causal, Mask, Window
 
 from .options import Options
@@ -33,7 +34,7 @@ ATTEND: dict[str, Callable[..., Array]] = {
 
 
 class CharacterModel(nnx.Module):
-    """Maps bytes (B, T) to hidden states (B, T, D); `table` is (256, D)."""
+    """Maps bytes (B, T) to logits (B, T, 256)."""
 
     def __init__(self, attention: str, options: Options, *, rngs: nnx.Rngs):
         small = nnx.initializers.normal(0.02)
@@ -47,16 +48,11 @@ class CharacterModel(nnx.Module):
         )
         self.norm_out = nnx.RMSNorm(width, rngs=rngs)
 
-    def __call__(self, tokens: Array, *, mask: Mask | None = None) -> Array:
+    def __call__(self, tokens: Array, *, mask: Mask | None = None) -> LinearLogits:
         x = self.norm_in(self.embedding(tokens))
         for block in self.blocks:
             x = block(x, Causal() if mask is None else mask)
-        return self.norm_out(x)
-
-    @property
-    def table(self) -> Array:
-        """Weight of the tied head, (256, D)."""
-        return self.embedding.embedding[...]
+        return LinearLogits(self.norm_out(x), self.embedding.embedding[...])
 
 
 class Block(nnx.Module):
@@ -102,8 +98,7 @@ def token_losses(
     model: CharacterModel, inputs: Array, labels: Array, mask: Mask | None = None
 ) -> Array:
     """Nats of each character, (B, T)."""
-    hidden = model(inputs, mask=mask)
-    return linear_softmax_cross_entropy(hidden, model.table, labels, vocab_axis=0)
+    return softmax_cross_entropy(model(inputs, mask=mask), labels)
 
 
 def mean_loss(model: CharacterModel, inputs: Array, labels: Array) -> Array:

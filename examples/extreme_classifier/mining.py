@@ -46,7 +46,7 @@ def triplet(
     model: Classifier, words: Array, positives: Array, labels: Array, where: Array
 ) -> Array:
     """The mean loss over a batch whose labels (B,) are drawn."""
-    queries = model(words)
+    queries = model.query(words)
     drawn = unit(model.labels[...][jnp.where(labels < 0, 0, labels)])
     found = losses.in_batch_triplet_loss(
         queries @ drawn.T, losses.in_batch_positives(positives, labels), where=where

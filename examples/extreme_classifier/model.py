@@ -1,11 +1,11 @@
 """Words become a query, a label is a row of a table; both have length 1."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from softlib import LinearLogits
 
 from .options import Options
 
@@ -13,16 +13,8 @@ from .options import Options
 SCALE = 20.0
 
 
-class Head(NamedTuple):
-    """What the losses take: scores are `SCALE` times cosines, plus a bias."""
-
-    queries: Array
-    labels: Array
-    bias: Array
-
-
 class Classifier(nnx.Module):
-    """Maps words (B, W) to unit queries (B, D), and has unit labels (L, D)."""
+    """Maps words (B, W) to logits (B, L): `SCALE` times cosines, plus a bias."""
 
     def __init__(self, labels: int, bias: float, options: Options, *, rngs: nnx.Rngs):
         width = options.width
@@ -32,14 +24,21 @@ class Classifier(nnx.Module):
         self.bias = nnx.Param(jnp.full(labels, bias))
         self.mix = nnx.Linear(width, width, rngs=rngs)
 
-    def __call__(self, words: Array) -> Array:
+    def __call__(self, words: Array) -> LinearLogits:
+        queries, table, bias = self.query(words), self.table, self.bias[...]
+        return LinearLogits(queries, table, bias=bias, scale=SCALE)
+
+    @property
+    def table(self) -> Array:
+        """Unit labels (L, D)."""
+        return unit(self.labels[...])
+
+    def query(self, words: Array) -> Array:
+        """Unit queries (B, D)."""
         known = (words >= 0)[..., None]
         bag = jnp.where(known, self.words[...][jnp.where(words < 0, 0, words)], 0)
         mean = bag.sum(-2) / jnp.maximum(known.sum(-2), 1)
         return unit(mean + self.mix(nnx.gelu(mean)))
-
-    def head(self, words: Array) -> Head:
-        return Head(self(words), unit(self.labels[...]), self.bias[...])
 
 
 def unit(x: Array) -> Array:
@@ -58,4 +57,4 @@ def build(labels: int, bias: float, options: Options) -> Classifier:
 
 @nnx.jit
 def queries(model: Classifier, words: Array) -> Array:
-    return model(words)
+    return model.query(words)

@@ -12,10 +12,10 @@ from jax import Array
 from softlib import losses
 
 from .glosses import Glosses
-from .model import SCALE, Classifier, Head
+from .model import SCALE, Classifier
 from .options import Options
 
-type PerRow = Callable[[Head, Array, Array], Array]
+type PerRow = Callable[[Classifier, Array, Array, Array], Array]
 
 
 def of(name: str, options: Options) -> Callable[..., Array]:
@@ -23,44 +23,36 @@ def of(name: str, options: Options) -> Callable[..., Array]:
     per_row = _per_row(name, options)
 
     def loss(model: Classifier, words: Array, positives: Array, key: Array) -> Array:
-        return per_row(model.head(words), positives, key).mean()
+        return per_row(model, words, positives, key).mean()
 
     return loss
 
 
 def _per_row(name: str, options: Options) -> PerRow:
-    shared = {"logit_scale": SCALE}
     if name == "softmax":
-        return lambda head, ids, key: losses.linear_multi_label_cross_entropy(
-            head.queries,
-            head.labels,
-            ids,
-            label_where=ids >= 0,
-            bias=head.bias,
-            **shared,
+        return lambda model, words, ids, key: losses.multi_label_cross_entropy(
+            model(words), ids, label_where=ids >= 0
         )
     if name == "decoupled":
-        return lambda head, ids, key: losses.linear_decoupled_softmax_loss(
-            head.queries, head.labels, ids, bias=head.bias, **shared
+        return lambda model, words, ids, key: losses.decoupled_softmax_loss(
+            model(words), ids
         )
     if name == "top-k":
-        return lambda head, ids, key: losses.soft_top_k_loss(
-            SCALE * (head.queries @ head.labels.T) + head.bias[None],
-            ids,
-            k=float(options.k),
+        return lambda model, words, ids, key: losses.soft_top_k_loss(
+            model(words).materialize(), ids, k=float(options.k)
         )
     if name == "one-versus-all":
-        return lambda head, ids, key: losses.linear_one_versus_all_loss(
-            head.queries, head.labels, ids, bias=head.bias, **shared
+        return lambda model, words, ids, key: losses.one_versus_all_loss(
+            model(words), ids
         )
-    return lambda head, ids, key: losses.sampled_softmax_loss(
-        head.queries,
-        head.labels,
+    return lambda model, words, ids, key: losses.sampled_softmax_loss(
+        model.query(words),
+        model.table,
         ids,
         key=key,
         num_sampled=options.sampled,
-        bias=head.bias,
-        **shared,
+        bias=model.bias[...],
+        logit_scale=SCALE,
     )
 
 

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+import softlib
 from softlib import losses
 
 from .glosses import Glosses
-from .model import SCALE, Classifier
+from .model import Classifier
 
 PLACES = (1, 3, 5)
 
@@ -34,10 +35,7 @@ def measure(model: Classifier, glosses: Glosses) -> Scores:
 def _measure(
     model: Classifier, words: Array, positives: Array, propensities: Array
 ) -> Scores:
-    head = model.head(words)
-    ranking = losses.linear_top_k(
-        head.queries, head.labels, k=max(PLACES), bias=head.bias, logit_scale=SCALE
-    ).classes
+    ranking = softlib.logits.top_k(model(words), k=max(PLACES)).classes
     scored = losses.propensity_scored_precision_at_k
     return Scores(
         tuple(losses.precision_at_k(ranking, positives, k=k).mean() for k in PLACES),

@@ -10,11 +10,11 @@ from language_model.training import Stop
 from study import output, training
 from study.session import stoppable
 
-from softlib import losses
+from softlib import LinearLogits
 
 from . import glosses as glosses_, mining, model as model_, objectives, report, scores
 from .glosses import Glosses
-from .model import SCALE, Classifier
+from .model import Classifier
 from .options import IDENTITY, Options
 
 
@@ -140,10 +140,7 @@ def _surest(classifier: Classifier, glosses: Glosses) -> dict[str, np.ndarray]:
     """
     rows = np.flatnonzero((glosses.positives[: glosses.held_out] >= 0).sum(1) == 4)
     words, ids = glosses.words[rows[:512]], glosses.positives[rows[:512], :4]
-    queries, table, bias = _head(classifier, jnp.asarray(words))
-    found = np.asarray(
-        losses.linear_logits(queries, table, bias=bias, logit_scale=SCALE)
-    )
+    found = np.asarray(_logits(classifier, jnp.asarray(words)).materialize())
     own = np.take_along_axis(found, ids, axis=1)
     ids = np.take_along_axis(ids, np.argsort(-own, axis=1), axis=1)
     first = np.exp(np.take_along_axis(found, ids[:, :1], axis=1)[:, 0])
@@ -152,8 +149,8 @@ def _surest(classifier: Classifier, glosses: Glosses) -> dict[str, np.ndarray]:
 
 
 @nnx.jit
-def _head(classifier: Classifier, words: Any) -> model_.Head:
-    return classifier.head(words)
+def _logits(classifier: Classifier, words: Any) -> LinearLogits:
+    return classifier(words)
 
 
 def _line(name: str, result: Result) -> str:

@@ -4,10 +4,13 @@ Only temporaries count: neither the hidden states and the table that go in nor t
 gradients that come out. Nothing is executed and no array of these sizes is made.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from softlib import LinearLogits
 
 from .objective import LOSSES, mean_loss
 
@@ -25,15 +28,13 @@ def measure(*, rows: int, width: int, vocabulary: int) -> Measurement:
     """Compiles value and gradients of the head's loss, once for each of `LOSSES`."""
     hidden = jax.ShapeDtypeStruct((rows, width), jnp.float32)
     table = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
+    logits = jax.eval_shape(LinearLogits, hidden, table)
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
     sizes: dict[str, int | None] = {}
     for loss in LOSSES:
-
-        def value(hidden, table, labels, loss=loss):
-            return mean_loss(hidden, table, labels, loss=loss)
-
-        both = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
-        analysis = both.lower(hidden, table, labels).compile().memory_analysis()
+        # The gradient of logits is that of hidden states and table.
+        both = jax.jit(jax.value_and_grad(functools.partial(mean_loss, loss=loss)))
+        analysis = both.lower(logits, labels).compile().memory_analysis()
         sizes[loss] = analysis and int(analysis.temp_size_in_bytes)
     return Measurement(rows, width, vocabulary, sizes)
 

@@ -1,16 +1,18 @@
 """A decoder transformer in Flax NNX: RMSNorm, rotary positions, gated MLP, tied head.
 
-The model ends at the last hidden states. Logits are the loss's business: with the
-vocabulary of this example they would be the largest array of the program by far.
+The model returns its logits as a value that is never formed: with the vocabulary of
+this example they would be the largest array of the program by far.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from softlib import LinearLogits
+
 
 class LanguageModel(nnx.Module):
-    """Maps token ids (B, T) to hidden states (B, T, D); `table` is (V, D).
+    """Maps token ids (B, T) to logits (B, T, V); `table` is (V, D).
 
     Args:
         vocabulary_size: V, rows of the embedding table that is also the output head.
@@ -42,11 +44,11 @@ class LanguageModel(nnx.Module):
         self.norm_in = nnx.RMSNorm(width, rngs=rngs)
         self.norm_out = nnx.RMSNorm(width, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> LinearLogits:
         x = self.norm_in(self.embedding(tokens))
         for block in self.blocks:
             x = block(x)
-        return self.norm_out(x)
+        return LinearLogits(self.norm_out(x), self.table)
 
     @property
     def table(self) -> jax.Array:

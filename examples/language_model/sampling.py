@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tiktoken
 from flax import nnx
@@ -40,5 +39,5 @@ def generate(
 def _next(graph, state, window, length, temperature, key):
     model = nnx.merge(graph, state)
     # Causal: what stands behind position length - 1 cannot change it.
-    hidden = jnp.take(model(window[None])[0], length - 1, axis=0)
-    return jax.random.categorical(key, model.table @ hidden / temperature)
+    logits = model(window[None])[0, length - 1].materialize()
+    return jax.random.categorical(key, logits / temperature)

@@ -74,7 +74,7 @@ def train_step(
     """One update in place; returns the loss before it and the gradient's norm."""
 
     def objective(model: LanguageModel) -> jax.Array:
-        return mean_loss(model(inputs), model.table, labels, loss=loss)
+        return mean_loss(model(inputs), labels, loss=loss)
 
     value, gradient = nnx.value_and_grad(objective)(model)
     optimizer.update(model, gradient)
@@ -84,7 +84,7 @@ def train_step(
 
 @nnx.jit
 def _evaluation_step(model: LanguageModel, inputs: jax.Array, labels: jax.Array):
-    return held_out_sums(model(inputs), model.table, labels)
+    return held_out_sums(model(inputs), labels)
 
 
 def evaluate(model: LanguageModel, windows: np.ndarray, batch: int) -> Record:

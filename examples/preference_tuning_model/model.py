@@ -1,7 +1,7 @@
 """A small language model, log-probabilities of its sequences, and all the losses.
 
-Everything is made of `linear_sequence_log_probs`, which takes hidden states and the
-table of the head: tokens times vocabulary never exists.
+Everything is made of `softlib.logits.sequence_log_probs`. The model's logits are a
+value that is never formed: tokens times vocabulary never exists.
 """
 
 import functools
@@ -13,14 +13,8 @@ from flax import nnx
 from jax import Array
 from language_model.model import LanguageModel
 
-from softlib.losses import (
-    dpo_loss,
-    gradient_ascent_loss,
-    linear_logits,
-    linear_sequence_log_probs,
-    linear_token_log_probs,
-    negative_preference_loss,
-)
+import softlib
+from softlib.losses import dpo_loss, gradient_ascent_loss, negative_preference_loss
 
 from .options import Options
 
@@ -50,8 +44,8 @@ def copy_of(model: LanguageModel) -> LanguageModel:
 
 def log_probs(model: LanguageModel, tokens: Array, where: Array | None = None) -> Array:
     """Of each sequence (n, T + 1), in nats; `where` (T,): which labels count."""
-    hidden = model(tokens[:, :-1])
-    return linear_sequence_log_probs(hidden, model.table, tokens[:, 1:], where=where)
+    logits = model(tokens[:, :-1])
+    return softlib.logits.sequence_log_probs(logits, tokens[:, 1:], where=where)
 
 
 def response_where(length: int, prompt: int) -> Array:
@@ -113,8 +107,8 @@ def _sequence_log_probs(model, tokens, where):
 
 @nnx.jit
 def _token_log_probs(model, tokens, where):
-    hidden = model(tokens[:, :-1])
-    return linear_token_log_probs(hidden, model.table, tokens[:, 1:], where=where)
+    logits = model(tokens[:, :-1])
+    return softlib.logits.token_log_probs(logits, tokens[:, 1:], where=where)
 
 
 def _in_batches(function, model, tokens, where, batch=256) -> np.ndarray:
@@ -159,10 +153,8 @@ def _respond(model, prompts, key, *, response: int):
 
     def step(i, tokens):
         # Causal: what stands behind position i - 1 cannot change it.
-        hidden = nnx.merge(graph, state)(tokens)
-        last = jax.lax.dynamic_index_in_dim(hidden, i - 1, 1, keepdims=False)
-        logits = linear_logits(last, model.table)
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), logits)
+        last = nnx.merge(graph, state)(tokens)[:, i - 1].materialize()
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), last)
         return tokens.at[:, i].set(drawn.astype(tokens.dtype))
 
     return jax.lax.fori_loop(start, start + response, step, tokens)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from softlib import losses
+import softlib
+from softlib import LinearLogits, losses
 
 from .options import Options
 
@@ -83,8 +84,8 @@ def entropy_step(options: Options) -> Step:
         network, memory, head = state
 
         def loss(network, head):
-            hidden = hidden_of(network, context)
-            return losses.linear_softmax_cross_entropy(hidden, head, labels).mean()
+            logits = LinearLogits(hidden_of(network, context), head)
+            return losses.softmax_cross_entropy(logits, labels).mean()
 
         value, (gradient, of_head) = jax.value_and_grad(loss, (0, 1))(network, head)
         updates, memory = below.update(gradient, memory)
@@ -114,4 +115,5 @@ def ranks(network: Network, head: Any, context: Array, labels: Array) -> Array:
     """How many classes come before the right one; the order is that of the logits."""
     if isinstance(head, losses.FactoredSphericalState):
         head = losses.factored_spherical_weight(head)
-    return losses.linear_label_rank(hidden_of(network, context), head, labels)
+    logits = LinearLogits(hidden_of(network, context), head)
+    return softlib.logits.label_rank(logits, labels)

@@ -1,12 +1,58 @@
 """Logits and what one asks of them: numbers per row, whether or not they are formed.
 
-- `RowStatistics`: what a stream over the vocabulary gives.
-- `TokenMetrics`: several numbers per token from one pass.
-- `TopK`: the best classes of each row.
+- `LinearLogits`: those of a linear head, never formed; `StoredLogits`: an array with
+  what turns it into final logits; `AbstractLogits`: what both offer; `Logits`: what
+  losses accept, one of these or an array.
+- `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
+- `logsumexp`, `entropy`: of each row.
+- `token_log_probs`, `top1_correct`, `label_rank`: of each label;
+  `token_metrics`, `TokenMetrics`: several of them from one pass;
+  `sequence_log_probs`: their sum over tokens.
+- `labelled_rows`, `LabelledRows`: for a loss of one's own.
+- `top_k`, `TopK`: the best classes of each row.
+- `optimal_temperature`: what the robust loss asks for.
 """
 
 from ._compose import TokenMetrics as TokenMetrics
 from ._engine.tile import RowStatistics as RowStatistics
-from ._top_k import TopK as TopK
+from ._label_rank import label_rank as label_rank
+from ._linear import LinearLogits as LinearLogits
+from ._optimal_temperature import optimal_temperature as optimal_temperature
+from ._row_statistics import (
+    entropy as entropy,
+    logsumexp as logsumexp,
+    row_statistics as row_statistics,
+)
+from ._rows import LabelledRows as LabelledRows, labelled_rows as labelled_rows
+from ._sequence import sequence_log_probs as sequence_log_probs
+from ._sources import Logits as Logits
+from ._stored import StoredLogits as StoredLogits
+from ._tokens import (
+    token_log_probs as token_log_probs,
+    token_metrics as token_metrics,
+    top1_correct as top1_correct,
+)
+from ._top_k import TopK as TopK, top_k as top_k
+from ._value import AbstractLogits as AbstractLogits
 
-__all__ = ["RowStatistics", "TokenMetrics", "TopK"]
+__all__ = [
+    "AbstractLogits",
+    "LabelledRows",
+    "LinearLogits",
+    "Logits",
+    "RowStatistics",
+    "StoredLogits",
+    "TokenMetrics",
+    "TopK",
+    "entropy",
+    "label_rank",
+    "labelled_rows",
+    "logsumexp",
+    "optimal_temperature",
+    "row_statistics",
+    "sequence_log_probs",
+    "token_log_probs",
+    "token_metrics",
+    "top1_correct",
+    "top_k",
+]

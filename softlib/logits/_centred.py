@@ -6,8 +6,6 @@ number per row from each logit before it is squared. That number may be any: wha
 computed from deviations does not change with it, so it has no derivative.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float
 
 from softlib._sharding import in_auto_mode
 
-from ._sources import GivenLogits, LinearHead, Source
+from ._sources import LinearLogits, Source, StoredLogits
 
 
 def without_infinite(source: Source) -> Source:
@@ -24,8 +22,8 @@ def without_infinite(source: Source) -> Source:
     Of a linear head a logit is -inf by the bias only, and not after a softcap.
     """
     modifiers = source.modifiers
-    if isinstance(source, GivenLogits):
-        counts = source.final_logits() != -jnp.inf
+    if isinstance(source, StoredLogits):
+        counts = source.materialize() != -jnp.inf
     elif modifiers.bias is None or source.options.logit_softcap is not None:
         return source
     else:
@@ -33,13 +31,13 @@ def without_infinite(source: Source) -> Source:
         if modifiers.class_where is not None:
             counts = counts & modifiers.class_where
     modifiers = modifiers._replace(class_where=counts)
-    return dataclasses.replace(source, modifiers=modifiers)
+    return source.replaced(modifiers=modifiers)
 
 
 def centred(source: Source) -> Source:
     """The same source with logits less the mean of their row, up to rounding."""
     classes = jnp.maximum(source.count_classes(), 1)
-    if isinstance(source, GivenLogits) or source.options.logit_softcap is not None:
+    if isinstance(source, StoredLogits) or source.options.logit_softcap is not None:
         total = source.statistics(("sum_logits",)).sum_logits
         assert total is not None
         mean = total / classes
@@ -48,12 +46,12 @@ def centred(source: Source) -> Source:
     # A row that is NaN or infinite stays so without it.
     mean = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
     modifiers = source.modifiers._replace(centre=mean)
-    return dataclasses.replace(source, modifiers=modifiers)
+    return source.replaced(modifiers=modifiers)
 
 
-def _mean_of_linear_head(source: LinearHead) -> Float[Array, "*batch"]:
+def _mean_of_linear_head(source: LinearLogits) -> Float[Array, "*batch"]:
     """Times the number of classes: from the sum of the weights, without a stream."""
-    batch, dtype, axis = source.batch, source.dtype, source.options.vocab_axis
+    batch, dtype, axis = source.batch_shape, source.dtype, source.options.vocab_axis
 
     def total(hidden, weight, modifiers):
         bias, scale, temperature, where = modifiers[:4]

@@ -20,7 +20,7 @@ from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
 from ._labelled_rows import Rows, prepare, prepare_in_turn
-from ._sources import GivenLogits, Source
+from ._sources import Source, StoredLogits
 
 METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
 
@@ -35,12 +35,12 @@ class TokenMetrics(NamedTuple):
         correct: Whether the label is the most likely class (the lowest one on ties).
         lse: Logsumexp of the logits.
 
-    Derivatives: see `linear_token_metrics`; `correct` has none.
+    Derivatives: see `token_metrics`; `correct` has none.
     Cost: a number per token and field.
 
     Example:
         >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 1.0]]), jnp.array([0, 0])
-        >>> metrics = softlib.losses.softmax_token_metrics(logits, labels)
+        >>> metrics = softlib.logits.token_metrics(logits, labels)
         >>> print(metrics.loss.round(4), metrics.correct)
         [0.1269 1.3133] [ True False]
     """
@@ -64,7 +64,7 @@ def cross_entropy(
         loss = (1 - label_smoothing) * loss + label_smoothing * rows.uniform_cost
     if not is_zero(logsumexp_penalty):
         loss = loss + logsumexp_penalty * rows.lse**2
-    return _exceptions(rows, rows.infinite, loss, jnp.inf)
+    return with_exceptions(rows, rows.infinite, loss, jnp.inf)
 
 
 def cross_entropy_statistics(
@@ -80,7 +80,7 @@ def cross_entropy_statistics(
     names = {"lse", "label_logits"}
     if is_zero(label_smoothing):
         return names
-    if class_weights is not None and not isinstance(source, GivenLogits):
+    if class_weights is not None and not isinstance(source, StoredLogits):
         static = isinstance(label_smoothing, int | float)
         raise ValueError(
             f"{function}: `label_smoothing` must be 0 with `class_weights` on a linear "
@@ -92,7 +92,7 @@ def cross_entropy_statistics(
 
 def log_probability(rows: Rows) -> Float[Array, "*batch"]:
     assert rows.log_prob is not None
-    return _exceptions(rows, rows.impossible, rows.log_prob, -jnp.inf)
+    return with_exceptions(rows, rows.impossible, rows.log_prob, -jnp.inf)
 
 
 def log_probability_of_labels(
@@ -183,9 +183,10 @@ def token_metrics(
     return TokenMetrics(**{name: compute[name]() for name in metrics})
 
 
-def _exceptions(
+def with_exceptions(
     rows: Rows, impossible: Array | None, values: Array, limit: float
 ) -> Array:
+    """The values, but for the rows that have another by their order of precedence."""
     if impossible is not None:
         values = jnp.where(impossible, limit, values)
     if rows.no_classes is not None:

@@ -19,9 +19,10 @@ from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
 from ._engine.tile import RowStatistics
-from ._sources import GivenLogits, Source, require_per_class
+from ._sources import Source, StoredLogits, require_per_class
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Numbers per row of the source, with all that decides about exceptions."""
@@ -79,13 +80,15 @@ def prepare(
     labels = jnp.asarray(labels)
     weights = per_class(source, class_weights)
     floating = jnp.issubdtype(labels.dtype, jnp.floating)
-    if floating and distributions and isinstance(source, GivenLogits):
+    if floating and distributions and isinstance(source, StoredLogits):
         return _with_distributions(source, names, labels, where, weights)
     checks.require_integer(function, labels=labels)
-    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
+    checks.require_shape(
+        function, "labels", labels, source.batch_shape, "the batch shape"
+    )
     marked = mark(source, labels, where, weights)
     log_prob = empty = None
-    if isinstance(source, GivenLogits) and "label_logits" in names:
+    if isinstance(source, StoredLogits) and "label_logits" in names:
         others = source.without_labels().statistics(names, marked.labels)
         statistics, log_prob, empty = _with_label(others, marked)
     else:
@@ -102,14 +105,14 @@ def prepare_in_turn(
     Terms of linear heads that take turns share one gradient of the weight.
     """
     names = ("lse", "label_logits")
-    if isinstance(source, GivenLogits):
+    if isinstance(source, StoredLogits):
         return prepare(source, names, labels, where, distributions=False), source
     where = rows_that_count(source, where)
     masked = source.masked(where)
     marked = mark(masked, labels, where, None)
     statistics, then = masked.statistics_in_turn(names, marked.labels)
     rows = with_statistics(marked, statistics, None, None)
-    return rows, dataclasses.replace(source, weight=then.weight)
+    return rows, source.replaced(weight=then.weight)
 
 
 class Marked(NamedTuple):
@@ -128,7 +131,7 @@ def mark(
     where: Bool[Array, "*batch"] | None,
     class_weights: Float[Array, " V"] | None,
 ) -> Marked:
-    labels = labels_in_range(labels, source.vocabulary)
+    labels = labels_in_range(labels, source.num_classes)
     if where is not None:
         labels = jnp.where(where, labels, 0)
     class_weight = None
@@ -248,7 +251,7 @@ def prepare_several(
 
     A row without a label that `label_where` keeps is one that does not count.
     """
-    function, batch = source.function, source.batch
+    function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)
     if labels.ndim != len(batch) + 1 or labels.shape[:-1] != batch:
@@ -278,7 +281,7 @@ def prepare_several(
         checks.require_shape(function, "label_weights", weights, labels.shape, why)
     # To the engine a label that is dropped is -1: no logit, no gradient.
     weights = jnp.where(kept, weights, 0).astype(_wide(weights))
-    labels = jnp.where(kept, labels_in_range(labels, source.vocabulary), -1)
+    labels = jnp.where(kept, labels_in_range(labels, source.num_classes), -1)
     outside = kept & (labels < 0)
 
     source = source.masked(where)
@@ -334,7 +337,7 @@ def rows_that_count(
 ) -> Bool[Array, "*batch"] | None:
     if where is None:
         return None
-    function, batch = source.function, source.batch
+    function, batch = source.function, source.batch_shape
     return checks.checked_where(function, where, batch, "the batch shape")
 
 
@@ -371,12 +374,12 @@ def _uniform_cost(
         return None if cost is None else mass * cost
     lse = _lse_to_compute_with(statistics)
     classes = jnp.maximum(source.count_classes(), 1)
-    assert isinstance(source, GivenLogits)
+    assert isinstance(source, StoredLogits)
     weights = jnp.broadcast_to(class_weights, source.logits.shape)
     outside = _outside(source)
     if outside is not None:
         weights = jnp.where(outside, 0, weights)
-    total, of_logits = _summed(weights, source.final_logits(), outside)
+    total, of_logits = _summed(weights, source.materialize(), outside)
     of_logits = jnp.where(massless(statistics), 0, of_logits)
     return mass * (total * lse - of_logits) / classes
 
@@ -393,7 +396,7 @@ def mean_cost(
 
 
 def _with_distributions(
-    source: GivenLogits,
+    source: StoredLogits,
     names: Sequence[str],
     labels: Float[Array, "*batch V"],
     where: Array | None,
@@ -415,7 +418,7 @@ def _with_distributions(
         labels = labels * jnp.broadcast_to(class_weights, shape)
     outside = _outside(source)
     impossible = impossible_masses(labels, massless(statistics), outside)
-    total, of_logits = _summed(labels, source.final_logits(), outside)
+    total, of_logits = _summed(labels, source.materialize(), outside)
     of_logits = jnp.where(massless(statistics), 0, of_logits)
     statistics = statistics._replace(label_logits=of_logits)
     return Rows(
@@ -440,7 +443,7 @@ def impossible_masses(
     return ((masses != 0) & found).any(-1)
 
 
-def _outside(source: GivenLogits) -> Bool[Array, "*batch V"] | None:
+def _outside(source: StoredLogits) -> Bool[Array, "*batch V"] | None:
     """The classes that are not selected."""
     where = source.modifiers.class_where
     return None if where is None else jnp.broadcast_to(~where, source.logits.shape)

@@ -1,7 +1,7 @@
-"""The options that all losses share: the keywords of `LinearHead.of`, `GivenLogits.of`.
+"""The options that all losses share: keywords of `LinearLogits.of`, `StoredLogits.of`.
 
 What each means is written in `linear_softmax_cross_entropy` and, for the layout of the
-stream, in `linear_row_statistics`.
+stream, in `row_statistics`.
 """
 
 from collections.abc import Collection, Iterable

@@ -5,7 +5,7 @@ logits exist.
 """
 
 import dataclasses
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from softlib import _checks as checks
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
-from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
+from softlib.typing import Scalar
 
 from ._engine import pair_operations
 from ._engine.operations import Given
@@ -27,80 +27,39 @@ from ._engine.pair_stream import Pair, PairOptions
 from ._engine.pair_terms import Divergence
 from ._engine.stream import Head
 from ._labelled_rows import rows_that_count
-from ._options import require_known
+from ._linear import LinearLogits
 from ._source_rows import collapsed, collapsed_modifiers, label_rows
-from ._sources import GivenLogits, LinearHead
-
-
-class LogitsPairOptions(TypedDict, total=False):
-    """The options of two sources of logits; `target_` is of the second one alone."""
-
-    bias: Array | None
-    logit_scale: PerRow | None
-    logit_softcap: float | None
-    target_bias: Array | None
-    target_logit_scale: PerRow | None
-    target_logit_softcap: float | None
-    temperature: PerRow | None  # of both
-    class_where: Array | None  # of both
-    implementation: Implementations
-
-
-class HeadPairOptions(LogitsPairOptions, total=False):
-    """The same of two linear heads, and how both are laid out, cut and divided."""
-
-    vocab_axis: int
-    target_vocab_axis: int
-    vocab_chunk: int | None
-    token_chunk: int | None
-    axis_name: AxisName | None
-    precision: Precision
+from ._sources import Logits, Source, source_of, with_temperature
+from ._stored import StoredLogits
 
 
 @dataclasses.dataclass(frozen=True)
 class SourcePair:
     """The second source is the target: the teacher, the reference."""
 
-    own: LinearHead | GivenLogits
-    target: LinearHead | GivenLogits
+    own: Source
+    target: Source
 
     @classmethod
-    def of_heads(
+    def of(
         cls,
         function: str,
-        hidden: ArrayLike,
-        weight: ArrayLike,
-        target_hidden: ArrayLike,
-        target_weight: ArrayLike,
-        second: str = "target",
-        **options: Any,
+        logits: Logits,
+        target_logits: Logits,
+        second: str = "target_logits",
+        temperature: ArrayLike | None = None,
     ) -> "SourcePair":
-        """Checked heads; errors call the second what the function's user does."""
-        require_known(function, options, HeadPairOptions.__optional_keys__)
-        own, target = _split(options)
-        source = LinearHead.of(function, hidden, weight, **own)
-        other = LinearHead.of(
-            f"{function}, second head", target_hidden, target_weight, **target
-        )
-        _require_alike(source, other, f"{second}_hidden", f"{second}_weight")
-        return cls(source, other)
+        """Checked sources; errors call the second what the function's user does.
 
-    @classmethod
-    def of_logits(
-        cls,
-        function: str,
-        logits: ArrayLike,
-        target_logits: ArrayLike,
-        second: str = "target",
-        **options: Any,
-    ) -> "SourcePair":
-        """Checked logits; errors call the second what the function's user does."""
-        require_known(function, options, LogitsPairOptions.__optional_keys__)
-        own, target = _split(options)
-        source = GivenLogits.of(function, logits, **own)
-        other = GivenLogits.of(f"{function}, second logits", target_logits, **target)
-        _require_alike(source, other, f"{second}_logits", f"{second}_logits")
-        return cls(source, other)
+        A temperature divides the logits of both.
+        """
+        own = source_of(function, logits)
+        target = source_of(function, target_logits, second)
+        _require_alike(own, target, second)
+        if temperature is not None:
+            own = with_temperature(own, temperature)
+            target = with_temperature(target, temperature)
+        return cls(own, target)
 
     @property
     def function(self) -> str:
@@ -118,7 +77,7 @@ class SourcePair:
         for name in ("hidden", "weight", "logits"):
             if hasattr(target, name):
                 arrays[name] = lax.stop_gradient(getattr(target, name))
-        return dataclasses.replace(self, target=dataclasses.replace(target, **arrays))
+        return dataclasses.replace(self, target=target.replaced(**arrays))
 
     def divergence(
         self,
@@ -162,15 +121,15 @@ class SourcePair:
 
 def _call(
     options: PairOptions,
-    first: LinearHead | GivenLogits,
-    second: LinearHead | GivenLogits,
+    first: Source,
+    second: Source,
     labels: Array | None,
     mixture: Array | None,
 ) -> Float[Array, "*batch"]:
-    batch, names = first.batch, first.implementation
+    batch, names = first.batch_shape, first.implementation
     specs = lambda spec: PartitionSpec(*spec[: len(batch)])
 
-    if isinstance(first, LinearHead) and isinstance(second, LinearHead):
+    if isinstance(first, LinearLogits) and isinstance(second, LinearLogits):
         classes = first.weight.shape[first.options.vocab_axis]
         if labels is not None:
             labels = first.local_labels(labels)
@@ -196,7 +155,7 @@ def _call(
         def given(logits, modifiers):
             return Given(
                 collapsed(logits, batch),
-                label_rows(labels, batch, first.vocabulary),
+                label_rows(labels, batch, first.num_classes),
                 collapsed_modifiers(modifiers, logits.shape),
             )
 
@@ -204,8 +163,8 @@ def _call(
         pair = match_varying(pair)
         return pair_operations.given(names, options, pair).reshape(batch)
 
-    assert isinstance(first, GivenLogits)
-    assert isinstance(second, GivenLogits)
+    assert isinstance(first, StoredLogits)
+    assert isinstance(second, StoredLogits)
     others = (second.logits, second.modifiers)
     return in_auto_mode(
         of_logits, specs, first.logits, first.modifiers, others, labels, mixture
@@ -213,42 +172,31 @@ def _call(
 
 
 # ----------------------------------------------------------------------------- checking
-_TARGET = "target_"
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of either source; what has no `target_` twin is of both."""
-    own = {n: o for n, o in options.items() if not n.startswith(_TARGET)}
-    twins = {n.removeprefix(_TARGET) for n in HeadPairOptions.__optional_keys__}
-    twins = {n for n in twins if _TARGET + n in HeadPairOptions.__optional_keys__}
-    shared = {n: o for n, o in own.items() if n not in twins}
-    of_target = {
-        n.removeprefix(_TARGET): o for n, o in options.items() if n.startswith(_TARGET)
-    }
-    return own, {**shared, **of_target}
-
-
-def _require_alike(
-    own: LinearHead | GivenLogits, target: LinearHead | GivenLogits, *names: str
-) -> None:
+def _require_alike(own: Source, target: Source, name: str) -> None:
     function = own.function
-    if target.batch != own.batch:
+    if target.batch_shape != own.batch_shape:
         raise ValueError(
-            f"{function}: `{names[0]}` must have the batch shape {own.batch}, "
-            f"got {target.batch}."
+            f"{function}: `{name}` must have the batch shape {own.batch_shape}, "
+            f"got {target.batch_shape}."
         )
-    if target.vocabulary != own.vocabulary:
+    if target.num_classes != own.num_classes:
         raise ValueError(
-            f"{function}: `{names[1]}` must have {own.vocabulary} classes, those of "
-            f"the first source, got {target.vocabulary}."
+            f"{function}: `{name}` must have {own.num_classes} classes, those of "
+            f"`logits`, got {target.num_classes}."
+        )
+    if type(own) is not type(target):
+        raise ValueError(
+            f"{function}: `logits` and `{name}` must both be LinearLogits or both be "
+            f"stored, got {type(own).__name__} and {type(target).__name__}. "
+            "`materialize()` stores them."
         )
 
 
 def _checked_exclusions(
-    source: LinearHead | GivenLogits, labels: ArrayLike
+    source: Source, labels: ArrayLike
 ) -> Integer[Array, "*batch L"]:
     """Ids (*batch, L), -1 for one that is no class: nothing to exclude."""
-    function, batch = source.function, source.batch
+    function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
     checks.require_integer(function, excluded_labels=labels)
     if labels.shape == batch:
@@ -258,4 +206,4 @@ def _checked_exclusions(
             f"{function}: `excluded_labels` must have the batch shape {batch}, or one "
             f"more axis, got {labels.shape}."
         )
-    return jax.lax.stop_gradient(labels_in_range(labels, source.vocabulary))
+    return jax.lax.stop_gradient(labels_in_range(labels, source.num_classes))

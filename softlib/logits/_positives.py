@@ -19,7 +19,7 @@ from softlib._ids import labels_in_range
 
 from ._engine.tile import RowStatistics
 from ._labelled_rows import rows_that_count, without_classes
-from ._sources import GivenLogits, Source
+from ._sources import Source, StoredLogits
 
 # The id that fills a list up.
 PADDING = -1
@@ -47,10 +47,10 @@ class Positives:
         required: bool,
     ) -> "Positives":
         """With `required`, a row without positives is one that does not count."""
-        function, batch = source.function, source.batch
+        function, batch = source.function, source.batch_shape
         positives = jnp.asarray(positives)
         where = rows_that_count(source, where)
-        if positives.dtype == jnp.bool_ and isinstance(source, GivenLogits):
+        if positives.dtype == jnp.bool_ and isinstance(source, StoredLogits):
             shape = source.logits.shape
             why = "the shape of `scores`"
             checks.require_shape(function, "positives", positives, shape, why)
@@ -58,12 +58,14 @@ class Positives:
             if where is not None:
                 positives = positives & where[..., None]
             return cls(positives, None, None, where)
-        require_ids(function, positives, batch, masks=isinstance(source, GivenLogits))
+        require_ids(function, positives, batch, masks=isinstance(source, StoredLogits))
         present = positives != PADDING
         where = _of_some(present, where) if required else where
         if where is not None:
             present = present & where[..., None]
-        ids = jnp.where(present, labels_in_range(positives, source.vocabulary), PADDING)
+        ids = jnp.where(
+            present, labels_in_range(positives, source.num_classes), PADDING
+        )
         outside = (present & (ids < 0)).any(-1)
         return cls(present, ids, outside, where)
 
@@ -107,14 +109,14 @@ class Positives:
                 excluded = (source.at_labels(classes, self.ids) == 0) & (self.ids >= 0)
                 logits = jnp.where(excluded, -jnp.inf, logits)
             return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
-        assert isinstance(source, GivenLogits)
-        logits = jnp.where(self.present, source.final_logits(), 0)
+        assert isinstance(source, StoredLogits)
+        logits = jnp.where(self.present, source.materialize(), 0)
         if not of_all:
             others = ~self.present
             if classes is not None:
                 others = others & jnp.broadcast_to(classes, others.shape)
             modifiers = source.modifiers._replace(class_where=others)
-            source = dataclasses.replace(source, modifiers=modifiers)
+            source = source.replaced(modifiers=modifiers)
         found = source.statistics(names)
         return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
 

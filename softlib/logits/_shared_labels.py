@@ -19,7 +19,7 @@ from softlib._sharding import in_auto_mode, match_varying
 
 from ._engine.vocabulary_parallel import first_class
 from ._labelled_rows import without_classes
-from ._sources import GivenLogits, LinearHead, Source
+from ._sources import LinearLogits, Source, StoredLogits
 
 
 def log_probs_of_shared_labels(
@@ -31,7 +31,7 @@ def log_probs_of_shared_labels(
     all where no class has a probability; anything for the label -1 and at a position
     without classes.
     """
-    if isinstance(source, LinearHead):
+    if isinstance(source, LinearLogits):
         lse, logits = _of_linear_head(source, labels)
     else:
         lse, logits = _of_given_logits(source, labels)
@@ -42,11 +42,11 @@ def log_probs_of_shared_labels(
 
 
 def _of_given_logits(
-    source: GivenLogits, labels: Int[Array, "*lead S"]
+    source: StoredLogits, labels: Int[Array, "*lead S"]
 ) -> tuple[Float[Array, "*lead T"], Float[Array, "*lead T S"]]:
     lse = source.statistics(("lse",)).lse
     assert lse is not None
-    shape = (*source.batch, labels.shape[-1])
+    shape = (*source.batch_shape, labels.shape[-1])
     everywhere = jnp.broadcast_to(labels[..., None, :], shape)
     few = source.at_labels(source.logits, everywhere)
 
@@ -61,16 +61,14 @@ def _of_given_logits(
         class_where=at_labels(source.modifiers.class_where),
     )
     return lse, _logits_of_each(
-        lambda logits, modifiers: dataclasses.replace(
-            source, logits=logits, modifiers=modifiers
-        ),
+        lambda logits, modifiers: source.replaced(logits=logits, modifiers=modifiers),
         (few, modifiers),
         labels.ndim - 1,
     )
 
 
 def _of_linear_head(
-    source: LinearHead, labels: Int[Array, "*lead S"]
+    source: LinearLogits, labels: Int[Array, "*lead S"]
 ) -> tuple[Float[Array, "*lead T"], Float[Array, "*lead T S"]]:
     lead, options = labels.shape[:-1], source.options
     axis = options.vocab_axis
@@ -78,16 +76,14 @@ def _of_linear_head(
     def compute(hidden, weight, labels, modifiers):
         local = labels.reshape(-1)
         if source.axis_name is not None:
-            local = local - first_class(source.axis_name, source._own_classes)
+            local = local - first_class(source.axis_name, source.own_classes)
         if source.implementation == "reference":
             rows = _rows_at(weight, local, axis)
         else:
             weight, rows = _with_rows_at(axis, *match_varying((weight, local)))
         if source.axis_name is not None:
             rows = jax.lax.psum(rows, source.axis_name)
-        head = dataclasses.replace(
-            source, hidden=hidden, weight=weight, modifiers=modifiers
-        )
+        head = source.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
         lse = head.statistics(("lse",)).lse
         look_up = lambda per_class: (
             None if per_class is None else head.at_labels(per_class, labels)
@@ -97,8 +93,7 @@ def _of_linear_head(
         own = modifiers._replace(bias=bias, class_where=where)
         rows = rows.reshape(*labels.shape, rows.shape[-1])
         few = functools.partial(
-            dataclasses.replace,
-            head,
+            head.replaced,
             options=dataclasses.replace(options, vocab_axis=0),
             axis_name=None,
         )
@@ -110,8 +105,8 @@ def _of_linear_head(
         return lse, logits
 
     specs = lambda spec: (
-        PartitionSpec(*spec[: len(source.batch)]),
-        PartitionSpec(*spec[: len(source.batch)], None),
+        PartitionSpec(*spec[: len(source.batch_shape)]),
+        PartitionSpec(*spec[: len(source.batch_shape)], None),
     )
     arrays = (source.hidden, source.weight, labels, source.modifiers)
     return in_auto_mode(compute, specs, *arrays)
@@ -124,7 +119,7 @@ def _logits_of_each(
 
     An array without an axis belongs to all of them.
     """
-    one = lambda *arrays: source_of(*arrays).final_logits()
+    one = lambda *arrays: source_of(*arrays).materialize()
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, arrays)
     for _ in range(lead):
         one = jax.vmap(one, in_axes=axes)

@@ -1,6 +1,6 @@
-"""The best labels of each row, of a linear head that has very many."""
+"""The best classes of each row, where there may be very many."""
 
-from typing import NamedTuple, Unpack
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 
-from ._options import LinearHeadOptions
-from ._sources import LinearHead
+from ._linear import LinearLogits
+from ._sources import Logits, source_of
 
 
 class TopK(NamedTuple):
@@ -24,8 +24,8 @@ class TopK(NamedTuple):
     Cost: two numbers per row and place.
 
     Example:
-        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
-        >>> print(softlib.losses.linear_top_k(hidden, table, k=2).classes)
+        >>> logits = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+        >>> print(softlib.logits.top_k(logits, k=2).classes)
         [[0 1]
          [1 2]]
     """
@@ -35,66 +35,58 @@ class TopK(NamedTuple):
 
 
 @array_arguments
-def linear_top_k(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
-    *,
-    k: int,
-    **options: Unpack[LinearHeadOptions],
-) -> TopK:
-    """The k classes that a linear head puts first, without the logits of its rows.
+def top_k(logits: Logits, *, k: int) -> TopK:
+    """The k classes that each row puts first, and their logits.
 
-    The ranking that `precision_at_k` and its relatives look at; an exact search among
-    all labels.
+    The ranking that `precision_at_k` and its relatives look at. Of a linear head an
+    exact search among all labels, without the logits of its rows.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`, whose
+            `implementation` must be None or "xla" and `gradient_filter_eps` None.
         k: Static, at least 1 and at most the number of classes (of a device).
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `axis_name` and `precision`, as
-            in `linear_softmax_cross_entropy`. `implementation` must be None or "xla"
-            and `gradient_filter_eps` None.
 
     Returns:
         `TopK` of shape (*batch, k); logits in float32 (float64 for float64).
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: `k` is out of range, or an option of the logits has no meaning here.
 
     Derivatives: none; the logits are constant to differentiation.
-    Cost: the forward pass of `linear_row_statistics`, in tiles of 16 MiB, and per tile
-        a search for its greatest k logits, which for small D takes longer than the
-        products.
+    Cost: of an array, a search in it; of a linear head the forward pass of
+        `row_statistics`, in tiles of 16 MiB, and per tile a search for its greatest k
+        logits, which for small D takes longer than the products.
     Source: exact maximum inner product search.
 
     Example:
-        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
-        >>> print(softlib.losses.linear_top_k(hidden, table, k=1).logits)
+        >>> table = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 1.0]])
+        >>> logits = softlib.LinearLogits(jnp.eye(2), table)
+        >>> print(softlib.logits.top_k(logits, k=1).logits)
         [[1.]
          [2.]]
     """
-    function = "linear_top_k"
-    if options.get("implementation") not in (None, "xla"):
+    function = "top_k"
+    source = source_of(function, logits)
+    if source.implementation not in (None, "xla"):
         raise ValueError(
-            f"{function}: `implementation` must be None or 'xla', "
-            f"got {options['implementation']!r}."
+            f"{function}: `implementation` of the logits must be None or 'xla', "
+            f"got {source.implementation!r}."
         )
-    if options.get("gradient_filter_eps") is not None:
+    if source.options.gradient_filter_eps is not None:
         raise ValueError(
-            f"{function}: `gradient_filter_eps` must be None where there is no "
-            f"gradient, got {options['gradient_filter_eps']!r}."
+            f"{function}: `gradient_filter_eps` of the logits must be None where there "
+            f"is no gradient, got {source.options.gradient_filter_eps!r}."
         )
-    source = LinearHead.of(function, hidden, weight, **options)
     checks.require_positive_integer(function, "k", k)
-    own = weight.shape[source.options.vocab_axis]
+    is_linear = isinstance(source, LinearLogits)
+    own = source.own_classes if is_linear else source.num_classes
     if k > own:
         raise ValueError(
             f"{function}: `k` must be at most the number of classes, {own}, got {k}."
         )
     found = TopK(*source.top_classes(k))
-    if source.axis_name is None:
+    if not is_linear or source.axis_name is None:
         return found
     return _merged(found, source.axis_name, own)
 

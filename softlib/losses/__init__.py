@@ -1,36 +1,21 @@
-"""Losses over large vocabularies, from a linear head or from logits.
+"""Losses of logits, of a linear head as of an array: one function each.
 
-Row statistics, the engine everything else is composed of:
+Of an array of logits or of a value such as `softlib.LinearLogits`:
 
-- `linear_row_statistics`, `row_statistics`
-- `linear_logits`: the logits themselves, where they are few; `linear_top_k`
-
-Losses and numbers per token; each `linear_` function streams over the vocabulary, its
-twin without the prefix takes logits:
-
-- `linear_softmax_cross_entropy`, `softmax_cross_entropy`
-- `linear_softmax_cross_entropy_sum`: its sum over rows, three products for four
-- `linear_softmax_focal_loss`, `softmax_focal_loss`
-- `linear_comp_sum_loss`, `comp_sum_loss`, and two of its members by name:
-  `linear_generalized_cross_entropy_loss`, `generalized_cross_entropy_loss`,
-  `linear_mean_absolute_error_loss`, `mean_absolute_error_loss`
-- `linear_poly1_cross_entropy`, `poly1_cross_entropy`
-- `linear_symmetric_cross_entropy`, `symmetric_cross_entropy`
-- `linear_token_log_probs`, `softmax_token_log_probs`
-- `linear_entropy`, `softmax_entropy`
-- `linear_top1_correct`, `softmax_top1_correct`
-- `linear_label_rank`, `label_rank`
-- `linear_token_metrics`, `softmax_token_metrics`: several at once
+- `softmax_cross_entropy`; `linear_softmax_cross_entropy`: of hidden and a weight
+- `softmax_cross_entropy_sum`: its sum over rows, of a head three products for four
+- `softmax_focal_loss`
+- `comp_sum_loss`, and two of its members by name: `generalized_cross_entropy_loss`,
+  `mean_absolute_error_loss`
+- `poly1_cross_entropy`, `symmetric_cross_entropy`
 
 From log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 
 The spherical family, of sums and sums of squares:
 
-- `linear_z_loss`, `z_loss`
-- `linear_log_spherical_softmax_loss`, `log_spherical_softmax_loss`
-- `linear_log_taylor_softmax_loss`, `log_taylor_softmax_loss`
-- `linear_spherical_squared_error`, `spherical_squared_error`
+- `z_loss`, `log_spherical_softmax_loss`, `log_taylor_softmax_loss`,
+  `spherical_squared_error`
 - from statistics: `SphericalStatistics`, `z_loss_from_statistics`,
   `log_spherical_softmax_from_statistics`, `log_taylor_softmax_from_statistics`,
   `spherical_squared_error_from_statistics`
@@ -42,10 +27,8 @@ The spherical family, of sums and sums of squares:
 
 Several labels a row, and very many labels:
 
-- `linear_multi_label_cross_entropy`, `multi_label_cross_entropy`,
-  `multilabel_softmax_loss`
-- `linear_decoupled_softmax_loss`, `decoupled_softmax_loss`
-- `linear_one_versus_all_loss`, `one_versus_all_loss`
+- `multi_label_cross_entropy`, `multilabel_softmax_loss`
+- `decoupled_softmax_loss`, `one_versus_all_loss`
 - `soft_top_k_loss`, `sampled_softmax_loss`
 - batches whose labels are hard negatives of each other: `ngame_batches`,
   `draw_positives`, `in_batch_positives`, `in_batch_triplet_loss`,
@@ -53,32 +36,28 @@ Several labels a row, and very many labels:
 - how good a ranking is: `precision_at_k`, `recall_at_k`,
   `propensity_scored_precision_at_k`, `label_propensities`
 
-Two predictions at once, of two heads or of logits:
+Two predictions at once:
 
-- `linear_kl_divergence`, `softmax_kl_divergence`, in either direction
-- `linear_jensen_shannon_divergence`, `softmax_jensen_shannon_divergence`
-- `linear_soft_target_cross_entropy`, `softmax_soft_target_cross_entropy`
-- `linear_kl_to_reference`, `kl_to_reference`: the mean over a sequence's tokens
-- `linear_knowledge_distillation_loss`, `knowledge_distillation_loss`
-- `linear_normalized_distillation_loss`, `normalized_distillation_loss`
-- `decoupled_knowledge_distillation_loss`
+- `softmax_kl_divergence`, in either direction; `softmax_jensen_shannon_divergence`,
+  `softmax_soft_target_cross_entropy`
+- `kl_to_reference`: the mean over a sequence's tokens
+- `knowledge_distillation_loss`, `normalized_distillation_loss`,
+  `decoupled_knowledge_distillation_loss`
 - `universal_self_distillation_loss`, `USKDTerms`, `zipf_soft_labels`: no teacher
 - `mcmi_loss`: of a teacher
 
 Log-probabilities of sequences:
 
-- `linear_sequence_log_probs`, `sequence_log_probs`: what the others take
 - `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
 - `negative_preference_loss`, `gradient_ascent_loss`: what is to be forgotten
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
-- `linear_edit_invariant_sequence_loss`, `edit_invariant_sequence_loss`
+- `edit_invariant_sequence_loss`
 - `smoothed_token_loss`, `top_k_mean`: the worst tokens
 - `trice_loss`, `trice_weights`: latent rationales
 
 A temperature per row:
 
-- `linear_robust_softmax_cross_entropy`, `robust_softmax_cross_entropy`
-- `linear_optimal_temperature`, `optimal_temperature`
+- `robust_softmax_cross_entropy`
 - `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
   `GlobalContrastiveUpdate`: running means over a data set
 
@@ -101,37 +80,6 @@ Numbers about training:
 - `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`: of routers
 """
 
-from softlib.logits._entropy import (
-    linear_entropy as linear_entropy,
-    softmax_entropy as softmax_entropy,
-)
-from softlib.logits._label_rank import (
-    label_rank as label_rank,
-    linear_label_rank as linear_label_rank,
-)
-from softlib.logits._linear_logits import (
-    linear_logits as linear_logits,
-)
-from softlib.logits._row_statistics import (
-    linear_row_statistics as linear_row_statistics,
-    row_statistics as row_statistics,
-)
-from softlib.logits._sequence import (
-    linear_sequence_log_probs as linear_sequence_log_probs,
-    sequence_log_probs as sequence_log_probs,
-)
-from softlib.logits._token_metrics import (
-    linear_token_log_probs as linear_token_log_probs,
-    linear_token_metrics as linear_token_metrics,
-    linear_top1_correct as linear_top1_correct,
-    softmax_token_log_probs as softmax_token_log_probs,
-    softmax_token_metrics as softmax_token_metrics,
-    softmax_top1_correct as softmax_top1_correct,
-)
-from softlib.logits._top_k import (
-    linear_top_k as linear_top_k,
-)
-
 from ._adversarial import (
     projected_gradient_ascent as projected_gradient_ascent,
     smooth_adversarial_comp_sum_loss as smooth_adversarial_comp_sum_loss,
@@ -145,9 +93,6 @@ from ._comp_sum import (
     comp_sum_from_log_prob as comp_sum_from_log_prob,
     comp_sum_loss as comp_sum_loss,
     generalized_cross_entropy_loss as generalized_cross_entropy_loss,
-    linear_comp_sum_loss as linear_comp_sum_loss,
-    linear_generalized_cross_entropy_loss as linear_generalized_cross_entropy_loss,
-    linear_mean_absolute_error_loss as linear_mean_absolute_error_loss,
     mean_absolute_error_loss as mean_absolute_error_loss,
 )
 from ._comp_sum_bounds import (
@@ -165,30 +110,23 @@ from ._cross_entropy import (
     softmax_cross_entropy as softmax_cross_entropy,
 )
 from ._cross_entropy_sum import (
-    linear_softmax_cross_entropy_sum as linear_softmax_cross_entropy_sum,
+    softmax_cross_entropy_sum as softmax_cross_entropy_sum,
 )
 from ._distillation import (
     decoupled_knowledge_distillation_loss as decoupled_knowledge_distillation_loss,
     knowledge_distillation_loss as knowledge_distillation_loss,
-    linear_knowledge_distillation_loss as linear_knowledge_distillation_loss,
-    linear_normalized_distillation_loss as linear_normalized_distillation_loss,
     normalized_distillation_loss as normalized_distillation_loss,
 )
 from ._divergences import (
-    linear_jensen_shannon_divergence as linear_jensen_shannon_divergence,
-    linear_kl_divergence as linear_kl_divergence,
-    linear_soft_target_cross_entropy as linear_soft_target_cross_entropy,
     softmax_jensen_shannon_divergence as softmax_jensen_shannon_divergence,
     softmax_kl_divergence as softmax_kl_divergence,
     softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
 )
 from ._edit_invariant import (
     edit_invariant_sequence_loss as edit_invariant_sequence_loss,
-    linear_edit_invariant_sequence_loss as linear_edit_invariant_sequence_loss,
 )
 from ._extreme import (
     decoupled_softmax_loss as decoupled_softmax_loss,
-    linear_decoupled_softmax_loss as linear_decoupled_softmax_loss,
     multilabel_softmax_loss as multilabel_softmax_loss,
     soft_top_k_loss as soft_top_k_loss,
 )
@@ -217,12 +155,10 @@ from ._fenchel_young import (
 )
 from ._focal import (
     focal_from_log_prob as focal_from_log_prob,
-    linear_softmax_focal_loss as linear_softmax_focal_loss,
     softmax_focal_loss as softmax_focal_loss,
 )
 from ._kl_to_reference import (
     kl_to_reference as kl_to_reference,
-    linear_kl_to_reference as linear_kl_to_reference,
 )
 from ._latent_rationale import (
     trice_loss as trice_loss,
@@ -232,15 +168,12 @@ from ._mcmi import (
     mcmi_loss as mcmi_loss,
 )
 from ._mixtures import (
-    linear_poly1_cross_entropy as linear_poly1_cross_entropy,
-    linear_symmetric_cross_entropy as linear_symmetric_cross_entropy,
     poly1_cross_entropy as poly1_cross_entropy,
     poly1_from_log_prob as poly1_from_log_prob,
     symmetric_cross_entropy as symmetric_cross_entropy,
     symmetric_from_log_prob as symmetric_from_log_prob,
 )
 from ._multi_label import (
-    linear_multi_label_cross_entropy as linear_multi_label_cross_entropy,
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
 from ._negative_mining import (
@@ -251,7 +184,6 @@ from ._negative_mining import (
     ngame_batches as ngame_batches,
 )
 from ._one_versus_all import (
-    linear_one_versus_all_loss as linear_one_versus_all_loss,
     one_versus_all_loss as one_versus_all_loss,
 )
 from ._preference import (
@@ -260,9 +192,6 @@ from ._preference import (
     simpo_loss as simpo_loss,
 )
 from ._robust_temperature import (
-    linear_optimal_temperature as linear_optimal_temperature,
-    linear_robust_softmax_cross_entropy as linear_robust_softmax_cross_entropy,
-    optimal_temperature as optimal_temperature,
     robust_softmax_cross_entropy as robust_softmax_cross_entropy,
 )
 from ._router import (
@@ -292,9 +221,6 @@ from ._soft_bellman import (
     soft_bellman_residual as soft_bellman_residual,
 )
 from ._spherical import (
-    linear_log_spherical_softmax_loss as linear_log_spherical_softmax_loss,
-    linear_log_taylor_softmax_loss as linear_log_taylor_softmax_loss,
-    linear_spherical_squared_error as linear_spherical_squared_error,
     log_spherical_softmax_loss as log_spherical_softmax_loss,
     log_taylor_softmax_loss as log_taylor_softmax_loss,
     spherical_squared_error as spherical_squared_error,
@@ -318,7 +244,6 @@ from ._vq_logits import (
     vq_token_counts as vq_token_counts,
 )
 from ._z_loss import (
-    linear_z_loss as linear_z_loss,
     z_loss as z_loss,
 )
 
@@ -358,40 +283,7 @@ __all__ = [
     "kl_to_reference",
     "knowledge_distillation_loss",
     "label_propensities",
-    "label_rank",
-    "linear_comp_sum_loss",
-    "linear_decoupled_softmax_loss",
-    "linear_edit_invariant_sequence_loss",
-    "linear_entropy",
-    "linear_generalized_cross_entropy_loss",
-    "linear_jensen_shannon_divergence",
-    "linear_kl_divergence",
-    "linear_kl_to_reference",
-    "linear_knowledge_distillation_loss",
-    "linear_label_rank",
-    "linear_log_spherical_softmax_loss",
-    "linear_log_taylor_softmax_loss",
-    "linear_logits",
-    "linear_mean_absolute_error_loss",
-    "linear_multi_label_cross_entropy",
-    "linear_normalized_distillation_loss",
-    "linear_one_versus_all_loss",
-    "linear_optimal_temperature",
-    "linear_poly1_cross_entropy",
-    "linear_robust_softmax_cross_entropy",
-    "linear_row_statistics",
-    "linear_sequence_log_probs",
-    "linear_soft_target_cross_entropy",
     "linear_softmax_cross_entropy",
-    "linear_softmax_cross_entropy_sum",
-    "linear_softmax_focal_loss",
-    "linear_spherical_squared_error",
-    "linear_symmetric_cross_entropy",
-    "linear_token_log_probs",
-    "linear_token_metrics",
-    "linear_top1_correct",
-    "linear_top_k",
-    "linear_z_loss",
     "load_balancing_loss",
     "log_spherical_softmax_from_statistics",
     "log_spherical_softmax_loss",
@@ -406,7 +298,6 @@ __all__ = [
     "ngame_batches",
     "normalized_distillation_loss",
     "one_versus_all_loss",
-    "optimal_temperature",
     "oreo_policy_loss",
     "oreo_value_loss",
     "poly1_cross_entropy",
@@ -419,10 +310,8 @@ __all__ = [
     "robust_contrastive_loss",
     "robust_softmax_cross_entropy",
     "router_z_loss",
-    "row_statistics",
     "sampled_softmax_loss",
     "sdm_loss",
-    "sequence_log_probs",
     "simpo_loss",
     "smooth_adversarial_comp_sum_loss",
     "smoothed_token_loss",
@@ -430,14 +319,11 @@ __all__ = [
     "soft_top_k_loss",
     "softmax_collapse_fraction",
     "softmax_cross_entropy",
-    "softmax_entropy",
+    "softmax_cross_entropy_sum",
     "softmax_focal_loss",
     "softmax_jensen_shannon_divergence",
     "softmax_kl_divergence",
     "softmax_soft_target_cross_entropy",
-    "softmax_token_log_probs",
-    "softmax_token_metrics",
-    "softmax_top1_correct",
     "sparsemax_loss",
     "spherical_squared_error",
     "spherical_squared_error_from_statistics",

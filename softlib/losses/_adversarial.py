@@ -2,7 +2,6 @@ r"""Adversarial training: a smooth comp-sum loss, and an ascent to find adversar
 
 import math
 from collections.abc import Callable
-from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,10 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
+from softlib.logits import Logits
 from softlib.logits._compose import log_probability_of_labels
 from softlib.logits._labelled_rows import rows_that_count
-from softlib.logits._options import UncooledLogitsOptions
-from softlib.logits._sources import GivenLogits
+from softlib.logits._sources import stored_source_of, with_temperature
 from softlib.typing import Scalar
 
 from ._comp_sum import comp_sum_from_log_prob
@@ -25,15 +24,14 @@ from ._comp_sum import comp_sum_from_log_prob
 
 @array_arguments
 def smooth_adversarial_comp_sum_loss(
-    logits: Float[Array, "*batch V"],
-    adversarial_logits: Float[Array, "*batch V"],
+    logits: Logits,
+    adversarial_logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     tau: Scalar = 1.0,
     rho: Scalar = 1.0,
     nu: Scalar = 1.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[UncooledLogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""Smooth adversarial comp-sum loss of logits at an input and at its adversary.
 
@@ -49,9 +47,9 @@ def smooth_adversarial_comp_sum_loss(
     regard to the label's loss: see `projected_gradient_ascent`.
 
     Args:
-        logits: At the clean inputs.
-        adversarial_logits: At the adversaries; a constant added to a row changes
-            nothing.
+        logits: At the clean inputs: an array, or `softlib.logits.StoredLogits`.
+        adversarial_logits: At the adversaries, of the same kind; a constant added to a
+            row changes nothing.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs the limit of the comp-sum
             loss for $p_y = 0$.
@@ -62,8 +60,6 @@ def smooth_adversarial_comp_sum_loss(
             scalar.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the other arrays hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `class_where` and
-            `implementation`, as in `softmax_cross_entropy`, of both arrays.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -71,9 +67,9 @@ def smooth_adversarial_comp_sum_loss(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown or
-            `temperature`, which is `rho`.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, an option is out of range, or the logits
+            have a temperature, which is `rho`.
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `comp_sum_loss`; the norm has gradient 0 where both logits agree,
@@ -93,24 +89,24 @@ def smooth_adversarial_comp_sum_loss(
     checks.require_scalar(function, "rho", rho, 0, math.inf)
     checks.require_scalar(function, "nu", nu, 0, math.inf)
     checks.require_scalar(function, "tau", tau, 0, math.inf)
-    if "temperature" in options:
-        raise TypeError(
-            f"{function}: `temperature` must not be given, `rho` is it, "
-            f"got {options['temperature']!r}."
+    source = stored_source_of(function, logits)
+    other = stored_source_of(function, adversarial_logits, "adversarial_logits")
+    if other.shape != source.shape:
+        raise ValueError(
+            f"{function}: `adversarial_logits` must have shape {source.shape} (the "
+            f"shape of `logits`), got {other.shape}."
         )
-    source = GivenLogits.of(function, logits, temperature=rho, **options)
-    other = jnp.asarray(adversarial_logits)
-    checks.require_floating(function, adversarial_logits=other)
-    shape = source.logits.shape
-    why = "the shape of `logits`"
-    checks.require_shape(function, "adversarial_logits", other, shape, why)
-    log_prob = log_probability_of_labels(source, labels, where)
+    if other.modifiers.temperature is not None:
+        raise ValueError(
+            f"{function}: `temperature` of the logits must be None: `rho` is it."
+        )
+    cooled = with_temperature(source, rho)
+    log_prob = log_probability_of_labels(cooled, labels, where)
     clean = comp_sum_from_log_prob(log_prob, tau=tau)
 
     counts = rows_that_count(source, where)
     clean_logits, moved_logits = (
-        GivenLogits.of(function, z, **options).masked(counts).final_logits()
-        for z in (logits, other)
+        each.masked(counts).materialize() for each in (source, other)
     )
     moved = _margin_distance(clean_logits, moved_logits, labels)
     # What has no finite loss keeps it, and has no slope.

@@ -1,7 +1,6 @@
 r"""Comp-sum losses, $(p^{\tau - 1} - 1) / (1 - \tau)$: one family from 1/p to 1 - p."""
 
 import math
-from typing import Unpack
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,27 +10,25 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib._expm1 import expm1
+from softlib.logits import Logits
 from softlib.logits._compose import (
     log_probability_of_labels,
     of_log_prob,
     wide_log_prob,
 )
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 
 @array_arguments
-def linear_comp_sum_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def comp_sum_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     tau: Scalar = 1.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Comp-sum loss of a linear head, per row, without forming its logits.
+    r"""Comp-sum loss, per row.
 
     A concave function of $\sum_{j \neq y} e^{z_j - z_y}$, which is $1 / p_y - 1$:
 
@@ -44,20 +41,15 @@ def linear_comp_sum_loss(
     behind the loss weakens with the number of classes for $\tau > 1$.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs the limit for $p_y = 0$:
             +inf, or $1 / (\tau - 1)$ for $\tau > 1$; without gradient of the logits.
         tau: $\tau \geq 0$; a number is static, an array traced and differentiable, also
             at 1.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -65,86 +57,37 @@ def linear_comp_sum_loss(
         loss of a probability of 0, +inf or $1 / (\tau - 1)$, and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `tau`. Where the slope
+    Derivatives: as `row_statistics`, and with respect to `tau`. Where the slope
         $p_y^{\tau - 1}$ is larger than any number of the dtype, it is 0.
-    Cost: as `linear_softmax_cross_entropy`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> labels = jnp.array([0, 1])
-        >>> loss = softlib.losses.linear_comp_sum_loss(hidden, weight, labels, tau=0.5)
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> loss = softlib.losses.comp_sum_loss(logits, labels, tau=0.5)
         >>> print(loss.round(4))
         [0.635  0.2545]
     """
-    source = LinearHead.of("linear_comp_sum_loss", hidden, weight, **options)
+    source = source_of("comp_sum_loss", logits)
     checks.require_scalar(source.function, "tau", tau, 0, math.inf)
     return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
 
 
 @array_arguments
-def comp_sum_loss(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    tau: Scalar = 1.0,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Comp-sum loss of logits, per row.
-
-    The loss of `linear_comp_sum_loss` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_comp_sum_loss`.
-        tau: $\tau \geq 0$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf has the
-        loss of a probability of 0, +inf or $1 / (\tau - 1)$, and gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_comp_sum_loss`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> print(softlib.losses.comp_sum_loss(logits, labels, tau=1.5).round(4))
-        [0.123  0.5858]
-    """
-    source = GivenLogits.of("comp_sum_loss", logits, **options)
-    checks.require_scalar(source.function, "tau", tau, 0, math.inf)
-    return _power_loss(log_probability_of_labels(source, labels, where), tau - 1)
-
-
-@array_arguments
-def linear_generalized_cross_entropy_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def generalized_cross_entropy_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     q: Scalar = 0.7,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Generalized cross-entropy of a linear head, per row, without its logits.
+    r"""Generalized cross-entropy, per row.
 
     $$L = \frac{1 - p_y^q}{q}$$
 
@@ -153,20 +96,15 @@ def linear_generalized_cross_entropy_loss(
     other's tolerance of wrong labels.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs $1 / q$, without gradient of
             the logits.
         q: $q \geq 0$, where 0 is the limit; a number is static, an array traced and
             differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -174,88 +112,35 @@ def linear_generalized_cross_entropy_loss(
         q$ and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_comp_sum_loss`, with `q` for `tau`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Derivatives: as `comp_sum_loss`, with `q` for `tau`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
         Labels", without its truncation.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> gce = softlib.losses.linear_generalized_cross_entropy_loss
-        >>> print(gce(hidden, weight, jnp.array([1, 1])).round(2))
+        >>> gce = softlib.losses.generalized_cross_entropy_loss
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> print(gce(logits, jnp.array([1, 1])).round(2))
         [0.95 0.22]
     """
-    function = "linear_generalized_cross_entropy_loss"
-    source = LinearHead.of(function, hidden, weight, **options)
-    checks.require_scalar(function, "q", q, 0, math.inf)
-    return _power_loss(log_probability_of_labels(source, labels, where), q)
-
-
-@array_arguments
-def generalized_cross_entropy_loss(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    q: Scalar = 0.7,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Generalized cross-entropy of logits, per row.
-
-    The loss of `linear_generalized_cross_entropy_loss` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_generalized_cross_entropy_loss`.
-        q: $q \geq 0$, where 0 is cross-entropy; a number is static, an array traced and
-            differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf has loss $1 /
-        q$ and gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_comp_sum_loss`, with `q` for `tau`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
-        Labels", without its truncation.
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> gce = softlib.losses.generalized_cross_entropy_loss
-        >>> print(gce(logits, labels).round(4))
-        [0.1215 0.5492]
-    """
-    source = GivenLogits.of("generalized_cross_entropy_loss", logits, **options)
+    source = source_of("generalized_cross_entropy_loss", logits)
     checks.require_scalar(source.function, "q", q, 0, math.inf)
     return _power_loss(log_probability_of_labels(source, labels, where), q)
 
 
 @array_arguments
-def linear_mean_absolute_error_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def mean_absolute_error_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Mean absolute error of a linear head's probabilities, without its logits.
+    r"""Mean absolute error of the predicted probabilities, per row.
 
     $$L = 1 - p_y$$
 
@@ -265,17 +150,12 @@ def linear_mean_absolute_error_loss(
     many classes.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs 1, without gradient.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -283,68 +163,23 @@ def linear_mean_absolute_error_loss(
         gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Derivatives: as `row_statistics`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Robust Loss Functions under Label Noise for Deep Neural Networks", whose
         value is twice this one.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> mae = softlib.losses.linear_mean_absolute_error_loss
-        >>> print(mae(hidden, weight, jnp.array([1, 0])).round(4))
+        >>> mae = softlib.losses.mean_absolute_error_loss
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> print(mae(logits, jnp.array([1, 0])).round(4))
         [0.7881 0.8935]
     """
-    source = LinearHead.of("linear_mean_absolute_error_loss", hidden, weight, **options)
-    return _power_loss(log_probability_of_labels(source, labels, where), 1)
-
-
-@array_arguments
-def mean_absolute_error_loss(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Mean absolute error of the softmax of logits, per row.
-
-    The loss of `linear_mean_absolute_error_loss` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_mean_absolute_error_loss`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf has loss 1 and
-        gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_row_statistics`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "Robust Loss Functions under Label Noise for Deep Neural Networks", whose
-        value is twice this one.
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> print(softlib.losses.mean_absolute_error_loss(logits, labels).round(4))
-        [0.1192 0.5   ]
-    """
-    source = GivenLogits.of("mean_absolute_error_loss", logits, **options)
+    source = source_of("mean_absolute_error_loss", logits)
     return _power_loss(log_probability_of_labels(source, labels, where), 1)
 
 
@@ -355,7 +190,7 @@ def comp_sum_from_log_prob(
     r"""Comp-sum loss of log-probabilities.
 
     $(p^{\tau - 1} - 1) / (1 - \tau)$, and $-\log p$ for $\tau = 1$, for
-    `linear_token_log_probs` or any log-probabilities.
+    `token_log_probs` or any log-probabilities.
 
     Args:
         log_prob: $\log p \leq 0$. NaN gives NaN; -inf gives +inf, or $1 / (\tau - 1)$

@@ -1,13 +1,13 @@
-"""Cross-entropy, from a linear head without its logits or from logits."""
+"""Cross-entropy, of logits as values and of a linear head by its arrays."""
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
-from softlib.logits import _compose
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits import LinearLogits, Logits
+from softlib.logits._compose import token_metrics
+from softlib.logits._sources import Source, source_of
 from softlib.typing import (
     AxisName,
     GradientFilter,
@@ -19,42 +19,167 @@ from softlib.typing import (
 
 
 # The overloads tell type checkers what `return_lse` returns; the signatures that count
-# are those of the functions below. (A TypedDict may have more keys than it names, hence
-# the ignored error.)
-class _OwnOptions(TypedDict, total=False):
-    label_smoothing: Scalar
-    logsumexp_penalty: Scalar
-    class_weights: Array | None
-    where: Array | None
-
-
-class _Options(_OwnOptions, LogitsOptions, total=False):
-    pass
-
-
-class _LinearOptions(_OwnOptions, LinearHeadOptions, total=False):
-    pass
-
-
+# are those of the functions below.
 @overload
-# pyrefly: ignore[inconsistent-overload]
-def linear_softmax_cross_entropy(
-    hidden: Array,
-    weight: Array,
+def softmax_cross_entropy(
+    logits: Logits,
     labels: Array,
     *,
+    label_smoothing: Scalar = ...,
+    logsumexp_penalty: Scalar = ...,
+    class_weights: Array | None = ...,
+    where: Array | None = ...,
     return_lse: Literal[True],
-    **options: Unpack[_LinearOptions],
 ) -> tuple[Array, Array]: ...
 @overload
-# pyrefly: ignore[inconsistent-overload]
+def softmax_cross_entropy(
+    logits: Logits,
+    labels: Array,
+    *,
+    label_smoothing: Scalar = ...,
+    logsumexp_penalty: Scalar = ...,
+    class_weights: Array | None = ...,
+    where: Array | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+@array_arguments
+def softmax_cross_entropy(
+    logits: Logits,
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
+    *,
+    label_smoothing: Scalar = 0.0,
+    logsumexp_penalty: Scalar = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
+    where: Bool[Array, "..."] | None = None,
+    return_lse: bool = False,
+) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+    r"""Cross-entropy, in nats per row, for class ids or distributions.
+
+    With $z$ the logits of a row, label $y$, smoothing $\epsilon$ and penalty $\lambda$,
+    over the $V$ selected classes,
+
+    $$L = (1 - \epsilon)(\mathrm{lse} - z_y)
+        + \epsilon \Bigl(\mathrm{lse} - \frac{1}{V} \sum_j z_j\Bigr)
+        + \lambda\, \mathrm{lse}^2, \qquad \mathrm{lse} = \log \sum_j e^{z_j} .$$
+
+    Of `softlib.LinearLogits` it replaces
+    `optax.softmax_cross_entropy_with_integer_labels` on `hidden @ weight.T` wherever
+    rows x classes is large, at a small fraction of the memory. Reduce it with
+    `softlib.masked_mean`. The next token is a slice: `logits[:, :-1]` with
+    `tokens[:, 1:]`. For a label that is a distribution $q$ the label's logit becomes
+    $\sum_j q_j z_j$, and lse in the first two terms and the mean of the logits are
+    weighted by $\sum_j q_j$.
+
+    In float32 $\mathrm{lse} - z_y$ rounds to 0 once the label is 17 nats above all
+    others, and with it the gradient, $p_y - 1$: training stops. For class ids and
+    stored logits that term, of weight $1 - \epsilon$, is computed from the logsumexp of
+    the *other* classes as $\log(1 + e^{\mathrm{lse}_{j \neq y} - z_y})$: it and its
+    gradient are accurate until the exponential underflows, at 87 nats. The terms of
+    smoothing and penalty, of all classes, do not vanish and are as they stand above.
+
+    Args:
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
+        labels: Integers are class ids in $[0, V)$. Outside, the loss is NaN and the row
+            has no gradient; an id never wraps round, clamps, or trains another class.
+            The label of an excluded class costs +inf, without gradient. Floating
+            numbers of the shape of stored logits are distributions, where a mass of 0
+            on a logit of -inf costs 0.
+        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
+            the label's included. A number is static, an array traced.
+        logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
+            logits from drifting; often called z-loss, a name this library keeps for
+            the loss `z_loss`, which is another. A number is static, an array traced.
+        class_weights: Factors $a_j$, one number per class, differentiable: the loss is
+            $\sum_j a_j t_j (\mathrm{lse} - z_j) + \lambda\, \mathrm{lse}^2$, with $t$
+            the label (or $q$) after smoothing, as in PyTorch. The penalty is no class's
+            term, and nothing is divided by a sum of weights. A label of weight 0 costs
+            0, on an excluded class too. Of a linear head not with `label_smoothing`.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            results and all gradients are exactly 0, whatever `logits` and `labels`
+            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
+        return_lse: Static; also return the logsumexp, differentiable.
+
+    Returns:
+        The loss per row, float32 (float64 if an argument is float64), or the pair
+        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
+        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number.
+        ValueError: Shapes do not fit together, an option is out of range, or
+            `class_weights` of a linear head meet a `label_smoothing` that is not the
+            number 0.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `row_statistics`.
+    Cost: as `row_statistics`; with `where`, one masked copy of the rows.
+    Source: "Cut Your Losses in Large-Vocabulary Language Models"; smoothing as in
+        "Rethinking the Inception Architecture for Computer Vision". Deviations: exact
+        (no gradient filter), sums in float32, one fixed order of summation, `where`
+        instead of an ignored label value, the loss per row instead of a reduction.
+
+    Example:
+        >>> table = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> labels = jnp.array([0, -100])
+        >>> logits = softlib.LinearLogits(jnp.eye(2), table)
+        >>> cross_entropy = softlib.losses.softmax_cross_entropy
+        >>> loss = cross_entropy(logits, labels, where=labels >= 0)
+        >>> print(loss.round(4), softlib.masked_mean(loss, labels >= 0).round(4))
+        [0.5514 0.    ] 0.5514
+    """
+    source = source_of("softmax_cross_entropy", logits)
+    smoothing = (label_smoothing, logsumexp_penalty, class_weights)
+    return _cross_entropy(source, labels, *smoothing, where, return_lse)
+
+
+@overload
 def linear_softmax_cross_entropy(
     hidden: Array,
     weight: Array,
     labels: Array,
     *,
-    return_lse: Literal[False] = False,
-    **options: Unpack[_LinearOptions],
+    vocab_axis: int = ...,
+    bias: Array | None = ...,
+    logit_scale: PerRow | None = ...,
+    logit_softcap: float | None = ...,
+    temperature: PerRow | None = ...,
+    label_smoothing: Scalar = ...,
+    logsumexp_penalty: Scalar = ...,
+    class_weights: Array | None = ...,
+    class_where: Array | None = ...,
+    where: Array | None = ...,
+    return_lse: Literal[True],
+    vocab_chunk: int | None = ...,
+    token_chunk: int | None = ...,
+    gradient_filter_eps: GradientFilter = ...,
+    axis_name: AxisName | None = ...,
+    precision: Precision = ...,
+    implementation: Implementations = ...,
+) -> tuple[Array, Array]: ...
+@overload
+def linear_softmax_cross_entropy(
+    hidden: Array,
+    weight: Array,
+    labels: Array,
+    *,
+    vocab_axis: int = ...,
+    bias: Array | None = ...,
+    logit_scale: PerRow | None = ...,
+    logit_softcap: float | None = ...,
+    temperature: PerRow | None = ...,
+    label_smoothing: Scalar = ...,
+    logsumexp_penalty: Scalar = ...,
+    class_weights: Array | None = ...,
+    class_where: Array | None = ...,
+    where: Array | None = ...,
+    return_lse: Literal[False] = ...,
+    vocab_chunk: int | None = ...,
+    token_chunk: int | None = ...,
+    gradient_filter_eps: GradientFilter = ...,
+    axis_name: AxisName | None = ...,
+    precision: Precision = ...,
+    implementation: Implementations = ...,
 ) -> Array: ...
 @array_arguments
 def linear_softmax_cross_entropy(
@@ -82,17 +207,8 @@ def linear_softmax_cross_entropy(
 ) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     r"""Cross-entropy of a linear head, in nats per row, without forming its logits.
 
-    With $z$ the logits of a row (see `linear_row_statistics`), label $y$, smoothing
-    $\epsilon$ and penalty $\lambda$, over the $V$ selected classes,
-
-    $$L = (1 - \epsilon)(\mathrm{lse} - z_y)
-        + \epsilon \Bigl(\mathrm{lse} - \frac{1}{V} \sum_j z_j\Bigr)
-        + \lambda\, \mathrm{lse}^2, \qquad \mathrm{lse} = \log \sum_j e^{z_j} .$$
-
-    It replaces `optax.softmax_cross_entropy_with_integer_labels` on `hidden @ weight.T`
-    wherever rows x vocabulary is large, at a small fraction of the memory. Reduce it
-    with `softlib.masked_mean`. The next token is a slice: `hidden[:, :-1]` with
-    `tokens[:, 1:]`.
+    `softmax_cross_entropy` of `softlib.LinearLogits`, for those who look for a function
+    of hidden features and a weight. The value itself serves every other loss as well.
 
     Args:
         hidden: Inputs of the head.
@@ -124,7 +240,7 @@ def linear_softmax_cross_entropy(
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
         token_chunk: Static number of rows per step; None chooses from the shapes.
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
-            negligible blocks of the backward products, see `linear_row_statistics`. Not
+            negligible blocks of the backward products, see `row_statistics`. Not
             with `label_smoothing`. Saves time only in kernels; not with `axis_name`.
         axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias`,
             `class_weights` and `class_where`) are divided by classes. Labels are global
@@ -134,9 +250,7 @@ def linear_softmax_cross_entropy(
         implementation: Static; see `softlib.explain`.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64), or the pair
-        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
-        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
+        As `softmax_cross_entropy`: the loss per row, or the pair (loss, lse).
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
@@ -145,11 +259,9 @@ def linear_softmax_cross_entropy(
             `class_weights` meet a `label_smoothing` that is not the number 0.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`.
-    Cost: as `linear_row_statistics`; with `where`, one masked copy of `hidden`.
-    Source: "Cut Your Losses in Large-Vocabulary Language Models". Deviations: exact (no
-        gradient filter), sums in float32, one fixed order of summation, `where` instead
-        of an ignored label value, the loss per row instead of a reduction.
+    Derivatives: as `row_statistics`.
+    Cost: as `row_statistics`; with `where`, one masked copy of `hidden`.
+    Source: "Cut Your Losses in Large-Vocabulary Language Models".
 
     Example:
         >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -160,7 +272,7 @@ def linear_softmax_cross_entropy(
         >>> print(loss.round(4), softlib.masked_mean(loss, labels >= 0).round(4))
         [0.5514 0.    ] 0.5514
     """
-    source = LinearHead.of(
+    logits = LinearLogits.of(
         "linear_softmax_cross_entropy",
         hidden,
         weight,
@@ -177,141 +289,28 @@ def linear_softmax_cross_entropy(
         precision=precision,
         implementation=implementation,
     )
-    return _cross_entropy(
-        source,
-        labels,
-        label_smoothing=label_smoothing,
-        logsumexp_penalty=logsumexp_penalty,
-        class_weights=class_weights,
-        where=where,
-        return_lse=return_lse,
-    )
-
-
-@overload
-# pyrefly: ignore[inconsistent-overload]
-def softmax_cross_entropy(
-    logits: Array,
-    labels: Array,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
-@overload
-# pyrefly: ignore[inconsistent-overload]
-def softmax_cross_entropy(
-    logits: Array,
-    labels: Array,
-    *,
-    return_lse: Literal[False] = False,
-    **options: Unpack[_Options],
-) -> Array: ...
-@array_arguments
-def softmax_cross_entropy(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
-    *,
-    bias: Float[Array, " V"] | None = None,
-    logit_scale: PerRow | None = None,
-    logit_softcap: float | None = None,
-    temperature: PerRow | None = None,
-    label_smoothing: Scalar = 0.0,
-    logsumexp_penalty: Scalar = 0.0,
-    class_weights: Float[Array, " V"] | None = None,
-    class_where: Bool[Array, "..."] | None = None,
-    where: Bool[Array, "..."] | None = None,
-    return_lse: bool = False,
-    implementation: Implementations = None,
-) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    r"""Cross-entropy of logits, in nats per row, for class ids or distributions.
-
-    The loss of `linear_softmax_cross_entropy` from logits that exist. For a label that
-    is a distribution $q$ the label's logit becomes $\sum_j q_j z_j$, and lse in the
-    first two terms and the mean of the logits are weighted by $\sum_j q_j$.
-
-    In float32 $\mathrm{lse} - z_y$ rounds to 0 once the label is 17 nats above all
-    others, and with it the gradient, $p_y - 1$: training stops. For class ids that
-    term, of weight $1 - \epsilon$, is computed from the logsumexp of the *other*
-    classes as $\log(1 + e^{\mathrm{lse}_{j \neq y} - z_y})$: it and its gradient are
-    accurate until the exponential underflows, at 87 nats. The terms of smoothing and
-    penalty, of all classes, do not vanish and are as they stand above.
-
-    Args:
-        logits: Unnormalised log-probabilities, of any floating dtype; arithmetic is in
-            float32 or wider.
-        labels: Integers are class ids in $[0, V)$, with the exceptions described in
-            `linear_softmax_cross_entropy`; floating numbers of the shape of `logits`
-            are distributions, where a mass of 0 on a logit of -inf costs 0.
-        bias: Added to the scaled logits, one number per class; -inf is legal.
-        logit_scale: Multiplies the logits; a number, or an array that is a scalar or
-            one value per row, differentiable.
-        logit_softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
-        temperature: Divides the capped logits; positive, as `logit_scale` otherwise.
-        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
-            the label's included. A number is static, an array traced.
-        logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
-            logits from drifting; often called z-loss, a name this library keeps for
-            the loss `z_loss`, which is another. A number is static, an array traced.
-        class_weights: Factors $a_j$, one number per class, differentiable: the loss is
-            $\sum_j a_j t_j (\mathrm{lse} - z_j) + \lambda\, \mathrm{lse}^2$, with $t$
-            the label (or $q$) after smoothing, as in PyTorch. The penalty is no class's
-            term, and nothing is divided by a sum of weights. A label of weight 0 costs
-            0, on an excluded class too.
-        class_where: True for the classes that exist; broadcasts to `logits`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            results and all gradients are exactly 0, whatever `logits` and `labels`
-            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
-        return_lse: Static; also return the logsumexp, differentiable.
-        implementation: Static; see `softlib.explain`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64), or the pair
-        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
-        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a static option is not a
-            Python number.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_row_statistics`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: the cross-entropy of statistics textbooks; smoothing as in "Rethinking the
-        Inception Architecture for Computer Vision".
-
-    Example:
-        >>> logits = jnp.array([[2.0, 0.0], [0.0, 0.0]])
-        >>> loss = softlib.losses.softmax_cross_entropy(logits, jnp.array([0, 1]))
-        >>> print(loss.round(4))
-        [0.1269 0.6931]
-    """
-    source = GivenLogits.of(
-        "softmax_cross_entropy",
-        logits,
-        bias=bias,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        class_where=class_where,
-        implementation=implementation,
-    )
-    return _cross_entropy(
-        source,
-        labels,
-        label_smoothing=label_smoothing,
-        logsumexp_penalty=logsumexp_penalty,
-        class_weights=class_weights,
-        where=where,
-        return_lse=return_lse,
-    )
+    smoothing = (label_smoothing, logsumexp_penalty, class_weights)
+    return _cross_entropy(logits, labels, *smoothing, where, return_lse)
 
 
 def _cross_entropy(
-    source: Source, labels: Array, *, return_lse: bool, **options: Any
+    source: Source,
+    labels: Array,
+    label_smoothing: Scalar,
+    logsumexp_penalty: Scalar,
+    class_weights: Array | None,
+    where: Array | None,
+    return_lse: bool,
 ) -> Array | tuple[Array, Array]:
-    metrics = ("loss", "lse") if return_lse else ("loss",)
-    found = _compose.token_metrics(source, labels, metrics=metrics, **options)
+    found = token_metrics(
+        source,
+        labels,
+        metrics=("loss", "lse") if return_lse else ("loss",),
+        label_smoothing=label_smoothing,
+        logsumexp_penalty=logsumexp_penalty,
+        class_weights=class_weights,
+        where=where,
+    )
     assert found.loss is not None
     if not return_lse:
         return found.loss

@@ -1,25 +1,22 @@
 """Cross-entropy of a linear head summed over rows, three products instead of four."""
 
 import dataclasses
-from typing import Unpack
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib.logits import _compose, _labelled_rows
+from softlib.logits import Logits, StoredLogits, _compose, _labelled_rows
 from softlib.logits._engine.sum_with_gradients import RowTerms
 from softlib.logits._engine.tile import RowStatistics
-from softlib.logits._options import LinearHeadOptions
-from softlib.logits._sources import LinearHead
+from softlib.logits._sources import source_of
 from softlib.typing import PerRow, Scalar
 
 
 @array_arguments
-def linear_softmax_cross_entropy_sum(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def softmax_cross_entropy_sum(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     row_weights: PerRow = 1.0,
@@ -27,89 +24,99 @@ def linear_softmax_cross_entropy_sum(
     logsumexp_penalty: Scalar = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, ""]:
-    r"""The weighted sum of `linear_softmax_cross_entropy`, with a product less.
+    r"""The weighted sum of `softmax_cross_entropy`; of a head with a product less.
 
     $\sum_n w_n L_n$, in nats. A loss per row leaves open what it will be multiplied by,
-    so its backward pass computes the logits again. A sum is multiplied by one number at
-    the end: its gradients are computed along with it, while the logits of a block of
-    rows exist, in three matrix products instead of four. That saves time with many rows
-    of many features, where products are nearly all of the work. With fewer than 256
-    features a product takes less time than to keep its result: there, unless
-    `token_chunk` is given, the loss per row is taken and summed, so that the sum is
-    never the slower of the two. For the mean over the rows that count let `row_weights`
-    be 1 / their number. What needs the loss of each row, or another function of it,
-    needs `linear_softmax_cross_entropy`.
+    so its backward pass computes the logits of a linear head again. A sum is multiplied
+    by one number at the end: its gradients are computed along with it, while the logits
+    of a block of rows exist, in three matrix products instead of four. That saves time
+    with many rows of many features, where products are nearly all of the work. With
+    fewer than 256 features a product takes less time than to keep its result: there,
+    unless `token_chunk` is given, the loss per row is taken and summed, so that the sum
+    is never the slower of the two. For the mean over the rows that count let
+    `row_weights` be 1 / their number. What needs the loss of each row, or another
+    function of it, needs `softmax_cross_entropy`. Of stored logits this is the plain
+    sum.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class; with `vocab_axis=1` one column per class.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`, whose
+            `token_chunk` is here the number of rows whose logits exist at once, and
+            whose `axis_name` must be None.
         labels: Class ids in $[0, V)$; one outside makes the sum NaN, unless `where`
-            drops its row. Exceptions are those of `linear_softmax_cross_entropy`.
+            drops its row. Exceptions are those of `softmax_cross_entropy`.
         row_weights: $w_n$, a number or one per row, differentiable. Of a row that
             `where` drops it is ignored.
-        label_smoothing: As in `linear_softmax_cross_entropy`.
-        logsumexp_penalty: As in `linear_softmax_cross_entropy`.
-        class_weights: As in `linear_softmax_cross_entropy`.
+        label_smoothing: As in `softmax_cross_entropy`.
+        logsumexp_penalty: As in `softmax_cross_entropy`.
+        class_weights: As in `softmax_cross_entropy`.
         where: True for the rows that count; broadcasts to the batch shape.
-        **options: `vocab_axis`, `bias`, `logit_scale`, `logit_softcap`, `temperature`,
-            `class_where`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `precision` and `implementation` of `linear_softmax_cross_entropy`, except
-            that `token_chunk` is the number of rows whose logits exist at once.
-            `axis_name` must be None.
 
     Returns:
         A scalar, float32 (float64 if an argument is float64); 0 if no row counts.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, an option is unknown, or a
-            static one is not a Python number.
-        ValueError: Shapes do not fit together, an option is out of range, `axis_name`
-            is given, or options of the loss exclude each other.
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number.
+        ValueError: Shapes do not fit together, an option is out of range, the logits
+            have an `axis_name`, or options of the loss exclude each other.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: reverse mode, with respect to `hidden`, `weight`, `bias`,
-        `logit_scale`, `temperature`, `row_weights`, `class_weights` and traced options;
+    Derivatives: reverse mode, with respect to every floating array in the
+        logits, `row_weights`, `class_weights` and traced options;
         forward over reverse; plain forward mode with `implementation="reference"`.
     Cost: with N rows 6 N V D flop with gradients, 2 N V D without; scratch of a block
         of logits, at most 128 MiB or that of 128 rows, and where the rows are several
         blocks and the weight is narrower than float32, its gradient in float32. Kept
         for the backward pass: the gradients, and nothing else. With fewer than 256
-        features and more than 8 MiB of logits, that of `linear_row_statistics`.
+        features and more than 8 MiB of logits, that of `row_statistics`.
     Source: the gradient in the forward pass of "Liger Kernel: Efficient Triton Kernels
         for LLM Training". Deviations: a scalar by construction (there a loss per row
         is accepted and its gradients are wrong), sums in float32, blocks by memory.
 
     Example:
-        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> mean = lambda hidden: softlib.losses.linear_softmax_cross_entropy_sum(
-        ...     hidden, table, jnp.array([0, 1]), row_weights=1 / 2
-        ... )
-        >>> print(jax.grad(mean)(hidden).round(4))
-        [[-0.2119  0.2119]
-         [ 0.0533 -0.213 ]]
+        >>> table = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> logits, labels = softlib.LinearLogits(jnp.eye(2), table), jnp.array([0, 1])
+        >>> total = softlib.losses.softmax_cross_entropy_sum
+        >>> print(total(logits, labels, row_weights=1 / 2).round(4))
+        0.3955
     """
-    function = "linear_softmax_cross_entropy_sum"
-    source = LinearHead.of(function, hidden, weight, **options)
+    function = "softmax_cross_entropy_sum"
+    source = source_of(function, logits)
+    weights = jnp.asarray(row_weights, source.dtype)
+    why = "a scalar, or one per row"
+    checks.require_shape_in(
+        function, "row_weights", weights, ((), source.batch_shape), why
+    )
+    weights = jnp.broadcast_to(weights, source.batch_shape)
+    where = _labelled_rows.rows_that_count(source, where)
+    if where is not None:
+        weights = jnp.where(where, weights, 0)
+    if isinstance(source, StoredLogits):
+        loss = _compose.token_metrics(
+            source,
+            labels,
+            metrics=("loss",),
+            label_smoothing=label_smoothing,
+            logsumexp_penalty=logsumexp_penalty,
+            class_weights=class_weights,
+            where=where,
+        ).loss
+        assert loss is not None
+        return _labelled_rows.weigh(weights, loss).sum()
     if source.axis_name is not None:
         raise ValueError(
-            f"{function}: `axis_name` must be None, got {source.axis_name!r}. Over a "
-            "divided vocabulary sum linear_softmax_cross_entropy."
+            f"{function}: `axis_name` of the logits must be None, got "
+            f"{source.axis_name!r}. Over a divided vocabulary sum the loss per row."
         )
     statistics = _compose.cross_entropy_statistics(
         source, label_smoothing, logsumexp_penalty, class_weights
     )
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)
-    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
-    weights = jnp.asarray(row_weights, source.dtype)
-    why = "a scalar, or one per row"
-    checks.require_shape_in(function, "row_weights", weights, ((), source.batch), why)
-    weights = jnp.broadcast_to(weights, source.batch)
-    where = _labelled_rows.rows_that_count(source, where)
-    if where is not None:
-        weights = jnp.where(where, weights, 0)
+    checks.require_shape(
+        function, "labels", labels, source.batch_shape, "the batch shape"
+    )
     source = source.masked(where)
     marked = _labelled_rows.mark(
         source, labels, where, _labelled_rows.per_class(source, class_weights)

@@ -2,7 +2,7 @@ r"""Knowledge distillation: a teacher's whole prediction in the place of a label
 
 import dataclasses
 import math
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -11,6 +11,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._expm1 import expm1
 from softlib._ids import labels_in_range
+from softlib.logits import LinearLogits, Logits
 from softlib.logits._compose import (
     log_probability_in_turn,
     log_probability_of_labels,
@@ -18,46 +19,18 @@ from softlib.logits._compose import (
 from softlib.logits._engine import pair_terms
 from softlib.logits._labelled_rows import rows_that_count, weigh
 from softlib.logits._pair import SourcePair
-from softlib.logits._sources import LinearHead
-from softlib.typing import AxisName, Implementations, PerRow, Precision, Scalar
-
-
-class LogitsDistillationOptions(TypedDict, total=False):
-    """Options of student and, with `target_`, teacher; the temperature is the loss'."""
-
-    bias: Array | None
-    logit_scale: PerRow | None
-    logit_softcap: float | None
-    target_bias: Array | None
-    target_logit_scale: PerRow | None
-    target_logit_softcap: float | None
-    class_where: Array | None
-    implementation: Implementations
-
-
-class HeadDistillationOptions(LogitsDistillationOptions, total=False):
-    """The same of two linear heads."""
-
-    vocab_axis: int
-    target_vocab_axis: int
-    vocab_chunk: int | None
-    token_chunk: int | None
-    axis_name: AxisName | None
-    precision: Precision
+from softlib.typing import Scalar
 
 
 @array_arguments
-def linear_knowledge_distillation_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "*batch E"],
-    teacher_weight: Float[Array, "V E"] | Float[Array, "E V"],
+def knowledge_distillation_loss(
+    logits: Logits,
+    teacher_logits: Logits,
     *,
     temperature: Scalar = 1.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[HeadDistillationOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Knowledge distillation between two linear heads, without the logits of either.
+    r"""Knowledge distillation: $T^2$ times a divergence from the teacher.
 
     With $S_T$ and $P_T$ the softmax of the student's and the teacher's logits over $T$,
     in nats per row,
@@ -68,18 +41,13 @@ def linear_knowledge_distillation_loss(
     that of half the squared distance of the centred logits, over the number of classes.
 
     Args:
-        hidden: The student's inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
-        teacher_hidden: The teacher's inputs of its head, of any number of features.
-        teacher_weight: Of the same classes; one column per class with
-            `target_vocab_axis=1`.
+        logits: The student's: an array, or a value such as `softlib.LinearLogits`.
+        teacher_logits: The teacher's, over the same classes: of another head with any
+            number of features, or stored if `logits` are.
         temperature: $T > 0$; a number is static, an array traced and differentiable,
             through both distributions.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `vocab_axis` of the student
-            and, with `target_` in front, of the teacher; `class_where`, `vocab_chunk`,
-            `token_chunk`, `axis_name`, `precision` and `implementation` of both.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -87,99 +55,41 @@ def linear_knowledge_distillation_loss(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_kl_divergence`; the teacher has none.
-    Cost: as `linear_kl_divergence` with a constant second head.
-    Source: "Distilling the Knowledge in a Neural Network".
-
-    Example:
-        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> kd = softlib.losses.linear_knowledge_distillation_loss
-        >>> print(kd(hidden, weight, hidden, 2 * weight, temperature=2.0).round(4))
-        [0.124  0.3955]
-    """
-    function = "linear_knowledge_distillation_loss"
-    _check_temperature(function, temperature)
-    heads = (hidden, weight, teacher_hidden, teacher_weight)
-    pair = SourcePair.of_heads(
-        function, *heads, second="teacher", temperature=temperature, **options
-    )
-    return _knowledge_distillation(pair, temperature, where)
-
-
-@array_arguments
-def knowledge_distillation_loss(
-    logits: Float[Array, "*batch V"],
-    teacher_logits: Float[Array, "*batch V"],
-    *,
-    temperature: Scalar = 1.0,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsDistillationOptions],
-) -> Float[Array, "*batch"]:
-    r"""Knowledge distillation of logits: $T^2$ times a divergence from the teacher's.
-
-    The loss of `linear_knowledge_distillation_loss` from logits that exist.
-
-    Args:
-        logits: The student's unnormalised log-probabilities.
-        teacher_logits: The teacher's, over the same classes.
-        temperature: $T > 0$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap` of the student and, with
-            `target_` in front, of the teacher; `class_where` and `implementation` of
-            both.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `softmax_kl_divergence`; the teacher has none.
-    Cost: as `softmax_kl_divergence`.
+    Cost: as `softmax_kl_divergence` with a constant second head.
     Source: "Distilling the Knowledge in a Neural Network".
 
     Example:
-        >>> logits, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[2.0, 0.0]])
+        >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> kd = softlib.losses.knowledge_distillation_loss
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> teacher = softlib.LinearLogits(hidden, 2 * weight)
         >>> print(kd(logits, teacher, temperature=2.0).round(4))
-        [0.4438]
+        [0.124  0.3955]
     """
     function = "knowledge_distillation_loss"
     _check_temperature(function, temperature)
-    pair = SourcePair.of_logits(
-        function,
-        logits,
-        teacher_logits,
-        second="teacher",
-        temperature=temperature,
-        **options,
+    pair = SourcePair.of(
+        function, logits, teacher_logits, "teacher_logits", temperature
     )
     return _knowledge_distillation(pair, temperature, where)
 
 
 @array_arguments
-def linear_normalized_distillation_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
-    teacher_hidden: Float[Array, "*batch E"],
-    teacher_weight: Float[Array, "V E"] | Float[Array, "E V"],
+def normalized_distillation_loss(
+    logits: Logits,
+    teacher_logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     temperature: Scalar = 1.0,
     gamma: Scalar = 1.5,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[HeadDistillationOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Normalized distillation (NKD) of two linear heads, without either's logits.
+    r"""Normalized distillation (NKD), to be added to cross-entropy.
 
     With $S$ and $P$ the softmax of the student's and the teacher's logits, and
     $\hat S$, $\hat P$ that of their logits over $\lambda$ among the classes other than
@@ -194,11 +104,9 @@ def linear_normalized_distillation_loss(
     the entropy of $\hat P$.
 
     Args:
-        hidden: The student's inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
-        teacher_hidden: The teacher's inputs of its head, of any number of features.
-        teacher_weight: Of the same classes; one column per class with
-            `target_vocab_axis=1`.
+        logits: The student's: an array, or a value such as `softlib.LinearLogits`.
+        teacher_logits: The teacher's, over the same classes: of another head with any
+            number of features, or stored if `logits` are.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class leaves the second term.
         temperature: $\lambda > 0$, of the second term alone; a number is static, an
@@ -206,7 +114,6 @@ def linear_normalized_distillation_loss(
         gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: As in `linear_knowledge_distillation_loss`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -214,107 +121,44 @@ def linear_normalized_distillation_loss(
         with gradient 0; one with two classes has no second term.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_kl_divergence`, and with respect to `gamma`; the teacher has
-        none.
+    Derivatives: as `softmax_kl_divergence`, and with respect to `gamma`; the teacher
+        has none.
     Cost: six products of N V D forward and seven backward.
     Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
         Approach with Normalized Loss and Customized Soft Labels".
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> nkd = softlib.losses.linear_normalized_distillation_loss
-        >>> heads = (hidden, weight, hidden, 2 * weight)
-        >>> print(f"{nkd(*heads, jnp.array([0, 1]))[0]:.2f}")
-        1.47
-    """
-    function = "linear_normalized_distillation_loss"
-    _check_temperature(function, temperature)
-    heads = (hidden, weight, teacher_hidden, teacher_weight)
-    pair = SourcePair.of_heads(function, *heads, second="teacher", **options)
-    heated = SourcePair.of_heads(
-        function, *heads, second="teacher", temperature=temperature, **options
-    )
-    return _normalized(pair, heated, labels, temperature, gamma, where)
-
-
-@array_arguments
-def normalized_distillation_loss(
-    logits: Float[Array, "*batch V"],
-    teacher_logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    temperature: Scalar = 1.0,
-    gamma: Scalar = 1.5,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsDistillationOptions],
-) -> Float[Array, "*batch"]:
-    r"""Normalized distillation (NKD) of logits, to be added to cross-entropy.
-
-    The loss of `linear_normalized_distillation_loss` from logits that exist. Its
-    gradient is $P_y (S - e_y)$ and, on the other classes,
-    $\gamma \lambda (\hat S - \hat P)$.
-
-    Args:
-        logits: The student's unnormalised log-probabilities.
-        teacher_logits: The teacher's, over the same classes.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class leaves the second term.
-        temperature: $\lambda > 0$, of the second term alone; a number is static, an
-            array traced and differentiable, through both distributions.
-        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: As in `knowledge_distillation_loss`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one with two classes has no second term.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `softmax_kl_divergence`, and with respect to `gamma`; the teacher
-        has none.
-    Cost: a few passes over both logits.
-    Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
-        Approach with Normalized Loss and Customized Soft Labels".
-
-    Example:
-        >>> logits, teacher = jnp.zeros((1, 3)), jnp.array([[2.0, 1.0, 0.0]])
         >>> nkd = softlib.losses.normalized_distillation_loss
-        >>> print(nkd(logits, teacher, jnp.array([0])).round(4))
-        [1.7706]
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> teacher = softlib.LinearLogits(hidden, 2 * weight)
+        >>> print(f"{nkd(logits, teacher, jnp.array([0, 1]))[0]:.2f}")
+        1.47
     """
     function = "normalized_distillation_loss"
     _check_temperature(function, temperature)
-    both = (logits, teacher_logits)
-    pair = SourcePair.of_logits(function, *both, second="teacher", **options)
-    heated = SourcePair.of_logits(
-        function, *both, second="teacher", temperature=temperature, **options
-    )
+    both = (logits, teacher_logits, "teacher_logits")
+    pair = SourcePair.of(function, *both)
+    heated = SourcePair.of(function, *both, temperature)
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
 @array_arguments
 def decoupled_knowledge_distillation_loss(
-    logits: Float[Array, "*batch V"],
-    teacher_logits: Float[Array, "*batch V"],
+    logits: Logits,
+    teacher_logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     alpha: Scalar = 1.0,
     beta: Scalar = 8.0,
     temperature: Scalar = 4.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsDistillationOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Decoupled knowledge distillation (DKD) of logits, in nats per row.
+    r"""Decoupled knowledge distillation (DKD), in nats per row.
 
     $$L = T^2 \bigl(\alpha\, \mathrm{KL}((P_y, 1 - P_y) \,\|\, (S_y, 1 - S_y))
         + \beta\, \mathrm{KL}(\hat P \,\|\, \hat S)\bigr)$$
@@ -325,8 +169,9 @@ def decoupled_knowledge_distillation_loss(
     is sure. Cross-entropy with the label is added to it.
 
     Args:
-        logits: The student's unnormalised log-probabilities.
-        teacher_logits: The teacher's, over the same classes.
+        logits: The student's: an array, or a value such as `softlib.LinearLogits`.
+        teacher_logits: The teacher's, over the same classes: of another head with any
+            number of features, or stored if `logits` are.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class has probability 0 in both.
         alpha: Factor of the first term, $\geq 0$; an array is traced, differentiable.
@@ -334,7 +179,6 @@ def decoupled_knowledge_distillation_loss(
         temperature: $T > 0$; a number is static, an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: As in `knowledge_distillation_loss`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -342,7 +186,7 @@ def decoupled_knowledge_distillation_loss(
         with gradient 0; one with two classes has no second term.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
@@ -361,13 +205,8 @@ def decoupled_knowledge_distillation_loss(
     _check_temperature(function, temperature)
     checks.require_scalar(function, "alpha", alpha, 0, math.inf)
     checks.require_scalar(function, "beta", beta, 0, math.inf)
-    pair = SourcePair.of_logits(
-        function,
-        logits,
-        teacher_logits,
-        second="teacher",
-        temperature=temperature,
-        **options,
+    pair = SourcePair.of(
+        function, logits, teacher_logits, "teacher_logits", temperature
     ).with_constant_target()
     labels, where, outside = _valid(pair, labels, where)
     student, teacher = (
@@ -403,8 +242,8 @@ def _normalized(
     confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
     log_prob, own = log_probability_in_turn(pair.own, labels, where)
     target = weigh(confidence, 0 - log_prob)
-    if isinstance(own, LinearHead) and isinstance(heated.own, LinearHead):
-        in_turn = dataclasses.replace(heated.own, weight=own.weight)
+    if isinstance(own, LinearLogits) and isinstance(heated.own, LinearLogits):
+        in_turn = heated.own.replaced(weight=own.weight)
         heated = dataclasses.replace(heated, own=in_turn)
     others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
     factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
@@ -419,10 +258,10 @@ def _valid(
     labels = jnp.asarray(labels)
     checks.require_integer(source.function, labels=labels)
     why = "the batch shape"
-    checks.require_shape(source.function, "labels", labels, source.batch, why)
+    checks.require_shape(source.function, "labels", labels, source.batch_shape, why)
     where = rows_that_count(source, where)
-    kept = jnp.ones(source.batch, bool) if where is None else where
-    labels = labels_in_range(labels, source.vocabulary)
+    kept = jnp.ones(source.batch_shape, bool) if where is None else where
+    labels = labels_in_range(labels, source.num_classes)
     return jnp.where(labels < 0, 0, labels), kept & (labels >= 0), kept & (labels < 0)
 
 

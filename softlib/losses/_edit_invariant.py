@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Unpack
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
+from softlib.logits import Logits
 from softlib.logits._labelled_rows import rows_that_count
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
 from softlib.logits._shared_labels import log_probs_of_shared_labels
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits._sources import LinearLogits, Source, source_of
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
 from softlib.typing import Scalar
 
@@ -26,9 +26,8 @@ MODES = ("softmax", "gumbel", "logsumexp")
 
 
 @array_arguments
-def linear_edit_invariant_sequence_loss(
-    hidden: Float[Array, "*batch T D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def edit_invariant_sequence_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch S"],
     *,
     ngrams: Sequence[int] = (1, 2, 3, 4),
@@ -39,9 +38,8 @@ def linear_edit_invariant_sequence_loss(
     stop_weight_gradient: bool = False,
     where: Bool[Array, "..."] | None = None,
     label_where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Edit-invariant sequence loss of a linear head, without its logits.
+    r"""Edit-invariant sequence loss: n-grams of the target, wherever they stand.
 
     The target need not stand where the model writes it. With $p_i$ the prediction at
     position $i$, every n-gram $j$ of the target is compared with every window:
@@ -55,8 +53,7 @@ def linear_edit_invariant_sequence_loss(
     or moved; usually a fraction of the cross-entropy is added.
 
     Args:
-        hidden: Inputs of the head at the positions of the output.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: The target, class ids in $[0, V)$; its length may differ from that of
             the output. An id outside, if `label_where` keeps it, makes its example NaN
             without gradient.
@@ -73,15 +70,10 @@ def linear_edit_invariant_sequence_loss(
             finite; a number or a scalar array.
         stop_weight_gradient: Static; whether $w$ is held fixed. Otherwise a window with
             $g_{ij}$ more than 1 below $\sum_i w_{ij} g_{ij}$ is pushed further down.
-        where: True for the positions of the output that count; broadcasts to the shape
-            of `hidden` without its last axis. What others hold does not matter.
+        where: True for the positions of the output that count; broadcasts to the
+            batch shape of `logits`. What others hold does not matter.
         label_where: True for the tokens of the target that count. An n-gram counts if
             all its tokens do, in a window of positions that all do.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`. A label on an excluded class has
-            log-probability `floor`; a position without classes does not count.
 
     Returns:
         The loss per example, float32 (float64 if an argument is float64); 0 for one in
@@ -93,8 +85,8 @@ def linear_edit_invariant_sequence_loss(
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `weights` and `floor`.
-    Cost: the stream of `linear_row_statistics`, a product of $T$ by $S$ by $D$ for each
+    Derivatives: as `row_statistics`, and with respect to `weights` and `floor`.
+    Cost: the stream of `row_statistics`, a product of $T$ by $S$ by $D$ for each
         example, and for each length a few passes over $T \times S$ numbers, of which
         some three arrays are kept for the backward pass. Nothing of the size of the
         weight beside its gradient.
@@ -105,74 +97,12 @@ def linear_edit_invariant_sequence_loss(
     Example:
         >>> hidden, weight = 9 * jnp.eye(4)[jnp.array([2, 0, 1, 3])], jnp.eye(4)
         >>> labels = jnp.array([0, 1, 2, 3])  # The output has the 2 at the front.
-        >>> loss = softlib.losses.linear_edit_invariant_sequence_loss
-        >>> print(loss(hidden, weight, labels, ngrams=(1, 2)).round(1))
+        >>> loss = softlib.losses.edit_invariant_sequence_loss
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> print(loss(logits, labels, ngrams=(1, 2)).round(1))
         1.5
     """
-    function = "linear_edit_invariant_sequence_loss"
-    source = LinearHead.of(function, hidden, weight, **options)
-    choices = (ngrams, weights, mode, key, floor, stop_weight_gradient)
-    return _edit_invariant(source, labels, where, label_where, *choices)
-
-
-@array_arguments
-def edit_invariant_sequence_loss(
-    logits: Float[Array, "*batch T V"],
-    labels: Integer[Array, "*batch S"],
-    *,
-    ngrams: Sequence[int] = (1, 2, 3, 4),
-    weights: Weights = None,
-    mode: Mode = "softmax",
-    key: Array | None = None,
-    floor: Scalar = -20.0,
-    stop_weight_gradient: bool = False,
-    where: Bool[Array, "..."] | None = None,
-    label_where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Edit-invariant sequence loss of logits, one number per example.
-
-    The loss of `linear_edit_invariant_sequence_loss` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities at the positions of the output.
-        labels: The target, class ids in $[0, V)$, of any length.
-        ngrams: Static; lengths of n-grams, each at least 1.
-        weights: One for each length; differentiable as an array. None: equal ones of
-            sum 1.
-        mode: Static; `"softmax"`, `"gumbel"` or `"logsumexp"`.
-        key: Of `jax.random`, for `"gumbel"`.
-        floor: Log-probabilities below it count as this, without gradient.
-        stop_weight_gradient: Static; whether the weights of windows are held fixed.
-        where: True for the positions of the output that count; broadcasts to the shape
-            of `logits` without its last axis.
-        label_where: True for the tokens of the target that count.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per example, float32 (float64 if an argument is float64); 0 for one in
-        which no n-gram counts.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, a keyword is unknown, or
-            `"gumbel"` comes without `key`.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_edit_invariant_sequence_loss`.
-    Cost: one pass over `logits`, and a few over $T \times S$ numbers per n-gram length.
-    Source: "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text
-        Generation", with the deviations of `linear_edit_invariant_sequence_loss`.
-
-    Example:
-        >>> logits = 9 * jnp.eye(4)[None, jnp.array([0, 1, 2, 3])]
-        >>> shifted = jnp.array([[3, 0, 1, 2]])
-        >>> loss = softlib.losses.edit_invariant_sequence_loss
-        >>> print(*(loss(logits, shifted, ngrams=(n,)).round(2) for n in (2, 4)))
-        [3.] [9.]
-    """
-    source = GivenLogits.of("edit_invariant_sequence_loss", logits, **options)
+    source = source_of("edit_invariant_sequence_loss", logits)
     choices = (ngrams, weights, mode, key, floor, stop_weight_gradient)
     return _edit_invariant(source, labels, where, label_where, *choices)
 
@@ -194,7 +124,7 @@ def _edit_invariant(
     where = rows_that_count(source, where)
     source = source.masked(where)
 
-    labels = jnp.where(label_where, labels_in_range(labels, source.vocabulary), -1)
+    labels = jnp.where(label_where, labels_in_range(labels, source.num_classes), -1)
     outside = label_where & (labels < 0)
     token_counts = label_where & ~outside
     log_probs, some = log_probs_of_shared_labels(source, labels)
@@ -205,7 +135,7 @@ def _edit_invariant(
     log_probs = jnp.where(pairs, log_probs, 0)
 
     total = jnp.zeros(outside.shape[:-1], source.dtype)
-    lengths = (source.batch[-1], labels.shape[-1])
+    lengths = (source.batch_shape[-1], labels.shape[-1])
     for i, n in enumerate(ngrams):
         if n > min(lengths):
             continue
@@ -226,9 +156,9 @@ def _edit_invariant(
 def _checked_labels(
     source: Source, labels: Array, label_where: Array | None
 ) -> tuple[Integer[Array, "*batch S"], Bool[Array, "*batch S"]]:
-    function, batch = source.function, source.batch
+    function, batch = source.function, source.batch_shape
     if not batch:
-        of = "hidden" if isinstance(source, LinearHead) else "logits"
+        of = "hidden" if isinstance(source, LinearLogits) else "logits"
         raise ValueError(
             f"{function}: `{of}` must have at least 2 axes, positions and their "
             "numbers, got 1."

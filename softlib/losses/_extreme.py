@@ -5,31 +5,27 @@ softmax lets each compete with the negatives alone; soft top-k asks for all of t
 be among the first k. One-versus-all is in its own file.
 """
 
-from typing import Unpack
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib.logits import Logits
 from softlib.logits._positives import Positives
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits._sources import Source, source_of, stored_source_of
 from softlib.softmax._soft_top_k import log_soft_top_k_of
 from softlib.typing import PerRow
 
 
 @array_arguments
-def linear_decoupled_softmax_loss(
-    hidden: Float[Array, "*batch D"],
-    label_embeddings: Float[Array, "L D"] | Float[Array, "D L"],
-    positives: Integer[Array, "*batch K"],
+def decoupled_softmax_loss(
+    logits: Logits,
+    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
     *,
-    weights: Float[Array, "*batch K"] | None = None,
+    weights: Float[Array, "*batch M"] | None = None,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Decoupled softmax loss over a table of labels, without the scores of its rows.
+    r"""Decoupled softmax loss over many labels, of which a row has several.
 
     With the positives $P$ of a row and $N$ the logsumexp of the scores of all *other*
     labels,
@@ -37,37 +33,32 @@ def linear_decoupled_softmax_loss(
     $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{N - z_l}\bigr) :$$
 
     each positive is classified among itself and the negatives. In the sum of ordinary
-    cross-entropies over the positives (`linear_multi_label_cross_entropy`) they compete
+    cross-entropies over the positives (`multi_label_cross_entropy`) they compete
     with each other: the optimum has equal scores for all of them, and a positive that
     is more certain than $1 / |P|$ is pushed down. Here the gradient of a positive is
     never positive, and with one positive the loss is cross-entropy.
 
     Args:
-        hidden: Embeddings of the queries.
-        label_embeddings: One row per label, or one column with `vocab_axis=1`.
-        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
-            Another id out of range makes the loss NaN, a positive on an excluded label
-            +inf; such a row has no gradient.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. Of
+            stored logits a mask over the labels, too. Another id out of range makes the
+            loss NaN, a positive on an excluded label +inf; such a row has no gradient.
         weights: $w_l$, differentiable, in the place of $1 / |P|$: how relevant a
             positive is. They are not divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale` (the reciprocal of the paper's temperature),
-            `logit_softcap`, `temperature`, `class_where`, `vocab_axis`, `vocab_chunk`,
-            `token_chunk`, `gradient_filter_eps`, `axis_name`, `precision` and
-            `implementation`, as in `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row in nats, float32 (float64 if an argument is float64). A row
         without positives, or without negatives, has loss 0 and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `weights`.
-    Cost: as `linear_softmax_cross_entropy`; each tile of scores is compared with all
+    Derivatives: as `row_statistics`, and with respect to `weights`.
+    Cost: as `softmax_cross_entropy`; each tile of scores is compared with all
         $K$ ids of its rows, forward and backward.
     Source: "Dual-Encoders for Extreme Multi-Label Classification". The negatives are
         summed without the positives; they are not found as a difference, which leaves
@@ -75,71 +66,21 @@ def linear_decoupled_softmax_loss(
 
     Example:
         >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> loss = softlib.losses.linear_decoupled_softmax_loss
-        >>> print(loss(hidden, table, jnp.array([[0, 2], [1, -1]])).round(4))
+        >>> loss = softlib.losses.decoupled_softmax_loss
+        >>> logits = softlib.LinearLogits(hidden, table)
+        >>> print(loss(logits, jnp.array([[0, 2], [1, -1]])).round(4))
         [0.5032 0.2395]
     """
-    function = "linear_decoupled_softmax_loss"
-    source = LinearHead.of(
-        function, hidden, label_embeddings, weight_name="label_embeddings", **options
-    )
-    return _decoupled(source, positives, weights, where)
-
-
-@array_arguments
-def decoupled_softmax_loss(
-    scores: Float[Array, "*batch L"],
-    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
-    *,
-    weights: Float[Array, "*batch M"] | None = None,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Decoupled softmax loss of scores: each positive against the negatives alone.
-
-    The loss of `linear_decoupled_softmax_loss` from scores that exist.
-
-    Args:
-        scores: Of all labels, -inf for one that cannot be.
-        positives: A mask over the labels, or ids that -1 fills up, with the exceptions
-            described in `linear_decoupled_softmax_loss`.
-        weights: $w_l$, differentiable, of the shape of `positives`, in the place of
-            $1 / |P|$; they are not divided by their sum.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row in nats, float32 (float64 if an argument is float64). A row
-        without positives, or without negatives, has loss 0 and gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_decoupled_softmax_loss`.
-    Cost: a few passes over `scores` forward, one backward.
-    Source: "Dual-Encoders for Extreme Multi-Label Classification".
-
-    Example:
-        >>> scores = jnp.array([[2.0, 1.0, 0.0]])
-        >>> loss = softlib.losses.decoupled_softmax_loss
-        >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
-        [0.2201]
-    """
-    source = GivenLogits.of("decoupled_softmax_loss", scores, name="scores", **options)
+    source = source_of("decoupled_softmax_loss", logits)
     return _decoupled(source, positives, weights, where)
 
 
 @array_arguments
 def multilabel_softmax_loss(
-    scores: Float[Array, "*batch L"],
+    logits: Logits,
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
     *,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""The sum of the cross-entropies of a row's positives, each among all labels.
 
@@ -151,40 +92,38 @@ def multilabel_softmax_loss(
     `decoupled_softmax_loss` is compared with.
 
     It is $|P|$ times `multi_label_cross_entropy`, which takes the mean, or any weights,
-    smoothing and a penalty, and lists of ids only; for a linear head use
-    `linear_multi_label_cross_entropy`, with weights of 1 for this sum.
+    smoothing and a penalty, and lists of ids only.
 
     Args:
-        scores: Of all labels, -inf for one that cannot be.
-        positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
-            id out of range makes the loss NaN, a positive on an excluded label +inf;
-            such a row has no gradient.
+        logits: An array of logits, -inf for a label that cannot be, or a value such as
+            `softlib.LinearLogits`.
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. Of
+            stored logits a mask over the labels, too. Another id out of range makes the
+            loss NaN, a positive on an excluded label +inf; such a row has no gradient.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
 
     Returns:
         The loss per row in nats, float32 (float64 if an argument is float64). A row
         without positives has loss 0 and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`.
-    Cost: one pass over `scores` forward, one backward.
+    Derivatives: as `row_statistics`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Dual-Encoders for Extreme Multi-Label Classification", where it is the
         baseline.
 
     Example:
-        >>> scores = jnp.array([[2.0, 1.0, 0.0]])
+        >>> logits = jnp.array([[2.0, 1.0, 0.0]])
         >>> loss = softlib.losses.multilabel_softmax_loss
-        >>> print(loss(scores, jnp.array([[True, True, False]])).round(4))
+        >>> print(loss(logits, jnp.array([[True, True, False]])).round(4))
         [1.8152]
     """
-    source = GivenLogits.of("multilabel_softmax_loss", scores, name="scores", **options)
+    source = source_of("multilabel_softmax_loss", logits)
     rows = Positives.of(source, positives, where, required=True)
     every, own = rows.statistics(source, ("lse",), of_all=True)
     assert every.lse is not None
@@ -198,14 +137,13 @@ def multilabel_softmax_loss(
 
 @array_arguments
 def soft_top_k_loss(
-    scores: Float[Array, "*batch L"],
+    logits: Logits,
     positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
     *,
     k: PerRow | None,
     alpha: PerRow = 1.0,
     weights: Float[Array, "*batch M"] | None = None,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
 ) -> Float[Array, "*batch"]:
     r"""Soft top-k loss: how far the positives are from being among the first k labels.
 
@@ -220,8 +158,8 @@ def soft_top_k_loss(
     the number of positives, or not all of them can be chosen.
 
     Args:
-        scores: $x$, of all labels, -inf for one that cannot be; NaN or +inf make their
-            row NaN.
+        logits: $x$, an array, -inf for a label that cannot be, or
+            `softlib.logits.StoredLogits`; NaN or +inf make their row NaN.
         positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
             id out of range makes the loss NaN, a positive on an excluded label +inf;
             such a row has no gradient.
@@ -233,20 +171,18 @@ def soft_top_k_loss(
             $1 / |P|$; they are not divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
         positives has loss 0 and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
 
-    Derivatives: forward and reverse mode, any order, with respect to `scores`, `k` and
+    Derivatives: forward and reverse mode, any order, with respect to `logits`, `k` and
         `alpha` too; see `soft_top_k`.
-    Cost: that of `soft_top_k`: dozens of passes over `scores`. There is no form on a
+    Cost: that of `soft_top_k`: dozens of passes over `logits`. There is no form on a
         linear head, whose scores would have to be computed anew in each pass.
     Source: "Dual-Encoders for Extreme Multi-Label Classification", which trains with
         $\alpha$ from the temperature of the scores and with $k$ or $|P|$.
@@ -258,12 +194,12 @@ def soft_top_k_loss(
         >>> print(loss(scores, positives, k=2, alpha=4.0).round(4))
         [0.]
     """
-    source = GivenLogits.of("soft_top_k_loss", scores, name="scores", **options)
+    source = stored_source_of("soft_top_k_loss", logits)
     rows = Positives.of(source, positives, where, required=True)
     if k is None:
         k = jnp.maximum(rows.count, 1).astype(source.dtype)
     masked = source.masked(rows.where)
-    log_z = log_soft_top_k_of(source.function, masked.final_logits(), k, -1, alpha)
+    log_z = log_soft_top_k_of(source.function, masked.materialize(), k, -1, alpha)
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
     costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)

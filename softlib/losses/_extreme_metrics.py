@@ -1,6 +1,6 @@
 r"""How good a ranking of very many labels is, also where a few labels are most of them.
 
-A ranking is a list of ids, the best first, as `linear_top_k` gives it; the labels that
+A ranking is a list of ids, the best first, as `top_k` gives it; the labels that
 are right are lists of ids too. Nothing here has the size of rows x labels.
 """
 

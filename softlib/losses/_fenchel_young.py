@@ -26,7 +26,7 @@ from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
 from softlib.logits._labelled_rows import rows_that_count, without_classes
-from softlib.logits._sources import GivenLogits
+from softlib.logits._sources import StoredLogits
 from softlib.softmax._entmax import log_probability, require_below_two, solution
 from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
@@ -260,9 +260,9 @@ class _Rows:
         class_where: Array | None,
         where: Array | None,
     ) -> "_Rows":
-        source = GivenLogits.of(function, logits, class_where=class_where)
+        source = StoredLogits.of(function, logits, class_where=class_where)
         where = rows_that_count(source, where)
-        z = source.masked(where).final_logits()
+        z = source.masked(where).materialize()
         no_classes = without_classes(source)
         labels = jnp.asarray(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
@@ -276,9 +276,9 @@ class _Rows:
             return cls(function, z, labels, where, infinite, no_classes)
         checks.require_integer(function, labels=labels)
         checks.require_shape(
-            function, "labels", labels, source.batch, "the batch shape"
+            function, "labels", labels, source.batch_shape, "the batch shape"
         )
-        labels = labels_in_range(labels, source.vocabulary)
+        labels = labels_in_range(labels, source.num_classes)
         if where is not None:
             labels = jnp.where(where, labels, 0)
         infinite = (_at(labels, z) & (z == -jnp.inf)).any(-1)

@@ -1,7 +1,5 @@
 """Focal loss: cross-entropy that cares less about what is already right."""
 
-from typing import Unpack
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -9,25 +7,23 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib._expm1 import expm1
+from softlib.logits import Logits
 from softlib.logits._compose import log_probability, of_log_prob, wide_log_prob
 from softlib.logits._labelled_rows import prepare, weigh
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits._sources import Source, source_of
 from softlib.typing import Scalar
 
 
 @array_arguments
-def linear_softmax_focal_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def softmax_focal_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     gamma: Scalar = 2.0,
     class_weights: Float[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Focal loss of a linear head, in nats per row, without forming its logits.
+    r"""Focal loss, in nats per row.
 
     With $p_y$ the probability of the label $y$ and $a_y$ the weight of its class,
 
@@ -39,20 +35,15 @@ def linear_softmax_focal_loss(
     (The sigmoid form, a binary decision per class, is `optax.sigmoid_focal_loss`.)
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
         gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
         class_weights: $a_j$, one number per class, differentiable; a label of weight 0
             costs 0. Nothing is divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -60,75 +51,26 @@ def linear_softmax_focal_loss(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `gamma` and
+    Derivatives: as `row_statistics`, and with respect to `gamma` and
         `class_weights`. Loss and gradient are finite for every margin and every
         $\gamma$: where $1 - p_y$ is below the resolution of the logsumexp (a margin of
         16 nats in float32) they are 0 instead of some $10^{-7 (1 + \gamma)}$.
-    Cost: as `linear_softmax_cross_entropy`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Focal Loss for Dense Object Detection", its softmax form.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> labels = jnp.array([0, 1])
-        >>> loss = softlib.losses.linear_softmax_focal_loss(hidden, weight, labels)
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> loss = softlib.losses.softmax_focal_loss(logits, labels)
         >>> print(loss.round(4))
         [0.0991 0.0109]
     """
-    source = LinearHead.of("linear_softmax_focal_loss", hidden, weight, **options)
-    return _focal_loss(source, labels, gamma, class_weights, where)
-
-
-@array_arguments
-def softmax_focal_loss(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    gamma: Scalar = 2.0,
-    class_weights: Float[Array, " V"] | None = None,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Focal loss of logits, in nats per row.
-
-    The loss of `linear_softmax_focal_loss` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_softmax_focal_loss`.
-        gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
-        class_weights: A factor per class, that of the label; differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_softmax_focal_loss`; but $1 - p_y$ is that of the other
-        classes, accurate until exp underflows.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "Focal Loss for Dense Object Detection", its softmax form.
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> print(softlib.losses.softmax_focal_loss(logits, labels).round(4))
-        [0.0018 0.1733]
-    """
-    source = GivenLogits.of("softmax_focal_loss", logits, **options)
+    source = source_of("softmax_focal_loss", logits)
     return _focal_loss(source, labels, gamma, class_weights, where)
 
 
@@ -138,7 +80,7 @@ def focal_from_log_prob(
 ) -> Float[Array, "*shape"]:
     r"""Focal loss of log-probabilities, in nats each.
 
-    $-(1 - p)^\gamma \log p$, for `linear_token_log_probs` or any log-probabilities.
+    $-(1 - p)^\gamma \log p$, for `token_log_probs` or any log-probabilities.
 
     Args:
         log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf, both with gradient 0.

@@ -10,7 +10,7 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib.information._conditional import mutual_information_of
 from softlib.logits._compose import log_probability_of_labels
-from softlib.logits._sources import GivenLogits
+from softlib.logits._sources import StoredLogits
 from softlib.typing import Scalar
 
 
@@ -74,7 +74,7 @@ def mcmi_loss(
     checks.require_shape(
         function, "centroids", centroids, (logits.shape[-1],) * 2, "one per class"
     )
-    source = GivenLogits.of(function, logits)
+    source = StoredLogits.of(function, logits)
     likelihood = 0 - log_probability_of_labels(source, labels, where)
     information = mutual_information_of(
         function, logits, labels, centroids=centroids, where=where

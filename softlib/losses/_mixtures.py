@@ -1,7 +1,6 @@
 """Losses that are linear in -log p and p: poly-1 and symmetric cross-entropy."""
 
 import math
-from typing import Unpack
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -10,27 +9,25 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
 from softlib._expm1 import expm1
+from softlib.logits import Logits
 from softlib.logits._compose import (
     log_probability_of_labels,
     of_log_prob,
     wide_log_prob,
 )
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 
 @array_arguments
-def linear_poly1_cross_entropy(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def poly1_cross_entropy(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     epsilon: Scalar = 2.0,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Poly-1 cross-entropy of a linear head, in nats per row, without its logits.
+    r"""Poly-1 cross-entropy, in nats per row.
 
     $$L = -\log p_y + \epsilon (1 - p_y)$$
 
@@ -40,19 +37,14 @@ def linear_poly1_cross_entropy(
     cross-entropy.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
         epsilon: $\epsilon \geq -1$, below which the loss would be negative near
             $p_y = 1$; a number is static, an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -60,91 +52,39 @@ def linear_poly1_cross_entropy(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `epsilon`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Derivatives: as `row_statistics`, and with respect to `epsilon`.
+    Cost: as `softmax_cross_entropy`.
     Source: "PolyLoss: A Polynomial Expansion Perspective of Classification Loss
         Functions".
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> labels = jnp.array([0, 1])
-        >>> loss = softlib.losses.linear_poly1_cross_entropy(hidden, weight, labels)
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> loss = softlib.losses.poly1_cross_entropy(logits, labels)
         >>> print(loss.round(4))
         [1.3992 0.6656]
     """
-    source = LinearHead.of("linear_poly1_cross_entropy", hidden, weight, **options)
+    source = source_of("poly1_cross_entropy", logits)
     _require_epsilon(source.function, epsilon)
     return _poly1(log_probability_of_labels(source, labels, where), epsilon)
 
 
 @array_arguments
-def poly1_cross_entropy(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    epsilon: Scalar = 2.0,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Poly-1 cross-entropy of logits, in nats per row.
-
-    The loss of `linear_poly1_cross_entropy` from logits that exist.
-    (`optax.poly_loss` is the same for labels that are distributions.)
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_poly1_cross_entropy`.
-        epsilon: $\epsilon \geq -1$; a number is static, an array traced and
-            differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_poly1_cross_entropy`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "PolyLoss: A Polynomial Expansion Perspective of Classification Loss
-        Functions".
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> print(softlib.losses.poly1_cross_entropy(logits, labels).round(4))
-        [0.3653 1.6931]
-    """
-    source = GivenLogits.of("poly1_cross_entropy", logits, **options)
-    _require_epsilon(source.function, epsilon)
-    return _poly1(log_probability_of_labels(source, labels, where), epsilon)
-
-
-@array_arguments
-def linear_symmetric_cross_entropy(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def symmetric_cross_entropy(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     alpha: Scalar = 1.0,
     beta: Scalar = 1.0,
     log_zero: Scalar = math.log(1e-4),
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Symmetric cross-entropy of a linear head, in nats per row, without its logits.
+    r"""Symmetric cross-entropy, in nats per row.
 
     Cross-entropy of the prediction under the label, and of the label under the
     prediction, where $A$ stands for the logarithm of the label's zeros:
@@ -154,8 +94,7 @@ def linear_symmetric_cross_entropy(
     The second term is bounded and so tolerates wrong labels; the first learns fast.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf ($-\beta A$ if $\alpha$
             is 0), without gradient of the logits.
@@ -163,12 +102,8 @@ def linear_symmetric_cross_entropy(
         beta: $\beta \geq 0$, likewise.
         log_zero: $A \leq 0$, finite, likewise.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -176,78 +111,25 @@ def linear_symmetric_cross_entropy(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `alpha`, `beta` and
+    Derivatives: as `row_statistics`, and with respect to `alpha`, `beta` and
         `log_zero`.
-    Cost: as `linear_softmax_cross_entropy`.
+    Cost: as `softmax_cross_entropy`.
     Source: "Symmetric Cross Entropy for Robust Learning with Noisy Labels". Here $A$
         replaces the logarithm of 0 only, so the second term is exactly linear in $p$.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> labels = jnp.array([0, 1])
-        >>> loss = softlib.losses.linear_symmetric_cross_entropy(hidden, weight, labels)
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> loss = softlib.losses.symmetric_cross_entropy(logits, labels)
         >>> print(loss.round(4))
         [4.4556 2.2015]
     """
-    function = "linear_symmetric_cross_entropy"
-    source = LinearHead.of(function, hidden, weight, **options)
-    _require_mixture(function, alpha, beta, log_zero)
-    log_prob = log_probability_of_labels(source, labels, where)
-    return _symmetric(log_prob, alpha, beta, log_zero)
-
-
-@array_arguments
-def symmetric_cross_entropy(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    alpha: Scalar = 1.0,
-    beta: Scalar = 1.0,
-    log_zero: Scalar = math.log(1e-4),
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Symmetric cross-entropy of logits, in nats per row.
-
-    The loss of `linear_symmetric_cross_entropy` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_symmetric_cross_entropy`.
-        alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
-        beta: $\beta \geq 0$, likewise.
-        log_zero: $A \leq 0$, finite, likewise.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_symmetric_cross_entropy`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient.
-    Source: "Symmetric Cross Entropy for Robust Learning with Noisy Labels".
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
-        >>> print(softlib.losses.symmetric_cross_entropy(logits, labels).round(4))
-        [1.2248 5.2983]
-    """
-    source = GivenLogits.of("symmetric_cross_entropy", logits, **options)
+    source = source_of("symmetric_cross_entropy", logits)
     _require_mixture(source.function, alpha, beta, log_zero)
     log_prob = log_probability_of_labels(source, labels, where)
     return _symmetric(log_prob, alpha, beta, log_zero)
@@ -259,7 +141,7 @@ def poly1_from_log_prob(
 ) -> Float[Array, "*shape"]:
     r"""Poly-1 cross-entropy of log-probabilities, in nats each.
 
-    $-\log p + \epsilon (1 - p)$, for `linear_token_log_probs` or any log-probabilities.
+    $-\log p + \epsilon (1 - p)$, for `token_log_probs` or any log-probabilities.
 
     Args:
         log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf, both with gradient 0.
@@ -297,7 +179,7 @@ def symmetric_from_log_prob(
 ) -> Float[Array, "*shape"]:
     r"""Symmetric cross-entropy of log-probabilities, in nats each.
 
-    $-\alpha \log p - \beta A (1 - p)$, for `linear_token_log_probs` or any
+    $-\alpha \log p - \beta A (1 - p)$, for `token_log_probs` or any
     log-probabilities.
 
     Args:

@@ -1,21 +1,18 @@
 """Cross-entropy with several labels per row, each with its weight."""
 
-from typing import Unpack
-
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
+from softlib.logits import Logits
 from softlib.logits._compose import cross_entropy, cross_entropy_statistics
 from softlib.logits._labelled_rows import prepare_several
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits._sources import Source, source_of
 from softlib.typing import Scalar
 
 
 @array_arguments
-def linear_multi_label_cross_entropy(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def multi_label_cross_entropy(
+    logits: Logits,
     labels: Integer[Array, "*batch L"],
     *,
     label_weights: Float[Array, "*batch L"] | None = None,
@@ -24,9 +21,8 @@ def linear_multi_label_cross_entropy(
     logsumexp_penalty: Scalar = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Cross-entropy of a linear head with several labels per row, without its logits.
+    r"""Cross-entropy with several labels per row.
 
     With labels $y_1, \dots, y_L$ of weights $w_l$, mass $W = \sum_l w_l$, smoothing
     $\epsilon$ and penalty $\lambda$, over the $V$ selected classes, in nats,
@@ -40,8 +36,7 @@ def linear_multi_label_cross_entropy(
     of an item, products bought together, the top of a teacher's distribution.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$; one that occurs twice counts twice. Outside, if
             `label_where` keeps it, the loss is NaN and the row has no gradient. A label
             with a weight on an excluded class costs +inf, without gradient.
@@ -57,10 +52,6 @@ def linear_multi_label_cross_entropy(
             becomes $a_{y_l} w_l$ in the first term. Not with `label_smoothing`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps`,
-            `axis_name`, `precision` and `implementation`, as in
-            `linear_softmax_cross_entropy`.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -68,96 +59,27 @@ def linear_multi_label_cross_entropy(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, an option is out of range, or
             `class_weights` meet a `label_smoothing` that is not the number 0.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `label_weights` and
+    Derivatives: as `row_statistics`, and with respect to `label_weights` and
         `class_weights`.
-    Cost: as `linear_softmax_cross_entropy`; the backward pass compares each tile of
+    Cost: as `softmax_cross_entropy`; the backward pass compares each tile of
         logits with all $L$ labels of its rows.
     Source: the cross-entropy of statistics textbooks, with the labels as a list.
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-        >>> loss = softlib.losses.linear_multi_label_cross_entropy
+        >>> loss = softlib.losses.multi_label_cross_entropy
         >>> labels = jnp.array([[0, 2], [1, -1]])
-        >>> print(loss(hidden, weight, labels, label_where=labels >= 0).round(4))
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> print(loss(logits, labels, label_where=labels >= 0).round(4))
         [1.0514 0.2395]
     """
-    function = "linear_multi_label_cross_entropy"
     return _multi_label(
-        LinearHead.of(function, hidden, weight, **options),
-        labels,
-        label_weights,
-        label_where,
-        label_smoothing,
-        logsumexp_penalty,
-        class_weights,
-        where,
-    )
-
-
-@array_arguments
-def multi_label_cross_entropy(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch L"],
-    *,
-    label_weights: Float[Array, "*batch L"] | None = None,
-    label_where: Bool[Array, "*batch L"] | None = None,
-    label_smoothing: Scalar = 0.0,
-    logsumexp_penalty: Scalar = 0.0,
-    class_weights: Float[Array, " V"] | None = None,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Cross-entropy of logits with several labels per row, in nats per row.
-
-    The loss of `linear_multi_label_cross_entropy` from logits that exist.
-
-    Args:
-        logits: Unnormalised log-probabilities.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_multi_label_cross_entropy`.
-        label_weights: $w_l$, differentiable. None: the labels that are kept share a
-            mass of 1 equally.
-        label_where: True for the labels that count. A row that keeps none does not
-            count: loss and gradient are 0.
-        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes.
-            A number is static, an array traced.
-        logsumexp_penalty: $\lambda \geq 0$, as in `softmax_cross_entropy`.
-        class_weights: Factors $a_j$, one number per class, differentiable, of all that
-            is asked of class $j$ after smoothing, as in `softmax_cross_entropy`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_multi_label_cross_entropy`.
-    Cost: one pass over `logits` forward, one backward that writes their gradient and
-        compares it with all $L$ labels of its rows.
-    Source: the cross-entropy of statistics textbooks, with the labels as a list.
-
-    Example:
-        >>> logits, labels = jnp.array([[2.0, 0.0, 0.0]]), jnp.array([[0, 1]])
-        >>> weights = jnp.array([[0.75, 0.25]])
-        >>> loss = softlib.losses.multi_label_cross_entropy
-        >>> print(loss(logits, labels, label_weights=weights).round(4))
-        [0.7395]
-    """
-    return _multi_label(
-        GivenLogits.of("multi_label_cross_entropy", logits, **options),
+        source_of("multi_label_cross_entropy", logits),
         labels,
         label_weights,
         label_where,

@@ -37,7 +37,7 @@ def preference_margin(
 
     Args:
         chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
-            from `linear_sequence_log_probs`.
+            from `sequence_log_probs`.
         rejected_logps: $\log \pi(y_l)$ of the others.
         ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
         ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
@@ -116,7 +116,7 @@ def dpo_loss(
 
     Args:
         chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
-            from `linear_sequence_log_probs`.
+            from `sequence_log_probs`.
         rejected_logps: $\log \pi(y_l)$ of the others.
         ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
         ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
@@ -197,7 +197,7 @@ def simpo_loss(
 
     Args:
         chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
-            from `linear_sequence_log_probs`; divided here.
+            from `sequence_log_probs`; divided here.
         rejected_logps: $\log \pi(y_l)$ of the others.
         chosen_lengths: $|y_w|$, the tokens in each sum: `where.sum(-1)`. A sequence of
             length 0 has mean 0 without gradient; a negative length gives NaN.

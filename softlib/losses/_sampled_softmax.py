@@ -11,7 +11,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._sharding import in_auto_mode
 from softlib.logits._positives import Positives
-from softlib.logits._sources import LinearHead
+from softlib.logits._sources import LinearLogits
 from softlib.typing import PerRow, Precision
 
 DISTRIBUTIONS = ("log_uniform", "uniform")
@@ -40,7 +40,7 @@ def sampled_softmax_loss(
     $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{\hat N - z_l}\bigr), \qquad
     e^{\hat N} = \sum_{j \text{ drawn}, j \notin P} \frac{e^{z_j}}{S\, q_j} .$$
 
-    The sum $e^{\hat N}$ has the mean of `linear_decoupled_softmax_loss`, and its
+    The sum $e^{\hat N}$ has the mean of `decoupled_softmax_loss`, and its
     variance falls as $1 / S$. **Bias:** its logarithm is not linear: on average the
     loss is too low (by up to $\mathrm{Var} / 2$ of the relative error of the sum), and
     so are the slopes of the negatives; both vanish as $S$ grows. It is a loss to train
@@ -95,7 +95,7 @@ def sampled_softmax_loss(
     function = "sampled_softmax_loss"
     checks.require_positive_integer(function, "num_sampled", num_sampled)
     checks.require_one_of(function, "distribution", distribution, DISTRIBUTIONS)
-    source = LinearHead.of(
+    source = LinearLogits.of(
         function,
         hidden,
         label_embeddings,
@@ -107,7 +107,7 @@ def sampled_softmax_loss(
     source, ids = source.masked(rows.where), rows.ids
     assert ids is not None
     modifiers, dtype = source.modifiers, source.dtype
-    drawn, log_q = _draw(key, num_sampled, source.vocabulary, distribution)
+    drawn, log_q = _draw(key, num_sampled, source.num_classes, distribution)
 
     def scores(equation: str, labels: Array) -> Array:
         products = jnp.einsum(
@@ -128,7 +128,7 @@ def sampled_softmax_loss(
 
     negatives = scores("...d,sd->...s", drawn)
     own = scores("...d,...kd->...k", jnp.where(ids < 0, 0, ids))
-    shape = (1,) * len(source.batch) + drawn.shape
+    shape = (1,) * len(source.batch_shape) + drawn.shape
     hit = (drawn.reshape(*shape, 1) == ids[..., None, :]).any(-1)
     correction = (log_q + math.log(num_sampled)).astype(dtype).reshape(shape)
     corrected = jnp.where(hit, -jnp.inf, negatives - correction)

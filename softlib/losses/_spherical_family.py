@@ -264,7 +264,9 @@ def loss_of_sums(
     source = without_infinite(source)
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)
-    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
+    checks.require_shape(
+        function, "labels", labels, source.batch_shape, "the batch shape"
+    )
     if deviations:
         source = centred(source)
     marked = mark(source, labels, where, None)
@@ -272,7 +274,7 @@ def loss_of_sums(
     assert found.label_logits is not None
     assert found.sum_logits is not None
     assert found.sum_squared_logits is not None
-    classes = jnp.broadcast_to(jnp.asarray(source.count_classes()), source.batch)
+    classes = jnp.broadcast_to(jnp.asarray(source.count_classes()), source.batch_shape)
     outside, impossible = marked.labels < 0, classes == 0
     if marked.excluded is not None:
         impossible = impossible | marked.excluded

@@ -21,7 +21,7 @@ from softlib.logits._labelled_rows import (
     rows_that_count,
     without_classes,
 )
-from softlib.logits._sources import GivenLogits
+from softlib.logits._sources import StoredLogits
 from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
 
@@ -82,7 +82,7 @@ def stablemax_cross_entropy(
         [0.4055 0.    ] [ True  True]
     """
     function = "stablemax_cross_entropy"
-    source = GivenLogits.of(function, logits, class_where=class_where)
+    source = StoredLogits.of(function, logits, class_where=class_where)
     where = rows_that_count(source, where)
     source = source.masked(where)
     labels = jnp.asarray(labels)
@@ -91,18 +91,18 @@ def stablemax_cross_entropy(
     else:
         checks.require_integer(function, labels=labels)
         checks.require_shape(
-            function, "labels", labels, source.batch, "the batch shape"
+            function, "labels", labels, source.batch_shape, "the batch shape"
         )
         rows = _of_ids(source, labels, where)
     return _compose.cross_entropy(rows, 0, 0)
 
 
-def _of_ids(source: GivenLogits, labels: Array, where: Array | None) -> Rows:
+def _of_ids(source: StoredLogits, labels: Array, where: Array | None) -> Rows:
     marked = mark(source, labels, where, None)
     statistics = _statistics(source)
     impossible = impossible_labels(statistics, marked.excluded)
-    over_rows = lambda spec: PartitionSpec(*spec[: len(source.batch)])
-    cost = in_auto_mode(_cost, over_rows, source.final_logits(), marked.labels)
+    over_rows = lambda spec: PartitionSpec(*spec[: len(source.batch_shape)])
+    cost = in_auto_mode(_cost, over_rows, source.materialize(), marked.labels)
     return Rows(
         statistics,
         where,
@@ -157,7 +157,7 @@ def _is_label(x: Array, labels: Array) -> Array:
     return ids == labels[..., None]
 
 
-def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -> Rows:
+def _of_distributions(source: StoredLogits, labels: Array, where: Array | None) -> Rows:
     checks.require_shape(
         source.function, "labels", labels, source.logits.shape, "the shape of `logits`"
     )
@@ -169,7 +169,7 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
         outside = jnp.broadcast_to(~source.modifiers.class_where, labels.shape)
     statistics = _statistics(source)
     impossible = impossible_masses(labels, massless(statistics), outside)
-    x = source.final_logits()
+    x = source.materialize()
     total = _no_overflow(stable_weight(x).sum(-1, keepdims=True))
     total = jnp.where(total == 0, 1, total)
     # Not `labels != 0` alone: the derivative in a mass of 0 is the cost.
@@ -185,9 +185,9 @@ def _of_distributions(source: GivenLogits, labels: Array, where: Array | None) -
     )
 
 
-def _statistics(source: GivenLogits) -> RowStatistics:
+def _statistics(source: StoredLogits) -> RowStatistics:
     """What tells a row without entries: a logarithm of 0."""
-    some = (source.final_logits() > -jnp.inf).any(-1)
+    some = (source.materialize() > -jnp.inf).any(-1)
     return RowStatistics(lse=jnp.where(some, 0.0, -jnp.inf))
 
 

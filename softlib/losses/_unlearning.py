@@ -35,7 +35,7 @@ def negative_preference_loss(
     Usually added to a loss that retains the rest, such as cross-entropy on other text.
 
     Args:
-        logps: $\log \pi(y)$, sums over tokens as from `linear_sequence_log_probs` (a
+        logps: $\log \pi(y)$, sums over tokens as from `sequence_log_probs` (a
             mean would be another method).
         ref_logps: $\log \pi_\mathrm{ref}(y)$, of the model before unlearning.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
@@ -89,7 +89,7 @@ def gradient_ascent_loss(
     long enough loses everything else: the baseline of `negative_preference_loss`.
 
     Args:
-        logps: $\log \pi(y)$, sums over tokens as from `linear_sequence_log_probs`.
+        logps: $\log \pi(y)$, sums over tokens as from `sequence_log_probs`.
         where: True for the sequences that count; broadcasts to the batch shape.
             Elsewhere the loss and all gradients are exactly 0.
 

@@ -23,7 +23,7 @@ from softlib._sharding import in_auto_mode
 from softlib.logits._compose import log_probability_of_labels
 from softlib.logits._labelled_rows import rows_that_count
 from softlib.logits._options import LinearHeadOptions
-from softlib.logits._sources import LinearHead
+from softlib.logits._sources import LinearLogits
 
 
 @array_arguments(as_given=("counts",))
@@ -83,7 +83,7 @@ def vq_softmax_cross_entropy(
         NotImplementedError: No implementation that was named can run; no kernel counts
             classes so far.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `token_bias`. `mapping`
+    Derivatives: as `row_statistics`, and with respect to `token_bias`. `mapping`
         and `counts` have none. A code without tokens has gradient 0.
     Cost: as `linear_softmax_cross_entropy` with K for V, and a count over V integers
         without `counts`; with `token_bias` a few arrays of V numbers.
@@ -103,13 +103,15 @@ def vq_softmax_cross_entropy(
             f"{function}: `axis_name` must be None, got {options['axis_name']!r}: a "
             "codebook is small enough for every device."
         )
-    source = LinearHead.of(
+    source = LinearLogits.of(
         function, hidden, codebook, weight_name="codebook", **options
     )
     mapping, labels = jnp.asarray(mapping), jnp.asarray(labels)
-    require_mapping(function, mapping, source.vocabulary)
+    require_mapping(function, mapping, source.num_classes)
     checks.require_integer(function, labels=labels)
-    checks.require_shape(function, "labels", labels, source.batch, "the batch shape")
+    checks.require_shape(
+        function, "labels", labels, source.batch_shape, "the batch shape"
+    )
     token_bias = None if token_bias is None else jnp.asarray(token_bias)
     require_token_bias(function, token_bias, mapping)
     if token_bias is not None and counts is not None:
@@ -120,7 +122,7 @@ def vq_softmax_cross_entropy(
 
     log_weights = log_weights_of(
         mapping,
-        source.vocabulary,
+        source.num_classes,
         None if counts is None else _checked_counts(function, counts, source),
         token_bias,
         accumulator_dtype(source.hidden, source.weight),
@@ -235,11 +237,11 @@ def require_token_bias(function: str, token_bias: Array | None, mapping: Array) 
     checks.require_shape(function, "token_bias", token_bias, shape, why)
 
 
-def _checked_counts(function: str, counts: ArrayLike, source: LinearHead) -> Array:
+def _checked_counts(function: str, counts: ArrayLike, source: LinearLogits) -> Array:
     counts = jnp.asarray(counts)
     if not jnp.issubdtype(counts.dtype, jnp.integer):
         checks.require_floating(function, counts=counts)
-    shape, why = (source.vocabulary,), "one per code"
+    shape, why = (source.num_classes,), "one per code"
     checks.require_shape(function, "counts", counts, shape, why)
     return counts
 

@@ -1,30 +1,26 @@
 """The Z-loss: how far the label's standard score is below a wanted one."""
 
-from typing import Unpack
-
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
-from softlib.logits._sources import GivenLogits, LinearHead, Source
+from softlib.logits import Logits
+from softlib.logits._sources import Source, source_of
 from softlib.typing import Scalar
 
 from ._spherical_family import Sums, loss_of_sums, require_z_parameters, z_loss_of
 
 
 @array_arguments
-def linear_z_loss(
-    hidden: Float[Array, "*batch D"],
-    weight: Float[Array, "V D"] | Float[Array, "D V"],
+def z_loss(
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     *,
     a: Scalar,
     b: Scalar,
     epsilon: Scalar = 1e-12,
     where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LinearHeadOptions],
 ) -> Float[Array, "*batch"]:
-    r"""Z-loss of a linear head, per row, without its logits.
+    r"""Z-loss, per row.
 
     With mean $\mu$ and standard deviation $\sigma$ of the $n$ logits of a row,
 
@@ -42,8 +38,7 @@ def linear_z_loss(
     the square of the logsumexp, is `logsumexp_penalty` of the cross-entropies here.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, or one column with `vocab_axis=1`.
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
         a: Sharpness, positive: for large ones the loss is $\max(b - z, 0)$. A number is
@@ -54,14 +49,8 @@ def linear_z_loss(
             finite but large, so start from random weights. With 0 the gradient of such
             a row is 0.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `hidden` and `labels`
+            the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`,
-            `vocab_axis`, `vocab_chunk`, `token_chunk`, `gradient_filter_eps` (which has
-            to be None: every class has a part in the gradient), `axis_name`,
-            `precision` and `implementation`, as in `linear_softmax_cross_entropy`.
-            Classes that `class_where` excludes, or a bias of -inf without a softcap,
-            are in neither mean nor deviation.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -69,12 +58,12 @@ def linear_z_loss(
         with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
+        TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, or an option is out of range.
         NotImplementedError: No implementation that was named can run.
 
-    Derivatives: as `linear_row_statistics`, and with respect to `a`, `b` and `epsilon`.
-    Cost: as `linear_softmax_cross_entropy` without exponentials, in plain JAX on every
+    Derivatives: as `row_statistics`, and with respect to `a`, `b` and `epsilon`.
+    Cost: as `softmax_cross_entropy` without exponentials, in plain JAX on every
         platform. The logits are squared less their mean, which comes from the sum of
         the weights; with a softcap it takes another stream. For a head whose step does
         not grow with the vocabulary see `factored_spherical_init`.
@@ -84,67 +73,12 @@ def linear_z_loss(
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> labels = jnp.array([0, 0])
-        >>> loss = softlib.losses.linear_z_loss(hidden, weight, labels, a=1.0, b=1.0)
+        >>> logits = softlib.LinearLogits(hidden, weight)
+        >>> loss = softlib.losses.z_loss(logits, labels, a=1.0, b=1.0)
         >>> print((100 * loss).round())
         [ 51. 187.]
     """
-    source = LinearHead.of("linear_z_loss", hidden, weight, **options)
-    return _z_loss(source, labels, where, a, b, epsilon)
-
-
-@array_arguments
-def z_loss(
-    logits: Float[Array, "*batch V"],
-    labels: Integer[Array, "*batch"],
-    *,
-    a: Scalar,
-    b: Scalar,
-    epsilon: Scalar = 1e-12,
-    where: Bool[Array, "..."] | None = None,
-    **options: Unpack[LogitsOptions],
-) -> Float[Array, "*batch"]:
-    r"""Z-loss of logits, per row: softplus of what the label's standard score lacks.
-
-    The loss of `linear_z_loss` from logits that exist. Not `logsumexp_penalty`, which
-    others call z-loss.
-
-    Args:
-        logits: Any scores; only their deviations from the mean in units of the standard
-            deviation matter. -inf never counts.
-        labels: Class ids in $[0, V)$, with the exceptions described in
-            `linear_z_loss`. The label of a logit of -inf costs +inf, without gradient.
-        a: Sharpness, positive; a number is static, an array traced and differentiable.
-        b: The score that the label is to reach, at most $\sqrt{V - 1}$ of which are
-            possible; static or traced.
-        epsilon: $\epsilon \geq 0$, added to the variance; static or traced.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
-        **options: `bias`, `logit_scale`, `logit_softcap`, `temperature`, `class_where`
-            and `implementation`, as in `softmax_cross_entropy`.
-
-    Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one whose sum of squares overflows is NaN.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `linear_z_loss`. Of a row they add up to 0, and so do their products
-        with the logits, up to `epsilon`.
-    Cost: two passes over `logits` forward (the mean, then the squares), one backward
-        that writes their gradient; kept are the arguments and a bit for each logit.
-    Source: as `linear_z_loss`.
-
-    Example:
-        >>> logits, labels = jnp.array([[3.0, 0.0, 0.0]]), jnp.array([0])
-        >>> print(softlib.losses.z_loss(logits, labels, a=1.0, b=2.0**0.5).round(4))
-        [0.6931]
-    """
-    source = GivenLogits.of("z_loss", logits, **options)
+    source = source_of("z_loss", logits)
     return _z_loss(source, labels, where, a, b, epsilon)
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
-from softlib import _checks as checks, losses
+from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
+from softlib.logits import LinearLogits, row_statistics
 from softlib.losses._vq_logits import require_mapping
 from softlib.typing import Scalar
 
@@ -99,13 +100,13 @@ def assign_codes(
     centre = _centre(codebook.astype(dtype))
     embeddings, codebook = (x.astype(dtype) - centre for x in (embeddings, codebook))
     lengths = jnp.sum(jnp.square(codebook), axis=-1)
-    argmax = losses.linear_row_statistics(
+    scores = LinearLogits(
         lax.stop_gradient(embeddings),
         lax.stop_gradient(codebook),
         bias=lax.stop_gradient(-lengths / 2),
-        statistics=("argmax",),
         precision="highest",
-    ).argmax
+    )
+    argmax = row_statistics(scores, statistics=("argmax",)).argmax
     assert argmax is not None
     return argmax
 

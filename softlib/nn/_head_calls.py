@@ -1,43 +1,38 @@
 """What both output heads do once their parameters are arrays."""
 
-from typing import Any
+from typing import TypedDict
 
 from flax.typing import Dtype
 from jaxtyping import Array
 
-from softlib import losses
-from softlib.logits import TokenMetrics
+from softlib.logits import LinearLogits
+from softlib.typing import AxisName, GradientFilter, Implementations, PerRow, Precision
 
 
-def operands(
+class CallOptions(TypedDict, total=False):
+    """Arguments of `softlib.LinearLogits` that a call of a head chooses."""
+
+    temperature: PerRow | None
+    class_where: Array | None
+    axis_name: AxisName | None
+    vocab_chunk: int | None
+    token_chunk: int | None
+    gradient_filter_eps: GradientFilter
+    precision: Precision
+    implementation: Implementations
+
+
+def logits_of(
     hidden: Array,
     table: Array,
     bias: Array | None,
     logit_scale: float | None,
     logit_softcap: float | None,
     dtype: Dtype | None,
-) -> tuple[Array, Array, dict[str, Any]]:
-    """Hidden, weight and the head's own options, in the dtype of the products."""
+    options: CallOptions,
+) -> LinearLogits:
+    """The logits, with hidden and table in the dtype of the products."""
     if dtype is not None:
         hidden, table = hidden.astype(dtype), table.astype(dtype)
-    own = {"bias": bias, "logit_scale": logit_scale, "logit_softcap": logit_softcap}
-    return hidden, table, own
-
-
-def loss_or_logits(
-    hidden: Array,
-    weight: Array,
-    own: dict[str, Any],
-    labels: Array | None,
-    **options: Any,
-) -> Any:
-    if labels is None:
-        return losses.linear_logits(hidden, weight, **own, **options)
-    loss = losses.linear_softmax_cross_entropy
-    return loss(hidden, weight, labels, **own, **options)
-
-
-def token_metrics(
-    hidden: Array, weight: Array, own: dict[str, Any], labels: Array, **options: Any
-) -> TokenMetrics:
-    return losses.linear_token_metrics(hidden, weight, labels, **own, **options)
+    own = {"scale": logit_scale, "softcap": logit_softcap}
+    return LinearLogits(hidden, table, bias=bias, **own, **options)

@@ -1,21 +1,21 @@
 """The output layer of a language model, for Flax linen."""
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import linen
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from softlib._array_arguments import array_arguments
-from softlib.logits import TokenMetrics
+from softlib.logits import LinearLogits
 
-from ._head_calls import loss_or_logits, operands, token_metrics
+from ._head_calls import CallOptions, logits_of
 
 
 class LinenOutputHead(linen.Module):
-    r"""`OutputHead` for linen: the loss for labels, the logits without.
+    r"""`OutputHead` for linen: its call gives logits as a value.
 
     Args:
         features: Size of the last axis of `hidden`.
@@ -34,15 +34,16 @@ class LinenOutputHead(linen.Module):
     Raises:
         ValueError: The embedding has another shape.
 
-    Derivatives: as `softlib.losses.linear_row_statistics`.
-    Cost: as `softlib.losses.linear_softmax_cross_entropy`.
+    Derivatives: as `softlib.logits.row_statistics`.
+    Cost: nothing by itself.
     Source: "Cut Your Losses in Large-Vocabulary Language Models".
 
     Example:
         >>> head = softlib.nn.LinenOutputHead(features=4, num_classes=10)
         >>> hidden, labels = jnp.ones((2, 4)), jnp.array([3, 7])
         >>> variables = head.init(jax.random.key(0), hidden)
-        >>> print(head.apply(variables, hidden, labels).shape)
+        >>> logits = head.apply(variables, hidden)
+        >>> print(softlib.losses.softmax_cross_entropy(logits, labels).shape)
         (2,)
     """
 
@@ -80,39 +81,16 @@ class LinenOutputHead(linen.Module):
 
     @array_arguments
     def __call__(
-        self,
-        hidden: Float[Array, "*batch D"],
-        labels: Integer[Array, "*batch"] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Returns the loss per row for `labels`, or the logits without them.
+        self, hidden: Float[Array, "*batch D"], **options: Unpack[CallOptions]
+    ) -> LinearLogits:
+        """Returns the logits, as a value: nothing is computed.
 
         Args:
             hidden: Inputs of the head.
-            labels: Class ids, see `softlib.losses.linear_softmax_cross_entropy`.
-            **options: Further options of that function, or of
-                `softlib.losses.linear_logits`.
+            **options: `temperature`, `class_where`, `axis_name`, `vocab_chunk`,
+                `token_chunk`, `gradient_filter_eps`, `precision` and `implementation`
+                of `softlib.LinearLogits`.
         """
-        return loss_or_logits(*self._operands(hidden), labels, **options)
-
-    @array_arguments
-    def token_metrics(
-        self,
-        hidden: Float[Array, "*batch D"],
-        labels: Integer[Array, "*batch"],
-        **options: Any,
-    ) -> TokenMetrics:
-        """Several numbers per token in one pass over the vocabulary.
-
-        Args:
-            hidden: Inputs of the head.
-            labels: Class ids.
-            **options: Options of `softlib.losses.linear_token_metrics`.
-        """
-        return token_metrics(*self._operands(hidden), labels, **options)
-
-    def _operands(self, hidden: Array) -> tuple[Array, Array, dict[str, Any]]:
         table = self.kernel if self.embedding is None else self.embedding.embedding
-        return operands(
-            hidden, table, self.bias, self.logit_scale, self.logit_softcap, self.dtype
-        )
+        own = (self.bias, self.logit_scale, self.logit_softcap, self.dtype)
+        return logits_of(hidden, table, *own, options)

@@ -1,25 +1,26 @@
 """The output layer of a language model, for Flax NNX."""
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float
 
 from softlib._array_arguments import array_arguments
-from softlib.logits import TokenMetrics
+from softlib.logits import LinearLogits
 
-from ._head_calls import loss_or_logits, operands, token_metrics
+from ._head_calls import CallOptions, logits_of
 
 
 class OutputHead(nnx.Module):
-    r"""A linear head whose call gives the loss, or the logits where labels are absent.
+    r"""A linear head whose call gives logits as a value, which are never formed.
 
-    `head(hidden, labels)` is `softlib.losses.linear_softmax_cross_entropy` on the
-    head's own table, so the logits of a training step are never formed;
-    `head(hidden)` gives the logits, by the same definition, for decoding.
+    `logits = head(hidden)` is `softlib.LinearLogits` of the head's own table: give it
+    to a loss, such as `softlib.losses.softmax_cross_entropy(logits, labels)`, or to a
+    function of `softlib.logits`. A model that returned an array of logits returns this
+    in its place; `logits.materialize()` is that array, for decoding.
 
     Tied: pass the model's `nnx.Embed` as `embedding`; the head then has no table of
     its own, and the gradients of both uses add up in the one parameter. Untied: leave
@@ -46,18 +47,18 @@ class OutputHead(nnx.Module):
         kernel: The table of an untied head, None otherwise.
         bias: The bias, None without.
 
-    Derivatives: as `softlib.losses.linear_row_statistics`.
-    Cost: as `softlib.losses.linear_softmax_cross_entropy`; the logits, where asked for,
-        cost memory for rows x vocabulary.
+    Derivatives: as `softlib.logits.row_statistics`.
+    Cost: nothing by itself.
     Source: "Cut Your Losses in Large-Vocabulary Language Models".
 
     Example:
         >>> embed = nnx.Embed(1000, 16, rngs=nnx.Rngs(0))
         >>> head = softlib.nn.OutputHead(16, 1000, embedding=embed)
         >>> tokens = jnp.array([[1, 2, 3, 4]])
-        >>> loss = head(embed(tokens[:, :-1]), tokens[:, 1:])
-        >>> print(loss.shape, head(embed(tokens)).shape)
-        (1, 3) (1, 4, 1000)
+        >>> logits = head(embed(tokens))
+        >>> loss = softlib.losses.softmax_cross_entropy(logits[:, :-1], tokens[:, 1:])
+        >>> print(logits.shape, loss.shape)
+        (1, 4, 1000) (1, 3)
     """
 
     def __init__(
@@ -104,41 +105,18 @@ class OutputHead(nnx.Module):
 
     @array_arguments
     def __call__(
-        self,
-        hidden: Float[Array, "*batch D"],
-        labels: Integer[Array, "*batch"] | None = None,
-        **options: Any,
-    ) -> Any:
-        """Returns the loss per row for `labels`, or the logits without them.
+        self, hidden: Float[Array, "*batch D"], **options: Unpack[CallOptions]
+    ) -> LinearLogits:
+        """Returns the logits, as a value: nothing is computed.
 
         Args:
             hidden: Inputs of the head.
-            labels: Class ids, see `softlib.losses.linear_softmax_cross_entropy`.
-            **options: Further options of that function (`where`, `label_smoothing`,
-                `return_lse`, ...), or of `softlib.losses.linear_logits`.
+            **options: `temperature`, `class_where`, `axis_name`, `vocab_chunk`,
+                `token_chunk`, `gradient_filter_eps`, `precision` and `implementation`
+                of `softlib.LinearLogits`.
         """
-        return loss_or_logits(*self._operands(hidden), labels, **options)
-
-    @array_arguments
-    def token_metrics(
-        self,
-        hidden: Float[Array, "*batch D"],
-        labels: Integer[Array, "*batch"],
-        **options: Any,
-    ) -> TokenMetrics:
-        """Several numbers per token in one pass over the vocabulary.
-
-        Args:
-            hidden: Inputs of the head.
-            labels: Class ids.
-            **options: Options of `softlib.losses.linear_token_metrics`.
-        """
-        return token_metrics(*self._operands(hidden), labels, **options)
-
-    def _operands(self, hidden: Array) -> tuple[Array, Array, dict[str, Any]]:
         table = self.kernel if self.embedding is None else self.embedding.embedding
         assert table is not None
         bias = None if self.bias is None else self.bias[...]
-        return operands(
-            hidden, table[...], bias, self.logit_scale, self.logit_softcap, self.dtype
-        )
+        own = (bias, self.logit_scale, self.logit_softcap, self.dtype)
+        return logits_of(hidden, table[...], *own, options)

@@ -27,7 +27,7 @@ class TempNet(nnx.Module):
       \tau = \tau_{\min} + (\tau_{\max} - \tau_{\min})\, \sigma(v) .$$
 
     The pooling has the form of the best temperature, which depends on how far a softmax
-    is from uniform. Train it by `linear_robust_softmax_cross_entropy`, together with
+    is from uniform. Train it by `robust_softmax_cross_entropy`, together with
     the model (whose output it should see under `jax.lax.stop_gradient`) or afterwards
     on a frozen one; sample from `softmax(z / tau)`.
 

@@ -13,7 +13,7 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range, signed
-from softlib.logits._sources import LinearHead
+from softlib.logits._sources import LinearLogits
 from softlib.losses._vq_logits import (
     log_weights_of,
     require_mapping,
@@ -121,7 +121,7 @@ def vq_logits(
         [[3. 1. 3.]]
     """
     function = "vq_logits"
-    logits = LinearHead.of(
+    logits = LinearLogits.of(
         function,
         hidden,
         codebook,
@@ -129,7 +129,7 @@ def vq_logits(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         precision=precision,
-    ).final_logits()
+    ).materialize()
     mapping, num_codes = jnp.asarray(mapping), logits.shape[-1]
     token_bias = None if token_bias is None else jnp.asarray(token_bias)
     require_mapping(function, mapping, num_codes)
@@ -197,7 +197,7 @@ def vq_sample(
         (3,)
     """
     function = "vq_sample"
-    logits = LinearHead.of(
+    logits = LinearLogits.of(
         function,
         hidden,
         codebook,
@@ -206,7 +206,7 @@ def vq_sample(
         logit_softcap=logit_softcap,
         temperature=temperature,
         precision=precision,
-    ).final_logits()
+    ).materialize()
     num_codes = logits.shape[-1]
     if isinstance(mapping, TokenClusters):
         clusters = mapping

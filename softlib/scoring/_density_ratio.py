@@ -32,7 +32,7 @@ def density_ratio_reward(
 
     Args:
         strong_logps: Log-probabilities of the tokens of each response, as from
-            `softlib.losses.linear_token_log_probs`. From float32 logits: a rounding to
+            `softlib.logits.token_log_probs`. From float32 logits: a rounding to
             bfloat16 adds about a nat to the sum over a few hundred tokens.
         weak_logps: The same of the other model. (Sequences cut into other tokens, by
             another tokenizer, are compared by sums of the whole: T = 1.)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 import softlib
 from softlib._array_arguments import ArrayKind, argument_kinds, array_arguments
 from tests import example_calls, programs
+from tests.heads import of_stored
 from tests.host import jnp
 
 # What is not in the annotations is what these tests are about.
@@ -89,7 +90,7 @@ def test_what_is_no_array_is_named():
 def test_bools_of_python_are_masks(untyped):
     x = [[1.0, 2.0], [0.0, 1.0]]
     np.testing.assert_array_equal(softmax.softmax(x, where=False), np.zeros((2, 2)))
-    loss = losses.softmax_cross_entropy(x, [0, 1], where=False)
+    loss = of_stored.softmax_cross_entropy(x, [0, 1], where=False)
     np.testing.assert_array_equal(loss, [0, 0])
     loads = losses.load_balancing_loss(x, [[0], [1]], where=True)
     np.testing.assert_array_equal(loads, losses.load_balancing_loss(x, [[0], [1]]))
@@ -102,8 +103,8 @@ def test_a_flag_is_true_or_false(untyped):
     logits, labels = jnp.zeros((1, 2)), jnp.zeros(1, int)
     known = r"^softmax_cross_entropy: `return_lse` must be True or False, got 'x'\.$"
     with pytest.raises(TypeError, match=known):
-        losses.softmax_cross_entropy(logits, labels, return_lse="x")
-    lse = losses.softmax_cross_entropy(logits, labels, return_lse=np.True_)[1]
+        of_stored.softmax_cross_entropy(logits, labels, return_lse="x")
+    lse = of_stored.softmax_cross_entropy(logits, labels, return_lse=np.True_)[1]
     assert lse.shape == (1,)
 
 
@@ -111,8 +112,8 @@ def test_a_flag_is_true_or_false(untyped):
 def test_an_implementation_has_a_known_name_even_where_none_is_chosen(names):
     known = "^{}: `implementation` must be None or one .* got 'typo'"
     scores, positives = jnp.zeros((1, 3)), jnp.array([[0]])
-    with pytest.raises(ValueError, match=known.format("soft_top_k_loss")):
-        losses.soft_top_k_loss(scores, positives, k=1, implementation=names)
+    with pytest.raises(ValueError, match=known.format("StoredLogits")):
+        of_stored.soft_top_k_loss(scores, positives, k=1, implementation=names)
     with pytest.raises(ValueError, match=known.format("linear_softmax_cross_entropy")):
         losses.linear_softmax_cross_entropy(
             jnp.ones((1, 2)), jnp.ones((3, 2)), jnp.array([0]), implementation=names

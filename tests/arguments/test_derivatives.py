@@ -26,23 +26,17 @@ OTHERS = {
     ("estimation.gaussian_experts_log_density", "experts"),
 }
 # Integers alone come out.
-COUNTS = {"losses.linear_top1_correct", "losses.softmax_top1_correct"}
+COUNTS = {"logits.top1_correct"}
 
 MASK, SCORES = jnp.array([[True, True, False]]), jnp.array([[0.3, -0.4, 0.9]])
-TABLE = jnp.array([[1.0, 0.2], [0.0, 2.0], [0.3, 0.0]])
-OF_MASK = {"scores": SCORES, "positives": MASK}
+OF_MASK = {"logits": SCORES, "positives": MASK}
 
 # What to add to the call in the docstring, so that the argument has something to do.
 ADDED: dict[str, dict[str, Any]] = {
     "attention.kronecker_attention_polynomial": {"return_bound": False},
     "losses.decoupled_softmax_loss": OF_MASK,
-    "losses.linear_softmax_cross_entropy_sum": {
-        "hidden": jnp.eye(2),
-        "weight": TABLE,
-        "labels": jnp.array([2, 0]),
-    },
     "losses.one_versus_all_loss": OF_MASK,
-    "losses.row_statistics": {"statistics": ("lse", "sum_logits")},
+    "logits.row_statistics": {"statistics": ("lse", "sum_logits")},
     "losses.sampled_softmax_loss": {"num_sampled": 3},
     "losses.soft_top_k_loss": OF_MASK | {"alpha": 2.0},
     "softmax.dense_to_sparse_gate": {"temperature": 0.8},
@@ -76,7 +70,6 @@ POINTS: dict[str, tuple[Any, ...]] = {
     "losses.comp_sum_transformation.tau": (0.5, 1.5),  # it has kinks at 1 and 2
     "losses.decoupled_knowledge_distillation_loss.beta": (0.5, (0.0, 1)),
     "losses.entmax_loss.alpha": (0.7, 1.0, 1.5, 2.0),
-    "losses.linear_log_spherical_softmax_loss.epsilon": (0.7, 1.0),
     "losses.log_spherical_softmax_loss.epsilon": (0.7, 1.0),
     "losses.universal_self_distillation_loss.beta": (0.5, (0.0, 1)),
     "softmax.entmax.alpha": (0.7, 1.0, 1.5, 2.0),

@@ -15,26 +15,20 @@ LABELS, POSITIVES = jnp.array([2, 0]), jnp.array([[0]])
 EXCLUDED = {"excluded_labels": jnp.array([1, 0])}
 ROW = jnp.log(jnp.array([0.5, 0.9]))
 STEPS = {"level": "step", "segment_ids": jnp.array([7, 9])}
-TABLE = {"hidden": jnp.eye(2), "weight": jnp.eye(3, 2), "labels": LABELS}
 
 # What to add to the call in the docstring, where that has another kind of labels.
 ADDED: dict[str, dict[str, Any]] = {
+    "logits.row_statistics": {"labels": LABELS, "statistics": ("label_rank",)},
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
-    "losses.linear_jensen_shannon_divergence": EXCLUDED,
-    "losses.linear_kl_divergence": EXCLUDED,
-    "losses.linear_soft_target_cross_entropy": EXCLUDED,
-    "losses.linear_softmax_cross_entropy_sum": TABLE | {"row_weights": 0.5},
     "losses.multilabel_softmax_loss": {"positives": POSITIVES},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS
     | {"logps": ROW, "ref_logps": ROW, "values": ROW, "rewards": 1.0, "beta": 0.1},
     "losses.oreo_value_loss": STEPS,
-    "losses.row_statistics": {"labels": jnp.array([1]), "statistics": ("label_rank",)},
     "losses.soft_top_k_loss": {"positives": POSITIVES},
-    "losses.softmax_jensen_shannon_divergence": {"excluded_labels": jnp.array([1])},
-    "losses.softmax_kl_divergence": {"excluded_labels": jnp.array([1])},
-    "losses.softmax_soft_target_cross_entropy": {"excluded_labels": jnp.array([1])},
-    "losses.vq_softmax_cross_entropy": {"counts": jnp.array([3, 1])},
+    "losses.softmax_jensen_shannon_divergence": EXCLUDED,
+    "losses.softmax_kl_divergence": EXCLUDED,
+    "losses.softmax_soft_target_cross_entropy": EXCLUDED,
     "nn.codebook_ema_update": {"weights": jnp.array([1, 3])},
     "nn.kmeans": {"weights": jnp.array([1, 2, 3, 4])},
     "numerics.similarity_depth": {"exclude_index": jnp.array([1])},
@@ -43,7 +37,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 # Numbers that may be integers: a large one is meant, not out of a range.
-NUMBERS = ("weights",)
+NUMBERS = ("weights", "counts")
 
 
 def integer_arguments() -> dict[str, list[str]]:

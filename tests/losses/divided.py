@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from softlib import losses
+from tests.heads import of_head
 from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = (8, 4), 16, 48
@@ -68,7 +68,7 @@ def specs(rows=None, classes=None, features=None, vocab_axis=0):
 
 def metrics(operands, axis_name=None, vocab_axis=0):
     """Every number per token, with every option that looks at single classes."""
-    found = losses.linear_token_metrics(
+    found = of_head.token_metrics(
         **operands,
         vocab_axis=vocab_axis,
         where=operands["labels"] >= 0,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
-from softlib.logits._sources import GivenLogits, LinearHead
+from softlib.logits._sources import LinearLogits, StoredLogits
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.oracles import row_statistics as oracle
@@ -28,7 +28,7 @@ def arrays(seed=0):
 
 
 def source(given, log_weights, **options):
-    head = LinearHead.of("test", **given, logit_softcap=3.0, **options)
+    head = LinearLogits.of("test", **given, logit_softcap=3.0, **options)
     return head.counting(log_weights)
 
 
@@ -94,11 +94,9 @@ def test_gradient_of_the_log_weights(name, implementation):
         def total(log_weights):
             if implementation == "logits":
                 logits = given["hidden"] @ given["weight"].T
-                head = GivenLogits.of("test", logits)
+                head = StoredLogits.of("test", logits)
                 modifiers = head.modifiers._replace(class_log_weights=log_weights)
-                head = head.__class__(
-                    "test", logits, modifiers, head.options, head.implementation
-                )
+                head = head.replaced(modifiers=modifiers)
             else:
                 options = {"implementation": implementation, "vocab_chunk": 3}
                 head = source(given, log_weights, **options)
@@ -115,7 +113,7 @@ def test_other_statistics_see_each_class_once():
     given: Any = {n: jnp.float32(a) for n, a in arrays().items()}
     names = ("label_logits", "sum_logits", "max_logit", "argmax", "label_rank")
     labels = jnp.arange(ROWS) % CLASSES
-    bare = LinearHead.of("test", **given, vocab_chunk=3)
+    bare = LinearLogits.of("test", **given, vocab_chunk=3)
     weighted = bare.counting(jnp.linspace(-3.0, 3.0, CLASSES))
     for a, b in zip(
         jax.tree.leaves(bare.statistics(names, labels)),

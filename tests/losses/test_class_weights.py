@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.testing import assert_close
-from tests.compiled import losses
+from tests.compiled import losses, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import assert_agrees
 from tests.oracles.weighted_cross_entropy import (
@@ -19,7 +19,7 @@ from tests.oracles.weighted_cross_entropy import (
 
 ROWS, FEATURES, CLASSES = 6, 3, 7
 WEIGHTS = np.array([0.5, 2.0, 0.0, 1.0, 3.0, 0.25, 1.5])
-CROSS_ENTROPY: Any = losses.softmax_cross_entropy
+CROSS_ENTROPY: Any = of_stored.softmax_cross_entropy
 LINEAR: Any = losses.linear_softmax_cross_entropy
 
 
@@ -190,7 +190,7 @@ def test_divided_classes_give_the_numbers_of_one_device(shape, kind, check_vma):
 
     def both(axis_name, given, labels):
         options = {"labels": labels, "where": labels >= 0, "axis_name": axis_name}
-        focal: Any = losses.linear_softmax_focal_loss
+        focal: Any = of_head.softmax_focal_loss
         return LINEAR(**given, **options), focal(**given, **options)
 
     mapped = jax.shard_map(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.compiled import losses
+from tests.compiled import losses, of_stored
 from tests.host import jnp
 
 
@@ -44,7 +44,7 @@ def test_it_is_when_a_plain_loss_has_no_gradient():
     collapsed = jax.jit(jax.vmap(losses.softmax_collapse_fraction))(logits)
     np.testing.assert_array_equal(collapsed, plain == 0)
     assert 0 < losses.softmax_collapse_fraction(logits) < 1
-    exact = losses.softmax_cross_entropy(logits, labels)
+    exact = of_stored.softmax_cross_entropy(logits, labels)
     assert losses.zero_loss_fraction(exact) == 0
 
 
@@ -110,9 +110,9 @@ def separated_oracle():
     ["softmax_cross_entropy", "softmax_token_log_probs", "class_weights", "divided"],
 )
 def test_loss_of_class_ids_is_accurate_relative_to_itself(name, implementation):
-    loss_of = losses.softmax_cross_entropy
+    loss_of = of_stored.softmax_cross_entropy
     if name == "softmax_token_log_probs":
-        loss_of = lambda *a, **o: -losses.softmax_token_log_probs(*a, **o)
+        loss_of = lambda *a, **o: -of_stored.token_log_probs(*a, **o)
     factor = 1.0
     options: dict[str, Any] = {"implementation": implementation}
     if name == "class_weights":
@@ -136,7 +136,7 @@ def test_loss_of_class_ids_is_accurate_relative_to_itself(name, implementation):
 
 def test_loss_is_0_where_exp_underflows():
     logits = jnp.array([[86.0, 0.0], [105.0, 0.0], [1e4, 0.0], [3.0, -jnp.inf]])
-    run = lambda z: losses.softmax_cross_entropy(z, jnp.zeros(4, int))
+    run = lambda z: of_stored.softmax_cross_entropy(z, jnp.zeros(4, int))
     value, found = jax.jit(lambda z: (run(z), jax.grad(lambda z: run(z).sum())(z)))(
         logits
     )
@@ -152,7 +152,7 @@ def test_terms_of_options_are_added_to_an_accurate_label_term():
     epsilon, coefficient = 0.1, 0.01
 
     def run(z):
-        return losses.softmax_cross_entropy(
+        return of_stored.softmax_cross_entropy(
             z,
             labels,
             label_smoothing=epsilon,
@@ -178,18 +178,16 @@ def test_terms_of_options_are_added_to_an_accurate_label_term():
 def test_entropy_beside_the_loss_is_that_of_all_classes():
     logits = jnp.asarray(separated())
     labels = jnp.ones(len(MARGINS), int)
-    metrics = functools.partial(
-        losses.softmax_token_metrics, metrics=("loss", "entropy")
-    )
+    metrics = functools.partial(of_stored.token_metrics, metrics=("loss", "entropy"))
     found = jax.jit(metrics)(logits, labels)
-    alone = jax.jit(losses.softmax_entropy)(logits)
+    alone = jax.jit(of_stored.entropy)(logits)
     np.testing.assert_allclose(found.entropy, alone, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_bad_logit_makes_loss_and_lse_nan(place, bad):
-    run = functools.partial(losses.softmax_cross_entropy, return_lse=True)
+    run = functools.partial(of_stored.softmax_cross_entropy, return_lse=True)
     logits = np.zeros((1, 3), np.float32)
     logits[0, place] = bad
     for found in jax.jit(run)(jnp.asarray(logits), jnp.array([1])):

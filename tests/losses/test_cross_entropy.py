@@ -10,6 +10,7 @@ import pytest
 
 import softlib
 from softlib import losses
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import (
     OPTIONS,
@@ -107,7 +108,7 @@ def check_cross_entropy(case, implementation):
         operation = (
             losses.linear_softmax_cross_entropy
             if problem.linear
-            else losses.softmax_cross_entropy
+            else of_stored.softmax_cross_entropy
         )
         cotangents = {"loss": problem.cotangent()}
         if case["return_lse"]:
@@ -172,9 +173,7 @@ def test_companions_match_oracle(case):
         }
         if operation == "token_metrics":
             options |= {"label_smoothing": 0.1, "logsumexp_penalty": 0.01}
-        call = getattr(
-            losses, ("linear_" if problem.linear else "softmax_") + operation
-        )
+        call = getattr(of_head if problem.linear else of_stored, operation)
 
         def function(labels=None, **arrays):
             more = {"labels": labels} if takes_labels else {}
@@ -246,7 +245,7 @@ def test_losses_of_logits_match_independent_vectors():
     smoothing = float(data["in_label_smoothing"])
     with jax.enable_x64():
         z, labels = jnp.asarray(data["in_logits"]), jnp.asarray(data["in_labels"])
-        loss: Any = functools.partial(losses.softmax_cross_entropy, z, labels)
+        loss: Any = functools.partial(of_stored.softmax_cross_entropy, z, labels)
         plain, lse = loss(return_lse=True)
         penalised = loss(logsumexp_penalty=1.0)
         for actual, wanted in (
@@ -254,7 +253,7 @@ def test_losses_of_logits_match_independent_vectors():
             (lse**2, data["out_logsumexp_squared"]),
             (penalised - plain, data["out_logsumexp_squared"]),
             (loss(label_smoothing=smoothing), data["out_ce_smooth"]),
-            (losses.softmax_entropy(z), data["out_entropy"]),
-            (-losses.softmax_token_log_probs(z, labels), data["out_ce"]),
+            (of_stored.entropy(z), data["out_entropy"]),
+            (-of_stored.token_log_probs(z, labels), data["out_ce"]),
         ):
             assert_agrees(actual, wanted, jnp.float64, 0)

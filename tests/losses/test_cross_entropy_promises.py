@@ -10,6 +10,7 @@ import pytest
 import softlib
 from softlib import losses
 from softlib.testing import assert_close
+from tests.heads import of, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
@@ -33,10 +34,8 @@ class Source:
         self.options = {"vocab_chunk": 3} if kind == "linear" else {}
 
     def __call__(self, name, **options):
-        prefix = "linear_" if self.kind == "linear" else "softmax_"
         name = "softmax_cross_entropy" if name == "cross_entropy" else name
-        name = name.removeprefix("softmax_") if prefix == "softmax_" else name
-        operation = getattr(losses, prefix + name)
+        operation = getattr(of(self.kind), name)
         return jax.jit(functools.partial(operation, **self.options, **as_jax(options)))
 
     def metrics(self, **options):
@@ -280,7 +279,7 @@ def test_a_one_hot_distribution_is_its_label():
     logits, labels = hidden @ weight.T, np.array([0, 6, 3, 3])
     one_hot = jnp.asarray(np.eye(7)[labels], jnp.float32)
     for options in ({}, {"label_smoothing": 0.2, "logsumexp_penalty": 0.1}):
-        loss: Any = functools.partial(losses.softmax_cross_entropy, **options)
+        loss: Any = functools.partial(of_stored.softmax_cross_entropy, **options)
         total = lambda z, labels, loss=loss: loss(z, labels).sum()
         run = jax.jit(jax.value_and_grad(total))
         for one, two in zip(run(logits, labels), run(logits, one_hot), strict=True):
@@ -291,7 +290,7 @@ def test_a_class_of_mass_zero_may_be_excluded_or_have_a_logit_of_minus_infinity(
     logits = np.array([[0.0, 1.0, -np.inf, 2.0]], np.float32)
     q = jnp.array([[0.25, 0.75, 0.0, 0.0]])
     chosen = jnp.array([True, True, True, False])
-    cross_entropy: Any = losses.softmax_cross_entropy
+    cross_entropy: Any = of_stored.softmax_cross_entropy
     loss = lambda z, c: cross_entropy(z, q, class_where=c).sum()
     for c in (None, chosen):
         value, gradient = jax.jit(jax.value_and_grad(loss))(logits, c)
@@ -307,7 +306,7 @@ def test_mass_on_an_excluded_class_is_infinite_and_has_no_gradient():
     q = jnp.array([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0]])
     chosen = jnp.array([True, True, False])
     loss: Any = functools.partial(
-        losses.softmax_cross_entropy, labels=q, class_where=chosen
+        of_stored.softmax_cross_entropy, labels=q, class_where=chosen
     )
     np.testing.assert_array_equal(np.isposinf(jax.jit(loss)(logits)), [True, False])
     gradient = jax.jit(jax.grad(lambda z: loss(z).sum()))(logits)
@@ -408,7 +407,7 @@ def test_the_loss_is_never_negative(softcap):
     for dtype in (jnp.float32, jnp.bfloat16):
         hidden = jnp.asarray(random.normal(size=(256, 64)) * 10, dtype)
         weight = jnp.asarray(random.normal(size=(50, 64)), dtype)
-        best = losses.linear_row_statistics(
+        best = of_head.row_statistics(
             hidden, weight, statistics=("argmax",), vocab_chunk=16
         ).argmax
         loss = functools.partial(

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import softlib
 from softlib.testing import assert_close
-from tests.compiled import losses
+from tests.compiled import losses, of_head
 from tests.host import jnp
 from tests.losses.problems import as_jax
 from tests.oracles.weighted_cross_entropy import target_of, weighted_cross_entropy
@@ -122,7 +122,7 @@ def test_equals_the_sum_of_rows(case):
         arrays, others = problem(case)
 
         def at_once(arrays):
-            return losses.linear_softmax_cross_entropy_sum(
+            return of_head.softmax_cross_entropy_sum(
                 **arrays, **others, token_chunk=case["token_chunk"], vocab_chunk=48
             )
 
@@ -155,7 +155,7 @@ def small(rows=12):
 
 
 def mean(hidden, weight, labels, **options):
-    return losses.linear_softmax_cross_entropy_sum(
+    return of_head.softmax_cross_entropy_sum(
         hidden, weight, labels, row_weights=1 / labels.size, **options
     )
 
@@ -206,7 +206,7 @@ def test_nothing_to_count_is_zero(rows):
     hidden, weight, labels = small(rows)
     where = jnp.zeros(rows, bool)
     run = jax.value_and_grad(
-        lambda h, w: losses.linear_softmax_cross_entropy_sum(h, w, labels, where=where),
+        lambda h, w: of_head.softmax_cross_entropy_sum(h, w, labels, where=where),
         argnums=(0, 1),
     )
     value, gradients = run(hidden, weight)
@@ -265,7 +265,7 @@ def test_rows_divided_by_shard_map(check_vma):
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def loss(hidden, weight, labels):
-        part = losses.linear_softmax_cross_entropy_sum(hidden, weight, labels)
+        part = of_head.softmax_cross_entropy_sum(hidden, weight, labels)
         return jax.lax.psum(part, "data")
 
     divided = jax.shard_map(
@@ -276,7 +276,7 @@ def test_rows_divided_by_shard_map(check_vma):
         check_vma=check_vma,
     )
     found = jax.jit(jax.value_and_grad(divided, argnums=(0, 1)))(hidden, weight, labels)
-    total = losses.linear_softmax_cross_entropy_sum
+    total = of_head.softmax_cross_entropy_sum
     wanted = jax.value_and_grad(total, argnums=(0, 1))(hidden, weight, labels)
     chex.assert_trees_all_close(found, wanted, rtol=2e-5, atol=1e-6)
 
@@ -294,7 +294,7 @@ def test_arrays_divided_under_plain_jit(spec, kind):
         "features": ((None, "x"), (None, "x")),
     }[spec]
     place = lambda a, s: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*s)))
-    total = losses.linear_softmax_cross_entropy_sum
+    total = of_head.softmax_cross_entropy_sum
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
     wanted = run(hidden, weight, labels)
     row_spec = ("x",) if spec == "rows" else ()
@@ -360,10 +360,4 @@ def test_scratch_is_a_block_of_logits():
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        losses.linear_softmax_cross_entropy_sum(*small(), **options)
-
-
-def test_an_unknown_option_is_named():
-    misspelt: dict[str, Any] = {"chunk": 3}
-    with pytest.raises(TypeError, match=r"must be among .* got 'chunk'"):
-        losses.linear_softmax_cross_entropy_sum(*small(), **misspelt)
+        of_head.softmax_cross_entropy_sum(*small(), **options)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.testing import assert_close, check_transformations
-from tests.compiled import losses
+from tests.compiled import losses, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import assert_agrees, precision
 from tests.oracles import divergences as oracle
@@ -31,17 +31,17 @@ def draw(*shape, seed=0, dtype="float32"):
 
 WITH_TEACHER: dict[str, tuple[Any, Any, dict[str, float]]] = {
     "normalized": (
-        losses.normalized_distillation_loss,
+        of_stored.normalized_distillation_loss,
         oracle.normalized_distillation,
         {"temperature": 1.7, "gamma": 1.2},
     ),
     "decoupled": (
-        losses.decoupled_knowledge_distillation_loss,
+        of_stored.decoupled_knowledge_distillation_loss,
         oracle.decoupled_distillation,
         {"alpha": 0.7, "beta": 6.0, "temperature": 2.5},
     ),
     "plain": (
-        lambda z, t, labels, **o: losses.knowledge_distillation_loss(z, t, **o),
+        lambda z, t, labels, **o: of_stored.knowledge_distillation_loss(z, t, **o),
         lambda z, t, labels, temperature: (
             temperature**2
             * oracle.divergence(
@@ -118,7 +118,7 @@ def test_normalized_distillation_matches_independent_vectors(vectors):
             for name in ("student_logits", "teacher_logits", "labels")
         )
         options = {n: float(data[f"in_{n}"]) for n in ("temperature", "gamma")}
-        loss = functools.partial(losses.normalized_distillation_loss, **options)
+        loss = functools.partial(of_stored.normalized_distillation_loss, **options)
         assert_agrees(loss(z, teacher, labels), data["out_nkd"], jnp.float64, 9)
         total = lambda z: loss(z, teacher, labels).sum()
         gradient = jax.jit(jax.grad(total))(z)
@@ -133,12 +133,12 @@ def test_linear_heads_give_the_loss_of_their_logits(name):
     options = {"temperature": 1.5}
     where = jnp.arange(ROWS) != 2
     if name == "plain":
-        linear = losses.linear_knowledge_distillation_loss
-        stored = losses.knowledge_distillation_loss
+        linear = of_head.knowledge_distillation_loss
+        stored = of_stored.knowledge_distillation_loss
         more = ()
     else:
-        linear = losses.linear_normalized_distillation_loss
-        stored = losses.normalized_distillation_loss
+        linear = of_head.normalized_distillation_loss
+        stored = of_stored.normalized_distillation_loss
         more = (labels,)
 
     def streamed(hidden, weight, g, u):
@@ -201,7 +201,7 @@ def test_the_terms_of_a_normalized_loss_share_one_gradient_of_the_weight():
         return found.temp_size_in_bytes
 
     single = losses.linear_softmax_cross_entropy
-    normalized = losses.linear_normalized_distillation_loss
+    normalized = of_head.normalized_distillation_loss
     one = temporary(lambda *a: single(*a).sum(), *head, labels)
     two = temporary(lambda *a: normalized(*a).sum(), *head, *head, labels)
     assert two < 2.4 * one
@@ -224,7 +224,7 @@ def test_a_normalized_loss_of_divided_classes_is_that_of_one_device(kind, inside
 
     def loss(arrays, labels, **options):
         hidden, weight, *teacher = arrays
-        return losses.linear_normalized_distillation_loss(
+        return of_head.normalized_distillation_loss(
             hidden,
             weight,
             *teacher,
@@ -259,7 +259,7 @@ def test_normalized_gradient_in_closed_form():
     z, teacher = draw(ROWS, CLASSES), draw(ROWS, CLASSES, seed=1)
     labels, temperature, gamma = jnp.asarray(LABELS), 2.0, 1.5
     loss = functools.partial(
-        losses.normalized_distillation_loss, temperature=temperature, gamma=gamma
+        of_stored.normalized_distillation_loss, temperature=temperature, gamma=gamma
     )
     differentiated = jax.jit(jax.grad(lambda z: loss(z, teacher, labels).sum()))
     gradient = differentiated(z)
@@ -281,18 +281,18 @@ def test_normalized_gradient_in_closed_form():
 def test_equal_logits_cost_the_teachers_entropy_among_the_others():
     z, labels = draw(ROWS, CLASSES), jnp.asarray(LABELS)
     own = jax.nn.one_hot(labels, CLASSES) > 0
-    found = losses.normalized_distillation_loss(z, z, labels, gamma=2.0)
+    found = of_stored.normalized_distillation_loss(z, z, labels, gamma=2.0)
     log_p = jax.nn.log_softmax(z)
     label = jnp.where(own, log_p, 0).sum(1)
-    entropy = losses.softmax_entropy(z, class_where=~own)
+    entropy = of_stored.entropy(z, class_where=~own)
     wanted = -jnp.exp(label) * label + 2 * entropy
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_two_classes_have_no_other_class_to_match():
     z, teacher, labels = draw(3, 2), draw(3, 2, seed=1), jnp.array([0, 1, 1])
-    found = losses.normalized_distillation_loss(z, teacher, labels, gamma=5.0)
-    without = losses.normalized_distillation_loss(z, teacher, labels, gamma=0.0)
+    found = of_stored.normalized_distillation_loss(z, teacher, labels, gamma=5.0)
+    without = of_stored.normalized_distillation_loss(z, teacher, labels, gamma=0.0)
     np.testing.assert_array_equal(found, without)
 
 
@@ -301,10 +301,10 @@ def test_decoupled_distillation_is_plain_for_the_right_weights():
     z, teacher, labels = draw(1, CLASSES), draw(1, CLASSES, seed=1), jnp.array([4])
     t = 2.0
     rest = 1 - jax.nn.softmax(teacher / t)[0, 4]
-    decoupled = losses.decoupled_knowledge_distillation_loss(
+    decoupled = of_stored.decoupled_knowledge_distillation_loss(
         z, teacher, labels, beta=rest, temperature=t
     )
-    plain = losses.knowledge_distillation_loss(z, teacher, temperature=t)
+    plain = of_stored.knowledge_distillation_loss(z, teacher, temperature=t)
     np.testing.assert_allclose(decoupled, plain, rtol=1e-5)
 
 
@@ -466,29 +466,29 @@ def test_mcmi_loss_matches_independent_vectors(vectors):
             "`centroids` must have shape",
         ),
         (
-            lambda z, y: losses.normalized_distillation_loss(z, z, y, gamma=-1),
+            lambda z, y: of_stored.normalized_distillation_loss(z, z, y, gamma=-1),
             ValueError,
             "`gamma` must be >= 0",
         ),
         (
-            lambda z, y: losses.normalized_distillation_loss(z, z, y * 1.0),
+            lambda z, y: of_stored.normalized_distillation_loss(z, z, y * 1.0),
             TypeError,
             "`labels` must have an integer dtype",
         ),
         (
-            lambda z, y: losses.knowledge_distillation_loss(z, z, temperature=0),
+            lambda z, y: of_stored.knowledge_distillation_loss(z, z, temperature=0),
             ValueError,
             "`temperature` must be positive",
         ),
         (
-            lambda z, y: losses.knowledge_distillation_loss(
+            lambda z, y: of_stored.knowledge_distillation_loss(
                 z, z, temperature=jnp.ones(3)
             ),
             ValueError,
             "`temperature` must be a number or a scalar",
         ),
         (
-            lambda z, y: losses.decoupled_knowledge_distillation_loss(z, z, y[:2]),
+            lambda z, y: of_stored.decoupled_knowledge_distillation_loss(z, z, y[:2]),
             ValueError,
             r"`labels` must have shape \(3,\)",
         ),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from softlib import losses
+from tests.heads import OF_HEAD, OF_STORED, of, of_head, of_stored
 from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 4, 3, 7
@@ -80,18 +81,30 @@ SOFTMAX = [
 
 def call(function, needs, **changes):
     arrays = {"labels": LABELS} if "labels" in needs else {}
-    if function.startswith("linear_"):
+    kind, _, name = function.partition(" ")
+    if kind == "linear":
         arrays |= {"hidden": HIDDEN, "weight": WEIGHT}
     else:
         arrays |= {"logits": LOGITS}
-    return getattr(losses, function)(**(arrays | changes))
+    return getattr(of(kind), name)(**(arrays | changes))
+
+
+def blamed(function, argument):
+    """Who complains of a bad argument, the value or the function; by which name."""
+    kind, _, name = function.partition(" ")
+    known = {"linear": OF_HEAD, "logits": OF_STORED}[kind]
+    if kind == "linear" and argument in ("hidden", "weight"):
+        return "LinearLogits", argument
+    if argument in known:
+        value = {"linear": "LinearLogits", "logits": "StoredLogits"}[kind]
+        return value, known[argument]
+    return name, argument
 
 
 def functions():
     for name, needs in TAKES.items():
-        yield "linear_" + name, needs, COMMON + LINEAR
-        stored = {"row_statistics": name, "softmax_cross_entropy": name}
-        yield stored.get(name, "softmax_" + name), needs, COMMON + SOFTMAX
+        yield f"linear {name}", needs, COMMON + LINEAR
+        yield f"logits {name}", needs, COMMON + SOFTMAX
 
 
 CASES = [
@@ -116,7 +129,8 @@ def test_error_names_function_argument_condition_and_value(
     with pytest.raises(error) as raised:
         call(function, needs, **{argument: value})
     message = str(raised.value)
-    pattern = rf"{function}: `{argument}` must .*, got .*{re.escape(got)}.*[.?]"
+    who, name = blamed(function, argument)
+    pattern = rf"{who}: `{name}` must .*, got .*{re.escape(got)}.*[.?]"
     assert re.fullmatch(pattern, message), message
 
 
@@ -124,7 +138,8 @@ def test_error_names_function_argument_condition_and_value(
 def test_errors_are_the_same_under_jit(function, needs):
     """Shapes and dtypes are known while tracing."""
     bad = jax.jit(lambda bias: call(function, needs, bias=bias))
-    with pytest.raises(ValueError, match=f"^{function}: `bias` must .* got \\(3,\\)"):
+    who, _ = blamed(function, "bias")
+    with pytest.raises(ValueError, match=rf"^{who}: `bias` must .* got \(3,\)"):
         bad(jnp.zeros(FEATURES))
 
 
@@ -147,15 +162,15 @@ def test_an_implementation_that_can_run_is_taken(function, needs, implementation
     call(function, needs, implementation=implementation)
 
 
-@pytest.mark.parametrize("function", ["linear_row_statistics", "row_statistics"])
-def test_label_logits_without_labels(function):
-    with pytest.raises(ValueError, match=rf"^{function}: `labels` must .*None"):
-        call(function, (), statistics=("lse", "label_logits"))
+@pytest.mark.parametrize("kind", ["linear", "logits"])
+def test_label_logits_without_labels(kind):
+    with pytest.raises(ValueError, match=r"^row_statistics: `labels` must .*None"):
+        call(f"{kind} row_statistics", (), statistics=("lse", "label_logits"))
 
 
 def test_the_other_layout_names_the_axis():
     with pytest.raises(ValueError, match=r"`weight` must .*got .*\(7, 3\)"):
-        call("linear_softmax_cross_entropy", {"labels"}, vocab_axis=1)
+        call("linear softmax_cross_entropy", {"labels"}, vocab_axis=1)
 
 
 @pytest.mark.parametrize(
@@ -165,15 +180,15 @@ def test_distributions_have_the_shape_of_the_logits(labels):
     with pytest.raises(
         ValueError, match=r"^softmax_cross_entropy: `labels` must .*got"
     ):
-        losses.softmax_cross_entropy(LOGITS, labels)
+        of_stored.softmax_cross_entropy(LOGITS, labels)
 
 
 def test_several_labels_per_row_have_one_axis_more():
     for labels in (jnp.zeros((ROWS, 2, 2), int), jnp.zeros((2, ROWS), int)):
         with pytest.raises(ValueError, match=r"`labels` must .*got"):
-            losses.linear_row_statistics(HIDDEN, WEIGHT, labels)
+            of_head.row_statistics(HIDDEN, WEIGHT, labels)
         with pytest.raises(ValueError, match=r"`labels` must .*got"):
-            losses.row_statistics(LOGITS, labels)
+            of_stored.row_statistics(LOGITS, labels)
 
 
 def test_bad_values_in_arrays_are_no_error():

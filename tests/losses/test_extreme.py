@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from softlib import LinearLogits
 from softlib.softmax import soft_top_k
 from softlib.testing import assert_close, check_transformations
 from tests import operations
-from tests.compiled import losses
+from tests.compiled import losses, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import extreme as oracle
@@ -36,23 +37,19 @@ IDS = np.array(
 
 
 class Loss(NamedTuple):
-    logits: str
-    linear: str | None
+    public: str
+    linear: bool  # whether it takes a head
     oracle: Any
     options: dict[str, Any]
     weighted: bool = True
 
 
 LOSSES = {
-    "decoupled": Loss(
-        "decoupled_softmax_loss", "linear_decoupled_softmax_loss", oracle.decoupled, {}
-    ),
-    "one_versus_all": Loss(
-        "one_versus_all_loss", "linear_one_versus_all_loss", oracle.one_versus_all, {}
-    ),
-    "multilabel": Loss("multilabel_softmax_loss", None, oracle.multilabel, {}, False),
+    "decoupled": Loss("decoupled_softmax_loss", True, oracle.decoupled, {}),
+    "one_versus_all": Loss("one_versus_all_loss", True, oracle.one_versus_all, {}),
+    "multilabel": Loss("multilabel_softmax_loss", True, oracle.multilabel, {}, False),
     "soft_top_k": Loss(
-        "soft_top_k_loss", None, oracle.soft_top_k, {"k": 2.5, "alpha": 1.5}
+        "soft_top_k_loss", False, oracle.soft_top_k, {"k": 2.5, "alpha": 1.5}
     ),
 }
 FORMS = [
@@ -66,7 +63,7 @@ LINEAR = [name for name, loss in LOSSES.items() if loss.linear]
 
 
 def linear(name) -> Any:
-    return getattr(losses, LOSSES[name].linear or "")
+    return getattr(of_head, LOSSES[name].public)
 
 
 def mask_of(ids, classes=CLASSES):
@@ -78,15 +75,16 @@ def arrays(source, dtype="float32", seed=0) -> dict[str, Any]:
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
     hidden, weight = draw(ROWS, FEATURES), draw(CLASSES, FEATURES)
     if source == "linear":
-        return {"hidden": hidden, "label_embeddings": weight}
-    return {"scores": (hidden.astype(jnp.float32) @ weight.T).astype(dtype)}
+        return {"hidden": hidden, "weight": weight}
+    return {"logits": (hidden.astype(jnp.float32) @ weight.T).astype(dtype)}
 
 
 def function_of(name, source, ids=IDS, **options):
     """The loss of floating arrays by name, with positives of this kind."""
     loss = LOSSES[name]
     options = {**loss.options, **options}
-    call = linear(name) if source == "linear" else getattr(losses, loss.logits)
+    functions = of_head if source == "linear" else of_stored
+    call = getattr(functions, loss.public)
     if source == "linear":
         options = {"vocab_chunk": 4, **options}
     positives = mask_of(ids) if source == "mask" else ids
@@ -111,16 +109,16 @@ def expected_of(name, floating, ids=IDS, *, logit_scale=1.0, bias=0.0, **options
     floating = {n: np.asarray(a, np.float64) for n, a in floating.items()}
     options = {**LOSSES[name].options, **options}
     weights = floating.get("weights")
-    hidden, table = floating.get("hidden"), floating.get("label_embeddings")
-    z = floating["scores"] if hidden is None or table is None else hidden @ table.T
+    hidden, table = floating.get("hidden"), floating.get("weight")
+    z = floating["logits"] if hidden is None or table is None else hidden @ table.T
     z = logit_scale * z + bias
     loss, dz, dw = oracle.losses_of(
         LOSSES[name].oracle, z, ids, weights=weights, **options
     )
     dz = logit_scale * dz
-    gradients = {"scores": dz}
+    gradients = {"logits": dz}
     if hidden is not None and table is not None:
-        gradients = {"hidden": dz @ table, "label_embeddings": dz.T @ hidden}
+        gradients = {"hidden": dz @ table, "weight": dz.T @ hidden}
     if weights is not None:
         gradients["weights"] = dw
     return loss, gradients
@@ -181,12 +179,12 @@ def test_narrow_dtypes_give_float32(name, source, dtype):
 def test_linear_head_in_both_layouts(name, implementation, vocab_axis):
     """Softcap, scale and temperature per row, chunks that do not divide the labels."""
     floating = arrays("linear")
-    scores = losses.linear_logits(*floating.values())
+    scores = LinearLogits(*floating.values()).materialize()
     per_row = jnp.linspace(0.5, 1.5, ROWS)
     options = {"logit_softcap": 2.0, "temperature": per_row, "logit_scale": 1.5}
-    wanted = function_of(name, "mask", **options)(scores=scores)
+    wanted = function_of(name, "mask", **options)(logits=scores)
     if vocab_axis:
-        floating["label_embeddings"] = floating["label_embeddings"].T
+        floating["weight"] = floating["weight"].T
     call = function_of(
         name,
         "linear",
@@ -197,8 +195,8 @@ def test_linear_head_in_both_layouts(name, implementation, vocab_axis):
     loss, gradients = differentiated(call, floating)
     assert_close(loss, wanted, dtype=jnp.float32, length=CLASSES)
     stored = functools.partial(function_of(name, "mask", **options))
-    slope = jax.jit(jax.grad(lambda s: stored(scores=s).sum()))(scores)
-    dense = slope @ arrays("linear")["label_embeddings"]
+    slope = jax.jit(jax.grad(lambda s: stored(logits=s).sum()))(scores)
+    dense = slope @ arrays("linear")["weight"]
     assert_close(gradients["hidden"], dense, dtype=jnp.float32, length=CLASSES)
 
 
@@ -212,15 +210,15 @@ def test_matches_independent_vectors():
         @jax.jit
         def run(x):
             top = functools.partial(
-                losses.soft_top_k_loss, positives=positives, alpha=alpha
+                of_stored.soft_top_k_loss, positives=positives, alpha=alpha
             )
             z, pull = jax.vjp(lambda x: soft_top_k(x, k, alpha=alpha), x)
             slope = lambda f: jax.grad(lambda x: f(x).sum())(x)
-            decoupled = lambda x: losses.decoupled_softmax_loss(x, positives)
+            decoupled = lambda x: of_stored.decoupled_softmax_loss(x, positives)
             return {
                 "decoupled": decoupled(x),
                 "decoupled_grad": slope(decoupled),
-                "multilabel_softmax": losses.multilabel_softmax_loss(x, positives),
+                "multilabel_softmax": of_stored.multilabel_softmax_loss(x, positives),
                 "soft_top_k": z,
                 "threshold": (jnp.log(z / (1 - z)) / alpha - x).mean(-1),
                 "soft_top_k_vjp": pull(jnp.asarray(data["in_ct_soft_top_k"]))[0],
@@ -291,14 +289,13 @@ def test_one_positive_is_cross_entropy(name, source):
     floating = arrays(source)
     found = differentiated(function_of(name, source, ids), floating)
     labels = jnp.arange(ROWS)
-    plain: Any = losses.softmax_cross_entropy
+    plain: Any = of_stored.softmax_cross_entropy
     if source == "linear":
         plain = losses.linear_softmax_cross_entropy
-        floating["weight"] = floating.pop("label_embeddings")
     wanted = (
         differentiated(functools.partial(plain, labels=labels), floating)
         if (source == "linear")
-        else differentiated(lambda scores: plain(scores, labels), floating)
+        else differentiated(lambda logits: plain(logits, labels), floating)
     )
     for one, two in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
         assert_close(one, two, dtype=jnp.float32, length=CLASSES)
@@ -306,9 +303,11 @@ def test_one_positive_is_cross_entropy(name, source):
 
 def test_a_sum_of_multi_label_cross_entropies():
     """The two functions of nearly the same name differ by the number of positives."""
-    scores, kept = arrays("ids")["scores"], jnp.asarray(IDS >= 0)
-    mean = losses.multi_label_cross_entropy(scores, jnp.asarray(IDS), label_where=kept)
-    total = losses.multilabel_softmax_loss(scores, jnp.asarray(IDS))
+    scores, kept = arrays("ids")["logits"], jnp.asarray(IDS >= 0)
+    mean = of_stored.multi_label_cross_entropy(
+        scores, jnp.asarray(IDS), label_where=kept
+    )
+    total = of_stored.multilabel_softmax_loss(scores, jnp.asarray(IDS))
     assert_close(total, kept.sum(-1) * mean, dtype=jnp.float32, length=CLASSES)
 
 
@@ -320,14 +319,14 @@ def test_a_positive_that_stands_out_leaves_all_digits_of_the_negatives(source):
     if source == "linear":
         table = np.zeros((count, 1), np.float32)
         table[7] = 30
-        floating = {"hidden": jnp.ones((1, 1)), "label_embeddings": jnp.asarray(table)}
+        floating = {"hidden": jnp.ones((1, 1)), "weight": jnp.asarray(table)}
     else:
-        floating = {"scores": jnp.zeros((1, count)).at[0, 7].set(30)}
+        floating = {"logits": jnp.zeros((1, count)).at[0, 7].set(30)}
     positives = mask_of(ids, count) if source == "mask" else ids
     call = (
-        losses.linear_decoupled_softmax_loss
+        of_head.decoupled_softmax_loss
         if source == "linear"
-        else losses.decoupled_softmax_loss
+        else of_stored.decoupled_softmax_loss
     )
     wanted = np.log1p(99_999 * np.exp(-30.0))
     loss = jax.jit(lambda f: call(**f, positives=jnp.asarray(positives)))(floating)
@@ -339,10 +338,10 @@ def test_scores_of_ten_thousand(name, source):
     """Losses and gradients are finite, and right in the limit."""
     random = np.random.default_rng(0)
     scores = jnp.asarray(1e4 * random.choice([-1, 1], (ROWS, CLASSES)), jnp.float32)
-    floating = {"scores": scores}
+    floating = {"logits": scores}
     if source == "linear":
         table = jnp.asarray(np.eye(CLASSES), jnp.float32)
-        floating = {"hidden": scores, "label_embeddings": table}
+        floating = {"hidden": scores, "weight": table}
     loss, gradients = differentiated(function_of(name, source), floating)
     wanted, _ = expected_of(name, floating) if name != "multilabel" else (loss, 0)
     assert np.isfinite(loss).all()
@@ -353,18 +352,18 @@ def test_scores_of_ten_thousand(name, source):
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_score_of_minus_infinity_cannot_be_chosen(name):
-    scores = arrays("mask")["scores"].at[:, 2].set(-jnp.inf)
-    loss, gradients = differentiated(function_of(name, "mask"), {"scores": scores})
+    scores = arrays("mask")["logits"].at[:, 2].set(-jnp.inf)
+    loss, gradients = differentiated(function_of(name, "mask"), {"logits": scores})
     np.testing.assert_array_equal(np.isinf(loss), mask_of(IDS)[:, 2])
-    assert np.isfinite(gradients["scores"]).all()
-    np.testing.assert_array_equal(gradients["scores"][:, 2], 0)
+    assert np.isfinite(gradients["logits"]).all()
+    np.testing.assert_array_equal(gradients["logits"][:, 2], 0)
 
 
 def test_a_second_positive_does_not_change_the_first_ones_term():
     """But for the negative that it no longer is; it competes with nothing else."""
-    scores = arrays("mask")["scores"].at[:, 1].set(-jnp.inf)  # as good as no negative
+    scores = arrays("mask")["logits"].at[:, 1].set(-jnp.inf)  # as good as no negative
     weights = jnp.asarray([1.0, 0.0])[None].repeat(ROWS, 0)
-    call = jax.jit(losses.decoupled_softmax_loss)
+    call = jax.jit(of_stored.decoupled_softmax_loss)
     both = jnp.asarray([[0, 1]] * ROWS)
     one = call(scores, both[:, :1], weights=weights[:, :1])
     two = call(scores, both, weights=weights)
@@ -375,8 +374,8 @@ def test_softmax_pushes_a_certain_positive_down_and_decoupled_does_not():
     scores = jnp.zeros((1, 6)).at[0, 0].set(4.0)
     positives = jnp.asarray([[True, True, False, False, False, False]])
     slope = lambda loss: jax.grad(lambda s: loss(s, positives).sum())(scores)[0]
-    assert slope(losses.multilabel_softmax_loss)[0] > 0.5
-    assert (slope(losses.decoupled_softmax_loss)[:2] < 0).all()
+    assert slope(of_stored.multilabel_softmax_loss)[0] > 0.5
+    assert (slope(of_stored.decoupled_softmax_loss)[:2] < 0).all()
 
 
 # -------------------------------------------------------------------------- properties
@@ -407,7 +406,7 @@ def _families(scores, positives):
     slope = lambda f: (f(scores), jax.grad(lambda s: f(s).sum())(scores))
     return {
         name: slope(
-            lambda s, name=name: getattr(losses, LOSSES[name].logits)(
+            lambda s, name=name: getattr(of_stored, LOSSES[name].public)(
                 s, positives, **LOSSES[name].options
             )
         )
@@ -418,7 +417,7 @@ def _families(scores, positives):
 def test_soft_top_k_loss_is_near_zero_as_soon_as_all_positives_are_among_the_first():
     scores = jnp.asarray([[5.0, 3.0, 4.0, -5.0, -6.0, -7.0]])
     positives = jnp.asarray([[0, 2, -1]])
-    top = functools.partial(losses.soft_top_k_loss, scores, positives, alpha=10.0)
+    top = functools.partial(of_stored.soft_top_k_loss, scores, positives, alpha=10.0)
     assert top(k=3)[0] < 1e-4
     assert top(k=1)[0] > 1
     np.testing.assert_array_equal(top(k=6), 0)  # all labels are chosen
@@ -446,10 +445,10 @@ def test_linear_heads_under_every_transformation(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["decoupled", "one_versus_all"])
 def test_scores_under_every_transformation(name):
-    call = getattr(losses, LOSSES[name].logits)
+    call = getattr(of_stored, LOSSES[name].public)
     check_transformations(
         lambda scores, positives: call(scores, positives, implementation="reference"),
-        arrays("mask")["scores"],
+        arrays("mask")["logits"],
         jnp.asarray(mask_of(IDS)),
         rows=(0, 1),
     )
@@ -458,8 +457,8 @@ def test_scores_under_every_transformation(name):
 @pytest.mark.slow
 def test_soft_top_k_loss_under_every_transformation():
     check_transformations(
-        lambda scores, positives: losses.soft_top_k_loss(scores, positives, k=2.5),
-        arrays("mask")["scores"],
+        lambda scores, positives: of_stored.soft_top_k_loss(scores, positives, k=2.5),
+        arrays("mask")["logits"],
         jnp.asarray(mask_of(IDS)),
         rows=(0, 1),
     )
@@ -476,9 +475,9 @@ def test_hessian_vector_products_of_a_linear_head(name):
             def total(floating):
                 if source == "linear":
                     return function_of(name, "linear")(**floating).sum()
-                scores = floating["hidden"] @ floating["label_embeddings"].T
+                scores = floating["hidden"] @ floating["weight"].T
                 call = function_of(name, "mask", implementation="reference")
-                return call(scores=scores).sum()
+                return call(logits=scores).sum()
 
             return jax.jit(lambda f: jax.jvp(jax.grad(total), (f,), (direction,))[1])(
                 floating
@@ -502,7 +501,7 @@ def test_divided_labels_give_the_numbers_of_one_device(name, shape, kind, check_
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     floating = {
         "hidden": draw(ROWS, FEATURES),
-        "label_embeddings": draw(classes, FEATURES),
+        "weight": draw(classes, FEATURES),
         "weights": jnp.abs(draw(ROWS, 4)),
     }
     ids = np.stack([random.permutation(classes)[:4] for _ in range(ROWS)])
@@ -510,7 +509,7 @@ def test_divided_labels_give_the_numbers_of_one_device(name, shape, kind, check_
     ids = jnp.asarray(ids)
     specs = {
         "hidden": P("data"),
-        "label_embeddings": P("classes"),
+        "weight": P("classes"),
         "weights": P("data"),
     }
     call = linear(name)
@@ -583,7 +582,7 @@ def test_a_gradient_filter_keeps_the_blocks_of_positives():
     hidden = jnp.asarray(random.normal(size=(128, 8)), jnp.float32)
     table = jnp.asarray(random.normal(size=(512, 8)) / 4, jnp.float32)
     ids = jnp.asarray(random.integers(0, 128, (128, 2)))  # of the first block
-    call = functools.partial(losses.linear_decoupled_softmax_loss, vocab_chunk=128)
+    call = functools.partial(of_head.decoupled_softmax_loss, vocab_chunk=128)
 
     def gradient(eps):
         loss = lambda w: call(hidden, w, ids, gradient_filter_eps=eps).sum()
@@ -616,10 +615,11 @@ def test_error_names_function_argument_and_value(
     name, source, argument, value, error, got
 ):
     loss = LOSSES[name]
-    function = (loss.linear or "") if source == "linear" else loss.logits
+    function = loss.public
+    functions = of_head if source == "linear" else of_stored
     arguments = {**arrays(source), "positives": jnp.asarray(IDS), argument: value}
     with pytest.raises(error) as raised:
-        getattr(losses, function)(**arguments)
+        getattr(functions, function)(**arguments)
     message = str(raised.value)
     assert message.startswith(f"{function}: `{argument}` must ")
     assert message.endswith(f"got {got}")
@@ -629,20 +629,18 @@ def test_error_names_function_argument_and_value(
 def test_a_mask_must_have_the_shape_of_the_scores_and_does_not_go_with_a_head():
     mask = jnp.zeros((ROWS, CLASSES), bool)
     with pytest.raises(ValueError, match=r"`positives` must have shape \(8, 11\).*10"):
-        losses.decoupled_softmax_loss(arrays("mask")["scores"], mask[:, 1:])
+        of_stored.decoupled_softmax_loss(arrays("mask")["logits"], mask[:, 1:])
     with pytest.raises(TypeError, match=r"`positives` must be class ids .* got bool"):
         linear("decoupled")(**arrays("linear"), positives=mask)
 
 
 @pytest.mark.usefixtures("untyped", "eager")
 def test_wrong_options_are_named():
-    head, scores = arrays("linear"), arrays("ids")["scores"]
+    head, scores = arrays("linear"), arrays("ids")["logits"]
     ids = jnp.asarray(IDS)
-    every: Any = losses
-    with pytest.raises(TypeError, match=r"decoupled_softmax_loss: .*got 'biass'\.$"):
-        every.decoupled_softmax_loss(scores, ids, biass=None)
+    every: Any = of_stored
     with pytest.raises(ValueError, match=r"`gradient_filter_eps` must be None where"):
-        every.linear_one_versus_all_loss(**head, positives=ids, gradient_filter_eps=0.1)
+        of_head.one_versus_all_loss(**head, positives=ids, gradient_filter_eps=0.1)
     with pytest.raises(ValueError, match=r"`k` must be positive and finite, got -1"):
         every.soft_top_k_loss(scores, ids, k=-1)
     with pytest.raises(TypeError, match=r"multilabel_softmax_loss.*'weights'"):

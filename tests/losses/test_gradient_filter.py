@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import softlib
-from softlib import losses
+from softlib import LinearLogits, losses
 from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 300, 8, 700
@@ -124,6 +124,21 @@ def test_rows_without_a_cotangent_keep_no_block():
         np.testing.assert_allclose(
             actual[name], wanted, rtol=0, atol=1e-12 * np.abs(wanted).max()
         )
+
+
+def test_a_cotangent_of_one_is_one():
+    """Of the logsumexp alone, whose cotangent in a sum is 1 in every row."""
+    arrays, _ = problem(400)
+    hidden, weight, bias = (jnp.asarray(a, jnp.float32) for a in arrays.values())
+
+    def slope(hidden, eps):
+        logits = LinearLogits(hidden, weight, bias=bias, gradient_filter_eps=eps)
+        return softlib.logits.logsumexp(logits).sum()
+
+    exact, found = (jax.grad(slope)(hidden, eps) for eps in (None, EPS))
+    assert jnp.abs(found).max() > 0.1
+    bound = EPS * jnp.linalg.norm(weight, axis=1).sum()
+    assert (jnp.linalg.norm(found - exact, axis=1) <= bound).all()
 
 
 def test_a_threshold_below_every_probability_drops_nothing():

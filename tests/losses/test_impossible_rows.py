@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from softlib import losses
-from tests import public_names
+from softlib import LinearLogits, losses
+from tests import heads, public_names
 from tests.host import jnp
 
 CLASSES, FEATURES = 4, 3
@@ -28,8 +28,8 @@ def normal(*shape: int) -> jax.Array:
 
 HIDDEN, WEIGHT = normal(2, FEATURES), normal(CLASSES, FEATURES)
 LOGITS, OTHERS = np.asarray(normal(2, CLASSES)), normal(2, CLASSES)
-TARGET = {"target_hidden": HIDDEN, "target_weight": normal(CLASSES, FEATURES)}
-TEACHER = {"teacher_hidden": HIDDEN, "teacher_weight": TARGET["target_weight"]}
+OTHER_HEAD = LinearLogits(HIDDEN, normal(CLASSES, FEATURES))
+TARGET, TEACHER = {"target_logits": OTHERS}, {"teacher_logits": OTHERS}
 
 # Not of one distribution over classes with a label in each row.
 NO_LOSSES = {
@@ -41,8 +41,6 @@ NO_LOSSES = {
     "in_batch_positives",
     "in_batch_triplet_loss",  # of differences of similarities
     "label_rank",
-    "linear_label_rank",
-    "linear_row_statistics",
     "precision_at_k",
     "propensity_scored_precision_at_k",
     "recall_at_k",
@@ -52,16 +50,9 @@ NO_LOSSES = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "bi_tempered_logistic_loss": {"t1": 0.5, "t2": 1.5},
-    "decoupled_knowledge_distillation_loss": {"teacher_logits": OTHERS},
-    "linear_jensen_shannon_divergence": TARGET,
-    "linear_kl_divergence": TARGET,
-    "linear_knowledge_distillation_loss": TEACHER,
-    "linear_normalized_distillation_loss": TEACHER,
-    "linear_robust_softmax_cross_entropy": {"rho": 0.1, "temperature": 0.5},
-    "linear_soft_target_cross_entropy": TARGET,
-    "linear_z_loss": {"a": 0.1, "b": 1.0},
+    "decoupled_knowledge_distillation_loss": TEACHER,
     "mcmi_loss": {"centroids": jnp.full((4, 4), 0.25), "weight": 0.1},
-    "normalized_distillation_loss": {"teacher_logits": OTHERS},
+    "normalized_distillation_loss": TEACHER,
     "robust_softmax_cross_entropy": {"rho": 0.1, "temperature": 0.5},
     "sdm_loss": {"similarity": 2.0, "distance": jnp.array([0.5, 0.8])},
     "smooth_adversarial_comp_sum_loss": {"adversarial_logits": OTHERS},
@@ -80,30 +71,41 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LIMITS: dict[str, float] = {
     "edit_invariant_sequence_loss": 5.0,  # its floor
     "generalized_cross_entropy_loss": 1 / 0.7,
-    "linear_edit_invariant_sequence_loss": 5.0,
-    "linear_generalized_cross_entropy_loss": 1 / 0.7,
-    "linear_mean_absolute_error_loss": 1.0,
-    "linear_sequence_log_probs": -np.inf,
-    "linear_token_log_probs": -np.inf,
-    "linear_top1_correct": False,
     "mean_absolute_error_loss": 1.0,
     "sequence_log_probs": -np.inf,
-    "softmax_token_log_probs": -np.inf,
-    "softmax_top1_correct": False,
+    "token_log_probs": -np.inf,
+    "top1_correct": False,
 }
 
 
+# They need the whole of a row.
+OF_ARRAYS = {"smooth_adversarial_comp_sum_loss", "soft_top_k_loss"}
+OF_A_HEAD = " of a head"
+
+
 def names() -> list[str]:
-    """Public losses whose signature asks for labels or positives."""
+    """Public functions whose signature asks for labels or positives.
+
+    Those of logits twice: of an array, and of a head.
+    """
     asked = {"labels", "positives"}
-    return [
-        each.name
-        for each in public_names.public_names()
-        if each.package == "softlib.losses"
-        and inspect.isfunction(each.value)
-        and asked & inspect.signature(each.value).parameters.keys()
-        and each.name not in NO_LOSSES
-    ]
+    found = []
+    for each in public_names.public_names():
+        if (
+            each.package in ("softlib.losses", "softlib.logits")
+            and inspect.isfunction(each.value)
+            and asked & inspect.signature(each.value).parameters.keys()
+            and each.name not in NO_LOSSES
+        ):
+            found.append(each.name)
+            if heads.logits_of(each.value) and each.name not in OF_ARRAYS:
+                found.append(each.name + OF_A_HEAD)
+    return found
+
+
+def parts(name: str) -> tuple[str, bool]:
+    """The name of the function, and whether it is given a head."""
+    return name.removesuffix(OF_A_HEAD), name.endswith(OF_A_HEAD)
 
 
 # Their class_where is of codes, or they have none.
@@ -119,25 +121,36 @@ def problem(name: str, bias: float) -> tuple[dict[str, jax.Array], dict[str, Any
 
     Of a linear head to all rows, whose logits have no other way to be infinite.
     """
-    parameters = inspect.signature(getattr(losses, name)).parameters
+    name, is_head = parts(name)
+    parameters = inspect.signature(heads.function_of(name)).parameters
     sequences = "sequence" in name
     options = dict(OPTIONS.get(name, {}))
     several = sequences or "multi_label" in name or "positives" in parameters
     kind = "positives" if "positives" in parameters else "labels"
     options[kind] = LABELS[:, None] if several else LABELS
-    if "hidden" not in parameters:
+    if not is_head and "hidden" not in parameters:
         logits = jnp.asarray(LOGITS + np.array([[bias], [0.0]], np.float32))
-        given = "scores" if "scores" in parameters else "logits"
-        return {given: logits[:, None] if sequences else logits}, options
+        return {"logits": logits[:, None] if sequences else logits}, options
+    for other in options.keys() & {"target_logits", "teacher_logits"}:
+        prefix = other.removesuffix("logits")
+        del options[other]
+        options[f"{prefix}hidden"] = OTHER_HEAD.hidden
+        options[f"{prefix}weight"] = OTHER_HEAD.weight
     hidden = HIDDEN[:, None] if sequences else HIDDEN
     of_classes = "bias"
     inputs = {"hidden": hidden}
     if "codebook" in parameters:
         of_classes = "token_bias"
     else:
-        tables = parameters.keys() & {"weight", "label_embeddings"}
-        inputs |= dict.fromkeys(tables, WEIGHT)
+        inputs["weight"] = WEIGHT
     return inputs | {of_classes: jnp.full(CLASSES, bias)}, options
+
+
+def call(name: str) -> Any:
+    name, is_head = parts(name)
+    if heads.logits_of(heads.function_of(name)):
+        return getattr(heads.of_head if is_head else heads.of_stored, name)
+    return heads.function_of(name)
 
 
 def found(name: str, bias: float, **more: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -152,7 +165,7 @@ def program(name: str, **more: Any) -> Any:
     _, options = problem(name, 0.0)
 
     def total(inputs: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        results = getattr(losses, name)(**inputs, **options, **more)
+        results = call(name)(**inputs, **options, **more)
         leaves = [leaf for leaf in jax.tree.leaves(results) if leaf.dtype != bool]
         return sum((leaf.sum() for leaf in leaves), jnp.zeros(())), results
 
@@ -164,7 +177,8 @@ program_without_options = functools.cache(program)
 
 def expected(name: str, results: Any) -> tuple[Any, Any]:
     """The numbers of the first row, and what they should be."""
-    if name.endswith("_token_metrics"):
+    name, _ = parts(name)
+    if name == "token_metrics":
         wanted = results._replace(loss=np.inf, correct=False)
     elif name == "universal_self_distillation_loss":
         wanted = results._replace(target=np.inf, non_target=np.inf)
@@ -181,7 +195,7 @@ def test_an_impossible_row_costs_infinity_and_has_no_gradient(name):
     for one, limit in zip(*map(jax.tree.leaves, (results, wanted)), strict=True):
         np.testing.assert_allclose(one[0] if one.ndim else one, limit, rtol=1e-6)
     usual, usual_gradients = found(name, 0.0)
-    if name.startswith(("linear_", "vq_")):
+    if name.startswith("vq_") or parts(name)[1]:
         for gradient in gradients.values():
             np.testing.assert_array_equal(gradient, 0)
         return
@@ -194,7 +208,9 @@ def test_an_impossible_row_costs_infinity_and_has_no_gradient(name):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n not in WITHOUT_CLASS_WHERE])
+@pytest.mark.parametrize(
+    "name", [n for n in names() if parts(n)[0] not in WITHOUT_CLASS_WHERE]
+)
 def test_a_row_without_classes_costs_nothing(name):
     nothing = jnp.zeros(CLASSES, bool)
     results, gradients = found(name, -jnp.inf, class_where=nothing)
@@ -203,10 +219,10 @@ def test_a_row_without_classes_costs_nothing(name):
 
 
 # ------------------------------------------------------------------------------ options
-@pytest.mark.parametrize("name", ["softmax", "linear_softmax"])
+@pytest.mark.parametrize("head", ["", OF_A_HEAD])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_options_of_cross_entropy(name, implementation):
-    name += "_cross_entropy"
+def test_options_of_cross_entropy(head, implementation):
+    name = "softmax_cross_entropy" + head
     own = {"implementation": implementation}
     smooth = {"label_smoothing": 0.1, "logsumexp_penalty": 0.1}
     for options in (smooth, {"class_weights": jnp.arange(4.0)}):
@@ -218,7 +234,7 @@ def test_options_of_cross_entropy(name, implementation):
     np.testing.assert_array_equal(found(name, -jnp.inf, **own, **free)[0], 0)
     # The slope in a traced option is that of the rows that have one.
     inputs, known = problem(name, -jnp.inf)
-    loss = functools.partial(getattr(losses, name), **inputs, **known, **own)
+    loss = functools.partial(call(name), **inputs, **known, **own)
     of_smoothing = jax.jit(jax.grad(lambda x: loss(label_smoothing=x).sum()))
     assert np.isfinite(of_smoothing(0.1))
 
@@ -235,11 +251,13 @@ def test_distributions_as_labels(name):
 
 def test_the_sum_over_rows():
     options = {"row_weights": jnp.array([1.0, 0.0])}
-    results, gradients = found("linear_softmax_cross_entropy_sum", -jnp.inf, **options)
+    results, gradients = found(
+        "softmax_cross_entropy_sum" + OF_A_HEAD, -jnp.inf, **options
+    )
     assert results == np.inf
     assert not any(gradient.any() for gradient in gradients.values())
     nothing = {"row_weights": jnp.zeros(2)}
-    assert found("linear_softmax_cross_entropy_sum", -jnp.inf, **nothing)[0] == 0
+    assert found("softmax_cross_entropy_sum" + OF_A_HEAD, -jnp.inf, **nothing)[0] == 0
 
 
 def test_an_excluded_label_among_impossible_classes():
@@ -272,7 +290,8 @@ def test_divergences_where_one_has_no_probability(case, form):
     """Mass where there is none costs +inf; what has no mass asks for nothing."""
     options, wanted = DIVERGENCES[case]
     linear, _, implementation = form.partition(" ")
-    function = getattr(losses, f"{linear}_{PAIRS[case]}")
+    functions = heads.of_head if linear == "linear" else heads.of_stored
+    function = getattr(functions, f"softmax_{PAIRS[case]}")
     if implementation:
         options = options | {"implementation": implementation}
 
@@ -284,8 +303,10 @@ def test_divergences_where_one_has_no_probability(case, form):
     for place, limit in enumerate(wanted):
         biases = [-jnp.inf if place in (own, 2) else 0.0 for own in range(2)]
         if linear == "linear":
-            heads = {"hidden": HIDDEN, "weight": WEIGHT} | TARGET
-            inputs = heads | {"bias": jnp.full(CLASSES, biases[0])}
+            both = {"hidden": HIDDEN, "weight": WEIGHT}
+            both |= {"target_hidden": OTHER_HEAD.hidden}
+            both |= {"target_weight": OTHER_HEAD.weight}
+            inputs = both | {"bias": jnp.full(CLASSES, biases[0])}
             inputs |= {"target_bias": jnp.full(CLASSES, biases[1])}
         else:
             both = {"logits": LOGITS, "target_logits": np.asarray(OTHERS)}

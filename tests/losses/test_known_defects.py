@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import softlib
 from softlib import losses
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax
 from tests.oracles.cross_entropy import token_metrics
@@ -27,7 +28,7 @@ def test_no_class_is_added_by_padding(classes, vocab_axis):
     hidden, weight = jnp.ones((1, 2)), jnp.zeros((classes, 2))
     for chunk in (None, 128, 2048):
         function: Any = functools.partial(
-            losses.linear_row_statistics,
+            of_head.row_statistics,
             statistics=("lse", "sum_logits"),
             vocab_axis=vocab_axis,
             vocab_chunk=chunk,
@@ -89,7 +90,7 @@ def test_value_and_gradient_agree_on_a_label_out_of_range(label):
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.normal(size=(1, 4)), jnp.float32)
     weight = jnp.asarray(random.normal(size=(128, 4)), jnp.float32)
-    statistics: Any = losses.linear_row_statistics
+    statistics: Any = of_head.row_statistics
     function = lambda w: statistics(
         hidden, w, jnp.array([label]), statistics=("label_logits",), vocab_chunk=48
     ).label_logits.sum()
@@ -245,7 +246,7 @@ def test_a_label_out_of_range_trains_no_class(label):
     labels = jnp.array([label])
     forms: dict[str, Any] = {
         "hidden": lambda w: losses.linear_softmax_cross_entropy(hidden, w, labels),
-        "logits": lambda w: losses.softmax_cross_entropy(hidden @ w.T, labels),
+        "logits": lambda w: of_stored.softmax_cross_entropy(hidden @ w.T, labels),
     }
     for name, loss in forms.items():
         summed = lambda w, loss=loss: loss(w).sum()
@@ -327,7 +328,7 @@ def test_forward_derivatives_with_logits_of_minus_infinity_are_finite():
     """The tangent of 0 log 0 is NaN if it is not selected before the logarithm."""
     logits = jnp.array([[1.0, -jnp.inf, 0.5], [-jnp.inf, 2.0, -jnp.inf]])
     loss: Any = functools.partial(
-        losses.softmax_cross_entropy, implementation="reference"
+        of_stored.softmax_cross_entropy, implementation="reference"
     )
     _, tangent = jax.jvp(
         lambda z: loss(z, jnp.array([0, 1])), (logits,), (jnp.ones_like(logits),)
@@ -341,7 +342,7 @@ def test_the_focal_loss_has_a_gradient_where_the_label_is_certain(gamma):
     margins = jnp.array([0.0, 30.0, 1e4])
     logits = jnp.stack([margins, 0 * margins], axis=1)
     labels = jnp.zeros(3, int)
-    loss = lambda z: losses.softmax_focal_loss(z, labels, gamma=gamma).sum()
+    loss = lambda z: of_stored.softmax_focal_loss(z, labels, gamma=gamma).sum()
     value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
@@ -351,7 +352,7 @@ def test_the_focal_loss_has_a_gradient_where_the_label_is_certain(gamma):
 def test_generalized_cross_entropy_of_a_small_q_is_cross_entropy():
     """(1 - p ** q) / q has few digits left: 29.981 instead of 30 for p = e^-30."""
     nll = np.log1p(np.exp(np.float64(30)))
-    got = losses.generalized_cross_entropy_loss(
+    got = of_stored.generalized_cross_entropy_loss(
         jnp.array([[0.0, 30.0]]), jnp.array([0]), q=1e-6
     )
     np.testing.assert_allclose(got, -np.expm1(-1e-6 * nll) / 1e-6, rtol=1e-6)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib import LinearLogits
 from softlib.testing import assert_close, check_transformations
-from tests.compiled import losses
+from tests.compiled import losses, of, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import label_losses as oracle
@@ -23,8 +23,7 @@ ROWS, FEATURES, CLASSES = 8, 3, 7
 
 
 class Loss(NamedTuple):
-    logits: str
-    linear: str
+    public: str
     oracle: Any
     parameters: dict[str, float]
     cross_entropy: dict[str, float]  # the parameters that make it cross-entropy
@@ -33,42 +32,36 @@ class Loss(NamedTuple):
 LOSSES = {
     "focal": Loss(
         "softmax_focal_loss",
-        "linear_softmax_focal_loss",
         oracle.focal,
         {"gamma": 1.5},
         {"gamma": 0.0},
     ),
     "comp_sum": Loss(
         "comp_sum_loss",
-        "linear_comp_sum_loss",
         oracle.comp_sum,
         {"tau": 0.25},
         {"tau": 1.0},
     ),
     "generalized": Loss(
         "generalized_cross_entropy_loss",
-        "linear_generalized_cross_entropy_loss",
         oracle.generalized,
         {"q": 0.7},
         {"q": 0.0},
     ),
     "absolute": Loss(
         "mean_absolute_error_loss",
-        "linear_mean_absolute_error_loss",
         oracle.absolute,
         {},
         {},
     ),
     "poly1": Loss(
         "poly1_cross_entropy",
-        "linear_poly1_cross_entropy",
         oracle.poly1,
         {"epsilon": 0.5},
         {"epsilon": 0.0},
     ),
     "symmetric": Loss(
         "symmetric_cross_entropy",
-        "linear_symmetric_cross_entropy",
         oracle.symmetric,
         {"alpha": 0.3, "beta": 0.7, "log_zero": -4.0},
         {"alpha": 1.0, "beta": 0.0},
@@ -97,7 +90,7 @@ def arrays(source, dtype="float32", seed=0) -> dict[str, Any]:
 def function_of(name, source, **options):
     if source == "linear":
         options = {"vocab_chunk": 3, **options}
-    call: Any = getattr(losses, getattr(LOSSES[name], source))
+    call: Any = getattr(of(source), LOSSES[name].public)
     return functools.partial(call, **as_jax(options))
 
 
@@ -167,18 +160,21 @@ def test_matches_independent_vectors():
         data = np.load(DATA / "classification_losses_case0.npz")
         z, labels = jnp.asarray(data["in_logits"]), jnp.asarray(data["in_labels"])
         focal = functools.partial(
-            losses.softmax_focal_loss, labels=labels, gamma=float(data["in_gamma"])
+            of_stored.softmax_focal_loss, labels=labels, gamma=float(data["in_gamma"])
         )
         q, epsilon = float(data["in_q"]), float(data["in_poly_eps"])
         for actual, wanted in (
             (focal(z), data["out_focal"]),
             (jax.grad(lambda z: focal(z).sum())(z), data["out_focal_grad"]),
-            (losses.poly1_cross_entropy(z, labels, epsilon=epsilon), data["out_poly1"]),
             (
-                losses.generalized_cross_entropy_loss(z, labels, q=q),
+                of_stored.poly1_cross_entropy(z, labels, epsilon=epsilon),
+                data["out_poly1"],
+            ),
+            (
+                of_stored.generalized_cross_entropy_loss(z, labels, q=q),
                 data["out_gce"],
             ),
-            (losses.mean_absolute_error_loss(z, labels), data["out_mae"]),
+            (of_stored.mean_absolute_error_loss(z, labels), data["out_mae"]),
         ):
             assert_agrees(actual, wanted, jnp.float64, 0)
 
@@ -190,7 +186,7 @@ def test_comp_sum_matches_independent_vectors():
 
         @jax.jit
         def run(z, tau):
-            loss = lambda z: losses.comp_sum_loss(z, labels, tau=tau)
+            loss = lambda z: of_stored.comp_sum_loss(z, labels, tau=tau)
             return loss(z), jax.grad(lambda z: loss(z).sum())(z)
 
         for i, tau in enumerate(data["in_tau"]):
@@ -204,7 +200,7 @@ def test_both_sources_agree_in_bfloat16_and_return_float32(name):
     """The logits of the linear head are float32, so the other source gets these."""
     given = arrays("linear", "bfloat16")
     labels = jnp.arange(ROWS) % CLASSES
-    raw = losses.linear_logits(given["hidden"], given["weight"])
+    raw = LinearLogits(given["hidden"], given["weight"]).materialize()
     streamed, gradients = differentiated(
         function_of(name, "linear"), given, labels=labels
     )
@@ -309,7 +305,7 @@ def test_its_special_case_is_cross_entropy(name, source):
     plain: Any = (
         functools.partial(losses.linear_softmax_cross_entropy, vocab_chunk=3)
         if source == "linear"
-        else losses.softmax_cross_entropy
+        else of_stored.softmax_cross_entropy
     )
     expected = differentiated(plain, given, labels=labels)
     for one, two in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
@@ -393,9 +389,9 @@ def test_members_of_the_comp_sum_family():
     logits, labels = arrays("logits")["logits"], jnp.arange(ROWS) % CLASSES
     p = jax.nn.softmax(logits)[jnp.arange(ROWS), labels]
     distance = jnp.abs(jax.nn.softmax(logits) - jnp.eye(CLASSES)[labels]).sum(1)
-    comp_sum = lambda tau: losses.comp_sum_loss(logits, labels, tau=tau)
-    absolute = losses.mean_absolute_error_loss(logits, labels)
-    generalized = losses.generalized_cross_entropy_loss
+    comp_sum = lambda tau: of_stored.comp_sum_loss(logits, labels, tau=tau)
+    absolute = of_stored.mean_absolute_error_loss(logits, labels)
+    generalized = of_stored.generalized_cross_entropy_loss
     for actual, wanted in (
         (comp_sum(0.0), 1 / p - 1),
         (comp_sum(2.0), absolute),
@@ -454,7 +450,7 @@ def test_slope_of_focal_loss_at_probability_one(gamma, slope):
 def test_losses_of_log_probabilities_are_those_of_a_linear_head(name):
     given, labels = arrays("linear"), jnp.arange(ROWS) % CLASSES
     parameters = LOSSES[name].parameters
-    log_prob = losses.linear_token_log_probs(**given, labels=labels)
+    log_prob = of_head.token_log_probs(**given, labels=labels)
     actual = FROM_LOG_PROB[name](log_prob, **parameters)
     wanted = function_of(name, "linear")(**given, labels=labels, **parameters)
     assert_close(actual, wanted, dtype=jnp.float32, length=CLASSES)
@@ -481,7 +477,7 @@ def test_linear_focal_loss_under_every_transformation():
     given = arrays("linear")
 
     def function(hidden, weight, labels, class_weights, gamma, where):
-        return losses.linear_softmax_focal_loss(
+        return of_head.softmax_focal_loss(
             hidden,
             weight,
             labels,
@@ -523,7 +519,7 @@ def test_a_parameter_out_of_range_is_an_error(name, argument, value, got):
     labels = jnp.zeros(ROWS, int)
     for source in ("linear", "logits"):
         function = function_of(name, source, **{argument: value})
-        public = getattr(LOSSES[name], source)
+        public = LOSSES[name].public
         with pytest.raises(
             ValueError, match=rf"^{public}: `{argument}` must .*{re.escape(got)}\.$"
         ):
@@ -531,33 +527,6 @@ def test_a_parameter_out_of_range_is_an_error(name, argument, value, got):
     if name in FROM_LOG_PROB:
         with pytest.raises(ValueError, match=f"_from_log_prob: `{argument}` must"):
             FROM_LOG_PROB[name](jnp.zeros(3), **{argument: value})
-
-
-@pytest.mark.usefixtures("untyped")
-@every_loss
-@both_sources
-def test_an_unknown_keyword_names_the_function_and_what_it_knows(name, source):
-    public = getattr(LOSSES[name], source)
-    function = function_of(name, source)
-    for keyword in ("logits_scale", "label_smoothing"):
-        with pytest.raises(TypeError) as raised:
-            function(**arrays(source), labels=jnp.zeros(ROWS, int), **{keyword: 1.0})
-        message = str(raised.value)
-        assert message.startswith(f"{public}: `**options` must be among ")
-        assert "logit_scale" in message
-        assert message.endswith(f"got {keyword!r}.")
-        assert ("vocab_axis" in message) == (source == "linear")
-
-
-@every_loss
-@both_sources
-def test_the_docstring_names_every_shared_option(name, source):
-    linear = source == "linear"
-    known = (LinearHeadOptions if linear else LogitsOptions).__optional_keys__
-    text = getattr(losses, getattr(LOSSES[name], source)).__doc__
-    entry = text.partition("**options:")[2].partition("Returns:")[0]
-    named = set(re.findall(r"`(\w+)`", entry))
-    assert named == known | {f"{'linear_' if linear else ''}softmax_cross_entropy"}
 
 
 @pytest.mark.usefixtures("untyped")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from tests.compiled import losses
+from tests.compiled import of_head, of_stored
 from tests.host import jnp
 
 ROWS, FEATURES, CLASSES = 5, 3, 300
@@ -50,10 +50,12 @@ def test_is_the_place_in_a_stable_sort(several, masked):
         result
         for name in ("xla", "reference")
         for result in (
-            losses.linear_row_statistics(
+            of_head.row_statistics(
                 *arrays, vocab_chunk=64, implementation=name, **options
             ),
-            losses.row_statistics(logits, labels_array, implementation=name, **options),
+            of_stored.row_statistics(
+                logits, labels_array, implementation=name, **options
+            ),
         )
     ]
     for found in found_of:
@@ -69,7 +71,7 @@ def test_is_the_place_in_a_stable_sort(several, masked):
 
 def test_an_empty_row_ranks_its_label_behind_everything():
     hidden, weight, labels = map(jnp.asarray, problem(False))
-    found = losses.linear_row_statistics(
+    found = of_head.row_statistics(
         hidden,
         weight,
         labels,
@@ -81,7 +83,7 @@ def test_an_empty_row_ranks_its_label_behind_everything():
 
 def test_a_class_of_logit_minus_infinity_is_ranked_like_any_other():
     logits = jnp.array([[-jnp.inf, 1.0, -jnp.inf, 0.0]] * 4)
-    found = losses.row_statistics(logits, jnp.arange(4), statistics=("label_rank",))
+    found = of_stored.row_statistics(logits, jnp.arange(4), statistics=("label_rank",))
     np.testing.assert_array_equal(found.label_rank, [2, 0, 3, 1])
 
 
@@ -90,7 +92,7 @@ def test_ranks_of_a_divided_vocabulary_are_those_of_the_whole():
     mesh = jax.make_mesh((4,), ("vocabulary",), axis_types=(AxisType.Auto,))
 
     def rank(hidden, weight, labels):
-        return losses.linear_row_statistics(
+        return of_head.row_statistics(
             hidden,
             weight,
             labels,
@@ -110,7 +112,7 @@ def test_rank_has_no_gradient_and_spoils_none():
     hidden, weight, labels = map(jnp.asarray, problem(False))
 
     def loss(hidden):
-        found = losses.linear_row_statistics(
+        found = of_head.row_statistics(
             hidden, weight, labels, statistics=("label_rank", "lse")
         )
         assert found.lse is not None
@@ -129,7 +131,7 @@ def test_rank_has_no_gradient_and_spoils_none():
 def test_asks_for_labels():
     hidden, weight, _ = map(jnp.asarray, problem(False))
     with pytest.raises(ValueError, match="statistic label_rank, got None"):
-        losses.linear_row_statistics(hidden, weight, statistics=("label_rank",))
+        of_head.row_statistics(hidden, weight, statistics=("label_rank",))
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -141,17 +143,15 @@ def test_rank_functions_count_only_the_rows_asked_for(several):
         np.asarray(hidden @ weight.T), np.asarray(labels), np.ones(CLASSES, bool)
     )
     wanted[2] = 0
-    of_head = losses.linear_label_rank(
-        spoilt, weight, labels, where=where, vocab_chunk=64
-    )
-    of_logits = losses.label_rank(spoilt @ weight.T, labels, where=where)
-    for found in (of_head, of_logits):
+    of_linear = of_head.label_rank(spoilt, weight, labels, where=where, vocab_chunk=64)
+    of_logits = of_stored.label_rank(spoilt @ weight.T, labels, where=where)
+    for found in (of_linear, of_logits):
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_rank_functions_check_their_arguments():
     hidden, weight, labels = map(jnp.asarray, problem(False))
-    with pytest.raises(ValueError, match="linear_label_rank: `labels` must have the"):
-        losses.linear_label_rank(hidden, weight, labels[:2])
+    with pytest.raises(ValueError, match="label_rank: `labels` must have the"):
+        of_head.label_rank(hidden, weight, labels[:2])
     with pytest.raises(ValueError, match="label_rank: `where` must broadcast"):
-        losses.label_rank(hidden @ weight.T, labels, where=jnp.ones(3, bool))
+        of_stored.label_rank(hidden @ weight.T, labels, where=jnp.ones(3, bool))

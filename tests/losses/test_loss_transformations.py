@@ -12,6 +12,7 @@ from flax import nnx
 import softlib
 from softlib import losses
 from softlib.testing import assert_close, check_transformations
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.oracles.cross_entropy import token_metrics
 
@@ -37,7 +38,7 @@ def arrays(seed=0):
 
 
 def statistics(implementation, names, hidden, weight, labels, bias, scale, temperature):
-    got = losses.linear_row_statistics(
+    got = of_head.row_statistics(
         hidden,
         weight,
         labels,
@@ -80,7 +81,7 @@ def test_row_statistics():
     a = arrays()
 
     def function(logits, labels, bias, class_where):
-        got = losses.row_statistics(
+        got = of_stored.row_statistics(
             logits,
             labels,
             bias=bias,
@@ -137,7 +138,7 @@ def test_softmax_token_metrics():
     a = arrays()
 
     def function(logits, labels, where):
-        got = losses.softmax_token_metrics(
+        got = of_stored.token_metrics(
             logits,
             labels,
             where=where,
@@ -159,7 +160,7 @@ def test_linear_token_metrics():
     a = arrays()
 
     def function(hidden, weight, labels):
-        got = losses.linear_token_metrics(
+        got = of_head.token_metrics(
             hidden,
             weight,
             labels,

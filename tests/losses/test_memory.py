@@ -5,11 +5,8 @@ import re
 import jax
 import pytest
 
-from softlib.losses import (
-    linear_softmax_cross_entropy,
-    linear_token_metrics,
-    softmax_cross_entropy,
-)
+from softlib.losses import linear_softmax_cross_entropy, softmax_cross_entropy
+from tests.heads import of_head
 from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
@@ -134,7 +131,7 @@ def test_residuals_are_numbers_per_row():
     rows, features, vocabulary = 256, 64, 32768
 
     def metrics(hidden, weight, labels):
-        found = linear_token_metrics(
+        found = of_head.token_metrics(
             hidden, weight, labels, metrics=("loss", "entropy"), label_smoothing=0.1
         )
         assert found.loss is not None

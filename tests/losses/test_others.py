@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from softlib import losses
 from softlib.logits._engine.other_classes import pieces_of
 from softlib.testing import assert_close
+from tests.heads import of_stored
 from tests.host import jnp
 
 ROWS = 24
@@ -77,7 +77,7 @@ def test_matches_the_definition_in_float64(options):
 
     def both(logits, implementation, options):
         def loss(logits):
-            metrics = losses.softmax_token_metrics(
+            metrics = of_stored.token_metrics(
                 logits,
                 labels,
                 metrics=("loss", "entropy", "lse"),
@@ -117,7 +117,7 @@ def test_second_derivatives():
     )
 
     def products(logits, direction, implementation):
-        loss = lambda z: losses.softmax_cross_entropy(
+        loss = lambda z: of_stored.softmax_cross_entropy(
             z, labels, implementation=implementation
         ).sum()
         along = lambda z: jnp.vdot(jax.grad(loss)(z), direction)
@@ -138,7 +138,7 @@ def test_one_versus_all_of_many_classes():
     logits, labels = problem(192)
     rows = np.r_[0:4, 6:13]
     logits, positives = logits[rows], labels[rows, None]
-    found = jax.jit(losses.one_versus_all_loss)(logits, positives)
+    found = jax.jit(of_stored.one_versus_all_loss)(logits, positives)
     z = np.asarray(logits, np.float64)
     own = np.take_along_axis(z, np.asarray(positives), 1)[:, 0]
     softplus = np.logaddexp(0, z).sum(1) - np.logaddexp(0, own)

@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 import softlib
 from softlib import losses
 from softlib.testing import assert_close
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 
 CLASSES, FEATURES = 13, 4
@@ -52,7 +53,7 @@ def loss_and_gradients(arrays, labels, cotangent=1.0, *, chunk=5, softcap=None):
 
 @functools.partial(jax.jit, static_argnames=("chunk", "statistics"))
 def row_statistics(arrays, labels=None, class_where=None, *, statistics, chunk=5):
-    return losses.linear_row_statistics(
+    return of_head.row_statistics(
         **arrays,
         labels=labels,
         class_where=class_where,
@@ -201,7 +202,7 @@ def test_both_sources_of_logits_agree(rows, seed, chunk):
 
 @jax.jit
 def _stored(logits, labels, bias):
-    return losses.row_statistics(logits, labels, bias=bias, statistics=WITHOUT_RANK)
+    return of_stored.row_statistics(logits, labels, bias=bias, statistics=WITHOUT_RANK)
 
 
 @examples(max_examples=10)

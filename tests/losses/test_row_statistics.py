@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import softlib
-from softlib import losses
+from tests.heads import of_head, of_stored
 from tests.losses.problems import (
     OPTIONS,
     SHAPES,
@@ -60,7 +60,7 @@ def check(case, implementation):
             several = labels.shape[len(problem.batch) :]
             cotangents["label_logits"] = problem.cotangent(*several)
         operation = (
-            losses.linear_row_statistics if problem.linear else losses.row_statistics
+            of_head.row_statistics if problem.linear else of_stored.row_statistics
         )
 
         def function(labels=None, **arrays):

@@ -9,7 +9,7 @@ import pytest
 
 import softlib
 from softlib.testing import assert_close
-from tests.compiled import losses
+from tests.compiled import of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees, values_and_gradients
 from tests.oracles import row_statistics as oracle
@@ -31,12 +31,12 @@ def arrays(rows=4, d=3, v=7, seed=0, dtype=jnp.float32):
 def linear(implementation, *, statistics=None, chunk=3, **options):
     """The streamed statistics in several chunks, as a dictionary."""
     options |= {"vocab_chunk": chunk, "implementation": implementation}
-    return dictionary(losses.linear_row_statistics, statistics, options)
+    return dictionary(of_head.row_statistics, statistics, options)
 
 
 def from_logits(implementation, *, statistics=None, **options):
     options |= {"implementation": implementation}
-    return dictionary(losses.row_statistics, statistics, options)
+    return dictionary(of_stored.row_statistics, statistics, options)
 
 
 def dictionary(operation, statistics, options):
@@ -101,8 +101,8 @@ def test_the_default_is_lse_and_label_logits_if_labels_are_given(implementation)
     labels = jnp.array([0, 1, 2, 3])
     options = {"implementation": implementation}
     for operation in (
-        functools.partial(losses.linear_row_statistics, hidden, weight, **options),
-        functools.partial(losses.row_statistics, hidden @ weight.T, **options),
+        functools.partial(of_head.row_statistics, hidden, weight, **options),
+        functools.partial(of_stored.row_statistics, hidden @ weight.T, **options),
     ):
         given = operation(labels=labels)
         assert given.lse is not None

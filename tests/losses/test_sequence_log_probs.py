@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from softlib import losses
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib import LinearLogits, losses
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.oracles import preference as oracle
 
@@ -35,11 +35,11 @@ def problem(dtype="float32", shape=(B, T)):
 def of(linear, **options):
     """A function of hidden, weight, labels, where; also for logits."""
     if linear:
-        return functools.partial(losses.linear_sequence_log_probs, **options)
+        return functools.partial(of_head.sequence_log_probs, **options)
 
     def run(hidden, weight, labels, where):
-        logits = losses.linear_logits(hidden, weight)
-        return losses.sequence_log_probs(logits, labels, where=where, **options)
+        logits = LinearLogits(hidden, weight).materialize()
+        return of_stored.sequence_log_probs(logits, labels, where=where, **options)
 
     return run
 
@@ -64,7 +64,7 @@ def test_matches_oracle(linear, dtype):
 def test_matches_independent_vectors():
     with jax.enable_x64(), np.load(DATA / "npo_case0.npz") as data:
         labels, where = (jnp.asarray(data[f"in_{n}"]) for n in ("labels", "where"))
-        run = jax.jit(lambda z: losses.sequence_log_probs(z, labels, where=where))
+        run = jax.jit(lambda z: of_stored.sequence_log_probs(z, labels, where=where))
         for logits, wanted in (("logits", "logp"), ("ref_logits", "ref_logp")):
             actual = run(jnp.asarray(data[f"in_{logits}"]))
             assert_close(actual, data[f"out_{wanted}"], dtype="float64", length=77)
@@ -73,8 +73,8 @@ def test_matches_independent_vectors():
 @pytest.mark.parametrize("shape", [(7,), (0,), (2, 0), (2, 1, 5)])
 def test_any_batch_axes(shape):
     hidden, weight, labels, _ = problem(shape=shape)
-    tokens = jax.jit(losses.linear_token_log_probs)(hidden, weight, labels)
-    actual = jax.jit(losses.linear_sequence_log_probs)(hidden, weight, labels)
+    tokens = jax.jit(of_head.token_log_probs)(hidden, weight, labels)
+    actual = jax.jit(of_head.sequence_log_probs)(hidden, weight, labels)
     assert actual.shape == shape[:-1]
     assert_close(actual, np.asarray(tokens).sum(-1), dtype="float32", length=5)
 
@@ -82,14 +82,14 @@ def test_any_batch_axes(shape):
 @both
 def test_a_sequence_without_tokens_is_zero_even_with_nan(linear):
     hidden, weight, labels, where = problem()
-    logits = losses.linear_logits(hidden, weight)
+    logits = LinearLogits(hidden, weight).materialize()
     arrays = (hidden, weight) if linear else (logits,)
     arrays = (arrays[0].at[-1].set(NAN), *arrays[1:])
     labels = labels.at[-1].set(-100)
-    name = "linear_sequence_log_probs" if linear else "sequence_log_probs"
+    functions = of_head if linear else of_stored
 
     def run(arrays):
-        total = getattr(losses, name)(*arrays, labels, where=where)
+        total = functions.sequence_log_probs(*arrays, labels, where=where)
         return total.sum(), total
 
     gradients, total = jax.jit(jax.grad(run, has_aux=True))(arrays)
@@ -133,7 +133,7 @@ def test_gradient_of_npo_through_logits_matches_independent_vectors():
         @jax.jit
         @jax.grad
         def run(logits):
-            logps = losses.sequence_log_probs(logits, labels, where=where)
+            logps = of_stored.sequence_log_probs(logits, labels, where=where)
             return losses.negative_preference_loss(logps, reference, beta=beta).sum()
 
         gradient = run(jnp.asarray(data["in_logits"]))
@@ -147,7 +147,7 @@ def test_the_head_of_a_preference_loss_forms_no_logits():
     rows = 2 * pairs * length
 
     def loss(hidden, weight, reference, labels, where):
-        logps = losses.linear_sequence_log_probs(
+        logps = of_head.sequence_log_probs(
             hidden, weight, labels, where=where, vocab_chunk=512
         )
         return losses.dpo_loss(
@@ -184,7 +184,7 @@ def test_memory_is_that_of_cross_entropy(dtype):
     )
 
     def preference(hidden, weight, labels):
-        logps = losses.linear_sequence_log_probs(hidden, weight, labels)
+        logps = of_head.sequence_log_probs(hidden, weight, labels)
         half = sequences // 2
         reference = jnp.zeros(half)
         return losses.dpo_loss(logps[:half], logps[half:], reference, reference).sum()
@@ -207,7 +207,7 @@ def test_under_every_transformation():
     hidden, weight, labels, where = problem(shape=(8, 3))
 
     def function(hidden, weight, labels, where):
-        return losses.linear_sequence_log_probs(
+        return of_head.sequence_log_probs(
             hidden, weight, labels, where=where, vocab_chunk=4
         )
 
@@ -222,26 +222,16 @@ def test_under_every_transformation():
     )
 
 
-@both
-def test_the_docstring_names_every_shared_option(linear):
-    known = (LinearHeadOptions if linear else LogitsOptions).__optional_keys__
-    name = "linear_sequence_log_probs" if linear else "sequence_log_probs"
-    text = getattr(losses, name).__doc__
-    entry = text.partition("**options:")[2].partition("Returns:")[0]
-    named = set(re.findall(r"`(\w+)`", entry))
-    assert named == known | {f"{'linear_' if linear else ''}softmax_cross_entropy"}
-
-
 @pytest.mark.usefixtures("untyped")
 def test_errors_name_the_function_and_the_argument():
     hidden, weight, labels, where = problem()
-    logits = losses.linear_logits(hidden, weight)
-    linear, given = losses.linear_sequence_log_probs, losses.sequence_log_probs
+    logits = LinearLogits(hidden, weight).materialize()
+    linear, given = of_head.sequence_log_probs, of_stored.sequence_log_probs
     for call, error, message in (
         (
             lambda: linear(hidden[0, 0], weight, labels[0, 0]),
             ValueError,
-            "`hidden` must",
+            "`logits` must",
         ),
         (
             lambda: given(logits[0, 0], labels[0, 0]),
@@ -259,11 +249,6 @@ def test_errors_name_the_function_and_the_argument():
             TypeError,
             "`where` must have dtype bool",
         ),
-        (
-            lambda: linear(hidden, weight, labels, normalize="mean"),  # pyrefly: ignore
-            TypeError,
-            r"`\*\*options` must be among .*, got 'normalize'",
-        ),
     ):
-        with pytest.raises(error, match=rf"^(linear_)?sequence_log_probs: {message}"):
+        with pytest.raises(error, match=rf"^sequence_log_probs: {message}"):
             call()

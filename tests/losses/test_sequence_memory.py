@@ -8,6 +8,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from softlib import losses
 from tests import operations
+from tests.heads import of_head
 from tests.host import jnp
 
 struct = jax.ShapeDtypeStruct
@@ -16,7 +17,7 @@ CHUNK = 2048  # several chunks, the last one short
 
 
 def log_probs(hidden, weight, labels, **options):
-    return losses.linear_token_log_probs(hidden, weight, labels, **options)
+    return of_head.token_log_probs(hidden, weight, labels, **options)
 
 
 def cross_entropy(hidden, weight, labels, **options):
@@ -24,7 +25,7 @@ def cross_entropy(hidden, weight, labels, **options):
 
 
 def edit_invariant(hidden, weight, labels, **options):
-    return losses.linear_edit_invariant_sequence_loss(
+    return of_head.edit_invariant_sequence_loss(
         hidden, weight, labels, ngrams=(1, 2), **options
     )
 

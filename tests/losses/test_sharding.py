@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import losses
+from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.oracles.cross_entropy import token_metrics
 from tests.oracles.row_statistics import row_statistics
@@ -197,8 +198,8 @@ def test_row_statistics(source, division, axis_type):
         arrays["logits"] = logits
     weights = np.linspace(-1, 2, ROWS, dtype=np.float32)
     labels = np.arange(ROWS) * 3
-    linear = functools.partial(losses.linear_row_statistics, vocab_chunk=20)
-    operation = linear if source == "linear" else losses.row_statistics
+    linear = functools.partial(of_head.row_statistics, vocab_chunk=20)
+    operation = linear if source == "linear" else of_stored.row_statistics
 
     def function(arrays, labels, weights):
         found = operation(

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from softlib import losses, softmax
-from softlib.logits._options import LinearHeadOptions, LogitsOptions
+from softlib import LinearLogits, losses, softmax
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.heads import of, of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import as_jax, assert_agrees
 from tests.oracles import spherical as oracle
@@ -51,14 +51,10 @@ def arrays(source, dtype="float32", seed=0) -> dict[str, Any]:
     return {**found, "bias": draw(CLASSES)}
 
 
-def public_name(name, source):
-    return ("linear_" if source == "linear" else "") + LOSSES[name].public
-
-
 def function_of(name, source, **options):
     if source == "linear":
         options = {"vocab_chunk": 3, **options}
-    call: Any = getattr(losses, public_name(name, source))
+    call: Any = getattr(of(source), LOSSES[name].public)
     return functools.partial(call, **as_jax(options))
 
 
@@ -140,11 +136,11 @@ def test_matches_independent_vectors(bias):
         if bias:
             source = {n: jnp.asarray(data[f"in_{n}"]) for n in ("hidden", "weight")}
             source["bias"] = jnp.asarray(data["in_bias"])
-            prefix = "linear_"
+            functions = of_head
         else:
-            source, prefix = {"logits": jnp.asarray(data["out_logits"])}, ""
+            source, functions = {"logits": jnp.asarray(data["out_logits"])}, of_stored
         call = lambda name, **options: jax.jit(
-            functools.partial(getattr(losses, prefix + name), **options)
+            functools.partial(getattr(functions, name), **options)
         )(**source, labels=labels)
         a, b = float(data["in_a"]), float(data["in_b"])
         eps = float(data["in_eps_spherical"])
@@ -157,7 +153,7 @@ def test_matches_independent_vectors(bias):
             assert_agrees(actual, data[f"out_{wanted}"], jnp.float64, 0)
         if not bias:
             gradient = jax.jit(
-                jax.grad(lambda z: losses.z_loss(z, labels, a=a, b=b).sum())
+                jax.grad(lambda z: of_stored.z_loss(z, labels, a=a, b=b).sum())
             )(source["logits"])
             wanted = data["out_z_loss_grad_logits"]
             np.testing.assert_allclose(gradient, wanted, rtol=1e-9, atol=1e-12)
@@ -172,7 +168,7 @@ def test_both_sources_agree_in_narrow_dtypes_and_return_float32(name, dtype):
     given = arrays("linear", dtype)
     parameters = LOSSES[name].parameters
     labels = jnp.arange(ROWS) % CLASSES
-    raw = losses.linear_logits(given["hidden"], given["weight"])
+    raw = LinearLogits(given["hidden"], given["weight"]).materialize()
     streamed, gradients = differentiated(
         function_of(name, "linear", **parameters), given, labels=labels
     )
@@ -228,7 +224,7 @@ def test_a_large_mean_costs_no_digits(source):
     if source == "logits":
         z = np.float32(1000 + random.normal(size=(rows, classes)))
         rtol = 1e-6
-        call = jax.jit(functools.partial(losses.z_loss, **options))
+        call = jax.jit(functools.partial(of_stored.z_loss, **options))
         actual = call(jnp.asarray(z), labels)
     else:
         # The product of the first feature is 1000 exactly.
@@ -242,7 +238,7 @@ def test_a_large_mean_costs_no_digits(source):
             z = 1e4 * np.tanh(z / 1e4)
             rtol = 5e-3  # 1e4 times the rounding of a tangent
         options["vocab_chunk"] = 90
-        call = jax.jit(functools.partial(losses.linear_z_loss, **options))
+        call = jax.jit(functools.partial(of_head.z_loss, **options))
         actual = call(jnp.asarray(hidden), jnp.asarray(weight), labels)
     deviation = np.float64(z) - np.float64(z).mean(1, keepdims=True)
     score = deviation[np.arange(rows), np.arange(rows)] / deviation.std(1)
@@ -265,7 +261,7 @@ def test_shift_and_scale_do_not_change_the_z_loss(scale, shift, seed):
 
 @jax.jit
 def _z_loss(logits, labels):
-    return losses.z_loss(logits, labels, a=0.5, b=2.0, epsilon=0.0)
+    return of_stored.z_loss(logits, labels, a=0.5, b=2.0, epsilon=0.0)
 
 
 def test_the_gradient_is_orthogonal_to_ones_and_to_the_logits():
@@ -285,7 +281,7 @@ def test_the_largest_score_is_the_root_of_classes_less_one(classes):
     """There the loss is log(2) / a; b = 890 is what 793,471 classes allow."""
     logits = jnp.zeros((1, classes)).at[0, 1].set(3.0)
     most = float(np.sqrt(classes - 1))
-    call = jax.jit(functools.partial(losses.z_loss, a=2.0, b=most, epsilon=0.0))
+    call = jax.jit(functools.partial(of_stored.z_loss, a=2.0, b=most, epsilon=0.0))
     np.testing.assert_allclose(call(logits, jnp.array([1])), np.log(2) / 2, rtol=1e-4)
     assert int(np.sqrt(793_471 - 1)) == 890
 
@@ -517,7 +513,7 @@ def _temporary(loss, rows=1024, features=256, classes=262_144):
 @pytest.mark.parametrize("shape", [(1024, 256), (256, 32)])
 @pytest.mark.parametrize("name", ["z", "log_taylor"])
 def test_memory_is_that_of_cross_entropy(name, shape):
-    call = getattr(losses, public_name(name, "linear"))
+    call = getattr(of_head, LOSSES[name].public)
     loss = functools.partial(call, **LOSSES[name].parameters)
     plain = _temporary(losses.linear_softmax_cross_entropy, *shape)
     assert _temporary(loss, *shape) <= 1.2 * plain
@@ -558,7 +554,7 @@ def test_a_parameter_out_of_range_is_an_error(name, argument, value, got):
     for source in ("linear", "logits"):
         options = {**LOSSES[name].parameters, argument: value}
         function = function_of(name, source, **options)
-        public = public_name(name, source)
+        public = LOSSES[name].public
         with pytest.raises(
             ValueError, match=rf"^{public}: `{argument}` must .*{re.escape(got)}\.$"
         ):
@@ -568,7 +564,7 @@ def test_a_parameter_out_of_range_is_an_error(name, argument, value, got):
 @pytest.mark.usefixtures("untyped")
 def test_a_and_b_have_no_defaults():
     with pytest.raises(TypeError, match="'a' and 'b'"):
-        losses.z_loss(jnp.zeros((1, 3)), jnp.zeros(1, int))  # pyrefly: ignore
+        of_stored.z_loss(jnp.zeros((1, 3)), jnp.zeros(1, int))  # pyrefly: ignore
 
 
 @pytest.mark.usefixtures("untyped")
@@ -580,14 +576,12 @@ def test_labels_are_ids_and_keywords_known(name, source):
         function(**arrays(source), labels=jnp.zeros(ROWS))
     with pytest.raises(ValueError, match=r"`labels` must have shape \(8,\)"):
         function(**arrays(source), labels=jnp.zeros((ROWS, 2), int))
-    with pytest.raises(TypeError, match="`\\*\\*options` must be among"):
-        function(**arrays(source), labels=jnp.zeros(ROWS, int), logits_scale=1.0)
 
 
 @pytest.mark.usefixtures("untyped")
 @every_loss
 def test_a_gradient_filter_is_refused(name):
-    call = getattr(losses, public_name(name, "linear"))
+    call = getattr(of_head, LOSSES[name].public)
     with pytest.raises(ValueError, match="`gradient_filter_eps` must be None"):
         call(
             **arrays("linear"),
@@ -597,19 +591,11 @@ def test_a_gradient_filter_is_refused(name):
         )
 
 
-@every_loss
-@both_sources
-def test_the_docstring_names_every_shared_option(name, source):
-    linear = source == "linear"
-    known = (LinearHeadOptions if linear else LogitsOptions).__optional_keys__
-    text = getattr(losses, public_name(name, source)).__doc__
-    entry = text.partition("**options:")[2].partition("Returns:")[0]
-    named = set(re.findall(r"`(\w+)`", entry))
-    assert named == known | {f"{'linear_' if linear else ''}softmax_cross_entropy"}
-
-
 def test_the_other_z_loss_is_named():
-    for function in (losses.z_loss, losses.linear_z_loss):
+    for function in (of_stored.z_loss, of_head.z_loss):
         assert "`logsumexp_penalty`" in (function.__doc__ or "")
-    for function in (losses.softmax_cross_entropy, losses.linear_softmax_cross_entropy):
+    for function in (
+        of_stored.softmax_cross_entropy,
+        losses.linear_softmax_cross_entropy,
+    ):
         assert "`z_loss`" in (function.__doc__ or "")

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib.logits import RowStatistics
 from softlib.testing import assert_close
-from tests.compiled import losses
+from tests.compiled import losses, of_head
 from tests.host import jnp
 from tests.losses.divided import (
     CLASSES,
@@ -247,7 +247,7 @@ def test_all_statistics_in_float64():
 
     def statistics(axis_name=None, **operands):
         del operands["label_smoothing"], operands["logsumexp_penalty"]
-        return losses.linear_row_statistics(
+        return of_head.row_statistics(
             **operands, statistics=names, logit_softcap=3.0, axis_name=axis_name
         )
 
@@ -286,7 +286,7 @@ def test_ties_of_the_maximum_go_to_the_lowest_class_of_all():
 
     def best(axis_name=None, **operands):
         del operands["label_smoothing"], operands["logsumexp_penalty"]
-        return losses.linear_row_statistics(
+        return of_head.row_statistics(
             **operands, statistics=("argmax",), axis_name=axis_name
         ).argmax
 
@@ -396,4 +396,4 @@ def test_devices_exchange_numbers_per_row_and_gradients_only(shape):
 def test_an_unknown_axis_is_named():
     operands = problem()
     with pytest.raises(ValueError, match=r"`axis_name` must name an axis.*got 'model'"):
-        losses.linear_entropy(operands["hidden"], operands["weight"], axis_name="model")
+        of_head.entropy(operands["hidden"], operands["weight"], axis_name="model")

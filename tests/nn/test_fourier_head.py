@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from softlib.testing import assert_close
-from tests.compiled import losses, nn
+from tests.compiled import nn, of_stored
 from tests.host import jnp
 
 FEATURES, BINS = 6, 20
@@ -35,7 +35,7 @@ def test_it_is_a_linear_layer_and_the_functions():
     where = labels % 2 == 0
     wanted = nn.fourier_cross_entropy(a, labels, num_bins=BINS, where=where)
     assert_close(head(x, labels, where=where), wanted, dtype="float32", length=BINS)
-    floored = losses.softmax_cross_entropy(logits, labels)
+    floored = of_stored.softmax_cross_entropy(logits, labels)
     p, y = jnp.exp(-floored), jnp.exp(-head(x, labels))
     np.testing.assert_allclose(p, (y + 1e-5) / (1 + BINS * 1e-5), rtol=1e-4)
     assert_close(
@@ -124,7 +124,7 @@ def train_on_mixture(frequencies, seed, bins=50):
         def step(carry, _):
             parameters, state = carry
             gradient = jax.grad(
-                lambda p: losses.softmax_cross_entropy(
+                lambda p: of_stored.softmax_cross_entropy(
                     nnx.merge(graph, p)(c), labels
                 ).mean()
             )(parameters)

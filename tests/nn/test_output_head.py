@@ -1,6 +1,5 @@
 """Output heads: loss and logits by one definition, tied and untied, NNX and linen."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,18 +8,24 @@ import optax
 import pytest
 from flax import linen, nnx
 
+import softlib
 from softlib import masked_mean
 from softlib.nn import LinenOutputHead, OutputHead
 from tests.compiled import losses
 from tests.host import jnp
 
 FEATURES, CLASSES = 6, 37
+cross_entropy = losses.softmax_cross_entropy
 
 
 def batch(seed=0):
     hidden = jax.random.normal(jax.random.key(seed), (2, 5, FEATURES))
     labels = jax.random.randint(jax.random.key(seed + 1), (2, 5), 0, CLASSES)
     return hidden, labels
+
+
+def next_token_loss(logits, tokens):
+    return cross_entropy(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -37,8 +42,10 @@ def test_loss_is_the_cross_entropy_of_the_logits(tied, options):
 
     @nnx.jit
     def everything(head, hidden, labels):
-        metrics = head.token_metrics(hidden, labels, metrics=("loss", "correct"))
-        return head(hidden), head(hidden, labels), metrics
+        logits = head(hidden)
+        loss = softlib.losses.softmax_cross_entropy(logits, labels)
+        metrics = softlib.logits.token_metrics(logits, labels)
+        return logits.materialize(), loss, metrics
 
     logits, loss, metrics = everything(head, hidden, labels)
     assert logits.shape == (2, 5, CLASSES)
@@ -54,7 +61,7 @@ def test_tied_head_owns_no_table_and_adds_to_the_embedding_gradient():
             self.head = OutputHead(FEATURES, CLASSES, embedding=self.embed)
 
         def __call__(self, tokens):
-            return self.head(self.embed(tokens[:, :-1]), tokens[:, 1:]).mean()
+            return self.head(self.embed(tokens))
 
     model = Model(nnx.Rngs(0))
     table = model.embed.embedding[...]
@@ -62,7 +69,7 @@ def test_tied_head_owns_no_table_and_adds_to_the_embedding_gradient():
         table.size
     )
     tokens = jnp.arange(12).reshape(2, 6)
-    gradient = nnx.grad(lambda model: model(tokens))(model)
+    gradient = nnx.grad(lambda model: next_token_loss(model(tokens), tokens))(model)
 
     def plain(table):
         logits = table[tokens[:, :-1]] @ table.T
@@ -73,17 +80,17 @@ def test_tied_head_owns_no_table_and_adds_to_the_embedding_gradient():
     np.testing.assert_allclose(found, jax.grad(plain)(table), atol=1e-5)
 
 
-def test_options_of_the_call_reach_the_loss():
+def test_options_of_the_call_reach_the_logits():
     head = OutputHead(FEATURES, CLASSES, rngs=nnx.Rngs(0))
     hidden, labels = batch()
-    where = labels % 2 == 0
-    loss, lse = head(hidden, labels, where=where, return_lse=True, label_smoothing=0.1)
+    exists = jnp.arange(CLASSES) != 3
+    logits = head(hidden, temperature=2.0, class_where=exists, vocab_chunk=16)
     assert head.kernel is not None
     expected = losses.linear_softmax_cross_entropy(
-        hidden, head.kernel[...], labels, where=where, label_smoothing=0.1
+        hidden, head.kernel[...], labels, temperature=2.0, class_where=exists
     )
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_array_equal(lse == 0, ~where)
+    found = losses.softmax_cross_entropy(logits, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_training_under_nnx_jit_lowers_the_loss():
@@ -93,7 +100,7 @@ def test_training_under_nnx_jit_lowers_the_loss():
 
     @nnx.jit
     def step(head, optimizer):
-        loss = lambda head: masked_mean(head(hidden, labels))
+        loss = lambda head: masked_mean(cross_entropy(head(hidden), labels))
         value, gradient = nnx.value_and_grad(loss)(head)
         optimizer.update(head, gradient)
         return value
@@ -105,12 +112,14 @@ def test_training_under_nnx_jit_lowers_the_loss():
 def test_dtype_is_that_of_the_products_and_gradients_have_the_parameters_dtype():
     head = OutputHead(FEATURES, CLASSES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     hidden, labels = batch()
-    assert head(hidden, labels).dtype == jnp.float32
+    loss = cross_entropy(head(hidden), labels)
+    assert loss.dtype == jnp.float32
     assert head.kernel is not None
     cast = (hidden.astype(jnp.bfloat16), head.kernel[...].astype(jnp.bfloat16))
     expected = losses.linear_softmax_cross_entropy(*cast, labels)
-    np.testing.assert_array_equal(head(hidden, labels), expected)
-    gradient = nnx.grad(lambda head: head(hidden, labels).mean())(head)
+    np.testing.assert_array_equal(loss, expected)
+    of = lambda head: cross_entropy(head(hidden), labels).mean()
+    gradient = nnx.grad(of)(head)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
@@ -133,12 +142,12 @@ def test_linen_loss_is_the_cross_entropy_of_the_logits():
     hidden, labels = batch()
     variables = head.init(jax.random.key(0), hidden)
     assert set(variables["params"]) == {"kernel", "bias"}
-    call: Any = functools.partial(head.apply, variables, hidden)
-    logits = call()
-    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    np.testing.assert_allclose(call(labels), expected, atol=1e-5)
-    metrics = call(labels, method="token_metrics", metrics=("correct",))
-    np.testing.assert_array_equal(metrics.correct, logits.argmax(-1) == labels)
+    logits: Any = head.apply(variables, hidden)
+    array = logits.materialize()
+    expected = optax.softmax_cross_entropy_with_integer_labels(array, labels)
+    np.testing.assert_allclose(cross_entropy(logits, labels), expected, atol=1e-5)
+    metrics = softlib.logits.token_metrics(logits, labels)
+    np.testing.assert_array_equal(metrics.correct, array.argmax(-1) == labels)
 
 
 def test_linen_head_shares_the_embedding_of_its_model():
@@ -148,14 +157,15 @@ def test_linen_head_shares_the_embedding_of_its_model():
             self.head = LinenOutputHead(FEATURES, CLASSES, embedding=self.embed)
 
         def __call__(self, tokens):
-            return self.head(self.embed(tokens[:, :-1]), tokens[:, 1:]).mean()
+            return self.head(self.embed(tokens))
 
     model = Model()
     tokens = jnp.arange(12).reshape(2, 6)
     variables = model.init(jax.random.key(0), tokens)
     leaves = jax.tree.leaves(variables)
     assert [leaf.shape for leaf in leaves] == [(CLASSES, FEATURES)]
-    gradient = jax.grad(lambda variables: model.apply(variables, tokens))(variables)
+    loss = lambda variables: next_token_loss(model.apply(variables, tokens), tokens)
+    gradient = jax.grad(loss)(variables)
 
     def plain(table):
         logits = table[tokens[:, :-1]] @ table.T

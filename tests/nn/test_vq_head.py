@@ -9,6 +9,7 @@ from flax import nnx
 from softlib import losses, masked_mean
 from softlib.nn import CodebookVariable, VQLogitsHead, assign_codes, frequency_mapping
 from softlib.testing import assert_close
+from tests.heads import of_stored
 from tests.host import jnp
 
 FEATURES, CLASSES, CODES = 6, 37, 5
@@ -41,7 +42,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(learned, biased):
         pairs = [
             (
                 head(hidden, labels, where=where),
-                losses.softmax_cross_entropy(logits, labels, where=where),
+                of_stored.softmax_cross_entropy(logits, labels, where=where),
             )
             for where in (None, labels % 2 == 0)
         ]

@@ -14,6 +14,7 @@ import pytest
 from softlib import attention, information, losses, nn, recurrent, softmax
 from tests import example_calls
 from tests.example_calls import FUNCTIONS, Call
+from tests.heads import of_head, of_stored
 
 # Calls that compile each time, and why.
 COMPILING = {
@@ -99,17 +100,17 @@ LABELS = jnp.arange(64) * 100
 TOKENS = _normal(1, 300, 2, 8)
 STEPS = _normal(2, 300, 4)
 LOOPS: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
-    "cross-entropy": (lambda z: losses.softmax_cross_entropy(z, LABELS), (LOGITS,)),
+    "cross-entropy": (lambda z: of_stored.softmax_cross_entropy(z, LABELS), (LOGITS,)),
     "linear cross-entropy": (
         lambda h, w: losses.linear_softmax_cross_entropy(h, w, LABELS),
         (HIDDEN, HEAD),
     ),
     "linear cross-entropy, sum": (
-        lambda h, w: losses.linear_softmax_cross_entropy_sum(h, w, LABELS),
+        lambda h, w: of_head.softmax_cross_entropy_sum(h, w, LABELS),
         (HIDDEN, HEAD),
     ),
     "temperature": (
-        lambda h: losses.linear_optimal_temperature(
+        lambda h: of_head.optimal_temperature(
             h, HEAD, rho=0.5, temperature_min=0.1, temperature_max=10.0
         ),
         (HIDDEN,),
@@ -162,7 +163,7 @@ def test_loops_compile_once(case, count):
 
 
 def test_searches_compile_once(count):
-    search = lambda: losses.linear_top_k(HIDDEN, HEAD, k=5)
+    search = lambda: of_head.top_k(HIDDEN, HEAD, k=5)
     assert compilations(count, search) == 0
     assert compilations(count, lambda: softmax.top_k_logits(LOGITS, 500)) == 0
     assert compilations(count, lambda: softmax.soft_top_k(LOGITS, 500)) == 0

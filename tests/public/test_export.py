@@ -15,6 +15,7 @@ from softlib import attention, losses, masks, softmax
 from softlib._symbolic import has_symbolic_shape, is_symbolic
 from tests import example_calls, public_names
 from tests.example_calls import FUNCTIONS, Call
+from tests.heads import of_head, of_stored
 
 # Annotations ask for sizes that are Python integers.
 pytestmark = pytest.mark.usefixtures("untyped")
@@ -34,7 +35,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], list[Shape]]] = {
         [(("b", 16), f32)],
     ),
     "softmax_cross_entropy": (
-        losses.softmax_cross_entropy,
+        of_stored.softmax_cross_entropy,
         [(("b", 3, 16), f32), (("b", 3), i32)],
     ),
     "linear_softmax_cross_entropy": (
@@ -42,11 +43,11 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], list[Shape]]] = {
         [(("b", 3, 8), f32), ((1100, 8), f32), (("b", 3), i32)],
     ),
     "linear_softmax_cross_entropy_sum": (
-        losses.linear_softmax_cross_entropy_sum,
+        of_head.softmax_cross_entropy_sum,
         [(("b", 8), f32), ((600, 8), f32), (("b",), i32)],
     ),
     "linear_entropy": (
-        losses.linear_entropy,
+        of_head.entropy,
         [(("b", 8), f32), ((16, 8), f32)],
     ),
     "dot_product_attention": (
@@ -103,7 +104,7 @@ def array(shape: tuple[Any, ...], dtype: Any, size: int) -> jax.Array:
 
 
 def test_a_number_of_rows_per_step_needs_a_number_of_rows():
-    loss = functools.partial(losses.linear_entropy, token_chunk=2)
+    loss = functools.partial(of_head.entropy, token_chunk=2)
     with pytest.raises(ValueError, match=r"`token_chunk` must be None where .* symbol"):
         exported(loss, [(("b", 8), f32), ((16, 8), f32)])
 

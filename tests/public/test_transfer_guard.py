@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softlib import losses, recurrent, softmax
+from softlib import recurrent, softmax
 from softlib._one_program import transfers_are_refused
 from tests import example_calls, public_names
+from tests.heads import of_stored
 
 NOT_CALLED = {
     "softlib.explain": "prints what it is called with, and computes nothing",
@@ -39,7 +40,9 @@ def test_a_call_moves_nothing_to_the_device(name: public_names.PublicName):
 
 def test_gradients_move_nothing_to_the_device():
     logits, labels = jnp.ones((2, 3)), jnp.array([0, 2])
-    loss = lambda z: losses.softmax_cross_entropy(z, labels, label_smoothing=0.1).sum()
+    loss = lambda z: of_stored.softmax_cross_entropy(
+        z, labels, label_smoothing=0.1
+    ).sum()
     wanted = jax.grad(loss)(logits)
     ones = jnp.ones(())
     with jax.transfer_guard("disallow"):
@@ -88,6 +91,6 @@ def test_errors_are_those_of_other_calls(untyped):
     with jax.transfer_guard("disallow"):
         known = r"^softmax_cross_entropy: `labels` must have shape \(2,\)"
         with pytest.raises(ValueError, match=known):
-            losses.softmax_cross_entropy(logits, labels)
+            of_stored.softmax_cross_entropy(logits, labels)
         with pytest.raises(ValueError, match=r"^softmax: `axis` must"):
             softmax.softmax(logits, axis=5)

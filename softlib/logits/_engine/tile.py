@@ -65,11 +65,11 @@ class RowStatistics(NamedTuple):
         sum_softplus: $\sum_j \log(1 + e^{z_j})$: what the classes cost, each a question
             of its own, if the row has none of them.
 
-    Derivatives: see `linear_row_statistics`.
+    Derivatives: see `row_statistics`.
     Cost: a handful of numbers per row.
 
     Example:
-        >>> statistics = softlib.losses.row_statistics(jnp.zeros((2, 4)))
+        >>> statistics = softlib.logits.row_statistics(jnp.zeros((2, 4)))
         >>> print(statistics.lse.round(4), statistics.argmax)
         [1.3863 1.3863] None
     """

@@ -1,0 +1,567 @@
+"""Logits of a linear head, which are never formed."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype, common_dtype
+from softlib._sharding import in_auto_mode, match_varying, per_shard
+from softlib._symbolic import is_symbolic
+from softlib.typing import (
+    AxisName,
+    GradientFilter,
+    Implementations,
+    PerRow,
+    Precision,
+)
+
+from ._engine import operations, sum_with_gradients
+from ._engine.stream import Head, product, top_classes
+from ._engine.tile import FILTER_BLOCK, Options, RowStatistics, only
+from ._engine.vocabulary_parallel import first_class, merged
+from ._modifiers import (
+    ModifiedLogits,
+    checked_modifiers,
+    checked_options,
+    modifier_axes,
+    modifiers_over_rows,
+    require_classes,
+    shown_modifiers,
+)
+from ._options import LinearHeadOptions, require_known
+from ._source_rows import (
+    Shape,
+    collapsed,
+    collapsed_modifiers,
+    final_logits,
+    label_rows,
+    masked_modifiers,
+    modifier_specs,
+    of_rows_with_classes,
+    ranked_rows,
+    row_specs,
+    shaped,
+)
+from ._value import statistics_of
+
+
+class LinearLogits(ModifiedLogits):
+    r"""Logits of a linear head, a value that losses take and that is never formed.
+
+    Row by row, with $h$ the hidden features and $W$ the weight, the final logits are
+
+    $$u = s\, h W^\top + b, \qquad z = \frac{c \tanh(u / c)}{T}$$
+
+    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out when it is
+    None. Whatever is asked of them visits $z$ in slices of the vocabulary: memory does
+    not grow with rows x classes, forward or backward. A model that returned logits
+    returns this value instead, and its losses stay as they are.
+
+    A pytree: arrays are leaves, all else is static. It passes through `jax.jit`,
+    `jax.grad` (whose result holds the gradients of hidden, weight and bias),
+    `jax.checkpoint` and `jax.shard_map`. For `jax.vmap` over rows give
+    `in_axes=logits.batch_axes()`, which does not map the weight. Batch axes may be
+    indexed and reshaped: `logits[:, :-1]` leaves out the last token. `materialize()`
+    forms the array.
+
+    Args:
+        hidden: Inputs of the head.
+        weight: One row per class, as in an embedding table; with `vocab_axis=1` one
+            column per class, as in a dense kernel. Sliced in place, never copied.
+        vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
+        bias: Added to the scaled products, one number per class; -inf is legal: such a
+            class has probability 0 (after a softcap it is the smallest logit instead:
+            exclude classes by `class_where`).
+        scale: Multiplies the products; a number, or an array that is a scalar or one
+            value per row, differentiable.
+        softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `scale` otherwise.
+        class_where: True for the classes that exist; the others leave every sum and
+            maximum.
+        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias` and
+            `class_where`) are divided by classes. Labels are global ids, and results
+            are those of the whole vocabulary, the same on every device of the axis.
+        vocab_chunk: Static number of classes per step; None chooses from the shapes.
+        token_chunk: Static number of rows per step; None chooses from the shapes.
+        gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
+            negligible blocks of the backward products, see `row_statistics`. Saves time
+            only in kernels; not with `axis_name`.
+        precision: Static precision of the products, as in `jax.lax.dot_general`.
+        implementation: Static; see `softlib.explain`.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number; or the value is used as if it were an array.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Attributes:
+        hidden, weight: As given.
+        bias, scale, softcap, temperature, class_where: As given, numbers as arrays.
+
+    Derivatives: as what is asked of it; see `row_statistics`.
+    Cost: nothing by itself.
+    Source: "Cut Your Losses in Large-Vocabulary Language Models".
+
+    Example:
+        >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> logits = softlib.LinearLogits(hidden, table, softcap=30.0)
+        >>> print(logits, logits.shape)
+        LinearLogits(hidden=float32[2,2], weight=float32[3,2], softcap=30.0) (2, 3)
+    """
+
+    array_fields = ("hidden", "weight", "modifiers")
+    static_fields = ("function", "options", "implementation", "axis_name")
+
+    hidden: Array
+    weight: Array
+    implementation: Implementations
+    axis_name: AxisName | None  # over which the vocabulary is divided
+
+    @array_arguments
+    def __init__(
+        self,
+        hidden: Float[Array, "*batch D"],
+        weight: Float[Array, "V D"] | Float[Array, "D V"],
+        *,
+        vocab_axis: int = 0,
+        bias: Float[Array, " V"] | None = None,
+        scale: PerRow | None = None,
+        softcap: float | None = None,
+        temperature: PerRow | None = None,
+        class_where: Bool[Array, " V"] | None = None,
+        axis_name: AxisName | None = None,
+        vocab_chunk: int | None = None,
+        token_chunk: int | None = None,
+        gradient_filter_eps: GradientFilter = None,
+        precision: Precision = None,
+        implementation: Implementations = None,
+    ) -> None:
+        checked = type(self).of(
+            "LinearLogits",
+            hidden,
+            weight,
+            vocab_axis=vocab_axis,
+            bias=bias,
+            logit_scale=scale,
+            logit_softcap=softcap,
+            temperature=temperature,
+            class_where=class_where,
+            axis_name=axis_name,
+            vocab_chunk=vocab_chunk,
+            token_chunk=token_chunk,
+            gradient_filter_eps=gradient_filter_eps,
+            precision=precision,
+            implementation=implementation,
+        )
+        vars(self).update(vars(checked))
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        hidden: ArrayLike,
+        weight: ArrayLike,
+        *,
+        vocab_axis: int = 0,
+        logit_softcap: float | None = None,
+        vocab_chunk: int | None = None,
+        token_chunk: int | None = None,
+        gradient_filter_eps: GradientFilter = None,
+        axis_name: AxisName | None = None,
+        precision: Precision = None,
+        implementation: Implementations = None,
+        weight_name: str = "weight",
+        **modifiers: Any,
+    ) -> "LinearLogits":
+        """A checked head; errors call the weight what the function's user does."""
+        require_known(function, modifiers, LinearHeadOptions.__optional_keys__)
+        hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
+        checks.require_floating(function, **{"hidden": hidden, weight_name: weight})
+        checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
+        checks.require_one_of(function, "vocab_axis", vocab_axis, (0, 1))
+        features = hidden.shape[-1]
+        if weight.ndim != 2 or weight.shape[1 - vocab_axis] != features:
+            layout = "(V, D)" if vocab_axis == 0 else "(D, V)"
+            raise ValueError(
+                f"{function}: `{weight_name}` must have shape {layout} with "
+                f"D = {features} "
+                f"(the last axis of `hidden`) for vocab_axis={vocab_axis}, "
+                f"got {weight.shape}."
+                + _layout_hint(weight.shape, features, vocab_axis)
+            )
+        if vocab_chunk is not None:
+            checks.require_positive_integer(function, "vocab_chunk", vocab_chunk)
+        if token_chunk is not None:
+            checks.require_positive_integer(function, "token_chunk", token_chunk)
+            if is_symbolic(*hidden.shape[:-1]):
+                raise ValueError(
+                    f"{function}: `token_chunk` must be None where the number of rows "
+                    f"is symbolic (jax.export), got {token_chunk}."
+                )
+        vocabulary = weight.shape[vocab_axis]
+        require_classes(function, weight_name, vocabulary, weight.shape)
+        if axis_name is not None:
+            _require_axis(function, axis_name)
+            if gradient_filter_eps is not None:
+                raise ValueError(
+                    f"{function}: `gradient_filter_eps` must be None with `axis_name`, "
+                    f"got {gradient_filter_eps!r}: a device knows the probabilities "
+                    "among its own classes only."
+                )
+        if implementation is not None and not isinstance(implementation, str):
+            implementation = tuple(implementation)  # which compares by value
+        batch = hidden.shape[:-1]
+        dtype = accumulator_dtype(hidden, weight)
+        options = dataclasses.replace(
+            checked_options(function, logit_softcap),
+            vocab_axis=vocab_axis,
+            vocab_chunk=vocab_chunk,
+            token_chunk=token_chunk,
+            gradient_filter_eps=_filter(
+                function,
+                gradient_filter_eps,
+                common_dtype(hidden.dtype, weight.dtype),
+                vocab_chunk=vocab_chunk,
+                token_chunk=token_chunk,
+            ),
+            precision=precision,
+        )
+        checks.require_implementation(function, operations.LINEAR, implementation)
+        checked = checked_modifiers(
+            function, batch, vocabulary, dtype, (vocabulary,), **modifiers
+        )
+        return object.__new__(cls).replaced(
+            function=function,
+            hidden=hidden,
+            weight=weight,
+            modifiers=checked,
+            options=options,
+            implementation=implementation,
+            axis_name=axis_name,
+        )
+
+    def counting(self, class_log_weights: Array) -> "LinearLogits":
+        """The same, with classes that stand for e^w each in every sum over p."""
+        modifiers = self.modifiers._replace(class_log_weights=class_log_weights)
+        return self.replaced(modifiers=modifiers)
+
+    @property
+    def batch_shape(self) -> Shape:
+        return self.hidden.shape[:-1]
+
+    @property
+    def num_classes(self) -> int:
+        devices = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        return self.own_classes * devices
+
+    @property
+    def own_classes(self) -> int:
+        """The classes of this device."""
+        if self.weight.ndim != 2:
+            raise ValueError(
+                f"{self.function}: `weight` must have 2 axes, got shape "
+                f"{self.weight.shape}. Did jax.vmap map it? Over rows alone: "
+                "`in_axes=logits.batch_axes()`."
+            )
+        return self.weight.shape[self.options.vocab_axis]
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(self.hidden, self.weight, *self.modifiers.floating)
+
+    def over_rows(self, function: Callable[[Array], Array]) -> "LinearLogits":
+        return self.replaced(
+            hidden=function(self.hidden),
+            modifiers=modifiers_over_rows(self.modifiers, function),
+        )
+
+    def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "LinearLogits":
+        return self.replaced(
+            hidden=of_rows,
+            weight=of_all,
+            modifiers=modifier_axes(self.modifiers, of_rows, of_all),
+        )
+
+    def shown(self) -> dict[str, Any]:
+        static = dataclasses.asdict(self.options)
+        names = ("vocab_axis", "vocab_chunk", "token_chunk", "gradient_filter_eps")
+        named = {n: static[n] for n in (*names, "precision")}
+        own = {"hidden": self.hidden, "weight": self.weight, **named}
+        own |= {"axis_name": self.axis_name, "implementation": self.implementation}
+        own["vocab_axis"] = self.options.vocab_axis or None
+        return {**own, **shown_modifiers(self.modifiers, self.options)}
+
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "LinearLogits":
+        """Rows that do not count become zeros before any arithmetic: 0 * NaN is NaN."""
+        if where is None:
+            return self
+        return self.replaced(
+            hidden=jnp.where(where[..., None], self.hidden, 0),
+            modifiers=masked_modifiers(self.modifiers, where),
+        )
+
+    def statistics(
+        self, names: Sequence[str], labels: Array | None = None
+    ) -> RowStatistics:
+        return self.statistics_in_turn(names, labels, in_turn=False)[0]
+
+    def statistics_in_turn(
+        self, names: Sequence[str], labels: Array | None = None, *, in_turn: bool = True
+    ) -> tuple[RowStatistics, "LinearLogits"]:
+        """The statistics, and the same head for the next term of a loss.
+
+        Terms that use the returned head share one gradient of the weight with this one.
+        """
+        _check_filtered(self.function, names, self.options)
+        weight = self.weight
+
+        def stream(
+            names: Sequence[str], labels: Array | None, label_logits: Array | None
+        ) -> RowStatistics:
+            nonlocal weight
+            found, weight = self._merged_statistics(
+                names, labels, label_logits, in_turn
+            )
+            return found
+
+        found = statistics_of(self, stream, names, labels)
+        return found, self.replaced(weight=weight)
+
+    def without_labels(self) -> "LinearLogits":
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        options = dataclasses.replace(self.options, exclude_labels=True)
+        return self.replaced(options=options)
+
+    def _merged_statistics(
+        self,
+        names: Sequence[str],
+        labels: Array | None,
+        label_logits: Array | None,
+        in_turn: bool,
+    ) -> tuple[RowStatistics, Array]:
+        if self.axis_name is None:
+            return self._own_statistics(names, labels, label_logits, in_turn)
+        local = set(names)
+        if "mean_logit" in names:
+            local.add("lse")
+        if "argmax" in names:
+            local.add("max_logit")
+        offset = first_class(self.axis_name, self.own_classes)
+        if labels is not None:
+            labels = self.local_labels(labels)
+        found, weight = self._own_statistics(
+            sorted(local), labels, label_logits, in_turn
+        )
+        found = merged(found, self.axis_name, offset)
+        return only(found, self.options.including(*names)), weight
+
+    def local_labels(self, labels: Array) -> Array:
+        """Ids among this device's classes; one of another device is out of range."""
+        if self.axis_name is None:
+            return labels
+        return labels - first_class(self.axis_name, self.own_classes)
+
+    def at_labels(self, per_class: Array, labels: Array) -> Array:
+        """A number per class at each label; anything for a label out of range."""
+        local = self.local_labels(labels)
+
+        def look_up(local, per_class):
+            inside = (local >= 0) & (local < self.own_classes)
+            return jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0)
+
+        found = in_auto_mode(look_up, lambda spec: spec, local, per_class)
+        return found if self.axis_name is None else lax.psum(found, self.axis_name)
+
+    def count_classes(self) -> ArrayLike:
+        """How many classes are selected, an array in the dtype of the sums."""
+        where = self.modifiers.class_where
+        if where is None:
+            return self.num_classes
+        count = where.sum(-1, dtype=jnp.int32)  # exact, unlike a sum of floats
+        if self.axis_name is not None:
+            count = lax.psum(count, self.axis_name)
+        return count.astype(self.dtype)
+
+    def _own_statistics(
+        self,
+        names: Sequence[str],
+        labels: Array | None,
+        label_logits: Array | None,
+        in_turn: bool,
+    ) -> tuple[RowStatistics, Array]:
+        vocabulary = self.own_classes
+        options = self.options.including(*names)
+
+        def engine(hidden, weight, labels, label_logits, modifiers):
+            batch = hidden.shape[:-1]  # of the device's own part
+            head = Head(
+                collapsed(hidden, batch),
+                weight,
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, (*batch, vocabulary)),
+                ranked_rows(labels, label_logits, batch),
+            )
+            names, head = self.implementation, match_varying(head)
+            if in_turn:
+                found, weight = operations.linear_in_turn(names, options, head)
+                return shaped(found, batch, labels), weight
+            return shaped(operations.linear(names, options, head), batch, labels), None
+
+        of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
+        specs = lambda spec: (
+            row_specs(options, self.batch_shape, labels, spec),
+            of_weight,
+        )
+        arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
+        features = jax.typeof(self.weight).sharding.spec[1 - options.vocab_axis :][:1]
+        if in_turn or any(features):
+            # The weight is a result, for all devices; or its features are divided: then
+            # the compiler gathers slices, and no device ever holds all of it.
+            found, weight = in_auto_mode(engine, specs, *arrays)
+        else:
+            of_arrays = functools.partial(_of_own_rows, arrays)
+            found, weight = per_shard(engine, of_arrays, specs, *arrays)
+        return found, self.weight if weight is None else weight
+
+    def total(
+        self,
+        names: Sequence[str],
+        labels: Array,
+        loss: sum_with_gradients.RowLoss,
+        terms: sum_with_gradients.RowTerms,
+    ) -> Array:
+        """The sum over all rows of a loss, with gradients in the forward pass.
+
+        In `loss` and `terms` the batch is one axis of rows, and `label_logits` have one
+        more.
+        """
+        _check_filtered(self.function, names, self.options)
+        known = of_rows_with_classes(
+            labels, self.count_classes(), self.batch_shape, self.num_classes
+        )
+        batch, vocabulary = self.batch_shape, self.own_classes
+        options = self.options.including(*names)
+
+        def engine(hidden, weight, labels, modifiers, terms):
+            head = Head(
+                collapsed(hidden, batch),
+                weight,
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, (*batch, vocabulary)),
+            )
+            flat = lambda tree: jax.tree.map(
+                lambda a: collapsed(jnp.asarray(a), batch), tree
+            )
+            terms = sum_with_gradients.RowTerms(
+                flat(terms.factors), terms.scalars, flat(terms.marks)
+            )
+            operands = match_varying(sum_with_gradients.SumOperands(head, terms))
+            return sum_with_gradients.total(
+                self.implementation, options, loss, operands
+            )
+
+        arrays = (self.hidden, self.weight, known, self.modifiers, terms)
+        return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
+
+    def top_classes(self, count: int) -> tuple[Array, Array]:
+        """The greatest logits of this device's classes, and these; no gradient."""
+        batch, vocabulary, options = self.batch_shape, self.own_classes, self.options
+
+        def engine(hidden, weight, modifiers):
+            rows, inputs = collapsed(hidden, batch), (*batch, vocabulary)
+            modifiers = collapsed_modifiers(modifiers, inputs)
+            head = match_varying(Head(rows, weight, None, modifiers))
+            found = top_classes(options, lax.stop_gradient(head), count)
+            return tuple(array.reshape(*batch, count) for array in found)
+
+        rows = lambda spec: PartitionSpec(*spec[: len(batch)], None)
+        specs = lambda spec: (rows(spec), rows(spec))
+        return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
+
+    def materialize(self) -> Array:
+        """Forms the logits: rows x classes numbers in memory."""
+        batch, options, dtype = self.batch_shape, self.options, self.dtype
+
+        def engine(hidden, weight, modifiers):
+            rows = collapsed(hidden, batch)
+            raw = product(rows, weight, (1, 1 - options.vocab_axis), options, dtype)
+            raw = raw.reshape(*batch, self.own_classes)
+            return final_logits(raw, batch, options, modifiers)
+
+        specs = lambda spec: PartitionSpec(*spec[: len(batch)], None)
+        return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
+
+
+def _require_axis(function: str, axis_name: AxisName) -> None:
+    try:
+        lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"{function}: `axis_name` must name an axis of an enclosing jax.shard_map, "
+            f"got {axis_name!r}."
+        ) from None
+
+
+def _of_own_rows(arrays: tuple[Any, ...], spec: PartitionSpec) -> tuple[Any, ...]:
+    """Specs that divide hidden, and what there is per row, by rows alone."""
+    hidden, _, labels, label_logits, modifiers = arrays
+    rows = PartitionSpec(*spec[: hidden.ndim - 1])
+    per_row = functools.partial(jax.tree.map, lambda _: rows)
+    return (
+        rows,
+        PartitionSpec(),
+        per_row(labels),
+        per_row(label_logits),
+        modifier_specs(modifiers, rows),
+    )
+
+
+def _check_filtered(function: str, names: Sequence[str], options: Options) -> None:
+    if options.gradient_filter_eps is None:
+        return
+    for name in ("mean_logit", "sum_logits", "sum_squared_logits", "sum_softplus"):
+        if name in names:
+            raise ValueError(
+                f"{function}: `gradient_filter_eps` must be None where the gradient of "
+                f"{name} is needed (smoothing, entropy): classes of small probability "
+                f"have a part in it. Got {options.gradient_filter_eps}."
+            )
+
+
+def _layout_hint(shape: Shape, features: int, vocab_axis: int) -> str:
+    if len(shape) == 2 and shape[vocab_axis] == features:
+        return f" Did you mean vocab_axis={1 - vocab_axis}?"
+    return ""
+
+
+def _filter(
+    function: str, eps: GradientFilter, dtype: Any, **chunks: int | None
+) -> float | None:
+    """The threshold of the gradient filter as a number."""
+    if eps is None:
+        return None
+    for name, size in chunks.items():
+        if size is not None and size % FILTER_BLOCK:
+            raise ValueError(
+                f"{function}: `{name}` must be a multiple of {FILTER_BLOCK} with "
+                f"`gradient_filter_eps`, got {size}."
+            )
+    if eps == "auto":
+        return float(jnp.finfo(dtype).eps) / 32
+    if isinstance(eps, str):
+        raise ValueError(
+            f"{function}: `gradient_filter_eps` must be a positive number, 'auto' or "
+            f"None, got {eps!r}."
+        )
+    checks.require_positive_number(function, "gradient_filter_eps", eps)
+    return float(eps)

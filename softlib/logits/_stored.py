@@ -1,0 +1,233 @@
+"""Logits that exist as an array."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype
+from softlib._largest import largest
+from softlib._sharding import in_auto_mode, match_varying
+from softlib.typing import Implementations, PerRow
+
+from ._engine import operations
+from ._engine.tile import RowStatistics
+from ._modifiers import (
+    ModifiedLogits,
+    checked_modifiers,
+    checked_options,
+    modifier_axes,
+    modifiers_over_rows,
+    require_classes,
+    shown_modifiers,
+)
+from ._options import LogitsOptions, require_known
+from ._source_rows import (
+    Shape,
+    collapsed,
+    collapsed_modifiers,
+    final_logits,
+    label_rows,
+    masked_modifiers,
+    ranked_rows,
+    row_specs,
+    shaped,
+)
+from ._value import statistics_of
+
+
+class StoredLogits(ModifiedLogits):
+    r"""Logits that exist as an array, with what turns them into final ones.
+
+    Where an array of logits is legal this value is, too: it carries the options that an
+    array cannot. With $x$ the array, in float32 or wider,
+
+    $$u = s\, x + b, \qquad z = \frac{c \tanh(u / c)}{T}$$
+
+    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out when it is
+    None. A pytree, as `LinearLogits`.
+
+    Args:
+        logits: Unnormalised log-probabilities, of any floating dtype; -inf is legal.
+        bias: Added to the scaled logits, one number per class; -inf is legal.
+        scale: Multiplies the logits; a number, or an array that is a scalar or one
+            value per row, differentiable.
+        softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `scale` otherwise.
+        class_where: True for the classes that exist; broadcasts to `logits`.
+        implementation: Static; see `softlib.explain`.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or a static option is not a
+            Python number; or the value is used as if it were an array.
+        ValueError: Shapes do not fit together, or an option is out of range.
+
+    Attributes:
+        logits: As given.
+        bias, scale, softcap, temperature, class_where: As given, numbers as arrays.
+
+    Derivatives: as what is asked of it; see `row_statistics`.
+    Cost: nothing by itself.
+    Source: the final logits of `LinearLogits`, of logits that exist.
+
+    Example:
+        >>> array = jnp.array([[2.0, 0.0]])
+        >>> logits = softlib.logits.StoredLogits(array, temperature=2.0)
+        >>> print(logits.materialize())
+        [[1. 0.]]
+    """
+
+    array_fields = ("logits", "modifiers")
+    static_fields = ("function", "options", "implementation")
+
+    logits: Array
+    implementation: Implementations
+
+    @array_arguments
+    def __init__(
+        self,
+        logits: Float[Array, "*batch V"],
+        *,
+        bias: Float[Array, " V"] | None = None,
+        scale: PerRow | None = None,
+        softcap: float | None = None,
+        temperature: PerRow | None = None,
+        class_where: Bool[Array, "..."] | None = None,
+        implementation: Implementations = None,
+    ) -> None:
+        checked = type(self).of(
+            "StoredLogits",
+            logits,
+            bias=bias,
+            logit_scale=scale,
+            logit_softcap=softcap,
+            temperature=temperature,
+            class_where=class_where,
+            implementation=implementation,
+        )
+        vars(self).update(vars(checked))
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        logits: ArrayLike,
+        *,
+        logit_softcap: float | None = None,
+        implementation: Implementations = None,
+        name: str = "logits",
+        **modifiers: Any,
+    ) -> "StoredLogits":
+        """Checked logits; errors call them what the function's user does."""
+        require_known(function, modifiers, LogitsOptions.__optional_keys__)
+        logits = jnp.asarray(logits)
+        checks.require_floating(function, **{name: logits})
+        checks.require_rank(function, name, logits, 1, "(..., V)")
+        batch, vocabulary = logits.shape[:-1], logits.shape[-1]
+        require_classes(function, name, vocabulary, logits.shape)
+        dtype = accumulator_dtype(logits)
+        checks.require_implementation(function, operations.GIVEN, implementation)
+        checked = checked_modifiers(
+            function, batch, vocabulary, dtype, logits.shape, **modifiers
+        )
+        return object.__new__(cls).replaced(
+            function=function,
+            logits=logits,
+            modifiers=checked,
+            options=checked_options(function, logit_softcap),
+            implementation=implementation,
+        )
+
+    @property
+    def batch_shape(self) -> Shape:
+        return self.logits.shape[:-1]
+
+    @property
+    def num_classes(self) -> int:
+        return self.logits.shape[-1]
+
+    @property
+    def dtype(self) -> Any:
+        return accumulator_dtype(self.logits, *self.modifiers.floating)
+
+    def over_rows(self, function: Callable[[Array], Array]) -> "StoredLogits":
+        modifiers = self.modifiers
+        where = modifiers.class_where
+        if where is not None and where.ndim > 1:
+            where = function(jnp.broadcast_to(where, self.shape))
+        modifiers = modifiers_over_rows(modifiers, function)
+        return self.replaced(
+            logits=function(self.logits),
+            modifiers=modifiers._replace(class_where=where),
+        )
+
+    def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "StoredLogits":
+        return self.replaced(
+            logits=of_rows, modifiers=modifier_axes(self.modifiers, of_rows, of_all)
+        )
+
+    def shown(self) -> dict[str, Any]:
+        own = {"logits": self.logits, "implementation": self.implementation}
+        return {**own, **shown_modifiers(self.modifiers, self.options)}
+
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "StoredLogits":
+        if where is None:
+            return self
+        return self.replaced(
+            logits=jnp.where(where[..., None], self.logits, 0),
+            modifiers=masked_modifiers(self.modifiers, where),
+        )
+
+    def statistics(
+        self, names: Sequence[str], labels: Array | None = None
+    ) -> RowStatistics:
+        return statistics_of(self, self._own_statistics, names, labels)
+
+    def without_labels(self) -> "StoredLogits":
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        options = dataclasses.replace(self.options, exclude_labels=True)
+        return self.replaced(options=options)
+
+    def _own_statistics(
+        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
+    ) -> RowStatistics:
+        batch, vocabulary = self.batch_shape, self.num_classes
+        options = self.options.including(*names)
+
+        def engine(logits, labels, label_logits, modifiers):
+            given = operations.Given(
+                collapsed(logits, batch),
+                label_rows(labels, batch, vocabulary),
+                collapsed_modifiers(modifiers, logits.shape),
+                ranked_rows(labels, label_logits, batch),
+            )
+            found = operations.given(self.implementation, options, match_varying(given))
+            return shaped(found, batch, labels)
+
+        specs = functools.partial(row_specs, options, batch, labels)
+        arrays = (self.logits, labels, label_logits, self.modifiers)
+        return in_auto_mode(engine, specs, *arrays)
+
+    def top_classes(self, count: int) -> tuple[Array, Array]:
+        """The greatest logits of each row and their classes; no gradient."""
+
+        def search(logits: Array) -> tuple[Array, Array]:
+            values, classes = largest(logits, count)
+            return values, jnp.where(values == -jnp.inf, -1, classes)
+
+        rows = lambda spec: PartitionSpec(*spec[: len(self.batch_shape)], None)
+        specs = lambda spec: (rows(spec), rows(spec))
+        return in_auto_mode(search, specs, lax.stop_gradient(self.materialize()))
+
+    def materialize(self) -> Array:
+        """Computes the final logits: rows x classes numbers in memory."""
+        raw = self.logits.astype(self.dtype)
+        return final_logits(raw, self.batch_shape, self.options, self.modifiers)

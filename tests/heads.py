@@ -1,0 +1,132 @@
+"""Functions of logits by the arrays that make them: how oracles and lists see them.
+
+`of_head.f(hidden, weight, labels, bias=bias, gamma=2.0)` is `f` of
+`softlib.LinearLogits(hidden, weight, bias=bias)`, and
+`of_stored.f(array, labels, bias=bias, gamma=2.0)` that of `StoredLogits(array,
+bias=bias)`, or of the array itself where nothing modifies it. Options of the logits
+have the names of attention's: `logit_scale`, `logit_softcap`. Functions of two logits
+take the arrays of both, and options of the second begin with `target_`; others are of
+both.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import softlib
+
+OF_STORED = {
+    "bias": "bias",
+    "logit_scale": "scale",
+    "logit_softcap": "softcap",
+    "temperature": "temperature",
+    "class_where": "class_where",
+    "implementation": "implementation",
+}
+OF_HEAD = {
+    **OF_STORED,
+    **{
+        name: name
+        for name in (
+            "vocab_axis",
+            "vocab_chunk",
+            "token_chunk",
+            "gradient_filter_eps",
+            "axis_name",
+            "precision",
+        )
+    },
+}
+# Of functions of two logits, those that belong to either alone.
+OWN = ("bias", "logit_scale", "logit_softcap", "vocab_axis")
+
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function of softlib.losses or softlib.logits."""
+    for package in (softlib.losses, softlib.logits):
+        if name in package.__all__:
+            return getattr(package, name)
+    raise AttributeError(f"neither softlib.losses nor softlib.logits has {name}")
+
+
+def logits_of(function: Callable[..., Any]) -> list[str]:
+    """The parameters that are logits."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.annotation is softlib.logits.Logits]
+
+
+def _split(
+    function: Callable[..., Any], options: dict[str, Any], known: dict[str, str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The options of each of the logits, and those of the function."""
+    names = logits_of(function)
+    own = inspect.signature(function).parameters
+    of_each: list[dict[str, Any]] = [{} for _ in names]
+    rest: dict[str, Any] = {}
+    for option, value in options.items():
+        plain = option.removeprefix("target_")
+        if option in own or plain not in known:
+            rest[option] = value
+        elif option.startswith("target_"):
+            of_each[1][known[plain]] = value
+        else:
+            of_each[0][known[option]] = value
+            for other in of_each[1:]:
+                if option not in OWN:
+                    other[known[option]] = value
+    return of_each, rest
+
+
+class _OfHead:
+    """Functions with the arrays of heads in the place of logits."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = function_of(name)
+        prefixes = [each.removesuffix("logits") for each in logits_of(function)]
+
+        @functools.wraps(function)
+        def call(*arrays: Any, **options: Any) -> Any:
+            rest, heads = list(arrays), []
+            for prefix in prefixes:
+                operands = [
+                    options.pop(prefix + operand) if not rest else rest.pop(0)
+                    for operand in ("hidden", "weight")
+                ]
+                heads.append(operands)
+            of_each, options = _split(function, options, OF_HEAD)
+            pairs = zip(heads, of_each, strict=True)
+            logits = [softlib.LinearLogits(*head, **own) for head, own in pairs]
+            return function(*logits, *rest, **options)
+
+        return call
+
+
+class _OfStored:
+    """Functions with arrays of logits, and with what modifies them."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = function_of(name)
+        names = logits_of(function)
+
+        @functools.wraps(function)
+        def call(*arrays: Any, **options: Any) -> Any:
+            rest = list(arrays)
+            given = [options.pop(n) if not rest else rest.pop(0) for n in names]
+            of_each, options = _split(function, options, OF_STORED)
+            logits = [
+                softlib.logits.StoredLogits(array, **own) if own else array
+                for array, own in zip(given, of_each, strict=True)
+            ]
+            return function(*logits, *rest, **options)
+
+        return call
+
+
+of_head: Any = _OfHead()
+of_stored: Any = _OfStored()
+
+
+def of(source: str) -> Any:
+    """The functions of heads for "linear", of arrays for "logits"."""
+    return {"linear": of_head, "logits": of_stored}[source]
