@@ -100,17 +100,24 @@ def pytest_command(options: Sequence[str], tests: Sequence[str]) -> list[str]:
 def ordered_tests(path: str, group: int, root: pathlib.Path) -> list[str]:
     """The files of the group's tests: first those that share most words with the path.
 
-    Then those that look at the results of the whole group.
+    Then those that look at the results of the whole group. A file of another folder is
+    among them if it names a public function of the path.
     """
     _, first, folder = GROUPS[group]
-    files = sorted(str(p.relative_to(root)) for p in (root / folder).glob("test_*.py"))
     words = lambda path: {*re.split(r"[/_.]+", path)} - {*folder.split("/"), "py"}
     rank = {f"{folder}/test_{name}.py": i for i, name in enumerate(first)}
-
-    def place(file: str) -> tuple[int, int]:
-        return -len(words(path) & words(file)), rank.get(file, len(first))
-
-    return sorted(files, key=place)
+    source = root / path
+    public = re.findall(r"^@array_arguments.*\ndef (\w+)", source.read_text(), re.M)
+    named = re.compile("|".join([rf"\b{name}\b" for name in public] or ["$^"]))
+    places: dict[str, tuple[int, int]] = {}
+    for file in (root / "tests").rglob("test_*.py"):
+        name = str(file.relative_to(root))
+        shared = len(words(path) & words(name))
+        if file.parent == root / folder:
+            places[name] = (-shared, rank.get(name, len(first)))
+        elif named.search(file.read_text()):
+            places[name] = (-1, len(first))
+    return sorted(places, key=lambda name: (*places[name], name))
 
 
 class Copy:

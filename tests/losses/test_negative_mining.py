@@ -259,3 +259,7 @@ def test_wrong_batches_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(
+        TypeError, match="in_batch_positives: `labels` must have an int"
+    ):
+        losses.in_batch_positives(jnp.zeros((2, 1), int), jnp.zeros(3))
