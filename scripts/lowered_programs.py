@@ -2,7 +2,8 @@
 
 Lowers a set of programs for CPUs, TPUs and GPUs and keeps a hash of each text, without
 names of functions and places in files. Two commits whose hashes are equal give the
-compiler the same programs: neither speed nor memory can have moved.
+compiler the same programs, but for the code of kernels for GPUs, which is left out:
+compare `pallas_kernels/` itself.
 
     python -m scripts.lowered_programs before.json            # writes hashes
     python -m scripts.lowered_programs after.json before.json # and compares

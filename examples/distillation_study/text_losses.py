@@ -58,6 +58,6 @@ METHODS = {
 def divergence(
     model: LanguageModel, tokens, teacher: LinearLogits, *, reverse: bool = False
 ) -> jax.Array:
-    """Of the teacher from the student, or in reverse; for evaluation."""
+    """Measures the divergence of the teacher from the student, or in reverse."""
     z = model(tokens)
     return losses.softmax_kl_divergence(z, teacher, reverse=reverse).mean()

@@ -17,7 +17,7 @@ def label_rank(
     *,
     where: Bool[Array, "..."] | None = None,
 ) -> Int[Array, "*batch"] | Int[Array, "*batch L"]:
-    """How many classes come before the label: 0 for the most likely one.
+    """Counts the classes that come before the label: 0 for the most likely one.
 
     Classes are ordered by descending logit, the lower class first on ties, so that rank
     0 is the class of `top1_correct`. The label is among the first k if its rank is

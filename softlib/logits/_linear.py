@@ -31,10 +31,10 @@ from ._engine.tile import FILTER_BLOCK, Options, RowStatistics, only
 from ._engine.vocabulary_parallel import first_class, merged
 from ._modifiers import (
     ModifiedLogits,
+    checked_implementation,
     checked_modifiers,
     checked_options,
     modifier_axes,
-    modifiers_over_rows,
     require_classes,
     shown_modifiers,
 )
@@ -47,12 +47,12 @@ from ._source_rows import (
     label_rows,
     masked_modifiers,
     modifier_specs,
+    modifiers_over_rows,
     of_rows_with_classes,
     ranked_rows,
     row_specs,
     shaped,
 )
-from ._value import statistics_of
 
 
 class LinearLogits(ModifiedLogits):
@@ -218,8 +218,6 @@ class LinearLogits(ModifiedLogits):
                     f"got {gradient_filter_eps!r}: a device knows the probabilities "
                     "among its own classes only."
                 )
-        if implementation is not None and not isinstance(implementation, str):
-            implementation = tuple(implementation)  # which compares by value
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
         options = dataclasses.replace(
@@ -236,7 +234,9 @@ class LinearLogits(ModifiedLogits):
             ),
             precision=precision,
         )
-        checks.require_implementation(function, operations.LINEAR, implementation)
+        implementation = checked_implementation(
+            function, operations.LINEAR, implementation
+        )
         checked = checked_modifiers(
             function, batch, vocabulary, dtype, (vocabulary,), **modifiers
         )
@@ -334,13 +334,8 @@ class LinearLogits(ModifiedLogits):
             )
             return found
 
-        found = statistics_of(self, stream, names, labels)
+        found = self.statistics_by(stream, names, labels)
         return found, self.replaced(weight=weight)
-
-    def without_labels(self) -> "LinearLogits":
-        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
-        options = dataclasses.replace(self.options, exclude_labels=True)
-        return self.replaced(options=options)
 
     def _merged_statistics(
         self,
@@ -372,7 +367,6 @@ class LinearLogits(ModifiedLogits):
         return labels - first_class(self.axis_name, self.own_classes)
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
-        """A number per class at each label; anything for a label out of range."""
         local = self.local_labels(labels)
 
         def look_up(local, per_class):
@@ -380,17 +374,10 @@ class LinearLogits(ModifiedLogits):
             return jnp.where(inside, per_class[jnp.where(inside, local, 0)], 0)
 
         found = in_auto_mode(look_up, lambda spec: spec, local, per_class)
-        return found if self.axis_name is None else lax.psum(found, self.axis_name)
+        return self.over_devices(found)
 
-    def count_classes(self) -> ArrayLike:
-        """How many classes are selected, an array in the dtype of the sums."""
-        where = self.modifiers.class_where
-        if where is None:
-            return self.num_classes
-        count = where.sum(-1, dtype=jnp.int32)  # exact, unlike a sum of floats
-        if self.axis_name is not None:
-            count = lax.psum(count, self.axis_name)
-        return count.astype(self.dtype)
+    def over_devices(self, sums: Array) -> Array:
+        return sums if self.axis_name is None else lax.psum(sums, self.axis_name)
 
     def _own_statistics(
         self,

@@ -1,16 +1,20 @@
 """Arguments that turn raw logits into final ones: checked, whatever the source is."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._dispatch import Operation
+from softlib.typing import Implementations
 
-from ._engine.tile import Modifiers, Options
-from ._source_rows import Shape
+from ._engine.tile import Modifiers, Options, RowStatistics, only
+from ._source_rows import Shape, of_rows_with_classes
 from ._value import AbstractLogits
 
 VALUES = ("LinearLogits", "StoredLogits")
@@ -25,12 +29,12 @@ class ModifiedLogits(AbstractLogits):
 
     @property
     def bias(self) -> Float[Array, " V"] | None:
-        """What is added to the scaled logits, one number per class."""
+        """The numbers added to the scaled logits, one per class."""
         return self.modifiers.bias
 
     @property
     def scale(self) -> Float[Array, "..."] | None:
-        """What multiplies raw logits, a scalar or one number per row."""
+        """The factor of raw logits, a scalar or one number per row."""
         return self.modifiers.logit_scale
 
     @property
@@ -40,12 +44,51 @@ class ModifiedLogits(AbstractLogits):
 
     @property
     def temperature(self) -> Float[Array, "..."] | None:
-        """What divides the capped logits, a scalar or one number per row."""
+        """The divisor of the capped logits, a scalar or one number per row."""
         return self.modifiers.temperature
 
     @property
     def class_where(self) -> Bool[Array, "..."] | None:
         return self.modifiers.class_where
+
+    def without_labels[L](self: L) -> L:
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        return _without_labels(self)
+
+    def statistics_by(
+        self,
+        stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
+        names: Sequence[str],
+        labels: Array | None,
+    ) -> RowStatistics:
+        """Asks `stream` for the statistics: twice if the rank of a label is among them.
+
+        `stream` takes names, labels and, for ranks, the logits of these.
+        """
+        labels = of_rows_with_classes(
+            labels, self.count_classes(), self.batch_shape, self.num_classes
+        )
+        if "label_rank" not in names:
+            return stream(names, labels, None)
+        # To count what comes before a label, a second stream must know its logit.
+        assert labels is not None
+        others = [name for name in names if name != "label_rank"]
+        found = stream([*others, "label_logits"], labels, None)
+        assert found.label_logits is not None
+        logits = lax.stop_gradient(found.label_logits)
+        rank = stream(["label_rank"], labels, logits).label_rank
+        assert rank is not None
+        selected = labels >= 0
+        if self.modifiers.class_where is not None:
+            at = self.at_labels(self.modifiers.class_where, labels) != 0
+            selected = selected & at
+        found = found._replace(label_rank=jnp.where(selected, rank, self.num_classes))
+        return only(found, self.options.including(*names))
+
+
+def _without_labels(value: Any) -> Any:
+    options = dataclasses.replace(value.options, exclude_labels=True)
+    return value.replaced(options=options)
 
 
 def require_classes(function: str, name: str, vocabulary: int, shape: Shape) -> None:
@@ -112,6 +155,16 @@ def checked_per_row(
     return value
 
 
+def checked_implementation(
+    function: str, operation: Operation, implementation: Implementations
+) -> Implementations:
+    """Names as a tuple, which compares by value and is hashable."""
+    checks.require_implementation(function, operation, implementation)
+    if implementation is None or isinstance(implementation, str):
+        return implementation
+    return tuple(implementation)
+
+
 def checked_options(function: str, logit_softcap: float | None) -> Options:
     if logit_softcap is not None:
         name = _name("logit_softcap", function)
@@ -123,20 +176,6 @@ def checked_options(function: str, logit_softcap: float | None) -> Options:
 def _name(name: str, function: str) -> str:
     """A modifier as the constructor of a value calls it, or a function of arrays."""
     return name.removeprefix("logit_") if function in VALUES else name
-
-
-def modifiers_over_rows(
-    modifiers: Modifiers, function: Callable[[Array], Array]
-) -> Modifiers:
-    """With `function` of those that are one number per row."""
-    of_rows = lambda value: (
-        value if value is None or value.ndim == 0 else function(value)
-    )
-    return modifiers._replace(
-        logit_scale=of_rows(modifiers.logit_scale),
-        temperature=of_rows(modifiers.temperature),
-        centre=of_rows(modifiers.centre),
-    )
 
 
 def modifier_axes(modifiers: Modifiers, of_rows: Any, of_all: Any) -> Modifiers:

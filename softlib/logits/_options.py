@@ -1,4 +1,4 @@
-"""The options that all losses share: keywords of `LinearLogits.of`, `StoredLogits.of`.
+"""The options of a linear head that a loss passes on: keywords of `LinearLogits.of`.
 
 What each means is written in `linear_softmax_cross_entropy` and, for the layout of the
 stream, in `row_statistics`.
@@ -18,35 +18,21 @@ from softlib.typing import (
 )
 
 
-class UncooledLogitsOptions(TypedDict, total=False):
-    """What turns given logits into those that a temperature of its own divides."""
+class LinearHeadOptions(TypedDict, total=False):
+    """What a head is given besides its arrays: modifiers, and how it is computed."""
 
     bias: Array | None
     logit_scale: PerRow | None
     logit_softcap: float | None
-    class_where: Array | None
-    implementation: Implementations
-
-
-class LogitsOptions(UncooledLogitsOptions, total=False):
-    """What turns given logits into final ones, and what computes their statistics."""
-
     temperature: PerRow | None
-
-
-class UncooledHeadOptions(UncooledLogitsOptions, total=False):
-    """The same of a linear head, and how it is laid out, cut and divided."""
-
+    class_where: Array | None
     vocab_axis: int
     vocab_chunk: int | None
     token_chunk: int | None
     gradient_filter_eps: GradientFilter
     axis_name: AxisName | None
     precision: Precision
-
-
-class LinearHeadOptions(LogitsOptions, UncooledHeadOptions, total=False):
-    """The options of a linear head, all together."""
+    implementation: Implementations
 
 
 def require_known(

@@ -47,19 +47,19 @@ class SourcePair:
         logits: Logits,
         target_logits: Logits,
         second: str = "target_logits",
-        temperature: ArrayLike | None = None,
     ) -> "SourcePair":
-        """Checked sources; errors call the second what the function's user does.
-
-        A temperature divides the logits of both.
-        """
+        """Checked sources; errors call the second what the function's user does."""
         own = source_of(function, logits)
         target = source_of(function, target_logits, second)
         _require_alike(own, target, second)
-        if temperature is not None:
-            own = with_temperature(own, temperature)
-            target = with_temperature(target, temperature)
         return cls(own, target)
+
+    def at_temperature(self, temperature: ArrayLike) -> "SourcePair":
+        """The pair whose logits, both, are divided by it."""
+        own, target = (
+            with_temperature(source, temperature) for source in (self.own, self.target)
+        )
+        return SourcePair(own, target)
 
     @property
     def function(self) -> str:
@@ -70,14 +70,11 @@ class SourcePair:
 
         The temperature that divides them is no part of the target: it is shared.
         """
-        target = self.target
-        modifiers = lax.stop_gradient(target.modifiers)
-        modifiers = modifiers._replace(temperature=target.modifiers.temperature)
-        arrays: dict[str, Any] = {"modifiers": modifiers}
-        for name in ("hidden", "weight", "logits"):
-            if hasattr(target, name):
-                arrays[name] = lax.stop_gradient(getattr(target, name))
-        return dataclasses.replace(self, target=target.replaced(**arrays))
+        constant = lax.stop_gradient(self.target)
+        temperature = self.target.modifiers.temperature
+        modifiers = constant.modifiers._replace(temperature=temperature)
+        constant = constant.replaced(modifiers=modifiers)
+        return dataclasses.replace(self, target=constant)
 
     def divergence(
         self,

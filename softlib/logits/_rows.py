@@ -9,11 +9,12 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._dtypes import accumulator_dtype
 
 from . import _compose
 from ._engine.tile import STATISTICS, RowStatistics
-from ._labelled_rows import Rows, per_class as checked_per_class, prepare
-from ._sources import Logits, Source, source_of
+from ._labelled_rows import Rows, prepare
+from ._sources import Logits, Source, require_per_class, source_of
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +58,8 @@ class LabelledRows:
         """
         labels = self.rows.labels
         assert labels is not None
-        numbers = checked_per_class(self.source, per_class)
-        assert numbers is not None
+        require_per_class(self.source, "per_class", per_class)
+        numbers = per_class.astype(accumulator_dtype(per_class))
         found = self.source.at_labels(numbers, labels)
         return jnp.where(labels >= 0, found, 1)
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +18,23 @@ from ._engine.tile import Modifiers, Options, Ranked, RowStatistics, logits_of, 
 type Shape = tuple[int, ...]
 
 
-def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
-    ones = lambda value: (
-        value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
+def modifiers_over_rows(
+    modifiers: Modifiers, function: Callable[[Array], Array]
+) -> Modifiers:
+    """The modifiers, with `function` of those that are one number per row."""
+    of_rows = lambda value: (
+        value if value is None or value.ndim == 0 else function(value)
     )
     return modifiers._replace(
-        logit_scale=ones(modifiers.logit_scale),
-        temperature=ones(modifiers.temperature),
+        logit_scale=of_rows(modifiers.logit_scale),
+        temperature=of_rows(modifiers.temperature),
+        centre=of_rows(modifiers.centre),
     )
+
+
+def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
+    """The modifiers, with 1 in the rows that do not count."""
+    return modifiers_over_rows(modifiers, lambda value: jnp.where(where, value, 1))
 
 
 def collapsed(array: Array, batch: Shape) -> Array:

@@ -1,4 +1,4 @@
-"""What losses accept for logits: an array, or a value of this package."""
+"""The logits that losses accept: an array, or a value of this package."""
 
 from jax.typing import ArrayLike
 from jaxtyping import Array
@@ -18,7 +18,7 @@ type Source = LinearLogits | StoredLogits
 
 
 def source_of(function: str, logits: Logits, name: str = "logits") -> Source:
-    """The value that answers for these logits; its messages begin with `function`."""
+    """Returns the value behind these logits; its messages begin with `function`."""
     if isinstance(logits, LinearLogits | StoredLogits):
         return logits.replaced(function=function)
     what = "an array, LinearLogits or StoredLogits"
@@ -31,7 +31,7 @@ def source_of(function: str, logits: Logits, name: str = "logits") -> Source:
 def stored_source_of(
     function: str, logits: Logits, name: str = "logits"
 ) -> StoredLogits:
-    """The same for a loss that needs the whole of each row."""
+    """Returns stored logits, for a loss that needs the whole of each row."""
     source = source_of(function, logits, name)
     if isinstance(source, StoredLogits):
         return source

@@ -1,6 +1,5 @@
 """Logits that exist as an array."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,14 +21,13 @@ from ._engine import operations
 from ._engine.tile import RowStatistics
 from ._modifiers import (
     ModifiedLogits,
+    checked_implementation,
     checked_modifiers,
     checked_options,
     modifier_axes,
-    modifiers_over_rows,
     require_classes,
     shown_modifiers,
 )
-from ._options import LogitsOptions, require_known
 from ._source_rows import (
     Shape,
     collapsed,
@@ -37,11 +35,11 @@ from ._source_rows import (
     final_logits,
     label_rows,
     masked_modifiers,
+    modifiers_over_rows,
     ranked_rows,
     row_specs,
     shaped,
 )
-from ._value import statistics_of
 
 
 class StoredLogits(ModifiedLogits):
@@ -127,14 +125,15 @@ class StoredLogits(ModifiedLogits):
         **modifiers: Any,
     ) -> "StoredLogits":
         """Checked logits; errors call them what the function's user does."""
-        require_known(function, modifiers, LogitsOptions.__optional_keys__)
         logits = jnp.asarray(logits)
         checks.require_floating(function, **{name: logits})
         checks.require_rank(function, name, logits, 1, "(..., V)")
         batch, vocabulary = logits.shape[:-1], logits.shape[-1]
         require_classes(function, name, vocabulary, logits.shape)
         dtype = accumulator_dtype(logits)
-        checks.require_implementation(function, operations.GIVEN, implementation)
+        implementation = checked_implementation(
+            function, operations.GIVEN, implementation
+        )
         checked = checked_modifiers(
             function, batch, vocabulary, dtype, logits.shape, **modifiers
         )
@@ -189,12 +188,7 @@ class StoredLogits(ModifiedLogits):
     def statistics(
         self, names: Sequence[str], labels: Array | None = None
     ) -> RowStatistics:
-        return statistics_of(self, self._own_statistics, names, labels)
-
-    def without_labels(self) -> "StoredLogits":
-        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
-        options = dataclasses.replace(self.options, exclude_labels=True)
-        return self.replaced(options=options)
+        return self.statistics_by(self._own_statistics, names, labels)
 
     def _own_statistics(
         self, names: Sequence[str], labels: Array | None, label_logits: Array | None

@@ -1,20 +1,18 @@
 """Logits as values: what all of them offer, however they come by their numbers."""
 
 import abc
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
+from softlib._printed import argument
 from softlib._sharding import in_auto_mode
 
-from ._engine.tile import RowStatistics, only
-from ._source_rows import of_rows_with_classes
+from ._engine.tile import RowStatistics
 
 
 class AbstractLogits(abc.ABC):
@@ -57,7 +55,7 @@ class AbstractLogits(abc.ABC):
     @property
     @abc.abstractmethod
     def batch_shape(self) -> tuple[int, ...]:
-        """The shape of the rows: that of labels and losses."""
+        """The shape of the rows, which labels and losses have."""
 
     @property
     @abc.abstractmethod
@@ -71,7 +69,7 @@ class AbstractLogits(abc.ABC):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array of logits."""
+        """The shape of the array of logits."""
         return (*self.batch_shape, self.num_classes)
 
     @property
@@ -96,21 +94,26 @@ class AbstractLogits(abc.ABC):
 
     @property
     def class_where(self) -> Bool[Array, "..."] | None:
-        """True for the classes that exist, one for all rows or each; None: all do."""
+        """The classes that exist, of all rows or of each; None: all do."""
         return None
 
     def count_classes(self) -> ArrayLike:
-        """How many classes exist, for all rows or for each."""
+        """Counts the classes that exist, for all rows or for each."""
         where = self.class_where
         if where is None:
             return self.num_classes
         if where.ndim > 1:
             where = jnp.broadcast_to(where, self.shape)
         # Exact, unlike a sum of floats.
-        return where.sum(-1, dtype=jnp.int32).astype(self.dtype)
+        count = where.sum(-1, dtype=jnp.int32)
+        return self.over_devices(count).astype(self.dtype)
+
+    def over_devices(self, sums: Array) -> Array:
+        """Adds up what each device has summed over its own classes."""
+        return sums
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
-        """A number per class at each label; anything for a label out of range."""
+        """Looks up a number per class at each label; anything for one out of range."""
 
         def look_up(labels, per_class):
             labels = jnp.where(labels < 0, 0, labels)
@@ -130,7 +133,7 @@ class AbstractLogits(abc.ABC):
 
     @abc.abstractmethod
     def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "AbstractLogits":
-        """What `in_axes` of `jax.vmap`, or `in_specs` of `jax.shard_map`, is for it.
+        """Makes `in_axes` of `jax.vmap`, or `in_specs` of `jax.shard_map`, for it.
 
         Args:
             of_rows: What stands for an array per row: an axis, or a `PartitionSpec`.
@@ -188,15 +191,14 @@ class AbstractLogits(abc.ABC):
         return {name: getattr(self, name) for name in self.array_fields}
 
     def __repr__(self) -> str:
-        given = [f"{n}={_shown(x)}" for n, x in self.shown().items() if x is not None]
+        given = [f"{n}={argument(x)}" for n, x in self.shown().items() if x is not None]
         return f"{type(self).__name__}({', '.join(given)})"
 
     # ---------------------------------------------------------------------- for us
     def replaced[L](self: L, **fields: Any) -> L:
         """A copy with other fields, which nobody checks."""
-        new = copy.copy(self)
-        for name, value in fields.items():
-            object.__setattr__(new, name, value)
+        new: Any = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, **fields)
         return new
 
 
@@ -210,8 +212,7 @@ def _flatten_with_keys(value: AbstractLogits) -> tuple[Any, Any]:
 def _unflatten(cls: type, static: Any, arrays: Any) -> Any:
     value = object.__new__(cls)
     names = (*cls.array_fields, *cls.static_fields)
-    for name, field in zip(names, (*arrays, *static), strict=True):
-        object.__setattr__(value, name, field)
+    vars(value).update(zip(names, (*arrays, *static), strict=True))
     return value
 
 
@@ -249,39 +250,3 @@ def _of_batch(index: Any, axes: int, name: str) -> tuple[Any, ...]:
     (place,) = places
     rest = (slice(None),) * (axes - used)
     return (*index[:place], *rest, *index[place + 1 :])
-
-
-def _shown(value: Any) -> str:
-    """An array as its dtype and shape: it is data, and may be traced."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return repr(value)
-
-
-# ------------------------------------------------------------------------- shared
-def statistics_of(
-    source: Any,
-    stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
-    names: Sequence[str],
-    labels: Array | None,
-) -> RowStatistics:
-    """What `stream` finds; a rank needs two of them."""
-    labels = of_rows_with_classes(
-        labels, source.count_classes(), source.batch_shape, source.num_classes
-    )
-    if "label_rank" not in names:
-        return stream(names, labels, None)
-    # To count what comes before a label, a second stream must know its logit.
-    assert labels is not None
-    others = [name for name in names if name != "label_rank"]
-    found = stream([*others, "label_logits"], labels, None)
-    assert found.label_logits is not None
-    logits = lax.stop_gradient(found.label_logits)
-    rank = stream(["label_rank"], labels, logits).label_rank
-    assert rank is not None
-    selected = labels >= 0
-    if source.modifiers.class_where is not None:
-        at = source.at_labels(source.modifiers.class_where, labels) != 0
-        selected = selected & at
-    found = found._replace(label_rank=jnp.where(selected, rank, source.num_classes))
-    return only(found, source.options.including(*names))

@@ -73,9 +73,8 @@ def knowledge_distillation_loss(
     """
     function = "knowledge_distillation_loss"
     _check_temperature(function, temperature)
-    pair = SourcePair.of(
-        function, logits, teacher_logits, "teacher_logits", temperature
-    )
+    pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
+    pair = pair.at_temperature(temperature)
     return _knowledge_distillation(pair, temperature, where)
 
 
@@ -141,9 +140,8 @@ def normalized_distillation_loss(
     """
     function = "normalized_distillation_loss"
     _check_temperature(function, temperature)
-    both = (logits, teacher_logits, "teacher_logits")
-    pair = SourcePair.of(function, *both)
-    heated = SourcePair.of(function, *both, temperature)
+    pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
+    heated = pair.at_temperature(temperature)
     return _normalized(pair, heated, labels, temperature, gamma, where)
 
 
@@ -205,9 +203,8 @@ def decoupled_knowledge_distillation_loss(
     _check_temperature(function, temperature)
     checks.require_scalar(function, "alpha", alpha, 0, math.inf)
     checks.require_scalar(function, "beta", beta, 0, math.inf)
-    pair = SourcePair.of(
-        function, logits, teacher_logits, "teacher_logits", temperature
-    ).with_constant_target()
+    pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
+    pair = pair.at_temperature(temperature).with_constant_target()
     labels, where, outside = _valid(pair, labels, where)
     student, teacher = (
         _label_and_rest(log_probability_of_labels(source, labels, where))

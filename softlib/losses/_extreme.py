@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._positives import Positives
-from softlib.logits._sources import Source, source_of, stored_source_of
+from softlib.logits._sources import source_of, stored_source_of
 from softlib.softmax._soft_top_k import log_soft_top_k_of
 from softlib.typing import PerRow
 
@@ -72,7 +72,17 @@ def decoupled_softmax_loss(
         [0.5032 0.2395]
     """
     source = source_of("decoupled_softmax_loss", logits)
-    return _decoupled(source, positives, weights, where)
+    rows = Positives.of(source, positives, where, required=True)
+    others, own = rows.statistics(source, ("lse",))
+    assert others.lse is not None
+    lse = others.lse[..., None]
+    # Without a competitor a positive costs nothing, unless it cannot be itself.
+    impossible = rows.of_some_class(source) & (own == -jnp.inf)
+    possible = rows.present & (lse != -jnp.inf) & ~impossible
+    margin = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
+    costs = jnp.where(possible, jax.nn.softplus(margin), 0)
+    costs = jnp.where(impossible, jnp.inf, costs)
+    return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
 
 
 @array_arguments
@@ -203,20 +213,4 @@ def soft_top_k_loss(
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
     costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)
-    return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
-
-
-def _decoupled(
-    source: Source, positives: Array, weights: Array | None, where: Array | None
-) -> Array:
-    rows = Positives.of(source, positives, where, required=True)
-    others, own = rows.statistics(source, ("lse",))
-    assert others.lse is not None
-    lse = others.lse[..., None]
-    # Without a competitor a positive costs nothing, unless it cannot be itself.
-    impossible = rows.of_some_class(source) & (own == -jnp.inf)
-    possible = rows.present & (lse != -jnp.inf) & ~impossible
-    margin = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
-    costs = jnp.where(possible, jax.nn.softplus(margin), 0)
-    costs = jnp.where(impossible, jnp.inf, costs)
     return rows.exceptions(rows.sum(rows.weights(source, weights), costs))

@@ -10,7 +10,7 @@ from softlib._expm1 import expm1
 from softlib.logits import Logits
 from softlib.logits._compose import log_probability, of_log_prob, wide_log_prob
 from softlib.logits._labelled_rows import prepare, weigh
-from softlib.logits._sources import Source, source_of
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 
@@ -71,7 +71,17 @@ def softmax_focal_loss(
         [0.0991 0.0109]
     """
     source = source_of("softmax_focal_loss", logits)
-    return _focal_loss(source, labels, gamma, class_weights, where)
+    checks.require_scalar(source.function, "gamma", gamma, 0, jnp.inf)
+    rows = prepare(
+        source,
+        ("lse", "label_logits"),
+        labels,
+        where,
+        class_weights=class_weights,
+        distributions=False,
+    )
+    loss = _focal(log_probability(rows), gamma)
+    return loss if rows.class_weight is None else weigh(rows.class_weight, loss)
 
 
 @array_arguments
@@ -105,26 +115,6 @@ def focal_from_log_prob(
     function = "focal_from_log_prob"
     checks.require_scalar(function, "gamma", gamma, 0, jnp.inf)
     return _focal(wide_log_prob(function, log_prob), gamma)
-
-
-def _focal_loss(
-    source: Source,
-    labels: Array,
-    gamma: Scalar,
-    class_weights: Array | None,
-    where: Array | None,
-) -> Array:
-    checks.require_scalar(source.function, "gamma", gamma, 0, jnp.inf)
-    rows = prepare(
-        source,
-        ("lse", "label_logits"),
-        labels,
-        where,
-        class_weights=class_weights,
-        distributions=False,
-    )
-    loss = _focal(log_probability(rows), gamma)
-    return loss if rows.class_weight is None else weigh(rows.class_weight, loss)
 
 
 def _focal(log_prob: Array, gamma: Scalar) -> Array:

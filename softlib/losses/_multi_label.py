@@ -6,7 +6,7 @@ from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._compose import cross_entropy, cross_entropy_statistics
 from softlib.logits._labelled_rows import prepare_several
-from softlib.logits._sources import Source, source_of
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 
@@ -78,28 +78,7 @@ def multi_label_cross_entropy(
         >>> print(loss(logits, labels, label_where=labels >= 0).round(4))
         [1.0514 0.2395]
     """
-    return _multi_label(
-        source_of("multi_label_cross_entropy", logits),
-        labels,
-        label_weights,
-        label_where,
-        label_smoothing,
-        logsumexp_penalty,
-        class_weights,
-        where,
-    )
-
-
-def _multi_label(
-    source: Source,
-    labels: Array,
-    label_weights: Array | None,
-    label_where: Array | None,
-    label_smoothing: Scalar,
-    logsumexp_penalty: Scalar,
-    class_weights: Array | None,
-    where: Array | None,
-) -> Array:
+    source = source_of("multi_label_cross_entropy", logits)
     names = cross_entropy_statistics(
         source, label_smoothing, logsumexp_penalty, class_weights
     )

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._positives import Positives
-from softlib.logits._sources import Source, source_of
+from softlib.logits._sources import source_of
 
 
 @array_arguments
@@ -63,12 +63,6 @@ def one_versus_all_loss(
         [1.7 3.5]
     """
     source = source_of("one_versus_all_loss", logits)
-    return _one_versus_all(source, positives, weights, where)
-
-
-def _one_versus_all(
-    source: Source, positives: Array, weights: Array | None, where: Array | None
-) -> Array:
     rows = Positives.of(source, positives, where, required=False)
     others, own = rows.statistics(source, ("sum_softplus",))
     assert others.sum_softplus is not None

@@ -17,7 +17,7 @@ from softlib.logits import Logits
 from softlib.logits._compose import log_probability
 from softlib.logits._labelled_rows import prepare
 from softlib.logits._optimal_temperature import log_classes
-from softlib.logits._sources import Source, source_of, with_temperature
+from softlib.logits._sources import source_of, with_temperature
 from softlib.typing import PerRow, Scalar
 
 
@@ -82,12 +82,6 @@ def robust_softmax_cross_entropy(
     """
     function = "robust_softmax_cross_entropy"
     source = with_temperature(source_of(function, logits), temperature)
-    return _robust(source, labels, rho, where)
-
-
-def _robust(
-    source: Source, labels: Array, rho: Scalar, where: Array | None
-) -> Float[Array, "*batch"]:
     checks.require_scalar(source.function, "rho", rho, 0, math.inf)
     names = ("lse", "label_logits")
     rows = prepare(source, names, labels, where, distributions=False)

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
-from softlib.logits._sources import Source, source_of
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 from ._spherical_family import (
@@ -69,7 +69,12 @@ def log_spherical_softmax_loss(
         [0. 0.]
     """
     source = source_of("log_spherical_softmax_loss", logits)
-    return _log_spherical_softmax_loss(source, labels, where, epsilon)
+    checks.require_positive_scalars(source.function, epsilon=epsilon)
+
+    def formula(sums: Sums) -> Array:
+        return log_spherical_of(sums.label, sums.squares, sums.classes, epsilon)
+
+    return loss_of_sums(source, labels, where, formula)
 
 
 @array_arguments
@@ -121,7 +126,11 @@ def log_taylor_softmax_loss(
         [59. 34.]
     """
     source = source_of("log_taylor_softmax_loss", logits)
-    return _log_taylor_softmax_loss(source, labels, where)
+
+    def formula(sums: Sums) -> Array:
+        return log_taylor_of(sums.label, sums.total, sums.squares, sums.classes)
+
+    return loss_of_sums(source, labels, where, formula)
 
 
 @array_arguments
@@ -172,32 +181,7 @@ def spherical_squared_error(
         [0. 1.]
     """
     source = source_of("spherical_squared_error", logits)
-    return _spherical_squared_error(source, labels, where)
 
-
-def _log_spherical_softmax_loss(
-    source: Source, labels: Array, where: Array | None, epsilon: Scalar
-) -> Array:
-    checks.require_positive_scalars(source.function, epsilon=epsilon)
-
-    def formula(sums: Sums) -> Array:
-        return log_spherical_of(sums.label, sums.squares, sums.classes, epsilon)
-
-    return loss_of_sums(source, labels, where, formula)
-
-
-def _log_taylor_softmax_loss(
-    source: Source, labels: Array, where: Array | None
-) -> Array:
-    def formula(sums: Sums) -> Array:
-        return log_taylor_of(sums.label, sums.total, sums.squares, sums.classes)
-
-    return loss_of_sums(source, labels, where, formula)
-
-
-def _spherical_squared_error(
-    source: Source, labels: Array, where: Array | None
-) -> Array:
     def formula(sums: Sums) -> Array:
         return squared_error_of(sums.label, sums.squares)
 

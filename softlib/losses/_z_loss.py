@@ -4,7 +4,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
-from softlib.logits._sources import Source, source_of
+from softlib.logits._sources import source_of
 from softlib.typing import Scalar
 
 from ._spherical_family import Sums, loss_of_sums, require_z_parameters, z_loss_of
@@ -79,17 +79,6 @@ def z_loss(
         [ 51. 187.]
     """
     source = source_of("z_loss", logits)
-    return _z_loss(source, labels, where, a, b, epsilon)
-
-
-def _z_loss(
-    source: Source,
-    labels: Array,
-    where: Array | None,
-    a: Scalar,
-    b: Scalar,
-    epsilon: Scalar,
-) -> Array:
     require_z_parameters(source.function, a, b, epsilon)
 
     def formula(sums: Sums) -> Array:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from softlib._printed import argument
+
 
 def call(value: Any) -> str:
     """The call that makes a dataclass, without arguments that have their default.
@@ -20,13 +22,6 @@ def call(value: Any) -> str:
         name = f"{field.name}=" if by_name else ""
         arguments.append(f"{name}{argument(given)}")
     return f"{type(value).__name__}({', '.join(arguments)})"
-
-
-def argument(value: Any) -> str:
-    """An array prints as its dtype and shape: it is data, and may be traced."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    return repr(value)
 
 
 def _is(given: Any, default: Any) -> bool:

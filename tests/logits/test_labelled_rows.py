@@ -104,7 +104,9 @@ def test_errors_name_the_function():
     with pytest.raises(ValueError, match=r"^labelled_rows: `statistics` must"):
         softlib.logits.labelled_rows(logits, labels, statistics=("variance",))
     rows = softlib.logits.labelled_rows(logits, labels)
-    with pytest.raises(ValueError, match=re.escape("`class_weights` must have shape")):
+    with pytest.raises(
+        ValueError, match=r"^labelled_rows: `per_class` must have shape"
+    ):
         rows.at_labels(jnp.ones(2))
 
 

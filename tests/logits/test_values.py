@@ -157,6 +157,13 @@ def test_is_an_argument_of_shard_map(kind):
     )
 
 
+@EVERY
+def test_a_list_of_implementations_is_static(kind):
+    logits = value(kind, implementation=["xla", "reference"])
+    found = jax.jit(loss)(logits)
+    assert_close(found, plain(logits), dtype=jnp.float32, length=CLASSES)
+
+
 def test_no_product_is_formed_by_making_one():
     """A constructor checks and keeps: its jaxpr has no equation but for numbers."""
     make = lambda hidden, weight: LinearLogits(hidden, weight)[:, 1:].hidden

@@ -127,7 +127,7 @@ def test_rows_without_a_cotangent_keep_no_block():
 
 
 def test_a_cotangent_of_one_is_one():
-    """Of the logsumexp alone, whose cotangent in a sum is 1 in every row."""
+    """The logsumexp alone, summed, has a cotangent of 1 in every row."""
     arrays, _ = problem(400)
     hidden, weight, bias = (jnp.asarray(a, jnp.float32) for a in arrays.values())
 

@@ -1,0 +1,10 @@
+"""How values print: masks and logits, with what they hold."""
+
+from typing import Any
+
+
+def argument(value: Any) -> str:
+    """Prints an array as its dtype and shape: it is data, and may be traced."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
