@@ -2,8 +2,9 @@
 
 Mutants are drawn by a seed that is printed, as many from each group of files. Each is
 tried in a copy of the tree by the tests of its package, as `make test` selects them, up
-to the first failure. It counts as killed if that test passes without the mutant. What
-survives either changes no result, or shows what no test looks at.
+to the first failure. It counts as killed if that test passes without the mutant, in all
+its cases: a mutant may change their names. What survives either changes no result, or
+shows what no test looks at.
 """
 
 import argparse
@@ -198,11 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if failed == LATE:  # by a loop without an end, or by a slow machine
                 return f"UNDECIDED after {given.seconds:g} s"
             # Not a test: then nothing could be collected, for instance.
-            again = (
-                [failed] if failed and "::" in failed else ["--collect-only", *tests]
-            )
+            test = (failed or "").partition("[")[0]
+            again = [test] if "::" in test else ["--collect-only", *tests]
             if failed and again[-1] not in fine:
-                if tree.failure(pytest_command([], again), given.seconds):
+                if tree.failure(pytest_command(options, again), given.seconds):
                     return f"BROKEN without it: {failed}"
                 fine.add(again[-1])
         finally:

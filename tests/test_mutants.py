@@ -95,7 +95,7 @@ def test_a_seed_draws_the_same_and_every_group(repository: pathlib.Path):
 
 @pytest.fixture
 def project(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Two expressions that tests look at, one that none does, and a broken test."""
+    """Three expressions that tests look at, one that none does, and a broken test."""
     root = tmp_path / "root"
     (root / "tests/a").mkdir(parents=True)
     files = {
@@ -107,10 +107,16 @@ def project(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.
         """,
         "good.py": "def f(x):\n    return x + 2\n",
         "idle.py": "def f(x):\n    return x - 2\n",
+        "named.py": "def f(x):\n    return x + 4\n",
         "bad.py": "def f(x):\n    return x * 2\n",
         "tests/a/test_good.py": """
             import good
             def test_f(): assert good.f(1) == 3
+        """,
+        "tests/a/test_named.py": """
+            import named, pytest
+            @pytest.mark.parametrize("x", [1], ids=lambda x: f"[{named.f(x)}] - 1")
+            def test_f(x): assert named.f(x) == 5
         """,
         "tests/a/test_bad.py": """
             import bad
@@ -128,6 +134,8 @@ def project(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.
     [
         ("good.py", "test_good.py", "killed by tests/a/test_good.py::test_f"),
         ("idle.py", "test_good.py", "SURVIVED"),
+        # The mutant changes the name of the case.
+        ("named.py", "test_named.py", "killed by tests/a/test_named.py::test_f["),
         ("bad.py", "test_bad.py", "BROKEN without it: tests/a/test_bad.py::test_f"),
     ],
 )
