@@ -64,8 +64,8 @@ __all__ = [
     "typing",
 ]
 
-# Loaded on first use: `import softlib` needs neither flax nor a test library, and does
-# not wait for what few programs use. Type checkers are told of these as of the others.
+# Loaded on first use, so that `import softlib` is quick and needs neither flax nor a
+# test library. The imports below are for type checkers.
 _LAZY = ("decoding", "estimation", "nn", "optim", "scoring", "testing")
 
 if TYPE_CHECKING:

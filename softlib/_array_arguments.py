@@ -1,10 +1,9 @@
-"""The front door: what a public function is given for an array becomes one here.
+"""Converts the array arguments of public functions to JAX arrays.
 
-Functions say in their annotations which arguments are arrays. Lists, Python numbers and
-bools, and arrays of NumPy are taken for arrays in all of them; None only where the
-annotation has it. A Python number stays one where the annotation has both. What is
-annotated as a bool must be one. Messages call `__call__` and `__init__` by the name of
-their class.
+Annotations say which arguments are arrays. Lists, Python numbers and bools, and NumPy
+arrays are converted; None is accepted only where the annotation has it. A Python number
+stays one where the annotation has both. An argument annotated as a bool must be one.
+Messages call `__call__` and `__init__` by the name of their class.
 """
 
 import functools
@@ -30,12 +29,12 @@ def array_arguments[**P, R](
     *, as_given: tuple[str, ...]
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> Any:
-    """Makes arrays of the arguments that are annotated as arrays.
+    """Decorates a function so that arguments annotated as arrays become JAX arrays.
 
-    Integers come out as int32 or int64 (`signed`), so that no function behind this
-    meets an unsigned or narrow one. `as_given` names arguments that are no ids in a
-    range, numbers or ids that are only compared: they keep their dtype, and with it
-    values that no signed one holds. A number of such a name is not looked at.
+    Integers become int32 or int64 (`signed`), so the function never sees an unsigned or
+    narrow dtype. Arguments named in `as_given` are not ids in a range (numbers, or ids
+    that are only compared): they keep their dtype, which may hold values that no signed
+    one does, and a number among them is passed on unchecked.
     """
     if function is None:
         return functools.partial(array_arguments, as_given=as_given)
@@ -54,7 +53,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
-        # A module may have a state, which no program leaves behind.
+        # A module may change its own state, which must not happen inside a program.
         if not is_method and transfers_are_refused():
             return as_one_program(converted, args, options)
         return converted(*args, **options)
@@ -65,7 +64,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
 def as_array(function: str, name: str, value: Any, what: str = "an array") -> Array:
     """The value as an array; an integer that JAX cannot hold becomes the nearest.
 
-    As an id it so stays out of range, and does not wrap into it.
+    So an id that is out of range stays out of range instead of wrapping around.
     """
     if isinstance(value, jax.Array):
         return value
@@ -89,7 +88,7 @@ class _Flag(NamedTuple):
 
 
 class ArrayKind(NamedTuple):
-    """What an annotation says of an argument that is an array."""
+    """An argument that is an array."""
 
     name: str
     optional: bool
@@ -134,9 +133,9 @@ def _converted(
 
 @functools.cache
 def argument_kinds(function: Callable[..., Any]) -> dict[str, _Kind]:
-    """In the order of the signature, and those of `**options` behind.
+    """Kinds of the arguments in signature order, then of `**options`; None for others.
 
-    None for what is neither an array nor a bool.
+    Only arrays, numbers that may be arrays, and bools have a kind.
     """
     parameters = inspect.signature(function).parameters.values()
     kinds = {each.name: _kind(each.name, each.annotation) for each in parameters}
@@ -165,7 +164,7 @@ def _kind(name: str, annotation: Any) -> _Kind:
 
 
 def _members(annotation: Any) -> Iterator[Any]:
-    """The types that an annotation allows, those of aliases and unions within it."""
+    """Yields the types that an annotation allows; aliases and unions are expanded."""
     if isinstance(annotation, typing.TypeAliasType):
         yield from _members(annotation.__value__)
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -187,7 +186,7 @@ def _is_array(annotation: Any) -> bool:
 
 
 def _held(value: np.ndarray) -> np.ndarray:
-    """Integers within those of the dtype that JAX has for them."""
+    """Integers clipped to the range of the dtype that JAX gives them."""
     if not np.issubdtype(value.dtype, np.integer):
         return value
     limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))

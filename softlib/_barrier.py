@@ -1,4 +1,4 @@
-"""A barrier against fusion that only programs for CPUs have."""
+"""An optimization barrier in programs for CPUs only."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from jax import lax
 def barrier_on_cpu[T](tree: T) -> T:
     """`lax.optimization_barrier(tree)` in a program for a CPU, elsewhere the tree.
 
-    XLA for GPUs computes the index of a slice in a loop before the loop where it can,
-    and fails at a barrier in between.
+    XLA for GPUs hoists the computation of slice indices out of loops, and fails where a
+    barrier is in the way.
     """
     keep = lambda tree: tree
     result: Any = lax.platform_dependent(

@@ -1,8 +1,8 @@
-"""Roots of decreasing functions of one number each, all at a time, by few evaluations.
+"""Roots of a batch of decreasing scalar functions, found with few evaluations.
 
-An evaluation may be a pass over a vocabulary. Bisection gains one bit with each;
-interpolation by an inverse quadratic, taken where the three newest points are nearly on
-one (T. R. Chandrupatla's criterion) and bisection elsewhere, usually five times that.
+An evaluation may be a pass over a vocabulary. Bisection gains one bit per evaluation.
+Inverse quadratic interpolation, used where the three newest points nearly lie on such a
+curve (T. R. Chandrupatla's criterion), usually gains five.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ def decreasing_root(
     high: Float[Array, "*shape"],
     num_steps: int,
 ) -> Float[Array, "*shape"]:
-    """The root in [low, high], or the end that is nearest to it; NaN where a value is.
+    """The root in [low, high], or the nearer end; NaN where `function` is NaN.
 
-    `function` is evaluated `num_steps` + 2 times; nothing is differentiated.
+    `function` is evaluated `num_steps` + 2 times; no derivative passes through.
     """
     at_low, at_high = function(low), function(high)
-    # The ends may be the same on all devices; what the loop carries is not.
+    # The ends may be replicated over devices; the carry of the loop varies over them.
     low, high = (end + jnp.zeros_like(at_low) for end in (low, high))
     low, high, at_low, at_high = match_varying((low, high, at_low, at_high))
     eps = jnp.finfo(low.dtype).eps
@@ -54,7 +54,7 @@ def decreasing_root(
 
 
 def _next(a, fa, b, fb, c, fc, eps):
-    """The next point, as its place between a (0) and b (1)."""
+    """The next point, as a fraction of the way from a (0) to b (1)."""
     over = lambda x, y: x / jnp.where(y == 0, 1, y)
     xi, phi = over(a - b, c - b), over(fa - fb, fc - fb)
     apart = (fa != fb) & (fb != fc) & (fa != fc) & (c != b)

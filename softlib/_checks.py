@@ -1,8 +1,8 @@
-"""Argument checks: one line at the call, one sentence for the user, at trace time.
+"""Argument checks at trace time, one line at each call.
 
 Every message has the form "function: `argument` must <condition>, got <value>."
 Only static facts are checked (shapes, dtypes, Python values); a bad value inside an
-array gives NaN in the rows it touches, because no trace can see it.
+array, which a trace cannot see, gives NaN in the rows it touches.
 """
 
 import math
@@ -92,7 +92,7 @@ def require_broadcastable(
 def checked_where(
     function: str, where: ArrayLike | None, shape: tuple[int, ...], why: str
 ) -> Array:
-    """A mask in the shape of what it masks; None is True everywhere."""
+    """`where` broadcast to `shape`; None is True everywhere."""
     where = jnp.asarray(True if where is None else where)
     require_boolean(function, where=where)
     require_broadcastable(function, "where", where, shape, why)
@@ -100,7 +100,7 @@ def checked_where(
 
 
 def require_positive_number(function: str, name: str, value: object) -> None:
-    """A static option: a finite Python number above 0."""
+    """Requires a finite Python number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"{function}: `{name}` must be a Python number (it is static), "
@@ -125,7 +125,7 @@ def require_positive_integer(function: str, name: str, value: object) -> None:
 def require_scalar(
     function: str, name: str, value: ArrayLike, least: float, most: float
 ) -> None:
-    """A number or a scalar array; the range of a Python number is checked here."""
+    """Requires a number or a scalar array; only a Python number's range is checked."""
     shape = jnp.shape(value)
     if shape != ():
         raise ValueError(
@@ -138,7 +138,7 @@ def require_scalar(
 
 
 def require_positive_scalars(function: str, **values: ArrayLike) -> None:
-    """Finite numbers above 0, or scalar arrays, whose values are not looked at."""
+    """Requires finite numbers above 0, or scalar arrays of any value."""
     for name, value in values.items():
         if isinstance(value, int | float):
             require_positive_number(function, name, value)
@@ -174,7 +174,7 @@ def require_one_of(
 def require_names(
     function: str, name: str, value: object, choices: Collection[str]
 ) -> None:
-    """A sequence of distinct names, each of them known."""
+    """Requires a sequence of distinct, known names."""
     known = ", ".join(choices)
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(
@@ -197,7 +197,7 @@ def require_names(
 def require_implementation(
     function: str, operation: Operation, names: Implementations
 ) -> None:
-    """A name that no implementation has is an error, also where none is chosen."""
+    """Requires known implementation names, also where no implementation is chosen."""
     try:
         operation.candidates(names)
     except ValueError as error:

@@ -1,9 +1,8 @@
-"""What a loop of the compiler needs in order to be compiled once, not in each call.
+"""Lets a function with a loop be compiled once, not in each eager call.
 
-Outside `jax.jit` a loop whose body is a function made in the call is compiled in every
-call: the compiled program is found again by the identity of the body. The function that
-holds the loop is therefore compiled as a whole, and found again by its own identity,
-its static arguments, and the types of the others.
+JAX caches an eager loop by the identity of its body, and a body defined inside a call
+is a new function each time. The function that holds the loop is therefore compiled as a
+whole; its cache key is its identity, its static arguments, and the types of the others.
 """
 
 from collections.abc import Callable
@@ -13,11 +12,11 @@ import jax
 
 
 def compiled_once[F: Callable[..., Any]](*static: int) -> Callable[[F], F]:
-    """Compiles a function of a module, with the static arguments at these places.
+    """Compiles a module-level function whose arguments at `static` are static.
 
-    Everything that it uses must be an argument: arrays, or static values that compare
-    by value. A function of the caller is neither, for what it reads may change between
-    two calls. Inside of a program the function is inlined and leaves no mark.
+    It may use only its arguments: arrays, or static values that compare by value. A
+    function given by the user is neither, since what it reads may change between calls.
+    Within another program the function is inlined.
     """
 
     def compiled(function: F) -> Any:

@@ -1,4 +1,4 @@
-"""One operation, several implementations: who runs where, and why the others do not.
+"""Chooses among the implementations of an operation, and says why others cannot run.
 
 A public function calls `plan` with the operation, the user's `implementation` and its
 arrays, then `execute` with the plan. Kernels are chosen per *lowering* platform, so a
@@ -30,7 +30,7 @@ class Implementation:
         note: None, or a sentence fragment: what a user should know about running it
             with these operands.
         divided: Plain JAX with the results of the kernel `call`, for programs that the
-            compiler divides over devices; None: the plan's fallback serves.
+            compiler divides over devices; None takes the plan's fallback.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Implementation:
 
 
 def absent(name: str, platform: str) -> Implementation:
-    """A name users may pin although no kernel stands behind it; it says so."""
+    """An implementation that users may name although it has no kernel; it says so."""
 
     def call(options: Any, operands: Any) -> Any:
         raise AssertionError(f"{name} was planned although it does not exist")
@@ -85,7 +85,7 @@ class Operation:
         return chosen
 
     def _preferred(self, names: Sequence[str] | None) -> list[Implementation]:
-        """What a call that names nothing may use."""
+        """Candidates of a call that names no implementation."""
         if names is None:
             return list(self.implementations)
         return [i for name in names for i in self._named(name)] or [self.plain]
@@ -96,7 +96,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What runs: the kernel of each platform that has one, and the rest's fallback."""
+    """The kernel of each platform that has one, and the fallback of all others."""
 
     operation: Operation
     kernels: tuple[tuple[str, Implementation], ...]
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def is_reference(self) -> bool:
-        """The definitions run, everywhere: JAX can differentiate them itself."""
+        """Whether the reference runs on all platforms; JAX differentiates it itself."""
         fallback = self.fallback
         return (
             not self.kernels and fallback is not None and fallback.name == "reference"
@@ -143,9 +143,10 @@ class Explanation(str):
 
 
 class _Record:
-    """What `explain` hears.
+    """The plans made while `explain` traces a function.
 
-    Its identity is part of the key of every jit cache: a warm cache hides nothing.
+    Its identity is part of the key of every jit cache, so that a function that is
+    already compiled is traced again.
     """
 
     def __init__(self):
@@ -197,7 +198,7 @@ def plan(
 
 
 def execute(plan: Plan, options: Any, operands: Any) -> Any:
-    """Runs what was planned; where a kernel takes part, its jvp is the plain one's."""
+    """Runs a plan; a kernel's derivative is that of the plain implementation."""
     if plan.is_reference:
         assert plan.fallback is not None
         return plan.fallback.call(options, operands)

@@ -1,7 +1,7 @@
-"""The dtype policy: in which precision sums are kept and results are returned.
+"""The dtype policy: the precision of sums and results.
 
-It holds whatever `jax_numpy_dtype_promotion` says. Under "strict" JAX asks for explicit
-casts, so a function casts what it mixes to one of these dtypes.
+It does not depend on `jax_numpy_dtype_promotion`. Under "strict" JAX asks for explicit
+casts, so functions cast operands to one of these dtypes.
 """
 
 from typing import Any
@@ -12,25 +12,25 @@ from jax.typing import DTypeLike
 
 
 def common_dtype(*operands: Any) -> DTypeLike:
-    """The dtype that holds all of the arrays or dtypes; None is none of them."""
+    """The dtype that holds all of the arrays or dtypes; None is left out."""
     given = [operand for operand in operands if operand is not None]
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*given)
 
 
 def promoted(*operands: Any) -> tuple[Any, ...]:
-    """Arrays in the dtype that holds all of them; a Python number stays what it is."""
+    """Arrays cast to the dtype that holds all of them; Python numbers are kept."""
     return cast(common_dtype(*operands), *operands)
 
 
 def cast(dtype: DTypeLike, *operands: Any) -> tuple[Any, ...]:
-    """Arrays in this dtype; a Python number stays what it is, it takes any."""
+    """Arrays cast to this dtype; Python numbers are kept."""
     number = lambda x: isinstance(x, int | float)
     return tuple(x if number(x) else jnp.asarray(x, dtype) for x in operands)
 
 
 def accumulator_dtype(*operands: Any) -> DTypeLike:
-    """Float32, or float64 as soon as one of the arrays or dtypes is; None is none."""
+    """Float64 if one of the arrays or dtypes is, else float32; None is left out."""
     given = [operand for operand in operands if operand is not None]
     dtypes = [getattr(operand, "dtype", operand) for operand in given]
     return common_dtype(*dtypes, jnp.float32)

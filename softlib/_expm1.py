@@ -1,7 +1,7 @@
 """exp(x) - 1 with a derivative that is accurate for every x.
 
-Older releases of JAX differentiate `jnp.expm1` as its value plus 1, which for an x far
-below 0 is a difference of nearly equal numbers.
+Older releases of JAX differentiate `jnp.expm1` as its value plus 1, which cancels for
+an x far below 0.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Ids of classes, tokens or groups, of any integer dtype, told apart by their range."""
+"""Ids of classes, tokens or groups, of any integer dtype."""
 
 from typing import Any
 
@@ -10,11 +10,9 @@ from jaxtyping import Array, Int, Integer
 def signed(ids: Any) -> Any:
     """Integers as int32, those of 64 bits as int64; other dtypes as they are.
 
-    Of JAX or of NumPy, which masks are evaluated with too.
-
-    In a narrow or unsigned dtype -1, which stands for no id, is an id, and arithmetic
-    wraps. Beyond the largest number of the signed dtype an id becomes that number,
-    which is out of every range too.
+    The arrays may be NumPy's: masks are evaluated with it too. In an unsigned or narrow
+    dtype -1, which stands for no id, would wrap to an id. An id that the signed dtype
+    cannot hold becomes its largest number, which is out of every range too.
     """
     dtype = ids.dtype
     if not jnp.issubdtype(dtype, jnp.integer) or dtype in (jnp.int32, jnp.int64):
@@ -36,7 +34,7 @@ def labels_in_range(
 
 
 def equal_ids(one: Any, other: Any) -> Any:
-    """Where ids are the same number, of whatever two integer dtypes."""
+    """True where two ids are the same number; their integer dtypes may differ."""
     kinds = [jnp.issubdtype(each.dtype, jnp.unsignedinteger) for each in (one, other)]
     if kinds[0] == kinds[1]:
         return one == other

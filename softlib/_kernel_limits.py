@@ -1,4 +1,4 @@
-"""What adapters of kernels have in common: precisions, and sentences of `why_not`."""
+"""Precisions and `why_not` sentences that the adapters of all kernels share."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-# What `precision` asks of products of float32. Unlike XLA's default, None is exact.
+# Values of `precision` for exact float32 products. Unlike XLA's default, None is exact.
 PRECISIONS: dict[Any, lax.Precision] = {
     None: lax.Precision.HIGHEST,
     "default": lax.Precision.DEFAULT,
@@ -21,7 +21,7 @@ PRECISIONS: dict[Any, lax.Precision] = {
 
 
 def why_too_small(sizes: Iterable[tuple[str, int, int]]) -> str | None:
-    """`sizes`: name, size, and the least with which a kernel is worth it."""
+    """Names a size below its least for kernels; `sizes`: (name, size, least)."""
     for name, size, least in sizes:
         if size < least:
             return f"{size} {name} are too few to gain by it"
@@ -45,7 +45,7 @@ def why_no_precision(precision: Any) -> str | None:
 
 
 def is_exact(precision: Any) -> bool:
-    """Whether it was asked for more than the dtype of the arrays."""
+    """Whether `precision` asks for more than the default."""
     return precision not in (None, "default", lax.Precision.DEFAULT)
 
 

@@ -1,7 +1,7 @@
-"""Calls as one program each, where JAX is told to refuse transfers nobody asked for.
+"""Runs a call as one program where `jax.transfer_guard` refuses implicit transfers.
 
-Operation by operation each Python number is such a transfer, `x * 2.0` among them: in a
-program numbers are constants.
+In an eager call each Python number is such a transfer (`x * 2.0`); in a program it is a
+constant.
 """
 
 import functools
@@ -23,10 +23,10 @@ def transfers_are_refused() -> bool:
 def as_one_program(
     function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """The call, compiled with everything static that is no array of JAX.
+    """Calls a compiled `function` with all arguments static but JAX arrays.
 
-    Equal calls share a program, except where a function of the caller's is among the
-    arguments: what it reads may have changed.
+    Equal calls share a program, unless a function is among the arguments: what it reads
+    may have changed.
     """
     leaves, structure = jax.tree.flatten((args, options))
     arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
@@ -52,7 +52,7 @@ _compiled = jax.jit(_called, static_argnums=(0, 1, 2), inline=True)
 
 
 def _static(leaf: Any) -> tuple[Any, ...] | None:
-    """None for an array; else the leaf and what tells 1 from 1.0, and 0.0 from -0.0."""
+    """None for an array; else a key in which 1 and 1.0, 0.0 and -0.0 differ."""
     if isinstance(leaf, jax.Array):
         return None
     return leaf, type(leaf), repr(leaf) if isinstance(leaf, float) else ""

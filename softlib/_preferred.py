@@ -1,8 +1,7 @@
-"""Implementations that are preferred by every call that names none itself.
+"""The switch that sets the implementations of all calls that name none themselves.
 
-The one switch of the library: where a kernel does not compile (a missing or faulty
-compiler of the machine), a whole program can be kept off kernels without a change to
-any call.
+Where a kernel does not compile (the machine's compiler is missing or faulty), a whole
+program can be kept off kernels without changing any call.
 """
 
 import contextlib
@@ -32,8 +31,7 @@ def _of_environment() -> Names:
     return _checked(VARIABLE, tuple(n.strip() for n in text.split(",") if n.strip()))
 
 
-# The value is part of the key of every jit cache: a function that was compiled under
-# another one is compiled again.
+# Part of the key of every jit cache: another value compiles functions again.
 _PREFERRED = jax.make_user_context(_of_environment())
 
 

@@ -1,13 +1,13 @@
-"""A planned operation as a JAX primitive, whose kernels are traced only where they run.
+"""A planned operation as a JAX primitive; kernels are traced only where they run.
 
-Each lowering platform has a rule. The rule of a platform that has a kernel traces it;
-every other one takes the plain implementation, whose trace already gave the types of
-the results. So a program made on a machine without accelerators never traces a kernel,
-one trace may be lowered for several platforms, and the rule sees what tracing cannot:
-over how many devices the compiler will divide the program. A kernel cannot be divided.
+Each platform has a lowering rule: it traces the platform's kernel, or takes the plain
+implementation, whose trace already gave the types of the results. So a program for CPUs
+never traces a kernel, one trace can be lowered for several platforms, and the rule
+knows over how many devices the compiler will divide the program (a kernel cannot be
+divided).
 
-An eager call is one compiled program, found again by the static part of the call. What
-is static must therefore compare by value: no function that is made anew in each call.
+An eager call is one compiled program, cached by the static arguments. These must
+compare by value: no function that is defined anew in each call.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class OnPlatform:
     """What runs on one platform.
 
     Attributes:
-        kernel: Runs on one device, or on one device's part of a `shard_map`.
+        kernel: Runs on one device, or on one shard of a `shard_map`.
         plain: Plain JAX for programs that the compiler divides over devices; None if
             the kernel was asked for by name: then such programs are an error.
     """
@@ -48,20 +48,19 @@ class Call:
     """The static part of an operation's call; equal calls share traces and programs.
 
     Attributes:
-        name: Of the operation, for errors.
+        name: The operation's name, for errors.
         plain: Plain JAX: gives the types of the results and every derivative.
-        fallback: Runs where no platform of `platforms` is meant; None if only kernels
+        fallback: Runs on platforms that are not in `platforms`; None if only kernels
             were asked for.
         platforms: Pairs of a lowering platform and what runs there.
         options: The first argument of every function here.
         structure: Tree structure of the operands.
-        device: The device of the mesh under which the call was traced, if it had one.
-            Sizes of tiles depend on it, and a kernel is traced later.
-        empty: Places, shapes and dtypes of integer leaves without an element. They are
-            made inside: as a residual that leaves a `shard_map`, one ends the compiler
-            of jaxlib 0.11.
-        mapped: Of each `vmap` around the call, inner ones first: which axis of each
-            leaf it maps, its size, and the mesh axis that divides it.
+        device: The device of the mesh at the time of the call, if it had one: tile
+            sizes depend on it, and a kernel is traced later.
+        empty: Indices, shapes and dtypes of integer leaves without an element. They are
+            made inside: as a residual of a `shard_map` they crash jaxlib 0.11.
+        mapped: For each `vmap` around the call, inner ones first: the mapped axis of
+            each leaf, its size, and the mesh axis that divides it.
     """
 
     name: str
@@ -75,12 +74,12 @@ class Call:
     mapped: tuple[tuple[tuple[int | None, ...], int, Any], ...] = ()
 
     def of(self, function: Function) -> Callable[..., Any]:
-        """The function of the operands' leaves."""
+        """`function` with the operands' leaves as its arguments."""
 
         def call(*leaves: Any) -> Any:
             every = list(leaves)
-            for place, shape, dtype in self.empty:
-                every.insert(place, match_varying(jnp.zeros(shape, dtype), *leaves))
+            for index, shape, dtype in self.empty:
+                every.insert(index, match_varying(jnp.zeros(shape, dtype), *leaves))
             operands = jax.tree.unflatten(self.structure, every)
             return function(self.options, operands)
 
@@ -90,25 +89,25 @@ class Call:
 
 
 def run(call: Call, operands: Any) -> Any:
-    """Binds the primitive; the results have the structure that `call.plain` gives."""
+    """Binds the primitive; the results have the structure of those of `call.plain`."""
     if jax.config.jax_disable_jit and call.fallback is not None:
-        # Operation by operation, with values that a debugger can look at.
+        # Eager, so that a debugger sees values.
         return call.fallback(call.options, operands)
     every = jax.tree.leaves(operands)
     empty = tuple(
-        (place, leaf.shape, leaf.dtype)
-        for place, leaf in enumerate(every)
+        (index, leaf.shape, leaf.dtype)
+        for index, leaf in enumerate(every)
         if 0 in jnp.shape(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
     )
     call = dataclasses.replace(call, empty=empty)
-    places = {place for place, *_ in empty}
-    leaves = [leaf for place, leaf in enumerate(every) if place not in places]
+    made_inside = {index for index, *_ in empty}
+    leaves = [leaf for index, leaf in enumerate(every) if index not in made_inside]
     found = _differentiable(call, *leaves)
     return jax.tree.unflatten(_results(call, *leaves), found)
 
 
-# Memory of traces, with everything that a trace depends on: the mesh in context, x64,
-# promotion rules, what `explain` hears. Inlined, it leaves no mark in a program.
+# Caches traces; jit's key has all that a trace depends on (mesh, x64, promotion rules,
+# the record of `explain`). Inlined, so that programs do not change.
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _traced(call: Call, function: Function, *leaves: Any) -> Any:
     return call.of(function)(*leaves)
@@ -123,7 +122,7 @@ def _results(call: Call, *leaves: Any) -> Any:
 
 
 def type_of(aval: Any) -> jax.ShapeDtypeStruct:
-    """An abstract value as the argument of a trace, with the mesh of its type."""
+    """The argument of a trace for an abstract value, with the mesh of its type."""
     return jax.ShapeDtypeStruct(
         aval.shape,
         aval.dtype,
@@ -207,7 +206,7 @@ def _chosen(call: Call, platform: str | None, module: Any) -> Function:
 
 
 def _mesh_for(device: Any) -> contextlib.AbstractContextManager[Any]:
-    """The mesh in context, of that device unless it has one of its own."""
+    """A context whose mesh has this device unless the current mesh has its own."""
     mesh = jax.sharding.get_abstract_mesh()
     if device is None or mesh.abstract_device is not None:
         return contextlib.nullcontext()

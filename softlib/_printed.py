@@ -1,4 +1,4 @@
-"""How values print: masks and logits, with what they hold."""
+"""The printed form of masks' and logits' arguments."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The assembler of the machine's GPU, where it is one that miscompiles kernels."""
+"""Refuses CUDA kernels on a machine whose `ptxas` miscompiles them."""
 
 import functools
 import importlib.util
@@ -13,15 +13,15 @@ import jax
 
 type Version = tuple[int, ...]
 
-# Of CUDA 12.8.0 until before 12.9.1: causal attention came out wrong.
+# CUDA 12.8.0 up to, not including, 12.9.1: causal attention came out wrong.
 FIRST_BAD: Version = (12, 8, 0)
 FIRST_GOOD: Version = (12, 9, 86)
 
 
 def why_not() -> str | None:
-    """The reason against kernels for CUDA on a machine whose assembler is known bad.
+    """The reason against CUDA kernels, if this machine's assembler is known bad.
 
-    Programs that are made on a machine without a GPU are assembled elsewhere.
+    None without a GPU: such programs are assembled elsewhere.
     """
     if jax.default_backend() != "gpu":
         return None
@@ -29,7 +29,7 @@ def why_not() -> str | None:
 
 
 def reason_against(version: Version | None) -> str | None:
-    """The same for an assembler of this version; None is one that was not found."""
+    """The reason against an assembler of this version (None: not found), or None."""
     if version is None or not FIRST_BAD <= version < FIRST_GOOD:
         return None
     name = ".".join(map(str, version))
@@ -58,7 +58,7 @@ def _installed() -> Version | None:
 
 
 def _candidates() -> Iterator[pathlib.Path]:
-    """Where JAX looks, in its order."""
+    """Yields the paths where JAX looks for `ptxas`, in its order."""
     roots = [os.environ.get("CUDA_ROOT")]
     for package in ("nvidia.cu13", "nvidia.cuda_nvcc"):
         try:

@@ -1,4 +1,4 @@
-"""What the engines must know of meshes: varying axes, and Explicit axes made Auto."""
+"""Meshes: varying axes, Explicit axes made Auto, and calls on each shard."""
 
 import functools
 import math
@@ -14,8 +14,8 @@ from jaxtyping import Array
 def automatic_axes(operands: Any = ()) -> list[str]:
     """Mesh axes over which the compiler may partition a program.
 
-    Those of the mesh in context, and of the meshes on which the arrays of `operands`
-    lie: with no mesh in context, too, their types name it.
+    They are those of the mesh in context and of the meshes in the operands' types,
+    which are known without a mesh in context too.
     """
     meshes = [jax.sharding.get_abstract_mesh()]
     meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
@@ -28,10 +28,7 @@ def automatic_axes(operands: Any = ()) -> list[str]:
 
 
 def device_count(array: Any) -> int:
-    """Over how many devices the compiler may divide an array.
-
-    The mesh is that of the array's type, known with no mesh in context, too.
-    """
+    """Number of devices over which the compiler may divide an array, by its type."""
     mesh = jax.typeof(array).sharding.mesh
     return math.prod(mesh.shape[axis] for axis in _free_axes(mesh))
 
@@ -90,20 +87,19 @@ def per_shard(
     first: Array,
     *rest: Any,
 ) -> Any:
-    """Calls `function(first, *rest)` on every device's part of an Explicit mesh.
+    """Calls `function(first, *rest)` on every device's shards of an Explicit mesh.
 
-    A kernel cannot be partitioned, but it runs on a part; and no part needs another
-    where an Explicit mesh divides only axes along which the function works alike, such
-    as rows, batch entries or heads. Arrays that these axes divide elsewhere (the weight
-    of fully sharded training) are gathered. Everything else is left to the compiler by
-    `in_auto_mode`.
+    A kernel cannot be partitioned, but it runs on shards where the mesh divides only
+    batch axes of the function, such as rows, batch entries or heads. Arrays that the
+    same mesh axes divide elsewhere (the weight of fully sharded training) are gathered.
+    All other cases are left to the compiler by `in_auto_mode`.
 
     Args:
-        function: Of arrays and pytrees; takes the sizes of axes from its arguments.
-        in_specs: From the spec of `first`, as long as it has axes, to specs of the
-            arguments, each a pytree with a spec for every array. They name only axes
-            along which the function works alike, and only those of the given spec.
-        out_specs: Likewise, to specs of the results.
+        function: Takes arrays and pytrees, and the sizes of axes from these.
+        in_specs: Maps the spec of `first`, with one entry per axis, to specs of the
+            arguments, each a pytree with a spec for every array. They name only mesh
+            axes of the given spec, and only at batch axes of the function.
+        out_specs: Maps it likewise to the specs of the results.
         first: The array whose sharding decides.
         *rest: The other arguments.
     """
@@ -144,9 +140,9 @@ def _whole(spec: PartitionSpec, ndim: int) -> PartitionSpec:
 
 
 def _is_uneven(mesh: Any, array: Any, spec: PartitionSpec) -> bool:
-    """Whether some axis has no equal part for every device."""
-    parts = [math.prod(map(mesh.shape.get, _names(PartitionSpec(e)))) for e in spec]
-    return any(size % part for size, part in zip(array.shape, parts, strict=True))
+    """Whether some axis does not divide evenly over its devices."""
+    shards = [math.prod(map(mesh.shape.get, _names(PartitionSpec(e)))) for e in spec]
+    return any(size % count for size, count in zip(array.shape, shards, strict=True))
 
 
 def _names(spec: PartitionSpec) -> set[str]:
