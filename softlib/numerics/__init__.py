@@ -1,4 +1,4 @@
-"""Accumulators that the engines fold with.
+"""Accumulators of streaming sums, and numerical helpers.
 
 - `RunningMax`, `RunningMaxState`: streaming logsumexp with weighted sums.
 - `UnifiedMax`, `UnifiedMaxState`: the same against one reference known beforehand.

@@ -1,4 +1,4 @@
-r"""Clusters of one size: halves of halves, each cut between two means."""
+r"""Clusters of one size, by repeated halving between two means."""
 
 import math
 
@@ -90,14 +90,14 @@ def _clusters(
 def _halved(
     x: Array, clusters: Array, sizes: np.ndarray, key: Array, num_steps: int
 ) -> Int[Array, "clusters size"]:
-    """Twice as many clusters; the members stand first, the sizes are static."""
+    """Splits each cluster in two; members come first, then -1. `sizes` are static."""
     number, width = clusters.shape
     members = x[jnp.where(clusters < 0, 0, clusters)]
     present = np.arange(width) < sizes[:, None]
     first = np.arange(width) < (-(-sizes // 2))[:, None]
 
     def ordered(difference: Array) -> Array:
-        """The members by falling agreement with the difference of the two means."""
+        """Order of members by falling inner product with the difference of means."""
         agreement = jnp.einsum("cwd,cd->cw", members, difference)
         return jnp.argsort(jnp.where(present, -agreement, jnp.inf), axis=1)
 
@@ -117,13 +117,13 @@ def _halved(
     other = jnp.take_along_axis(members, farthest, axis=1)[:, 0]
     order = jax.lax.fori_loop(0, num_steps, improve, ordered(seed - other))
 
-    # The halves of each cluster, as places in its order; -1 where a half is shorter.
+    # The halves of each cluster, as indices into its order; -1 where a half is shorter.
     wide = -(-width // 2)
     left = np.arange(wide) + np.zeros_like(sizes)[:, None]
     right = left + (-(-sizes // 2))[:, None]
-    place = np.stack([left, right], axis=1).reshape(number, -1)
+    index = np.stack([left, right], axis=1).reshape(number, -1)
     stop = np.stack([-(-sizes // 2), sizes], axis=1)
-    exists = place < np.repeat(stop, wide, axis=1)
+    exists = index < np.repeat(stop, wide, axis=1)
     kept = jnp.take_along_axis(clusters, order, axis=1)
-    halves = jnp.take_along_axis(kept, jnp.minimum(place, width - 1), axis=1)
+    halves = jnp.take_along_axis(kept, jnp.minimum(index, width - 1), axis=1)
     return jnp.where(exists, halves, -1).reshape(2 * number, wide)

@@ -1,9 +1,9 @@
-r"""Floats with an exponent of their own: exponentials that cannot leave the range.
+r"""Floats with a separate exponent: exponentials that never overflow or underflow.
 
 The argument of an exponential is split into $x = n \log 2 + t$. The logarithm of 2 is
-cut into parts of so few bits that their products with $n$ are exact, and what the
-last subtraction rounds away is known too. So it makes no difference whether a compiler
-fuses a product with the sum that follows it.
+a sum of parts with so few bits that their products with $n$ are exact, and the rounding
+error of the last subtraction is computed too. So results do not depend on whether a
+compiler fuses multiplications and additions.
 """
 
 import functools
@@ -25,7 +25,7 @@ EXACT_RANGE = 45_000.0
 
 BELOW_EXACT_RANGE = -60_000.0
 
-# The last part rounds in a product with n, far below the last bit of t.
+# Only products with the last part are rounded, far below the last bit of t.
 _LOG_2 = {
     np.dtype("float32"): [
         float.fromhex(part)
@@ -250,7 +250,7 @@ def extended_to_float(x: ExtendedFloat) -> Float[Array, "*shape"]:
 
 
 def _alike(a: ExtendedFloat, b: ExtendedFloat) -> tuple[ExtendedFloat, ExtendedFloat]:
-    """Both in the dtype that holds both."""
+    """Casts both to the dtype that holds both."""
     of_a, exponent_of_a, of_b, exponent_of_b = promoted(*a, *b)
     return ExtendedFloat(of_a, exponent_of_a), ExtendedFloat(of_b, exponent_of_b)
 
@@ -277,11 +277,11 @@ def _(primals, tangents):
 # ---------------------------------------------------------------- what accumulators use
 @jax.custom_jvp
 def near_exp(x: Array) -> ExtendedFloat:
-    """`extended_exp` in fewer operations, for scores relative to others.
+    """`extended_exp` in fewer operations, for differences of scores.
 
-    Right to a unit of the last place from -45000 to 45000. Below, -inf included, it is
-    a number with an exponent so small that it vanishes beside any within the range;
-    above, only that of +inf is defined, which is NaN.
+    Correct to one ulp from -45000 to 45000. Below, -inf included, the exponent is so
+    small that the term vanishes in a sum with any in the range. Above, only +inf is
+    defined: NaN.
     """
     *exact, last, rest = _parts_of_log_2(x)
     x = jnp.maximum(x, BELOW_EXACT_RANGE)
@@ -332,15 +332,15 @@ def exact_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def sum_pair(x: Array) -> tuple[Array, Array]:
-    """The sum over the last axis, which stays with length 1, as a sum of two.
+    """The sum over the last axis, kept with length 1, as a rounded sum and its error.
 
-    By halves, which are added as whole arrays, with their rounding errors.
+    Repeatedly adds the two halves of the axis, with their rounding errors.
     """
     if not x.shape[-1]:
         total = x.sum(-1, keepdims=True)
         return total, total
     cut = functools.partial(lax.slice_in_dim, axis=-1)
-    # Otherwise XLA computes the terms once for every use in the first step.
+    # Without it XLA recomputes the terms for every use in the first step.
     high = lax.optimization_barrier(x)
     low = odd = odd_low = jnp.zeros_like(high[..., :1])
     whole = True  # no rounding errors yet
@@ -360,9 +360,9 @@ def sum_pair(x: Array) -> tuple[Array, Array]:
 
 
 def quotient(high: Array, low: Array, total: Array, total_low: Array) -> Array:
-    """(high + low) / (total + total_low) with little more than the last rounding."""
-    # 1 / total as a half of so few bits that a product with another half is exact, and
-    # the rest, which Newton's step gives.
+    """(high + low) / (total + total_low), nearly correctly rounded."""
+    # 1 / total = first + rest: `first` has half of the bits, so that its product with
+    # another half is exact; `rest` is by Newton's step.
     inverse = 1 / total
     first, total_first, high_first = map(_first_half, (inverse, total, high))
     rest = (1 - total_first * first) - (total - total_first) * first
@@ -372,14 +372,14 @@ def quotient(high: Array, low: Array, total: Array, total_low: Array) -> Array:
 
 
 def scaled(x: ExtendedFloat, exponent: Array) -> Array:
-    """The mantissas that belong to a larger exponent."""
+    """The mantissas relative to a larger exponent."""
     # inf - inf is NaN: equal exponents need no difference.
     difference = jnp.where(x.exponent == exponent, 0, x.exponent - exponent)
     return x.mantissa * power_of_two(difference)
 
 
 def power_of_two(n: Array) -> Array:
-    """2^n, exact; 0 where that is not a normal number, the largest power beyond."""
+    """2^n, exact; 0 below the normal numbers, the largest power above them."""
     # exp2 is not exact at integers, and ldexp is many operations.
     limits = jnp.finfo(n.dtype)
     n = jnp.clip(lax.stop_gradient(n), limits.minexp - 1, limits.maxexp - 1)
@@ -388,7 +388,7 @@ def power_of_two(n: Array) -> Array:
 
 
 def times_log_2(n: Array) -> tuple[Array, Array]:
-    """The product n log(2) as an exact product and the rest."""
+    """The product n log(2) as an exact leading product and the remainder."""
     large, *small = (n * part for part in _parts_of_log_2(n))
     return large, functools.reduce(lambda rest, term: term + rest, small[::-1])
 
@@ -398,7 +398,7 @@ def _parts_of_log_2(x: Array) -> list[float]:
 
 
 def _split(x: Array, low: Array | float) -> tuple[Array, Array, Array, Array]:
-    """n, t, its rounding error, and e^(t + error) - 1 - t - error."""
+    """(n, t, rounding error of t, e^(t + error) - 1 - t - error)."""
     *exact, last, rest = _parts_of_log_2(x)
     n = jnp.round(x * (1 / math.log(2)))
     t = x

@@ -1,4 +1,4 @@
-"""Sums of positive weights: the fold without exponentials."""
+"""Streaming sums of positive weights, without exponentials."""
 
 import dataclasses
 from collections.abc import Callable
@@ -103,11 +103,11 @@ class PlainSum:
 
 
 def mean_of(total: Float[Array, "*rows"], weighted: Any) -> Any:
-    """The weighted sums by the sum of the weights, 0 where that is 0."""
+    """Weighted sums divided by the sum of the weights, 0 where that is 0."""
     total = jnp.where(total == 0, 1, total)
     return jax.tree.map(lambda leaf: leaf / per_row(total, leaf), weighted)
 
 
 def per_row(row: Array, leaf: Array) -> Array:
-    """Numbers of rows with as many axes as a leaf that starts with the row axes."""
+    """Values of rows with trailing axes for broadcasting to a leaf."""
     return row.reshape(row.shape + (1,) * (leaf.ndim - row.ndim))

@@ -1,4 +1,4 @@
-"""Replacing a weighted sum by fewer terms of equal weight, without bias."""
+"""Unbiased resampling of a weighted sum to fewer terms of equal weight."""
 
 import jax
 import jax.numpy as jnp
@@ -56,17 +56,17 @@ def systematic_resample(
     checks.require_positive_integer(function, "num", num)
     weights = weights.astype(accumulator_dtype(weights))
     size = jnp.abs(weights)
-    # Sums of a parallel scan may fall, or rise at a weight of 0, by a rounding error.
+    # Rounding in a parallel scan may make sums fall, or rise at a weight of 0.
     cumulative = lax.cummax(jnp.where(size > 0, jnp.cumsum(size), 0))
     total = cumulative[-1]
-    # Divided, so that the last index of positive size ends at exactly 1.
+    # Divided, so that the cumulative size ends at exactly 1.
     cumulative = cumulative / jnp.where(total > 0, total, 1)
     offset = jax.random.uniform(key, (), weights.dtype)
-    places = (jnp.arange(num, dtype=weights.dtype) + offset) / num
+    points = (jnp.arange(num, dtype=weights.dtype) + offset) / num
     below_one = 1 - jnp.finfo(weights.dtype).epsneg
-    places = jnp.minimum(places, below_one)
-    # The first index whose cumulative size exceeds the place: it has a size of its own.
-    indices = jnp.searchsorted(cumulative, places, side="right").astype(jnp.int32)
+    points = jnp.minimum(points, below_one)
+    # The first index whose cumulative size exceeds the point: its own size is not 0.
+    indices = jnp.searchsorted(cumulative, points, side="right").astype(jnp.int32)
     indices = jnp.minimum(indices, len(weights) - 1)
     share = jnp.where(jnp.isfinite(total), total, jnp.nan) / num
     return indices, jnp.sign(weights[indices]) * share

@@ -1,4 +1,4 @@
-"""Streaming logsumexp: the fold on which the engines are built."""
+"""Streaming logsumexp relative to the running maximum."""
 
 import dataclasses
 from collections.abc import Callable
@@ -92,8 +92,7 @@ class RunningMax:
                 `state.weighted`. None if the state carries none.
         """
         # The maximum cancels in every result, so it is a constant to differentiation.
-        # Bounded, it can be subtracted in an empty row too, without a selection, which
-        # would be a kernel of its own.
+        # Finite, so that an empty row needs no `where`, which would be another kernel.
         top = at_least_finite(lax.stop_gradient(block).max(axis))
         top = jnp.maximum(state.max, top)
         exponentials = jnp.exp(block - jnp.expand_dims(top, axis))
@@ -122,7 +121,7 @@ class RunningMax:
 
 
 def at_least_finite(maximum: Array) -> Array:
-    """The maximum, or the least finite number, which can be subtracted from -inf."""
+    """The maximum, but at least the least finite number: -inf minus it is -inf."""
     return jnp.maximum(maximum, float(jnp.finfo(maximum.dtype).min))
 
 
@@ -139,5 +138,5 @@ def _add(a: RunningMaxState, b: RunningMaxState) -> RunningMaxState:
 
 
 def _finite(maximum: Array) -> Array:
-    """The maximum as something to subtract: 0 in an empty row."""
+    """The maximum, 0 in an empty row, so that it can be subtracted from -inf."""
     return jnp.where(maximum == -jnp.inf, 0, maximum)

@@ -1,4 +1,4 @@
-"""How near a point is to data that is known: depth of agreement, quantile, radius."""
+"""Similarity of a point to known data: depth of agreement, quantile, radius."""
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def _of_queries(
     def of_query(each: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         query, prediction, itself = each
         other = exists & (jnp.arange(count) != itself)
-        # The difference itself: that of squares cancels for points that are near.
+        # Not |a|^2 + |b|^2 - 2 ab, which cancels for near points.
         squares = jnp.square(keys - query[None]).sum(-1)
         squares = jnp.where(other, squares, jnp.inf)
         nearest = jnp.sqrt(squares.min(initial=jnp.inf))
@@ -193,7 +193,7 @@ def distance_quantile(
         own = used & (calibration_labels == c)
         number = own.sum()
         ordered = jnp.sort(jnp.where(own, known, jnp.inf))
-        # What was left out stands at the end, beyond every distance.
+        # Points that are left out are inf, at the end.
         nearer = jnp.minimum(jnp.searchsorted(ordered, flat, side="left"), number)
         share = nearer.astype(dtype) / jnp.maximum(number, 1).astype(dtype)
         return jnp.where(number > 0, 1 - share, 0)

@@ -1,4 +1,4 @@
-"""Streaming logsumexp with integer exponents in the place of a maximum."""
+"""Streaming logsumexp with integer exponents instead of a maximum."""
 
 import dataclasses
 from collections.abc import Callable
@@ -109,9 +109,9 @@ class TwoPass:
         largest = jnp.where(top == -jnp.inf, -jnp.inf, largest)
         exponent = jnp.maximum(before.exponent, largest)
         terms = near_exp(block - jnp.expand_dims(finite(anchor), axis))
-        # What is absent has a smaller exponent than 0, too, by far.
+        # Scores of -inf vanish also against the exponent 0 of an empty row.
         shift = terms.exponent - jnp.expand_dims(finite(exponent), axis)
-        # Otherwise XLA computes them once for every use, and slowly within a sum.
+        # Without it XLA recomputes them for every use, and slowly within a sum.
         exponentials = lax.optimization_barrier(terms.mantissa * power_of_two(shift))
         added = TwoPassState(
             exponentials.sum(axis),
@@ -139,21 +139,21 @@ class TwoPass:
 
 
 def anchor_of(top: Array) -> Array:
-    """What a row with this largest score is kept relative to."""
+    """The anchor of a row with this largest score; 0 unless the score is extreme."""
     beyond = (jnp.abs(top) > ANCHORED_BEYOND) & (top < jnp.inf)
     return jnp.where(beyond, top, 0)
 
 
 def finite(value: Array) -> Array:
-    """0 in an empty row."""
+    """`value`, 0 where it is -inf (an empty row)."""
     return jnp.where(value == -jnp.inf, 0, value)
 
 
 def _relative_to(anchor: Array, state: TwoPassState) -> TwoPassState:
-    """The same state with an anchor that is not smaller.
+    """The same state relative to an equal or larger anchor.
 
-    Anchors differ by what their scores differ, without rounding where that matters: the
-    exponentials of scores that are farther apart vanish beside each other.
+    The difference of two anchors is exact where it is small; where it is large, the
+    smaller sum vanishes anyway.
     """
     difference = finite(state.anchor) - finite(anchor)
     empty = state.anchor == -jnp.inf
@@ -167,7 +167,7 @@ def _relative_to(anchor: Array, state: TwoPassState) -> TwoPassState:
 
 
 def _with_exponent(exponent: Array, state: TwoPassState) -> TwoPassState:
-    # -inf - (-inf) is NaN: the state of an empty row is 0, with any factor.
+    # An empty row keeps its zeros; -inf - (-inf) would be NaN.
     shift = finite(state.exponent) - finite(exponent)
     empty = state.exponent == -jnp.inf
     factor = jnp.where(empty, 0, power_of_two(shift))

@@ -1,4 +1,4 @@
-"""Streaming logsumexp against one reference that is known beforehand."""
+"""Streaming logsumexp relative to a reference that is known beforehand."""
 
 import dataclasses
 import math
@@ -134,7 +134,7 @@ class UnifiedMax:
                 `state.weighted`. None if the state carries none.
         """
         absent = block == -jnp.inf
-        # Selected on both sides: a reference of -inf would make NaN of an absent score.
+        # Selected before and after: a reference of -inf turns an absent score into NaN.
         phi = jnp.expand_dims(self._phi(state), axis)
         exponentials = jnp.where(absent, 0, jnp.exp(jnp.where(absent, 0, block - phi)))
         # The extremes only decide about flags; they are constants to differentiation.
@@ -179,15 +179,14 @@ class UnifiedMax:
     def needs_recompute(self, state: UnifiedMaxState) -> Bool[Array, "*rows"]:
         """True for rows that have left the valid range, or whose sums are not finite.
 
-        Ask it of the state that has seen every score: the maximum of a part may well be
-        below the range.
+        Call it on the final state: the maximum of fewer scores may be below the range.
         """
         low, high = (_per_row(bound, state) for bound in self.valid_range)
         limits = jnp.finfo(state.sum.dtype)
         lowest = math.log(2 * float(limits.tiny) / float(limits.eps))
         low = jnp.maximum(low, lowest)
         phi = self._phi(state)
-        # Written so that NaN is not good.
+        # Written so that NaN needs recomputation.
         good = (state.max - phi > low) & (state.max - phi < high)
         if state.min is not None:
             good = good & (state.min - phi > low)
@@ -205,7 +204,7 @@ def _flatten(accumulator: UnifiedMax) -> tuple[tuple[Any, Any], RangeCriterion]:
 
 
 def _unflatten(criterion: RangeCriterion, children: tuple[Any, Any]) -> UnifiedMax:
-    # Not by the constructor: leaves may be specs, shapes or placeholders.
+    # Bypasses the constructor: leaves may be specs, shapes or placeholders.
     made = object.__new__(UnifiedMax)
     for name, value in zip(("phi", "valid_range"), children, strict=True):
         object.__setattr__(made, name, value)
@@ -227,7 +226,7 @@ def require_range(function: str, valid_range: tuple[ArrayLike, ArrayLike]) -> No
             f"{len(valid_range)} values."
         )
     low, high = valid_range
-    # Traced bounds are values: an empty range makes every row one to recompute.
+    # Traced bounds are not checked: with an empty range every row needs recomputation.
     if (
         isinstance(low, int | float)
         and isinstance(high, int | float)
@@ -245,7 +244,7 @@ def _per_row(value: ArrayLike, state: UnifiedMaxState) -> Array:
 
 
 def _total(state: UnifiedMaxState) -> Array:
-    """The sum of the weights; 0 if there are none, NaN if they are not in the range."""
+    """The sum of the weights, 0 for an empty row; NaN if it overflowed or vanished."""
     empty = state.max == -jnp.inf
     lost = (state.sum == 0) | jnp.isinf(state.sum)
     return jnp.where(empty, 0, jnp.where(lost, jnp.nan, state.sum))
