@@ -407,7 +407,7 @@ def median_bandwidth(
     count = pairs.sum(dtype=jnp.int32)
     low, high = ordered[jnp.maximum(count - 1, 0) // 2], ordered[count // 2]
     median = jnp.where(count == 0, 0, (low + high) / 2)
-    # NaN of a sample that counts stays NaN; the sort has put it last.
+    # A NaN in a sample that counts is kept; the sort has put it last.
     median = jnp.where(jnp.isnan(squared).any(), jnp.nan, median)
     return jnp.where(median == 0, 1, jnp.sqrt(median / 2))
 
@@ -537,7 +537,7 @@ def _information(
     found = information(joint[0], of_x, of_t)
     if normalized:
         own = information(joint[1], of_x, of_x), information(joint[2], of_t, of_t)
-        # Of a constant variable it is rounding, of either sign.
+        # For a constant variable it is rounding noise of either sign.
         varies = jnp.minimum(*own) > 16 * jnp.finfo(found.dtype).eps
         scale = jnp.sqrt(jnp.where(varies, own[0] * own[1], 1))
         found = jnp.where(varies, found / scale, 0)

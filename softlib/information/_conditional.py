@@ -244,7 +244,7 @@ def mutual_information_of(
     centroids: Array | None,
     where: Array | None,
 ) -> Float[Array, " N"]:
-    """`conditional_mutual_information` under the name of a function that calls it."""
+    """`conditional_mutual_information`, with the caller's name in error messages."""
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     checks.require_floating(function, logits=logits)
     classes = _outcomes(function, "logits", logits)
@@ -274,7 +274,7 @@ def _divergence(
 ) -> Float[Array, " N"]:
     """KL(p || q) as the sum of p log(p / q) - p + q, of which no term is negative."""
     p = jnp.exp(log_p)
-    # An outcome that p leaves out adds q, whatever its ratio.
+    # An outcome with p = 0 adds q, whatever its ratio.
     none = p == 0
     ratio = jnp.where(none, 0, log_p) - jnp.log(jnp.where(none, 1, q))
     return (p * jnp.where(none, 0, ratio) - p + q).sum(1)

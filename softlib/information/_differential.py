@@ -337,7 +337,7 @@ def sampled_differential_information(
 
 
 class _Space(NamedTuple):
-    """Checked arrays over a finite space, 0 outside of it."""
+    """Checked arrays over a finite space, 0 outside it."""
 
     arrays: list[Array]
     members: Array
@@ -373,11 +373,11 @@ class _Space(NamedTuple):
         return self._replace(members=self.members & members)
 
     def kept(self, x: Array) -> Array:
-        """0 outside of the space."""
+        """`x`, 0 outside the space."""
         return jnp.where(self.members, x, 0)
 
     def logsumexp(self, x: Array) -> tuple[Array, Array]:
-        """Of the members, -inf for none; and whether it has NaN or +inf (then 0)."""
+        """The logsumexp of the members (-inf for none), and True for NaN or +inf."""
         bad = (self.members & (jnp.isnan(x) | (x == jnp.inf))).any(self.axis)
         present = self._present(x, bad)
         scores = jnp.where(present, x, -jnp.inf)
@@ -387,7 +387,7 @@ class _Space(NamedTuple):
         return lax.squeeze(lse, (self.axis % x.ndim,)), bad
 
     def normalized(self, x: Array) -> Array:
-        """`x` minus its logsumexp; -inf outside, NaN for a bad row."""
+        """`x` minus its logsumexp; -inf outside, NaN for a row with NaN or +inf."""
         lse, bad = self.logsumexp(x)
         lse, wide_bad = (jnp.expand_dims(a, self.axis) for a in (lse, bad))
         present = self._present(x, bad)
@@ -403,6 +403,6 @@ class _Space(NamedTuple):
 def _log_ratio(space: _Space) -> Array:
     policy, reference = space.arrays
     possible = policy != -jnp.inf
-    # Nothing of the policy is nothing of q, also where the reference has nothing.
+    # Where the policy is 0 so is q, also where the reference is 0.
     difference = jnp.where(possible, policy, 0) - jnp.where(possible, reference, 0)
     return jnp.where(possible, difference, -jnp.inf)

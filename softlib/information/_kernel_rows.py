@@ -1,7 +1,7 @@
-"""Gaussian kernels of weighted samples, row by row and as logarithms.
+"""Logarithms of Gaussian kernels of weighted samples, row by row.
 
-Every estimate on them is a log-sum-exp over rows of log-sum-exps within a row, so that
-nothing underflows and a row is all that has to exist at a time.
+Every estimate is a log-sum-exp over rows of log-sum-exps within a row, so that nothing
+underflows and only one row need exist at a time.
 """
 
 import math
@@ -23,11 +23,11 @@ from softlib.typing import Scalar
 class Weights(NamedTuple):
     """Normalised weights of N samples.
 
-    Not their logarithms, in which a weight of 0 would have no derivative.
+    Their logarithms would have no derivative at a weight of 0.
     """
 
     values: Float[Array, " N"]
-    keep: Bool[Array, " N"]  # of a sample whose weight is 0 too
+    keep: Bool[Array, " N"]  # also True for a sample of weight 0
     empty: Bool[Array, ""]  # no sample has a weight; all are then equal
 
 
@@ -39,7 +39,7 @@ class Axis(NamedTuple):
 
 
 def checked_points(function: str, **arrays: ArrayLike) -> tuple[Array, ...]:
-    """Floating arrays (N, d); a vector is refused, it would be one point of N axes."""
+    """Checked floating arrays (N, d); vectors are refused as ambiguous."""
     found = tuple(jnp.asarray(array) for array in arrays.values())
     for name, array in zip(arrays, found, strict=True):
         checks.require_floating(function, **{name: array})
@@ -76,16 +76,16 @@ def weights_of(
         values = jnp.where(keep, weights, 0).astype(dtype)
     most = lax.stop_gradient(values.max(initial=0))
     empty = most == 0
-    # With equal weights an empty sample has finite sums, which the caller drops.
+    # An empty sample gets equal weights: finite sums, which the caller drops.
     values = jnp.where(empty, 1, values / jnp.where(empty, 1, most))
     return Weights(values / values.sum(), keep, empty)
 
 
 def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, ...]:
-    """Arrays of one space, centred by the first, in units of the bandwidth.
+    """Arrays of one space, centred by the mean of the first, divided by the bandwidth.
 
-    Differences do not depend on the centre, but |a|² + |b|² - 2 ab loses all digits far
-    from it; its derivative is 0 for the same reason.
+    Centring keeps the digits of |a|² + |b|² - 2 ab. Distances do not depend on the
+    centre, so it has no derivative.
     """
     dtype = accumulator_dtype(*arrays, weights.values)
     weighted = weights.values[:, None] * arrays[0].astype(dtype)
@@ -100,9 +100,9 @@ def axes_of(weights: Weights, bandwidth: Scalar, *arrays: Array) -> tuple[Axis, 
 
 
 def select(weights: Weights, array: Array) -> Array:
-    """Dropped samples become 0 before any arithmetic: 0 * NaN is NaN.
+    """`array`, 0 for samples that are dropped or not finite at weight 0.
 
-    So do samples that are not finite where their weight is 0.
+    To be applied before any arithmetic: 0 * NaN is NaN.
     """
     keep = weights.keep & ((weights.values != 0) | jnp.isfinite(array).all(-1))
     return jnp.where(keep[:, None], array, 0)
@@ -122,29 +122,29 @@ def log_kernel_row(row: Axis, others: Axis, index: Array | None) -> Float[Array,
 def over_rows(
     function: Callable[..., Any], common: Any, rows: Any, row_chunk: int | None
 ) -> Any:
-    """`function(common, index, *row)` of each; a chunk of rows at a time if asked for.
+    """Maps `function(common, index, *row)` over rows, `row_chunk` of them at a time.
 
-    A function of a module: one made in the call would be compiled in each.
+    `function` must be module-level: one defined in a call is compiled in every call.
     """
     count = jax.tree.leaves(rows)[0].shape[0]
     indexed = (jnp.arange(count), *rows)
     of_row = lambda row: function(common, *row)
     if row_chunk is None:
         return jax.vmap(of_row)(indexed)
-    # Without the checkpoint the kernels of all chunks would wait for the backward pass.
+    # Without the checkpoint the kernels of all chunks are kept for the backward pass.
     return lax.map(jax.checkpoint(of_row), indexed, batch_size=row_chunk)
 
 
 def mean_log(weights: Weights, values: Float[Array, " N"]) -> Float[Array, ""]:
     """The logarithm of the weighted mean of e^values.
 
-    `logsumexp` leaves out what has a weight of 0, and so its derivative.
+    Unlike that of `logsumexp`, its derivative by a weight of 0 is right.
     """
     w = weights.values
     some = w != 0
     top = lax.stop_gradient(jnp.where(some, values, -jnp.inf).max(initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    # Without a weight a value may be so far above the others that e^value overflows.
+    # A value of weight 0 may be so far above the others that e^value overflows.
     most = math.log(float(jnp.finfo(values.dtype).max)) / 2
     above = values - top
     total = (w * jnp.exp(jnp.where(some, above, jnp.minimum(above, most)))).sum()
