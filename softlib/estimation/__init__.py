@@ -1,4 +1,4 @@
-"""Small models, fitted with a number that says how good the fit is.
+"""Fits of small models, each with a number that says how good it is.
 
 - `fit_softmax_regression`: a softmax of linear scores, by damped Gauss-Newton; its
   `softmax_regression_loss` with gradient, Hessian and Hessian-vector product, and

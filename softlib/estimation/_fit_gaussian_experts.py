@@ -1,4 +1,4 @@
-"""Maximum likelihood for Gaussian mixtures of experts: EM, or Newton on all at once."""
+"""Maximum likelihood for Gaussian mixtures of experts, by EM or Newton's method."""
 
 import functools
 from collections.abc import Callable
@@ -255,7 +255,7 @@ class _Data(NamedTuple):
         return cls(x, y, counts)
 
     def mean(self, values: Array) -> Array:
-        """Over the examples that count, on the leading axis."""
+        """The mean over the leading axis, of the examples that count."""
         weights = self.counts / jnp.maximum(self.counts.sum(), 1)
         weights = weights.reshape(-1, *[1] * (values.ndim - 1))
         return jnp.where(weights > 0, weights * values, 0).sum(0)
@@ -265,7 +265,7 @@ class _Data(NamedTuple):
 
 
 def _deviation(data: _Data, values: Array) -> Array:
-    """Standard deviation; 1 where there is none, so that it can be a unit."""
+    """The standard deviation, 1 where it is 0, so that one can divide by it."""
     variance = data.mean((values - data.mean(values)[None]) ** 2)
     return jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 1)
 
@@ -277,7 +277,7 @@ def _draw(data: _Data, count: int, temperature: Scalar, key: Array) -> GaussianE
         [data.x / unit[None], (data.y / data.deviation_of_y())[:, None]], axis=1
     )
     centre_key, gate_key = jax.random.split(key)
-    # The largest of a random order: without replacement, those that count first.
+    # Draws without replacement, examples that count first.
     order = jax.random.uniform(centre_key, (examples,)) + 2 * data.counts
     centres = both[lax.top_k(order, count)[1]]
     squared = ((both[:, None] - centres[None]) ** 2).sum(-1)
@@ -296,9 +296,9 @@ def _draw(data: _Data, count: int, temperature: Scalar, key: Array) -> GaussianE
     return m_step(data.x, data.y, shares, start, None, least)
 
 
-# ---------------------------------------------------------------------------- the climb
+# ------------------------------------------------------------------------- optimisation
 class _Model(NamedTuple):
-    """What a step needs besides where it is."""
+    """The data and options of an optimisation step, without its state."""
 
     data: _Data
     gate: ExpertGate
@@ -306,7 +306,7 @@ class _Model(NamedTuple):
     min_scale: Array
 
     def free(self, experts: GaussianExperts) -> tuple[Array, ...]:
-        """Parameters without bounds but the least scale; those of the gate first."""
+        """Parameters on scales without bounds (logarithms), those of the gate first."""
         inner = experts.gate_weight, experts.gate_bias
         if self.learn_temperature:
             inner = *inner, jnp.log(experts.temperature)
@@ -321,27 +321,27 @@ class _Model(NamedTuple):
             inner[1],
             slopes,
             intercepts,
-            # Exactly the least scale where it holds.
+            # Exactly the least scale where that is the bound.
             jnp.maximum(jnp.exp(log_scale), self.min_scale),
             jnp.exp(inner[2]) if self.learn_temperature else like.temperature,
         )
 
     def value(self, free: tuple[Array, ...], like: GaussianExperts) -> Array:
-        """Mean log-likelihood; the least scale is no bound here."""
+        """Mean log-likelihood, without the bound on scales."""
         log_scale = free[-1]
         experts = self.experts(free, like)._replace(scale=jnp.exp(log_scale))
         joint = log_joint(self.data.x, self.data.y, experts, self.gate)
         return self.data.mean(logsumexp(joint))
 
     def held(self, free: tuple[Array, ...], slope: tuple[Array, ...]) -> Array:
-        """The scales that the least one keeps from falling further."""
+        """True for scales at the lower bound whose slope points below it."""
         eps = jnp.finfo(self.min_scale.dtype).eps
         at_bound = free[-1] <= jnp.log(self.min_scale) + 4 * eps
         return at_bound & (slope[-1] < 0)
 
 
 class _Search(NamedTuple):
-    """The state of a climb."""
+    """The state of the optimisation."""
 
     free: Any
     value: Array
@@ -404,7 +404,7 @@ def _climb(
             better = jnp.ones((), bool)
         keep = lambda new, old: jnp.where(better, new, old)
         value = keep(value, state.value)
-        # Every entry from here on, so that the last value stays behind the end.
+        # Fills all later entries, so that the last value repeats.
         later = jnp.arange(count + 1) > state.iteration
         return _Search(
             jax.tree.map(keep, free, state.free),
@@ -439,7 +439,7 @@ def _damped(better: Array, damping: Array) -> Array:
 def _newton_step(
     model: _Model, start: GaussianExperts, state: _Search
 ) -> tuple[Any, None]:
-    """Uphill along every eigenvector, by the absolute value of the curvature."""
+    """A Newton step with the absolute values of the Hessian's eigenvalues: uphill."""
     flat, restore = ravel_pytree(state.free)
     slope, _ = ravel_pytree(state.slope)
     hessian = jax.hessian(lambda flat: model.value(restore(flat), start))(flat)
@@ -454,7 +454,7 @@ def _newton_step(
 def _em_step(
     model: _Model, start: GaussianExperts, state: _Search
 ) -> tuple[Any, Array]:
-    """Closed form for the experts; a damped Fisher step of the gate, if better."""
+    """Experts in closed form; a damped Fisher step of the gate, if it is better."""
     data = model.data
     experts = model.experts(state.free, start)
     shares = softmax(log_joint(data.x, data.y, experts, model.gate))
@@ -490,7 +490,7 @@ def _em_step(
 
 
 def _damped_solution(curvature: Array, slope: Array, damping: Array) -> Array:
-    """(|H| + damping diag)^-1 slope, in units in which the diagonal of H is 1."""
+    """(|H| + damping diag H)^-1 slope, with H scaled to a diagonal of 1."""
     size = jnp.abs(jnp.diagonal(curvature))
     tiny = jnp.finfo(slope.dtype).tiny
     least = jnp.finfo(slope.dtype).eps * size.max(initial=0) + tiny

@@ -19,7 +19,7 @@ from softlib.softmax._threshold import first_of_largest
 from softlib.softmax._top_k import BiasIn
 from softlib.typing import Scalar
 
-# The models are small, and estimates do not survive bfloat16 passes.
+# The models are small, and bfloat16 products are too coarse for estimates.
 matmul = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -382,7 +382,7 @@ def gaussian_experts_hellinger_distance(
 def checked(
     function: str, x: Array, experts: GaussianExperts, *others: Array
 ) -> tuple[Array, GaussianExperts]:
-    """The features and the parameters, in one dtype, NaN for bad scales."""
+    """Features and parameters in one dtype, NaN for scales that are not positive."""
     checks.require_rank(function, "x", x, 1, "(*batch, D)")
     arrays = {k: v for k, v in experts._asdict().items() if not isinstance(v, float)}
     checks.require_floating(function, x=x, **arrays)
@@ -397,7 +397,7 @@ def checked(
     for name, array in arrays.items():
         why = "E experts, D features"
         checks.require_shape(function, name, array, shapes[name], why)
-    # A Python number that went through jit as an argument decides no dtype either.
+    # A Python number passed through jit is weakly typed and decides no dtype either.
     strong = [v for v in arrays.values() if not getattr(v, "weak_type", False)]
     dtype = accumulator_dtype(x, *strong, *others)
     experts = GaussianExperts(*(jnp.asarray(each, dtype) for each in experts))
@@ -411,7 +411,7 @@ def checked(
 def counting(
     function: str, where: Array | None, x: Array, y: Array, *weights: Array
 ) -> tuple[Array, ...]:
-    """Zeros in place of the examples that do not count."""
+    """The arrays, 0 for examples that do not count."""
     if where is None:
         return x, y, *weights
     checks.require_boolean(function, where=where)
@@ -421,7 +421,7 @@ def counting(
 
 
 def log_gate(x: Array, experts: GaussianExperts, gate: ExpertGate) -> Array:
-    """(n, E); the arguments are checked."""
+    """Logarithms of the gate, (n, E), of checked arguments."""
     tau = experts.temperature
     scores = matmul(x, experts.gate_weight.T)
     if gate.activation is not None:
@@ -435,7 +435,7 @@ def log_gate(x: Array, experts: GaussianExperts, gate: ExpertGate) -> Array:
         selection = jnp.where(jnp.isnan(selection), 0, selection)
         kept = first_of_largest(selection, gate.top_k)
     weights = scores if gate.bias_in == "selection" else biased
-    # The difference first: at a low temperature the quotients are large.
+    # Subtracts before dividing: at a low temperature the quotients are large.
     top = lax.stop_gradient(weights.max(-1, keepdims=True))
     return log_softmax((weights - top) / tau, where=kept)
 
@@ -454,12 +454,12 @@ def m_step(
     ridge: Scalar | None,
     min_scale: Scalar,
 ) -> GaussianExperts:
-    """Of checked arguments, `shares` 0 where an example does not count."""
+    """The M-step of checked arguments; `shares` is 0 for examples that do not count."""
     dtype, features = x.dtype, x.shape[-1]
     mass = shares.sum(0)
     empty = mass <= jnp.finfo(dtype).eps
     weights = shares / jnp.where(empty, 1, mass)[None]
-    # Relative to what the old slopes say: differences keep their digits.
+    # Fits the change of the slopes: residuals keep more digits.
     left = y[:, None] - matmul(x, experts.mean_weight.T)
     centre, level = matmul(weights.T, x), (weights * left).sum(0)
     apart = x[None] - centre[:, None]

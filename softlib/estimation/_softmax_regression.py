@@ -21,7 +21,7 @@ from softlib._dtypes import accumulator_dtype
 from softlib.softmax import softmax
 from softlib.typing import Scalar
 
-# The models are small, and what is promised of a fit does not survive bfloat16 passes.
+# The models are small, and bfloat16 products are too coarse for the promised accuracy.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -512,13 +512,13 @@ def _fit(
     start = _Search(
         problem.x,
         *measure(problem.x),
-        # Cautious: without, the first step may end where softmax is flat.
+        # Damped from the start: a full first step may end where softmax is flat.
         jnp.ones((), dtype),
         jnp.zeros((), jnp.int32),
     )
     end = lax.while_loop(running, step, start)
     return SoftmaxRegressionFit(
-        # The start is no answer to a question that is not a number.
+        # With NaN in an argument the start would be returned.
         jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
         end.loss,
         end.norm,

@@ -1,4 +1,4 @@
-"""How far fitted experts are from true ones, when there may be more of them."""
+"""Distances of fitted experts from true ones, of which there may be fewer."""
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ def voronoi_loss(
 
 
 def _atoms(function: str, experts: GaussianExperts) -> Array:
-    """(E, 2 D + 2): gate slopes, slopes, intercept, scale."""
+    """One row per expert, (E, 2 D + 2): gate slopes, slopes, intercept, scale."""
     fields = experts.gate_weight, experts.mean_weight, experts.mean_bias, experts.scale
     names = ("gate_weight", "mean_weight", "mean_bias", "scale")
     checks.require_floating(
@@ -233,7 +233,7 @@ def _nearest(fitted: Array, true: Array) -> Array:
 
 
 def _length(vectors: Array) -> Array:
-    """Euclidean, with the derivative 0 at 0."""
+    """Euclidean length, with derivative 0 at 0."""
     squared = (vectors * vectors).sum(-1)
     zero = squared == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, squared)))
