@@ -433,7 +433,7 @@ def _straight_through_gradient(
     samples: int,
     top_k: int | None,
 ) -> Array:
-    """Mean over drawn sequences of the gradient of the score by `probs`."""
+    """The gradient of the score by `probs`, averaged over drawn sequences."""
     drawn_from = logits if top_k is None else top_k_logits(logits, top_k)
     index = jax.random.categorical(key, drawn_from, shape=(samples, *logits.shape[:-1]))
 
@@ -454,7 +454,7 @@ def _time(t: PerRow) -> Array:
 def _on_positions(
     function: str, t: PerRow, positions: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
-    """With as many axes as the points, the last of length 1."""
+    """The time `t` with as many axes as the points, the last of length 1."""
     t = _time(t)
     checks.require_broadcastable(function, "t", t, positions, "that of the positions")
     return t.reshape((1,) * (len(positions) - t.ndim) + (*t.shape, 1)).astype(dtype)

@@ -1,4 +1,4 @@
-"""Beam search over steps that keeps what a value function thinks best."""
+"""Beam search over steps, ranked by a value function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -111,11 +111,11 @@ def value_guided_search(
             return jnp.where(ended.reshape(-1, *(1,) * (old.ndim - 1)), old, new)
 
         after = jax.tree.map(stay, before, after)
-        # What has ended has one continuation, itself; its copies leave the beam to
-        # others. There are W candidates that are no copies at least.
+        # A finished state is kept once; its copies rank last. At least W candidates are
+        # no copies.
         copy = ended & ~first_of_each
         values = judged(after)
-        # Not by value alone: a copy must also lose against a value of -inf.
+        # `copy` is a key of its own: a copy must rank below a value of -inf too.
         order = jnp.lexsort((0 - values, copy))[:width]
         take = lambda leaf: leaf[order]
         return ValueGuidedBeam(*jax.tree.map(take, (after, values, ended | ends))), None

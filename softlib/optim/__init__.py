@@ -1,6 +1,6 @@
 """Gradient transformations, to be chained with those of Optax.
 
-- `perp_grad`: without the part of a gradient that only scales its weight.
+- `perp_grad`: removes the component of a gradient that only scales its weight.
 """
 
 from ._perp_grad import (

@@ -1,4 +1,4 @@
-"""Gradients without the part that only makes weights longer or shorter."""
+"""Gradients projected perpendicular to their weights."""
 
 import math
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def perp_grad(
 
 
 def _length(weight: Array, axes: int | tuple[int, ...] | None) -> int:
-    """Elements of a vector."""
+    """Number of elements of a vector."""
     every = range(weight.ndim) if axes is None else axes
     several = (every,) if isinstance(every, int) else every
     return math.prod(weight.shape[axis] for axis in several)
@@ -159,27 +159,26 @@ def _perpendicular(
     dot = lambda a, b: (a * b).sum(axes, keepdims=True)
     w, largest = _scaled(weight.astype(dtype), axes)
     g, unit = _scaled(gradient.astype(dtype), axes)
-    # Infinite where the square underflows, but not 0 / 0.
+    # May be infinite where the square underflows, but never 0 / 0.
     added = jnp.asarray(eps, dtype)
     added = jnp.where(added == 0, 0, added / (largest * largest))
     square = dot(w, w)
     square = jnp.where(square == 0, 1, square)
     found = g - dot(w, g) / (square + added) * w
     if isinstance(eps, int | float) and eps == 0:
-        # What the rounding of a long sum has left along w.
+        # Projects again: removes what rounding of a long sum left along w.
         found = found - dot(w, found) / square * w
-    whole, part = jnp.sqrt(dot(g, g)), jnp.sqrt(dot(found, found))
-    # Nothing but rounding errors: Adam, or `rescale`, would make them as large as any
-    # gradient.
-    parallel = part <= 4 * jnp.finfo(dtype).eps * whole
+    before, after = jnp.sqrt(dot(g, g)), jnp.sqrt(dot(found, found))
+    # Only rounding errors are left, which Adam or `rescale` would blow up.
+    parallel = after <= 4 * jnp.finfo(dtype).eps * before
     scale = unit
     if rescale:
-        scale = scale * whole / jnp.where(parallel, 1, part)
+        scale = scale * before / jnp.where(parallel, 1, after)
     return jnp.where(parallel, 0, found * scale).astype(gradient.dtype)
 
 
 def _scaled(values: Array, axes: int | tuple[int, ...] | None) -> tuple[Array, Array]:
-    """The values by their largest magnitude, and that; 1 if they are all 0."""
+    """The values divided by their largest magnitude (1 if all are 0), and it."""
     largest = jnp.abs(values).max(axes, keepdims=True, initial=0)
     largest = jnp.where(largest == 0, 1, largest)
     return values / largest, largest

@@ -161,8 +161,8 @@ def annotate_preferences(
         exists = checks.checked_where(
             function, where, rewards.shape, "the shape of `rewards`"
         )
-    # Responses that do not exist lose every comparison, also against -inf and +inf: the
-    # extremes are found first, then the first response that has them.
+    # Responses that do not exist must lose against -inf and +inf too: the extremes are
+    # found first, then the first response that has them.
     known = jnp.where(exists, rewards, 0)
     greatest = jnp.where(exists, known, -jnp.inf).max(-1, keepdims=True)
     least = jnp.where(exists, known, jnp.inf).min(-1, keepdims=True)

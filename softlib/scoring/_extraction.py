@@ -1,4 +1,4 @@
-"""Which of several sampled continuations a model has memorised, and how surely."""
+"""Confidence that sampled continuations are memorised; groups of equal ones."""
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def calibrated_confidence(
     inside = groups >= 0
     ids = jnp.where(inside, groups, 0)
     wide = jnp.where(counts, nll, 0).astype(accumulator_dtype(nll))
-    # The share of each sample; those of a group, all e^-s, add up to n e^-s.
+    # The share of each sample; in a group of n equal ones they add up to n e^-s.
     share = softmax(0 - wide, where=counts)
     share = jnp.where((inside | ~counts).all(), share, jnp.nan)
     of_groups = lambda ids, share: jax.ops.segment_sum(share, ids, num_groups)[ids]
@@ -134,5 +134,5 @@ def identical_groups(
         equal = (equal & one & two) | (~one & ~two)
     if not len(sequences):
         return jnp.zeros(0, jnp.int32)
-    # The first True of a row; its own place is one.
+    # The index of the first True of a row; the diagonal is True.
     return jnp.argmax(equal.all(-1), axis=1).astype(jnp.int32)
