@@ -224,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         size = problem.small if options.rehearse else problem.large
         if not options.rehearse:
-            softlib.explain(problem.program(None), *size.arrays())
+            print(softlib.explain(problem.program(None), *size.arrays()))
         _say(f"timing {problem.name}")
         rows += compare(problem, size, rounds=3 if options.rehearse else options.rounds)
     page = markdown(checked, rows)

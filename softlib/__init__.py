@@ -17,7 +17,8 @@
 - `softlib.LinearLogits`: the logits of a linear head, a value that losses take and that
   is never formed; `softlib.Logits`: what losses accept, that or an array.
 - `softlib.masked_mean`: the one reduction.
-- `softlib.explain`: which implementation a call would use on which platform, and why.
+- `softlib.explain`: which implementation a call would use on which platform, and why;
+  an `Explanation` of `ExplainedOperation`s.
 - `softlib.implementations`: keeps a whole program off kernels, or on them.
 """
 
@@ -36,12 +37,18 @@ from . import (
     typing as typing,
 )
 from ._dispatch import explain as explain
+from ._explanation import (
+    ExplainedOperation as ExplainedOperation,
+    Explanation as Explanation,
+)
 from ._masked_mean import masked_mean as masked_mean
 from ._preferred import implementations as implementations
 from .logits import LinearLogits as LinearLogits, Logits as Logits
 
 __version__ = "0.1.0"
 __all__ = [
+    "ExplainedOperation",
+    "Explanation",
     "LinearLogits",
     "Logits",
     "attention",

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from . import _preferred, _primitive, _ptxas
+from ._explanation import ExplainedOperation, Explanation
 from ._sharding import automatic_axes
 from ._symbolic import has_symbolic_shape
 
@@ -112,34 +113,15 @@ class Plan:
             not self.kernels and fallback is not None and fallback.name == "reference"
         )
 
-    def __str__(self) -> str:
-        lines = [f"{platform}: {kernel.name}" for platform, kernel in self.kernels]
+    @property
+    def explained(self) -> ExplainedOperation:
+        """The names alone, as users see them."""
+        runs = {platform: kernel.name for platform, kernel in self.kernels}
         if self.fallback is not None:
-            scope = "elsewhere" if self.kernels else "everywhere"
-            lines.append(f"{scope}: {self.fallback.name}")
-        lines += [f"not {name}: {why}" for name, why in self.reasons]
-        lines += [f"{name}: {note}" for name, note in self.notes]
-        return "\n  ".join([self.operation.name, *lines])
-
-
-class Explanation(str):
-    """The text of `softlib.explain`, with the plans it was made from.
-
-    Attributes:
-        plans: One `Plan` per distinct choice, in the order in which they were met.
-    """
-
-    __slots__ = ("plans",)
-    plans: tuple[Plan, ...]
-
-    def __new__(cls, plans: Sequence[Plan]):
-        text = "\n".join(map(str, plans)) or "no operation of softlib was met"
-        explanation = super().__new__(cls, text)
-        explanation.plans = tuple(plans)
-        return explanation
-
-    def __repr__(self) -> str:
-        return f"Explanation({len(self.plans)} operations)"
+            runs["elsewhere" if runs else "everywhere"] = self.fallback.name
+        return ExplainedOperation(
+            self.operation.name, runs, dict(self.reasons), dict(self.notes)
+        )
 
 
 class _Record:
@@ -189,7 +171,7 @@ def plan(
     )
     if not kernels and fallback is None:
         raise NotImplementedError(
-            f"no requested implementation can run: {made}\n"
+            f"no requested implementation can run: {made.explained}\n"
             "Pass implementation=None to let softlib choose."
         )
     if _RECORD.value is not None:
@@ -225,7 +207,7 @@ def run(
 
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Prints and returns which implementation each operation in a call would use.
+    """Which implementation each operation in a call would use.
 
     The call is traced, nothing is computed: `function` may be a whole training step,
     compiled or not, and arrays may be `jax.ShapeDtypeStruct`s. Arguments that are not
@@ -237,10 +219,11 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         **kwargs: Its keyword arguments.
 
     Returns:
-        A string: per operation its name, what runs on which platform, why the
-        implementations before it in the order of preference do not, and what is worth
-        knowing about the one that does (an option that saves no time there, an array
-        that may be gathered). Its attribute `plans` holds the same as objects.
+        An `Explanation`, which prints as text: per operation its name, what runs on
+        which platform, why the implementations before it in the order of preference
+        do not, and what is worth knowing about the one that does (an option that saves
+        no time there, an array that may be gathered). `operations` holds the same as
+        fields.
 
     Raises:
         NotImplementedError: an implementation that the call pins cannot run.
@@ -253,7 +236,7 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         >>> hidden, weight = jnp.ones((4, 8)), jnp.ones((100, 8))
         >>> labels = jnp.arange(4)
         >>> loss = softlib.losses.linear_softmax_cross_entropy
-        >>> text = softlib.explain(loss, hidden, weight, labels)
+        >>> print(softlib.explain(loss, hidden, weight, labels))
         linear_row_statistics
           everywhere: xla
           not pallas_tpu: 4 rows are too few to gain by it
@@ -273,10 +256,9 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     record = _Record()
     with _RECORD(record):
         jax.eval_shape(call, arrays)
-    distinct = {str(made): made for made in record.plans}
-    explanation = Explanation(tuple(distinct.values()))
-    print(explanation)
-    return explanation
+    explained = [made.explained for made in record.plans]
+    distinct = {str(operation): operation for operation in explained}
+    return Explanation(tuple(distinct.values()))
 
 
 def _arrays_of(tree: Any) -> list[Any]:

@@ -71,7 +71,7 @@ def implementations(*names: str) -> Iterator[None]:
     Example:
         >>> x = jnp.zeros((2048, 1024), jnp.float32)
         >>> with softlib.implementations("xla"):
-        ...     text = softlib.explain(softlib.softmax.softmax, x)
+        ...     print(softlib.explain(softlib.softmax.softmax, x))
         softmax
           everywhere: xla
     """

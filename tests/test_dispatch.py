@@ -122,14 +122,23 @@ def test_inside_shard_map_kernels_are_allowed():
 
 
 def test_explain_says_what_runs_where_and_why_not_the_others(capsys):
-    text = softlib.explain(double, jnp.ones(ROWS))
-    assert text == (
-        "double\n  tpu: pallas_tpu\n  elsewhere: xla\n"
-        "  not pallas_gpu: this version has no cuda kernel for it"
+    explanation = softlib.explain(double, jnp.ones(ROWS))
+    assert (
+        str(explanation)
+        == repr(explanation)
+        == (
+            "double\n  tpu: pallas_tpu\n  elsewhere: xla\n"
+            "  not pallas_gpu: this version has no cuda kernel for it"
+        )
     )
-    assert capsys.readouterr().out.strip() == text
-    assert dict(text.plans[0].kernels).keys() == {"tpu"}
-    odd = softlib.explain(double, jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert not capsys.readouterr().out
+    (found,) = explanation.operations
+    assert str(found) == repr(found) == str(explanation)
+    assert found.operation == "double"
+    assert found.runs == {"tpu": "pallas_tpu", "elsewhere": "xla"}
+    assert found.refused == {"pallas_gpu": "this version has no cuda kernel for it"}
+    assert not found.notes
+    odd = str(softlib.explain(double, jax.ShapeDtypeStruct((3,), jnp.float32)))
     assert "everywhere: xla" in odd
     assert "not pallas_tpu: needs an even number of rows, got 3" in odd
 
@@ -144,7 +153,7 @@ def test_explain_hears_warm_caches_loops_and_derivatives():
 
     gradient = jax.jit(jax.grad(step))
     gradient(x)
-    assert softlib.explain(gradient, x).startswith("double\n  tpu: pallas_tpu")
+    assert str(softlib.explain(gradient, x)).startswith("double\n  tpu: pallas_tpu")
 
 
 def test_explain_passes_on_what_is_not_an_array():
@@ -152,17 +161,21 @@ def test_explain_passes_on_what_is_not_an_array():
         assert options == {"name": "text", "flag": None}
         return double(x, implementation)
 
-    text = softlib.explain(
-        call,
-        jnp.ones(ROWS),
-        implementation="reference",
-        options={"name": "text", "flag": None},
+    text = str(
+        softlib.explain(
+            call,
+            jnp.ones(ROWS),
+            implementation="reference",
+            options={"name": "text", "flag": None},
+        )
     )
     assert text.startswith("double\n  everywhere: reference")
 
 
 def test_explain_of_a_function_without_operations():
-    assert softlib.explain(jnp.sin, jnp.ones(2)) == "no operation of softlib was met"
+    assert (
+        str(softlib.explain(jnp.sin, jnp.ones(2))) == "no operation of softlib was met"
+    )
 
 
 def test_explain_names_the_backward_pass_too():
@@ -174,8 +187,8 @@ def test_explain_names_the_backward_pass_too():
         struct((50257, 16), jnp.bfloat16),
         struct((8,), jnp.int32),
     )
-    text = softlib.explain(jax.grad(total), *arguments)
-    names = [plan.operation.name for plan in text.plans]
+    explanation = softlib.explain(jax.grad(total), *arguments)
+    names = [found.operation for found in explanation.operations]
     assert names == ["linear_row_statistics", "linear_row_statistics_gradient"]
 
 

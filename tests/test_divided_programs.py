@@ -150,10 +150,10 @@ def test_kernels_run_on_parts_of_explicit_axes_and_nowhere_on_auto_axes(name):
 @pytest.mark.usefixtures("kernels")
 def test_explain_sees_the_mesh_on_which_arrays_lie():
     rows = place("Auto", ROWS[0], "device")
-    text = explain(softmax.softmax, rows)
+    text = str(explain(softmax.softmax, rows))
     assert "everywhere: xla" in text
     assert "not pallas_tpu: mesh axis 'device' is not manual" in text
-    parts = explain(softmax.softmax, place("Explicit", ROWS[0], "device"))
+    parts = str(explain(softmax.softmax, place("Explicit", ROWS[0], "device")))
     assert parts.startswith("softmax\n  cpu: pallas_cpu")
 
 

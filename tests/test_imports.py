@@ -76,12 +76,13 @@ import softlib
 given = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 labels = jax.ShapeDtypeStruct((2048,), jnp.int32)
 loss = lambda *arrays: softlib.losses.linear_softmax_cross_entropy(*arrays).sum()
-softlib.explain(jax.grad(loss), given(2048, 768), given(50_257, 768), labels)
+head = given(2048, 768), given(50_257, 768)
+print(softlib.explain(jax.grad(loss), *head, labels))
 array = given(2, 1024, 4, 64)
 attend = lambda *arrays: softlib.attention.dot_product_attention(
     *arrays, is_causal=True
 ).sum()
-softlib.explain(jax.grad(attend), array, array, array)
+print(softlib.explain(jax.grad(attend), array, array, array))
 print("loaded:", "jax.experimental.pallas" in sys.modules)
 """
 

@@ -233,7 +233,7 @@ def test_key_heads_that_divide_the_devices_are_repeated():
 def test_explain_shows_what_each_step_runs():
     (query, key, value), sinks = arrays()
     call = divided(masks.Causal(), "ring", "contiguous", True)
-    text = softlib.explain(call, query, key, value, sinks)
+    text = str(softlib.explain(call, query, key, value, sinks))
     assert "dot_product_attention" in text
     assert "xla" in text
 

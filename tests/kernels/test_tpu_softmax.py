@@ -224,9 +224,8 @@ def test_any_number_of_axes_before_the_row(shape, monkeypatch):
     assert_close(lse, oracle.logsumexp(np.asarray(x)), dtype="float32", length=130)
 
 
-def test_explain_tells_the_tiles(capsys):
-    text = softlib.explain(lambda x: (softmax(x), logsumexp(x)), LARGE)
-    capsys.readouterr()
+def test_explain_tells_the_tiles():
+    text = str(softlib.explain(lambda x: (softmax(x), logsumexp(x)), LARGE))
     assert text.count("tpu: pallas_tpu") == 2
     assert "pallas_tpu: tiles of 512 rows x 1024 columns" in text
 
@@ -244,10 +243,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("reason", REFUSALS)
-def test_what_it_cannot_do_it_says(reason, capsys):
+def test_what_it_cannot_do_it_says(reason):
     call, shape, dtype = REFUSALS[reason]
-    text = softlib.explain(call, jax.ShapeDtypeStruct(shape, dtype))
-    capsys.readouterr()
+    text = str(softlib.explain(call, jax.ShapeDtypeStruct(shape, dtype)))
     assert f"not pallas_tpu: {reason}" in text
 
 

@@ -308,7 +308,7 @@ def test_arrays_divided_under_plain_jit(spec, kind):
 
 def test_explain_names_the_operation():
     hidden, weight, labels = small()
-    text = softlib.explain(jax.grad(mean), hidden, weight, labels)
+    text = str(softlib.explain(jax.grad(mean), hidden, weight, labels))
     assert "linear_sum_with_gradients\n  everywhere: xla" in text
 
 

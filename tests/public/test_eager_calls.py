@@ -23,7 +23,7 @@ COMPILING = {
     "softlib.losses.projected_gradient_ascent": "its loop calls the caller's function",
 }
 NOT_CALLED = {
-    "softlib.explain": "prints what it is called with, and computes nothing",
+    "softlib.explain": "traces what it is called with, and computes nothing",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
 }
 NOT_REVERSED = {

@@ -14,7 +14,7 @@ from tests.example_calls import FUNCTIONS, Call
 
 # Why a function cannot be called here, or not with other dtypes than in its example.
 NOT_AT_ALL = {
-    "softlib.explain": "prints what it is called with",
+    "softlib.explain": "gives names, and no arrays",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
 }
 NOT_MIXED = {

@@ -13,7 +13,7 @@ from tests import example_calls, public_names
 from tests.heads import of_stored
 
 NOT_CALLED = {
-    "softlib.explain": "prints what it is called with, and computes nothing",
+    "softlib.explain": "traces what it is called with, and computes nothing",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
     "softlib.implementations": "computes nothing",
 }
