@@ -135,7 +135,7 @@ def normmax(
         alpha = jnp.where(alpha > 1, alpha, jnp.nan)
         scale, power = (alpha / (alpha - 1))[..., None], 1 / alpha[..., None]
         own = 2 - 1 / alpha
-    # Shifted first, so that scaling rounds differences and not what is common.
+    # Subtracts the maximum before scaling, so that only differences are rounded.
     d = z - lax.stop_gradient(top_score(z))
     counts = d != -jnp.inf  # an infinite score has no derivative by the scale
     d = jnp.where(counts, jnp.where(counts, d, 0) * scale, -jnp.inf)
@@ -155,8 +155,8 @@ def _budget_sparsemax(
     counts = z > -jnp.inf
     full = budget >= counts.sum(-1, dtype=budget.dtype)
     level = _level(z - top, budget, ~full)
-    # About the threshold and not about the maximum: far below that, differences to it
-    # are too coarse to add up to the budget. The shift is what rounds off.
+    # Relative to the threshold, not to the maximum: far below that, differences are too
+    # coarse to add up to the budget. `shift` is the rounding error of the threshold.
     threshold = top - level[..., None]
     about = z - threshold
     shift = level - (top - threshold)[..., 0]
@@ -183,7 +183,7 @@ _budget_sparsemax.defjvp(_budget_sparsemax_jvp)
 
 
 def _newton(blocks: Array, c: Array, budget: Array) -> tuple[Array, Array]:
-    """A step for the sum of clip(c + d, 0, 1), and that sum."""
+    """Newton's step for the sum of clip(c + d, 0, 1) to be the budget, and the sum."""
     w = c[..., None, None] + blocks
     free = (w > 0) & (w < 1)
     total, count = sums(jnp.clip(w, 0, 1), free.astype(w.dtype))
@@ -195,7 +195,7 @@ def _level(
     budget: Float[Array, "*rows"],
     active: Bool[Array, "*rows"],
 ) -> Float[Array, "*rows"]:
-    """The c for which the sum of clip(c + d, 0, 1) is the budget, to rounding."""
+    """The c for which the sum of clip(c + d, 0, 1) is the budget, up to rounding."""
     blocks, eps = cut(d), jnp.finfo(d.dtype).eps
 
     def step(state):

@@ -1,4 +1,4 @@
-"""Gates that go from all experts to few: by a temperature, then by a cut."""
+"""Gates that move from all experts to few: by a temperature, then by a threshold."""
 
 import math
 from collections.abc import Callable
@@ -152,7 +152,7 @@ def sparsify_gates(
     values = entries.rows(values)
     bad = jnp.isnan(values).any(-1, keepdims=True)
     sized = jnp.where(bad, 0, values)
-    sized = jnp.where(sized > 0, sized, -jnp.inf)  # what is 0 needs no place
+    sized = jnp.where(sized > 0, sized, -jnp.inf)  # 0 is never selected
     kept = sized > -jnp.inf
     if top_k is not None:
         checks.require_positive_integer(function, "top_k", top_k)
@@ -235,7 +235,7 @@ def temperature_schedule(
 def temperature_of_rows(
     function: str, entries: Entries, temperature: PerRow
 ) -> float | Array:
-    """A positive number, or an array with axes of length 1 for a row."""
+    """The checked temperature: a number, or an array that broadcasts to the scores."""
     if isinstance(temperature, int | float):
         checks.require_positive_number(function, "temperature", temperature)
         return float(temperature)
@@ -244,9 +244,9 @@ def temperature_of_rows(
 
 
 def tempered(entries: Entries, scores: Array, tau: float | Array) -> Array:
-    """`scores / tau`, minus the largest of the row: softmax does not change.
+    """`scores / tau` minus their largest of the row, which softmax does not see.
 
-    Whatever the temperature, neither the quotients nor their slopes overflow.
+    At no temperature do the quotients or their derivatives overflow.
     """
     counts = scores != -jnp.inf
     scores = jnp.where(counts, scores, 0)

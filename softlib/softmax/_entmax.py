@@ -198,7 +198,7 @@ def _entmax(z: Float[Array, "*rows V"], s: Float[Array, "*rows"]) -> Solution:
     d = z - top_score(z)
     log_top = _log_top(d, s)
     log_p, on, _ = log_probability(d, s[..., None], log_top[..., None])
-    # NaN, of the scores or of alpha, is not on the support.
+    # A NaN of scores or alpha counts as outside the support.
     bad = jnp.isnan(d) | jnp.isnan(s)[..., None]
     p = jnp.where(on, jnp.exp(log_p), jnp.where(bad, jnp.nan, 0))
     return Solution(normalized(p), log_top)
@@ -231,7 +231,7 @@ def _slope_in_alpha(p: Array, log_p: Array, slope: Array, s: Array) -> Array:
     """The derivative of p with the threshold fixed: -p l^2 (e^u - 1 - u) / u^2.
 
     Here l = log p and u = -s l, and p e^u is p^(2 - alpha). The quotient as written
-    loses everything for a small u.
+    cancels for a small u.
     """
     u = -s * log_p
     near = jnp.abs(u) < 0.5
@@ -246,12 +246,12 @@ def _slope_in_alpha(p: Array, log_p: Array, slope: Array, s: Array) -> Array:
 def log_probability(
     d: Float[Array, "*shape"], s: Float[Array, "..."], log_top: Float[Array, "..."]
 ) -> tuple[Array, Array, Array]:
-    """(log p, whether p > 0, 1 + s d / c); the first means nothing where p is 0.
+    """(log p, whether p > 0, 1 + s d / c); the first is undefined where p is 0.
 
-    `s` and `log_top` have axes of length 1 for those of a row.
+    `s` and `log_top` have length 1 on the axes of a row.
     """
     y = s * jnp.exp(-s * log_top) * d
-    on = y > -1  # False for NaN, which 0 * -inf is
+    on = y > -1  # False for NaN (0 * -inf)
     softmax = s == 0
     log_power = jnp.log1p(jnp.where(on, y, 0)) / jnp.where(softmax, 1, s)
     return log_top + jnp.where(softmax, d, log_power), on, 1 + y
@@ -266,8 +266,8 @@ def _log_top(
     least = -math.log(max(d.shape[-1], 1))  # of equal scores
     softmax = s == 0
     safe = jnp.where(softmax, 1, s)
-    # For alpha > 2 the norm is neither convex nor concave: Newton's iteration takes
-    # turns with bisection.
+    # For alpha > 2 the norm is neither convex nor concave: Newton's steps alternate
+    # with bisection.
     wild = s > 1
 
     def step(state):
@@ -275,9 +275,9 @@ def _log_top(
         log_p, on, w = log_probability(blocks, per_block(s), per_block(value))
         p = jnp.where(on, jnp.exp(log_p), 0)
         total, slopes = sums(p, jnp.where(on, p / jnp.where(on, w, 1), 0))
-        filled = jnp.where(total > 0, total, 1)  # empty rows, and bad ones
+        filled = jnp.where(total > 0, total, 1)  # 1 for empty rows and those with NaN
         slopes = jnp.where(slopes > 0, slopes, 1)
-        # c falls by this part of itself.
+        # The relative change of c.
         change = filled * jnp.expm1(-s * jnp.log(filled)) / slopes
         newton = value + jnp.where(softmax, -jnp.log(filled), jnp.log1p(change) / safe)
         low = jnp.where(total < 1, value, low)
@@ -288,7 +288,7 @@ def _log_top(
         ulp = eps * jnp.maximum(1, -value)
         off = (jnp.abs(total - 1) > 4 * eps) & (high - low > ulp)
         more = jnp.where(wild, off, jnp.abs(new - value) > TOLERANCE * ulp)
-        # A value that is good enough is kept: the next one may be half a bracket away.
+        # A converged value is kept: the next may be half a bracket away.
         active = active & more
         return jnp.where(active, new, value), low, high, active, count + 1
 

@@ -1,4 +1,4 @@
-"""What every map does first and last: checks, axes, dtypes, entries that do not count.
+"""Checks, axes and dtypes that all maps share, and entries that do not count.
 
 A map works in the dtype of the sums, float32 or float64, and returns the dtype of its
 argument. Entries where `where` is False, and scores of -inf, do not count: they get the
@@ -23,10 +23,10 @@ class Entries(NamedTuple):
     """The checked arguments of a map.
 
     Attributes:
-        x: In the dtype of the sums; what does not count may hold anything.
-        axes: The axes of a row, rising and not negative.
-        where: True for what counts, in the shape of `x`; None for all.
-        dtype: Of the result.
+        x: In the dtype of the sums; entries that do not count may hold anything.
+        axes: The axes of a row, ascending and not negative.
+        where: True for entries that count, in the shape of `x`; None for all.
+        dtype: The dtype of the result.
     """
 
     x: Array
@@ -63,24 +63,24 @@ class Entries(NamedTuple):
         return self.given_scores(self.x)
 
     def given_scores(self, x: Array) -> Array:
-        """The same of the argument as it was given, in its own dtype."""
+        """`scores` of the argument as it was given, in its own dtype."""
         return x if self.where is None else jnp.where(self.where, x, -jnp.inf)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The axes that are not those of a row."""
+        """Sizes of the axes that are not those of a row."""
         return tuple(n for i, n in enumerate(self.x.shape) if i not in self.axes)
 
     @property
     def size(self) -> int:
-        """Entries of a row."""
+        """Number of entries of a row."""
         return math.prod(self.x.shape[axis] for axis in self.axes)
 
     def result(self, y: Array) -> Array:
         return y.astype(self.dtype)
 
     def rows(self, y: Array) -> Array:
-        """(*rows, V) of an array in the shape of `x`: a row is the last axis."""
+        """Reshapes an array in the shape of `x` to (*rows, V)."""
         y = jnp.moveaxis(y, self.axes, range(-len(self.axes), 0))
         return y.reshape(*y.shape[: y.ndim - len(self.axes)], self.size)
 
@@ -90,10 +90,7 @@ class Entries(NamedTuple):
         return jnp.moveaxis(y, range(-len(self.axes), 0), self.axes)
 
     def per_row(self, function: str, name: str, value: ArrayLike) -> Array:
-        """An option with a value per row, in the dtype of the sums.
-
-        With as many axes as there are rows' axes, each of them whole or 1.
-        """
+        """A per-row option in the dtype of the sums; its axes broadcast to the rows."""
         value = jnp.asarray(value)
         checks.require_floating(function, **{name: value})
         why = "a number, or one value per row"
@@ -102,15 +99,15 @@ class Entries(NamedTuple):
         return value.reshape(axes).astype(self.x.dtype)
 
     def beside(self, value: Array) -> Array:
-        """What `per_row` gives, with axes of length 1 in the place of a row's."""
+        """A result of `per_row`, with axes of length 1 for those of a row."""
         return jnp.expand_dims(value, self.axes)
 
 
 def moderating(size: Array) -> Array:
-    """A power of two that takes numbers of this size away from the largest: mostly 1.
+    """A power of two that scales numbers of this size away from overflow; mostly 1.
 
     The reciprocal of one of the largest numbers is subnormal, which a processor may
-    take for 0, and the sum of two overflows.
+    flush to 0, and the sum of two overflows.
     """
     half = float(2.0 ** (jnp.finfo(size.dtype).maxexp // 2))
     return jnp.where(size > half, 1 / half, 1).astype(size.dtype)

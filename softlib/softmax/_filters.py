@@ -125,18 +125,18 @@ def top_p_logits(
 def _of_weight(
     scores: Float[Array, "*rows V"], top: Array, share: Array
 ) -> Bool[Array, "*rows V"]:
-    """True for the largest entries that together have the share of all weights."""
+    """True for the fewest largest entries whose weights add up to the share."""
     weights = jnp.exp(scores - top)
     weight = lambda kept: jnp.where(kept, weights, 0).sum(-1, keepdims=True)
-    # Nothing is never enough: the best entry is kept.
+    # At least the best entry is kept.
     wanted = share * weights.sum(-1, keepdims=True)
     wanted = jnp.maximum(wanted, jnp.finfo(weights.dtype).tiny)
     least = threshold(scores, lambda kept: weight(kept) >= wanted)
-    # Rounding of the sum never drops an entry when all are asked for.
+    # With a share of 1, rounding of the sum must not drop an entry.
     least = jnp.where(share >= 1, -jnp.inf, least)
 
     def room(above: Array, equal: Array) -> Array:
-        """How many of the equal entries are needed."""
+        """Number of the equal entries that are needed."""
         each = jnp.where(equal, weights, 0).max(-1, keepdims=True)
         missing = (wanted - weight(above)) / jnp.where(each > 0, each, 1)
         return jnp.clip(jnp.ceil(missing), 1, scores.shape[-1]).astype(jnp.int32)
@@ -192,7 +192,7 @@ def min_p_logits(
 
 
 class _Filtered:
-    """Rows of logits, and the logits with what was not kept at -inf."""
+    """Rows of logits, and the logits with -inf for entries that are not kept."""
 
     def __init__(self, function: str, x: Array, axis: Axis, where: Array | None):
         self._x, self._function = x, function
@@ -202,7 +202,7 @@ class _Filtered:
 
     @property
     def top(self) -> Array:
-        """(*rows, 1): the largest score, 0 if none counts."""
+        """The largest score, (*rows, 1); 0 if none counts."""
         top = self.scores.max(-1, keepdims=True, initial=-jnp.inf)
         return jnp.where(top > -jnp.inf, top, 0)
 
@@ -214,7 +214,7 @@ class _Filtered:
         return jnp.broadcast_to(value, rows)
 
     def share(self, name: str, value: PerRow) -> Array:
-        """(*rows, 1), in the dtype of the sums."""
+        """The checked share, (*rows, 1), in the dtype of the sums."""
         if isinstance(value, int | float):
             checks.require_scalar(self._function, name, value, 0, 1)
             return jnp.asarray(value, self.scores.dtype)

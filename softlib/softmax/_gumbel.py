@@ -74,7 +74,7 @@ def gumbel_softmax(
     scores = entries.scores + noise
     y = softmax(tempered(entries, scores, tau), entries.axes)
     if hard and logits.shape[axis]:
-        # Not the largest of y, whose entries may be equal at a high temperature.
+        # Not the argmax of y, whose entries may be equal at a high temperature.
         y = straight_through_one_hot(y, jnp.argmax(scores, axis), axis)
         y = jnp.where((scores != -jnp.inf).any(axis, keepdims=True), y, 0)
     return entries.result(y)
@@ -129,15 +129,15 @@ def straight_through_one_hot(
         checks.require_integer(function, index=index)
         checks.require_shape(function, "index", index, bad.shape, "without `axis`")
         bad = bad | (index < 0) | (index >= classes)
-    places = jnp.arange(classes).reshape([-1] + [1] * (probs.ndim - 1 - axis))
-    places = places.reshape([1] * axis + list(places.shape))
-    hot = (jnp.expand_dims(index, axis) == places).astype(probs.dtype)
+    ids = jnp.arange(classes).reshape([-1] + [1] * (probs.ndim - 1 - axis))
+    ids = ids.reshape([1] * axis + list(ids.shape))
+    hot = (jnp.expand_dims(index, axis) == ids).astype(probs.dtype)
     return _instead(probs, jnp.where(jnp.expand_dims(bad, axis), jnp.nan, hot))
 
 
 @jax.custom_jvp
 def _instead(probs: Array, hot: Array) -> Array:
-    """`hot`, differentiated as if it were `probs`."""
+    """The value of `hot` with the derivative of `probs`."""
     del probs
     return hot
 
@@ -275,7 +275,7 @@ def _concrete(
     axis: Axis,
     where: Array | None,
 ) -> tuple[tuple[int, ...], Array, Array, Array, float | Array, Array]:
-    """Axes, what counts, log x and logits (0 elsewhere), temperature, bad entries."""
+    """(axes, where, log x, logits, temperature, bad entries); arrays 0 elsewhere."""
     checks.require_floating(function, log_x=log_x, logits=logits)
     checks.require_shape(function, "logits", logits, log_x.shape, "that of `log_x`")
     dtype = accumulator_dtype(log_x, logits)

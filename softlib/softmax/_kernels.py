@@ -1,4 +1,4 @@
-"""The kernels of TPUs and GPUs for softmax and logsumexp, as implementations."""
+"""Adapters of the TPU and GPU kernels for softmax and logsumexp."""
 
 import functools
 import math
@@ -16,9 +16,9 @@ from softlib._dispatch import Implementation
 
 type Map = Literal["softmax", "logsumexp"]
 
-# Elements below which there is nothing to gain by a kernel.
+# With fewer elements a kernel gains nothing.
 LEAST = 1 << 20
-# Columns below which vectors are mostly empty.
+# With fewer columns vector registers are mostly empty.
 LEAST_COLUMNS = 128
 
 
@@ -37,8 +37,8 @@ def implementations(name: Map) -> tuple[Implementation, Implementation]:
         *batch, columns = z.shape
         rows = batch[-1] if batch else 1
         if rows % 8 and rows > 1:
-            # Memory holds rows in groups of 8: merging an axis of another length with
-            # the one before would copy the array.
+            # Memory tiles rows by 8: merging an axis of another length with the one
+            # before it would copy the array.
             found = jax.vmap(kernel)(z.reshape(-1, rows, columns))
         else:
             found = kernel(z.reshape(-1, columns))
@@ -67,7 +67,7 @@ def implementations(name: Map) -> tuple[Implementation, Implementation]:
 
 
 def _cut(z: Array) -> tuple[int, int]:
-    """Rows and columns."""
+    """Numbers of rows and columns."""
     return math.prod(z.shape[:-1]), z.shape[-1]
 
 

@@ -1,4 +1,4 @@
-"""Top-k gating with learned noise, and how likely each expert was to be selected."""
+"""Top-k gating with learned noise, and each expert's probability of selection."""
 
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def noisy_top_k_gating(
     bad = bad.any(-1, keepdims=True)
     v, u = jnp.where(bad, 0, v), jnp.where(bad, 0, u)
     scale = jax.nn.softplus(u) + noise_floor
-    # Drawn in the shape of `logits`, so that moving the axis moves the result only.
+    # Drawn in the shape of `logits`, so that the noise does not depend on `axis`.
     noise = None
     if key is not None:
         noise = last(jax.random.normal(key, logits.shape, v.dtype))
@@ -140,7 +140,7 @@ def _load(v: Array, scale: Array, noisy: Array, chosen: Array, k: int) -> Array:
     border = jnp.where(chosen, after, kth)
     free = border == -jnp.inf  # fewer than k others
     gap = v - jnp.where(free, 0, border)
-    # Beyond, the normal distribution is 0 or 1 in float64 too, and the quotient may
+    # Beyond it the normal distribution is 0 or 1 in float64 too, and the quotient may
     # overflow or be 0 / 0. The derivative divides by the square of the scale.
     least = float(jnp.finfo(v.dtype).tiny) ** 0.5
     certain = free | (jnp.abs(gap) >= 40 * scale) | (scale <= least)

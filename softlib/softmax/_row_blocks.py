@@ -1,8 +1,7 @@
-"""Softmax and logsumexp of all rows at once, or some rows at a time.
+"""Softmax and logsumexp of all rows at once, or of blocks of rows in turn.
 
-XLA passes over all rows three times, to find the maximum, the sum and the result. What
-does not fit a cache is then read three times from memory. Some rows at a time are read
-once and found in the cache after that.
+XLA passes over all rows three times, to find the maximum, the sum and the result. An
+array that does not fit the cache is read three times from memory, a block only once.
 """
 
 import math
@@ -20,14 +19,14 @@ from . import _kernels as kernels
 
 type Axes = tuple[int, ...]
 
-# Elements of one step: few enough for the shared cache, enough for all cores.
+# Elements of a block: few enough for the shared cache, enough for all cores.
 STEP = 1 << 20
 # XLA is as fast with fewer elements than this, measured on a CPU with 32 MiB of cache.
 LEAST = 1 << 25
 
 
 class Options(NamedTuple):
-    """What is static: the axes of a row, and the dtype of the result."""
+    """Static options: the axes of a row, and the dtype of the result."""
 
     axes: Axes
     dtype: Any
@@ -43,7 +42,7 @@ class Rows(NamedTuple):
 
     @property
     def wide(self) -> Array:
-        """In the dtype of the sums."""
+        """The scores in the dtype of the sums."""
         return self.z.astype(accumulator_dtype(self.z))
 
 
@@ -57,13 +56,13 @@ def _logsumexp(options: Options, operands: Rows) -> Array:
 
 def softmax_of(axes: Axes, z: Array) -> Array:
     y = jnp.exp(z - row_max(axes, z))
-    # The entry at the maximum gives 1: only the sum of an empty row is below it. XLA
-    # selects an entry of an array of one column at a time, and takes maxima of several.
+    # The largest entry adds 1, so only the sum of an empty row is below it. For arrays
+    # of one column XLA vectorises `maximum` but not `where`.
     return y / jnp.maximum(y.sum(axes, keepdims=True), 1)
 
 
 def logsumexp_of(axes: Axes, z: Array) -> Array:
-    """-inf for a row without an entry that counts, +inf for one with +inf."""
+    """The logsumexp: -inf for a row without scores above -inf, +inf for one with it."""
     top = row_max(axes, z)
     total = jnp.exp(z - top).sum(axes)
     top, empty = jnp.squeeze(top, axes), total == 0
@@ -72,13 +71,13 @@ def logsumexp_of(axes: Axes, z: Array) -> Array:
 
 
 def row_max(axes: Axes, z: Array) -> Array:
-    """With axes of length 1; of a row without a score something to subtract.
+    """The maximum of each row with axes kept; the least finite number if it is -inf.
 
-    The smallest finite number is where the reduction starts: a selection after it would
-    keep XLA on a CPU from its own kernel for exp(z - max(z)).
+    The reduction starts from that number: a `where` after it would keep XLA on CPUs
+    from using its fused kernel for exp(z - max(z)).
     """
     least = jnp.asarray(jnp.finfo(z.dtype).min, z.dtype)
-    if all(z.shape[axis] == 1 for axis in axes):  # XLA would forget the start
+    if all(z.shape[axis] == 1 for axis in axes):  # XLA would drop the start value
         return jnp.maximum(z, least)
     return jnp.expand_dims(lax.reduce(z, least, lax.max, axes), axes)
 
@@ -153,7 +152,7 @@ SOFTMAX = Operation(
     (
         *kernels.implementations("softmax"),
         Implementation("xla", _softmax),
-        # Not chosen by itself: only the caller knows that the argument is donated.
+        # Only by name: only the caller knows that the argument is donated.
         Implementation("in_place", _softmax_in_place, _not_rows),
     ),
 )

@@ -1,4 +1,4 @@
-"""Softmax that knows how near its input is to the training data (SDM)."""
+"""Softmax that depends on the distance of its input to the training data (SDM)."""
 
 from typing import Literal
 
@@ -133,7 +133,7 @@ def _scaled(
     axis: Axis,
     where: Array | None,
 ) -> tuple[Entries, Array, Array]:
-    """The logits by `d`, relative to the largest, and `log(2 + q)`."""
+    """The logits times `d`, relative to the largest, and `log(2 + q)`."""
     entries = Entries.of(function, x, axis, where)
 
     def statistic(name: str, value: ArrayLike) -> Array:

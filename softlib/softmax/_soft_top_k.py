@@ -125,7 +125,7 @@ def log_soft_top_k_of(
     alpha: PerRow,
     where: Array | None = None,
 ) -> Array:
-    """`log_soft_top_k` under the name of a function that calls it."""
+    """`log_soft_top_k`, with the caller's name in error messages."""
     entries, solved = _solve(function, x, k, axis, alpha, where)
     log_z = jnp.where(
         solved.inside, jax.nn.log_sigmoid(solved.u), jnp.log(solved.whole)
@@ -133,16 +133,16 @@ def log_soft_top_k_of(
     return entries.result(entries.unrows(jnp.where(solved.bad, jnp.nan, log_z)))
 
 
-# Steps by sums that are inexact where sigmoids are steps. Three to five are usual.
+# Most quick steps, whose sums are inexact where sigmoids saturate; 3 to 5 are usual.
 _QUICK = 6
 
 
 class _Solved(NamedTuple):
-    """Rows: the arguments of the sigmoids, and where these do not decide.
+    """The arguments of the sigmoids, and the entries that are 0 or 1 instead.
 
     Attributes:
-        u: Finite everywhere; 0 where it does not decide.
-        inside: Where the value is the sigmoid of `u`.
+        u: Arguments of the sigmoids, finite; 0 where not `inside`.
+        inside: True where the value is the sigmoid of `u`.
         whole: The value elsewhere, 0 or 1.
         bad: Rows that are NaN.
     """
@@ -176,7 +176,7 @@ def _solve(
 
 
 def _per_row(function: str, name: str, value: PerRow, scores: Array) -> Array:
-    """(*rows, 1), in the dtype of the scores."""
+    """A checked per-row option, (*rows, 1), in the dtype of the scores."""
     if isinstance(value, int | float):
         checks.require_positive_number(function, name, value)
         value = jnp.asarray(value, scores.dtype)
@@ -191,7 +191,7 @@ def _per_row(function: str, name: str, value: PerRow, scores: Array) -> Array:
 
 
 def _of_rank(x: Array, rank: int | Array) -> Array:
-    """(*rows, 1): the entry of this rank, 0 in a row where that is -inf."""
+    """The entry of this rank, (*rows, 1); 0 in a row where it is -inf."""
     if x.shape[-1] == 0:
         return jnp.zeros((*x.shape[:-1], 1), x.dtype)
     if not isinstance(rank, int):
@@ -205,22 +205,22 @@ def _of_rank(x: Array, rank: int | Array) -> Array:
 def _sigmoid_arguments(x: Array, k: Array, alpha: Array, anchor: Array) -> Array:
     """The `alpha (x + t)` of each row; -inf for entries of -inf, which do not count.
 
-    `anchor` is any number near the threshold; it changes no result but for rounding.
+    `anchor` is any number near the threshold; it only affects rounding.
     """
     if x.shape[-1] == 0:
         return x
     number = number_of(x > -jnp.inf).astype(x.dtype)
-    # Relative to the entry of rank k, next to which a threshold that matters lies: the
-    # search then sees differences of scores, whatever is added to all of them.
+    # Relative to the entry of rank k, which is near the threshold: so a constant added
+    # to all scores does not affect the search.
     y = alpha * (x - anchor)
-    # Below the first no term of the sum reaches k / number, above the second all do.
+    # Below `low` no term of the sum reaches k / number, above `high` all do.
     top = y.max(-1, keepdims=True)
     bottom = jnp.where(y > -jnp.inf, y, jnp.inf).min(-1, keepdims=True)
     some = number > 0
     low = jnp.where(some, -top - jnp.log(number / k), 0)
     high = jnp.where(some, -bottom + jnp.log(number / (number - k)), 0)
     t = jnp.clip(jnp.zeros_like(low), low, high)
-    # Most of the way by sums that cost a third.
+    # First with quick sums, which cost a third.
     t = _root(lambda t: _quick_step(y + t, k), low, high, t, _QUICK)
     t = _root(lambda t: _newton_step(y + t, k), low, high, t)
     return y + t
@@ -233,12 +233,12 @@ def _root(
     t: Array,
     most: int | None = None,
 ) -> Array:
-    """Finds where a rising function is 0 in [low, high], by Newton's steps from t.
+    """The root in [low, high] of a rising function, by bracketed Newton steps from t.
 
-    `step(t)` is the step that the function's slope at t asks for, and whether the root
-    lies below t. Whatever the first says, the second keeps the root in a bracket: a
-    step out of it, or of more than half the one before, is one to its middle. A row
-    that has ended is left alone, so that rows do not depend on others.
+    `step(t)` gives Newton's step, and whether the root lies below t, which maintains
+    the bracket. A step that leaves the bracket, or is longer than half the one before,
+    is replaced by bisection. Finished rows do not change, so that rows do not depend on
+    each other.
     """
     eps = jnp.finfo(low.dtype).eps
     most = 4 * jnp.finfo(low.dtype).bits if most is None else most
@@ -251,7 +251,7 @@ def _root(
         t, low, high, last, is_open, count = state
         by, below = step(t)
         low, high = jnp.where(below, low, t), jnp.where(below, t, high)
-        # The error of a step is about its square, and the rounding of t.
+        # The error after a step is about its square plus the rounding of t.
         size = eps * jnp.maximum(1, abs(t))
         near = abs(by) <= jnp.maximum(eps**0.5 / 2, 2 * size)
         inside = (t + by > low) & (t + by < high) & (abs(by) <= last / 2)
@@ -284,7 +284,7 @@ def _(primals, tangents):
 
 
 def _quick_step(u: Array, k: Array) -> tuple[Array, Array]:
-    """`_newton_step` where sigmoids do not round to 0 or 1."""
+    """`_newton_step`, inexact where sigmoids round to 0 or 1."""
     z = jax.nn.sigmoid(u)
     total = z.sum(-1, keepdims=True)
     slope = total - (z * z).sum(-1, keepdims=True)
@@ -292,27 +292,27 @@ def _quick_step(u: Array, k: Array) -> tuple[Array, Array]:
 
 
 def _newton_step(u: Array, k: Array) -> tuple[Array, Array]:
-    """By what to raise all `u` so that sigmoids sum to k, and whether it is negative.
+    """Newton's step of all `u` for sigmoids that sum to k, and whether it is negative.
 
-    Exact also where all sigmoids round to 0 or 1: each is 1 or 0 and a small rest, and
-    rests are taken relative to the largest of them. With the whole ones and the rests
-    of both kinds, `more` is what exceeds k and `less` what is missing. The logarithm of
-    their ratio is nearly straight where exponentials are, and its slope at least 1/2.
+    Exact also where all sigmoids round to 0 or 1: each is 0 or 1 plus a small rest, and
+    rests are kept relative to the largest of them. The number of ones and the rests of
+    either sign give the excess over k, `more`, and the deficit, `less`. The logarithm
+    of their ratio is nearly linear, with a slope of at least 1/2.
     """
     far = abs(u)
     near = far.min(-1, keepdims=True)
     near = jnp.where(jnp.isfinite(near), near, 0)
     rest = jnp.exp(near - far)
     rest = rest / (1 + rest * jnp.exp(-near))
-    # Negative where the sigmoid is 1 without it.
+    # Negative where the sigmoid rounds to 1.
     rest = jnp.where(u > 0, -rest, rest)
     total = lambda y: y.sum(-1, keepdims=True)
     difference, both = total(rest), total(abs(rest))
     differences, squares = total(rest * abs(rest)), total(rest * rest)
-    # More than the rests can be; the exponential of all of `near` may overflow.
+    # Bounded well above the rests, since exp(near) may overflow.
     scale = jnp.exp(jnp.minimum(near, math.log(1e30)))
     whole = scale * (number_of(u > 0).astype(k.dtype) - k)
-    # Sums over one kind are half of a sum and a difference; a rest has the slope
+    # Sums over one sign are (sum ± difference) / 2; the slope of a rest is
     # rest (1 - rest).
     more = (both + difference) / 2 + jnp.maximum(whole, 0)
     less = (both - difference) / 2 + jnp.maximum(-whole, 0)

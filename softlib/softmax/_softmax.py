@@ -156,12 +156,12 @@ def logsumexp(
 
 
 def tempered(function: str, entries: Entries, temperature: PerRow) -> Array:
-    """The scores by the temperature, -inf where an entry does not count."""
+    """The scores divided by the temperature, -inf for entries that do not count."""
     if isinstance(temperature, int | float):
         checks.require_positive_number(function, "temperature", temperature)
         return entries.scores if temperature == 1 else entries.scores / temperature
     temperature = entries.beside(entries.per_row(function, "temperature", temperature))
-    # The score of an entry that does not count has no derivative by the temperature.
+    # Selected again: a score of -inf has no derivative by the temperature.
     scores = entries.scores
     absent = scores == -jnp.inf
     z = jnp.where(absent, 0, scores) / temperature
@@ -169,13 +169,13 @@ def tempered(function: str, entries: Entries, temperature: PerRow) -> Array:
 
 
 def _by_rows(options: Options, spec: PartitionSpec) -> tuple[PartitionSpec]:
-    """The spec that divides nothing within a row."""
+    """The spec without mesh axes at the axes of a row."""
     kept = (None if i in options.axes else axis for i, axis in enumerate(spec))
     return (PartitionSpec(*kept),)
 
 
 def _without_rows(options: Options, spec: PartitionSpec) -> PartitionSpec:
-    """The spec of one number per row."""
+    """The spec of an array with one value per row."""
     kept = (axis for i, axis in enumerate(spec) if i not in options.axes)
     return PartitionSpec(*kept)
 
@@ -189,7 +189,7 @@ def _softmax(options: Options, names: Implementations, z: Array) -> Array:
 def _(options, names, primals, tangents):
     (z,), (dz,) = primals, tangents
     axes, dtype = options
-    # What derivatives are made of is not rounded to the dtype of the result.
+    # For derivatives the probabilities are not rounded to the dtype of the result.
     y = _softmax(Options(axes, accumulator_dtype(z)), names, z)
     dz = jnp.where(z == -jnp.inf, 0, dz.astype(y.dtype))
     dy = y * (dz - (y * dz).sum(axes, keepdims=True))
@@ -198,7 +198,7 @@ def _(options, names, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _log_softmax(axes: tuple[int, ...], z: Array) -> Array:
-    # The difference first: the logarithm of the sum is small beside a large maximum.
+    # Subtracts the maximum first: beside a large one log(sum) would lose its digits.
     shifted = z - row_max(axes, z)
     total = jnp.exp(shifted).sum(axes, keepdims=True)
     return shifted - jnp.log(jnp.where(total == 0, 1, total))
@@ -222,7 +222,7 @@ def _logsumexp(options: Options, names: Implementations, z: Array) -> Array:
 def _(options, names, primals, tangents):
     (z,), (dz,) = primals, tangents
     axes, dtype = options
-    # Not exp(z - lse): the rounding of a large logsumexp would be in every weight.
+    # Not exp(z - lse): every weight would have the rounding error of a large lse.
     p = softmax_of(axes, z.astype(dtype))
     dz = jnp.where(z == -jnp.inf, 0, dz.astype(dtype))
     return _logsumexp(options, names, z), (p * dz).sum(axes)

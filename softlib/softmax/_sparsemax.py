@@ -24,9 +24,9 @@ from ._entries import Axis, Entries
 
 
 class Solution(NamedTuple):
-    """Probabilities, and the logarithm of the largest before rounding; rows last.
+    """Probabilities and the logarithm of the largest before rounding; rows are last.
 
-    The logarithm has no derivative: it belongs to those whose derivative is known.
+    The logarithm is not differentiated: the derivatives of its users are known.
     """
 
     p: Float[Array, "*rows V"]
@@ -188,7 +188,7 @@ def _(n, primals, tangents):
 
 
 def through(slope: Array, dz: Array) -> Array:
-    """(diag(s) - s s^T / sum(s)) dz."""
+    """The product (diag(s) - s s^T / sum(s)) dz."""
     total = slope.sum(-1, keepdims=True)
     mean = (slope * dz).sum(-1, keepdims=True) / jnp.where(total == 0, 1, total)
     return slope * (dz - mean)
@@ -197,7 +197,7 @@ def through(slope: Array, dz: Array) -> Array:
 def top_score(z: Float[Array, "*rows V"]) -> Float[Array, "*rows 1"]:
     """The largest entry, to be subtracted: 0 in an empty row, NaN in a bad one."""
     top = z.max(-1, keepdims=True, initial=-jnp.inf)
-    # inf - inf is NaN for the largest entries only; the whole row must be.
+    # inf - inf would be NaN for the largest entries only, not for the whole row.
     top = jnp.where(top == jnp.inf, jnp.nan, top)
     return jnp.where(top == -jnp.inf, 0, top)
 
@@ -217,7 +217,7 @@ def _root(n: int, d: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
         slope = w ** (n - 1) if n > 1 else (w > 0).astype(w.dtype)
         total, slopes = sums(w**n, slope)
         excess = total - (1 if n == 1 else total ** (1 - 1 / n))
-        # Rounding may pass the root by little; from below the next step is upwards.
+        # Rounding may pass the root slightly; the next step then goes back up.
         new = jnp.maximum(c - excess / jnp.where(slopes == 0, 1, slopes), least)
         return new, jnp.abs(new - c) > TOLERANCE * jnp.finfo(c.dtype).eps * c
 
@@ -225,18 +225,18 @@ def _root(n: int, d: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
 
 
 def most_steps(dtype) -> int:
-    """Enough for Newton's iteration on a convex function, whatever the scores.
+    """Number of Newton steps that suffices for a convex function of any scores.
 
-    In each step the product of value and slope falls to a quarter at most, from the
-    square of the length of a row at most, 2^64 with room to spare, to the rounding.
+    Each step divides the product of value and slope by at least 4: from the squared
+    length of a row (below 2^64) down to rounding.
     """
     return (64 + jnp.finfo(dtype).nmant) // 2 + 20
 
 
 def iterate(step, start: Array, most: int) -> Array:
-    """Applies `step(value) -> (new value, worth going on)` to each row until it is not.
+    """Applies `step(value) -> (new value, go on)` to each row until it says False.
 
-    A row that has come to rest is left alone, so that it does not depend on the others.
+    Finished rows do not change, so that rows do not depend on each other.
     """
 
     def body(state):
@@ -254,16 +254,16 @@ def iterate(step, start: Array, most: int) -> Array:
 
 
 def row_of(d: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """Something for each row, with its sharding; only for its shape."""
+    """An array with one entry per row and the rows' sharding; its values are unused."""
     return d.max(-1, initial=0)
 
 
-TOLERANCE = 8  # in units of the rounding; sums of a long row are off by as much
-BLOCK = 1024  # entries that are added one after another; then the sums of blocks
+TOLERANCE = 8  # in ulps, about the error of the sum of a long row
+BLOCK = 1024  # entries that are added in sequence, before the sums of blocks are
 
 
 def cut(d: Float[Array, "*rows V"]) -> Float[Array, "*rows K L"]:
-    """Rows in blocks, with entries of -inf to make the last one whole."""
+    """Rows cut into blocks, the last padded with -inf."""
     length = d.shape[-1]
     if length <= 2 * BLOCK:
         return d[..., None, :]
@@ -274,8 +274,8 @@ def cut(d: Float[Array, "*rows V"]) -> Float[Array, "*rows K L"]:
 
 
 def sums(*terms: Float[Array, "*rows K L"]) -> list[Float[Array, "*rows"]]:
-    """The sums of several arrays of blocks, in one pass over what they are made of."""
-    # Separate sums would each read, or one would write, what they have in common.
+    """The sums of several arrays of blocks, in one pass over their common input."""
+    # Separate sums would each recompute or re-read it.
     zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
     add = lambda a, b: tuple(map(jnp.add, a, b))
     return [

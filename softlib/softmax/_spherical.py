@@ -118,6 +118,6 @@ def _checked(
 
 
 def _square(z: Array, size: Array, epsilon: Array) -> Array:
-    """(z^2 + epsilon) / size^2."""
+    """The weights (z^2 + epsilon) / size^2."""
     factor = moderating(size)
     return (z * factor / (size * factor)) ** 2 + epsilon / size / size

@@ -105,7 +105,7 @@ def _stablemax(axes: tuple[int, ...], x: Array) -> Array:
 def _(axes, primals, tangents):
     (x,), (dx,) = primals, tangents
     p = _stablemax(axes, x)
-    # Not by way of s: the square of its sum overflows.
+    # Not through s: the square of its sum overflows.
     dlog = dx / distance(x)
     return p, p * (dlog - (p * dlog).sum(axes, keepdims=True))
 
@@ -128,9 +128,9 @@ def _(axes, primals, tangents):
 
 
 def stable_weight(x: Array) -> Array:
-    """The s of StableMax; 0 for -inf. JAX differentiates it exactly."""
-    # No branch overflows or divides by 0 where the other is taken: 1 + |x| >= 1, so
-    # that neither derivative is NaN, and at 0 there is one branch, of slope 1.
+    """The weight s of StableMax; 0 for -inf. JAX differentiates it exactly."""
+    # Neither branch overflows or divides by 0 where the other is taken, since
+    # 1 + |x| >= 1, so no derivative is NaN; at 0 both have slope 1.
     u = distance(x)
     return jnp.where(x < 0, 1 / u, u)
 
@@ -142,10 +142,10 @@ def log_stable_weight(x: Array) -> Array:
 
 
 def distance(x: Array) -> Array:
-    """1 + |x|, with the slope 1 at 0 that jnp.abs does not have."""
+    """1 + |x|, with slope 1 at 0, unlike `jnp.abs`."""
     return jnp.where(x < 0, 1 - x, 1 + x)
 
 
 def _positive(total: Array) -> Array:
-    """A sum of s as a divisor: 1 in a row without entries, NaN if it overflowed."""
+    """The sum of s as a divisor: 1 in a row without entries, NaN if it overflowed."""
     return jnp.where(total == jnp.inf, jnp.nan, jnp.where(total == 0, 1, total))

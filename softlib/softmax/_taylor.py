@@ -117,7 +117,7 @@ def log_taylor_softmax(
 
 
 def log_normalized(y: Array, counts: Array, axes: tuple[int, ...]) -> Array:
-    """Logarithms of what adds up to 1, from those of what does not; -inf elsewhere."""
+    """Normalised log-probabilities of log-weights `y`, -inf where not `counts`."""
     low = jnp.where(counts, y, -jnp.inf)
     top = lax.stop_gradient(low.max(axes, keepdims=True, initial=-jnp.inf))
     top = jnp.where(top == -jnp.inf, 0, top)
@@ -140,7 +140,7 @@ def _entries(
 
 
 def finite_scores(entries: Entries) -> tuple[Array, Array]:
-    """Scores with 0 for those that do not count, NaN for +inf; and which count."""
+    """Scores, 0 if they do not count and NaN for +inf; and the mask of those that do."""
     counts = entries.scores > -jnp.inf
     counts = counts | jnp.isnan(entries.scores)
     z = jnp.where(counts, entries.scores, 0)
@@ -152,7 +152,7 @@ def _nodes(order: int) -> np.ndarray:
 
 
 def _integral(z: Array, size: Array, order: int) -> Array:
-    """T_n(z) n! / (size + largest node)^n."""
+    """The polynomial T_n(z) n! / (size + largest node)^n, a sum over nodes."""
     nodes, weights = np.polynomial.laguerre.laggauss(order // 2 + 1)
     factor = moderating(size)
     inverse = 1 / ((size + nodes[-1]) * factor)

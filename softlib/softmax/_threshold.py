@@ -1,8 +1,8 @@
-"""The score at which the largest entries of a row have a given number, or weight.
+"""The threshold above which the entries of a row have a given number, or weight.
 
-A sort costs far more than what is asked for. How much weighs what is at least t falls
-as t rises, so the last t at which it is still enough is found bit by bit, in as many
-passes over the row as a score has bits; no two scores lie between.
+This avoids a sort. The weight of the entries that are at least t falls as t rises, so
+the largest t for which it is enough is found bit by bit, in as many passes over the row
+as a score has bits.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib._compiled_once import compiled_once
 from softlib._largest import largest
 
-# Up to so many a partial sort is quicker.
+# Up to this number of entries a partial sort is quicker.
 _FEW = 128
 
 
@@ -25,34 +25,33 @@ def threshold(
 ) -> Float[Array, "*rows 1"]:
     """The largest t for which `enough(scores >= t)` is True; -inf if there is none.
 
-    `enough` is monotone, and False for nothing: what it takes, it takes with more.
+    `enough` is monotone (more entries keep it True) and False for no entries.
     """
     bits = scores.dtype.itemsize * 8
     unsigned = jnp.dtype(f"uint{bits}")
     high = jnp.asarray(1 << (bits - 1), unsigned)
 
-    # A place among the unsigned integers, in the order of the numbers. Below -inf and
-    # above +inf lie NaNs, and no score is at least one of them: right above, and below
-    # made right at the end.
-    def number(place: Array) -> Array:
-        raw = jnp.where(place >= high, place ^ high, ~place)
+    # Unsigned integers in the order of the floats. NaNs lie below -inf and above +inf;
+    # no score is at least NaN, which is right above, and corrected below at the end.
+    def number(code: Array) -> Array:
+        raw = jnp.where(code >= high, code ^ high, ~code)
         return lax.bitcast_convert_type(raw, scores.dtype)
 
-    def set_bit(i, place):
-        with_bit = place | (high >> jnp.asarray(i, unsigned))
-        return jnp.where(enough(scores >= number(with_bit)), with_bit, place)
+    def set_bit(i, code):
+        with_bit = code | (high >> jnp.asarray(i, unsigned))
+        return jnp.where(enough(scores >= number(with_bit)), with_bit, code)
 
-    # The first step outside: the carry has the sharding of what is found.
-    place = jnp.where(enough(scores >= 0), high, 0)
-    found = number(lax.fori_loop(1, bits, set_bit, place))
+    # The first step is outside the loop, so that the carry has the result's sharding.
+    code = jnp.where(enough(scores >= 0), high, 0)
+    found = number(lax.fori_loop(1, bits, set_bit, code))
     return jnp.where(jnp.isnan(found), -jnp.inf, found)
 
 
 class Cut(NamedTuple):
-    """Where the largest entries of a row end."""
+    """The bound of the largest entries of a row."""
 
-    least: Float[Array, "*rows 1"]  # what is above is among them, what is below not
-    last: Int[Array, "*rows 1"]  # of the entries that equal it those up to this index
+    least: Float[Array, "*rows 1"]  # entries above are among them, entries below not
+    last: Int[Array, "*rows 1"]  # entries equal to `least` are, up to this index
 
     def kept(self, scores: Float[Array, "*rows V"]) -> Bool[Array, "*rows V"]:
         """True for the largest entries; -inf is never one of them."""
@@ -81,8 +80,8 @@ def first_of_largest(
 ) -> Bool[Array, "*rows V"]:
     """True for the `k` largest entries of each row (the last axis), first index first.
 
-    Entries of -inf are never among them. An array `k` has one value per row. What is
-    True in a row with NaN has no meaning.
+    Entries of -inf are never among them. An array `k` has one value per row. The result
+    of a row with NaN is undefined.
     """
     if isinstance(k, int):
         return _first_of_largest(k, lax.stop_gradient(scores), None)
@@ -102,7 +101,7 @@ def _first_of_largest(
     else:
         k = jnp.broadcast_to(per_row, scores.shape[:-1])[..., None]
     if number is not None and number <= _FEW:
-        # Of equal entries a search finds the first, except that 0 comes before -0.
+        # top_k takes the first of equal entries, but 0 before -0.
         best, index = largest(scores, min(number, count))
         least = best[..., -1:]
         last = jnp.where(best == least, index, -1).max(-1, keepdims=True)
@@ -122,13 +121,13 @@ def cut(
     crowded: Bool[Array, "*rows 1"],
     room: Callable[[Array, Array], Array],
 ) -> Cut:
-    """Where `crowded`, `room(above, equal)` of those that equal `least` have room."""
+    """The bound at `least`; `crowded` rows keep `room(above, equal)` equal entries."""
 
     def by_index() -> Array:
         above, equal = scores > least, scores == least
-        place = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
+        rank = jnp.cumsum(equal, axis=-1, dtype=jnp.int32)
         index = lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-        kept = equal & (place <= room(above, equal))
+        kept = equal & (rank <= room(above, equal))
         found = jnp.where(kept, index, -1).max(-1, keepdims=True)
         return jnp.where(crowded, found, last)
 
@@ -141,6 +140,6 @@ def number_of(entries: Bool[Array, "*rows V"]) -> Int[Array, "*rows 1"]:
 
 
 def is_bad(scores: Float[Array, "*rows V"]) -> Bool[Array, "*rows 1"]:
-    """Rows with NaN or +inf."""
-    # Not by the maximum, which XLA on a CPU may find without a NaN of a long row.
+    """True for rows with NaN or +inf."""
+    # Not through the maximum, in which XLA on CPUs may lose a NaN of a long row.
     return ~(scores < jnp.inf).all(-1, keepdims=True)

@@ -137,7 +137,7 @@ def top_k_gating(
             f"{function}: `k` must be at most the size of `axis`, {x.shape[axis]}, "
             f"got {k}."
         )
-    # top_k tells zeros of different sign apart.
+    # top_k orders 0 before -0.
     unordered = gates.bad | (gates.selection == 0)
     selection = jnp.where(unordered, 0, gates.selection)
     best, indices = lax.top_k(lax.stop_gradient(selection), k)
@@ -195,6 +195,6 @@ class _Gates:
         return cls(entries, bias, bias_in)
 
     def weighted(self, kept: Array) -> Array:
-        """What the weights are a softmax of: -inf where not kept, NaN in bad rows."""
+        """The logits of the weights: -inf where not kept, NaN in bad rows."""
         scores = jnp.where(kept, self._weight, -jnp.inf)
         return nan_where(self.bad, scores)

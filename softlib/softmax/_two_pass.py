@@ -30,8 +30,8 @@ from softlib.numerics._two_pass import anchor_of, finite
 
 from ._entries import Axis, Entries
 
-# The sum of the terms below the largest is kept times 2^32: it may be almost as small
-# as a float can be, and what it is made of smaller still.
+# The sum of the terms below the largest is scaled by 2^32, since it may be near the
+# smallest floats, and its terms below them.
 _LIFT = 32.0
 
 
@@ -185,12 +185,12 @@ def _softmax(compensated: bool, z: Array) -> Array:
     if compensated:
         mantissa, error, exponent = exp_pair(*_difference(z, top))
         total, total_low = sum_pair(mantissa * power_of_two(exponent))
-        # Computed again: else XLA writes every intermediate of the pair to memory.
+        # Recomputed: XLA would write all intermediates of the pair to memory.
         mantissa, error, exponent = exp_pair(*_difference(_again(z), top))
         share = quotient(mantissa, error, _not_zero(total), total_low)
         return share * power_of_two(exponent)
     term, total = _terms(z, top)
-    # Not the term by the total: it would be rounded once more if it is not normal.
+    # Divides mantissas only: a subnormal term would be rounded twice.
     return (
         term.mantissa
         / _not_zero(total.mantissa)
@@ -212,7 +212,7 @@ def _log_softmax(compensated: bool, z: Array) -> Array:
     if compensated:
         high, low = exact_sum(_again(z), -finite(top))
         total, error = exact_sum(high, -first)
-        # Infinite where a difference is not finite, and then its errors are NaN.
+        # Where a difference is infinite its errors are NaN.
         return jnp.where(jnp.isfinite(total), total + (error + (low - rest)), total)
     return (z - finite(top)) - (first + rest)
 
@@ -246,12 +246,12 @@ def _(compensated, primals, tangents):
 
 
 def _of_present(z: Array, dz: Array) -> Array:
-    """Tangents, without those of entries that do not count: they may be anything."""
+    """Tangents, 0 for entries that do not count, whose own may be anything."""
     return jnp.where(z == -jnp.inf, 0, dz)
 
 
 def _log_of_others(compensated: bool, z: Array, top: Array) -> tuple[Array, Array]:
-    """log(1 + r) as a sum of two; r is the sum without its largest term, relative."""
+    """log(1 + r) as a sum of two; 1 + r is the sum relative to its largest term."""
     is_top = z == top
     if compensated:
         mantissa, _, exponent = exp_pair(*_difference(z, top))
@@ -263,7 +263,7 @@ def _log_of_others(compensated: bool, z: Array, top: Array) -> tuple[Array, Arra
         others = _again(jnp.where(is_top, 0, term.mantissa * power))
         others = others.sum(-1, keepdims=True)
         others, low = others / largest.mantissa, jnp.zeros_like(others)
-    # Further entries that are as large count 1 each.
+    # Further entries equal to the largest add 1 each.
     ties = jnp.maximum(is_top.sum(-1, keepdims=True) - 1, 0).astype(z.dtype)
     down = 2.0**-_LIFT
     total, error = exact_sum(ties, others * down)
@@ -274,7 +274,7 @@ def _log_of_others(compensated: bool, z: Array, top: Array) -> tuple[Array, Arra
 def _terms(z: Array, top: Array) -> tuple[ExtendedFloat, ExtendedFloat]:
     """The exponentials and their sum, relative to the anchor of the row."""
     term = near_exp(z - _anchor(top))
-    # 0 in an empty row, beside which its entries vanish.
+    # 0 in an empty row, relative to which its entries vanish.
     exponent = near_exp(finite(top) - _anchor(top)).exponent
     power = power_of_two(term.exponent - exponent)
     total = _again(term.mantissa * power).sum(-1, keepdims=True)
@@ -282,14 +282,14 @@ def _terms(z: Array, top: Array) -> tuple[ExtendedFloat, ExtendedFloat]:
 
 
 def _again(x: Array) -> Array:
-    """The same, as something new to XLA, that it does not fuse with what made it."""
+    """`x` behind a barrier, so that XLA does not fuse its use with its computation."""
     return lax.optimization_barrier(x)
 
 
 def _difference(z: Array, top: Array) -> tuple[Array, Array]:
     """The scores minus their largest, bounded below, with the rounding error."""
     high, low = exact_sum(z, -finite(top))
-    # What is far below vanishes; its error may be no number.
+    # Scores far below vanish; their error may be NaN.
     low = jnp.where(high > BELOW_EXACT_RANGE, low, 0)
     return jnp.maximum(high, BELOW_EXACT_RANGE), low
 

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm against a reference that is known beforehand."""
+"""Softmax and its logarithm relative to a reference that is known beforehand."""
 
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -19,7 +19,7 @@ from ._entries import Axis, Entries
 from ._softmax import log_softmax, softmax
 
 
-# For type checkers: what is returned depends on a flag.
+# For type checkers: the return type depends on a flag.
 class _Options(TypedDict, total=False):
     where: Array | None
     phi: PerRow
@@ -209,7 +209,7 @@ def _accumulator(
 def _evaluated(
     accumulator: UnifiedMax, entries: Entries, fallback: bool, *, is_log: bool
 ) -> tuple[Array, Array]:
-    """The result, and the flags of the rows."""
+    """The result, and the flag of each row."""
     given = entries.rows(entries.scores)
     # The derivative is that of the result, below: no branch is differentiated.
     z = lax.stop_gradient(given)
@@ -240,7 +240,7 @@ def _fast(
     phi = jnp.asarray(accumulator.phi, z.dtype)
     phi = jnp.broadcast_to(phi, z.shape[:-1])[..., None]
     total = jnp.where(state.sum == 0, 1, state.sum)[..., None]
-    # Selected on both sides: a reference of -inf would make NaN of an absent score.
+    # Selected before and after: a reference of -inf turns an absent score into NaN.
     absent = z == -jnp.inf
     z = jnp.where(absent, 0, z - phi)
     if is_log:
@@ -257,7 +257,7 @@ def _softmax_of(z: Array, y: Array) -> Array:
 @_softmax_of.defjvp
 def _(primals, tangents):
     y, dz = _softmax_of(*primals), tangents[0]
-    # What does not count may have any tangent.
+    # Entries that do not count may have any tangent.
     dz = jnp.where(primals[0] == -jnp.inf, 0, dz)
     return y, y * (dz - (y * dz).sum(-1, keepdims=True))
 
