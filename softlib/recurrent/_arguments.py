@@ -1,4 +1,4 @@
-"""Arguments of linear attention: checked, and grouped by the state that serves them."""
+"""Arguments of linear attention: checked, and grouped by state."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def prepare(
     initial_state: LinearAttentionState | None,
     precision: Precision,
 ) -> tuple[Options, LinearAttentionState | None, Queries, Keys]:
-    """Checks everything, groups the query heads by the state that they read.
+    """Checks all arguments and groups query heads by the state that they read.
 
     The factor of the queries is the normaliser as given, if it is an array.
     """
@@ -93,8 +93,8 @@ def prepare(
     if is_sum := given is None and normalizer == "sum":
         _feature_maps.require_positive(function, feature_map)
 
-    parts = jax.tree.leaves(initial_state)
-    dtype = accumulator_dtype(query, key, value, given, log_decay, *parts)
+    leaves = jax.tree.leaves(initial_state)
+    dtype = accumulator_dtype(query, key, value, given, log_decay, *leaves)
     is_own = isinstance(feature_map, str)
     options = Options(features, is_own, is_sum, dtype, query.dtype, precision)
     groups = heads // key_heads
@@ -114,7 +114,7 @@ def prepare(
 
 
 def inverted(queries: Queries) -> Queries:
-    """The factor of the queries turned from a divisor into what multiplies."""
+    """The queries with the reciprocal of their factor."""
     factor = queries.factor
     if factor is None:
         return queries

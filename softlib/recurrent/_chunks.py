@@ -22,24 +22,23 @@ def fold(
     before: Callable[[Any], Any] = lambda chunk: chunk,
     after: Callable[[Array], Array] = lambda output: output,
 ) -> tuple[Any, Any]:
-    """Runs `step` over chunks of `size` steps; the first chunk is the short one.
+    """Scans `step` over chunks of `size` steps; the first chunk may be shorter.
 
-    All leaves of `sequence` and of the outputs have their time on `axis` (not
-    negative). The first chunk runs outside the loop: it may be short, so that nothing
-    is padded, and it may start from no state, so that the state which the loop carries
-    has the sharding of what it is made from.
+    All leaves of `sequence` and of the outputs have time on `axis` (not negative). The
+    first chunk runs outside the loop: so nothing is padded, and without an initial
+    state the carry gets the sharding of the inputs.
 
-    `before` changes the layout of a chunk for `step`, and `after` that of each of its
-    outputs back, outside of the loop: for all chunks at once.
+    `before` changes the layout of a chunk for `step`, and `after` that of each output
+    back, outside the loop: for all chunks at once.
     """
     length = jax.tree.leaves(sequence)[0].shape[axis]
     count = max(-(-length // size), 1)  # an empty sequence is one empty chunk
     first = length - (count - 1) * size
-    part = lambda start, stop: jax.tree.map(
+    between = lambda start, stop: jax.tree.map(
         lambda a: lax.slice_in_dim(a, start, stop, axis=axis), sequence
     )
-    # Rematerialised: what a step needs for its gradient is as large as its scores.
-    state, outputs = jax.checkpoint(step)(state, before(part(0, first)))
+    # Rematerialised: the residuals of a step are as large as its scores.
+    state, outputs = jax.checkpoint(step)(state, before(between(0, first)))
     outputs = jax.tree.map(after, outputs)
     if count == 1:
         return state, outputs
@@ -53,9 +52,9 @@ def fold(
         shape = (*head.shape[:axis], length - first, *head.shape[axis + 1 :])
         return jnp.concatenate([head, chunks.reshape(shape)], axis=axis)
 
-    # A loop keeps its iterations apart, so that nothing can be merged across them.
+    # In a loop there is nothing to merge across iterations.
     body = jax.checkpoint(step, prevent_cse=False)
-    rest = jax.vmap(before)(jax.tree.map(cut, part(first, length)))
+    rest = jax.vmap(before)(jax.tree.map(cut, between(first, length)))
     state, chunks = lax.scan(body, state, rest)
     chunks = jax.tree.map(jax.vmap(after), chunks)
     return state, jax.tree.map(join, outputs, chunks)
@@ -64,16 +63,16 @@ def fold(
 def fold_steps(
     step: Step, state: Any, sequence: Any, *, axis: int, size: int
 ) -> tuple[Any, Any]:
-    """As `fold`, with a `step` of one step of time, which has no axis of time.
+    """`fold` with a `step` of a single time step, without a time axis.
 
-    The backward pass of a chunk keeps its states and recomputes the rest: on a CPU
+    The backward pass keeps the states of one chunk and recomputes the rest: on a CPU
     arithmetic is cheaper than memory.
     """
     body = jax.checkpoint(step, prevent_cse=False)
 
-    def chunk(state, part):
-        front = jax.tree.map(lambda a: jnp.moveaxis(a, axis, 0), part)
-        # The first one is apart for the same reasons as the first chunk.
+    def chunk(state, inputs):
+        front = jax.tree.map(lambda a: jnp.moveaxis(a, axis, 0), inputs)
+        # The first step is outside the loop for the same reasons as the first chunk.
         state, first = step(state, jax.tree.map(lambda a: a[0], front))
         outputs = jax.tree.map(lambda a: a[None], first)
         if jax.tree.leaves(front)[0].shape[0] > 1:

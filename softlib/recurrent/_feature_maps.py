@@ -86,10 +86,10 @@ def taylor_feature_map(
         lower = degrees[-1]
         total = lower.shape[-1]
         suffix = [math.comb(size - i + degree - 2, degree - 1) for i in range(size)]
-        parts = [
+        higher = [
             x[..., i : i + 1] * lower[..., total - suffix[i] :] for i in range(size)
         ]
-        degrees.append(jnp.concatenate(parts, axis=-1))
+        degrees.append(jnp.concatenate(higher, axis=-1))
     weights = [_weights(size, degree) for degree in range(len(degrees))]
     features = jnp.concatenate(degrees, axis=-1)
     scale = jnp.asarray(np.concatenate(weights), features.dtype)
@@ -108,7 +108,7 @@ def _weights(size: int, degree: int) -> np.ndarray:
 
 
 def elu1(x: Array) -> Array:
-    """elu(x) + 1; not through expm1, whose sum with 1 has no digits for small x."""
+    """elu(x) + 1; not through expm1, whose sum with 1 cancels far below 0."""
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
@@ -130,7 +130,7 @@ _NAMED: dict[str, tuple[Callable[[Array], Array], bool]] = {
 
 
 def resolve(function: str, feature_map: FeatureMap) -> Callable[[Array], Array]:
-    """The map as a function."""
+    """Returns the feature map as a function."""
     return _resolve(function, feature_map)[0]
 
 
@@ -146,7 +146,7 @@ def require_positive(function: str, feature_map: FeatureMap) -> None:
 
 @functools.lru_cache
 def _taylor(order: int) -> Callable[[Array], Array]:
-    """The same function for an order each time, for programs that are kept."""
+    """Returns the same function object for an order each time, for jit's cache."""
     return functools.partial(taylor_feature_map, order=order)
 
 

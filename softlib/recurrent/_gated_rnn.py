@@ -23,8 +23,7 @@ class _Options(TypedDict, total=False):
     initial_state: Array | None
 
 
-# The overloads tell type checkers what `return_state` returns; the signature that
-# counts is that of the implementation.
+# For type checkers: the return type depends on a flag.
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def quasi_lstm(
@@ -181,10 +180,10 @@ def quasi_lstm_matrix(
 
 
 def _log_decay(f: Array, alpha: Array | None) -> Array:
-    """Of the forget gate; a logarithm, since its sigmoid has no digits near 1."""
+    """The logarithm of the forget gate, which keeps the digits of gates near 1."""
     if alpha is None:
         return jax.nn.log_sigmoid(f)
-    # Not the power of a sigmoid, which underflows before its exponent can undo it.
+    # Not a power of the sigmoid, which may underflow first.
     return -jnp.broadcast_to(alpha.astype(f.dtype), f.shape) * jax.nn.softplus(f)
 
 

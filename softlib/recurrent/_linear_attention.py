@@ -33,9 +33,8 @@ class _Options(_NormalizedOptions, total=False):
     normalizer: Literal["sum", "none"] | Array
 
 
-# The overloads tell type checkers what `return_state` returns; the signatures that
-# count are those of the implementations. (A TypedDict may have more keys than it names,
-# hence the ignored errors.)
+# For type checkers: the return type depends on a flag. (A TypedDict may have more keys
+# than it names, hence the ignored errors.)
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def linear_attention(

@@ -38,8 +38,7 @@ class _Options(TypedDict, total=False):
     chunk_size: int | None
 
 
-# The overloads tell type checkers what `return_final_state` returns; the signature that
-# counts is that of the implementation.
+# For type checkers: the return type depends on a flag.
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def linear_recurrence(
@@ -146,7 +145,7 @@ def linear_recurrence(
     if not inputs.shape[axis]:
         start = jnp.zeros(without_time, dtype) if start is None else start
         return RecurrentResult(inputs, start) if return_final_state else inputs
-    # In front, with the length of the inputs; its other axes may stay 1.
+    # Time in front, with the length of the inputs; other axes may stay 1.
     decay = jnp.broadcast_to(
         decay, (*decay.shape[:axis], inputs.shape[axis], *decay.shape[axis + 1 :])
     )
@@ -178,7 +177,7 @@ def require_method(function: str, method: str, chunk_size: int | None) -> None:
 def tree(
     state: Array | None, chunk: tuple[Array, Array], axis: int = 0
 ) -> tuple[Array, Array]:
-    """(last state, all states) of decays and inputs, whose sizes may differ by 1s."""
+    """(last state, all states) by a parallel scan; decays and inputs broadcast."""
 
     def then(first, second):
         return first[0] * second[0], second[0] * first[1] + second[1]
@@ -205,7 +204,7 @@ def _sequential(
         state = decay * state + added
         return state, state
 
-    # The first step is apart: without an initial state it depends on no decay.
+    # The first step is outside: without an initial state it depends on no decay.
     first = inputs[0] if state is None else step(state, (decay[0], inputs[0]))[0]
     final, states = lax.scan(step, first, (decay[1:], inputs[1:]))
     return final, jnp.concatenate([first[None], states])

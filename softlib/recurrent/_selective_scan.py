@@ -1,4 +1,4 @@
-"""The selective state-space model (S6): a diagonal system that its input controls."""
+"""The selective state-space model (S6): a diagonal system controlled by its input."""
 
 from typing import Literal, TypedDict, Unpack, overload
 
@@ -16,8 +16,7 @@ from . import _chunks as __chunks
 from ._linear_recurrence import RecurrentResult
 from ._states import segment_sums
 
-# The backward pass holds the states of a chunk: a fourth of the steps of linear
-# attention, which does not.
+# A fourth of linear attention's: the backward pass holds all states of a chunk.
 CHUNK_SIZE = 32
 
 
@@ -27,8 +26,7 @@ class _Options(TypedDict, total=False):
     precision: Precision
 
 
-# The overloads tell type checkers what `return_state` returns; the signature that
-# counts is that of the implementation.
+# For type checkers: the return type depends on a flag.
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def selective_scan(
@@ -157,7 +155,7 @@ def _scanned(
 ) -> tuple[Array, Array]:
     """The last state and the outputs; A has the dtype of the arithmetic."""
     dtype, axis = A.dtype, sequence[0].ndim - 2
-    # Channels last, of which there are many more than states: rows of a vector unit.
+    # Channels last, since there are many more of them than states: fuller vectors.
     rates = A.T.reshape((1,) * axis + A.T.shape)
     start = None if start is None else jnp.swapaxes(start, -1, -2)
 

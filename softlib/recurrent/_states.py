@@ -47,19 +47,19 @@ class LinearAttentionState(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Batch axes, time, K key heads, G queries to each."""
+    """Queries with axes batch, time, K key heads, G queries per key head."""
 
     query: Array  # (..., T, K, G, H)
     factor: Array | None  # (..., T, K, G): multiplies the output
 
     def by_heads(self) -> "Queries":
-        """Time behind the heads, as products of matrices want it."""
+        """The queries with time behind the heads, for matrix products."""
         factor = None if self.factor is None else jnp.moveaxis(self.factor, -3, -1)
         return Queries(jnp.moveaxis(self.query, -4, -2), factor)
 
 
 class Keys(NamedTuple):
-    """Batch axes, time, K key heads."""
+    """Keys and values with axes batch, time, K key heads."""
 
     key: Array  # (..., T, K, H)
     value: Array  # (..., T, K, D)
@@ -67,7 +67,7 @@ class Keys(NamedTuple):
     mask: Array | None  # (..., T): False removes the token
 
     def by_heads(self) -> "Keys":
-        """Likewise; the mask is (..., 1, T)."""
+        """The keys with time behind the heads; the mask is (..., 1, T)."""
         key, value = (jnp.moveaxis(x, -3, -2) for x in (self.key, self.value))
         log_decay, mask = self.log_decay, self.mask
         log_decay = None if log_decay is None else jnp.swapaxes(log_decay, -1, -2)
@@ -101,7 +101,7 @@ def evaluate(
     queries: Queries,
     keys: Keys,
 ) -> tuple[LinearAttentionState, Array]:
-    """The state at the end and the output, (..., T, K, G, D)."""
+    """The final state and the output, (..., T, K, G, D)."""
     evaluated = _evaluated_once if options.is_own else _evaluated
     return evaluated(options, is_causal, axis, size, state, queries, keys)
 
@@ -131,7 +131,7 @@ def causal(
     axis: int,
     size: int,
 ) -> tuple[LinearAttentionState, Array]:
-    """Every query sees the keys up to its own."""
+    """Linear attention where every query sees the keys up to its own."""
 
     def step(state, chunk):
         queries, keys = chunk
@@ -172,7 +172,7 @@ def bidirectional(
     axis: int,
     size: int,
 ) -> tuple[LinearAttentionState, Array]:
-    """Every query sees every key; the two sequences may differ in length."""
+    """Linear attention where every query sees every key; lengths may differ."""
 
     def add(state, keys):
         key, value, _ = _prepared(options, keys)
@@ -201,7 +201,7 @@ def bidirectional(
 def one_step(
     options: Options, state: LinearAttentionState | None, queries: Queries, keys: Keys
 ) -> tuple[LinearAttentionState, Array]:
-    """The recurrence itself: one token (T = 1) is added, then read."""
+    """Adds one token (T = 1) to the state, then reads it."""
     queries, keys = queries.by_heads(), keys.by_heads()
     query = options.features(queries.query.astype(options.dtype))
     key, value, log_decay = _prepared(options, keys)
@@ -231,13 +231,13 @@ def matrix(
 
 
 def _prepared(options: Options, keys: Keys) -> tuple[Array, Array, Array | None]:
-    """Features of the keys, values, log decays; what is removed adds and decays nil."""
+    """Features of keys, values, log decays; all 0 for tokens that the mask removes."""
     key, value = keys.key.astype(options.dtype), keys.value.astype(options.dtype)
     log_decay = keys.log_decay
     log_decay = None if log_decay is None else log_decay.astype(options.dtype)
     if keys.mask is None:
         return options.features(key), value, log_decay
-    # Before the feature map as well: what a removed token holds may be NaN.
+    # Masked before the feature map as well: a removed token may hold NaN.
     key = _where(keys.mask, options.features(_where(keys.mask, key)))
     if log_decay is not None:
         log_decay = _where(keys.mask, log_decay)
@@ -247,22 +247,22 @@ def _prepared(options: Options, keys: Keys) -> tuple[Array, Array, Array | None]
 class _Decays(NamedTuple):
     """Products of decays within a chunk."""
 
-    between: Array  # (..., K, i, j): of j+1 ... i; 1 for i <= j
-    from_start: Array  # (..., K, i)
-    to_end: Array  # (..., K, j): of what follows j
-    whole: Array  # (..., K)
+    between: Array  # (..., K, i, j): decays j+1 ... i; 1 for i <= j
+    from_start: Array  # (..., K, i): decays up to i
+    to_end: Array  # (..., K, j): decays after j
+    whole: Array  # (..., K): all decays
 
 
 def _decays(log_decay: Array) -> _Decays:
     between = jnp.exp(segment_sums(log_decay))
-    # The last row; a sum, because an empty chunk has none.
+    # The last row, as a sum since an empty chunk has no last row.
     to_end = between[..., -1:, :].sum(-2)
     from_start = jnp.exp(jnp.cumsum(log_decay, axis=-1))
     return _Decays(between, from_start, to_end, jnp.exp(log_decay.sum(-1)))
 
 
 def segment_sums(terms: Float[Array, "*batch T"]) -> Float[Array, "*batch T T"]:
-    """S_ij = sum of the terms j+1 ... i, which is 0 for i <= j."""
+    """The sums S_ij of the terms j+1 ... i; 0 for i <= j."""
     shape = (*terms.shape, terms.shape[-1])
     later = jnp.broadcast_to(jnp.tri(*shape[-2:], k=-1, dtype=bool), shape)  # i > j
     return jnp.cumsum(jnp.where(later, terms[..., None], 0), axis=-2)
@@ -280,14 +280,14 @@ def _causal_weights(
 
 
 def _by_time(output: Array) -> Array:
-    """(..., K, G, i, D) -> (..., i, K, G, D)."""
+    """Transposes (..., K, G, i, D) to (..., i, K, G, D)."""
     return jnp.moveaxis(output, -2, -4)
 
 
 def _read(
     options: Options, state: LinearAttentionState, query: Array
 ) -> tuple[Array, Array | None]:
-    """What the state answers, and the sum of the scores that it stands for."""
+    """The product of the state with queries, and the sum of scores (None: not kept)."""
     numerator = options.product("...gis,...sd->...gid", query, state.memory)
     if state.normalizer is None:
         return numerator, None
@@ -313,15 +313,15 @@ def _with(
 
 
 def _factor(scores: Array | None, given: Array | None) -> Array | None:
-    """1 / eta, and 0 where eta is 0: nothing attends there."""
+    """1 / eta, 0 where eta is 0 (a query that sees no key)."""
     if scores is None:
         return given
     empty = scores == 0
     return jnp.where(empty, 0, reciprocal(jnp.where(empty, 1, scores)))
 
 
-# The rule of a division squares the denominator, which underflows for the sum of
-# features that are small but fine.
+# The derivative of a division squares the denominator, which underflows for sums of
+# small features.
 @jax.custom_jvp
 def reciprocal(x: Array) -> Array:
     return 1 / x
@@ -338,7 +338,7 @@ def _output(options: Options, numerator: Array, factor: Array | None) -> Array:
 
 
 def _times(array: Array | None, factor: Array | None) -> Array:
-    """`factor` has the leading axes of `array`; None is 1."""
+    """The product with a factor of the leading axes of `array`; None is 1."""
     assert array is not None
     if factor is None:
         return array
