@@ -10,8 +10,10 @@
 - `softlib.estimation`: small models, fitted with a stated guarantee.
 - `softlib.decoding`: drawing sequences from models.
 - `softlib.scoring`: judging given text by its log-probabilities.
+- `softlib.metrics`: measures of predictions and of training.
+- `softlib.mining`: batches whose labels are hard negatives of each other.
 - `softlib.information`: numbers about distributions.
-- `softlib.optim`: gradient transformations (loaded on first use, with optax).
+- `softlib.optim`: optimisation (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
 - `softlib.LinearLogits`: the logits of a linear head, a value that losses take and that
@@ -61,6 +63,8 @@ __all__ = [
     "losses",
     "masked_mean",
     "masks",
+    "metrics",
+    "mining",
     "nn",
     "numerics",
     "optim",
@@ -73,12 +77,23 @@ __all__ = [
 
 # Loaded on first use, so that `import softlib` is quick and needs neither flax nor a
 # test library. The imports below are for type checkers.
-_LAZY = ("decoding", "estimation", "nn", "optim", "scoring", "testing")
+_LAZY = (
+    "decoding",
+    "estimation",
+    "metrics",
+    "mining",
+    "nn",
+    "optim",
+    "scoring",
+    "testing",
+)
 
 if TYPE_CHECKING:
     from . import (
         decoding as decoding,
         estimation as estimation,
+        metrics as metrics,
+        mining as mining,
         nn as nn,
         optim as optim,
         scoring as scoring,

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Integer
 
+# The id that fills a list up.
+PADDING = -1
+
 
 def signed(ids: Any) -> Any:
     """Integers as int32, those of 64 bits as int64; other dtypes as they are.
@@ -41,3 +44,21 @@ def equal_ids(one: Any, other: Any) -> Any:
     unsigned, ids = (one, other) if kinds[0] else (other, one)
     wide = jnp.promote_types(unsigned.dtype, jnp.dtype(f"u{ids.dtype.name}"))
     return (ids >= 0) & (unsigned.astype(wide) == ids.astype(wide))
+
+
+def require_ids(
+    function: str, positives: Array, batch: tuple[int, ...], *, masks: bool = False
+) -> None:
+    """Raises unless `positives` are class ids of shape (*batch, K)."""
+    if not jnp.issubdtype(positives.dtype, jnp.integer):
+        or_mask = ", or a boolean mask over the classes" if masks else ""
+        raise TypeError(
+            f"{function}: `positives` must be class ids of an integer dtype{or_mask}, "
+            f"got {positives.dtype}."
+        )
+    if positives.ndim != len(batch) + 1 or positives.shape[:-1] != batch:
+        axes = ", ".join(map(str, (*batch, "K")))
+        raise ValueError(
+            f"{function}: `positives` must have shape ({axes}) (several per row), "
+            f"got {positives.shape}."
+        )

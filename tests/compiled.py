@@ -85,6 +85,7 @@ class _Package:
 
 information = _Package(softlib.information)
 losses = _Package(softlib.losses)
+metrics = _Package(softlib.metrics)
 of_head = _Package(heads.of_head)
 of_stored = _Package(heads.of_stored)
 nn = _Package(softlib.nn)

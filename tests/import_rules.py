@@ -16,7 +16,7 @@ ROWS = {"softmax", "masks", "information"}
 ENGINES = {"attention", "logits", "recurrent"}
 STUDIES = {"decoding", "scoring", "estimation"}
 APPLICATIONS = {"bandits", "logs"}
-MODELLESS = {"numerics", "losses"} | ROWS | ENGINES | STUDIES
+MODELLESS = {"numerics", "losses", "metrics", "mining"} | ROWS | ENGINES | STUDIES
 
 # Package -> what its files may import besides EVERYWHERE, the standard library, the
 # private files at the root of softlib, and its own files.
@@ -28,6 +28,8 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "attention": {"numerics", "pallas_kernels"} | ROWS,
     "logits": {"numerics", "pallas_kernels"},
     "recurrent": set(),
+    "metrics": set(),
+    "mining": set(),
     "losses": {"numerics", "logits"} | ROWS,
     **{name: {"numerics", "losses"} | ROWS | ENGINES for name in STUDIES},
     "optim": {"optax", "numerics", "losses"},

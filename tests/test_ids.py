@@ -6,7 +6,7 @@ import pytest
 
 from softlib import attention, masks
 from softlib._ids import equal_ids, labels_in_range, signed
-from tests.compiled import information, losses, nn, of_stored, scoring
+from tests.compiled import information, losses, metrics, nn, of_stored, scoring
 from tests.host import jnp
 
 ROWS, CLASSES = 4, 300
@@ -31,7 +31,7 @@ FUNCTIONS = {
     "contrastive": lambda ids: losses.global_contrastive_update(
         STATE, ids, LOGITS[:, :7], 0.5, gamma=0.5
     ),
-    "propensity": lambda ids: losses.propensity_scored_precision_at_k(
+    "propensity": lambda ids: metrics.propensity_scored_precision_at_k(
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3
     ),
     "fourier": lambda ids: nn.fourier_cross_entropy(

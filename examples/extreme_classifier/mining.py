@@ -16,7 +16,7 @@ from jax import Array
 from language_model.training import Stop
 from study import training
 
-from softlib import losses
+from softlib import losses, mining
 from softlib.numerics import balanced_kmeans
 
 from . import model as model_
@@ -49,7 +49,7 @@ def triplet(
     queries = model.query(words)
     drawn = unit(model.labels[...][jnp.where(labels < 0, 0, labels)])
     found = losses.in_batch_triplet_loss(
-        queries @ drawn.T, losses.in_batch_positives(positives, labels), where=where
+        queries @ drawn.T, mining.in_batch_positives(positives, labels), where=where
     )
     return found.sum() / jnp.maximum(where.sum(), 1)
 
@@ -97,7 +97,7 @@ def _clustered(
         np.random.default_rng(options.seed).permutation(len(trained))[: options.probes]
     )
     probes = _clusters(embedded[few], size, jax.random.key(options.seed))
-    batches = losses.ngame_batches(
+    batches = mining.ngame_batches(
         probes, batch_size=max(2, options.probes // 16), key=jax.random.key(1)
     )
     recall = _recall(embedded[few], embedded[few], batches)
@@ -108,7 +108,7 @@ def _clusters(x: Array, size: int, key: Array) -> Array:
     return jax.jit(balanced_kmeans, static_argnums=1)(x, size, key=key)
 
 
-_recall = jax.jit(losses.hard_negative_recall)
+_recall = jax.jit(mining.hard_negative_recall)
 
 
 class Batches:
@@ -124,7 +124,7 @@ class Batches:
         epoch, place = divmod(step, whole)
         if epoch != self._epoch:
             key = jax.random.fold_in(self._key, epoch)
-            batches = losses.ngame_batches(
+            batches = mining.ngame_batches(
                 self._clusters, batch_size=self._size, key=key
             )
             self._epoch, self._rows = epoch, np.asarray(batches)
@@ -133,5 +133,5 @@ class Batches:
         points = self._glosses.training[np.where(exists, rows, 0)]
         positives = jnp.asarray(self._glosses.positives[points])
         key = jax.random.fold_in(self._key, step)
-        labels = losses.draw_positives(key, positives)
+        labels = mining.draw_positives(key, positives)
         return self._glosses.words[points], positives, labels, jnp.asarray(exists)

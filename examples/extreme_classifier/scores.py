@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 import softlib
-from softlib import losses
+from softlib import metrics
 
 from .glosses import Glosses
 from .model import Classifier
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
 def measure(model: Classifier, glosses: Glosses) -> Scores:
     rows = slice(0, glosses.held_out)
-    p = losses.label_propensities(jnp.asarray(glosses.counts), len(glosses.training))
+    p = metrics.label_propensities(jnp.asarray(glosses.counts), len(glosses.training))
     words, positives = (jnp.asarray(a[rows]) for a in glosses[:2])
     found = _measure(model, words, positives, p)
     return Scores(*(tuple(float(x) for x in values) for values in found))
@@ -36,11 +36,11 @@ def _measure(
     model: Classifier, words: Array, positives: Array, propensities: Array
 ) -> Scores:
     ranking = softlib.logits.top_k(model(words), k=max(PLACES)).classes
-    scored = losses.propensity_scored_precision_at_k
+    scored = metrics.propensity_scored_precision_at_k
     return Scores(
-        tuple(losses.precision_at_k(ranking, positives, k=k).mean() for k in PLACES),
+        tuple(metrics.precision_at_k(ranking, positives, k=k).mean() for k in PLACES),
         tuple(scored(ranking, positives, propensities, k=k) for k in PLACES),
-        tuple(losses.recall_at_k(ranking, positives, k=k).mean() for k in PLACES),
+        tuple(metrics.recall_at_k(ranking, positives, k=k).mean() for k in PLACES),
     )
 
 
@@ -49,13 +49,13 @@ def always_the_most_frequent(glosses: Glosses) -> Scores:
     positives = jnp.asarray(glosses.positives[: glosses.held_out])
     best = jnp.argsort(-jnp.asarray(glosses.counts))[: max(PLACES)].astype(jnp.int32)
     ranking = jnp.broadcast_to(best, (len(positives), len(best)))
-    p = losses.label_propensities(jnp.asarray(glosses.counts), len(glosses.training))
-    scored = losses.propensity_scored_precision_at_k
+    p = metrics.label_propensities(jnp.asarray(glosses.counts), len(glosses.training))
+    scored = metrics.propensity_scored_precision_at_k
     mean = lambda measure: tuple(
         float(measure(ranking, positives, k=k).mean()) for k in PLACES
     )
     return Scores(
-        mean(losses.precision_at_k),
+        mean(metrics.precision_at_k),
         tuple(float(scored(ranking, positives, p, k=k)) for k in PLACES),
-        mean(losses.recall_at_k),
+        mean(metrics.recall_at_k),
     )

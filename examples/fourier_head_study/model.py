@@ -6,7 +6,8 @@ from flax import nnx
 from jax import Array
 
 from softlib.losses import softmax_cross_entropy
-from softlib.nn import FourierHead, smoothness_metric
+from softlib.metrics import smoothness_metric
+from softlib.nn import FourierHead
 
 from .options import Options
 

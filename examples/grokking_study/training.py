@@ -14,7 +14,7 @@ from jax import lax
 from language_model.checkpoints import Checkpoints, Record
 from language_model.training import Stop
 
-from softlib.losses import (
+from softlib.metrics import (
     naive_loss_minimization_alignment,
     softmax_collapse_fraction,
     zero_loss_fraction,

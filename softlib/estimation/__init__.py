@@ -8,8 +8,14 @@
   log-density, log-gate, responsibilities and M-step.
 - `gaussian_experts_hellinger_distance`, `voronoi_loss`, `voronoi_cells`,
   `gauge_fixed_experts`: how far an estimate is from the truth.
+- `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
+  about the error of a classifier; `comp_sum_transformation`, its inverse.
 """
 
+from ._comp_sum_bounds import (
+    comp_sum_regret_bound as comp_sum_regret_bound,
+    comp_sum_transformation as comp_sum_transformation,
+)
 from ._fit_gaussian_experts import (
     GaussianExpertsFit as GaussianExpertsFit,
     draw_gaussian_experts as draw_gaussian_experts,
@@ -46,6 +52,8 @@ __all__ = [
     "GaussianExpertsFit",
     "LabelShift",
     "SoftmaxRegressionFit",
+    "comp_sum_regret_bound",
+    "comp_sum_transformation",
     "draw_gaussian_experts",
     "fit_gaussian_experts",
     "fit_softmax_regression",

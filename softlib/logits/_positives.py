@@ -15,14 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softlib import _checks as checks
 from softlib._dtypes import common_dtype
-from softlib._ids import labels_in_range
+from softlib._ids import PADDING, labels_in_range, require_ids
 
 from ._engine.tile import RowStatistics
 from ._labelled_rows import rows_that_count, without_classes
 from ._sources import Source, StoredLogits
-
-# The id that fills a list up.
-PADDING = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,24 +143,6 @@ class Positives:
         if self.outside is not None:
             loss = jnp.where(self.outside, jnp.nan, loss)
         return loss if self.where is None else jnp.where(self.where, loss, 0)
-
-
-def require_ids(
-    function: str, positives: Array, batch: tuple[int, ...], *, masks: bool = False
-) -> None:
-    """Class ids (*batch, K)."""
-    if not jnp.issubdtype(positives.dtype, jnp.integer):
-        or_mask = ", or a boolean mask over the classes" if masks else ""
-        raise TypeError(
-            f"{function}: `positives` must be class ids of an integer dtype{or_mask}, "
-            f"got {positives.dtype}."
-        )
-    if positives.ndim != len(batch) + 1 or positives.shape[:-1] != batch:
-        axes = ", ".join(map(str, (*batch, "K")))
-        raise ValueError(
-            f"{function}: `positives` must have shape ({axes}) (several per row), "
-            f"got {positives.shape}."
-        )
 
 
 def _of_some(present: Array, where: Array | None) -> Bool[Array, "*batch"]:

@@ -38,8 +38,8 @@ class TopK(NamedTuple):
 def top_k(logits: Logits, *, k: int) -> TopK:
     """The k classes that each row puts first, and their logits.
 
-    The ranking that `precision_at_k` and its relatives look at. Of a linear head an
-    exact search among all labels, without the logits of its rows.
+    The ranking that `softlib.metrics.precision_at_k` and its relatives look at. Of a
+    linear head an exact search among all labels, without the logits of its rows.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`, whose

@@ -30,11 +30,7 @@ Several labels a row, and very many labels:
 - `multi_label_cross_entropy`, `multilabel_softmax_loss`
 - `decoupled_softmax_loss`, `one_versus_all_loss`
 - `soft_top_k_loss`, `sampled_softmax_loss`
-- batches whose labels are hard negatives of each other: `ngame_batches`,
-  `draw_positives`, `in_batch_positives`, `in_batch_triplet_loss`,
-  `hard_negative_recall`
-- how good a ranking is: `precision_at_k`, `recall_at_k`,
-  `propensity_scored_precision_at_k`, `label_propensities`
+- `in_batch_triplet_loss`: of batches that `softlib.mining` makes
 
 Two predictions at once:
 
@@ -52,7 +48,7 @@ Log-probabilities of sequences:
 - `negative_preference_loss`, `gradient_ascent_loss`: what is to be forgotten
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
 - `edit_invariant_sequence_loss`
-- `smoothed_token_loss`, `top_k_mean`: the worst tokens
+- `smoothed_token_loss`: the worst tokens weigh more
 - `trice_loss`, `trice_weights`: latent rationales
 
 A temperature per row:
@@ -69,35 +65,21 @@ Of logits, with other maps in the place of softmax:
 
 Heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
 
-Against adversaries, and what comp-sum losses guarantee:
+Against adversaries: `smooth_adversarial_comp_sum_loss`.
 
-- `smooth_adversarial_comp_sum_loss`, `projected_gradient_ascent`
-- `comp_sum_transformation`, `comp_sum_regret_bound`
+Of routers of experts:
 
-Numbers about training:
-
-- `softmax_collapse_fraction`, `zero_loss_fraction`, `naive_loss_minimization_alignment`
-- `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`: of routers
+- `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`
 """
 
 from ._adversarial import (
-    projected_gradient_ascent as projected_gradient_ascent,
     smooth_adversarial_comp_sum_loss as smooth_adversarial_comp_sum_loss,
-)
-from ._collapse import (
-    naive_loss_minimization_alignment as naive_loss_minimization_alignment,
-    softmax_collapse_fraction as softmax_collapse_fraction,
-    zero_loss_fraction as zero_loss_fraction,
 )
 from ._comp_sum import (
     comp_sum_from_log_prob as comp_sum_from_log_prob,
     comp_sum_loss as comp_sum_loss,
     generalized_cross_entropy_loss as generalized_cross_entropy_loss,
     mean_absolute_error_loss as mean_absolute_error_loss,
-)
-from ._comp_sum_bounds import (
-    comp_sum_regret_bound as comp_sum_regret_bound,
-    comp_sum_transformation as comp_sum_transformation,
 )
 from ._contrastive_temperature import (
     GlobalContrastiveState as GlobalContrastiveState,
@@ -129,12 +111,6 @@ from ._extreme import (
     decoupled_softmax_loss as decoupled_softmax_loss,
     multilabel_softmax_loss as multilabel_softmax_loss,
     soft_top_k_loss as soft_top_k_loss,
-)
-from ._extreme_metrics import (
-    label_propensities as label_propensities,
-    precision_at_k as precision_at_k,
-    propensity_scored_precision_at_k as propensity_scored_precision_at_k,
-    recall_at_k as recall_at_k,
 )
 from ._factored_spherical import (
     FactoredSphericalState as FactoredSphericalState,
@@ -176,13 +152,6 @@ from ._mixtures import (
 from ._multi_label import (
     multi_label_cross_entropy as multi_label_cross_entropy,
 )
-from ._negative_mining import (
-    draw_positives as draw_positives,
-    hard_negative_recall as hard_negative_recall,
-    in_batch_positives as in_batch_positives,
-    in_batch_triplet_loss as in_batch_triplet_loss,
-    ngame_batches as ngame_batches,
-)
 from ._one_versus_all import (
     one_versus_all_loss as one_versus_all_loss,
 )
@@ -213,7 +182,6 @@ from ._self_distillation import (
 )
 from ._smoothed import (
     smoothed_token_loss as smoothed_token_loss,
-    top_k_mean as top_k_mean,
 )
 from ._soft_bellman import (
     oreo_policy_loss as oreo_policy_loss,
@@ -234,6 +202,9 @@ from ._spherical_family import (
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
+)
+from ._triplet import (
+    in_batch_triplet_loss as in_batch_triplet_loss,
 )
 from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
@@ -257,13 +228,10 @@ __all__ = [
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
-    "comp_sum_regret_bound",
-    "comp_sum_transformation",
     "cv_squared",
     "decoupled_knowledge_distillation_loss",
     "decoupled_softmax_loss",
     "dpo_loss",
-    "draw_positives",
     "edit_invariant_sequence_loss",
     "entmax_loss",
     "factored_spherical_init",
@@ -276,13 +244,10 @@ __all__ = [
     "generalized_cross_entropy_loss",
     "global_contrastive_update",
     "gradient_ascent_loss",
-    "hard_negative_recall",
     "importance_loss",
-    "in_batch_positives",
     "in_batch_triplet_loss",
     "kl_to_reference",
     "knowledge_distillation_loss",
-    "label_propensities",
     "linear_softmax_cross_entropy",
     "load_balancing_loss",
     "log_spherical_softmax_from_statistics",
@@ -293,20 +258,14 @@ __all__ = [
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
     "multilabel_softmax_loss",
-    "naive_loss_minimization_alignment",
     "negative_preference_loss",
-    "ngame_batches",
     "normalized_distillation_loss",
     "one_versus_all_loss",
     "oreo_policy_loss",
     "oreo_value_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
-    "precision_at_k",
     "preference_margin",
-    "projected_gradient_ascent",
-    "propensity_scored_precision_at_k",
-    "recall_at_k",
     "robust_contrastive_loss",
     "robust_softmax_cross_entropy",
     "router_z_loss",
@@ -317,7 +276,6 @@ __all__ = [
     "smoothed_token_loss",
     "soft_bellman_residual",
     "soft_top_k_loss",
-    "softmax_collapse_fraction",
     "softmax_cross_entropy",
     "softmax_cross_entropy_sum",
     "softmax_focal_loss",
@@ -330,7 +288,6 @@ __all__ = [
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
-    "top_k_mean",
     "trice_loss",
     "trice_weights",
     "universal_self_distillation_loss",
@@ -338,6 +295,5 @@ __all__ = [
     "vq_token_counts",
     "z_loss",
     "z_loss_from_statistics",
-    "zero_loss_fraction",
     "zipf_soft_labels",
 ]

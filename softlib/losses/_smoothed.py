@@ -1,13 +1,12 @@
 """Token losses whose largest few weigh more: a smoother curve along the sequence."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
 from softlib._masked_mean import masked_mean
+from softlib.numerics import top_k_mean
 from softlib.typing import Scalar
 
 
@@ -56,78 +55,10 @@ def smoothed_token_loss(
     """
     function = "smoothed_token_loss"
     checks.require_scalar(function, "alpha", alpha, 0, jnp.inf)
-    values, where = _counted(function, "token_nll", token_nll, where)
-    worst = _top_k_mean(function, "num_largest", values, num_largest, where)
-    return masked_mean(values, where, -1) + jnp.asarray(alpha, values.dtype) * worst
-
-
-@array_arguments
-def top_k_mean(
-    values: Float[Array, "*batch T"],
-    k: int,
-    *,
-    where: Bool[Array, "..."] | None = None,
-) -> Float[Array, "*batch"]:
-    r"""Mean of the $k$ largest values along the last axis.
-
-    Of losses it is the conditional value at risk of level $1 - k / T$: what the worst
-    cases cost on average. $k = 1$ is the maximum, $k \geq T$ the mean.
-
-    Args:
-        values: Numbers of any sign; -inf and +inf are legal.
-        k: Static, at least 1. Where fewer values count, all of them are taken.
-        where: True for the values that count; broadcasts to `values`.
-
-    Returns:
-        The mean, float32 (float64 for float64 values); 0 where nothing counts, NaN
-        where a value that counts is NaN.
-
-    Raises:
-        TypeError: `values` is not floating, `where` not boolean, or `k` no Python int.
-        ValueError: `where` does not broadcast to `values`, or `k` is below 1.
-
-    Derivatives: any order: $1 / k$ for each of the largest, of equal ones the first.
-    Cost: a partial sort of each row.
-    Source: "Ethicist: Targeted Training Data Extraction Through Loss Smoothed Soft
-        Prompting and Calibrated Confidence Estimation", its second term.
-
-    Example:
-        >>> print(softlib.losses.top_k_mean(jnp.array([3.0, 1.0, 2.0, 9.0]), 2))
-        6.0
-    """
-    function = "top_k_mean"
-    values, where = _counted(function, "values", values, where)
-    return _top_k_mean(function, "k", values, k, where)
-
-
-def _counted(
-    function: str, name: str, values: Array, where: Array | None
-) -> tuple[Float[Array, "*batch T"], Bool[Array, "*batch T"]]:
-    """Values in the dtype of sums, 0 where they do not count."""
-    values = jnp.asarray(values)
-    checks.require_floating(function, **{name: values})
-    checks.require_rank(function, name, values, 1, "(..., T)")
-    mask = checks.checked_where(function, where, values.shape, f"that of `{name}`")
-    return jnp.where(mask, values, 0).astype(accumulator_dtype(values)), mask
-
-
-def _top_k_mean(
-    function: str,
-    name: str,
-    values: Float[Array, "*batch T"],
-    k: int,
-    where: Bool[Array, "*batch T"],
-) -> Float[Array, "*batch"]:
-    checks.require_positive_integer(function, name, k)
-    k = min(k, values.shape[-1])
-    if k == 0:
-        return values.sum(-1)
-    broken = (jnp.isnan(values) & where).any(-1)
-    # A NaN among the candidates would be sorted by its sign.
-    candidates = jnp.where(where & ~jnp.isnan(values), values, -jnp.inf)
-    largest = lax.top_k(candidates, k)[0]
-    count = where.sum(-1, dtype=jnp.int32)
-    # The largest come first, so what does not count is behind what does.
-    place = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), largest.shape)
-    kept = place < count[..., None]
-    return jnp.where(broken, jnp.nan, masked_mean(largest, kept, -1))
+    checks.require_positive_integer(function, "num_largest", num_largest)
+    checks.require_floating(function, token_nll=token_nll)
+    checks.require_rank(function, "token_nll", token_nll, 1, "(..., T)")
+    shape, why = token_nll.shape, "that of `token_nll`"
+    where = checks.checked_where(function, where, shape, why)
+    worst = top_k_mean(token_nll, k=num_largest, where=where)
+    return masked_mean(token_nll, where, -1) + jnp.asarray(alpha, worst.dtype) * worst

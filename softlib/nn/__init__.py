@@ -7,7 +7,7 @@
   `codebook_ema_update`, `codebook_state`, `CodebookState`.
 - `FourierHead` (NNX): a head over bins of a number, with `fourier_logits`,
   `fourier_cross_entropy`, `fourier_log_density`, `fourier_cdf`, `fourier_sample`,
-  `fourier_smoothness_penalty`, `smoothness_metric`.
+  `fourier_smoothness_penalty`.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
 - `TensorAttention` (NNX): multi-head attention over tuples of keys.
 - `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
@@ -66,9 +66,6 @@ from ._recurrent import (
     NormalizedAttention as NormalizedAttention,
     QuasiLSTM as QuasiLSTM,
     SelectiveScan as SelectiveScan,
-)
-from ._smoothness import (
-    smoothness_metric as smoothness_metric,
 )
 from ._soft_prompt import (
     prepend_soft_prompt as prepend_soft_prompt,
@@ -134,7 +131,6 @@ __all__ = [
     "frequency_mapping",
     "kmeans",
     "prepend_soft_prompt",
-    "smoothness_metric",
     "straight_through_codes",
     "vq_clusters",
     "vq_logits",

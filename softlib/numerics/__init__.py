@@ -11,7 +11,7 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 
 Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
 Clusters of one size: `balanced_kmeans`.
-A weighted sum from fewer terms: `systematic_resample`.
+A weighted sum from fewer terms: `systematic_resample`; the worst cases: `top_k_mean`.
 """
 
 from ._balanced_kmeans import (
@@ -41,6 +41,9 @@ from ._similarity import (
     distance_quantile as distance_quantile,
     dkw_radius as dkw_radius,
     similarity_depth as similarity_depth,
+)
+from ._top_k_mean import (
+    top_k_mean as top_k_mean,
 )
 from ._two_pass import (
     TwoPass as TwoPass,
@@ -72,4 +75,5 @@ __all__ = [
     "extended_to_float",
     "similarity_depth",
     "systematic_resample",
+    "top_k_mean",
 ]

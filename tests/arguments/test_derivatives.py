@@ -67,7 +67,7 @@ POINTS: dict[str, tuple[Any, ...]] = {
     "a": (0.7, 1.0),
     "recurrent.quasi_lstm.alpha": (0.7, 1.0),
     "attention.softplus_attention.scale": (0.7, 1.0),
-    "losses.comp_sum_transformation.tau": (0.5, 1.5),  # it has kinks at 1 and 2
+    "estimation.comp_sum_transformation.tau": (0.5, 1.5),  # it has kinks at 1 and 2
     "losses.decoupled_knowledge_distillation_loss.beta": (0.5, (0.0, 1)),
     "losses.entmax_loss.alpha": (0.7, 1.0, 1.5, 2.0),
     "losses.log_spherical_softmax_loss.epsilon": (0.7, 1.0),

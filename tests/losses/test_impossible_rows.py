@@ -33,17 +33,11 @@ TARGET, TEACHER = {"target_logits": OTHERS}, {"teacher_logits": OTHERS}
 
 # Not of one distribution over classes with a label in each row.
 NO_LOSSES = {
-    "draw_positives",
     "factored_spherical_sgd_step",  # of a state without a bias
     "factored_spherical_sgd_update",
     "factored_spherical_statistics",
-    "hard_negative_recall",
-    "in_batch_positives",
     "in_batch_triplet_loss",  # of differences of similarities
     "label_rank",
-    "precision_at_k",
-    "propensity_scored_precision_at_k",
-    "recall_at_k",
     "row_statistics",
     "sampled_softmax_loss",  # of drawn classes, whose bias it may be told
     "zipf_soft_labels",

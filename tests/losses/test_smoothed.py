@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from softlib import losses
+from softlib import losses, numerics
 from softlib.testing import assert_close, check_transformations
 from tests.host import jnp
 from tests.oracles import sequences as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data/ethicist_case0.npz"
 ROWS, LENGTH = 5, 7
-_top_k_mean = jax.jit(losses.top_k_mean, static_argnums=1)
+_top_k_mean = jax.jit(numerics.top_k_mean, static_argnames="k")
 _smoothed = jax.jit(losses.smoothed_token_loss, static_argnames="num_largest")
 
 
@@ -72,7 +72,7 @@ def test_matches_independent_vectors():
 def test_every_length(length):
     values, where = problem("float32", length)
     for k in (1, 2, 40):
-        found = _top_k_mean(values, k, where=jnp.asarray(where))
+        found = _top_k_mean(values, k=k, where=jnp.asarray(where))
         exact = np.asarray(values, np.float64)
         wanted = [oracle.top_k_mean(exact[b][where[b]], k) for b in range(ROWS)]
         assert_close(found, wanted, dtype="float32", length=length)
@@ -88,14 +88,14 @@ def test_alpha_zero_is_the_mean_and_large_k_the_mean_times_one_plus_alpha():
 
 def test_k_of_one_is_the_maximum():
     values, _ = problem("float32")
-    np.testing.assert_array_equal(_top_k_mean(values, 1), values.max(-1))
+    np.testing.assert_array_equal(_top_k_mean(values, k=1), values.max(-1))
 
 
 def test_a_row_without_tokens_has_value_and_gradient_zero():
     nothing = jnp.zeros((2, 3), bool)
     for function in (
         lambda x: losses.smoothed_token_loss(x, where=nothing),
-        lambda x: losses.top_k_mean(x, 2, where=nothing),
+        lambda x: numerics.top_k_mean(x, k=2, where=nothing),
     ):
         for leaf in with_gradient(function, jnp.full((2, 3), jnp.nan)):
             np.testing.assert_array_equal(leaf, 0)
@@ -104,21 +104,21 @@ def test_a_row_without_tokens_has_value_and_gradient_zero():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_nan_makes_its_row_nan_whatever_its_sign(sign):
     values = jnp.array([[3.0, sign * jnp.nan, 1.0], [3.0, 2.0, 1.0]])
-    np.testing.assert_array_equal(_top_k_mean(values, 1), [np.nan, 3])
+    np.testing.assert_array_equal(_top_k_mean(values, k=1), [np.nan, 3])
     found = _smoothed(values, num_largest=1)
     np.testing.assert_array_equal(np.isnan(found), [True, False])
 
 
 def test_infinities_are_values_like_others():
     values = jnp.array([[-jnp.inf, 2.0, 4.0], [jnp.inf, 1e4, -1e4], [-jnp.inf] * 3])
-    found = _top_k_mean(values, 2)
+    found = _top_k_mean(values, k=2)
     np.testing.assert_array_equal(found, [3, np.inf, -np.inf])
-    masked = _top_k_mean(values[:1], 3, where=jnp.array([True, True, False]))
+    masked = _top_k_mean(values[:1], k=3, where=jnp.array([True, True, False]))
     np.testing.assert_array_equal(masked, [-np.inf])
 
 
 def test_of_equal_values_the_first_are_among_the_largest():
-    gradient = jax.grad(lambda x: _top_k_mean(x, 2))(jnp.array([1.0, 2, 2, 2]))
+    gradient = jax.grad(lambda x: _top_k_mean(x, k=2))(jnp.array([1.0, 2, 2, 2]))
     np.testing.assert_array_equal(gradient, [0, 0.5, 0.5, 0])
 
 
@@ -128,7 +128,7 @@ def test_algebra(seed, k):
     """Between mean and maximum, falling in k, equivariant to shift, scale and order."""
     random = np.random.default_rng(seed)
     values = jnp.asarray(random.normal(size=(3, 4)), jnp.float32)
-    of = lambda values, k: np.asarray(_top_k_mean(values, k))
+    of = lambda values, k: np.asarray(_top_k_mean(values, k=k))
     found = of(values, k)
     assert (found <= of(values, 1) + 1e-6).all()
     assert (found >= of(values, k + 1) - 1e-6).all()
@@ -172,7 +172,7 @@ def test_error_names_function_argument_and_value(argument, options, error, got):
 
 @pytest.mark.usefixtures("untyped")
 def test_values_must_be_floating_with_an_axis():
-    k_mean = functools.partial(losses.top_k_mean, k=1)
+    k_mean = functools.partial(numerics.top_k_mean, k=1)
     with pytest.raises(TypeError, match=r"^top_k_mean: `values` must .* got int32\.$"):
         k_mean(jnp.zeros(3, int))
     with pytest.raises(ValueError, match=r"^top_k_mean: `values` .* shape \(\)\.$"):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib import losses
+from softlib import losses, metrics
 from softlib.softmax import log_stablemax
 from softlib.testing import assert_close, check_transformations
 from tests.host import jnp
@@ -95,8 +95,8 @@ def test_neither_loss_nor_gradient_rounds_to_0():
     np.testing.assert_allclose(gradient[holds], slope[holds], rtol=1e-5)
     assert (np.asarray(gradient)[:4, 0] < 0).all()
     plain = -log_stablemax(jnp.asarray(logits, "float32"))[:, 0]
-    assert losses.zero_loss_fraction(plain) > 0.5
-    assert losses.zero_loss_fraction(loss) == 0
+    assert metrics.zero_loss_fraction(plain) > 0.5
+    assert metrics.zero_loss_fraction(loss) == 0
 
 
 def test_extreme_ratio_of_label_and_others():

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from softlib.testing import assert_close, check_transformations
 from tests import operations
-from tests.compiled import nn
+from tests.compiled import metrics, nn
 from tests.host import jnp
 from tests.oracles import fourier_density as oracle
 
@@ -40,7 +40,7 @@ def test_matches_independent_vectors():
         close(raw, data["out_penalty_raw"])
         close(nn.fourier_smoothness_penalty(a), data["out_penalty_normalized"])
         pmf = jax.nn.softmax(nn.fourier_logits(a, bins))
-        close(nn.smoothness_metric(pmf), data["out_smoothness"])
+        close(metrics.smoothness_metric(pmf), data["out_smoothness"])
 
         @jax.jit
         def loss(a):
@@ -89,7 +89,7 @@ def test_smoothness_metric_matches_oracle(bins, dtype):
     with jax.enable_x64():
         p = np.random.default_rng(0).dirichlet(np.ones(bins), 2)
         p = jnp.asarray(p, dtype)
-        found = nn.smoothness_metric(p, max_sigma=9)
+        found = metrics.smoothness_metric(p, max_sigma=9)
         assert found.dtype == jnp.promote_types(dtype, jnp.float32)
         wanted = [oracle.smoothness(row, 9) for row in np.asarray(p, np.float64)]
         assert_close(found, wanted, dtype=found.dtype, length=bins)
@@ -269,14 +269,14 @@ def test_draws_have_the_distribution(frequencies):
 
 def test_smoothness_is_zero_for_uniform_with_finite_slopes_and_orders_distributions():
     uniform = jnp.full((1, 50), 0.02)
-    assert nn.smoothness_metric(uniform)[0] < 1e-6
-    slope = jax.grad(lambda p: nn.smoothness_metric(p).sum())(uniform)
+    assert metrics.smoothness_metric(uniform)[0] < 1e-6
+    slope = jax.grad(lambda p: metrics.smoothness_metric(p).sum())(uniform)
     assert np.isfinite(slope).all()
     x = jnp.linspace(-1, 1, 50)
     bell = jnp.exp(-0.5 * (x / 0.2) ** 2)
     bell = bell / bell.sum()
     jagged = bell * (1 + 0.5 * (-1.0) ** jnp.arange(50))
-    assert 2 * nn.smoothness_metric(bell) < nn.smoothness_metric(jagged)
+    assert 2 * metrics.smoothness_metric(bell) < metrics.smoothness_metric(jagged)
 
 
 # --------------------------------------------------------------------------- transforms
@@ -329,11 +329,11 @@ A = jnp.ones((3, 4))
             r"`shape` must be one to which the rows \(3,\) broadcast, got \(2,\)",
         ),
         (
-            lambda: nn.smoothness_metric(jnp.ones(3), max_sigma=0),
+            lambda: metrics.smoothness_metric(jnp.ones(3), max_sigma=0),
             ValueError,
             "`max_sigma` must be at least 1",
         ),
-        (lambda: nn.smoothness_metric(jnp.ones((3, 0))), ValueError, "one bin"),
+        (lambda: metrics.smoothness_metric(jnp.ones((3, 0))), ValueError, "one bin"),
     ],
 )
 def test_wrong_arguments_are_errors(call, error, message):

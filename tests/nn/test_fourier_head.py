@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from softlib.testing import assert_close
-from tests.compiled import nn, of_stored
+from tests.compiled import metrics, nn, of_stored
 from tests.host import jnp
 
 FEATURES, BINS = 6, 20
@@ -137,7 +137,7 @@ def train_on_mixture(frequencies, seed, bins=50):
     new = jnp.linspace(-0.6, 0.6, 101)[:, None]
     p = jax.nn.softmax(nnx.merge(graph, trained(parameters))(new))
     distance = 0.5 * jnp.abs(p - mixture(new, centres)).sum(1).mean()
-    return float(distance), float(nn.smoothness_metric(p, max_sigma=20).mean())
+    return float(distance), float(metrics.smoothness_metric(p, max_sigma=20).mean())
 
 
 @pytest.mark.slow  # trains nine networks

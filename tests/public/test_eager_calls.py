@@ -20,7 +20,7 @@ from tests.heads import of_head, of_stored
 COMPILING = {
     "softlib.decoding.sample_gumbel_flow": "its loop calls the caller's function",
     "softlib.decoding.value_guided_search": "its loop calls the caller's function",
-    "softlib.losses.projected_gradient_ascent": "its loop calls the caller's function",
+    "softlib.optim.projected_gradient_ascent": "its loop calls the caller's function",
 }
 NOT_CALLED = {
     "softlib.explain": "traces what it is called with, and computes nothing",

@@ -18,7 +18,7 @@ NOT_AT_ALL = {
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
 }
 NOT_MIXED = {
-    "softlib.losses.projected_gradient_ascent": "its objective mixes dtypes itself",
+    "softlib.optim.projected_gradient_ascent": "its objective mixes dtypes itself",
 }
 NOT_REVERSED = {
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged

@@ -64,7 +64,7 @@ def comp_sum_transformation(
 
     Example:
         >>> beta = jnp.array([0.1, 0.5, 1.0])
-        >>> transformation = softlib.losses.comp_sum_transformation
+        >>> transformation = softlib.estimation.comp_sum_transformation
         >>> print(transformation(beta, tau=1.0, num_classes=10).round(4))
         [0.005  0.1308 0.6931]
     """
@@ -108,7 +108,7 @@ def comp_sum_regret_bound(
     Source: "Cross-Entropy Loss Functions: Theoretical Analysis and Applications".
 
     Example:
-        >>> bound = softlib.losses.comp_sum_regret_bound
+        >>> bound = softlib.estimation.comp_sum_regret_bound
         >>> for tau in (1.0, 1.5, 2.0):  # in percent
         ...     print((100 * bound(jnp.array(0.01), tau=tau, num_classes=10)).round())
         14.0

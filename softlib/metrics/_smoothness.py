@@ -42,7 +42,7 @@ def smoothness_metric(
 
     Example:
         >>> pmf = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
-        >>> print(softlib.nn.smoothness_metric(pmf).round(3))
+        >>> print(softlib.metrics.smoothness_metric(pmf).round(3))
         [0.    0.476]
     """
     function = "smoothness_metric"

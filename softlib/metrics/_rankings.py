@@ -1,7 +1,7 @@
 r"""How good a ranking of very many labels is, also where a few labels are most of them.
 
-A ranking is a list of ids, the best first, as `top_k` gives it; the labels that
-are right are lists of ids too. Nothing here has the size of rows x labels.
+A ranking is a list of ids, the best first, as `softlib.logits.top_k` gives it; the
+labels that are right are lists of ids too. Nothing here has the size of rows x labels.
 """
 
 import math
@@ -13,8 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, promoted
-from softlib._ids import labels_in_range
-from softlib.logits._positives import require_ids
+from softlib._ids import labels_in_range, require_ids
 from softlib.typing import Scalar
 
 
@@ -48,7 +47,7 @@ def precision_at_k(
 
     Example:
         >>> ranking, positives = jnp.array([[4, 2, 7]]), jnp.array([[2, 4, 9, -1]])
-        >>> print(softlib.losses.precision_at_k(ranking, positives, k=3).round(4))
+        >>> print(softlib.metrics.precision_at_k(ranking, positives, k=3).round(4))
         [0.6667]
     """
     hits = _hits("precision_at_k", ranking, positives, k)
@@ -85,7 +84,7 @@ def recall_at_k(
 
     Example:
         >>> ranking, positives = jnp.array([[4, 2, 7]]), jnp.array([[2, 4, 9, -1]])
-        >>> print(softlib.losses.recall_at_k(ranking, positives, k=1).round(4))
+        >>> print(softlib.metrics.recall_at_k(ranking, positives, k=1).round(4))
         [0.3333]
     """
     hits = _hits("recall_at_k", ranking, positives, k)
@@ -136,7 +135,7 @@ def propensity_scored_precision_at_k(
     Example:
         >>> ranking, positives = jnp.array([[0, 1]]), jnp.array([[1, 2]])
         >>> propensities = jnp.array([1.0, 0.5, 0.25])
-        >>> score = softlib.losses.propensity_scored_precision_at_k
+        >>> score = softlib.metrics.propensity_scored_precision_at_k
         >>> print(score(ranking, positives, propensities, k=2).round(4))
         0.3333
     """
@@ -194,7 +193,8 @@ def label_propensities(
 
     Example:
         >>> counts = jnp.array([1, 10, 1000])
-        >>> print((100 * softlib.losses.label_propensities(counts, 10_000)).astype(int))
+        >>> propensities = softlib.metrics.label_propensities(counts, 10_000)
+        >>> print((100 * propensities).astype(int))
         [10 21 76]
     """
     function = "label_propensities"

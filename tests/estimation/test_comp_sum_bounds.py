@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.losses import (
+from softlib.estimation import (
     comp_sum_regret_bound,
     comp_sum_transformation,
 )

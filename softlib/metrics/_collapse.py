@@ -49,9 +49,9 @@ def softmax_collapse_fraction(
 
     Example:
         >>> logits = jnp.array([[20.0, 0.0], [10.0, 0.0]])
-        >>> print(softlib.losses.softmax_collapse_fraction(logits))
+        >>> print(softlib.metrics.softmax_collapse_fraction(logits))
         0.5
-        >>> print(softlib.losses.softmax_collapse_fraction(logits, dtype="bfloat16"))
+        >>> print(softlib.metrics.softmax_collapse_fraction(logits, dtype="bfloat16"))
         1.0
     """
     function = "softmax_collapse_fraction"
@@ -98,7 +98,7 @@ def zero_loss_fraction(
     Source: "Grokking at the Edge of Numerical Stability".
 
     Example:
-        >>> print(softlib.losses.zero_loss_fraction(jnp.array([0.0, 1e-30])))
+        >>> print(softlib.metrics.zero_loss_fraction(jnp.array([0.0, 1e-30])))
         0.5
     """
     losses = jnp.asarray(losses)
@@ -139,7 +139,7 @@ def naive_loss_minimization_alignment(
     Example:
         >>> weight = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([0.0, 1.0])}
         >>> grads = {"a": jnp.array([-6.0, -8.0]), "b": jnp.array([0.0, 1e-30])}
-        >>> found = softlib.losses.naive_loss_minimization_alignment(grads, weight)
+        >>> found = softlib.metrics.naive_loss_minimization_alignment(grads, weight)
         >>> print(found["a"].round(4), found["b"])
         1.0 -1.0
     """
