@@ -5,8 +5,9 @@ Only static facts are checked (shapes, dtypes, Python values); a bad value insid
 array, which a trace cannot see, gives NaN in the rows it touches.
 """
 
+import contextlib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -14,6 +15,21 @@ from jaxtyping import Array
 
 from ._dispatch import Operation
 from .typing import Implementations
+
+
+@contextlib.contextmanager
+def under_name(function: str, called: str) -> Iterator[None]:
+    """Lets messages of the function `called` within begin with the caller's name.
+
+    For a public function of another package: its user knows the caller only.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        if not message.startswith(f"{called}: "):
+            raise
+        raise type(error)(function + message.removeprefix(called)) from None
 
 
 def require_floating(function: str, **arrays: Array | None) -> None:
@@ -120,6 +136,13 @@ def require_positive_integer(function: str, name: str, value: object) -> None:
         )
     if value < 1:
         raise ValueError(f"{function}: `{name}` must be at least 1, got {value}.")
+
+
+def require_below(function: str, name: str, value: float, bound: float) -> None:
+    if not -math.inf < value < bound:
+        raise ValueError(
+            f"{function}: `{name}` must be finite and below {bound}, got {value}."
+        )
 
 
 def require_scalar(

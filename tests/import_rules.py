@@ -42,16 +42,9 @@ MAY_IMPORT: Mapping[str, set[str]] = {
 ENGINE_FOLDERS = {"_engine", "_tuples", "_decode", "_polynomial"}
 # A private file is private to its package. These reach into another so far.
 REACHES_INTO = {
-    ("attention", "softmax"),
-    ("estimation", "softmax"),
-    ("logits", "numerics"),
-    ("losses", "information"),
     ("losses", "logits"),
-    ("losses", "softmax"),
     ("nn", "logits"),
     ("nn", "losses"),
-    ("nn", "recurrent"),
-    ("softmax", "numerics"),
 }
 # Imported only inside functions: users of the rest need not have them.
 INSIDE_FUNCTIONS = {

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
+from softlib._threshold import first_of_largest
 from softlib.softmax import log_softmax, logsumexp, softmax
-from softlib.softmax._threshold import first_of_largest
-from softlib.softmax._top_k import BiasIn
 from softlib.typing import Scalar
 
 # The models are small, and bfloat16 products are too coarse for estimates.
@@ -80,7 +79,7 @@ class ExpertGate:
     """
 
     top_k: int | None = None
-    bias_in: BiasIn = "weights"
+    bias_in: Literal["weights", "selection", "both"] = "weights"
     activation: Callable[[Array], Array] | None = None
     bias_scaled_by_temperature: bool = True
 

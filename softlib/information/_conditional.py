@@ -227,25 +227,7 @@ def conditional_mutual_information(
         >>> print(cmi(logits, labels).round(4))
         [0.3278 0.3278]
     """
-    return mutual_information_of(
-        "conditional_mutual_information",
-        logits,
-        labels,
-        centroids=centroids,
-        where=where,
-    )
-
-
-def mutual_information_of(
-    function: str,
-    logits: Array,
-    labels: Array,
-    *,
-    centroids: Array | None,
-    where: Array | None,
-) -> Float[Array, " N"]:
-    """`conditional_mutual_information`, with the caller's name in error messages."""
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    function = "conditional_mutual_information"
     checks.require_floating(function, logits=logits)
     classes = _outcomes(function, "logits", logits)
     kept = _kept(function, labels, where, logits.shape[0])
@@ -255,7 +237,6 @@ def mutual_information_of(
     if centroids is None:
         sums = _sums(function, jnp.exp(log_p), labels, classes, some)
         centroids = sums.centroids()
-    centroids = jnp.asarray(centroids)
     checks.require_floating(function, centroids=centroids)
     count = _classes(function, centroids)
     why = "as many outcomes as `logits`"

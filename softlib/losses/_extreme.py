@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._positives import Positives
 from softlib.logits._sources import source_of, stored_source_of
-from softlib.softmax._soft_top_k import log_soft_top_k_of
+from softlib.softmax import log_soft_top_k
 from softlib.typing import PerRow
 
 
@@ -209,7 +210,8 @@ def soft_top_k_loss(
     if k is None:
         k = jnp.maximum(rows.count, 1).astype(source.dtype)
     masked = source.masked(rows.where)
-    log_z = log_soft_top_k_of(source.function, masked.materialize(), k, -1, alpha)
+    with checks.under_name(source.function, "log_soft_top_k"):
+        log_z = log_soft_top_k(masked.materialize(), k, alpha=alpha)
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
     costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)

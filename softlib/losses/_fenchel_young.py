@@ -23,12 +23,11 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import common_dtype
+from softlib._entmax_rows import log_probability, solution, top_score
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
 from softlib.logits._labelled_rows import rows_that_count, without_classes
 from softlib.logits._sources import StoredLogits
-from softlib.softmax._entmax import log_probability, require_below_two, solution
-from softlib.softmax._sparsemax import top_score
 from softlib.typing import PerRow, Scalar
 
 
@@ -208,7 +207,7 @@ def bi_tempered_logistic_loss(
     function = "bi_tempered_logistic_loss"
     for name, value in (("t1", t1), ("t2", t2)):
         if isinstance(value, int | float):
-            require_below_two(function, name, value)
+            checks.require_below(function, name, value, 2)
     checks.require_scalar(function, "t1", t1, -math.inf, 2)
     rows = _Rows.of(function, logits, labels, class_where, where)
     alpha = 2 - rows.per_row("t2", t2)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import promoted
-from softlib.information._conditional import mutual_information_of
+from softlib.information import conditional_mutual_information
 from softlib.logits._compose import log_probability_of_labels
 from softlib.logits._sources import StoredLogits
 from softlib.typing import Scalar
@@ -76,8 +76,9 @@ def mcmi_loss(
     )
     source = StoredLogits.of(function, logits)
     likelihood = 0 - log_probability_of_labels(source, labels, where)
-    information = mutual_information_of(
-        function, logits, labels, centroids=centroids, where=where
-    )
+    with checks.under_name(function, "conditional_mutual_information"):
+        information = conditional_mutual_information(
+            logits, labels, centroids=centroids, where=where
+        )
     likelihood, information, weight = promoted(likelihood, information, weight)
     return likelihood - weight * information

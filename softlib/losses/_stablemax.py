@@ -10,6 +10,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import common_dtype
 from softlib._sharding import in_auto_mode
+from softlib._stable_weight import distance, log_stable_weight, stable_weight
 from softlib.logits import _compose
 from softlib.logits._engine.tile import RowStatistics
 from softlib.logits._labelled_rows import (
@@ -22,7 +23,6 @@ from softlib.logits._labelled_rows import (
     without_classes,
 )
 from softlib.logits._sources import StoredLogits
-from softlib.softmax._stablemax import distance, log_stable_weight, stable_weight
 
 
 @array_arguments

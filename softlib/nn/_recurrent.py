@@ -6,6 +6,7 @@ that a layer continues a sequence, or decodes it token by token with T = 1.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -26,7 +27,6 @@ from softlib.recurrent import (
     quasi_lstm,
     selective_scan,
 )
-from softlib.recurrent._feature_maps import FeatureMap
 
 from ._head_sizes import head_sizes
 
@@ -72,7 +72,7 @@ class LinearAttention(nnx.Module):
         num_key_heads: int | None = None,
         head_features: int | None = None,
         value_features: int | None = None,
-        feature_map: FeatureMap = "elu1",
+        feature_map: str | Callable[[Array], Array] = "elu1",
         normalizer: Literal["sum", "none"] = "sum",
         scale: float | None = None,
         chunk_size: int | None = None,

@@ -10,6 +10,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from softlib._finite import at_least_finite, finite
+
 from ._plain_sum import mean_of, per_row
 
 
@@ -112,7 +114,7 @@ class RunningMax:
         """The logsumexp in nats; -inf for a row without any score above -inf."""
         # sum >= 1 in a row that saw a score, because the maximum itself adds exp(0).
         empty = state.sum == 0
-        lse = _finite(state.max) + jnp.log(jnp.where(empty, 1, state.sum))
+        lse = finite(state.max) + jnp.log(jnp.where(empty, 1, state.sum))
         return jnp.where(empty, -jnp.inf, lse)
 
     def mean(self, state: RunningMaxState) -> Any:
@@ -120,14 +122,9 @@ class RunningMax:
         return mean_of(state.sum, state.weighted)
 
 
-def at_least_finite(maximum: Array) -> Array:
-    """The maximum, but at least the least finite number: -inf minus it is -inf."""
-    return jnp.maximum(maximum, float(jnp.finfo(maximum.dtype).min))
-
-
 def _rescale(state: RunningMaxState, top: Array) -> RunningMaxState:
     # -inf - (-inf) is NaN: an empty state is rescaled by exp(-inf - 0) = 0.
-    factor = jnp.exp(state.max - _finite(top))
+    factor = jnp.exp(state.max - finite(top))
     weighted = jax.tree.map(lambda leaf: leaf * per_row(factor, leaf), state.weighted)
     return RunningMaxState(top, state.sum * factor, weighted)
 
@@ -135,8 +132,3 @@ def _rescale(state: RunningMaxState, top: Array) -> RunningMaxState:
 def _add(a: RunningMaxState, b: RunningMaxState) -> RunningMaxState:
     weighted = jax.tree.map(jnp.add, a.weighted, b.weighted)
     return RunningMaxState(a.max, a.sum + b.sum, weighted)
-
-
-def _finite(maximum: Array) -> Array:
-    """The maximum, 0 in an empty row, so that it can be subtracted from -inf."""
-    return jnp.where(maximum == -jnp.inf, 0, maximum)

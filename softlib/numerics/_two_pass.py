@@ -10,11 +10,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._extended import ExtendedFloat, extended_log, near_exp, power_of_two
-from ._plain_sum import mean_of, per_row
+from softlib._error_free import ExtendedFloat, anchor_of, near_exp, power_of_two
+from softlib._finite import finite
 
-ANCHORED_BEYOND = 32_768.0
-"""Rows whose largest score is beyond are kept relative to it."""
+from ._extended import extended_log
+from ._plain_sum import mean_of, per_row
 
 
 class TwoPassState(NamedTuple):
@@ -136,17 +136,6 @@ class TwoPass:
     def mean(self, state: TwoPassState) -> Any:
         r"""$\sum_j p_j x_j$ with $p$ the softmax of the scores; 0 for an empty row."""
         return mean_of(state.mantissa, state.weighted)
-
-
-def anchor_of(top: Array) -> Array:
-    """The anchor of a row with this largest score; 0 unless the score is extreme."""
-    beyond = (jnp.abs(top) > ANCHORED_BEYOND) & (top < jnp.inf)
-    return jnp.where(beyond, top, 0)
-
-
-def finite(value: Array) -> Array:
-    """`value`, 0 where it is -inf (an empty row)."""
-    return jnp.where(value == -jnp.inf, 0, value)
 
 
 def _relative_to(anchor: Array, state: TwoPassState) -> TwoPassState:

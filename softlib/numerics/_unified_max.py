@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
+from softlib._unified_range import CRITERIA, RangeCriterion, require_range
 
 from ._plain_sum import mean_of
-
-type RangeCriterion = Literal["row_max", "elementwise"]
-"""What must lie in the valid range: a row's largest score, or every one of them."""
-
-CRITERIA = ("row_max", "elementwise")
 
 
 class UnifiedMaxState(NamedTuple):
@@ -213,29 +209,6 @@ def _unflatten(criterion: RangeCriterion, children: tuple[Any, Any]) -> UnifiedM
 
 
 jax.tree_util.register_pytree_node(UnifiedMax, _flatten, _unflatten)
-
-
-def require_range(function: str, valid_range: tuple[ArrayLike, ArrayLike]) -> None:
-    if not isinstance(valid_range, Sequence) or isinstance(valid_range, str):
-        raise TypeError(
-            f"{function}: `valid_range` must be a pair (a, b), got {valid_range!r}."
-        )
-    if len(valid_range) != 2:
-        raise ValueError(
-            f"{function}: `valid_range` must be a pair (a, b), got "
-            f"{len(valid_range)} values."
-        )
-    low, high = valid_range
-    # Traced bounds are not checked: with an empty range every row needs recomputation.
-    if (
-        isinstance(low, int | float)
-        and isinstance(high, int | float)
-        and not low < high
-    ):
-        raise ValueError(
-            f"{function}: `valid_range` must be a pair (a, b) with a < b, got "
-            f"({low}, {high})."
-        )
 
 
 def _per_row(value: ArrayLike, state: UnifiedMaxState) -> Array:

@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib._entmax_rows import cut, normalized, solution, sums, top_score
 from softlib._sharding import match_varying
 from softlib.typing import PerRow
 
-from ._entmax import row_values, solution
+from ._entmax import row_values
 from ._entries import Axis, Entries
-from ._sparsemax import cut, normalized, sums, top_score
 
 
 @array_arguments

@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._nan import nan_where
+from softlib._threshold import first_of_largest
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
-from ._threshold import first_of_largest
 
 
 @array_arguments

@@ -1,46 +1,16 @@
-r"""Entmax with any alpha, and tempered softmax, which is the same map.
+"""Entmax with any alpha, and tempered softmax, which is the same map."""
 
-With $s = \alpha - 1$ and $d = z - \max z$ the probabilities are
-
-$$p_i = c^{1/s} (1 + s d_i / c)_+^{1/s}, \qquad
-\log p_i = \ell + \mathrm{log1p}(s e^{-s\ell} d_i) / s$$
-
-with the logarithm $\ell = \log c / s$ of the largest as the one unknown. In this form
-nothing cancels for flat scores, where c is small, nor for s near 0, where entmax is
-softmax and $\ell$ the logarithm of its largest probability. The power mean
-$(\sum_i p_i)^s$ is a convex function of c for 0 < s <= 1 and a concave one for s < 0:
-Newton's iteration from c = 1 goes to the root without passing it.
-"""
-
-import math
-
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._compiled_once import compiled_once
-from softlib._sharding import match_varying
+from softlib._entmax_rows import solution
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
-from ._sparsemax import (
-    TOLERANCE,
-    Solution,
-    cut,
-    most_steps,
-    normalized,
-    of_rows,
-    power_map,
-    row_of,
-    sums,
-    through,
-    top_score,
-)
+from ._sparsemax import of_rows
 
 
 @array_arguments
@@ -155,17 +125,10 @@ def tempered_softmax(
     function = "tempered_softmax"
     entries = Entries.of(function, x, axis, where)
     if isinstance(t, int | float):
-        require_below_two(function, "t", t)
+        checks.require_below(function, "t", t, 2)
         return of_rows(entries, solution(entries.rows(entries.scores), 2 - t))
     t = row_values(function, "t", entries, t)
     return of_rows(entries, solution(entries.rows(entries.scores), 2 - t))
-
-
-def require_below_two(function: str, name: str, value: float) -> None:
-    if not -math.inf < value < 2:
-        raise ValueError(
-            f"{function}: `{name}` must be finite and below 2, got {value}."
-        )
 
 
 def row_values(
@@ -174,130 +137,3 @@ def row_values(
     """One number per row, in the dtype of the sums."""
     value = entries.per_row(function, name, value)
     return jnp.broadcast_to(value, entries.row_shape)
-
-
-# --------------------------------------------------------------------- rows of a matrix
-WHOLE_POWERS = {1 + 1 / n: n for n in range(1, 5)}
-
-
-def solution(
-    z: Float[Array, "*rows V"], alpha: float | Float[Array, "*rows"]
-) -> Solution:
-    if isinstance(alpha, int | float):
-        if alpha in WHOLE_POWERS:
-            return power_map(WHOLE_POWERS[alpha], z)
-        s = jnp.full_like(row_of(z), alpha - 1)
-    else:
-        s = jnp.where(alpha > 0, alpha, jnp.nan) - 1
-    return _entmax(z, *match_varying((s,), z))
-
-
-@jax.custom_jvp
-@compiled_once()
-def _entmax(z: Float[Array, "*rows V"], s: Float[Array, "*rows"]) -> Solution:
-    d = z - top_score(z)
-    log_top = _log_top(d, s)
-    log_p, on, _ = log_probability(d, s[..., None], log_top[..., None])
-    # A NaN of scores or alpha counts as outside the support.
-    bad = jnp.isnan(d) | jnp.isnan(s)[..., None]
-    p = jnp.where(on, jnp.exp(log_p), jnp.where(bad, jnp.nan, 0))
-    return Solution(normalized(p), log_top)
-
-
-def _entmax_jvp(primals, tangents):
-    (z, s), (dz, ds) = primals, tangents
-    solution = _entmax(z, s)
-    p, s = solution.p, s[..., None]
-    on = p > 0
-    log_p = jnp.log(jnp.where(on, p, 1))
-    # p^(2 - alpha). For alpha > 2 it grows without bound at the edge of the support.
-    most = math.log(float(jnp.finfo(p.dtype).max)) / 4
-    slope = jnp.where(on, jnp.exp(jnp.minimum((1 - s) * log_p, most)), 0)
-    dp = jnp.zeros_like(p)
-    if not isinstance(dz, SymbolicZero):
-        dp = dp + through(slope, jnp.where(on, dz, 0))
-    if not isinstance(ds, SymbolicZero):
-        own = jnp.where(on, _slope_in_alpha(p, log_p, slope, s), 0)
-        total = slope.sum(-1, keepdims=True)
-        share = slope / jnp.where(total == 0, 1, total)
-        dp = dp + (own - share * own.sum(-1, keepdims=True)) * ds[..., None]
-    return solution, Solution(dp, jnp.zeros_like(solution.log_top))
-
-
-_entmax.defjvp(_entmax_jvp, symbolic_zeros=True)
-
-
-def _slope_in_alpha(p: Array, log_p: Array, slope: Array, s: Array) -> Array:
-    """The derivative of p with the threshold fixed: -p l^2 (e^u - 1 - u) / u^2.
-
-    Here l = log p and u = -s l, and p e^u is p^(2 - alpha). The quotient as written
-    cancels for a small u.
-    """
-    u = -s * log_p
-    near = jnp.abs(u) < 0.5
-    v, series = jnp.where(near, u, 0), jnp.zeros_like(u)
-    for n in reversed(range(16)):  # the next term is below 1e-20
-        series = 1 / math.factorial(n + 2) + v * series
-    s = jnp.where(s == 0, 1, s)
-    direct = jnp.where(near, 0, slope - p * (1 + u)) / s**2
-    return -jnp.where(near, p * log_p**2 * series, direct)
-
-
-def log_probability(
-    d: Float[Array, "*shape"], s: Float[Array, "..."], log_top: Float[Array, "..."]
-) -> tuple[Array, Array, Array]:
-    """(log p, whether p > 0, 1 + s d / c); the first is undefined where p is 0.
-
-    `s` and `log_top` have length 1 on the axes of a row.
-    """
-    y = s * jnp.exp(-s * log_top) * d
-    on = y > -1  # False for NaN (0 * -inf)
-    softmax = s == 0
-    log_power = jnp.log1p(jnp.where(on, y, 0)) / jnp.where(softmax, 1, s)
-    return log_top + jnp.where(softmax, d, log_power), on, 1 + y
-
-
-def _log_top(
-    d: Float[Array, "*rows V"], s: Float[Array, "*rows"]
-) -> Float[Array, "*rows"]:
-    """The logarithm of the largest probability."""
-    blocks, eps = cut(d), jnp.finfo(d.dtype).eps
-    per_block = lambda row: row[..., None, None]
-    least = -math.log(max(d.shape[-1], 1))  # of equal scores
-    softmax = s == 0
-    safe = jnp.where(softmax, 1, s)
-    # For alpha > 2 the norm is neither convex nor concave: Newton's steps alternate
-    # with bisection.
-    wild = s > 1
-
-    def step(state):
-        value, low, high, active, count = state
-        log_p, on, w = log_probability(blocks, per_block(s), per_block(value))
-        p = jnp.where(on, jnp.exp(log_p), 0)
-        total, slopes = sums(p, jnp.where(on, p / jnp.where(on, w, 1), 0))
-        filled = jnp.where(total > 0, total, 1)  # 1 for empty rows and those with NaN
-        slopes = jnp.where(slopes > 0, slopes, 1)
-        # The relative change of c.
-        change = filled * jnp.expm1(-s * jnp.log(filled)) / slopes
-        newton = value + jnp.where(softmax, -jnp.log(filled), jnp.log1p(change) / safe)
-        low = jnp.where(total < 1, value, low)
-        high = jnp.where(total < 1, high, value)
-        inside = (newton > low) & (newton < high) & (count % 2 == 0)
-        new = jnp.where(inside, newton, (low + high) / 2)
-        new = jnp.where(wild, new, jnp.maximum(newton, least))
-        ulp = eps * jnp.maximum(1, -value)
-        off = (jnp.abs(total - 1) > 4 * eps) & (high - low > ulp)
-        more = jnp.where(wild, off, jnp.abs(new - value) > TOLERANCE * ulp)
-        # A converged value is kept: the next may be half a bracket away.
-        active = active & more
-        return jnp.where(active, new, value), low, high, active, count + 1
-
-    bits = jnp.finfo(d.dtype).nmant
-    most = max(most_steps(d.dtype), 2 * bits + 20)
-    start = jnp.zeros_like(row_of(d))
-    lowest = jnp.full_like(start, least)
-    active = jnp.ones_like(start, bool)
-    state = (*match_varying((start, lowest, start, active), d), 0)
-    unfinished = lambda state: state[-2].any() & (state[-1] < most)
-    log_top, *_ = lax.while_loop(unfinished, step, state)
-    return jnp.asarray(log_top)

@@ -8,10 +8,10 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._nan import nan_where
+from softlib._threshold import cut, first_of_largest, is_bad, number_of, threshold
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
-from ._threshold import cut, first_of_largest, is_bad, number_of, threshold
 
 
 @array_arguments

@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib._threshold import kth_largest, number_of
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
-from ._threshold import kth_largest, number_of
 
 
 @array_arguments
@@ -114,19 +114,7 @@ def log_soft_top_k(
         >>> print(-softlib.softmax.log_soft_top_k(x, 1))
         [  0. 200.]
     """
-    return log_soft_top_k_of("log_soft_top_k", x, k, axis, alpha, where)
-
-
-def log_soft_top_k_of(
-    function: str,
-    x: Array,
-    k: PerRow,
-    axis: Axis,
-    alpha: PerRow,
-    where: Array | None = None,
-) -> Array:
-    """`log_soft_top_k`, with the caller's name in error messages."""
-    entries, solved = _solve(function, x, k, axis, alpha, where)
+    entries, solved = _solve("log_soft_top_k", x, k, axis, alpha, where)
     log_z = jnp.where(
         solved.inside, jax.nn.log_sigmoid(solved.u), jnp.log(solved.whole)
     )

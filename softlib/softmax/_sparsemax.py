@@ -1,36 +1,12 @@
-r"""Sparsemax and entmax 1.5, and the Newton iteration behind them.
+"""Sparsemax and entmax 1.5, and how many entries a sparse map keeps."""
 
-Both are powers of what is above a threshold: with $d = z - \max z$ and a whole n,
-$p_i = (c + d_i / n)_+^n$ where $c$ is such that $\sum_i p_i = 1$; n is 1 for sparsemax
-and 2 for entmax 1.5. The norm $(\sum_i p_i)^{1/n}$ is a convex and increasing function
-of c, so that Newton's iteration from c = 1 falls to the root without ever passing it,
-quadratically, and in one step if all scores are equal. Nothing is sorted.
-"""
-
-import functools
-import math
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from softlib._array_arguments import array_arguments
-from softlib._compiled_once import compiled_once
-from softlib._sharding import match_varying
+from softlib._entmax_rows import Solution, power_map
 
 from ._entries import Axis, Entries
-
-
-class Solution(NamedTuple):
-    """Probabilities and the logarithm of the largest before rounding; rows are last.
-
-    The logarithm is not differentiated: the derivatives of its users are known.
-    """
-
-    p: Float[Array, "*rows V"]
-    log_top: Float[Array, "*rows"]
 
 
 @array_arguments
@@ -159,125 +135,3 @@ def support_size(
 
 def of_rows(entries: Entries, solution: Solution) -> Array:
     return entries.result(entries.unrows(solution.p))
-
-
-# --------------------------------------------------------------------- rows of a matrix
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-@compiled_once(0)
-def power_map(n: int, z: Float[Array, "*rows V"]) -> Solution:
-    """Entmax with alpha = 1 + 1 / n."""
-    d = (z - top_score(z)) / n
-    c = _root(n, d)
-    p = jnp.maximum(c[..., None] + d, 0) ** n
-    return Solution(normalized(p), jnp.log(c) * n)
-
-
-@power_map.defjvp
-def _(n, primals, tangents):
-    (z,), (dz,) = primals, tangents
-    solution = power_map(n, z)
-    p = solution.p
-    on = p > 0
-    # p^(2 - alpha), whose own derivative is infinite at 0.
-    slope = on.astype(p.dtype)
-    if n > 1:
-        slope = jnp.where(on, jnp.where(on, p, 1) ** (1 - 1 / n), 0)
-    return solution, Solution(
-        through(slope, jnp.where(on, dz, 0)), jnp.zeros_like(solution.log_top)
-    )
-
-
-def through(slope: Array, dz: Array) -> Array:
-    """The product (diag(s) - s s^T / sum(s)) dz."""
-    total = slope.sum(-1, keepdims=True)
-    mean = (slope * dz).sum(-1, keepdims=True) / jnp.where(total == 0, 1, total)
-    return slope * (dz - mean)
-
-
-def top_score(z: Float[Array, "*rows V"]) -> Float[Array, "*rows 1"]:
-    """The largest entry, to be subtracted: 0 in an empty row, NaN in a bad one."""
-    top = z.max(-1, keepdims=True, initial=-jnp.inf)
-    # inf - inf would be NaN for the largest entries only, not for the whole row.
-    top = jnp.where(top == jnp.inf, jnp.nan, top)
-    return jnp.where(top == -jnp.inf, 0, top)
-
-
-def normalized(p: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total == 0, 1, total)
-
-
-def _root(n: int, d: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """The c for which the sum of (c + d)_+^n is 1."""
-    blocks = cut(d)
-    least = max(d.shape[-1], 1) ** (-1 / n)  # of equal scores
-
-    def step(c):
-        w = jnp.maximum(c[..., None, None] + blocks, 0)
-        slope = w ** (n - 1) if n > 1 else (w > 0).astype(w.dtype)
-        total, slopes = sums(w**n, slope)
-        excess = total - (1 if n == 1 else total ** (1 - 1 / n))
-        # Rounding may pass the root slightly; the next step then goes back up.
-        new = jnp.maximum(c - excess / jnp.where(slopes == 0, 1, slopes), least)
-        return new, jnp.abs(new - c) > TOLERANCE * jnp.finfo(c.dtype).eps * c
-
-    return iterate(step, jnp.ones_like(row_of(d)), most_steps(d.dtype))
-
-
-def most_steps(dtype) -> int:
-    """Number of Newton steps that suffices for a convex function of any scores.
-
-    Each step divides the product of value and slope by at least 4: from the squared
-    length of a row (below 2^64) down to rounding.
-    """
-    return (64 + jnp.finfo(dtype).nmant) // 2 + 20
-
-
-def iterate(step, start: Array, most: int) -> Array:
-    """Applies `step(value) -> (new value, go on)` to each row until it says False.
-
-    Finished rows do not change, so that rows do not depend on each other.
-    """
-
-    def body(state):
-        value, active, count = state
-        new, more = step(value)
-        return jnp.where(active, new, value), active & more, count + 1
-
-    def unfinished(state):
-        _, active, count = state
-        return active.any() & (count < most)
-
-    state = match_varying((start, jnp.ones_like(start, bool)), start)
-    value, *_ = lax.while_loop(unfinished, body, (*state, 0))
-    return jnp.asarray(value)
-
-
-def row_of(d: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
-    """An array with one entry per row and the rows' sharding; its values are unused."""
-    return d.max(-1, initial=0)
-
-
-TOLERANCE = 8  # in ulps, about the error of the sum of a long row
-BLOCK = 1024  # entries that are added in sequence, before the sums of blocks are
-
-
-def cut(d: Float[Array, "*rows V"]) -> Float[Array, "*rows K L"]:
-    """Rows cut into blocks, the last padded with -inf."""
-    length = d.shape[-1]
-    if length <= 2 * BLOCK:
-        return d[..., None, :]
-    count = math.ceil(length / BLOCK)
-    padding = [(0, 0)] * (d.ndim - 1) + [(0, count * BLOCK - length)]
-    d = jnp.pad(d, padding, constant_values=-jnp.inf)
-    return d.reshape(*d.shape[:-1], count, BLOCK)
-
-
-def sums(*terms: Float[Array, "*rows K L"]) -> list[Float[Array, "*rows"]]:
-    """The sums of several arrays of blocks, in one pass over their common input."""
-    # Separate sums would each recompute or re-read it.
-    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
-    add = lambda a, b: tuple(map(jnp.add, a, b))
-    return [
-        total.sum(-1) for total in lax.reduce(terms, zeros, add, (terms[0].ndim - 1,))
-    ]

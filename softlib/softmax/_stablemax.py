@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from softlib._array_arguments import array_arguments
+from softlib._stable_weight import distance, log_stable_weight, stable_weight
 
 from ._entries import Axis, Entries, moderating
 
@@ -125,25 +126,6 @@ def _(axes, primals, tangents):
     p = _stablemax(axes, x)
     change = dlog - (p * dlog).sum(axes, keepdims=True)
     return _log_stablemax(axes, x), jnp.where(x == -jnp.inf, 0, change)
-
-
-def stable_weight(x: Array) -> Array:
-    """The weight s of StableMax; 0 for -inf. JAX differentiates it exactly."""
-    # Neither branch overflows or divides by 0 where the other is taken, since
-    # 1 + |x| >= 1, so no derivative is NaN; at 0 both have slope 1.
-    u = distance(x)
-    return jnp.where(x < 0, 1 / u, u)
-
-
-def log_stable_weight(x: Array) -> Array:
-    """The logarithm of s; -inf for -inf. JAX differentiates it exactly."""
-    magnitude = jnp.where(x < 0, -x, x)
-    return jnp.where(x < 0, -1.0, 1.0).astype(x.dtype) * jnp.log1p(magnitude)
-
-
-def distance(x: Array) -> Array:
-    """1 + |x|, with slope 1 at 0, unlike `jnp.abs`."""
-    return jnp.where(x < 0, 1 - x, 1 + x)
 
 
 def _positive(total: Array) -> Array:

@@ -140,7 +140,7 @@ def _entries(
 
 
 def finite_scores(entries: Entries) -> tuple[Array, Array]:
-    """Scores, 0 if they do not count and NaN for +inf; and the mask of those that do."""
+    """Scores, 0 if not counted and NaN for +inf; and the mask of those that count."""
     counts = entries.scores > -jnp.inf
     counts = counts | jnp.isnan(entries.scores)
     z = jnp.where(counts, entries.scores, 0)

@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._nan import nan_where
+from softlib._threshold import first_of_largest, is_bad
 
 from ._entries import Axis, Entries
 from ._softmax import softmax
-from ._threshold import first_of_largest, is_bad
 
 type BiasIn = Literal["weights", "selection", "both"]
 

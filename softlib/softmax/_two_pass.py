@@ -14,19 +14,20 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from softlib._array_arguments import array_arguments
-from softlib.numerics._extended import (
+from softlib._error_free import (
     BELOW_EXACT_RANGE,
     ExtendedFloat,
+    anchor_of,
     exact_sum,
     exp_pair,
-    extended_log,
     log1p_pair,
     near_exp,
     power_of_two,
     quotient,
     sum_pair,
 )
-from softlib.numerics._two_pass import anchor_of, finite
+from softlib._finite import finite
+from softlib.numerics import extended_log
 
 from ._entries import Axis, Entries
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
+from softlib._unified_range import CRITERIA, require_range
 from softlib.numerics import UnifiedMax, UnifiedMaxState
-from softlib.numerics._unified_max import CRITERIA, require_range
 from softlib.typing import PerRow
 
 from ._entries import Axis, Entries

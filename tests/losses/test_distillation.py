@@ -466,6 +466,11 @@ def test_mcmi_loss_matches_independent_vectors(vectors):
             "`centroids` must have shape",
         ),
         (
+            lambda z, y: losses.mcmi_loss(z, y, jnp.ones((3, 3), int), weight=1),
+            TypeError,
+            "mcmi_loss: `centroids` must have a floating dtype",
+        ),
+        (
             lambda z, y: of_stored.normalized_distillation_loss(z, z, y, gamma=-1),
             ValueError,
             "`gamma` must be >= 0",

@@ -641,7 +641,9 @@ def test_wrong_options_are_named():
     every: Any = of_stored
     with pytest.raises(ValueError, match=r"`gradient_filter_eps` must be None where"):
         of_head.one_versus_all_loss(**head, positives=ids, gradient_filter_eps=0.1)
-    with pytest.raises(ValueError, match=r"`k` must be positive and finite, got -1"):
+    with pytest.raises(
+        ValueError, match=r"soft_top_k_loss: `k` must be positive and finite, got -1"
+    ):
         every.soft_top_k_loss(scores, ids, k=-1)
     with pytest.raises(TypeError, match=r"multilabel_softmax_loss.*'weights'"):
         every.multilabel_softmax_loss(scores, ids, weights=None)

@@ -14,7 +14,7 @@ from softlib.losses._fenchel_young import (
     entmax_loss,
     sparsemax_loss,
 )
-from softlib.softmax._entmax import entmax
+from softlib.softmax import entmax
 from softlib.testing import assert_close, check_transformations
 from tests.host import jnp
 from tests.oracles import sparse_maps as oracle

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from softlib import softmax as library
-from softlib.softmax._threshold import first_of_largest
+from softlib._threshold import first_of_largest
 from softlib.testing import assert_close, check_transformations
 from tests.compiled import computed, f32
 from tests.host import jnp

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from softlib._stable_weight import stable_weight
 from softlib.numerics import PlainSum, RunningMax
-from softlib.softmax._stablemax import stable_weight
 
 type Rows = tuple[Array, ...]
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from softlib._finite import at_least_finite
 from softlib.numerics import RunningMaxState
-from softlib.numerics._running_max import at_least_finite
 
 from . import tile as _tile
 from .tile import Modifiers, Options, Tile

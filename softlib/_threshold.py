@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from softlib._compiled_once import compiled_once
-from softlib._largest import largest
+from ._compiled_once import compiled_once
+from ._largest import largest
 
 # Up to this number of entries a partial sort is quicker.
 _FEW = 128
