@@ -83,7 +83,7 @@ def gradients_of_the_surest(scores: np.ndarray, positives: np.ndarray) -> dict:
     ids = jnp.asarray(positives)
     found = {}
     for name, loss in (
-        ("softmax", losses.multilabel_softmax_loss),
+        ("softmax", losses.multi_label_cross_entropy),
         ("decoupled", losses.decoupled_softmax_loss),
     ):
         total = lambda s, loss=loss: loss(s, ids).sum()

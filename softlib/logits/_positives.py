@@ -87,9 +87,9 @@ class Positives:
         return self.present.sum(-1, dtype=jnp.int32)
 
     def statistics(
-        self, source: Source, names: Sequence[str], *, of_all: bool = False
+        self, source: Source, names: Sequence[str]
     ) -> tuple[RowStatistics, Float[Array, "*batch M"]]:
-        """Of the classes that are no positives, or of all; and the positives' logits.
+        """Of the classes that are no positives; and the logits of the positives.
 
         The logit of a positive on an excluded class is -inf; that of what is no
         positive is 0. A positive of +inf is NaN.
@@ -98,8 +98,7 @@ class Positives:
         classes = source.modifiers.class_where
         if self.ids is not None:
             known = [*names, "label_logits"]
-            weighed = source if of_all else source.without_labels()
-            found = weighed.statistics(known, self.ids)
+            found = source.without_labels().statistics(known, self.ids)
             logits = found.label_logits
             assert logits is not None
             if classes is not None:
@@ -108,12 +107,11 @@ class Positives:
             return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
         assert isinstance(source, StoredLogits)
         logits = jnp.where(self.present, source.materialize(), 0)
-        if not of_all:
-            others = ~self.present
-            if classes is not None:
-                others = others & jnp.broadcast_to(classes, others.shape)
-            modifiers = source.modifiers._replace(class_where=others)
-            source = source.replaced(modifiers=modifiers)
+        others = ~self.present
+        if classes is not None:
+            others = others & jnp.broadcast_to(classes, others.shape)
+        modifiers = source.modifiers._replace(class_where=others)
+        source = source.replaced(modifiers=modifiers)
         found = source.statistics(names)
         return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
 

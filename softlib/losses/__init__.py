@@ -27,7 +27,7 @@ The spherical family, of sums and sums of squares:
 
 Several labels a row, and very many labels:
 
-- `multi_label_cross_entropy`, `multilabel_softmax_loss`
+- `multi_label_cross_entropy`: the mean over them, their sum, or with weights
 - `decoupled_softmax_loss`, `one_versus_all_loss`
 - `soft_top_k_loss`, `sampled_softmax_loss`
 - `in_batch_triplet_loss`: of batches that `softlib.mining` makes
@@ -109,7 +109,6 @@ from ._edit_invariant import (
 )
 from ._extreme import (
     decoupled_softmax_loss as decoupled_softmax_loss,
-    multilabel_softmax_loss as multilabel_softmax_loss,
     soft_top_k_loss as soft_top_k_loss,
 )
 from ._factored_spherical import (
@@ -257,7 +256,6 @@ __all__ = [
     "mcmi_loss",
     "mean_absolute_error_loss",
     "multi_label_cross_entropy",
-    "multilabel_softmax_loss",
     "negative_preference_loss",
     "normalized_distillation_loss",
     "one_versus_all_loss",

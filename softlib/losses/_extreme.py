@@ -1,8 +1,8 @@
 r"""Losses of rows with many positives among very many labels.
 
-Multi-label softmax makes the positives of a row compete with each other; decoupled
-softmax lets each compete with the negatives alone; soft top-k asks for all of them to
-be among the first k. One-versus-all is in its own file.
+Decoupled softmax lets each positive of a row compete with the negatives alone; soft
+top-k asks for all of them to be among the first k. One-versus-all, and the softmax in
+which the positives compete with each other, are in files of their own.
 """
 
 import jax
@@ -84,66 +84,6 @@ def decoupled_softmax_loss(
     costs = jnp.where(possible, jax.nn.softplus(margin), 0)
     costs = jnp.where(impossible, jnp.inf, costs)
     return rows.exceptions(rows.sum(rows.weights(source, weights), costs))
-
-
-@array_arguments
-def multilabel_softmax_loss(
-    logits: Logits,
-    positives: Bool[Array, "*batch L"] | Integer[Array, "*batch K"],
-    *,
-    where: Bool[Array, "..."] | None = None,
-) -> Float[Array, "*batch"]:
-    r"""The sum of the cross-entropies of a row's positives, each among all labels.
-
-    $$L = \sum_{l \in P} (\mathrm{lse} - z_l), \qquad
-    \frac{\partial L}{\partial z_l} = |P|\, p_l - 1 \quad (l \in P) :$$
-
-    a positive more certain than $1 / |P|$ is pushed down, and the optimum gives all
-    positives the same score. What InfoNCE becomes with several positives, and what
-    `decoupled_softmax_loss` is compared with.
-
-    It is $|P|$ times `multi_label_cross_entropy`, which takes the mean, or any weights,
-    smoothing and a penalty, and lists of ids only.
-
-    Args:
-        logits: An array of logits, -inf for a label that cannot be, or a value such as
-            `softlib.LinearLogits`.
-        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. Of
-            stored logits a mask over the labels, too. Another id out of range makes the
-            loss NaN, a positive on an excluded label +inf; such a row has no gradient.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
-
-    Returns:
-        The loss per row in nats, float32 (float64 if an argument is float64). A row
-        without positives has loss 0 and gradient 0.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
-
-    Derivatives: as `row_statistics`.
-    Cost: as `softmax_cross_entropy`.
-    Source: "Dual-Encoders for Extreme Multi-Label Classification", where it is the
-        baseline.
-
-    Example:
-        >>> logits = jnp.array([[2.0, 1.0, 0.0]])
-        >>> loss = softlib.losses.multilabel_softmax_loss
-        >>> print(loss(logits, jnp.array([[True, True, False]])).round(4))
-        [1.8152]
-    """
-    source = source_of("multilabel_softmax_loss", logits)
-    rows = Positives.of(source, positives, where, required=True)
-    every, own = rows.statistics(source, ("lse",), of_all=True)
-    assert every.lse is not None
-    lse = every.lse[..., None]
-    counts = rows.of_some_class(source)
-    possible = counts & (own != -jnp.inf)
-    costs = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
-    costs = jnp.where(counts & ~possible, jnp.inf, costs)
-    return rows.exceptions(rows.sum(rows.weights(source, None, total=True), costs))
 
 
 @array_arguments

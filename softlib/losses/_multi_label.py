@@ -1,7 +1,11 @@
 """Cross-entropy with several labels per row, each with its weight."""
 
+from typing import Literal
+
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._compose import cross_entropy, cross_entropy_statistics
@@ -17,6 +21,7 @@ def multi_label_cross_entropy(
     *,
     label_weights: Float[Array, "*batch L"] | None = None,
     label_where: Bool[Array, "*batch L"] | None = None,
+    normalization: Literal["mean", "sum"] = "mean",
     label_smoothing: Scalar = 0.0,
     logsumexp_penalty: Scalar = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -35,16 +40,22 @@ def multi_label_cross_entropy(
     $y_l$, for a vocabulary in which only the few classes with mass can be listed: tags
     of an item, products bought together, the top of a teacher's distribution.
 
+    The labels compete with each other: with equal weights the optimum gives all of them
+    the same score, and one more certain than its share of the mass is pushed down.
+    `decoupled_softmax_loss` lets each compete with the other classes alone.
+
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$; one that occurs twice counts twice. Outside, if
             `label_where` keeps it, the loss is NaN and the row has no gradient. A label
             with a weight on an excluded class costs +inf, without gradient.
-        label_weights: $w_l$, differentiable. None: the labels that are kept share a
-            mass of 1 equally.
+        label_weights: $w_l$, differentiable, taken as they are. None: by
+            `normalization`.
         label_where: True for the labels that count, so that lists may be padded; what
             stands elsewhere does not matter. A row that keeps no label does not count:
             loss and gradient are 0.
+        normalization: Static: `"mean"` over the $n$ labels that are kept, $w_l = 1 /
+            n$, or their `"sum"`, $w_l = 1$. Only without `label_weights`.
         label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes.
             A number is static, an array traced.
         logsumexp_penalty: $\lambda \geq 0$, as in `linear_softmax_cross_entropy`.
@@ -60,15 +71,17 @@ def multi_label_cross_entropy(
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, an option is out of range, or
-            `class_weights` meet a `label_smoothing` that is not the number 0.
+        ValueError: Shapes do not fit together, an option is out of range,
+            `normalization` meets `label_weights`, or `class_weights` meet a
+            `label_smoothing` that is not the number 0.
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `row_statistics`, and with respect to `label_weights` and
         `class_weights`.
     Cost: as `softmax_cross_entropy`; the backward pass compares each tile of
         logits with all $L$ labels of its rows.
-    Source: the cross-entropy of statistics textbooks, with the labels as a list.
+    Source: the cross-entropy of statistics textbooks, with the labels as a list. The
+        sum is the baseline of "Dual-Encoders for Extreme Multi-Label Classification".
 
     Example:
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -78,7 +91,16 @@ def multi_label_cross_entropy(
         >>> print(loss(logits, labels, label_where=labels >= 0).round(4))
         [1.0514 0.2395]
     """
-    source = source_of("multi_label_cross_entropy", logits)
+    function = "multi_label_cross_entropy"
+    source = source_of(function, logits)
+    checks.require_one_of(function, "normalization", normalization, ("mean", "sum"))
+    if normalization == "sum":
+        if label_weights is not None:
+            raise ValueError(
+                f"{function}: `normalization` must be 'mean', its default, where "
+                f"`label_weights` are given, got {normalization!r}."
+            )
+        label_weights = jnp.ones(labels.shape, source.dtype)
     names = cross_entropy_statistics(
         source, label_smoothing, logsumexp_penalty, class_weights
     )

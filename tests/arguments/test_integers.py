@@ -20,7 +20,6 @@ STEPS = {"level": "step", "segment_ids": jnp.array([7, 9])}
 ADDED: dict[str, dict[str, Any]] = {
     "logits.row_statistics": {"labels": LABELS, "statistics": ("label_rank",)},
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
-    "losses.multilabel_softmax_loss": {"positives": POSITIVES},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS
     | {"logps": ROW, "ref_logps": ROW, "values": ROW, "rewards": 1.0, "beta": 0.1},

@@ -41,13 +41,11 @@ class Loss(NamedTuple):
     linear: bool  # whether it takes a head
     oracle: Any
     options: dict[str, Any]
-    weighted: bool = True
 
 
 LOSSES = {
     "decoupled": Loss("decoupled_softmax_loss", True, oracle.decoupled, {}),
     "one_versus_all": Loss("one_versus_all_loss", True, oracle.one_versus_all, {}),
-    "multilabel": Loss("multilabel_softmax_loss", True, oracle.multilabel, {}, False),
     "soft_top_k": Loss(
         "soft_top_k_loss", False, oracle.soft_top_k, {"k": 2.5, "alpha": 1.5}
     ),
@@ -139,7 +137,7 @@ def test_matches_oracle(name, source):
             "class_where": np.arange(CLASSES) != 2,
             "where": np.arange(ROWS) != 4,
         }
-        if LOSSES[name].weighted and source != "mask":
+        if source != "mask":
             random = np.random.default_rng(1)
             floating["weights"] = jnp.asarray(random.uniform(0.5, 2, IDS.shape))
         bias = np.linspace(-1, 1, CLASSES)
@@ -218,7 +216,9 @@ def test_matches_independent_vectors():
             return {
                 "decoupled": decoupled(x),
                 "decoupled_grad": slope(decoupled),
-                "multilabel_softmax": of_stored.multilabel_softmax_loss(x, positives),
+                "multilabel_softmax": of_stored.softmax_cross_entropy(
+                    x, positives.astype(x.dtype)
+                ),
                 "soft_top_k": z,
                 "threshold": (jnp.log(z / (1 - z)) / alpha - x).mean(-1),
                 "soft_top_k_vjp": pull(jnp.asarray(data["in_ct_soft_top_k"]))[0],
@@ -301,16 +301,6 @@ def test_one_positive_is_cross_entropy(name, source):
         assert_close(one, two, dtype=jnp.float32, length=CLASSES)
 
 
-def test_a_sum_of_multi_label_cross_entropies():
-    """The two functions of nearly the same name differ by the number of positives."""
-    scores, kept = arrays("ids")["logits"], jnp.asarray(IDS >= 0)
-    mean = of_stored.multi_label_cross_entropy(
-        scores, jnp.asarray(IDS), label_where=kept
-    )
-    total = of_stored.multilabel_softmax_loss(scores, jnp.asarray(IDS))
-    assert_close(total, kept.sum(-1) * mean, dtype=jnp.float32, length=CLASSES)
-
-
 @pytest.mark.parametrize("source", ["mask", "ids", "linear"])
 def test_a_positive_that_stands_out_leaves_all_digits_of_the_negatives(source):
     """Lse - z of 30 over 99,999 zeros: log1p(-p) would be -inf in float32."""
@@ -374,7 +364,8 @@ def test_softmax_pushes_a_certain_positive_down_and_decoupled_does_not():
     scores = jnp.zeros((1, 6)).at[0, 0].set(4.0)
     positives = jnp.asarray([[True, True, False, False, False, False]])
     slope = lambda loss: jax.grad(lambda s: loss(s, positives).sum())(scores)[0]
-    assert slope(of_stored.multilabel_softmax_loss)[0] > 0.5
+    softmax = lambda s, p: of_stored.softmax_cross_entropy(s, p.astype(s.dtype))
+    assert slope(softmax)[0] > 0.5
     assert (slope(of_stored.decoupled_softmax_loss)[:2] < 0).all()
 
 
@@ -645,5 +636,3 @@ def test_wrong_options_are_named():
         ValueError, match=r"soft_top_k_loss: `k` must be positive and finite, got -1"
     ):
         every.soft_top_k_loss(scores, ids, k=-1)
-    with pytest.raises(TypeError, match=r"multilabel_softmax_loss.*'weights'"):
-        every.multilabel_softmax_loss(scores, ids, weights=None)

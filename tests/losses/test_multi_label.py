@@ -14,6 +14,7 @@ from softlib.testing import assert_close, check_transformations
 from tests.heads import of_head, of_stored
 from tests.host import jnp
 from tests.losses.problems import assert_agrees
+from tests.oracles import extreme
 from tests.oracles.weighted_cross_entropy import target_of, weighted_cross_entropy
 
 ROWS, FEATURES, CLASSES, LABELS = 8, 3, 7, 3
@@ -130,6 +131,56 @@ def test_matches_oracle(name, implementation, weighted):
             else:
                 wanted = expected.gradients[argument]
             assert_agrees(gradient, wanted, jnp.float64, 0)
+
+
+# Excluded, all of a row or one; outside; padding anywhere; none; masked.
+DISTINCT = np.array(
+    [
+        [0, 6, 1],
+        [2, -1, -1],
+        [5, 2, 1],
+        [CLASSES, 3, -1],
+        [-1, 3, 4],
+        [-1, -1, -1],
+        [1, 4, -1],
+        [6, -1, 5],
+    ]
+)
+
+
+@both_sources
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+def test_mean_and_sum_match_the_oracle(name, normalization):
+    """Positives one by one: the sum of their cross-entropies, or their mean."""
+    with jax.enable_x64():
+        function, given = source(name, "float64")
+        rows = next(iter(given))
+        given[rows] = given[rows].at[6].set(jnp.nan)
+        chosen = {"class_where": np.arange(CLASSES) != 2, "where": WHERE}
+        loss, gradients = differentiated(
+            functools.partial(function, normalization=normalization),
+            given,
+            labels=jnp.asarray(DISTINCT),
+            label_where=jnp.asarray(DISTINCT != -1),
+            **{option: jnp.asarray(value) for option, value in chosen.items()},
+        )
+        exact = {key: np.array(value) for key, value in given.items()}
+        exact[rows][6] = 0  # the oracle multiplies by it
+        z = exact.get("logits")
+        z = exact["hidden"] @ exact["weight"].T if z is None else z
+        wanted, dz, _ = extreme.losses_of(extreme.multilabel, z, DISTINCT, **chosen)
+        if normalization == "mean":
+            count = np.maximum((DISTINCT != -1).sum(-1), 1)
+            wanted, dz = wanted / count, dz / count[:, None]
+        slopes = {"logits": dz}
+        if name == "linear":
+            weight, hidden = exact["weight"], exact["hidden"]
+            slopes = {"hidden": dz @ weight, "weight": dz.T @ hidden}
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(wanted)), [3])
+        np.testing.assert_array_equal(np.flatnonzero(np.isinf(wanted)), [1, 2])
+        assert_agrees(loss, wanted, jnp.float64, 0)
+        for argument, gradient in gradients.items():
+            assert_agrees(gradient, slopes[argument], jnp.float64, 0)
 
 
 @both_sources
@@ -370,3 +421,22 @@ def test_a_linear_head_does_not_smooth_with_weights():
             class_weights=jnp.ones(CLASSES),
             label_smoothing=0.1,
         )
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "max"}, r"must be one of 'mean', 'sum', got 'max'\."),
+        (
+            {"normalization": "sum", "label_weights": jnp.ones((ROWS, 2))},
+            r"must be 'mean', .* where `label_weights` are given, got 'sum'\.",
+        ),
+    ],
+)
+def test_normalization_is_one_of_two_and_not_of_given_weights(options, message):
+    function, given = source("logits")
+    with pytest.raises(
+        ValueError, match=rf"^multi_label_.*: `normalization` {message}"
+    ):
+        function(**given, labels=jnp.zeros((ROWS, 2), int), **options)
