@@ -16,6 +16,23 @@ TABLE = pathlib.Path(__file__).with_name("long_tests.txt")
 # Seconds that a test may cost a run. Half of it is long for a case that has others
 # beside it.
 SHARE = 0.4
+# The same for tests of what all functions are made of: a fault there is seen by little
+# else, and only by these within one run.
+ENGINE_SHARE = 2.0
+ENGINES = (
+    "tests/attention/test_attention.py",
+    "tests/attention/test_attention_promises.py",
+    "tests/attention/test_lanes.py",
+    "tests/attention/test_mask_tuples.py",
+    "tests/kernels/",
+    "tests/logits/",
+    "tests/losses/test_class_log_weights.py",
+    "tests/losses/test_gradient_filter.py",
+    "tests/losses/test_label_rank.py",
+    "tests/losses/test_others.py",
+    "tests/losses/test_row_",
+    "tests/masks/",
+)
 # So many runs in a row at most take a test once.
 MOST = 8
 # Tests of a file here share what their file has run, so they take turns together.
@@ -36,9 +53,14 @@ def entry(test: str) -> str:
     return file if file.startswith(TOGETHER) else test.partition("[")[0]
 
 
-def turns(seconds: float) -> int:
-    """Number of runs in a row of which one takes a test, at about `SHARE` a run."""
-    return min(MOST, math.ceil(seconds / SHARE))
+def share(test: str) -> float:
+    """Returns the seconds that this test may cost a run."""
+    return ENGINE_SHARE if test.startswith(ENGINES) else SHARE
+
+
+def turns(test: str, seconds: float) -> int:
+    """Number of runs in a row of which one takes a test, at about its share a run."""
+    return min(MOST, math.ceil(seconds / share(test)))
 
 
 def measured(junit: str) -> dict[str, float]:
@@ -60,7 +82,7 @@ def measured(junit: str) -> dict[str, float]:
     for test, times in seconds.items():
         is_file = test.endswith(".py")
         mean = sum(times) if is_file else statistics.mean(times)
-        limit = SHARE if is_file or len(times) == 1 else SHARE / 2
+        limit = share(test) / (1 if is_file or len(times) == 1 else 2)
         found[test] = mean if mean > limit and test not in by_name else 0
     return found
 

@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(
     for item in items:
         callspec = getattr(item, "callspec", None)  # of a test with parameters
         entry = long_tests.entry(item.nodeid)
-        turns = long_tests.turns(long[entry]) if entry in long else None
+        turns = long_tests.turns(entry, long[entry]) if entry in long else None
         parameters = callspec.params if callspec else {}
         case = selection.case(item.nodeid, parameters, turns, entry)
         if option.slice and item.get_closest_marker("slow"):

@@ -150,6 +150,10 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_long" time="2.0" />
     <testcase classname="tests.losses.test_a" name="test_cases[1]" time="0.2" />
     <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
+    <testcase classname="tests.masks.test_a" name="test_quick" time="1.9" />
+    <testcase classname="tests.masks.test_a" name="test_long" time="2.1" />
+    <testcase classname="tests.masks.test_a" name="test_cases[1]" time="0.9" />
+    <testcase classname="tests.masks.test_a" name="test_cases[2]" time="1.2" />
     <testcase classname="tests.kernels.test_b" name="test_cases[2]" time="9.0" />
     <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
     <testcase classname="tests.examples.test_c" name="test_run" time="7.0" />
@@ -164,6 +168,8 @@ def test_what_a_run_measured_is_the_table():
         "9.0 tests/kernels/test_b.py::test_long\n"
         "0.4 tests/losses/test_a.py::test_cases\n"
         "2.0 tests/losses/test_a.py::test_long\n"
+        "1.1 tests/masks/test_a.py::test_cases\n"
+        "2.1 tests/masks/test_a.py::test_long\n"
     )
     assert long_tests.read(text)["tests/losses/test_a.py::test_cases"] == 0.4
 
@@ -174,7 +180,9 @@ def test_the_table_is_by_test_or_by_file():
 
 
 def test_what_takes_longer_waits_for_more_turns():
-    assert [long_tests.turns(s) for s in (0.4, 0.8, 0.9, 100)] == [1, 2, 3, 8]
+    turns = lambda test: [long_tests.turns(test, s) for s in (0.4, 0.8, 0.9, 4, 100)]
+    assert turns("tests/losses/test_a.py::test_long") == [1, 2, 3, 8, 8]
+    assert turns("tests/masks/test_a.py::test_long") == [1, 1, 1, 2, 8]
 
 
 def test_long_tests_exist():
