@@ -86,6 +86,8 @@ def _expressions(node: ast.AST) -> Iterator[ast.expr]:
             skipped = (ast.Raise, ast.Assert, ast.JoinedStr, ast.TypeAlias)
             if not isinstance(child, ast.AST) or isinstance(child, skipped):
                 continue
+            if isinstance(child, ast.keyword) and child.arg in CHECKS:
+                continue
             if isinstance(child, ast.expr):
                 yield child
             yield from _expressions(child)

@@ -50,7 +50,7 @@ def changes_of(expression: str) -> set[str]:
         ("jnp.tanh(a)", {"a"}),
         ("f(a, axis=b, **c)", {"f(a, **c)"}),
         ("x.sum(b)", set()),
-        ("zip(a, b, strict=c)", set()),
+        ("zip(a, b, strict=True)", set()),
         ("'text'", set()),
     ],
 )
