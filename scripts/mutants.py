@@ -38,7 +38,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tests/losses",
     ),
     (
-        "softlib/attention/_engine/{stream,tiles,scores,lanes}.py",
+        "softlib/attention/_engine/{stream,tiles,scores,batch_heads}.py",
         ("attention", "softplus", "attention_promises"),
         "tests/attention",
     ),

@@ -22,7 +22,7 @@ ENGINE_SHARE = 2.0
 ENGINES = (
     "tests/attention/test_attention.py",
     "tests/attention/test_attention_promises.py",
-    "tests/attention/test_lanes.py",
+    "tests/attention/test_batch_heads.py",
     "tests/attention/test_mask_tuples.py",
     "tests/kernels/",
     "tests/logits/",

@@ -1,4 +1,4 @@
-"""From the arguments that users pass to the operands of the attention engine."""
+"""Turns users' arguments into operands of the attention engine."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from ._engine.tiles import Operands, Options
 
 
 class Shapes(NamedTuple):
-    """The axes of one call, after they were found to fit together."""
+    """The checked axes of a call."""
 
     batch: tuple[int, ...]
     query_length: int
@@ -72,7 +72,7 @@ class Shapes(NamedTuple):
         return math.prod(self.batch)
 
     def flat(self, *arrays: Array) -> list[Array]:
-        """Exactly one batch axis."""
+        """Query, key and value with exactly one batch axis."""
         count = len(self.batch)
         return [x.reshape(self.size, *x.shape[count:]) for x in arrays]
 
@@ -80,7 +80,7 @@ class Shapes(NamedTuple):
         return array.reshape(*self.batch, *array.shape[1:])
 
     def on_pairs(self, function: str, name: str, array: Array) -> Array:
-        """(b, n, t, s), each axis whole or 1."""
+        """An array over pairs as (b, n, t, s), each axis of full length or 1."""
         full = (*self.batch, self.heads, self.query_length, self.key_length)
         why = "batch, heads, queries, keys"
         if array.ndim != len(full):
@@ -95,7 +95,7 @@ class Shapes(NamedTuple):
         return array.reshape(math.prod(batch), *pairs)
 
     def on_rows(self, function: str, name: str, array: Array) -> Array:
-        """(B, T, N), from anything that broadcasts to it."""
+        """An array that broadcasts to (B, T, N), broadcast."""
         full = (*self.batch, self.query_length, self.heads)
         checks.require_floating(function, **{name: array})
         why = "batch, queries, heads"
@@ -104,7 +104,7 @@ class Shapes(NamedTuple):
         return jnp.broadcast_to(array, full).reshape(self.size, *full[-2:])
 
     def lengths(self, function: str, name: str, given: ArrayLike | None) -> Any:
-        """Integers, one for all or one per batch entry, flat."""
+        """Checked integers, one for all or one per entry of the flat batch axis."""
         if given is None:
             return None
         array = signed(as_array(function, name, given))
@@ -117,7 +117,7 @@ class Shapes(NamedTuple):
         return array if array.ndim == 0 else array.reshape(self.size)
 
     def without_padding(self, array: Array, lengths: ArrayLike) -> Array:
-        """What does not count may hold NaN, which products with 0 would not remove."""
+        """Zeros padding, which may hold NaN: products with 0 would keep it."""
         lengths = signed(jnp.asarray(lengths)).reshape(-1, 1)
         inside = jnp.arange(array.shape[1])[None, :] < lengths
         return jnp.where(inside[..., None, None], array, 0)
@@ -130,7 +130,7 @@ def tuple_shapes(
     values: Sequence[Array],
     names: tuple[str, str] = ("keys", "values"),
 ) -> list[Shapes]:
-    """Of every key axis with the queries; they agree in all but the length."""
+    """The shapes of every key axis with the queries; only lengths differ."""
     _require_tuple(function, "keys", keys)
     _require_tuple(function, "values", values)
     if len(values) != len(keys):
@@ -138,19 +138,19 @@ def tuple_shapes(
             f"{function}: `values` must be as many arrays as `keys`, {len(keys)}, got "
             f"{len(values)}."
         )
-    # Members of tuples in one function, arguments of their own in the other.
-    place = "[{}]" if names == ("keys", "values") else "{}"
+    # Members of tuples in one function, separate arguments in the other.
+    suffix = "[{}]" if names == ("keys", "values") else "{}"
     start = 0 if names == ("keys", "values") else 1
     found: list[Shapes] = []
     for axis, (key, value) in enumerate(zip(keys, values, strict=True), start):
-        key_name, value_name = (name + place.format(axis) for name in names)
+        key_name, value_name = (name + suffix.format(axis) for name in names)
         if found and key.ndim >= 3:
             expected = (*key.shape[:-2], found[0].key_heads, key.shape[-1])
-            why = f"the heads of `{names[0] + place.format(start)}`"
+            why = f"the heads of `{names[0] + suffix.format(start)}`"
             checks.require_shape(function, key_name, key, expected, why)
         own = Shapes.of(function, query, key, value, names=(key_name, value_name))
         expected = (*value.shape[:-1], values[0].shape[-1])
-        why = f"the features of `{names[1] + place.format(start)}`"
+        why = f"the features of `{names[1] + suffix.format(start)}`"
         checks.require_shape(function, value_name, value, expected, why)
         found.append(own)
     return found
@@ -178,15 +178,15 @@ def _require_tuple(function: str, name: str, arrays: Any) -> None:
 def values_and_array(
     function: str, shapes: Shapes, mask: Any
 ) -> tuple[Any, Array | None]:
-    """What holds by positions, and what is looked up."""
+    """Splits `mask` into mask values and one boolean array."""
     values, dense = [], None
-    for part in mask if isinstance(mask, tuple) else (mask,):
-        if not isinstance(part, jax.Array | np.ndarray | np.generic | bool | list):
-            values.append(part)
+    for each in mask if isinstance(mask, tuple) else (mask,):
+        if not isinstance(each, jax.Array | np.ndarray | np.generic | bool | list):
+            values.append(each)
             continue
-        array = as_array(function, "mask", part)
+        array = as_array(function, "mask", each)
         checks.require_boolean(function, mask=array)
-        if array.ndim == 0:  # of all pairs
+        if array.ndim == 0:  # one value for all pairs
             array = array.reshape((1,) * (len(shapes.batch) + 3))
         array = shapes.on_pairs(function, "mask", array)
         dense = array if dense is None else dense & array
@@ -214,7 +214,7 @@ def planned(
     blocks: tuple[int | None, int | None] = (None, None),
     all_partial: bool = False,
 ) -> BlockPlan:
-    """The blocks of everything that excludes pairs by their positions."""
+    """The block plan of all arguments that exclude pairs by position."""
     lengths = (shapes.query_length, shapes.key_length)
     query_lengths = shapes.lengths(function, "query_seq_lengths", query_seq_lengths)
     key_lengths = shapes.lengths(
@@ -234,19 +234,19 @@ def planned(
     for name, size in (("block_query", blocks[0]), ("block_key", blocks[1])):
         if size is not None:
             checks.require_positive_integer(function, name, size)
-    parts: list[Mask] = [] if mask is None else [mask]
+    values: list[Mask] = [] if mask is None else [mask]
     if is_causal:
-        parts.append(masks.Causal())
+        values.append(masks.Causal())
     if local_window_size is not None:
-        parts.append(_window(function, local_window_size))
+        values.append(_window(function, local_window_size))
     if not isinstance(query_offset, int):
         query_offset = shapes.lengths(function, "query_offset", query_offset)
-    parts = [part.shift(query_offset) for part in parts]
+    values = [value.shift(query_offset) for value in values]
     if padded:
-        parts.append(masks.Padding(query=query_lengths, key=key_lengths))
-    require_batch(function, shapes, parts)
+        values.append(masks.Padding(query=query_lengths, key=key_lengths))
+    require_batch(function, shapes, values)
     return plan_of(
-        _conjunction(parts),
+        _conjunction(values),
         lengths,
         blocks,
         all_partial=all_partial,
@@ -255,7 +255,7 @@ def planned(
 
 
 def are_given(mask: Any, *sizes: Any) -> bool:
-    """Whether the blocks are those of the user."""
+    """Whether the user gave a plan or block sizes."""
     return isinstance(mask, BlockPlan) or any(size is not None for size in sizes)
 
 
@@ -267,7 +267,7 @@ def require_plan(
     *,
     others: bool,
 ) -> None:
-    """A plan in the place of a mask is whole, and of these shapes."""
+    """Requires a plan given as a mask to be the only one and to have these lengths."""
     if others:
         raise ValueError(
             f"{function}: `mask` must not be a BlockPlan together with other masks,"
@@ -282,7 +282,7 @@ def require_plan(
 
 
 def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
-    """A static factor for the scores; one that is traced goes into the queries."""
+    """The queries and a static scale; a traced scale is multiplied into the queries."""
     if scale is None:
         return query, float(max(query.shape[-1], 1)) ** -0.5
     if isinstance(scale, int | float) and not isinstance(scale, bool):
@@ -297,7 +297,7 @@ def scaled(function: str, query: Array, scale: Any) -> tuple[Array, float]:
 def run(
     function: str, names: Implementations, options: Options, operands: Operands
 ) -> Result:
-    """The engine, on arrays that may be divided over an Explicit mesh."""
+    """Runs the engine on arrays that may be divided over an Explicit mesh."""
     checks.require_implementation(function, operations.operation_of(operands), names)
 
     def call(query: Array, rest: Operands) -> Result:
@@ -319,7 +319,7 @@ def run(
 def _by_batch_and_heads(
     rest: Operands, spec: PartitionSpec
 ) -> tuple[PartitionSpec, Operands]:
-    """Specs that divide every array as the queries are, by batch entries and heads."""
+    """Specs that divide every array by batch entries and heads, like the queries."""
     batch, _, heads, _ = spec
     of_keys: Any = lambda array: PartitionSpec(batch, None, heads, None)
     of_rows: Any = lambda array: PartitionSpec(batch, None, heads)
@@ -362,21 +362,21 @@ def _window(function: str, size: int | tuple[int, int]) -> Mask:
     return masks.Window(*pair)
 
 
-def _conjunction(parts: Sequence[Mask]) -> Mask:
+def _conjunction(values: Sequence[Mask]) -> Mask:
     mask: Mask = masks.All()
-    for i, part in enumerate(parts):
-        mask = part if i == 0 else mask & part
+    for i, value in enumerate(values):
+        mask = value if i == 0 else mask & value
     return mask
 
 
-def require_batch(function: str, shapes: Shapes, parts: Sequence[Any]) -> None:
-    for part in parts:
-        leaves = jax.tree.leaves(part)
-        for leaf, rank in zip(leaves, part._leaf_ranks(), strict=True):
+def require_batch(function: str, shapes: Shapes, values: Sequence[Any]) -> None:
+    for value in values:
+        leaves = jax.tree.leaves(value)
+        for leaf, rank in zip(leaves, value._leaf_ranks(), strict=True):
             extra = jnp.ndim(leaf) - rank
             if extra and (extra > 1 or jnp.shape(leaf)[0] != shapes.size):
                 raise ValueError(
                     f"{function}: `mask` must hold arrays without a batch axis or with "
-                    f"one of {shapes.size}, got {type(part).__name__} with an array of "
-                    f"shape {jnp.shape(leaf)}."
+                    f"one of {shapes.size}, got {type(value).__name__} with an array "
+                    f"of shape {jnp.shape(leaf)}."
                 )

@@ -38,14 +38,13 @@ class DecodeStatistics(NamedTuple):
             maximum was used instead; False everywhere without `phi`.
     """
 
-    # Any: also made of shardings.
+    # Any: the fields may also be shardings.
     lse: Any  # Float[Array, "*batch T N"]
     max_score: Any  # Float[Array, "*batch T N"]
     needs_recompute: Any  # Bool[Array, "*batch T N"]
 
 
-# The overloads tell type checkers what the return options return; the signature that
-# counts is that of the function below.
+# For type checkers: the return type depends on flags.
 class _Options(TypedDict, total=False):
     key_value_seq_lengths: Array | None
     is_causal: bool
@@ -250,7 +249,7 @@ def decode_attention(
 def _by_batch_and_heads(
     arrays: tuple[Any, ...], spec: PartitionSpec
 ) -> tuple[Any, ...]:
-    """Specs that divide every array as the queries are, by batch entries and heads."""
+    """Specs that divide every array by batch entries and heads, like the queries."""
     *batch, _, heads, _ = spec
     of_heads = PartitionSpec(*batch, None, heads, None)
     _, _, lengths, _, sinks, unified = arrays
@@ -317,7 +316,7 @@ def _attend(
         visible,
         None,
     )
-    # The reference stays as it is: on devices that share a sum it is the same.
+    # The reference stays replicated over devices that share a sum.
     operands = match_varying(operands)._replace(unified=unified)
     found = engine.attend(implementation, options, axis_name, operands)
 
@@ -327,7 +326,7 @@ def _attend(
     )
     out, lse = unpack(found.out), unpack(found.lse)
     if sinks is not None:
-        # After the merge over devices, so that a sink counts once.
+        # Added after the merge over devices, so that a sink counts once.
         sink = jnp.broadcast_to(sinks.astype(dtype), lse.shape)
         out, lse = partials.merge(
             jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sink])
@@ -343,7 +342,7 @@ def _attend(
 def _packed(
     query: Float[Array, "B T N H"], groups: int
 ) -> Float[Array, "B groups R H"]:
-    """The queries of one key head as rows, those of one query head side by side."""
+    """The queries of each key head as rows, grouped by query head."""
     batch, queries, heads, size = query.shape
     shared = heads // groups
     split = query.reshape(batch, queries, groups, shared, size)
@@ -352,7 +351,7 @@ def _packed(
 
 
 def _unpacked(rows: Array, queries: int, heads: int) -> Array:
-    """(B, K, R, ...) as (B, T, N, ...)."""
+    """Reshapes (B, K, R, ...) to (B, T, N, ...)."""
     batch, groups, _, *rest = rows.shape
     split = rows.reshape(batch, groups, heads // groups, queries, *rest)
     split = jnp.moveaxis(split, 3, 1)
@@ -360,7 +359,7 @@ def _unpacked(rows: Array, queries: int, heads: int) -> Array:
 
 
 def _rows_of_heads(per_head: ArrayLike, groups: int, queries: int) -> Array:
-    """One number, or one per query head, for the rows (K, R) of packed queries."""
+    """Repeats one number, or one per query head, for the rows (K, R)."""
     numbers = jnp.asarray(per_head)
     if numbers.ndim == 0:
         return numbers
@@ -405,7 +404,7 @@ def _lengths(lengths: ArrayLike | None, batch: tuple[int, ...]) -> Array | None:
             f"{FUNCTION}: `{name}` must have an integer dtype, got {lengths.dtype}."
         )
     checks.require_shape(FUNCTION, name, lengths, batch, "the batch axes of `query`")
-    # An int64 that an int32 cannot hold is more than any cache has keys.
+    # No cache has more keys than an int32 can hold.
     most = jnp.iinfo(jnp.int32)
     return jnp.clip(lengths, most.min, most.max).astype(jnp.int32)
 
@@ -416,7 +415,7 @@ def _bounds(valid_range: object) -> tuple[ArrayLike, ArrayLike]:
             f"{FUNCTION}: `valid_range` must be a pair (a, b), got {valid_range!r}."
         )
     low, high = valid_range
-    # Traced bounds are values: an empty range makes every row one to recompute.
+    # Traced bounds are not checked: with an empty range every row needs recomputation.
     if (
         isinstance(low, int | float)
         and isinstance(high, int | float)

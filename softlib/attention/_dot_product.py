@@ -24,9 +24,8 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-# The overloads tell type checkers what `return_lse` returns; the signature that counts
-# is that of the function below. (A TypedDict may have more keys than it names, hence
-# the ignored error.)
+# For type checkers: the return type depends on a flag. (A TypedDict may have more keys
+# than it names, hence the ignored error.)
 class _Options(TypedDict, total=False):
     mask: Any
     bias: Array | None

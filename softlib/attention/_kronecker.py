@@ -285,7 +285,7 @@ def _attention(
     precision: Precision,
     implementation: Implementations,
 ) -> Any:
-    """Both functions, after what is their own; `power` of H is the default scale."""
+    """The common body of both functions; the default scale is H to the `power`."""
     shapes = tuple_shapes(function, query, keys, values, names)
     last = shapes[-1]
     lengths = (last.query_length, *(own.key_length for own in shapes))
@@ -314,10 +314,9 @@ def _planned(
     lengths: tuple[int, ...],
     blocks: dict[str, Any],
 ) -> tuple[BlockPlan, tuple[int, ...]]:
-    """The blocks of tuples that the mask leaves, and the order of the key axes there.
+    """The block plan of tuples, and its order of the key axes.
 
-    Sums over all tuples do not depend on the order, but their time does: the last axis
-    is that of the products.
+    Only time depends on the order: the last axis is streamed.
     """
     count = len(lengths) - 1
     order = tuple(range(count))
@@ -337,7 +336,7 @@ def _planned(
 
 
 def _biased(function: str, name: str, array: Array, bias: Any) -> Array:
-    """Added in the dtype of the sums: the constants are not those of bfloat16."""
+    """Adds the bias in the dtype of the sums: bfloat16 would round its constants."""
     checks.require_scalar(function, name, bias, -jnp.inf, jnp.inf)
     if isinstance(bias, int | float) and bias == 0:
         return array

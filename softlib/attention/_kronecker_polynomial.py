@@ -21,7 +21,7 @@ from ._arguments import tuple_shapes
 from ._polynomial import exp_polynomial, monomials
 from ._polynomial.exp_polynomial import Basis
 
-# Far beyond any certified degree; the factorials up to here are doubles.
+# Far beyond any certified degree; factorials up to here are in the range of doubles.
 LARGEST_DEGREE = 100
 
 
@@ -189,8 +189,8 @@ def kronecker_attention_polynomial(
 
 class _Polynomial(NamedTuple):
     degree: int
-    limit: float  # of the bounds of rows
-    factors: np.ndarray | None  # as `taylor_factors`; None: of the row's own bound
+    limit: float  # largest bound of a row
+    factors: np.ndarray | None  # of `taylor_factors`; None: from each row's bound
 
 
 def _attend(
@@ -201,7 +201,7 @@ def _attend(
     causal: bool,
     precision: Precision,
 ) -> tuple[Array, Array]:
-    """One batch axis, one dtype; the query is scaled."""
+    """The output and the bounds of rows; one batch axis, one dtype, scaled queries."""
     batch, length, heads, width = query.shape
     key_heads, features = keys[0].shape[2], values[0].shape[-1]
     dtype = query.dtype
@@ -213,14 +213,14 @@ def _attend(
         out = jnp.zeros((batch, length, heads, features), dtype)
         return match_varying(out, query), by_head(bound)
 
-    # Tokens last, groups of key heads first; queries by position, then head.
+    # Layout (batch and key heads, features, tokens); queries by position, then head.
     groups = batch * key_heads
     columns = (groups, width, length * per_key)
     query_columns = query.transpose(0, 2, 4, 1, 3).reshape(columns)
     bounds = bound.transpose(0, 2, 1, 3).reshape(groups, -1)
     limit = polynomial.limit * (1 + (width + 16) * float(jnp.finfo(dtype).eps))
     inside = bounds <= limit
-    # Before any power is taken: 0 times inf in a gradient would be NaN for all keys.
+    # Selected before taking powers: 0 * inf in a gradient would be NaN for all keys.
     bounds = jnp.where(inside, bounds, 0)
     query_columns = jnp.where(inside[:, None], query_columns, 0)
     key_columns = [
@@ -249,7 +249,7 @@ def _attend(
     )
     numerator, denominator = sums[:, :-1], sums[:, -1:]
     known = inside[:, None] & (denominator > 0)
-    # Selected before the division as well: the gradient of a NaN is 0, not NaN.
+    # Selected before the division as well, so that a NaN has gradient 0, not NaN.
     out = numerator / jnp.where(known, denominator, 1)
     out = jnp.where(known, out, jnp.nan)
     out = out.reshape(batch, key_heads, features, length, per_key)
@@ -257,12 +257,12 @@ def _attend(
 
 
 def _bound(query: Array, keys: tuple[Array, ...], causal: bool) -> Array:
-    """(b, T, K, N/K): at least every |score| of the row; keys (b, S, K, H)."""
+    """An upper bound of every |score| of a row, (b, T, K, N/K); keys (b, S, K, H)."""
 
     def largest(array: Array) -> Array:
         if causal:
             return lax.cummax(array, axis=1)
-        # The initial value: no score is larger than 0 where there are no keys.
+        # Starts from 0, the bound where there are no keys.
         return array.max(1, keepdims=True, initial=0)
 
     sizes = [jnp.abs(query), *(jnp.abs(key)[:, :, :, None] for key in keys)]
@@ -285,19 +285,19 @@ def _bound(query: Array, keys: tuple[Array, ...], causal: bool) -> Array:
 
 
 def _norms(size: Array) -> list[Array]:
-    """1-, 2- and max-norm of the last axis; entries are not negative."""
+    """The 1-, 2- and max-norm over the last axis; entries are not negative."""
     top = size.max(-1, initial=0)
-    # Squares of the entries themselves may underflow, and a bound of 0 would be wrong.
+    # Scaled, since squares may underflow, and a bound of 0 would be wrong.
     safe = jnp.where(top > 0, top, 1)[..., None]
     return [size.sum(-1), top * jnp.sqrt(jnp.square(size / safe).sum(-1)), top]
 
 
 def _unit(key: Array, causal: bool) -> Array:
-    """Powers of two, at most one per group and feature, that bring keys near 1.
+    """Powers of two by which keys are divided to be near 1, per group (and feature).
 
-    Moved to the query, so that no product of powers leaves the range of floats while
-    their sum, a score, is of moderate size. The last token may tell nothing to the
-    first: for causal attention only the first token decides.
+    The query is multiplied by them instead: so no product of powers leaves the range of
+    floats if scores are moderate. For causal attention only the first token decides,
+    since results must not depend on later tokens.
     """
     seen = jnp.abs(key[..., :1] if causal else key)
     top = seen.max((1, 2) if causal else 2, keepdims=True, initial=0)

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, put together from the results of the parts."""
+"""Merges results of attention over disjoint sets of keys."""
 
 from collections.abc import Sequence
 
@@ -68,7 +68,7 @@ def merge_partials(
 def merge(
     outs: Float[Array, "P *rows H"], lses: Float[Array, "P ..."]
 ) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
-    """`merge_partials` of stacked parts, both results in the dtype of the sums."""
+    """`merge_partials` of stacked results, returned in the dtype of the sums."""
     dtype = accumulator_dtype(outs, lses)
     outs, lses = outs.astype(dtype), lses.astype(dtype)
     outs = jnp.where(lses[..., None] == -jnp.inf, 0, outs)
@@ -82,13 +82,13 @@ def merge(
     return accumulator.mean(state), accumulator.finalize(state)
 
 
-def _stacked(name: str, parts: Array | Sequence[Array]) -> Array:
-    if not isinstance(parts, Sequence):
-        return jnp.asarray(parts)
-    shapes = list(dict.fromkeys(jnp.shape(part) for part in parts))
+def _stacked(name: str, partials: Array | Sequence[Array]) -> Array:
+    if not isinstance(partials, Sequence):
+        return jnp.asarray(partials)
+    shapes = list(dict.fromkeys(jnp.shape(each) for each in partials))
     if len(shapes) != 1:
         got = " and ".join(map(str, shapes)) or "an empty sequence"
         raise ValueError(
             f"merge_partials: `{name}` must hold arrays of one shape, got {got}."
         )
-    return jnp.stack([jnp.asarray(part) for part in parts])
+    return jnp.stack([jnp.asarray(each) for each in partials])

@@ -22,12 +22,12 @@ from ._engine.tiles import Operands, Options
 
 
 class SoftplusStatistics(NamedTuple):
-    r"""What softplus attention knows of each row; `*batch T N`, float32 or wider.
+    r"""Statistics of each row of softplus attention; `*batch T N`, float32 or wider.
 
     Attributes:
         mean: Mean of $\varphi = \log(1 + e^s)$ over the keys of the row; 0 without any.
         max: Largest $\varphi$ of the row; a constant to differentiation.
-        normalizer: What the weights were divided by: the sum of $\varphi$, or of the
+        normalizer: The divisor of the weights: the sum of $\varphi$, or of the
             re-weighted entries, which are relative to their maximum.
     """
 
@@ -189,7 +189,7 @@ def softplus_attention(
         key, value = (
             shapes.without_padding(x, key_value_seq_lengths) for x in (key, value)
         )
-    # Differences of entries cancel: scores are float32 even for narrower arguments.
+    # Scores are float32 even for narrower arguments, because differences cancel.
     query, key = query.astype(wide), key.astype(wide)
     if normalize_qk:
         query, key = _normalized(query), _normalized(key)
@@ -207,7 +207,7 @@ def softplus_attention(
         operands = Operands(query, key, value, plan, dense, rows=rows)
         return run(function, implementation, options, operands)
 
-    # An underflow of a whole row is possible for scores without a bound only.
+    # A whole row can underflow only if scores are unbounded.
     plain = Softplus() if bounded else LogSoftplus()
     if power is None:
         found = call(plain, value)
@@ -288,7 +288,7 @@ def softplus_weights(
     z = jnp.where(ok, logits.astype(wide), 0)
     total = lambda x: jnp.where(ok, x, 0).sum(axis, keepdims=True)
     if power is None:
-        # In the log domain: a row far below 0 is a softmax, not 0 / 0.
+        # In the log domain a row far below 0 becomes a softmax, not 0 / 0.
         entries = jnp.where(ok, LogSoftplus().entries(z, ()), -jnp.inf)
         top = entries.max(axis, keepdims=True, initial=-jnp.inf)
         entries = jnp.exp(
@@ -361,7 +361,7 @@ def _normalized(x: Array) -> Array:
 
 
 def _row_count(shapes: Shapes, plan: BlockPlan, dense: Array | None) -> Array:
-    """(B, T, N): how many keys each query may attend to."""
+    """Number of keys that each query may attend to, (B, T, N)."""
     query_length, key_length = plan.lengths
     full = (shapes.size, query_length, shapes.heads)
     if dense is None:

@@ -41,7 +41,7 @@ WIDE = {
     "scale": (None, 0.3, "traced"),
     "logit_softcap": (None, 2.0),
     "sinks": (False, True),
-    "lanes": ("all", "one"),
+    "at_once": ("all", "one"),
 }
 # What a program is made of; the wide list adds values that change numbers in it.
 OPTIONS = WIDE | {
@@ -105,9 +105,9 @@ def test_matches_oracle_under_more_masks_biases_and_shapes(case, monkeypatch):
 
 def matches_oracle(case, monkeypatch):
     case = dict(case)
-    if case.pop("lanes") == "one":  # of batch entries and heads, as if they were many
-        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
-        monkeypatch.setattr("softlib.attention._engine.lanes.MASKED", 0)
+    if case.pop("at_once") == "one":  # of batch entries and heads, as if they were many
+        monkeypatch.setattr("softlib.attention._engine.batch_heads.SCORES", 1)
+        monkeypatch.setattr("softlib.attention._engine.batch_heads.MASKED", 0)
     with jax.enable_x64(case["dtype"] == "float64"):
         check(case)
 
@@ -122,7 +122,7 @@ REFERENCE = OPTIONS | {
 }
 
 
-del REFERENCE["lanes"]
+del REFERENCE["at_once"]
 
 
 @pytest.mark.parametrize("case", pairwise(REFERENCE, valid), ids=case_name)
@@ -151,11 +151,14 @@ def test_every_mask_with_every_bias(name, bias, normalizer):
     )
 
 
-@pytest.mark.parametrize(("lanes", "bias"), [(1, "bn"), (1, "s"), (2, "nt"), (4, "b")])
-def test_batch_entries_and_heads_are_taken_a_few_at_a_time(lanes, bias, monkeypatch):
+@pytest.mark.parametrize(
+    ("at_once", "bias"), [(1, "bn"), (1, "s"), (2, "nt"), (4, "b")]
+)
+def test_batch_entries_and_heads_are_taken_a_few_at_a_time(at_once, bias, monkeypatch):
     shape = Shape(T=13, S=11, N=6, K=2, B=4)
-    # A lane is a key head of a batch entry, here with 3 query heads.
-    monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", lanes * 3 * 8 * 8)
+    # A batch head is a key head of a batch entry, here with 3 query heads.
+    scores = at_once * 3 * 8 * 8
+    monkeypatch.setattr("softlib.attention._engine.batch_heads.SCORES", scores)
     arrays = problem(shape, "bfloat16", bias=bias, sinks=True)
     ids = np.sort(np.random.default_rng(3).integers(0, 3, (4, 13)))
     segments = masks.Segments(*map(jax.device_put, (ids, ids[:, :11])))

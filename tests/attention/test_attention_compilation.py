@@ -14,7 +14,7 @@ import pytest
 
 from softlib import masks
 from softlib.attention import dot_product_attention
-from softlib.attention._engine import lanes as _lanes
+from softlib.attention._engine import batch_heads as _batch_heads
 from tests.compiled import f32
 
 BLOCKS: Any = {"block_query": 8, "block_key": 8}
@@ -68,8 +68,8 @@ def test_few_whole_blocks_share_the_loop_of_the_others(monkeypatch):
     """Masked as well, which changes nothing; many have a loop without the mask."""
     given = arrays(LENGTH)
     results, found = [], []
-    for most in (_lanes.MASKED, 0):
-        monkeypatch.setattr(_lanes, "MASKED", most)
+    for most in (_batch_heads.MASKED, 0):
+        monkeypatch.setattr(_batch_heads, "MASKED", most)
         jax.clear_caches()  # a trace does not know of what was replaced
         call = gradient(is_causal=True, **BLOCKS)
         found.append(loops(compiled(call, LENGTH)))

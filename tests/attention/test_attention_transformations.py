@@ -22,7 +22,7 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("normalizer", "implementation", "lanes", "later"),
+    ("normalizer", "implementation", "at_once", "later"),
     [
         ("softmax", "xla", "all", LATER),
         SLOW("softmax", "xla", "all", {}),
@@ -34,10 +34,10 @@ SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
         SLOW("stablemax", "reference", "all", {}),
     ],
 )
-def test_everything_at_once(normalizer, implementation, lanes, later, monkeypatch):
+def test_everything_at_once(normalizer, implementation, at_once, later, monkeypatch):
     """Both results, with respect to every array, with data in the mask."""
-    if lanes == "one":  # of batch entries and heads at a time, as if they were many
-        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
+    if at_once == "one":  # of batch entries and heads at a time, as if they were many
+        monkeypatch.setattr("softlib.attention._engine.batch_heads.SCORES", 1)
     softmax = normalizer == "softmax"
     arrays = problem(SHAPE, scale="traced", bias="ns", sinks=softmax)
 

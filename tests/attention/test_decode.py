@@ -125,7 +125,7 @@ def test_matches_independent_vectors(implementation, criterion):
     [(1, None), (2, 0.0), (127, None), (128, 0.0), (129, None), (129, 0.0), (300, 0.0)],
 )
 def test_any_number_of_keys_around_the_size_of_a_part(S, phi, monkeypatch):
-    monkeypatch.setattr("softlib.attention._decode.stream.PART_SIZE", 1)
+    monkeypatch.setattr("softlib.attention._decode.stream.SPLIT_SIZE", 1)
     arrays = problem(S=S, B=2, N=1, K=1)
     lengths = [S, (S + 1) // 2]
     out, statistics = decoded(arrays, lengths, phi=phi)

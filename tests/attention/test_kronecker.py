@@ -53,7 +53,7 @@ OPTIONS = {
     "dtype": ("float64", "bfloat16"),
     "scale": (None, "traced"),
     "heads": ((4, 2), (2, 2)),
-    "lanes": ("all", "one"),
+    "at_once": ("all", "one"),
 }
 
 
@@ -99,8 +99,8 @@ def check(case, **more):
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=case_name)
 def test_matches_oracle(case, monkeypatch):
     case = dict(case)
-    if case.pop("lanes") == "one":  # of batch entries and heads, as if they were many
-        monkeypatch.setattr("softlib.attention._engine.lanes.SCORES", 1)
+    if case.pop("at_once") == "one":  # of batch entries and heads, as if they were many
+        monkeypatch.setattr("softlib.attention._engine.batch_heads.SCORES", 1)
     with jax.enable_x64(case["dtype"] == "float64"):
         check(case)
 
@@ -112,7 +112,7 @@ REFERENCE = OPTIONS | {
     "scale": (None, "traced"),
     "heads": ((4, 2),),
 }
-del REFERENCE["lanes"]
+del REFERENCE["at_once"]
 
 
 @pytest.mark.parametrize("case", pairwise(REFERENCE), ids=case_name)

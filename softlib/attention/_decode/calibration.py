@@ -1,4 +1,4 @@
-"""The unified reference of each head, from scores that were seen."""
+"""Calibration of the unified maximum of each head from observed scores."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ FUNCTION = "calibrate_unified_max"
 
 
 class UnifiedMaxCalibration(NamedTuple):
-    r"""What `decode_attention` needs to use a unified maximum.
+    r"""The unified maximum of `decode_attention`.
 
     Attributes:
         phi: $\varphi$ of each head; 0 for a head without a finite maximum.
@@ -92,7 +92,7 @@ def calibrate_unified_max(
     maxima = lax.stop_gradient(scores_max).astype(dtype).reshape(-1, *heads)
     counts = jnp.isfinite(maxima)
     none = ~counts.any(0)
-    # Zeros in a head without samples: nanquantile of nothing would be NaN.
+    # 0 in a head without samples, whose nanquantile would be NaN.
     kept = jnp.where(counts, maxima, jnp.where(none, 0, jnp.nan)[None])
     low, high = jnp.nanquantile(kept, jnp.asarray(quantiles, dtype), axis=0)
     phi = (low + high) / 2

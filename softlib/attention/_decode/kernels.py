@@ -1,8 +1,8 @@
-"""The kernels of decode attention, as implementations.
+"""Adapters of the kernels of decode attention.
 
-`state` gives the sums over a device's keys, for devices that add theirs up, or by the
-running maximum. `attended` is the unified maximum on one device: rows that have left
-the range are computed again inside the kernel, and the result comes as a whole.
+`state` gives the sums over a device's keys: for sums over devices, or by the running
+maximum. `attended` gives the result by the unified maximum on one device: the kernel
+recomputes rows that leave the range.
 """
 
 import math
@@ -24,10 +24,10 @@ from softlib.numerics import RunningMaxState, UnifiedMaxState
 
 from .stream import Operands, Options, State
 
-# Shorter caches are read before a kernel has started.
+# Shorter caches are read in less time than it takes to start a kernel.
 LEAST_KEYS = 1024
 LEAST_FEATURES = 32
-# Rows of queries, of all heads: with more the products decide and not the memory.
+# Most rows of queries of all heads: with more, products take longer than reading.
 MOST_ROWS = 256
 
 
@@ -37,12 +37,12 @@ class Attended(NamedTuple):
     out: Array
     lse: Array
     max_score: Array
-    # 1 for rows that were computed again: a derivative rule may return floats only.
+    # 1 for recomputed rows: a derivative rule may return floats only.
     recomputed: Array
 
 
 class _Rows(NamedTuple):
-    """What is known of rows (B, K R)."""
+    """The operands as rows (B, K R)."""
 
     query: Array
     visible: Array
@@ -117,7 +117,7 @@ def _tiles(operands: Operands) -> tpu.Tiles | None:
 
 
 def _tpu_state(options: Options, operands: Operands) -> State:
-    # By the running maximum the second pass is for values that are not finite.
+    # By the running maximum the second pass handles values that are not finite.
     falls_back = operands.unified is None
     return _state(operands, _on_tpu(options, operands, falls_back=falls_back))
 
@@ -191,12 +191,12 @@ def _gpu_state(options: Options, operands: Operands) -> State:
 def _gpu_attended(options: Options, operands: Operands) -> Attended:
     found, unified = _on_gpu(options, operands, falls_back=True), operands.unified
     assert unified is not None
-    # phi, unless a split has been done again.
+    # phi, unless a split was recomputed.
     reference = found.reference.max(2)
     total, weighted = _merged(found, reference)
     top = found.max.max(2)
     lost = found.lost.max(2)
-    # The flags are those of whole rows: a part may well be below the range.
+    # Flags are of whole rows: the maximum of a split may be below the range.
     least = found.min.min(2) if unified.criterion == "elementwise" else None
     ones = jnp.where(lost > 0, jnp.nan, 1)
     state = UnifiedMaxState(ones, top, least, None)
@@ -211,7 +211,7 @@ def _gpu_attended(options: Options, operands: Operands) -> Attended:
 def _merged(found: Any, reference: Array) -> tuple[Array, Array]:
     """Sums over the splits (axis 2), relative to the same reference."""
     shift = jnp.where(reference == -jnp.inf, 0, reference)
-    # Exactly 1 where that is the reference of a split.
+    # Exactly 1 for a split with this reference.
     factor = jnp.exp(found.reference - shift[:, :, None])
     weighted = (found.weighted * factor[..., None]).sum(2)
     return (found.sum * factor).sum(2), weighted

@@ -1,10 +1,9 @@
 """The operation of decode attention: sums per device, merge, fallback, derivative.
 
-The operation itself is the fold over a device's own keys. What is done with its sums is
-the same for every implementation: they are added over devices, rows that have left the
-range of the unified maximum are computed again, and the quotient is taken. Where all
-keys are on one device, the unified maximum is an operation of its own: a kernel
-computes rows again by itself.
+The operation itself is the fold over a device's own keys. The rest is the same for
+every implementation: sums are added over devices, rows that leave the range of the
+unified maximum are recomputed, and the quotient is taken. Where all keys are on one
+device, the unified maximum is a separate operation, whose kernel recomputes rows.
 """
 
 import functools
@@ -28,7 +27,7 @@ from .stream import Operands, Options
 
 
 class Plans(NamedTuple):
-    """What runs first, and what runs again for rows outside of the valid range."""
+    """The plan of the first pass, and of the recomputation of rows out of range."""
 
     first: Plan
     again: Plan | None
@@ -52,9 +51,9 @@ def attend(
     return _attend(plans, options, axis_name, operands)
 
 
-# A rule of its own because a loop whose length depends on the lengths has no reverse
-# mode, and because a row that has overflowed would send 0 * inf through the branch that
-# was not selected. As a jvp of (out, lse) it serves every mode and every order.
+# Needs a rule because a loop whose length is traced has no reverse mode, and because an
+# overflowed row would send 0 * inf through the branch that was not selected. As a jvp
+# of (out, lse) it serves every mode and every order.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _attend(
     plans: Plans, options: Options, axis_name: AxisName | None, operands: Operands
@@ -76,7 +75,7 @@ def _attend_jvp(
     indices = jnp.arange(operands.key.shape[1])
     used = lambda array: array
     if visible is not None:
-        # Before arithmetic, tangents too: 0 * NaN is NaN.
+        # Zeroed before any arithmetic, as are tangents: 0 * NaN is NaN.
         kept = stream.seen_by_any(visible, indices)
         used = lambda array: jnp.where(kept, array, 0)
     value, value_dot = used(operands.value), used(dots.value)
@@ -120,7 +119,7 @@ def _computed(
 def _unified_by(
     fold: Callable[[Options, Operands], Any], options: Options, operands: Operands
 ) -> Attended:
-    """By a fold of all keys, and by another one where the range is left."""
+    """Attention by the unified maximum; a second fold recomputes rows out of range."""
 
     def again(operands: Operands) -> tuple[Array, Array, Array]:
         return _quotients(fold(options, operands))
@@ -133,20 +132,20 @@ def _completed(
     state: Any,
     again: Callable[[Operands], tuple[Array, Array, Array]],
 ) -> Attended:
-    """Sums by the unified maximum as results; of flagged rows those of `again`."""
+    """The results of sums by the unified maximum; flagged rows take `again`'s."""
     unified = operands.unified
     assert unified is not None
     flagged = unified.needs_recompute(state)
     fast = unified.mean(state), unified.finalize(state)
-    # The flags come from sums over all devices of the axis, so these devices agree, and
-    # none waits in the collectives of a branch that another has not taken.
+    # Flags are the same on all devices of the axis, so that all take the same branch:
+    # it may contain collectives.
     slow = lax.cond(
         flagged.any(),
         lambda operands: again(operands)[:2],
         lambda operands: fast,
         operands._replace(unified=None),
     )
-    # Row by row: no row depends on whether another of its batch has left the range.
+    # Selected per row: no row depends on whether another has left the range.
     out = jnp.where(flagged[..., None], slow[0], fast[0])
     lse = jnp.where(flagged, slow[1], fast[1])
     return Attended(out, lse, state.max, flagged.astype(lse.dtype))
@@ -159,7 +158,7 @@ def _by_running_max(
     state = _dispatch.execute(plan, options, operands)
     if axis_name is not None:
         top = lax.pmax(lax.stop_gradient(state.max), axis_name)
-        # An empty state under the common maximum: merging rescales to it.
+        # Merging with an empty state at the common maximum rescales to it.
         common = accumulator.init(
             top.shape, top.dtype, weighted=jnp.zeros_like(state.weighted)
         )
@@ -175,7 +174,7 @@ def _quotients(state: Any) -> tuple[Array, Array, Array]:
 
 
 def _unified_over(axis_name: AxisName, state: Any) -> Any:
-    # The extremes are for the flags alone: no sum waits for them.
+    # Only flags use the extremes, so no sum waits for them.
     least = state.min
     if least is not None:
         least = lax.pmin(lax.stop_gradient(least), axis_name)
@@ -222,7 +221,7 @@ DECODE = Operation(
         Implementation("reference", stream.whole, _no_splits),
     ),
 )
-# The result by the unified maximum, where one device has all the keys.
+# The result by the unified maximum, where one device has all keys.
 UNIFIED = Operation(
     _NAME,
     (

@@ -1,9 +1,9 @@
-"""Few queries against many keys in plain JAX: a fold over parts of the keys.
+"""Few queries against many keys in plain JAX: a fold over splits of the keys.
 
 The queries that share a key head are the rows of one product (`rows`, R = G T of them).
-A part's scores and values exist once, in the dtype of the sums; keys and values are
-sliced, never padded or copied as a whole. Parts behind the longest sequence are not
-visited, so the work follows the lengths and not the size of the cache.
+The scores and values of one split exist at a time, in the dtype of the sums; keys and
+values are sliced, never padded or copied whole. Splits behind the longest sequence are
+not visited, so time follows the lengths and not the size of the cache.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from softlib._symbolic import is_symbolic
 from softlib.numerics import RunningMax, RunningMaxState, UnifiedMax, UnifiedMaxState
 from softlib.typing import Precision
 
-# Numbers of key and value in one part where the caller does not say how many parts:
-# 1 MiB in float32, so that a part stays in the cache of a core between its products.
-PART_SIZE = 2**18
+# Elements of key and value in a split if `num_splits` is None: 1 MiB in float32, so
+# that a split stays in the cache of a core between its products.
+SPLIT_SIZE = 2**18
 LEAST_KEYS = 128
 
 type State = RunningMaxState | UnifiedMaxState
@@ -43,9 +43,9 @@ class Operands(NamedTuple):
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
     scale: Float[Array, ""]
-    # How many keys a row sees, the first ones; None: all. May be negative or above S.
+    # A row sees this number of first keys (None: all); may be negative or above S.
     visible: Int[Array, "B R"] | None
-    unified: UnifiedMax | None  # None: by the running maximum
+    unified: UnifiedMax | None  # None: the running maximum
 
     @property
     def dtype(self) -> Any:
@@ -53,19 +53,19 @@ class Operands(NamedTuple):
 
 
 def forward(options: Options, operands: Operands) -> State:
-    """The sums over all keys, part after part."""
+    """The sums over all keys, split by split."""
     count = operands.key.shape[1]
-    size = _keys_per_part(options, operands)
+    size = _keys_per_split(options, operands)
     if size == count:
         return whole(options, operands)
-    parts = -(-count // size)
+    splits = -(-count // size)
     if operands.visible is not None:
         seen = jnp.clip(operands.visible.max(initial=0), 0, count)
-        parts = (seen + size - 1) // size
+        splits = (seen + size - 1) // size
 
-    def visit(part: Int[Array, ""] | int, state: State) -> State:
-        # The last part starts early enough to be full; what it repeats is left out.
-        begin = part * size
+    def visit(split: Int[Array, ""] | int, state: State) -> State:
+        # The last split starts early enough to be full; repeated keys are masked.
+        begin = split * size
         start = jnp.minimum(begin, count - size)
         take = lambda array: lax.dynamic_slice_in_dim(array, start, size, 1)
         mine = operands._replace(key=take(operands.key), value=take(operands.value))
@@ -74,11 +74,11 @@ def forward(options: Options, operands: Operands) -> State:
             fresh = start + jnp.arange(size) >= begin
         return _updated(options, mine, state, start, fresh)
 
-    return lax.fori_loop(0, parts, visit, _start(operands))
+    return lax.fori_loop(0, splits, visit, _start(operands))
 
 
 def whole(options: Options, operands: Operands) -> State:
-    """The sums over all keys as one part; JAX differentiates this."""
+    """The sums over all keys at once; JAX differentiates this."""
     start = _start(operands)
     if operands.key.shape[1] == 0:
         return start
@@ -109,7 +109,7 @@ def weighted_values(
     weights: Float[Array, "B K R S"],
     value: Float[Array, "B S K Hv"],
 ) -> Float[Array, "B K R Hv"]:
-    # Weights stay in the dtype of the sums: float16 would end at exp(11).
+    # Weights stay in the dtype of the sums: float16 overflows at exp(11).
     return jnp.einsum(
         "bkrs,bskv->bkrv",
         weights,
@@ -143,30 +143,30 @@ def _start(operands: Operands) -> State:
 
 def _updated(
     options: Options,
-    part: Operands,
+    split: Operands,
     state: Any,
     start: Int[Array, ""] | int,
     fresh: Bool[Array, " S"] | None,
 ) -> State:
-    """The state with a part of the keys, the first of which has the index `start`."""
-    z, value = scores(options, part.query, part.key, part.scale), part.value
+    """Adds a split of the keys, whose first has the index `start`, to the state."""
+    z, value = scores(options, split.query, split.key, split.scale), split.value
     indices = start + jnp.arange(z.shape[-1])
     if fresh is not None:
         z = jnp.where(fresh[None, None, None, :], z, -jnp.inf)
-    if part.visible is not None:
-        z = jnp.where(seen_by_rows(part.visible, indices), z, -jnp.inf)
-        # A weight of 0 does not protect from what an unused place of a cache holds.
-        value = jnp.where(seen_by_any(part.visible, indices), value, 0)
-    accumulator = part.unified or RunningMax()
+    if split.visible is not None:
+        z = jnp.where(seen_by_rows(split.visible, indices), z, -jnp.inf)
+        # Unused entries of a cache may hold NaN, which a weight of 0 keeps.
+        value = jnp.where(seen_by_any(split.visible, indices), value, 0)
+    accumulator = split.unified or RunningMax()
     weigh = lambda weights: weighted_values(options, weights, value)
     return accumulator.update(state, z, weigh=weigh)
 
 
-def _keys_per_part(options: Options, operands: Operands) -> int:
+def _keys_per_split(options: Options, operands: Operands) -> int:
     batch, count, heads, size = operands.key.shape
     if options.num_splits is not None:
         return -(-count // options.num_splits)
     if is_symbolic(batch):
-        return min(count, LEAST_KEYS)  # as for a large batch
+        return min(count, LEAST_KEYS)  # the size for a large batch
     per_key = max(1, batch * heads * (size + operands.value.shape[-1]))
-    return min(count, max(LEAST_KEYS, PART_SIZE // per_key))
+    return min(count, max(LEAST_KEYS, SPLIT_SIZE // per_key))

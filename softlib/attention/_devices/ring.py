@@ -1,8 +1,8 @@
-"""Who needs whose keys: attention over a sequence that is divided over devices.
+"""The exchange of keys for attention over a sequence that is divided over devices.
 
-Found on the host, from the mask alone. In step r device p works on the keys of device
-p - r. A pair of devices without a block in common moves nothing, and a step without
-such a pair does not exist.
+It is planned on the host, from the mask alone. In step r device p works on the keys of
+device p - r. Nothing moves between devices without a common block, and steps in which
+nothing would be done are left out.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ type Layout = Literal["contiguous", "paired"]
 
 
 class Step(NamedTuple):
-    """One exchange and the work on what it brings.
+    """One exchange of keys and the work on them.
 
     Attributes:
         shift: Device p works on the keys of device `p - shift`.
         moves: (from, to) of the keys that move; empty for a device's own.
-        relay: Whether they come from the neighbour that used them in the step before,
+        relay: Whether keys come from the neighbour that used them in the step before,
             instead of from their owner.
     """
 
@@ -40,20 +40,20 @@ class Step(NamedTuple):
 class Ring:
     """The steps and, per step and device, the blocks to visit.
 
-    Compared and hashed by identity: it comes out of a cache.
+    It is compared and hashed by identity, since it comes from a cache.
     """
 
     steps: tuple[Step, ...]
     whole: tuple[np.ndarray, ...]  # per step (devices, 2, longest)
     partial: tuple[np.ndarray, ...]
     counts: tuple[np.ndarray, ...]  # per step (devices, 2)
-    lengths: tuple[int, int]  # of one device
+    lengths: tuple[int, int]  # queries and keys per device
     blocks: tuple[int, int]
     layout: Layout
     devices: int
 
     def plan(self, step: int, mask: Mask, axis_name: Any) -> BlockPlan:
-        """What this device visits in a step; for a traced position on the axis."""
+        """The block plan of this device in a step; its axis index is traced."""
         device = lax.axis_index(axis_name)
         source = (device - self.steps[step].shift) % self.devices
         mine = lambda table: jnp.asarray(table)[device]
@@ -86,10 +86,10 @@ class Ring:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Placed(Mask):
-    """A mask on the indices of a device that holds chunks of the sequence.
+    """A mask of local indices on devices that hold chunks of the sequence.
 
-    The leaves of `mask` have no batch axis taken away here: `Mask.__call__` sees them
-    with those of this class.
+    Batch axes of the leaves of `mask` are left to `Mask.__call__`, which handles them
+    with the leaves of this class.
     """
 
     mask: Mask
@@ -141,13 +141,13 @@ def sequence_order(
     checks.require_positive_integer("sequence_order", "length", length)
     checks.require_positive_integer("sequence_order", "shards", shards)
     checks.require_one_of("sequence_order", "layout", layout, ("contiguous", "paired"))
-    parts = shards * (2 if layout == "paired" else 1)
-    if length % parts:
+    chunks = shards * (2 if layout == "paired" else 1)
+    if length % chunks:
         raise ValueError(
-            f"sequence_order: `length` must be a multiple of {parts} for {shards} "
+            f"sequence_order: `length` must be a multiple of {chunks} for {shards} "
             f"shards in the layout {layout!r}, got {length}."
         )
-    size = length // parts
+    size = length // chunks
     starts = [c * size for d in range(shards) for c in _chunks(d, shards, layout)]
     return np.concatenate([np.arange(start, start + size) for start in starts])
 
@@ -160,7 +160,7 @@ def ring_of(
     blocks: tuple[int | None, int | None],
     groups: int,
 ) -> Ring:
-    """`lengths` of one device."""
+    """The cached ring of a mask; `lengths` are those of one device."""
     return _ring(Skeleton.of(mask), lengths, devices, layout, blocks, groups)
 
 
@@ -236,7 +236,7 @@ def _blocks(
     devices: int,
     layout: Layout,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of the whole and of the partial blocks of a pair of devices."""
+    """Rows and columns of the whole and the partial blocks of a pair of devices."""
     query, key = (
         _segments(device, length, size, devices, layout)
         for device, length, size in zip(pair, lengths, sizes, strict=True)
@@ -245,7 +245,7 @@ def _blocks(
     for query_start, query_stop in query:
         for key_start, key_stop in key:
             real = (query_stop > query_start)[:, None] & (key_stop > key_start)
-            # An empty range has no status: ask about one token, then ignore it.
+            # An empty range has no status: one token is asked for, and ignored.
             status = mask.block_status(
                 query_start[:, None],
                 np.maximum(query_stop, query_start + 1)[:, None],
@@ -268,7 +268,7 @@ def _blocks(
 def _segments(
     device: int, length: int, size: int, devices: int, layout: Layout
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions of each block of a device, once per chunk; empty where it is not in."""
+    """(start, stop) of each block's positions in each chunk of a device, or empty."""
     chunk = chunk_size(length, layout)
     start = np.arange(0, length, size)
     stop = np.minimum(start + size, length)
@@ -282,7 +282,7 @@ def _segments(
 
 
 def _stacked(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(devices, 2, longest), and how many entries of each count."""
+    """Pads lists to (devices, 2, longest), with the number of entries of each."""
     counts = np.array([x.shape[1] for x in lists], np.int32)
     table = np.zeros((len(lists), 2, counts.max()), np.int32)
     for row, entries in zip(table, lists, strict=True):

@@ -161,7 +161,7 @@ def sequence_parallel_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is static of a ring."""
+    """The static options of ring attention."""
 
     names: Implementations
     options: Options
@@ -190,11 +190,11 @@ def _ring_forward(
         found = _dispatch.run(
             operations.ATTENTION, call.names, partials, match_varying(operands)
         )
-        part = (found.out, found.normalizer)
+        new = (found.out, found.normalizer)
         if result is not None:
-            both = zip(result, part, strict=True)
-            part = merge(*(jnp.stack(pair) for pair in both))
-        result = part
+            both = zip(result, new, strict=True)
+            new = merge(*(jnp.stack(pair) for pair in both))
+        result = new
     assert result is not None
     out, lse = result
     out = out.astype(call.options.out_dtype)
@@ -222,13 +222,13 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
             if sinks is not None:
                 assert sinks_total is not None
                 sinks_total = sinks_total.astype(sinks.dtype)
-        # Straight back to the owner, who adds up in the order of the steps.
+        # Sent directly to the owner, which adds in the order of the steps.
         home = [(d, (d - step.shift) % call.ring.devices) for _, d in step.moves]
         returned = (found.key, found.value)
         if step.shift:
             returned = lax.ppermute(returned, call.axis_name, home)
-        parts = (found.query, *returned)
-        total = tuple(x + y for x, y in zip(total, parts, strict=True))
+        new = (found.query, *returned)
+        total = tuple(x + y for x, y in zip(total, new, strict=True))
     narrow = (query, key, value)
     gradients = (x.astype(y.dtype) for x, y in zip(total, narrow, strict=True))
     return (*gradients, sinks_total, None)

@@ -1,4 +1,4 @@
-"""Which blocks a mask leaves, as lists, at the block sizes that cost least."""
+"""Lists of the blocks that a mask leaves, at the block sizes that cost least."""
 
 import functools
 import itertools
@@ -15,12 +15,12 @@ from .host import has_few_cores
 
 
 class _Price(NamedTuple):
-    """Time of a pair in a block of some size, in that of a pair of a large block.
+    """Relative time per pair in a block of some size; 1 in a large block.
 
     Attributes:
-        rate: Smaller blocks pay more for each step of the loop and for their narrower
-            products.
-        mask: What evaluating the mask adds.
+        rate: Time without a mask: small blocks cost more, for steps of the loop and
+            for narrow products.
+        mask: Additional time for evaluating the mask.
     """
 
     rate: float
@@ -29,22 +29,22 @@ class _Price(NamedTuple):
 
 # Measured on CPUs with d = 64.
 _PRICES = {512: _Price(1.0, 0.3), 256: _Price(1.1, 0.33), 128: _Price(1.5, 0.45)}
-# On 2 cores, where every step is one lane (`_lanes`): tiles of 128 stay in a cache of
-# theirs, and a mask weighs more in them. Tiles of 64 lost what they skip.
+# On 2 cores, where every step is one batch head (`batch_heads`): tiles of 128 stay in
+# the private cache, and masks cost more in them. Tiles of 64 gained nothing.
 _PRICES_ON_FEW_CORES = {
     512: _Price(1.0, 0.15),
     256: _Price(1.1, 0.4),
     128: _Price(1.02, 0.6),
 }
-# With several key axes all but the last are cut finely, because every combination of
-# their keys makes rows of a tile.
+# With several key axes all but the last have small blocks, because every combination of
+# their keys is a set of rows of a tile.
 _QUERIES, _KEYS, _COMBINATIONS = (256, 128, 64, 32, 16), (512, 256, 128), (16, 8)
 # With several key axes, evaluating the mask costs this fraction of a block's products.
 _PARTIAL = 0.3
 # Scores of one step beyond this leave the caches of most CPUs.
 _SCORES = 1 << 20
 _BLOCKS_AT_ONCE = 1 << 20
-# Sizes are chosen by that many rows of blocks, evenly spaced.
+# Sizes are chosen from this number of rows of blocks, evenly spaced.
 _SAMPLE = 64
 
 
@@ -131,23 +131,23 @@ def _wanted(axes: int) -> Iterator[tuple[int, ...]]:
         for size in _prices():
             yield size, size
         return
-    # As many combinations in all, spread over the key axes before the last.
+    # About `combinations` in all, spread over the key axes before the last.
     for query, key, combinations in itertools.product(_QUERIES, _KEYS, _COMBINATIONS):
         each = max(2, round(combinations ** (1 / (axes - 2))))
         yield (query, *(each,) * (axes - 2), key)
 
 
 def _short(size: int, length: int) -> int:
-    # One block of a whole number of vector registers where that holds everything.
+    # A short axis is one block, padded to whole vector registers.
     return min(size, max(8, -(-length // 8) * 8))
 
 
 def _maps(
     mask: Any, lengths: tuple[int, ...], sizes: tuple[int, ...], rows: np.ndarray
 ) -> list[np.ndarray]:
-    """What the mask of each key axis says of its blocks in these rows of blocks.
+    """Block status under the mask of each key axis, in these rows of blocks.
 
-    Padding is never ALL.
+    A block with padding is never ALL.
     """
     axes = mask.axes if isinstance(mask, PerAxis) else (mask,)
     query = _edges(rows[:, None], lengths[0], sizes[0])
@@ -169,7 +169,7 @@ def _edges(block: np.ndarray, length: int, size: int) -> tuple[np.ndarray, np.nd
 
 
 def _count(maps: Sequence[np.ndarray], least: Block) -> int:
-    """How many blocks are at least that on every key axis."""
+    """Number of blocks whose status is at least `least` on every key axis."""
     per_row = [(kinds >= least).sum(1, dtype=np.int64) for kinds in maps]
     return int(functools.reduce(np.multiply, per_row).sum())
 
@@ -177,13 +177,13 @@ def _count(maps: Sequence[np.ndarray], least: Block) -> int:
 def _listed(
     mask: Any, lengths: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the blocks that are not NONE, row by row, and which are ALL."""
+    """Indices of the blocks that are not NONE, row by row, and True for ALL."""
     rows, *columns = (
         -(-length // size) for length, size in zip(lengths, sizes, strict=True)
     )
     # A few rows at a time: masks make temporaries of several int64 per block.
     step = max(1, _BLOCKS_AT_ONCE // max(1, *columns))
-    parts = [np.zeros((len(sizes), 0), np.int32)]
+    indices = [np.zeros((len(sizes), 0), np.int32)]
     kinds = [np.zeros(0, np.int8)]
     for first in range(0, rows, step):
         some = np.arange(first, min(first + step, rows))
@@ -195,19 +195,19 @@ def _listed(
         found[0] += first
         if isinstance(mask, PerAxis) and mask.joint:
             edges = tuple(itertools.chain(*map(_edges, found, lengths, sizes)))
-            for part in mask.joint:
-                kind = np.minimum(kind, part._status(*edges))
+            for joint in mask.joint:
+                kind = np.minimum(kind, joint._status(*edges))
             found, kind = found[:, kind != Block.NONE], kind[kind != Block.NONE]
-        parts.append(found.astype(np.int32))
+        indices.append(found.astype(np.int32))
         kinds.append(kind)
-    return np.concatenate(parts, 1), np.concatenate(kinds) == Block.ALL
+    return np.concatenate(indices, 1), np.concatenate(kinds) == Block.ALL
 
 
 def _products(maps: Sequence[np.ndarray]) -> np.ndarray:
-    """Of every row, all combinations of the columns that its maps leave."""
-    parts = [np.zeros((1 + len(maps), 0), np.int64)]
+    """Indices (row, *columns) of all combinations of columns that the maps leave."""
+    indices = [np.zeros((1 + len(maps), 0), np.int64)]
     for row in range(len(maps[0])):
         left = (np.flatnonzero(kinds[row]) for kinds in maps)
         columns = [column.ravel() for column in np.meshgrid(*left, indexing="ij")]
-        parts.append(np.stack([np.full(columns[0].shape, row), *columns]))
-    return np.concatenate(parts, axis=1)
+        indices.append(np.stack([np.full(columns[0].shape, row), *columns]))
+    return np.concatenate(indices, axis=1)

@@ -1,4 +1,4 @@
-"""Facts about this machine that decide the steps of the plain JAX stream."""
+"""Facts about this machine that decide the step sizes of the plain JAX stream."""
 
 import os
 
@@ -9,9 +9,9 @@ _FEW = 4
 
 
 def has_few_cores() -> bool:
-    """Whether one small tile at a time keeps the machine busy: a CPU of a few cores.
+    """Whether one small tile at a time keeps the machine busy: a CPU of few cores.
 
-    A matter of speed alone. A program that is made here for another platform takes the
-    steps that are good here where it has no kernel.
+    It affects speed alone. A program made here for another platform, where it has no
+    kernel, takes the steps that are good here.
     """
     return jax.default_backend() == "cpu" and (os.cpu_count() or _FEW) <= _FEW

@@ -1,8 +1,8 @@
 """The block-sparse kernels for Hopper GPUs, behind the operations of attention.
 
 A plan has blocks that suit a CPU: kernels take its mask and make lists of their own, of
-tiles that fill a GPU. What TMA cannot address, lengths that are no multiples of 8 and
-features that are none of 64, is padded; the mask then excludes the keys added.
+tiles that fill a GPU. For TMA, lengths are padded to multiples of 8 and features to
+multiples of 64; the mask excludes padded keys.
 """
 
 import functools
@@ -35,11 +35,11 @@ from .tiles import OWN_BLOCKS, Operands, Options
 
 type Pass = Literal["forward", "query", "key"]
 
-# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+# Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
-# Entries of a list, 4 bytes each, all of which are constants of the program.
+# Most entries of a list, 4 bytes each, which are constants of the program.
 MOST_ENTRIES = 1 << 23
-# Entries are estimated from that many rows of tiles, evenly spaced.
+# Entries are estimated from this number of rows of tiles, evenly spaced.
 SAMPLE = 64
 _WEIGHTS: dict[Any, Any] = {
     Softmax(): "softmax",
@@ -103,7 +103,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
 
 
 def _every(operands: Operands) -> list[Array]:
-    """All arrays: results vary over every mesh axis over which one of them does."""
+    """All arrays: results vary over every mesh axis over which one of them varies."""
     leaves = jax.tree.leaves((operands[:3], operands.plan.mask, operands.sinks))
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
@@ -118,18 +118,18 @@ def _arrays(operands: Operands) -> tuple[Array, Array, Array]:
 
 
 def tiled(x: Array) -> Array:
-    """Padded to what TMA addresses; (B, T, N, H)."""
+    """Pads (B, T, N, H) to the multiples that TMA needs."""
     return _padded(x, {1: LENGTHS, 3: FEATURES})
 
 
 def _padded(x: Array, multiples: dict[int, int]) -> Array:
-    """With zeros behind the end of some axes, up to a multiple."""
+    """Pads axes with zeros at the end, up to multiples of these sizes."""
     width = [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)]
     return jnp.pad(x, width) if any(after for _, after in width) else x
 
 
 def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
-    """What is static, and the integers of the mask for each batch entry."""
+    """The static form of a kernel, and the mask's integers per batch entry."""
     from pallas_kernels.gpu_mosaic.attention_scores import Form
 
     attends, count = _mask(Skeleton.of(operands.plan.mask), operands.plan.lengths)
@@ -150,9 +150,9 @@ def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
 
 
 def _mask(skeleton: Skeleton, lengths: tuple[int, int]) -> tuple[Any, int]:
-    """The mask as kernels call it, and how many integers of it are data."""
+    """The mask as a function for kernels, and its number of integers that are data."""
     if not skeleton.mask._is_arithmetic():
-        # Tiles were chosen so that only keys beyond the last are left to exclude.
+        # Tiles were chosen so that only padded keys are left to exclude.
         return None, 0
 
     def attends(query: Any, key: Any, *scalars: Any) -> Any:
@@ -180,14 +180,14 @@ def _listed(
 
 
 def _sizes(which: Pass, operands: Operands) -> tuple[int, int]:
-    """Queries and keys of a tile of scores."""
+    """Numbers of queries and keys in a tile of scores."""
     tiles = tiles_of(which, operands)
     assert tiles is not None
     return (tiles.queries, TILE) if which == "key" else (TILE, tiles.keys)
 
 
 def _features(operands: Operands) -> tuple[int, int]:
-    """Of queries and values, padded."""
+    """Numbers of features of queries and of values, padded."""
     up = lambda size: -(-size // FEATURES) * FEATURES
     return up(operands.query.shape[-1]), up(_value(operands).shape[-1])
 
@@ -309,7 +309,7 @@ def _lacking(skeleton: Skeleton, lengths: tuple[int, int]) -> list[str]:
 def _looks_up(
     skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
 ) -> bool:
-    """Whether a mask that is no arithmetic decides inside of a tile."""
+    """Whether a mask that is not arithmetic decides within some tile."""
     if skeleton.mask._is_arithmetic():
         return False
     return bool((_kinds(skeleton, lengths, sizes) == Block.SOME).any())
@@ -319,7 +319,7 @@ def _looks_up(
 def _entries(
     skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
 ) -> int:
-    """About how many tiles are listed."""
+    """The estimated number of listed tiles."""
     kinds = _kinds(skeleton, lengths, sizes, SAMPLE)
     every = -(-lengths[0] // sizes[0]) / len(kinds)
     return int((kinds != Block.NONE).sum() * every)
@@ -331,7 +331,7 @@ def _kinds(
     sizes: tuple[int, int],
     most_rows: int | None = None,
 ) -> np.ndarray:
-    """What the mask says of tiles; of no more rows of them than that."""
+    """Block status of tiles, in at most `most_rows` rows of them."""
     rows, columns = (-(-n // size) for n, size in zip(lengths, sizes, strict=True))
     some = min(rows, most_rows or rows)
     start = np.linspace(0, rows - 1, some, dtype=int)[:, None] * sizes[0]
@@ -346,7 +346,7 @@ def _kinds(
 
 
 def pads(*arrays: Array) -> str:
-    """What `tiled` costs."""
+    """Describes the cost of `tiled`."""
     shapes = (array.shape for array in arrays)
     fits = all(
         length % LENGTHS == 0 and features % FEATURES == 0

@@ -27,11 +27,11 @@ from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
 from .tiles import OWN_BLOCKS, Operands, Options
 
-# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+# Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
-# Of one call, whose list has to fit in scalar memory.
+# Most blocks of one call: their list has to fit in scalar memory.
 MOST_ENTRIES = blocks.MOST_ENTRIES
-# Sizes are chosen by that many rows of blocks, evenly spaced.
+# Sizes are chosen from this number of rows of blocks, evenly spaced.
 SAMPLE = 64
 _KINDS: dict[Any, Weights] = {
     Softmax(): Weights("softmax"),
@@ -101,7 +101,7 @@ def _value(operands: Operands) -> Array:
 
 
 def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
-    """What is static, and the integers of the mask for each batch entry."""
+    """The static form of a kernel, and the mask's integers per batch entry."""
     mask, lengths = operands.plan.mask, operands.plan.lengths
     leaves, structure = jax.tree.flatten(mask)
     batch = operands.query.shape[0]
@@ -114,7 +114,7 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
         return jax.tree.unflatten(structure, scalars)._within(*lengths)(query, key)
 
     if not mask._is_arithmetic():
-        # Tiles were chosen so that only the overhang is evaluated.
+        # Tiles were chosen so that only padding is left to exclude.
         attends = lambda query, key, *_: key == key
     masking = Masking(attends, lengths[1], len(leaves))
     form = Form(
@@ -130,7 +130,7 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
 def blocks_of(
     which: Pass, options: Options, operands: Operands
 ) -> tuple[Tiles, np.ndarray]:
-    """Sizes, and the list of blocks at these sizes."""
+    """The tile sizes, and the list of blocks at these sizes."""
     skeleton, lengths = Skeleton.of(operands.plan.mask), operands.plan.lengths
     tiles = _tiles(which, options, operands)
     assert tiles is not None
@@ -144,7 +144,7 @@ def _lists(
     plan = plan_of(skeleton.mask, lengths, sizes)
     rows, columns = np.concatenate([plan.whole, plan.partial], axis=1)
     whole = np.arange(len(rows)) < plan.whole.shape[1]
-    if by_columns:  # queries of the overhang hold anything
+    if by_columns:  # padded queries hold anything
         whole &= (rows + 1) * sizes[0] <= lengths[0]
     axes = (columns, rows) if by_columns else (rows, columns)
     row_count = plan.grid[int(by_columns)]
@@ -158,7 +158,7 @@ def _tiles(which: Pass, options: Options, operands: Operands) -> Tiles | None:
 
 
 def _limits(which: Pass, options: Options, operands: Operands) -> Any:
-    """What sizes depend on besides the mask."""
+    """The inputs of the choice of sizes besides the mask."""
     arrays = (operands.query, operands.key, operands.value)
     return (
         which,
@@ -212,7 +212,7 @@ def _counts(
     *,
     all_rows: bool,
 ) -> tuple[float, float]:
-    """Blocks that are visited, and those of them where the mask decides."""
+    """Number of visited blocks, and of those in which the mask is evaluated."""
     if all_rows:
         kinds, every = block_map(skeleton.mask, lengths, sizes), 1.0
     else:

@@ -1,9 +1,8 @@
 """The operation of the attention engine, its gradient, and the one derivative rule.
 
 A `custom_vjp` is needed because the transpose of a loop would store every tile of
-weights. Its rules call what is *inside* the decorated function, never that itself:
-otherwise forward mode over the rule, hence every Hessian-vector product, would be an
-error.
+weights. Its rules call the inner functions, never the decorated one: otherwise forward
+mode over the rule, hence every Hessian-vector product, would be an error.
 """
 
 import functools
@@ -25,14 +24,14 @@ from softlib.attention._tuples import (
 )
 from softlib.typing import Implementations
 
-from . import kernels_gpu, kernels_tpu, lanes as _lanes, stream as _stream
+from . import batch_heads as _batch_heads, kernels_gpu, kernels_tpu, stream as _stream
 from .scores import Result
 from .stream import BackwardOperands, Gradient
 from .tiles import Operands, Options, product
 
 
 def operation_of(operands: Operands) -> Operation:
-    """Attention over keys, or over tuples of keys."""
+    """The operation of attention over keys, or over tuples of keys."""
     return TUPLE_ATTENTION if operands.outer else ATTENTION
 
 
@@ -89,7 +88,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _reference(options: Options, operands: Operands) -> Result:
-    """The definitions, one after the other, of all pairs at once."""
+    """Evaluates the definition on all pairs at once."""
     kind, dtype, groups = options.kind, operands.dtype, operands.groups
     (t, *lengths), mask = operands.plan.lengths, operands.plan.mask
     s = math.prod(lengths)
@@ -130,7 +129,7 @@ def _reference(options: Options, operands: Operands) -> Result:
 
 
 def _tuples(arrays: Sequence[Array]) -> Array:
-    """Products of the features of all tuples of keys: one long key axis."""
+    """The feature products of all tuples of keys, as one long key axis."""
     found = arrays[0].astype(accumulator_dtype(*arrays))
     for array in arrays[1:]:
         batch, length, heads, features = array.shape
@@ -183,17 +182,17 @@ def _note(options: Options, operands: Any) -> str | None:
 def _operations(
     name: str, kernels: Sequence[tuple[Implementation, Implementation]]
 ) -> tuple[Operation, Operation]:
-    """Attention under a name of its own, and its gradient.
+    """An operation of attention with this name and its gradient.
 
-    `kernels`: of each platform, for both.
+    `kernels` are those of each platform, for both.
     """
     of_forward, of_backward = zip(*kernels, strict=True)
     forward = (
-        Implementation("xla", _lanes.forward, note=_note),
+        Implementation("xla", _batch_heads.forward, note=_note),
         Implementation("reference", _reference),
     )
     backward = (
-        Implementation("xla", _lanes.backward, note=_note),
+        Implementation("xla", _batch_heads.backward, note=_note),
         Implementation("reference", _reference_gradient),
     )
     return (
@@ -209,7 +208,7 @@ ATTENTION, ATTENTION_GRADIENT = _operations(
         (kernels_gpu.FORWARD, kernels_gpu.BACKWARD),
     ],
 )
-# The same computations; kernels of the two differ.
+# Both have the same plain computation but different kernels.
 TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
     "kronecker_attention",
     [

@@ -1,4 +1,4 @@
-"""Which blocks of a mask a stream visits: found on the host and cached."""
+"""Block plans: the blocks of a mask that are visited, found on the host and cached."""
 
 import dataclasses
 import math
@@ -61,7 +61,7 @@ class BlockPlan:
 
     @property
     def visited(self) -> int:
-        """How many blocks are visited."""
+        """Number of visited blocks."""
         return self.whole.shape[-1] + self.partial.shape[-1]
 
     def in_one_list(self) -> "BlockPlan":
@@ -73,7 +73,7 @@ class BlockPlan:
 
     @property
     def density(self) -> float:
-        """The visited fraction of all blocks; what the time is proportional to."""
+        """The visited fraction of all blocks; time is proportional to it."""
         return self.visited / max(math.prod(self.grid), 1)
 
 
@@ -145,7 +145,7 @@ def block_plan(
 
 
 def per_axis(function: str, mask: Any, axes: int) -> PerAxis:
-    """A mask of tuples of keys, from one of pairs that holds on each axis."""
+    """Turns a mask of pairs that holds on each key axis into a mask of tuples."""
     if mask is None or isinstance(mask, Mask):
         return PerAxis(*(mask,) * axes)
     if not isinstance(mask, PerAxis):
@@ -186,9 +186,9 @@ def plan_of(
     all_partial: bool = False,
     groups: int = 1,
 ) -> BlockPlan:
-    """As `block_plan`; `all_partial` where something else decides in every block.
+    """A block plan; with `all_partial` all visited blocks are masked.
 
-    `groups`: query heads per key head, whose scores exist together; with many of them
+    `groups`: query heads per key head. Their scores exist together: with many of them
     blocks are smaller.
     """
     blocks = blocks or (None,) * len(lengths)
@@ -200,9 +200,9 @@ def plan_of(
 
 
 def cheapest_last_axis(mask: PerAxis, lengths: tuple[int, ...], groups: int) -> int:
-    """Which key axis to stream, the others being multiplied into the queries.
+    """Index of the cheapest key axis to stream; others multiply into the queries.
 
-    Counted from 0; the last one where it makes no difference.
+    The last one where it makes no difference.
     """
     count, blocks = len(mask.axes), (None,) * len(lengths)
     costs = {}
@@ -228,9 +228,8 @@ class Skeleton(NamedTuple):
 
     @property
     def mask(self) -> Any:
-        # The classification never looks at arrays: their places are enough.
-        return jax.tree.unflatten(self.structure, [_PLACE] * self.leaves)
+        # The classification never reads arrays, so placeholders do.
+        return jax.tree.unflatten(self.structure, [_PLACEHOLDER] * self.leaves)
 
 
-# Stands where an array of the mask stood.
-_PLACE = object()
+_PLACEHOLDER = object()

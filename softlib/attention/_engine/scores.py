@@ -1,9 +1,9 @@
-r"""How scores become weights: one fold with a positive function and l1 normalisation.
+r"""Kinds of attention: positive functions f of scores, normalised to weights.
 
-$\mathrm{out} = \sum_j f(z_j) v_j / \sum_j f(z_j)$. A kind says how a block of scores
-enters the accumulator, and what a backward pass needs of it again: the weights and
-their slopes. Kinds are static and hashable. Arrays called `rows` hold one value per
-row, expanded so that they broadcast against the scores.
+$\mathrm{out} = \sum_j f(z_j) v_j / \sum_j f(z_j)$. A kind maps a block of scores to the
+entries of its accumulator, and for the backward pass recomputes weights and their
+slopes. Kinds are static and hashable. Arrays called `rows` hold one value per row,
+expanded so that they broadcast against the scores.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ type Rows = tuple[Array, ...]
 
 
 class Result(NamedTuple):
-    """What attention returns before it is shaped for the user.
+    """The results of the attention engine.
 
     Attributes:
         out: Weighted means of the values; None without values.
-        normalizer: Of a row: the logsumexp, or the sum of the positive weights.
-        max: The largest weight of a row, where the kind keeps it; no derivative.
+        normalizer: Each row's logsumexp, or sum of positive weights.
+        max: Each row's largest weight, if the kind keeps it; no derivative.
     """
 
     # Any: also made of shardings.
@@ -36,10 +36,10 @@ class Result(NamedTuple):
 
 
 class Weights(NamedTuple):
-    r"""The normalised weights of a tile and how they answer.
+    r"""The normalised weights of a tile and their derivatives.
 
-    With $\delta_j = v_j - \mathrm{out}$: `out` changes by `slope * delta` when a score
-    does, by `sum(row_slope * delta)` when the first of `rows` does.
+    With $\delta_j = v_j - \mathrm{out}$: the derivative of `out` by a score is
+    `slope * delta`, and by the first of `rows` `sum(row_slope * delta)`.
     """
 
     p: Array
@@ -63,7 +63,7 @@ class Softmax:
         return _finalize(self.accumulator, state, self.accumulator.finalize(state))
 
     def inverse(self, normalizer: Array) -> Array:
-        # exp(z - inf) = 0 whatever the score: an empty row needs no other care.
+        # An empty row gets inf: exp(z - inf) = 0 for every score.
         return jnp.where(normalizer == -jnp.inf, jnp.inf, normalizer)
 
     def weights(self, z: Array, rows: Rows, inverse: Array) -> Weights:
@@ -87,7 +87,7 @@ class LogSoftplus(Softmax):
 
 @dataclasses.dataclass(frozen=True)
 class Positive:
-    """A positive function, summed as it is. The normalizer is its sum.
+    """A positive function, summed directly: the normalizer is its sum.
 
     Subclasses define `value` and `slope`.
     """
@@ -119,7 +119,7 @@ class Positive:
 
 @dataclasses.dataclass(frozen=True)
 class Softplus(Positive):
-    """f = softplus. For scores that are bounded below, where it does not underflow."""
+    """f = softplus, for scores that are bounded below, where it does not underflow."""
 
     def value(self, z: Array) -> Array:
         return jax.nn.softplus(z)
@@ -141,7 +141,7 @@ class StableMax(Positive):
 
 
 class _SumAndMax:
-    """Of positive weights, as an accumulator."""
+    """An accumulator of the sum and the maximum of positive weights."""
 
     def init(self, shape: Any, dtype: Any, *, weighted: Any = None) -> Any:
         return PlainSum().init(shape, dtype), jnp.full(shape, -jnp.inf, dtype)
@@ -150,7 +150,7 @@ class _SumAndMax:
         self, state: Any, block: Array, *, axis: Any = -1, weigh: Any = None
     ) -> Any:
         total, top = state
-        # The maximum has no derivative: what uses it cancels it.
+        # The maximum has no derivative: it cancels in every result.
         top = jnp.maximum(top, lax.stop_gradient(block).max(axis))
         return PlainSum().update(total, block, axis=axis), top
 
@@ -164,7 +164,7 @@ class SoftplusMoments(Softplus):
 
     def finalize(self, state: Any) -> Result:
         total, top = state
-        # A row without keys has seen the weight 0 of absent entries at most.
+        # A row without keys has seen nothing, or absent entries of weight 0.
         return Result(None, total.sum, jnp.where(top == -jnp.inf, 0, top))
 
 
@@ -172,7 +172,7 @@ class SoftplusMoments(Softplus):
 class Reweighted(Positive):
     """f(z) = max(0, (softplus(z) - offset) * inverse)^power, per row (offset, inverse).
 
-    `offset` has a derivative; `inverse` only keeps the power in range and has none.
+    `offset` has a derivative; `inverse` only scales the power into range, without one.
     """
 
     power: float
@@ -194,7 +194,7 @@ class Reweighted(Positive):
     def _power(self, base: Array, power: float) -> Array:
         if float(power).is_integer():
             return lax.integer_pow(base, int(power))  # products only
-        # The derivatives of a power at 0 may be infinite; its value there is 0.
+        # Selected before and after: derivatives of a power at 0 may be infinite.
         positive = base > 0
         return jnp.where(positive, jnp.where(positive, base, 1) ** power, 0)
 
@@ -213,6 +213,6 @@ def _log_softplus(z: Array) -> Array:
 
 
 def _far(z: Array) -> tuple[Array, Array]:
-    """Where log softplus is its argument to the last bit of float64, and the rest."""
+    """True where log softplus rounds to its argument, and the argument elsewhere."""
     far = z < -36.0
     return far, jnp.where(far, 0.0, z)

@@ -1,10 +1,10 @@
 """Attention tile by tile: two loops over the blocks that a mask leaves.
 
-The blocks form flat lists, one step each, so that no list is padded and the time is
-that of the visited blocks. The first loop takes the blocks in which every pair attends
-and evaluates no mask. The state of all rows is carried: a tile of it is read, added to,
-and written back in place. Trip counts are static, which keeps the loops differentiable;
-the backward pass below is what makes that unnecessary at first order.
+The blocks form flat lists with one step each, so that the time is that of the visited
+blocks. The first loop takes the blocks in which every pair attends and evaluates no
+mask. The carry is the state of all rows: a tile of it is read, added to, and written
+back in place. Trip counts are static, which keeps the loops differentiable; at first
+order the backward pass below is used instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +29,10 @@ from .tiles import (
     add_at,
     factor_cotangents,
     gather,
-    part_at,
     product,
     scores,
-    set_part,
+    set_slice,
+    slice_at,
     spread,
     spread_first,
     tile_at,
@@ -40,7 +40,7 @@ from .tiles import (
 
 
 class BackwardOperands(NamedTuple):
-    """The operands, what the forward pass found, and the cotangents of it."""
+    """The operands, the results of the forward pass, and their cotangents."""
 
     operands: Operands
     out: Float[Array, "B T N E"] | None
@@ -50,7 +50,7 @@ class BackwardOperands(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """Cotangents of the operands that have one."""
+    """Cotangents of the differentiable operands."""
 
     query: Array
     key: Array
@@ -85,13 +85,13 @@ def forward(options: Options, operands: Operands) -> Result:
             weighted = gather(weighted, _tiles_at(outer_values, at))
             return lax.expand_dims(weighted, (0,))
 
-        # With the axis of tiles: then XLA reads, adds to and writes a tile at once.
-        before = jax.tree.map(lambda leaf: part_at(leaf, row), state)
+        # Keeps the axis of tiles: so XLA fuses reading, adding and writing a tile.
+        before = jax.tree.map(lambda leaf: slice_at(leaf, row), state)
         entries = lax.expand_dims(entries, (0,))
         after = kind.accumulator.update(
             before, entries, axis=(-3, -1), weigh=None if value is None else weigh
         )
-        return jax.tree.map(lambda leaf, new: set_part(leaf, row, new), state, after)
+        return jax.tree.map(lambda leaf, new: set_slice(leaf, row, new), state, after)
 
     sinks = operands.sinks
     if sinks is not None:
@@ -111,11 +111,11 @@ def forward(options: Options, operands: Operands) -> Result:
 
 
 def backward(options: Options, backward: BackwardOperands) -> Gradient:
-    """One pass, five products per tile, six with several key axes.
+    """The gradient in one pass: five products per tile, six with several key axes.
 
-    The gradients of all rows are carried. Those of keys and values have their features
-    first: then no product has a transposed left operand, which is slow on a CPU, given
-    queries and cotangents in that layout too.
+    The carry holds the gradients of all rows. Gradients of keys and values, and copies
+    of queries and cotangents, have features first: so no product has a transposed left
+    operand, which is slow on a CPU.
     """
     operands = backward.operands
     tiler, pairs = _prepare(operands)
@@ -127,7 +127,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks_gradient(sinks, inverse, delta)
-    # A row of padding is an empty one: a bias that all queries share is not 0 there.
+    # A padded row is made empty: a bias that all queries share is not 0 there.
     inverse = tiler.query(inverse, fill=jnp.inf if kind.is_log else 0)
     inverse, delta = inverse[..., None, :, None], tiler.query(delta)[..., None, :, None]
     rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
@@ -148,7 +148,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
         weights = kind.weights(
             tile.z, tuple(tile_at(r, row) for r in rows), tile_at(inverse, row)
         )
-        answer = -tile_at(delta, row)
+        centred = -tile_at(delta, row)
         dv, outer = total.value, total.outer
         if value is not None:
             assert cotangent is not None
@@ -156,19 +156,19 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
             assert dv is not None
             do, p = tile_at(cotangent, row), _flat(select(weights.p))
             v, do_first = tile_at(value, column), tile_at(cotangent_first, row)
-            answers = product(spread(do, values), v.swapaxes(-1, -2), options)
-            answer = answers.reshape(shape) + answer
+            products = product(spread(do, values), v.swapaxes(-1, -2), options)
+            centred = products.reshape(shape) + centred
             dv = add_at(dv, column, product(_first(do_first, values), p, options))
             if outer:
                 found = product(p, v, options)
                 outer = _added(outer, 1, factor_cotangents(do, values, found), at)
-        dz = select(weights.slope * answer)
+        dz = select(weights.slope * centred)
         bias = total.bias
         if bias is not None:
             bias = pairs.sum_bias(bias, dz, at)
         row_gradients = total.rows
         if weights.row_slope is not None:
-            first = select(weights.row_slope * answer).sum((-3, -1))
+            first = select(weights.row_slope * centred).sum((-3, -1))
             row_gradients = (add_at(row_gradients[0], row, first), *row_gradients[1:])
         if tile.slope is not None:
             dz = dz * tile.slope
@@ -234,10 +234,10 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
 
 
 def row_constants(options: Options, backward: BackwardOperands) -> tuple[Array, Array]:
-    """Per row: what normalises the weights again, and what `<dO, v>` is compared with.
+    """Per row: the inverse normalizer of the weights, and `delta`.
 
-    The cotangent of a score is `slope * (<dO, v> - delta)`, where `delta` holds
-    `<dO, out>` and the cotangent of the normalizer.
+    The cotangent of a score is `slope * (<dO, v> - delta)`, where `delta` is
+    `<dO, out>` minus the cotangent of the normalizer.
     """
     operands, dtype = backward.operands, backward.operands.dtype
     normalizer = backward.normalizer.astype(dtype)
@@ -253,13 +253,13 @@ def row_constants(options: Options, backward: BackwardOperands) -> tuple[Array, 
 
 
 def sinks_gradient(sinks: Array, inverse: Array, delta: Array) -> Array:
-    """A sink is one more score without a value: its p times minus delta, summed."""
+    """The gradient of the sinks, which are scores without values: sums of -p delta."""
     p = jnp.exp(sinks.astype(inverse.dtype)[None, None, :] - inverse)
     return (-p * delta).sum((0, 1))
 
 
 def _scaled(options: Options, tiler: Tiler, operands: Operands) -> Array:
-    """Tiles of the queries, in which the scale costs nothing per pair."""
+    """Tiles of the scaled queries: so the scale costs nothing per pair."""
     return tiler.query(operands.query) * options.scale
 
 
@@ -280,7 +280,7 @@ def _outer(tiler: Tiler, operands: Operands) -> tuple[list[Array], list[Array]]:
 
 
 def _flat(scores: Array) -> Array:
-    """(B, K, J, M, s) -> (B, K, J * M, s), the rows of one product."""
+    """Reshapes (B, K, J, M, s) to (B, K, J * M, s), the rows of one product."""
     batch, heads, outer, rows, size = scores.shape
     return scores.reshape(batch, heads, outer * rows, size)
 
@@ -293,12 +293,12 @@ def _first(rows: Array, factors: Sequence[Array]) -> Array:
     return spread_first(rows, [factor.swapaxes(-1, -2) for factor in factors])
 
 
-def _added(total: Any, place: int, found: Sequence[Array], at: Index) -> Any:
-    """Adds to the gradients of the outer keys, place 0, or of the values, place 1."""
+def _added(total: Any, which: int, found: Sequence[Array], at: Index) -> Any:
+    """Adds to the gradients of the outer keys (`which` 0) or values (`which` 1)."""
     added = []
-    for pair, part, column in zip(total, found, at[1:-1], strict=True):
-        new = add_at(pair[place], column, part)
-        added.append((new, pair[1]) if place == 0 else (pair[0], new))
+    for pair, tile, column in zip(total, found, at[1:-1], strict=True):
+        new = add_at(pair[which], column, tile)
+        added.append((new, pair[1]) if which == 0 else (pair[0], new))
     return tuple(added)
 
 
@@ -309,7 +309,7 @@ def initial_state(
     value: Array | None,
     sinks: Array | None,
 ) -> Any:
-    """The state of rows that have seen nothing but the sinks, given per row."""
+    """The state of rows that have seen only the sinks, which are given per row."""
     weighted = None
     if value is not None:
         weighted = jnp.zeros((*shape, value.shape[-1]), dtype)
@@ -317,7 +317,7 @@ def initial_state(
     if sinks is None:
         return state
     assert isinstance(kind, Softmax)
-    # A score that is seen first, with the weight exp(0) = 1 and no value.
+    # A sink is the first score: weight exp(0) = 1, no value.
     return state._replace(max=sinks, sum=jnp.where(sinks == -jnp.inf, 0.0, 1.0))
 
 
@@ -330,10 +330,10 @@ def _fold(plan: BlockPlan, visit: Callable[..., Any], state: Any) -> Any:
         lines = match_varying(lines, *jax.tree.leaves(state))
         stop = count if plan.counts is None else plan.counts[i]
 
-        def step(place: Array, state: Any, partial=i == 1, lines=lines) -> Any:
-            # XLA compiles equal instructions of a loop once. All that take a tile out
-            # of its array are equal unless it merges them with where the index is from.
-            at = barrier_on_cpu([tile_at(line, place) for line in lines])
+        def step(entry: Array, state: Any, partial=i == 1, lines=lines) -> Any:
+            # XLA compiles equal instructions of a loop once. The barrier keeps it from
+            # fusing the slices of tiles, which are equal, with the sources of indices.
+            at = barrier_on_cpu([tile_at(line, entry) for line in lines])
             return visit(partial, at, state)
 
         state = lax.fori_loop(0, stop, step, state)

@@ -2,9 +2,9 @@
 
 The query heads that share a key head are rows of one tile: M = G * block_query rows,
 G = N // K. Attention over tuples of keys is attention with the products of their
-features as keys: with one key axis after the other multiplied into the queries, the
-last one stays in its place. A tile of scores is (B, K, J, M, block_key), J the number
-of combinations of the keys of the other axes in the block, 1 without any.
+features as keys: all key axes but the last are multiplied into the queries. A tile of
+scores is (B, K, J, M, block_key), where J is the number of combinations of keys of the
+other axes in the block, 1 without any.
 """
 
 import dataclasses
@@ -26,21 +26,20 @@ from .scores import Kind
 # Row and columns of a block: traced integers, as many as the plan has axes.
 type Index = Sequence[Array]
 
-# Why a kernel does not run with blocks of the user.
+# Why a kernel does not run with the user's blocks.
 OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
 
-# Of slices whose place is known to be in range: else XLA is asked to check it.
+# For slices whose start is in range: otherwise the program checks for negative indices.
 IN_RANGE: Any = {"allow_negative_indices": False}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static besides the block plan.
+    """Static options besides the block plan.
 
     `wide_gradients` leaves gradients in the dtype of the sums, for a caller that adds
-    several of them up. `has_given_blocks` says that the blocks are those of the user,
-    by their sizes or in a `BlockPlan`: kernels, which have blocks of their own, are not
-    what was asked for.
+    several of them. `has_given_blocks` says that the user gave block sizes or a
+    `BlockPlan`, which excludes kernels: they have blocks of their own.
     """
 
     kind: Kind
@@ -53,7 +52,7 @@ class Options:
 
 
 class Operands(NamedTuple):
-    """The arrays of one call."""
+    """The arrays of a call."""
 
     # Any: also made of gradients, some of which are None.
     query: Any  # (B, T, N, H)
@@ -80,11 +79,11 @@ class Operands(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of one tile.
+    """The scores of one tile.
 
     Attributes:
         z: The scores, after softcap and bias.
-        ok: Where the pair attends; None for everywhere.
+        ok: True where the pair attends; None for everywhere.
         slope: Derivative of the softcap; None without.
     """
 
@@ -101,7 +100,7 @@ class Tiler(NamedTuple):
     dtype: Any
 
     def query(self, x: Array, fill: float = 0) -> Array:
-        """(B, T, N, H) or (B, T, N) -> (rows, B, K, M, H) or (rows, B, K, M)."""
+        """Cuts (B, T, N, H) or (B, T, N) into (rows, B, K, M, H) or (rows, B, K, M)."""
         size, count, groups = self.plan.blocks[0], self.plan.grid[0], self.groups
         batch, _, heads, *features = x.shape
         x = _padded(x.astype(self.dtype), 1, count * size, fill)
@@ -111,7 +110,7 @@ class Tiler(NamedTuple):
         return x.reshape(count, batch, heads // groups, rows, *features)
 
     def query_back(self, x: Array) -> Array:
-        """The inverse of `query`, without what was padded."""
+        """The inverse of `query`, without padding."""
         size, groups = self.plan.blocks[0], self.groups
         count, batch, heads, _, *features = x.shape
         x = x.reshape(count, batch, heads, groups, size, *features)
@@ -120,7 +119,7 @@ class Tiler(NamedTuple):
         return x[:, : self.plan.lengths[0]]
 
     def key(self, x: Array, axis: int = -1) -> Array:
-        """(B, S, K, H) -> (columns, B, K, block_key, H), of one key axis."""
+        """Cuts (B, S, K, H) of a key axis into (columns, B, K, block_key, H)."""
         size, count = self.plan.blocks[axis], self.plan.grid[axis]
         batch, _, heads, features = x.shape
         x = _padded(x.astype(self.dtype), 1, count * size, 0)
@@ -130,8 +129,8 @@ class Tiler(NamedTuple):
     def key_at(self, x: Array) -> Callable[[Array], Array]:
         """`key(x)[column]`, of the last key axis, as a function of the column.
 
-        With one row of blocks every tile is read once: it is cut out where it is
-        needed, and all keys are not copied before.
+        With one row of blocks every tile is read once, so it is cut out when it is
+        needed, without copying all keys first.
         """
         size, (rows, *_, count) = self.plan.blocks[-1], self.plan.grid
         if rows > 1 or count * size != x.shape[1]:
@@ -145,7 +144,7 @@ class Tiler(NamedTuple):
         return cut
 
     def key_back(self, x: Array, axis: int = -1) -> Array:
-        """The inverse of `key`, without what was padded."""
+        """The inverse of `key`, without padding."""
         count, batch, heads, size, features = x.shape
         x = jnp.moveaxis(x, (1, 0, 3, 2), (0, 1, 2, 3))
         x = x.reshape(batch, count * size, heads, features)
@@ -165,7 +164,7 @@ class Tiler(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What is defined on pairs: the mask, boolean arrays, the bias; padded."""
+    """The mask, boolean array and bias over pairs, padded to whole blocks."""
 
     plan: BlockPlan
     groups: int
@@ -173,15 +172,15 @@ class Pairs(NamedTuple):
     bias: Array | None
 
     def mask(self, at: Index) -> Array:
-        """Where the tuples of a block attend: (b, k, J, M, s)."""
+        """True where the tuples of a block attend: (b, k, J, M, s)."""
         plan, axes = self.plan, len(at)
         # Axes in the order of a tile: the keys of all axes but the last, then queries.
         order = [axes - 2, *range(axes - 2), axes - 1]
         indices = [
             (block * size + jnp.arange(size)).reshape(
-                [-1 if axis == place else 1 for axis in range(axes)]
+                [-1 if axis == own else 1 for axis in range(axes)]
             )
-            for block, size, place in zip(at, plan.blocks, order, strict=True)
+            for block, size, own in zip(at, plan.blocks, order, strict=True)
         ]
         ok = plan.mask._within(*plan.lengths)(*indices)
         *outer, size_k = plan.blocks[1:]
@@ -195,8 +194,8 @@ class Pairs(NamedTuple):
         ok = ok.reshape(-1, 1, math.prod(outer), 1, plan.blocks[0], size_k)
         if self.dense is not None:
             ok = ok & self._grouped(self._tile(self.dense, at))
-        # Otherwise XLA evaluates the mask anew in each sum and maximum that reads it,
-        # where its integers keep the whole loop from being vectorised on a CPU.
+        # Without the barrier XLA evaluates the mask in each sum and maximum that reads
+        # it, and on a CPU its integers keep these loops from being vectorised.
         return lax.optimization_barrier(self._as_scores(ok))
 
     def bias_of(self, at: Index) -> Array:
@@ -204,7 +203,7 @@ class Pairs(NamedTuple):
         return self._as_scores(self._grouped(self._tile(self.bias, at)))
 
     def sum_bias(self, total: Array, dz: Array, at: Index) -> Array:
-        """Adds the cotangent of a tile of scores to that of the bias, reduced."""
+        """Adds the cotangent of a tile of scores, reduced, to that of the bias."""
         assert self.bias is not None
         batch, heads = dz.shape[:2]
         dz = dz.reshape(batch, heads * self.groups, *self.plan.blocks)
@@ -224,22 +223,22 @@ class Pairs(NamedTuple):
 
     def _start(self, x: Array, at: Index) -> list[Any]:
         zero = jnp.zeros_like(at[0])
-        places = [
+        starts = [
             block * size if whole > 1 else zero
             for whole, block, size in zip(
                 x.shape[2:], at, self.plan.blocks, strict=True
             )
         ]
-        return [zero, zero, *places]
+        return [zero, zero, *starts]
 
     def _grouped(self, tile: Array) -> Array:
-        """(b, n, t, s) -> (b, 1 or K, 1, 1 or G, t, s)."""
+        """Reshapes (b, n, t, s) to (b, 1 or K, 1, 1 or G, t, s)."""
         batch, heads, *pair = tile.shape
         groups = 1 if heads == 1 else self.groups
         return tile.reshape(batch, heads // groups, 1, groups, *pair)
 
     def _as_scores(self, tile: Array) -> Array:
-        """(b, k, J, g, t, s), wide or narrow, -> (b, k, J, M, s)."""
+        """Broadcasts and reshapes (b, k, J, g, t, s) to (b, k, J, M, s)."""
         size_q, size_k = self.plan.blocks[0], self.plan.blocks[-1]
         front = tile.shape[:3]
         tile = jnp.broadcast_to(tile, (*front, self.groups, size_q, size_k))
@@ -256,7 +255,7 @@ def spread(rows: Array, factors: Sequence[Array]) -> Array:
 
 
 def spread_first(rows: Array, factors: Sequence[Array]) -> Array:
-    """As `spread` with the features first: (B, K, H, M) -> (B, K, H, J * M)."""
+    """`spread` with features first: (B, K, H, M) -> (B, K, H, J * M)."""
     for factor in reversed(factors):
         *front, size = rows.shape
         rows = factor[..., :, None] * rows[..., None, :]
@@ -269,15 +268,15 @@ def gather(rows: Array, factors: Sequence[Array]) -> Array:
     for factor in factors:
         batch, heads, size, features = factor.shape
         rest = rows.shape[2] // size
-        parts = rows.reshape(batch, heads, size, rest, features)
-        rows = (parts * factor[:, :, :, None, :]).sum(2)
+        rows = rows.reshape(batch, heads, size, rest, features)
+        rows = (rows * factor[:, :, :, None, :]).sum(2)
     return rows
 
 
 def factor_cotangents(
     rows: Array, factors: list[Array], cotangent: Array
 ) -> list[Array]:
-    """What `spread` gives back to its factors."""
+    """Cotangents of the factors of `spread`."""
     _, pull = jax.vjp(lambda factors: spread(rows, factors), factors)
     return pull(cotangent)[0]
 
@@ -291,10 +290,7 @@ def scores(
     *,
     partial: bool,
 ) -> Scores:
-    """The scores of one tile of queries that are scaled, and spread, already.
-
-    `partial` where the mask has to be evaluated.
-    """
+    """The scores of a tile; queries are scaled and spread, `partial` adds the mask."""
     outer = math.prod(pairs.plan.blocks[1:-1])
     z = product(query, key.swapaxes(-1, -2), options)
     batch, heads, rows, block_key = z.shape
@@ -320,32 +316,32 @@ def product(left: Array, right: Array, options: Options) -> Array:
 
 
 def tile_at(tiles: Array, index: Array) -> Array:
-    """`tiles[index]` of a block's index, which is in range.
+    """`tiles[index]` for an index in range.
 
-    Indexing would turn negative indices into positive ones, and adding to it check
-    their range: programs of their own for XLA to compile, in every loop.
+    `jnp` indexing would handle negative and out-of-range indices: further computations
+    for XLA to compile, in every loop.
     """
-    return lax.squeeze(part_at(tiles, index), (0,))
+    return lax.squeeze(slice_at(tiles, index), (0,))
 
 
 def add_at(tiles: Array, index: Array, tile: Array) -> Array:
-    """`tiles` with that tile added in its place."""
-    added = part_at(tiles, index) + lax.expand_dims(tile, (0,))
-    return set_part(tiles, index, added)
+    """`tiles` with `tile` added at the index."""
+    added = slice_at(tiles, index) + lax.expand_dims(tile, (0,))
+    return set_slice(tiles, index, added)
 
 
-def part_at(tiles: Array, index: Array) -> Array:
-    """`tile_at` with the axis of tiles, of length 1."""
+def slice_at(tiles: Array, index: Array) -> Array:
+    """`tile_at`, keeping the axis of tiles with length 1."""
     sizes = (1, *tiles.shape[1:])
     return lax.dynamic_slice(tiles, _start(tiles, index), sizes, **IN_RANGE)
 
 
-def set_part(tiles: Array, index: Array, part: Array) -> Array:
-    """`tiles` with what `part_at` gives in its place.
+def set_slice(tiles: Array, index: Array, new: Array) -> Array:
+    """`tiles` with the slice that `slice_at` gives replaced.
 
-    Where nothing but arithmetic lies between the two, XLA reads and writes at once.
+    XLA fuses the two if only arithmetic lies between them.
     """
-    return lax.dynamic_update_slice(tiles, part, _start(tiles, index), **IN_RANGE)
+    return lax.dynamic_update_slice(tiles, new, _start(tiles, index), **IN_RANGE)
 
 
 def _start(tiles: Array, index: Array) -> list[Any]:

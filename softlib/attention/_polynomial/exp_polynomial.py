@@ -5,15 +5,15 @@ With T_i(y) = sum_k t_ik y^k, the truncated Chebyshev series of exp on [-R, R],
     P(x) = sum_{i <= g} e_i I_i(R) T_i(x / R),    e_0 = 1, e_i = 2,
     I_i(R) = sum_j (R/2)^{2j+i} / (j! (i+j)!),
 
-has the monomial coefficients f_k / k! with (i = k + 2h, j = l - h)
+has monomial coefficients f_k / k! with (i = k + 2h, j = l - h)
 
     f_k(R) = sum_l a_kl R^{2l},
     a_kl = k! sum_h e_i t_ik 2^{-2l-k} / ((l-h)! (k+h+l)!),    h <= min(l, (g-k)/2).
 
-No power of R is divided by, and f_k(0) = 1 as for the Taylor series. The t_ik grow like
-2.4^i and alternate, so a conversion in floating point loses digits; the a_kl are
-rounded once, from fractions, and those of 0 < l <= (g-k)/2 vanish. One table serves a
-number and an array.
+Nothing is divided by a power of R, and f_k(0) = 1 as for the Taylor series. The t_ik
+grow like 2.4^i and alternate, so a conversion in floating point would lose digits: the
+a_kl are rounded once, from fractions. Those of 0 < l <= (g-k)/2 vanish. The same table
+serves numbers and arrays.
 """
 
 import functools
@@ -32,8 +32,8 @@ from softlib._compiled_once import compiled_once
 type Basis = Literal["chebyshev", "taylor"]
 
 BASES = ("chebyshev", "taylor")
-# e^{2R} is what the rounding of monomials is multiplied by: beyond this bound nothing
-# is left of a double.
+# Rounding errors of monomials grow by e^{2R}: beyond this bound a double has no correct
+# digits.
 LARGEST_BOUND = 18.0
 
 
@@ -165,7 +165,7 @@ def require_degree(function: str, degree: int, most: int | None = None) -> None:
 
 
 def taylor_factors(bound: float, degree: int, basis: Basis) -> np.ndarray:
-    """Float64; entry k times x^k / k! are the terms of the polynomial."""
+    """The factors f_k of the terms f_k x^k / k! of the polynomial, in float64."""
     if basis == "taylor":
         return np.ones(degree + 1)
     square, found = (bound / LARGEST_BOUND) ** 2, np.zeros(degree + 1)
@@ -176,7 +176,7 @@ def taylor_factors(bound: float, degree: int, basis: Basis) -> np.ndarray:
 
 @compiled_once(1)
 def taylor_factors_by_row(bound: Array, degree: int) -> Array:
-    """(groups, rows) -> (groups, degree + 1, rows), of the Chebyshev polynomials."""
+    """Chebyshev factors per row: (groups, rows) -> (groups, degree + 1, rows)."""
     square = (bound / LARGEST_BOUND) ** 2
     columns = jnp.asarray(_series(degree).T[::-1], bound.dtype)
 
@@ -198,25 +198,25 @@ def _error(bound: float, degree: int, basis: Basis) -> float:
         found = math.prod(bound / j for j in range(1, degree + 2)) * largest
     else:
         found = 2 * largest * _bessel_tail(bound, degree)
-    # Upwards by far more than the rounding of the sums, which have positive terms.
+    # Rounded up by far more than the error of the sums, whose terms are positive.
     return math.nextafter(found * (1 + 1e-12), math.inf)
 
 
 def _bessel_tail(x: float, order: int) -> float:
-    """At least the sum of I_i(x) over i > order."""
+    """An upper bound of the sum of I_i(x) over i > order."""
     total = 0.0
     while True:
         order += 1
         bessel = _bessel(x, order)
         total += bessel
-        # I_{i+1} / I_i < ratio, since this holds term by term; it falls with i.
+        # I_{i+1} / I_i < ratio holds term by term, and the ratio falls with i.
         ratio = x / (2 * (order + 1))
         if ratio < 0.5 and bessel <= 1e-17 * total:
             return total + bessel * ratio / (1 - ratio)
 
 
 def _bessel(x: float, order: int) -> float:
-    """At least I_order(x)."""
+    """An upper bound of I_order(x)."""
     term = math.prod(x / (2 * j) for j in range(1, order + 1))
     total, j = 0.0, 0
     while True:
@@ -230,9 +230,9 @@ def _bessel(x: float, order: int) -> float:
 
 @functools.lru_cache(maxsize=32)
 def _series(degree: int) -> np.ndarray:
-    """(degree + 1, terms): a_kl LARGEST_BOUND^{2l}, in powers of R / LARGEST_BOUND.
+    """Coefficients a_kl LARGEST_BOUND^{2l} of powers of R / LARGEST_BOUND, by k and l.
 
-    So scaled, no entry leaves the range of float32. Enough terms for float64.
+    This scale keeps them in the range of float32; the terms suffice for float64.
     """
     chebyshev = _chebyshev(degree)
     square = int(LARGEST_BOUND) ** 2
@@ -246,7 +246,7 @@ def _series(degree: int) -> np.ndarray:
             ]
         )
         series = np.array(columns).T
-        # The second half of every row: the first entries may vanish.
+        # Tests the second half of every row: the first entries may vanish.
         if l > degree // 2 + 4:
             largest = np.abs(series).max(1)
             if (np.abs(series[:, -1]) <= 2.0**-58 * largest).all():
@@ -258,7 +258,7 @@ def _scale(k: int, l: int) -> int:
 
 
 def _numerator(chebyshev: list[list[int]], k: int, l: int) -> int:
-    """a_kl times `_scale`; an integer, because h <= l."""
+    """The integer a_kl times `_scale` (h <= l)."""
     total = 0
     for h in range(min(l, (len(chebyshev) - 1 - k) // 2) + 1):
         i = k + 2 * h
@@ -270,7 +270,7 @@ def _numerator(chebyshev: list[list[int]], k: int, l: int) -> int:
 
 
 def _chebyshev(degree: int) -> list[list[int]]:
-    """Entry [i][k]: coefficient of y^k in T_i."""
+    """Coefficients of Chebyshev polynomials: entry [i][k] is that of y^k in T_i."""
     found = [[1] + [0] * degree]
     if degree:
         found.append([0, 1] + [0] * (degree - 1))

@@ -11,9 +11,9 @@ so numerators and denominator of attention are, with V_t next to a column of one
 
     sum_alpha f_{|alpha|} / alpha! q^alpha prod_t ( sum_j k_tj^alpha [v_tj, 1] ),
 
-for causal attention with sums over j <= i. The loop runs over chunks of alpha; what a
-chunk needs is made again for its gradient. Features are rows and tokens columns, so
-that a monomial is the product of a few rows of a table of powers, each contiguous.
+for causal attention with sums over j <= i. The loop runs over chunks of alpha, which
+are recomputed for the gradient. Features are rows and tokens columns, so that a
+monomial is the product of a few contiguous rows of a table of powers.
 """
 
 import functools
@@ -31,19 +31,22 @@ from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 from softlib.typing import Precision
 
-# The tables of the monomials are constants of the program: a few bytes for each.
+# Most monomials: their tables are constants of the program, a few bytes for each.
 LARGEST_RANK = 2**20
 CHUNK = 64
-# Numbers that are made at a time: monomials of a block of tokens. Blocks have no fewer
-# tokens than vector registers are wide.
+# Elements computed at a time: monomials of a block of tokens. Blocks have at least as
+# many tokens as a vector register is wide.
 TILE = 2**18
 LEAST_BLOCK = 32
 
 
 class Monomials(NamedTuple):
-    """All of total degree at most g in H variables, in chunks; padded by weight 0."""
+    """All monomials of total degree up to g in H variables, in chunks.
 
-    rows: np.ndarray  # (chunks, size, factors): into a table of `_powers`
+    The last chunk is padded with weights of 0.
+    """
+
+    rows: np.ndarray  # (chunks, size, factors): row indices of a table of `_powers`
     degree: np.ndarray  # (chunks, size)
     weight: np.ndarray  # (chunks, size), float64: 1 / alpha!
 
@@ -51,12 +54,12 @@ class Monomials(NamedTuple):
 @functools.lru_cache(maxsize=4)
 def monomials(width: int, degree: int, chunk: int) -> Monomials:
     count = math.comb(width + degree, degree)
-    # Variable 0 is the constant 1: monomials of degree g in H + 1 variables, in lists
-    # that fall, so that the constant comes last.
+    # Variable 0 is the constant 1: monomials of degree g in H + 1 variables, as
+    # descending lists, so that the constant comes last.
     lists = itertools.combinations_with_replacement(range(width, -1, -1), degree)
     flat = itertools.chain.from_iterable(lists)
     variables = np.fromiter(flat, np.int32, count * degree).reshape(count, degree)
-    run = np.ones_like(variables)  # 1, 2, ... along equal variables
+    run = np.ones_like(variables)  # counts 1, 2, ... along equal variables
     for i in range(1, degree):
         same = variables[:, i] == variables[:, i - 1]
         run[:, i] = np.where(same, run[:, i - 1] + 1, 1)
@@ -89,15 +92,15 @@ def attend(
     causal: bool,
     precision: Precision,
 ) -> Array:
-    """(groups, E, columns of the query): sums over keys of P times the values.
+    """Sums over keys of P times the values, (groups, E, columns of the query).
 
-    Query (groups, H, columns), keys (groups, H, S_t) and values (groups, S_t, E) of one
-    dtype; the factors f of P, NumPy (g + 1,) or (groups, g + 1, columns). If causal,
-    the columns of the query are ordered by position, several to each, and see the keys
-    up to it.
+    Query (groups, H, columns), keys (groups, H, S_t) and values (groups, S_t, E) have
+    one dtype; the factors f of P are NumPy (g + 1,) or (groups, g + 1, columns). If
+    causal, columns of the query are ordered by position, several for each, and see the
+    keys up to it.
     """
     if isinstance(factors, np.ndarray):
-        known = tuple(factors.tolist())  # which compares by value
+        known = tuple(factors.tolist())  # compares by value
         return _attend(causal, precision, known, query, keys, values, None)
     return _attend(causal, precision, None, query, keys, values, factors)
 
@@ -112,7 +115,7 @@ def _attend(
     values: tuple[Array, ...],
     traced: Array | None,
 ) -> Array:
-    """With factors that are known, or those of the rows."""
+    """`attend` with static factors (`known`), or traced ones per row."""
     groups, width, columns = query.shape
     features, dtype = values[0].shape[-1], query.dtype
     if traced is None:
@@ -134,12 +137,12 @@ def _attend(
     if traced is None:
         weights = weights * np.array(known)[table.degree]
     else:
-        # One more factor of the monomials of queries; below the rows of their powers.
+        # Queries have one factor more: f, from rows appended to their table of powers.
         by_row = _cut(traced, 2, query_size)
         extra = 1 + width * degree + table.degree[..., None].astype(np.int32)
         query_rows = np.concatenate([table.rows, extra], axis=-1)
     query_blocks = (_cut(query, 2, query_size), by_row)
-    # Zeros at the end: with a value of 0 they add nothing, not even as k^0 = 1.
+    # Padding adds nothing: k^0 = 1, but its value is 0.
     key_blocks = [
         (_cut(key, 2, block), _cut(value, 1, block))
         for key, value, block in zip(keys, values, key_sizes, strict=True)
@@ -179,7 +182,7 @@ def _attend(
             sums, after = weight[None, :, None, None], []
             for state, (key, value) in zip(states, keys, strict=True):
                 terms = _products(key, degree, rows)[..., None] * value[:, None]
-                # Not a product with a triangle: 0 times a later inf would be NaN.
+                # Not a product with a triangular matrix: 0 * inf of a later key is NaN.
                 of_axis = state[:, :, None] + lax.cumsum(terms, axis=2)
                 after.append(of_axis[:, :, -1])
                 sums = sums * of_axis
@@ -204,13 +207,13 @@ def _attend(
 
 
 def _block(length: int, per_token: int) -> int:
-    """Tokens to a block, so that what is made of them fits a cache."""
+    """Number of tokens per block, so that its monomials fit the cache."""
     most = max(TILE // per_token, LEAST_BLOCK)
     return -(-length // -(-length // most))
 
 
 def _cut(array: Array, axis: int, size: int) -> Array:
-    """Blocks on a new first axis; zeros at the end of the last."""
+    """Cuts an axis into blocks on a new first axis; the last is padded with zeros."""
     count = -(-array.shape[axis] // size)
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, count * size - array.shape[axis])
@@ -222,7 +225,7 @@ def _cut(array: Array, axis: int, size: int) -> Array:
 def _products(
     features: Array, degree: int, rows: Array, more: Array | None = None
 ) -> Array:
-    """(groups, H, columns), (size, factors) -> (groups, size, columns)."""
+    """Monomials: (groups, H, columns), (size, factors) -> (groups, size, columns)."""
     table = _powers(features, degree)
     if more is not None:
         table = jnp.concatenate([table, more], axis=1)
@@ -234,7 +237,7 @@ def _products(
 
 
 def _powers(features: Array, degree: int) -> Array:
-    """(groups, H, columns) -> (groups, 1 + H degree, columns): 1, then x_c^a by c."""
+    """1, then powers x_c^a: (groups, H, columns) -> (groups, 1 + H degree, columns)."""
     groups, width, columns = features.shape
     ones = jnp.ones_like(features, shape=(groups, 1, columns))
     if not degree or not width:

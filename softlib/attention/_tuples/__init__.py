@@ -1,1 +1,1 @@
-"""Kernels of attention over tuples of keys, and what they need to be planned."""
+"""Kernels of attention over tuples of keys, and their plans."""

@@ -1,7 +1,7 @@
-"""Which blocks the kernels for pairs of keys visit, at which sizes, and in which order.
+"""The blocks, sizes and axis order of the TPU kernels for pairs of keys.
 
-Sums over pairs do not depend on the order of the two key axes: the one that costs less
-on the TPU for which the program is traced is multiplied into the queries.
+Results do not depend on the order of the two key axes: the one that costs less on the
+TPU for which the program is traced is multiplied into the queries.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Order(NamedTuple):
 def chosen_order(
     passes: tuple[Any, ...], options: Options, operands: Operands
 ) -> Order | str:
-    """The cheaper order, or why there is none."""
+    """The cheaper order, or the reason why there is none."""
     value = operands.value
     assert value is not None
     up = lambda n: -(-n // LANES) * LANES
@@ -95,7 +95,7 @@ def axes(
     sizes: tuple[int, int],
     counts: tuple[int, int],
 ) -> list[lists.Axis]:
-    """Both key axes in that order: sizes of tiles, and how many are a block."""
+    """Both key axes in this order: sizes of tiles, and tiles per block."""
     mask = ordered(skeleton.mask, swapped)
     return [
         lists.axis(
@@ -145,41 +145,41 @@ def joint_status(
     swapped: bool,
     sizes: tuple[int, int, int],
 ) -> lists.Status | None:
-    """Kind of blocks of those sizes, by index, under what relates all axes."""
+    """A function from block indices to their status under the joint masks, or None."""
     joint = ordered(skeleton.mask, swapped).joint
 
     def status(*at: np.ndarray) -> np.ndarray:
         edges = []
         for index, size, length in zip(at, sizes, lengths, strict=True):
             edges += [index * size, np.minimum((index + 1) * size, length)]
-        return functools.reduce(np.minimum, [part._status(*edges) for part in joint])
+        return functools.reduce(np.minimum, [each._status(*edges) for each in joint])
 
     return status if joint else None
 
 
 def ordered(mask: PerAxis, swapped: bool) -> PerAxis:
-    """The mask of the key axes in that order."""
+    """The mask with the key axes in this order."""
     return mask._permuted((1, 0)) if swapped else mask
 
 
 def masks_of(
     mask: PerAxis, lengths: tuple[int, int, int], swapped: bool
 ) -> lists.Masks:
-    """As kernels call them, of lengths in that order."""
+    """The masks as functions for kernels; `lengths` are in this order."""
     mask = ordered(mask, swapped)._within(*lengths)
     first, second = (
         None if axis in (None, masks.All()) else axis._attends for axis in mask.axes
     )
 
     def joint(*indices: Any) -> Any:
-        found = [part._attends(*indices) for part in mask.joint]
+        found = [each._attends(*indices) for each in mask.joint]
         return functools.reduce(jnp.logical_and, found)
 
     return lists.Masks(first, second, joint if mask.joint else None)
 
 
 def lengths_of(operands: Operands, swapped: bool) -> tuple[int, int, int]:
-    """Of the queries, and of the key axes in that order."""
+    """Lengths of the queries and of the key axes in this order."""
     return in_order(operands.plan.lengths, swapped)
 
 
@@ -189,9 +189,9 @@ def in_order(lengths: tuple[int, int, int], swapped: bool) -> tuple[int, int, in
 
 
 def pieces_of(options: Options, operands: Operands) -> tuple[int, int]:
-    """Of the left and the right operands of products.
+    """Numbers of bfloat16 parts of the left and the right operands of products.
 
-    Not divided they are rounded to bfloat16, which keys and values may be already.
+    One part is a rounding to bfloat16, which keys and values may have already.
     """
     asked = part_count(jnp.float32, limits.PRECISIONS[options.precision])
     arrays = (*operands.outer[0], operands.key, operands.value)

@@ -1,7 +1,7 @@
-"""Which tiles the kernels for pairs of keys on GPUs visit, and in which order.
+"""The tiles and axis order of the GPU kernels for pairs of keys.
 
-As `_tuple_blocks`, for a device on which every tile of queries has 64 rows and keys of
-the first axis are multiplied in by twos.
+Like `blocks`, for devices on which every tile of queries has 64 rows, and keys of the
+first axis are multiplied in two at a time.
 """
 
 import functools
@@ -24,9 +24,9 @@ from softlib.attention._engine.tiles import Operands
 
 from .blocks import axes, in_order, joint_status
 
-# Pairs of the first axis that are classified together first.
+# Pairs of keys of the first axis that are first classified together.
 _COUNT = 8
-# Steps of a kernel, 4 bytes each, all of which are constants of the program.
+# Most steps of a kernel, 4 bytes each, which are constants of the program.
 MOST_STEPS = 1 << 22
 
 
@@ -38,7 +38,7 @@ class Order(NamedTuple):
 
 
 def problem_of(operands: Operands) -> Problem:
-    """With features as kernels get them."""
+    """The sizes of the problem, with padded features."""
     up = lambda size: -(-size // FEATURES) * FEATURES
     assert operands.value is not None
     return Problem(
@@ -47,7 +47,7 @@ def problem_of(operands: Operands) -> Problem:
 
 
 def orders(which: Pass, operands: Operands) -> tuple[Order, ...] | str:
-    """One order, the cheaper one, or both for the gradients of keys; or why none."""
+    """The cheaper order (both for gradients of keys), or the reason for none."""
     device = _devices.gpu() or _devices.H100
     skeleton, lengths = Skeleton.of(operands.plan.mask), operands.plan.lengths
     return _orders(which, skeleton, lengths, problem_of(operands), device)

@@ -1,7 +1,7 @@
 """The kernels for pairs of keys on Hopper GPUs, behind attention over tuples.
 
 A plan has blocks that suit a CPU: kernels take its mask and have lists of their own.
-What TMA cannot address is padded; the masks then exclude the keys added.
+Arrays are padded for TMA; the masks exclude padded keys.
 """
 
 import functools
@@ -30,7 +30,7 @@ from .blocks import lengths_of, masks_of
 from .blocks_gpu import Order, orders, runs_of
 from .refusals import why_no_mask, why_no_options
 
-# Of the grid of a kernel.
+# Most entries of a kernel's grid.
 _MOST_HEADS = 65_535
 
 
@@ -68,7 +68,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     def call(kernel: Any, which: Pass, order: Order) -> Any:
         queries, groups = order.tiles.queries, order.tiles.groups
         count = -(-operands.plan.lengths[0] // queries)
-        # Rows beyond the last query are empty ones: their weights are 0.
+        # Padded rows are made empty: their weights are 0.
         rows = (
             trilinear.rows_of(inverse * LOG2E, groups, count, jnp.inf),
             trilinear.rows_of(delta, groups, count, 0.0),
@@ -111,7 +111,7 @@ def _arrays(operands: Operands) -> tuple[Array, ...]:
 
 
 def _sides(operands: Operands, swapped: bool) -> list[tuple[Array, Array]]:
-    """Keys and values of the first axis, and of the second."""
+    """(keys, values) of the first and of the second axis."""
     pairs = [*operands.outer, (operands.key, _value(operands))]
     pairs = [(tiled(key), tiled(value)) for key, value in pairs]
     return pairs[::-1] if swapped else pairs

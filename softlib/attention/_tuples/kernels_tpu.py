@@ -23,7 +23,7 @@ from softlib.attention._engine.tiles import Operands, Options
 from .blocks import Order, chosen_order, lengths_of, masks_of, pieces_of, visits_of
 from .refusals import why_no_mask, why_no_options
 
-# Of the backward pass, where products of pieces of more leave registers for none.
+# Most features of the backward pass: with more, products spill registers.
 MOST_FLOAT32_FEATURES = LANES
 _BACKWARD: tuple[Pass, ...] = ("query", "first", "second")
 
@@ -86,7 +86,7 @@ def _value(operands: Operands) -> Array:
 
 
 def _form(options: Options, operands: Operands, order: Order) -> dict[str, Any]:
-    """What is static."""
+    """The static arguments of a kernel."""
     return {
         "masks": masks_of(
             operands.plan.mask, lengths_of(operands, order.swapped), order.swapped
@@ -99,21 +99,21 @@ def _form(options: Options, operands: Operands, order: Order) -> dict[str, Any]:
 
 
 def _sides(operands: Operands, order: Order) -> list[tuple[Array, Array]]:
-    """Keys and values of the first axis, and of the second."""
+    """(keys, values) of the first and of the second axis."""
     pairs = [*operands.outer, (operands.key, _value(operands))]
     pairs = [(_flat(key), _flat(value)) for key, value in pairs]
     return pairs[::-1] if order.swapped else pairs
 
 
 def _flat(x: Array) -> Array:
-    """Heads after each other, each of whole lanes."""
+    """Puts heads side by side on the last axis, each padded to whole lanes."""
     over = ((0, 0), (0, 0), (0, 0), (0, -x.shape[-1] % LANES))
     x = jnp.pad(x, over) if over[-1][1] else x
     return x.reshape(*x.shape[:2], -1)
 
 
 def _heads(x: Array, heads: int, features: int) -> Array:
-    """The inverse."""
+    """The inverse of `_flat`."""
     return x.reshape(*x.shape[:2], heads, -1)[..., :features]
 
 

@@ -1,4 +1,4 @@
-"""What no kernel for pairs of keys takes, on whatever device."""
+"""Reasons against kernels for pairs of keys on any device."""
 
 import jax
 
@@ -7,12 +7,12 @@ from softlib.attention._engine.scores import Softmax
 from softlib.attention._engine.tiles import OWN_BLOCKS, Operands, Options
 from softlib.masks import Between
 
-# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+# Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
 
 
 def why_no_options(options: Options, operands: Operands) -> str | None:
-    """Of options, of operands that are not there, and of sizes."""
+    """The reason against kernels by options, missing operands or sizes, or None."""
     if len(operands.outer) != 1:
         return f"it takes two key axes, not {len(operands.outer) + 1}"
     if operands.value is None:
@@ -41,7 +41,7 @@ def why_no_options(options: Options, operands: Operands) -> str | None:
 
 
 def why_no_mask(operands: Operands) -> str | None:
-    """Of what cannot be listed before the program runs, or evaluated in a kernel."""
+    """The reason why a mask cannot be listed beforehand or evaluated in a kernel."""
     plan = operands.plan
     if plan.counts is not None:
         return "its lists of blocks are static, those of the plan are data"
@@ -49,6 +49,6 @@ def why_no_mask(operands: Operands) -> str | None:
         return "it looks into no array of a mask"
     if not plan.mask._is_arithmetic():
         return "the mask is no arithmetic on positions"
-    if not all(isinstance(part, Between) for part in plan.mask.joint):
+    if not all(isinstance(each, Between) for each in plan.mask.joint):
         return "it evaluates no function as a joint mask, only masks.Between"
     return None

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from softlib import attention, masks
-from softlib.attention._engine import lanes as _lanes
+from softlib.attention._engine import batch_heads as _batch_heads
 from tests.compiled import f32
 
 LENGTH, FEATURES = 16, 8
-# Per lane one block, so that no loop but that over lanes has several steps.
-LANE = LENGTH * LENGTH
-# Name: shape of the mesh, batch, heads, what is divided, lanes of a step on one device.
+# Per batch head one block, so that no loop but that over batch heads has several steps.
+BATCH_HEAD = LENGTH * LENGTH
+# Name: shape of mesh, batch, heads, what is divided, batch heads per step and device.
 CASES = {
     "batch": ((8,), 32, 3, P("x"), 3),
     "batch, part of an entry": ((8,), 16, 12, P("x"), 4),
@@ -56,8 +56,8 @@ def exchanges(compiled):
 def test_nothing_is_gathered_and_no_device_does_the_work_of_others(
     case, pass_, monkeypatch
 ):
-    _, batch, heads, _, lanes = CASES[case]
-    monkeypatch.setattr(_lanes, "SCORES", lanes * LANE)
+    _, batch, heads, _, at_once = CASES[case]
+    monkeypatch.setattr(_batch_heads, "SCORES", at_once * BATCH_HEAD)
     arrays = placed(case, [(batch, LENGTH, heads, FEATURES)] * 3)
     wrap = jax.jit if pass_ == "forward" else training
     flops, results = {}, {}
@@ -73,7 +73,7 @@ def test_nothing_is_gathered_and_no_device_does_the_work_of_others(
         results["plain"],
     )
     # What is counted of a loop is one step of it.
-    steps = batch * heads // 8 // lanes
+    steps = batch * heads // 8 // at_once
     assert steps > 1
     assert 0.5 * flops["plain"] < steps * flops["stream"] < 1.5 * flops["plain"]
 
@@ -81,8 +81,8 @@ def test_nothing_is_gathered_and_no_device_does_the_work_of_others(
 @pytest.mark.parametrize("case", ["batch", "heads", "both"])
 def test_arrays_over_pairs_sinks_and_masks_stay_where_they_are(case, monkeypatch):
     """Groups of query heads, a bias per head, and a mask that holds arrays."""
-    _, batch, heads, spec, lanes = CASES[case]
-    monkeypatch.setattr(_lanes, "SCORES", 2 * lanes * LANE)
+    _, batch, heads, spec, at_once = CASES[case]
+    monkeypatch.setattr(_batch_heads, "SCORES", 2 * at_once * BATCH_HEAD)
     random = np.random.default_rng(1)
     query, key, value = placed(
         case, [(batch, LENGTH, n, FEATURES) for n in (2 * heads, heads, heads)]

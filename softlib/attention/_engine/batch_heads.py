@@ -1,10 +1,9 @@
 """Attention of many batch entries and heads, a few of them at a time.
 
-A lane is one key head of one batch entry, with the query heads that read it. The tiles
-of all lanes of a step exist together, so steps take as many as keep a tile of scores in
-a cache: scratch memory does not grow with the batch, and blocks can be large. How many
-lanes that are depends on the machine: a tile that is large enough is a step of its own
-on a few cores.
+A batch head is one key head of one batch entry, with the query heads that read it. The
+tiles of all batch heads of a step exist together, so a step takes as many as keep their
+scores in the cache: scratch memory does not grow with the batch, and blocks can be
+large. The number depends on the machine: with few cores a large tile is a step alone.
 """
 
 import dataclasses
@@ -27,12 +26,12 @@ from .tiles import IN_RANGE, Operands, Options
 
 # Scores of one step.
 SCORES = 1 << 20
-# On a few cores the products of one lane are as fast as they get when its tile has
-# _LARGE scores: XLA's products of several matrices of that size at once take 1.4 times
-# as long as one after the other, and their scores leave the cache between its passes.
+# On few cores the products of one batch head are fastest when its tile has _LARGE
+# scores: XLA's batched products of matrices of that size take 1.4 times as long as one
+# after the other, and their scores leave the cache between its passes.
 _LARGE, _LARGE_STEP = 1 << 12, 1 << 14
-# Scores of whole blocks that are masked, too, rather than visited in a loop of their
-# own: that takes a fraction of a millisecond on one core, compiling a loop a hundred.
+# Up to this number of scores whole blocks are masked too instead of having a loop of
+# their own: masking takes less than a millisecond on one core, compiling a loop 100.
 MASKED = 1 << 18
 
 
@@ -41,12 +40,12 @@ def forward(options: Options, operands: Operands) -> Result:
     cut = Cut.of(operands)
     if cut.is_one_step:
         return _stream.forward(options, operands)
-    # Results of a step are put where they belong: stacked, all would be copied again.
+    # Steps write into the result: stacked results would all be copied again.
     wanted = _result(options, operands)
 
     def step(i: Array, total: Result) -> Result:
         found = _stream.forward(options, cut.operands(operands, i))
-        return jax.tree.map(lambda x, part: cut.placed(x, part, i), total, found)
+        return jax.tree.map(lambda x, new: cut.written(x, new, i), total, found)
 
     return lax.fori_loop(0, cut.steps, step, match_varying(wanted, operands.query))
 
@@ -60,10 +59,10 @@ def backward(options: Options, given: BackwardOperands) -> Gradient:
 
     def step(i: Array, total: Gradient) -> Gradient:
         found = _stream.backward(wide, cut.backward_operands(given, i))
-        # Several lanes may share a part of the bias and a sink.
+        # Several batch heads may share a slice of the bias and a sink.
         shared = cut.added((total.bias, total.sinks), (found.bias, found.sinks), i)
         total, found = (x._replace(bias=None, sinks=None) for x in (total, found))
-        total = jax.tree.map(lambda x, part: cut.placed(x, part, i), total, found)
+        total = jax.tree.map(lambda x, new: cut.written(x, new, i), total, found)
         return total._replace(bias=shared[0], sinks=shared[1])
 
     like = Gradient(
@@ -82,7 +81,7 @@ def backward(options: Options, given: BackwardOperands) -> Gradient:
 
 
 def _result(options: Options, operands: Operands) -> Result:
-    """Zeros, as many as there are results."""
+    """Zeros in the shapes of the result."""
     rows = operands.query.shape[:-1]
     zeros = lambda dtype, *features: jnp.zeros((*rows, *features), dtype)
     value = operands.value
@@ -94,18 +93,17 @@ def _result(options: Options, operands: Operands) -> Result:
 
 
 class Cut(NamedTuple):
-    """How lanes are divided: whole batch entries, or some heads of one.
+    """The division of batch heads into steps: whole batch entries, or heads of one.
 
-    The entries (heads) of a step are spread evenly over the axis, so that an axis that
-    is divided over devices stays so: each of them works on entries of its own in every
-    step, and none is moved.
+    The entries (heads) of a step are spread evenly over the axis: so an axis that is
+    divided over devices stays divided, and every device works on its own in each step.
 
     Attributes:
-        batch: Batch entries in all.
-        heads: Key heads in all.
+        batch: Number of batch entries.
+        heads: Number of key heads.
         groups: Query heads per key head.
-        batch_step: Batch entries of a step.
-        head_step: Key heads of a step.
+        batch_step: Batch entries per step.
+        head_step: Key heads per step.
     """
 
     batch: int
@@ -117,17 +115,17 @@ class Cut(NamedTuple):
     @classmethod
     def of(cls, operands: Operands) -> "Cut":
         batch, _, heads, _ = operands.key.shape
-        lanes = _lanes_of_step(operands.groups * math.prod(operands.plan.blocks))
+        most = _batch_heads_of_step(operands.groups * math.prod(operands.plan.blocks))
         if is_symbolic(batch):  # one entry at a time, whatever their number
-            head_step = _divisor(heads, lanes)
+            head_step = _divisor(heads, most)
             return cls(batch, heads, operands.groups, 1, head_step)
         devices = device_count(operands.key)
-        # An even division over devices is one by a divisor of both numbers.
+        # The axes divide over devices evenly: by a divisor of both numbers.
         batch_step = math.gcd(batch, devices)
-        lanes = lanes * devices // batch_step
-        head_step = _divisor(heads, lanes, math.gcd(heads, devices))
+        most = most * devices // batch_step
+        head_step = _divisor(heads, most, math.gcd(heads, devices))
         if head_step == heads:
-            batch_step = _divisor(batch, lanes * batch_step // heads, batch_step)
+            batch_step = _divisor(batch, most * batch_step // heads, batch_step)
         return cls(batch, heads, operands.groups, batch_step, head_step)
 
     @property
@@ -139,56 +137,56 @@ class Cut(NamedTuple):
         return (self.batch // self.batch_step) * (self.heads // self.head_step)
 
     def operands(self, whole: Operands, i: Array) -> Operands:
-        part = lambda x: self._part(x, i, 0, 2)
+        cut = lambda x: self._slice(x, i, 0, 2)
         return Operands(
-            part(whole.query),
-            part(whole.key),
-            None if whole.value is None else part(whole.value),
+            cut(whole.query),
+            cut(whole.key),
+            None if whole.value is None else cut(whole.value),
             dataclasses.replace(whole.plan, mask=self._mask(whole.plan.mask, i)),
-            None if whole.dense is None else self._part(whole.dense, i, 0, 1),
-            None if whole.bias is None else self._part(whole.bias, i, 0, 1),
-            None if whole.sinks is None else self._part(whole.sinks, i, None, 0),
-            tuple(map(part, whole.rows)),
-            jax.tree.map(part, whole.outer),
+            None if whole.dense is None else self._slice(whole.dense, i, 0, 1),
+            None if whole.bias is None else self._slice(whole.bias, i, 0, 1),
+            None if whole.sinks is None else self._slice(whole.sinks, i, None, 0),
+            tuple(map(cut, whole.rows)),
+            jax.tree.map(cut, whole.outer),
         )
 
     def backward_operands(self, whole: BackwardOperands, i: Array) -> BackwardOperands:
-        part: Any = lambda x: None if x is None else self._part(x, i, 0, 2)
-        return BackwardOperands(self.operands(whole.operands, i), *map(part, whole[1:]))
+        cut: Any = lambda x: None if x is None else self._slice(x, i, 0, 2)
+        return BackwardOperands(self.operands(whole.operands, i), *map(cut, whole[1:]))
 
-    def placed(self, total: Array, part: Array, i: Array) -> Array:
-        """`total`, (B, length, heads, ...), with what a step found in its place."""
+    def written(self, total: Array, new: Array, i: Array) -> Array:
+        """`total`, (B, length, heads, ...), with the slice of step i replaced."""
         view = self._view(total, 0, 2)
-        part = part.astype(total.dtype).reshape(view.sizes)
-        parts = total.reshape(view.shape)
-        parts = lax.dynamic_update_slice(parts, part, view.start(i), **IN_RANGE)
-        return parts.reshape(total.shape)
+        new = new.astype(total.dtype).reshape(view.sizes)
+        steps = total.reshape(view.shape)
+        steps = lax.dynamic_update_slice(steps, new, view.start(i), **IN_RANGE)
+        return steps.reshape(total.shape)
 
     def added(self, total: Any, found: Any, i: Array) -> Any:
-        """Adds what a step found to (bias, sinks), where its lanes lie in them."""
-        (bias, sinks), (bias_part, sinks_part) = total, found
+        """Adds the bias and sinks that step i found to its slices of the totals."""
+        (bias, sinks), (new_bias, new_sinks) = total, found
         if bias is not None:
-            bias = self._added(bias, bias_part, i, 0, 1)
+            bias = self._added(bias, new_bias, i, 0, 1)
         if sinks is not None:
-            sinks = self._added(sinks, sinks_part, i, None, 0)
+            sinks = self._added(sinks, new_sinks, i, None, 0)
         return bias, sinks
 
-    def _part(self, x: Array, i: Array, batch: int | None, heads: int | None) -> Array:
-        """Of a step, with these axes of batch entries and of heads (query or key)."""
+    def _slice(self, x: Array, i: Array, batch: int | None, heads: int | None) -> Array:
+        """The slice of step i; `batch` and `heads` (query or key) are axes of `x`."""
         view = self._view(x, batch, heads)
         x, start = x.reshape(view.shape), view.start(i)
-        return lax.dynamic_slice(x, start, view.sizes, **IN_RANGE).reshape(view.part)
+        return lax.dynamic_slice(x, start, view.sizes, **IN_RANGE).reshape(view.sliced)
 
     def _added(
-        self, total: Array, part: Array, i: Array, batch: int | None, heads: int | None
+        self, total: Array, new: Array, i: Array, batch: int | None, heads: int | None
     ) -> Array:
-        """Adds a part, in its place."""
+        """Adds to the slice of step i."""
         view = self._view(total, batch, heads)
-        parts, start = total.reshape(view.shape), view.start(i)
-        part = part.reshape(view.sizes)
-        part = lax.dynamic_slice(parts, start, view.sizes, **IN_RANGE) + part
-        parts = lax.dynamic_update_slice(parts, part, start, **IN_RANGE)
-        return parts.reshape(total.shape)
+        steps, start = total.reshape(view.shape), view.start(i)
+        new = new.reshape(view.sizes)
+        new = lax.dynamic_slice(steps, start, view.sizes, **IN_RANGE) + new
+        steps = lax.dynamic_update_slice(steps, new, start, **IN_RANGE)
+        return steps.reshape(total.shape)
 
     def _view(self, x: Array, batch: int | None, heads: int | None) -> "_View":
         head_steps = self.heads // self.head_step
@@ -209,27 +207,27 @@ class Cut(NamedTuple):
 
     def _mask(self, mask: Any, i: Array) -> Any:
         leaves, structure = jax.tree.flatten(mask)
-        parts = [
-            self._part(jnp.asarray(leaf), i, 0, None) if jnp.ndim(leaf) > rank else leaf
-            for leaf, rank in zip(leaves, mask._leaf_ranks(), strict=True)
+        leaves = [
+            self._slice(jnp.asarray(x), i, 0, None) if jnp.ndim(x) > rank else x
+            for x, rank in zip(leaves, mask._leaf_ranks(), strict=True)
         ]
-        return jax.tree.unflatten(structure, parts)
+        return jax.tree.unflatten(structure, leaves)
 
 
 class _View:
-    """An array whose steps have axes of their own."""
+    """The shape of an array with separate axes for the steps."""
 
     def __init__(self):
         self.shape: list[int] = []
         self.sizes: list[int] = []  # of a slice
-        self.part: list[int] = []  # the slice in the axes of the array
+        self.sliced: list[int] = []  # shape of the slice in the axes of the array
         self._starts: list[Any] = []
 
     def add(self, size: int, steps: int = 1, group: int = 1, at: Any = None) -> None:
-        """An axis of `size * steps * group` entries; `at(i)` is where step i lies."""
+        """Adds an axis of `size * steps * group`; step i has the index `at(i)`."""
         self.shape += [size, steps, group]
         self.sizes += [size, 1, group]
-        self.part.append(size * group)
+        self.sliced.append(size * group)
         self._starts += [None, at, None]
 
     def start(self, i: Array) -> list[Any]:
@@ -237,7 +235,7 @@ class _View:
 
 
 def _in_few_loops(operands: Operands) -> Operands:
-    """The operands, with few whole blocks listed among those that need the mask."""
+    """The operands; if whole blocks are few they join the list that is masked."""
     plan, (batch, _, heads, _) = operands.plan, operands.query.shape
     whole, partial = (blocks.shape[-1] for blocks in (plan.whole, plan.partial))
     if not whole or not partial or plan.counts is not None or is_symbolic(batch):
@@ -247,8 +245,8 @@ def _in_few_loops(operands: Operands) -> Operands:
     return operands._replace(plan=plan.in_one_list())
 
 
-def _lanes_of_step(tile: int) -> int:
-    """Number of lanes that one step takes, if each has a tile of `tile` scores."""
+def _batch_heads_of_step(tile: int) -> int:
+    """Number of batch heads per step, if each has a tile of `tile` scores."""
     scores = SCORES
     if tile >= _LARGE and has_few_cores():
         scores = min(SCORES, _LARGE_STEP)
@@ -256,9 +254,6 @@ def _lanes_of_step(tile: int) -> int:
 
 
 def _divisor(number: int, most: int, of: int = 1) -> int:
-    """The largest divisor of `number` of at most `most` that is a multiple of `of`.
-
-    At least `of`, which divides `number`.
-    """
+    """The largest divisor of `number` up to `most` that `of` divides; at least `of`."""
     candidates = range(min(number, most) // of * of, of, -of)
     return next((d for d in candidates if number % d == 0), of)

@@ -8,14 +8,14 @@ import pytest
 
 from softlib import masks
 from softlib.attention import block_plan, dot_product_attention
-from softlib.attention._engine import lanes as _lanes
+from softlib.attention._engine import batch_heads as _batch_heads
 from softlib.attention._engine.tiles import Operands
 from tests.host import jnp
 
 BATCH, QUERIES, KEYS, HEADS, KEY_HEADS = 4, 12, 20, 8, 4
 BLOCKS: Any = {"block_query": 8, "block_key": 8}
 # Scores of one key head and its two query heads, in one pair of blocks.
-LANE = 2 * 8 * 8
+BATCH_HEAD = 2 * 8 * 8
 
 
 def draw(*shape, seed=0):
@@ -32,25 +32,25 @@ def test_masks_that_hold_arrays_are_cut_with_their_batch(monkeypatch):
     )
     weights = draw(BATCH, QUERIES, HEADS, 3, seed=4)
 
-    def total(arrays, lanes):
-        monkeypatch.setattr(_lanes, "SCORES", lanes * LANE)
+    def total(arrays, at_once):
+        monkeypatch.setattr(_batch_heads, "SCORES", at_once * BATCH_HEAD)
         out, lse = dot_product_attention(*arrays, mask=mask, return_lse=True, **BLOCKS)
         lse = jnp.where(lse == -jnp.inf, 0, lse)
         return (out * weights).sum() + (lse * weights[..., 0]).sum(), out
 
-    def call(arrays, lanes):
-        jax.clear_caches()  # a trace does not know how many lanes a step took
+    def call(arrays, at_once):
+        jax.clear_caches()  # a trace does not know how many a step took
         both = jax.value_and_grad(total, has_aux=True)
-        return jax.jit(both, static_argnums=1)(arrays, lanes)
+        return jax.jit(both, static_argnums=1)(arrays, at_once)
 
     together = call(arrays, BATCH * KEY_HEADS)
-    for lanes in (2, 8):  # half the heads of an entry, two entries
+    for at_once in (2, 8):  # half the heads of an entry, two entries
         close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-        jax.tree.map(close, call(arrays, lanes), together)
+        jax.tree.map(close, call(arrays, at_once), together)
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "lanes", "expected"),
+    ("batch", "heads", "at_once", "expected"),
     [
         (4, 4, 100, (4, 4)),
         (4, 4, 8, (2, 4)),
@@ -62,14 +62,14 @@ def test_masks_that_hold_arrays_are_cut_with_their_batch(monkeypatch):
     ],
 )
 def test_steps_are_whole_entries_or_heads_of_one(
-    batch, heads, lanes, expected, monkeypatch
+    batch, heads, at_once, expected, monkeypatch
 ):
-    monkeypatch.setattr(_lanes, "SCORES", lanes * LANE)
+    monkeypatch.setattr(_batch_heads, "SCORES", at_once * BATCH_HEAD)
     shape = lambda length, heads: jax.ShapeDtypeStruct((batch, length, heads, 4), "f4")
     plan = block_plan(None, QUERIES, KEYS, **BLOCKS)
     query: Any = shape(QUERIES, 2 * heads)
     key: Any = shape(KEYS, heads)
-    cut = _lanes.Cut.of(Operands(query, key, None, plan))
+    cut = _batch_heads.Cut.of(Operands(query, key, None, plan))
     assert (cut.batch_step, cut.head_step) == expected
     assert cut.steps == batch * heads // np.prod(expected)
 
@@ -92,14 +92,14 @@ def test_scratch_memory_does_not_grow_with_the_batch_of_scores():
 
 @pytest.mark.parametrize(("few", "expected"), [(True, (1, 1)), (False, (4, 8))])
 def test_a_large_tile_is_a_step_of_its_own_on_few_cores(few, expected, monkeypatch):
-    monkeypatch.setattr(_lanes, "has_few_cores", lambda: few)
+    monkeypatch.setattr(_batch_heads, "has_few_cores", lambda: few)
     x = jnp.zeros((4, 256, 8, 2))
     plan = block_plan(None, 256, 256, block_query=128, block_key=128)
-    cut = _lanes.Cut.of(Operands(x, x, x, plan))
+    cut = _batch_heads.Cut.of(Operands(x, x, x, plan))
     assert (cut.batch_step, cut.head_step) == expected
     # Small ones share a step: their loop would cost more than their products.
     small = block_plan(None, 16, 16, block_query=16, block_key=16)
-    assert _lanes.Cut.of(Operands(x, x, x, small)).is_one_step
+    assert _batch_heads.Cut.of(Operands(x, x, x, small)).is_one_step
 
 
 def test_a_mask_is_evaluated_once_in_a_step():
