@@ -158,7 +158,8 @@ def dot_product_attention(
         $P N (6 H + 4 E)$ backward; scratch of the arguments once in float32, and of a
         few tiles. Kept for the backward pass: the arguments, the output, and one number
         per row. Reverse over reverse stores the tiles.
-    Source: "FlashAttention" and its successors for dense attention; "Radial Attention:
+    Source: "FlashAttention: Fast and Memory-Efficient Exact Attention with
+        IO-Awareness" and its successors for dense attention; "Radial Attention:
         O(n log n) Sparse Attention with Energy Decay for Long Video Generation" for
         static sparse masks.
 

@@ -69,7 +69,7 @@ class Radial(Mask):
         take one number per token. Traced positions must be below $2^{29}$.
 
     Source: "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long
-        Video Generation"; "pow2" follows the widths of its public code.
+        Video Generation"; `rule="pow2"` follows the widths of its public code.
 
     Example:
         >>> mask = softlib.masks.Radial(4, sink_frames=0)
