@@ -32,12 +32,15 @@ type Program = Callable[..., Any]
 class Case:
     """Programs that compute the same from the same arrays; the first is the yardstick.
 
+    Samplers, which draw other samples of one law, are `random`.
+
     Attributes:
         name: Of what they compute.
         programs: By name.
         shapes: Sizes by which `arrays` is called.
         quick: The same, for a look that takes seconds.
         arrays: Makes the arguments.
+        random: Whether results are samples.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Case:
     shapes: tuple[tuple[int, ...], ...]
     quick: tuple[int, ...]
     arrays: Callable[..., tuple[jax.Array, ...]]
+    random: bool = False
 
 
 def _normal(number: int, *shape: int) -> jax.Array:
@@ -98,6 +102,15 @@ def _head_and_labels(rows: int, features: int, classes: int) -> tuple[jax.Array,
 
 def _best_of_head(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(lax.top_k(hidden @ table.T, _KEPT))
+
+
+def _drawn_by_definition(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jax.random.categorical(jax.random.key(3), hidden @ table.T)
+
+
+def _drawn(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    logits = softlib.LinearLogits(hidden, table)
+    return softlib.logits.sample(jax.random.key(3), logits)
 
 
 # ------------------------------------------------------------------------------ filters
@@ -194,6 +207,14 @@ CASES = (
         ((64, 128, 50_257), (256, 512, 32_768)),
         (32, 16, 1000),
         _head,
+    ),
+    Case(
+        "sample of a linear head",
+        {"jax.random.categorical of logits": _drawn_by_definition, "softlib": _drawn},
+        ((64, 128, 50_257), (256, 512, 32_768)),
+        (32, 16, 1000),
+        _head,
+        random=True,
     ),
     Case(
         "linear cross-entropy, and gradients",

@@ -56,6 +56,12 @@ def logits_of(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.annotation is softlib.logits.Logits]
 
 
+def number_before_logits(function: Callable[..., Any]) -> int:
+    """How many parameters stand before the logits, such as a key."""
+    first, *_ = logits_of(function)
+    return list(inspect.signature(function).parameters).index(first)
+
+
 def _split(
     function: Callable[..., Any], options: dict[str, Any], known: dict[str, str]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -84,10 +90,11 @@ class _OfHead:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = function_of(name)
         prefixes = [each.removesuffix("logits") for each in logits_of(function)]
+        before = number_before_logits(function)
 
         @functools.wraps(function)
         def call(*arrays: Any, **options: Any) -> Any:
-            rest, heads = list(arrays), []
+            first, rest, heads = arrays[:before], list(arrays[before:]), []
             for prefix in prefixes:
                 operands = [
                     options.pop(prefix + operand) if not rest else rest.pop(0)
@@ -97,7 +104,7 @@ class _OfHead:
             of_each, options = _split(function, options, OF_HEAD)
             pairs = zip(heads, of_each, strict=True)
             logits = [softlib.LinearLogits(*head, **own) for head, own in pairs]
-            return function(*logits, *rest, **options)
+            return function(*first, *logits, *rest, **options)
 
         return call
 
@@ -108,17 +115,18 @@ class _OfStored:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = function_of(name)
         names = logits_of(function)
+        before = number_before_logits(function)
 
         @functools.wraps(function)
         def call(*arrays: Any, **options: Any) -> Any:
-            rest = list(arrays)
+            first, rest = arrays[:before], list(arrays[before:])
             given = [options.pop(n) if not rest else rest.pop(0) for n in names]
             of_each, options = _split(function, options, OF_STORED)
             logits = [
                 softlib.logits.StoredLogits(array, **own) if own else array
                 for array, own in zip(given, of_each, strict=True)
             ]
-            return function(*logits, *rest, **options)
+            return function(*first, *logits, *rest, **options)
 
         return call
 

@@ -9,7 +9,7 @@
   `token_metrics`, `TokenMetrics`: several of them from one pass;
   `sequence_log_probs`: their sum over tokens.
 - `labelled_rows`, `LabelledRows`: for a loss of one's own.
-- `top_k`, `TopK`: the best classes of each row.
+- `top_k`, `TopK`: the best classes of each row; `sample`: one drawn for each.
 - `optimal_temperature`: what the robust loss asks for.
 """
 
@@ -24,6 +24,7 @@ from ._row_statistics import (
     row_statistics as row_statistics,
 )
 from ._rows import LabelledRows as LabelledRows, labelled_rows as labelled_rows
+from ._sample import sample as sample
 from ._sequence import sequence_log_probs as sequence_log_probs
 from ._sources import Logits as Logits
 from ._stored import StoredLogits as StoredLogits
@@ -50,6 +51,7 @@ __all__ = [
     "logsumexp",
     "optimal_temperature",
     "row_statistics",
+    "sample",
     "sequence_log_probs",
     "token_log_probs",
     "token_metrics",

@@ -43,10 +43,10 @@ def stored_source_of(
 
 
 def with_temperature(source: Source, temperature: ArrayLike) -> Source:
-    """The source with a temperature that is an argument of the loss."""
+    """The source with a temperature that is an argument of the call."""
     if source.modifiers.temperature is not None:
         raise ValueError(
-            f"{source.function}: `temperature` of the logits must be None: the loss "
+            f"{source.function}: `temperature` of the logits must be None: the call "
             "has one of its own, which divides them."
         )
     cooled = checked_per_row(

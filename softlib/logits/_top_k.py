@@ -10,7 +10,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 
 from ._linear import LinearLogits
-from ._sources import Logits, source_of
+from ._sources import Logits, Source, source_of
 
 
 class TopK(NamedTuple):
@@ -68,16 +68,7 @@ def top_k(logits: Logits, *, k: int) -> TopK:
     """
     function = "top_k"
     source = source_of(function, logits)
-    if source.implementation not in (None, "xla"):
-        raise ValueError(
-            f"{function}: `implementation` of the logits must be None or 'xla', "
-            f"got {source.implementation!r}."
-        )
-    if source.options.gradient_filter_eps is not None:
-        raise ValueError(
-            f"{function}: `gradient_filter_eps` of the logits must be None where there "
-            f"is no gradient, got {source.options.gradient_filter_eps!r}."
-        )
+    require_forward_stream(source)
     checks.require_positive_integer(function, "k", k)
     is_linear = isinstance(source, LinearLogits)
     own = source.own_classes if is_linear else source.num_classes
@@ -89,6 +80,21 @@ def top_k(logits: Logits, *, k: int) -> TopK:
     if not is_linear or source.axis_name is None:
         return found
     return _merged(found, source.axis_name, own)
+
+
+def require_forward_stream(source: Source) -> None:
+    """No option that asks for a kernel, or for a gradient where there is none."""
+    function = source.function
+    if source.implementation not in (None, "xla"):
+        raise ValueError(
+            f"{function}: `implementation` of the logits must be None or 'xla', "
+            f"got {source.implementation!r}."
+        )
+    if source.options.gradient_filter_eps is not None:
+        raise ValueError(
+            f"{function}: `gradient_filter_eps` of the logits must be None where there "
+            f"is no gradient, got {source.options.gradient_filter_eps!r}."
+        )
 
 
 def _merged(found: TopK, axis_name: str | tuple[str, ...], own: int) -> TopK:
