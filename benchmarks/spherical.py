@@ -52,7 +52,7 @@ STYLES = {
 
 
 def period(classes: int) -> int:
-    """Steps between rebases, as `factored_spherical_rebase` recommends them."""
+    """Steps between rebases, as `FactoredSphericalState.rebase` recommends them."""
     return max(1000, classes // 16)
 
 
@@ -77,18 +77,17 @@ def stored_step(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def factored_step(state, hidden, labels):
-    step = losses.factored_spherical_sgd_step(
-        state,
+    step = state.sgd_step(
         hidden,
         labels,
-        lambda s: losses.z_loss_from_statistics(s, a=1.0, b=10.0).mean(),
+        lambda s: s.z_loss(a=1.0, b=10.0).mean(),
         learning_rate=LEARNING_RATE,
     )
     return step.state, step.hidden_cotangents
 
 
 def rebase_step(state, hidden, labels):
-    return losses.factored_spherical_rebase(state), hidden
+    return state.rebase(), hidden
 
 
 def calls_of(classes: int, seed: int = 0) -> dict[str, Callable[[], Any]]:
@@ -104,7 +103,7 @@ def calls_of(classes: int, seed: int = 0) -> dict[str, Callable[[], Any]]:
     if classes <= LARGEST_STORED:
         programs |= {name: stored_step(loss) for name, loss in STORED.items()}
     programs |= {FACTORED: factored_step, REBASE: rebase_step}
-    init = jax.jit(losses.factored_spherical_init)
+    init = jax.jit(losses.FactoredSphericalState.init)
     return {
         name: _going_on(
             program, weight + 0 if name in STORED else init(weight), hidden, batches

@@ -48,6 +48,15 @@ def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def method(cls: type, name: str) -> Callable[..., Any]:
+    """A method, `compiled`, as a function of what the value is made of."""
+
+    def call(field: Any, *args: Any, **options: Any) -> Any:
+        return getattr(cls(field), name)(*args, **options)
+
+    return compiled(call)
+
+
 def computed(function: Callable[..., Any]) -> Callable[..., Any]:
     """`compiled`, with results of NumPy: what is done with them compiles nothing.
 

@@ -6,7 +6,8 @@ import pytest
 
 from softlib import attention, masks
 from softlib._ids import equal_ids, labels_in_range, signed
-from tests.compiled import information, losses, metrics, nn, of_stored, scoring
+from softlib.nn import FourierDensity
+from tests.compiled import information, losses, method, metrics, nn, of_stored, scoring
 from tests.host import jnp
 
 ROWS, CLASSES = 4, 300
@@ -15,6 +16,7 @@ LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, CLASSES)))
 PROBS, SHARP = jax.nn.softmax(LOGITS), jax.nn.softmax(jnp.eye(CLASSES))
 ORDER = jnp.argsort(-LOGITS)
 ONES = jnp.ones(ROWS)
+FOURIER = method(FourierDensity, "cross_entropy")
 STATE = losses.GlobalContrastiveState(jnp.zeros(CLASSES))
 
 FUNCTIONS = {
@@ -34,9 +36,7 @@ FUNCTIONS = {
     "propensity": lambda ids: metrics.propensity_scored_precision_at_k(
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3
     ),
-    "fourier": lambda ids: nn.fourier_cross_entropy(
-        LOGITS[:, :6], ids, num_bins=CLASSES
-    ),
+    "fourier": lambda ids: FOURIER(LOGITS[:, :6], ids, num_bins=CLASSES),
     "codebook": lambda ids: nn.vq_logits(LOGITS[:, :ROWS], LOGITS.T, ids),
     "codes": lambda ids: nn.straight_through_codes(LOGITS[:, :ROWS], LOGITS.T, ids),
     "experts": lambda ids: nn.capacity_dispatch(ids[:, None], CLASSES, capacity=1),

@@ -61,11 +61,10 @@ def z_step(b: float, options: Options) -> Step:
     def step(state, context, labels):
         network, memory, head = state
         hidden, pull = jax.vjp(lambda net: hidden_of(net, context), network)
-        found = losses.factored_spherical_sgd_step(
-            head,
+        found = head.sgd_step(
             hidden,
             labels,
-            lambda s: losses.z_loss_from_statistics(s, a=options.sharpness, b=b).mean(),
+            lambda s: s.z_loss(a=options.sharpness, b=b).mean(),
             learning_rate=options.z_rate,
         )
         (gradient,) = pull(found.hidden_cotangents)
@@ -107,13 +106,13 @@ def many(step: Step) -> Callable[[State, Array, Array], tuple[State, Array]]:
     return run
 
 
-rebase = jax.jit(losses.factored_spherical_rebase, donate_argnums=0)
+rebase = jax.jit(losses.FactoredSphericalState.rebase, donate_argnums=0)
 
 
 @jax.jit
 def ranks(network: Network, head: Any, context: Array, labels: Array) -> Array:
     """How many classes come before the right one; the order is that of the logits."""
     if isinstance(head, losses.FactoredSphericalState):
-        head = losses.factored_spherical_weight(head)
+        head = head.weight()
     logits = LinearLogits(hidden_of(network, context), head)
     return softlib.logits.label_rank(logits, labels)

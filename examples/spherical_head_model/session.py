@@ -67,7 +67,7 @@ def run(options: Options, stop: Stop) -> None:
     weight, least = model_.weight(classes, options), times[FACTORED][-1][1]
     for b in options.scores:
         name = f"Z-loss, b = {b}"
-        head = jax.jit(losses.factored_spherical_init)(weight)
+        head = jax.jit(losses.FactoredSphericalState.init)(weight)
         step = model_.z_step(float(b), options)
         histories[name] = _train(step, head, task, options, stop, options.steps, least)
         _say(name, histories[name])
@@ -94,7 +94,7 @@ def run(options: Options, stop: Stop) -> None:
 
 # ---------------------------------------------------------------------------- training
 def period(classes: int) -> int:
-    """Steps between rebases, see `softlib.losses.factored_spherical_rebase`."""
+    """Steps between rebases, see `softlib.losses.FactoredSphericalState.rebase`."""
     return max(1000, classes // 16)
 
 
@@ -169,7 +169,7 @@ def _times(
         head: Any = model_.weight(size, options)
         step = model_.entropy_step(options)
         if factored:
-            head = jax.jit(losses.factored_spherical_init)(head)
+            head = jax.jit(losses.FactoredSphericalState.init)(head)
             step = model_.z_step(20.0, options)
         network = model_.network(len(task.words), options)
         kept = task.train.labels < size

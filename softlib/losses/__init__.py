@@ -16,14 +16,9 @@ The spherical family, of sums and sums of squares:
 
 - `z_loss`, `log_spherical_softmax_loss`, `log_taylor_softmax_loss`,
   `spherical_squared_error`
-- from statistics: `SphericalStatistics`, `z_loss_from_statistics`,
-  `log_spherical_softmax_from_statistics`, `log_taylor_softmax_from_statistics`,
-  `spherical_squared_error_from_statistics`
-- a head in factors, whose steps do not depend on the number of classes:
-  `factored_spherical_init`, `factored_spherical_statistics`,
-  `factored_spherical_sgd_step`, `factored_spherical_sgd_update`,
-  `factored_spherical_rebase`, `factored_spherical_weight`, `FactoredSphericalState`,
-  `FactoredSphericalStep`
+- `SphericalStatistics`: what they see of a row, with the losses as methods
+- `FactoredSphericalState`, `FactoredSphericalStep`: a head in factors; the cost of its
+  steps does not depend on the number of classes
 
 Several labels a row, and very many labels:
 
@@ -113,15 +108,7 @@ from ._extreme import (
 )
 from ._factored_spherical import (
     FactoredSphericalState as FactoredSphericalState,
-    factored_spherical_init as factored_spherical_init,
-    factored_spherical_rebase as factored_spherical_rebase,
-    factored_spherical_statistics as factored_spherical_statistics,
-    factored_spherical_weight as factored_spherical_weight,
-)
-from ._factored_spherical_step import (
     FactoredSphericalStep as FactoredSphericalStep,
-    factored_spherical_sgd_step as factored_spherical_sgd_step,
-    factored_spherical_sgd_update as factored_spherical_sgd_update,
 )
 from ._fenchel_young import (
     bi_tempered_logistic_loss as bi_tempered_logistic_loss,
@@ -194,10 +181,6 @@ from ._spherical import (
 )
 from ._spherical_family import (
     SphericalStatistics as SphericalStatistics,
-    log_spherical_softmax_from_statistics as log_spherical_softmax_from_statistics,
-    log_taylor_softmax_from_statistics as log_taylor_softmax_from_statistics,
-    spherical_squared_error_from_statistics as spherical_squared_error_from_statistics,
-    z_loss_from_statistics as z_loss_from_statistics,
 )
 from ._stablemax import (
     stablemax_cross_entropy as stablemax_cross_entropy,
@@ -233,12 +216,6 @@ __all__ = [
     "dpo_loss",
     "edit_invariant_sequence_loss",
     "entmax_loss",
-    "factored_spherical_init",
-    "factored_spherical_rebase",
-    "factored_spherical_sgd_step",
-    "factored_spherical_sgd_update",
-    "factored_spherical_statistics",
-    "factored_spherical_weight",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
     "global_contrastive_update",
@@ -249,9 +226,7 @@ __all__ = [
     "knowledge_distillation_loss",
     "linear_softmax_cross_entropy",
     "load_balancing_loss",
-    "log_spherical_softmax_from_statistics",
     "log_spherical_softmax_loss",
-    "log_taylor_softmax_from_statistics",
     "log_taylor_softmax_loss",
     "mcmi_loss",
     "mean_absolute_error_loss",
@@ -282,7 +257,6 @@ __all__ = [
     "softmax_soft_target_cross_entropy",
     "sparsemax_loss",
     "spherical_squared_error",
-    "spherical_squared_error_from_statistics",
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",
@@ -292,6 +266,5 @@ __all__ = [
     "vq_softmax_cross_entropy",
     "vq_token_counts",
     "z_loss",
-    "z_loss_from_statistics",
     "zipf_soft_labels",
 ]

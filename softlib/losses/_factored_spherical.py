@@ -12,13 +12,25 @@ which takes $M$, plus one row; a step touches the rows of the labels only.
 Everything is kept less the mean row: deviations are `rows[j] @ mixing + offset`, and
 the class's own row of the head is that plus `mean`. The Gram matrix of deviations
 gives the sum of squared deviations of the logits without cancellation.
+
+With cotangents $\alpha_i$ of the label's deviation, $\beta_i$ of the mean logit and
+$\nu_i$ of the sum of squared deviations, learning rate $e$, and $w_j$ the row of class
+$j$ less the mean row $m$:
+
+    M = I - 2 e sum_i nu_i h_i h_i^T        P_j = e sum over labels j of alpha_i h_i
+    m <- m - (e / n) sum_i beta_i h_i       w_j <- M w_j - P_j + mean of P
+
+from which mean and Gram matrix of the deviations follow, since the w_j add up to 0.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
@@ -26,6 +38,7 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
+from softlib.typing import Scalar
 
 from ._spherical_family import SphericalStatistics
 
@@ -33,53 +46,20 @@ from ._spherical_family import SphericalStatistics
 class FactoredSphericalState(NamedTuple):
     r"""A head $W$ of $n$ classes and $D$ features as $1 m^\top + 1 o^\top + R U$.
 
-    A pytree: donate it to the function that updates it (`jax.jit(...,
-    donate_argnums=...)`). Otherwise every step copies the $n \times D$ rows, and takes
-    time in proportion to the classes.
-
-    Attributes:
-        rows: $R$, in the basis of the last `factored_spherical_rebase`.
-        mixing: $U$, the identity after a rebase.
-        offset: $o$, zero after a rebase but for rounding.
-        mean: $m$, the mean row of $W$.
-        gram: $(W - 1 m^\top)^\top (W - 1 m^\top)$.
-
-    Derivatives: none; a step is `factored_spherical_sgd_update`.
-    Cost: the head, and $2 D^2$ numbers.
-
-    Example:
-        >>> weight = jax.random.normal(jax.random.key(0), (1000, 8))
-        >>> state = softlib.losses.factored_spherical_init(weight)
-        >>> print(state.rows.shape, state.gram.shape)
-        (1000, 8) (8, 8)
-    """
-
-    rows: Float[Array, "V D"]
-    mixing: Float[Array, "D D"]
-    offset: Float[Array, " D"]
-    mean: Float[Array, " D"]
-    gram: Float[Array, "D D"]
-
-
-@array_arguments
-def factored_spherical_init(weight: Float[Array, "V D"]) -> FactoredSphericalState:
-    r"""A head in factors, whose exact step of SGD costs $O(D^2)$ whatever the classes.
-
-    For the losses of the spherical family: `z_loss_from_statistics` and its siblings.
-    The state is the head; its weight exists when `factored_spherical_weight` asks for
-    it. Only plain SGD has such a step, with weight decay if wanted: no momentum, no
-    Adam, no clipping by row. What is below the head is free to use any optimiser.
+    Its exact step of SGD costs $O(D^2)$ a row whatever the classes, for the losses of
+    the spherical family, which are methods of `SphericalStatistics`. The state is the
+    head; its weight exists when `weight` asks for it. Only plain SGD has such a step,
+    with weight decay if wanted: no momentum, no Adam, no clipping by row. What is below
+    the head is free to use any optimiser.
 
     ```python
-    state = losses.factored_spherical_init(weight)
+    state = losses.FactoredSphericalState.init(weight)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def train(network, optimizer_state, state, x, labels):
         hidden, pull = jax.vjp(lambda network: apply(network, x), network)
-        step = losses.factored_spherical_sgd_step(
-            state, hidden, labels,
-            lambda s: losses.z_loss_from_statistics(s, a=1.0, b=8.0).mean(),
-            learning_rate=0.1,
+        step = state.sgd_step(
+            hidden, labels, lambda s: s.z_loss(a=1.0, b=8.0).mean(), learning_rate=0.1
         )
         (gradient,) = pull(step.hidden_cotangents)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
@@ -88,178 +68,299 @@ def factored_spherical_init(weight: Float[Array, "V D"]) -> FactoredSphericalSta
     ```
 
     Now and then, in a jitted function of its own that donates the state,
-    `state = losses.factored_spherical_rebase(state)`.
+    `state = state.rebase()`.
 
-    Args:
-        weight: One row per class, not all equal: with no deviations at all a Z-loss has
-            no slope, or one of $1 / \sqrt\epsilon$.
+    A pytree: donate it to the function that updates it (`jax.jit(...,
+    donate_argnums=...)`). Otherwise every step copies the $n \times D$ rows, and takes
+    time in proportion to the classes.
 
-    Returns:
-        The state, float32 (float64 for float64).
+    Attributes:
+        rows: $R$, in the basis of the last `rebase`.
+        mixing: $U$, the identity after a rebase.
+        offset: $o$, zero after a rebase but for rounding.
+        mean: $m$, the mean row of $W$.
+        gram: $(W - 1 m^\top)^\top (W - 1 m^\top)$.
 
-    Raises:
-        TypeError: `weight` is not floating.  ValueError: it is no matrix, or has no
-            class.
-
-    Derivatives: none are meant; training goes on from the state.
-    Cost: $2 n D^2$ flop, once, and a copy of the weight.
+    Derivatives: none are meant through steps; `statistics` has those of `hidden`, and
+        `weight` has all.
+    Cost: the head, and $2 D^2$ numbers.
     Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
         Sparse Targets". Kept here are deviations from the mean row, so that large means
-        cost no digits, and no inverse, which is solved for in each step.
+        cost no digits, and no inverse, which is solved for in each step. Its public
+        code moves single singular values and keeps the Gram matrix as it is, where
+        `rebase` computes all anew.
 
     Example:
         >>> weight = jax.random.normal(jax.random.key(0), (1000, 8))
-        >>> state = softlib.losses.factored_spherical_init(weight)
-        >>> again = softlib.losses.factored_spherical_weight(state)
-        >>> print(bool(jnp.allclose(again, weight, atol=1e-5)))
+        >>> state = softlib.losses.FactoredSphericalState.init(weight)
+        >>> print(state.rows.shape, state.gram.shape)
+        (1000, 8) (8, 8)
+        >>> print(bool(jnp.allclose(state.weight(), weight, atol=1e-5)))
         True
     """
-    function = "factored_spherical_init"
-    weight = jnp.asarray(weight)
-    checks.require_floating(function, weight=weight)
-    if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(
-            f"{function}: `weight` must have shape (V, D) with at least one class, "
-            f"got {weight.shape}."
+
+    rows: Float[Array, "V D"]
+    mixing: Float[Array, "D D"]
+    offset: Float[Array, " D"]
+    mean: Float[Array, " D"]
+    gram: Float[Array, "D D"]
+
+    @classmethod
+    @array_arguments
+    def init(cls, weight: Float[Array, "V D"]) -> "FactoredSphericalState":
+        r"""Puts a weight into factors, float32 (float64 for float64).
+
+        It costs $2 n D^2$ flop, once, and a copy of the weight.
+
+        Args:
+            weight: One row per class, not all equal: with no deviations at all a Z-loss
+                has no slope, or one of $1 / \sqrt\epsilon$.
+        """
+        function = "FactoredSphericalState.init"
+        checks.require_floating(function, weight=weight)
+        if weight.ndim != 2 or weight.shape[0] == 0:
+            raise ValueError(
+                f"{function}: `weight` must have shape (V, D) with at least one class, "
+                f"got {weight.shape}."
+            )
+        weight = weight.astype(accumulator_dtype(weight))
+        features = weight.shape[1]
+        mean = weight.mean(0)
+        identity = jnp.eye(features, dtype=weight.dtype)
+        offset = jnp.zeros(features, weight.dtype)
+        rows = weight - mean[None]
+        # A rebase takes out what rounding left of the mean, and has the Gram matrix.
+        return cls(rows, identity, offset, mean, identity).rebase()
+
+    def weight(self) -> Float[Array, "V D"]:
+        """Forms the weight, one row per class: for evaluation and storage.
+
+        It costs $2 n D^2$ flop.
+        """
+        return _product(self.rows, self.mixing) + (self.offset + self.mean)[None]
+
+    @array_arguments
+    def statistics(
+        self,
+        hidden: Float[Array, "*batch D"],
+        labels: Integer[Array, "*batch"],
+        *,
+        where: Bool[Array, "..."] | None = None,
+    ) -> SphericalStatistics:
+        r"""Computes what the losses of the spherical family see of each row.
+
+        Differentiable with respect to `hidden`, any order; the state is a constant,
+        since the gradient of its rows would be as large as they. $4 D^2$ flop per row.
+
+        Args:
+            hidden: Inputs of the head.
+            labels: Class ids in $[0, V)$. Outside, the deviation of the label, hence
+                the loss, is NaN, and the row has no gradient.
+            where: True for the rows that count; broadcasts to the batch shape.
+                Elsewhere the numbers are those of `hidden` of zeros: leave such rows
+                out of the loss, as `softlib.masked_mean` does.
+        """
+        function = "FactoredSphericalState.statistics"
+        return _statistics(function, self, hidden, labels, where)
+
+    @array_arguments(as_given=("learning_rate", "weight_decay"))
+    def sgd_step(
+        self,
+        hidden: Float[Array, "*batch D"],
+        labels: Integer[Array, "*batch"],
+        loss: Callable[[SphericalStatistics], Array],
+        *,
+        learning_rate: Scalar,
+        weight_decay: Scalar = 0.0,
+        where: Bool[Array, "..."] | None = None,
+    ) -> "FactoredSphericalStep":
+        r"""Takes an exact step of SGD, with the gradient for what is below the head.
+
+        What `statistics`, the derivative of `loss` and `sgd_update` give one after the
+        other. The head takes plain SGD and nothing else; any optimiser may take
+        `hidden_cotangents` further down.
+
+        Args:
+            hidden: Inputs of the head.
+            labels: Class ids in $[0, V)$. Outside, the statistics of the row hold NaN,
+                and nothing of it reaches head or cotangents.
+            loss: From `SphericalStatistics` to a scalar, such as the mean of a Z-loss.
+            learning_rate: $e$, static or traced, the same for all classes. A schedule
+                is called by the user.
+            weight_decay: $\lambda$ of $W \leftarrow W - e\,(\nabla L + \lambda W)$;
+                static or traced.
+            where: True for the rows that count; broadcasts to the batch shape. `loss`
+                still sees all rows and has to leave the others out itself.
+        """
+        function = "FactoredSphericalState.sgd_step"
+        _require_plain_sgd(function, learning_rate, weight_decay)
+
+        def value(hidden: Array, cotangents: SphericalStatistics) -> Array:
+            found = _statistics(function, self, hidden, labels, where)
+            # Added zeros, whose cotangents are those of the statistics.
+            found = jax.tree.map(jnp.add, found, cotangents)
+            total = loss(found)
+            shape = jnp.shape(total)
+            if shape != ():
+                raise ValueError(
+                    f"{function}: `loss` must give a scalar, got shape {shape}."
+                )
+            return total
+
+        shapes = jax.eval_shape(
+            lambda h: _statistics(function, self, h, labels, where), hidden
         )
-    weight = weight.astype(accumulator_dtype(weight))
-    features = weight.shape[1]
-    mean = weight.mean(0)
-    identity = jnp.eye(features, dtype=weight.dtype)
-    offset = jnp.zeros(features, weight.dtype)
-    rows = weight - mean[None]
-    # A rebase takes out what rounding left of the mean, and has the Gram matrix.
-    state = FactoredSphericalState(rows, identity, offset, mean, identity)
-    return factored_spherical_rebase(state)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, (of_hidden, cotangents) = jax.value_and_grad(value, (0, 1))(
+            hidden, zeros
+        )
+        state = self.sgd_update(
+            hidden,
+            labels,
+            cotangents,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            where=where,
+        )
+        return FactoredSphericalStep(total, of_hidden, state)
+
+    @array_arguments(as_given=("learning_rate", "weight_decay"))
+    def sgd_update(
+        self,
+        hidden: Float[Array, "*batch D"],
+        labels: Integer[Array, "*batch"],
+        cotangents: SphericalStatistics,
+        *,
+        learning_rate: Scalar,
+        weight_decay: Scalar = 0.0,
+        where: Bool[Array, "..."] | None = None,
+    ) -> "FactoredSphericalState":
+        r"""Takes the step of which the cotangents of the statistics are known.
+
+        The same numbers, up to rounding, as the step of a stored weight, although only
+        the rows of the labels are touched. A label that occurs several times is moved
+        by the sum. About $14 D^2$ flop per row and $8 D^3$ for the batch; no time or
+        memory that grows with the classes if the state is donated, else a copy of its
+        rows. A step that makes $I - 2 e \sum_i \nu_i h_i
+        h_i^\top$ singular has no such form: it gives infinities or NaN, and rows lose
+        digits close to it.
+
+        Args:
+            hidden: Inputs of the head.
+            labels: Class ids in $[0, V)$. Rows with others move nothing.
+            cotangents: Of the loss with respect to the statistics of these rows; that
+                of `classes` is not used.
+            learning_rate: $e$, static or traced, the same for all classes.
+            weight_decay: $\lambda$, static or traced.
+            where: True for the rows that count; broadcasts to the batch shape. Others
+                move nothing, whatever they hold.
+        """
+        function = "FactoredSphericalState.sgd_update"
+        _require_plain_sgd(function, learning_rate, weight_decay)
+        hidden, labels, where = _checked(function, self, hidden, labels, where)
+        for name, value in zip(cotangents._fields[:3], cotangents[:3], strict=True):
+            why = f"the batch shape, as `cotangents.{name}`"
+            checks.require_shape(function, "cotangents", value, labels.shape, why)
+        dtype, (classes, features) = self.rows.dtype, self.rows.shape
+        counts = labels >= 0 if where is None else (labels >= 0) & where
+        flat = lambda x: jnp.where(counts, x, 0).astype(dtype).reshape(-1)
+        h = jnp.where(counts[..., None], hidden, 0).astype(dtype).reshape(-1, features)
+        of_label, of_mean, of_squares = map(flat, cotangents[:3])
+        labels = jnp.where(counts, labels, classes).reshape(-1)  # that is dropped
+
+        e = jnp.asarray(learning_rate, dtype)
+        keep = 1 - e * jnp.asarray(weight_decay, dtype)
+        step = keep * jnp.eye(features, dtype=dtype)
+        step = step - 2 * e * _product(h.T, of_squares[:, None] * h)
+        moved = e * of_label[:, None] * h  # a row of P for each example
+        mean_moved = moved.sum(0) / classes
+
+        own = _label_deviations(self, jnp.where(labels < classes, labels, 0))
+        mixing = _product(self.mixing, step)
+        through = jnp.linalg.solve(mixing.T, moved.T).T
+        # Rows are read before they are written: otherwise XLA copies them all.
+        through, own = lax.optimization_barrier((through, own))
+
+        cross = _product(step, _product(own.T, moved))
+        by_class = _sum_by_label(moved, labels)
+        gram = _product(step, _product(self.gram, step)) - cross - cross.T
+        gram = gram + _product(by_class.T, by_class)
+        gram = gram - classes * jnp.outer(mean_moved, mean_moved)
+        return FactoredSphericalState(
+            self.rows.at[labels].add(-through, mode="drop"),
+            mixing,
+            _product(step, self.offset) + mean_moved,
+            keep * self.mean - e * _product(of_mean, h) / classes,
+            (gram + gram.T) / 2,
+        )
+
+    def rebase(self) -> "FactoredSphericalState":
+        r"""Gives the same head the identity as its mixing matrix, and fresh sums.
+
+        Steps multiply the mixing matrix, whose small singular values cost digits when
+        rows are updated through its inverse, and add rounding errors to the Gram
+        matrix. This writes the rows out in the basis of the head and computes mean and
+        Gram matrix from them. A step of learning rate e moves the mixing matrix by
+        $2 e \sum_i \nu_i h_i h_i^\top$, where $\nu$ is the cotangent of a row's
+        `sum_squared_deviations`. In a Z-loss that is in proportion to $1 / n$, and so
+        may the rebases be rare: every $\max(1000, n / 16)$ steps keep float32 to about
+        five digits, and their share of the time does not grow with the classes. In the
+        other losses it is not: every 100 steps, or fewer for learning rates near the
+        largest at which training is stable.
+
+        It costs $4 n D^2$ flop, and scratch of 2,048 rows where the state is donated.
+        """
+        return _rebased(self)
 
 
-def factored_spherical_weight(
-    state: FactoredSphericalState,
-) -> Float[Array, "V D"]:
-    r"""The weight of a head in factors, one row per class: for evaluation and storage.
+class FactoredSphericalStep(NamedTuple):
+    """What a step of a head in factors leaves.
 
-    Args:
-        state: The head.
+    Attributes:
+        loss: Before the step.
+        hidden_cotangents: Of the loss with respect to `hidden`, before the step too.
+        state: The head after it.
 
-    Returns:
-        The weight in the dtype of the state.
-
-    Derivatives: forward and reverse mode, any order.
-    Cost: $2 n D^2$ flop and memory for the result.
-    Source: as `factored_spherical_init`.
+    Derivatives: none.
+    Cost: the state, and an array like `hidden`.
 
     Example:
-        >>> state = softlib.losses.factored_spherical_init(jnp.eye(3))
-        >>> print(softlib.losses.factored_spherical_weight(state).round(4))
-        [[1. 0. 0.]
-         [0. 1. 0.]
-         [0. 0. 1.]]
+        >>> state = softlib.losses.FactoredSphericalState.init(jnp.eye(3))
+        >>> step = state.sgd_step(
+        ...     jnp.eye(1, 3), jnp.array([0]), learning_rate=0.1,
+        ...     loss=lambda s: s.sum_squared_deviations.sum())
+        >>> print((100 * step.state.weight()[:, 0]).round())
+        [87.  7.  7.]
     """
-    return product(state.rows, state.mixing) + (state.offset + state.mean)[None]
+
+    loss: Float[Array, ""]
+    hidden_cotangents: Float[Array, "*batch D"]
+    state: FactoredSphericalState
 
 
-@array_arguments
-def factored_spherical_statistics(
-    state: FactoredSphericalState,
-    hidden: Float[Array, "*batch D"],
-    labels: Integer[Array, "*batch"],
-    *,
-    where: Bool[Array, "..."] | None = None,
-) -> SphericalStatistics:
-    r"""What the losses of the spherical family see of a head in factors, per row.
-
-    Args:
-        state: The head.
-        hidden: Inputs of the head.
-        labels: Class ids in $[0, V)$. Outside, the deviation of the label, hence the
-            loss, is NaN, and the row has no gradient.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the numbers are those of `hidden` of zeros: leave such rows out of the loss,
-            as `softlib.masked_mean` does.
-
-    Returns:
-        `SphericalStatistics` of the batch shape, float32 (float64 if an argument is
-        float64).
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.  ValueError: Shapes do not
-            fit together.
-
-    Derivatives: forward and reverse mode, any order, with respect to `hidden`; the
-        state is a constant, since the gradient of its rows would be as large as they.
-    Cost: $2 D^2$ flop per row for the squares and $2 D^2$ for the label; no memory or
-        time that grows with the classes.
-    Source: as `factored_spherical_init`.
-
-    Example:
-        >>> state = softlib.losses.factored_spherical_init(jnp.diag(jnp.arange(3.0)))
-        >>> hidden, labels = jnp.ones((1, 3)), jnp.array([2])
-        >>> s = softlib.losses.factored_spherical_statistics(state, hidden, labels)
-        >>> print([x.round(2).tolist() for x in s[:3]])
-        [[1.0], [1.0], [2.0]]
-    """
-    return statistics_of("factored_spherical_statistics", state, hidden, labels, where)
-
-
-def statistics_of(
+def _statistics(
     function: str,
     state: FactoredSphericalState,
     hidden: Array,
     labels: Array,
     where: Array | None,
 ) -> SphericalStatistics:
-    """`factored_spherical_statistics` under the name of a function that calls it."""
-    state, hidden, labels, where = checked(function, state, hidden, labels, where)
+    hidden, labels, where = _checked(function, state, hidden, labels, where)
     state = lax.stop_gradient(state)
     if where is not None:
         hidden = jnp.where(where[..., None], hidden, 0)
         labels = jnp.where(where, labels, 0)
     outside = labels < 0
     hidden = jnp.where(outside[..., None], lax.stop_gradient(hidden), hidden)
-    own = label_deviations(state, labels).astype(hidden.dtype)
+    own = _label_deviations(state, labels).astype(hidden.dtype)
     deviation = jnp.where(outside, jnp.nan, (own * hidden).sum(-1))
-    squares = (product(hidden, state.gram) * hidden).sum(-1)
+    squares = (_product(hidden, state.gram) * hidden).sum(-1)
     # Not negative but for rounding; its slope is right then, too.
     squares = squares + lax.stop_gradient(jnp.maximum(squares, 0) - squares)
     classes = jnp.asarray(state.rows.shape[0], squares.dtype)
-    return SphericalStatistics(deviation, product(hidden, state.mean), squares, classes)
-
-
-def factored_spherical_rebase(
-    state: FactoredSphericalState,
-) -> FactoredSphericalState:
-    r"""The same head with the identity as its mixing matrix, and fresh sums.
-
-    Steps multiply the mixing matrix, whose small singular values cost digits when rows
-    are updated through its inverse, and add rounding errors to the Gram matrix. This
-    writes the rows out in the basis of the head and computes mean and Gram matrix from
-    them. A step of learning rate e moves the mixing matrix by
-    $2 e \sum_i \nu_i h_i h_i^\top$, where $\nu$ is the cotangent of a row's
-    `sum_squared_deviations`. In a Z-loss that is in proportion to $1 / n$, and so may
-    the rebases be rare: every $\max(1000, n / 16)$ steps keep float32 to about five
-    digits, and their share of the time does not grow with the classes. In the other
-    losses it is not: every 100 steps, or fewer for learning rates near the largest at
-    which training is stable.
-
-    Args:
-        state: The head. Donate it: the rows are then written in place.
-
-    Returns:
-        The same head up to rounding.
-
-    Derivatives: none are meant.
-    Cost: $4 n D^2$ flop; scratch of 2,048 rows where the state is donated.
-    Source: as `factored_spherical_init`, whose public code moves single singular values
-        and keeps the Gram matrix as it is.
-
-    Example:
-        >>> state = softlib.losses.factored_spherical_init(jnp.eye(3))
-        >>> state = state._replace(mixing=2 * state.mixing)
-        >>> state = softlib.losses.factored_spherical_rebase(state)
-        >>> print(softlib.losses.factored_spherical_weight(state)[0].round(4))
-        [ 1.6667 -0.3333 -0.3333]
-    """
-    return _rebased(state)
+    return SphericalStatistics(
+        deviation, _product(hidden, state.mean), squares, classes
+    )
 
 
 @compiled_once()
@@ -270,9 +371,9 @@ def _rebased(state: FactoredSphericalState) -> FactoredSphericalState:
     def step(carry, start, size):
         rows, total, gram = carry
         part = lax.dynamic_slice_in_dim(rows, start, size)
-        part = product(part, state.mixing) + state.offset[None]
+        part = _product(part, state.mixing) + state.offset[None]
         rows = lax.dynamic_update_slice_in_dim(rows, part, start, 0)
-        return rows, total + part.sum(0), gram + product(part.T, part)
+        return rows, total + part.sum(0), gram + _product(part.T, part)
 
     zeros = jnp.zeros_like
     carry = (state.rows, zeros(state.mean), zeros(state.gram))
@@ -293,16 +394,14 @@ def _rebased(state: FactoredSphericalState) -> FactoredSphericalState:
     )
 
 
-# ------------------------------------------------------------------------------- shared
-def checked(
+def _checked(
     function: str,
     state: FactoredSphericalState,
-    hidden: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-) -> tuple[FactoredSphericalState, Array, Array, Array | None]:
+    hidden: Array,
+    labels: Array,
+    where: Array | None,
+) -> tuple[Array, Array, Array | None]:
     """Arguments in the dtype of the sums, labels with -1 outside the vocabulary."""
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     checks.require_floating(function, hidden=hidden)
     checks.require_integer(function, labels=labels)
     checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
@@ -317,18 +416,40 @@ def checked(
         where = checks.checked_where(function, where, batch, "the batch shape")
     dtype = accumulator_dtype(state.rows, hidden)
     labels = labels_in_range(labels, state.rows.shape[0])
-    return state, hidden.astype(dtype), labels, where
+    return hidden.astype(dtype), labels, where
 
 
-def label_deviations(
+def _label_deviations(
     state: FactoredSphericalState, labels: Array
 ) -> Float[Array, "*batch D"]:
     """Rows of the head less its mean row; anything for a label of -1."""
     rows = state.rows[jnp.maximum(labels, 0)]
-    deviations = product(rows, state.mixing)
+    deviations = _product(rows, state.mixing)
     offset = state.offset.astype(deviations.dtype)
     return deviations + jnp.broadcast_to(offset, deviations.shape)
 
 
-def product(x: Array, y: Array) -> Array:
+def _product(x: Array, y: Array) -> Array:
     return jnp.matmul(*promoted(x, y), precision=lax.Precision.HIGHEST)
+
+
+def _sum_by_label(values: Array, labels: Array) -> Array:
+    """Rows of one label added up; as many rows as before, the rest of them 0."""
+    order = jnp.argsort(labels)
+    values, labels = values[order], labels[order]
+    first = jnp.concatenate([jnp.zeros(1, bool), labels[1:] != labels[:-1]])
+    groups = jnp.cumsum(first)
+    return jnp.zeros_like(values).at[groups].add(values, indices_are_sorted=True)
+
+
+def _require_plain_sgd(function: str, learning_rate: Any, weight_decay: Any) -> None:
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+    ):
+        if not isinstance(value, int | float | np.number | np.ndarray | jax.Array):
+            raise TypeError(
+                f"{function}: `{name}` must be a number or a scalar array, "
+                f"got {type(value).__name__}: a head in factors takes plain SGD only."
+            )
+        checks.require_scalar(function, name, value, 0, math.inf)

@@ -57,7 +57,7 @@ def log_spherical_softmax_loss(
 
     Derivatives: as `row_statistics`, and with respect to `epsilon`.
     Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
-        does not grow with the vocabulary see `factored_spherical_init`.
+        does not grow with the vocabulary see `FactoredSphericalState`.
     Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
         Family".
 
@@ -114,7 +114,7 @@ def log_taylor_softmax_loss(
 
     Derivatives: as `row_statistics`.
     Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
-        does not grow with the vocabulary see `factored_spherical_init`.
+        does not grow with the vocabulary see `FactoredSphericalState`.
     Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
         Family".
 
@@ -169,7 +169,7 @@ def spherical_squared_error(
 
     Derivatives: as `row_statistics`.
     Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
-        does not grow with the vocabulary see `factored_spherical_init`.
+        does not grow with the vocabulary see `FactoredSphericalState`.
     Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
         Sparse Targets".
 

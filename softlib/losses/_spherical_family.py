@@ -37,13 +37,17 @@ class SphericalStatistics(NamedTuple):
         sum_squared_deviations: $\sum_j (o_j - \mu)^2$.
         classes: $n$, a floating scalar so that cotangents of all have one dtype.
 
-    Derivatives: what computed it says so; see `factored_spherical_statistics`.
-    Cost: four numbers per row.
+    The methods are the losses of `z_loss` and its siblings, per row and in the dtype of
+    the statistics, whatever these come from: `FactoredSphericalState.statistics`, or
+    other means.
+
+    Derivatives: any order, with respect to the statistics and the parameters.
+    Cost: four numbers per row; a few operations for a loss.
 
     Example:
         >>> one, two = jnp.asarray(1.0), jnp.asarray(2.0)
-        >>> s = softlib.losses.SphericalStatistics(one, two, two, two)
-        >>> print(softlib.losses.z_loss_from_statistics(s, a=1.0, b=1.0).round(4))
+        >>> statistics = softlib.losses.SphericalStatistics(one, two, two, two)
+        >>> print(statistics.z_loss(a=1.0, b=1.0).round(4))
         0.6931
     """
 
@@ -52,136 +56,49 @@ class SphericalStatistics(NamedTuple):
     sum_squared_deviations: Float[Array, "*batch"]
     classes: Float[Array, ""]
 
+    @array_arguments
+    def z_loss(
+        self, *, a: Scalar, b: Scalar, epsilon: Scalar = 1e-12
+    ) -> Float[Array, "*batch"]:
+        r"""Computes the loss of `softlib.losses.z_loss`.
 
-@array_arguments
-def z_loss_from_statistics(
-    statistics: SphericalStatistics,
-    *,
-    a: Scalar,
-    b: Scalar,
-    epsilon: Scalar = 1e-12,
-) -> Float[Array, "*batch"]:
-    r"""Z-loss from `SphericalStatistics`, per row; the loss of `z_loss`.
+        Args:
+            a: Sharpness, positive; static or traced.
+            b: The score that the label is to reach; static or traced.
+            epsilon: Added to the variance, $\geq 0$; static or traced.
+        """
+        require_z_parameters("SphericalStatistics.z_loss", a, b, epsilon)
+        deviation, _, squares, classes = promoted(*self)
+        return z_loss_of(deviation, squares, classes, a, b, epsilon)
 
-    Args:
-        statistics: Of `factored_spherical_statistics`, or made by other means.
-        a: Sharpness, positive; static or traced.
-        b: The score that the label is to reach; static or traced.
-        epsilon: Added to the variance, $\geq 0$; static or traced.
+    @array_arguments
+    def log_spherical_softmax_loss(
+        self, *, epsilon: Scalar = 1e-6
+    ) -> Float[Array, "*batch"]:
+        r"""Computes the loss of `softlib.losses.log_spherical_softmax_loss`, in nats.
 
-    Returns:
-        The loss per row, in the dtype of the statistics.
+        Args:
+            epsilon: $\epsilon > 0$; static or traced.
+        """
+        function = "SphericalStatistics.log_spherical_softmax_loss"
+        checks.require_positive_scalars(function, epsilon=epsilon)
+        label, _, squares = self._sums()
+        return log_spherical_of(label, squares, self.classes, epsilon)
 
-    Raises:
-        ValueError: `a`, `b` or `epsilon` is no scalar or out of range.
+    def log_taylor_softmax_loss(self) -> Float[Array, "*batch"]:
+        """Computes the loss of `softlib.losses.log_taylor_softmax_loss`, in nats."""
+        label, total, squares = self._sums()
+        return log_taylor_of(label, total, squares, self.classes)
 
-    Derivatives: any order, with respect to the statistics and the parameters.
-    Cost: a few operations per row.
-    Source: "The Z-loss: a shift and scale invariant classification loss belonging to
-        the Spherical Family".
+    def squared_error(self) -> Float[Array, "*batch"]:
+        """Computes the loss of `softlib.losses.spherical_squared_error`."""
+        label, _, squares = self._sums()
+        return squared_error_of(label, squares)
 
-    Example:
-        >>> one, nine = jnp.ones(1), 9 * jnp.ones(1)
-        >>> s = softlib.losses.SphericalStatistics(one, one, nine, jnp.asarray(9.0))
-        >>> print(softlib.losses.z_loss_from_statistics(s, a=2.0, b=1.0).round(4))
-        [0.3466]
-    """
-    require_z_parameters("z_loss_from_statistics", a, b, epsilon)
-    deviation, _, squares, classes = promoted(*statistics)
-    return z_loss_of(deviation, squares, classes, a, b, epsilon)
-
-
-@array_arguments
-def log_spherical_softmax_from_statistics(
-    statistics: SphericalStatistics, *, epsilon: Scalar = 1e-6
-) -> Float[Array, "*batch"]:
-    r"""Log-spherical softmax loss from `SphericalStatistics`, in nats per row.
-
-    The loss of `log_spherical_softmax_loss`.
-
-    Args:
-        statistics: Of `factored_spherical_statistics`, or made by other means.
-        epsilon: $\epsilon > 0$; static or traced.
-
-    Returns:
-        The loss per row, in the dtype of the statistics.
-
-    Raises:
-        ValueError: `epsilon` is no scalar or a number that is not positive.
-
-    Derivatives: any order, with respect to the statistics and `epsilon`.
-    Cost: a few operations per row.
-    Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
-        Family".
-
-    Example:
-        >>> zero, two = jnp.zeros(1), 2 * jnp.ones(1)
-        >>> s = softlib.losses.SphericalStatistics(two, zero, 4 * two, two[0])
-        >>> print(softlib.losses.log_spherical_softmax_from_statistics(s).round(4))
-        [0.6931]
-    """
-    function = "log_spherical_softmax_from_statistics"
-    checks.require_positive_scalars(function, epsilon=epsilon)
-    label, _, squares = _sums(statistics)
-    return log_spherical_of(label, squares, statistics.classes, epsilon)
-
-
-@array_arguments
-def log_taylor_softmax_from_statistics(
-    statistics: SphericalStatistics,
-) -> Float[Array, "*batch"]:
-    r"""Log-Taylor softmax loss from `SphericalStatistics`, in nats per row.
-
-    The loss of `log_taylor_softmax_loss`.
-
-    Args:
-        statistics: Of `factored_spherical_statistics`, or made by other means.
-
-    Returns:
-        The loss per row, in the dtype of the statistics.
-
-    Derivatives: any order, with respect to the statistics.
-    Cost: a few operations per row.
-    Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
-        Family".
-
-    Example:
-        >>> zero = jnp.zeros(1)
-        >>> s = softlib.losses.SphericalStatistics(zero, zero, zero, jnp.asarray(2.0))
-        >>> print(softlib.losses.log_taylor_softmax_from_statistics(s).round(4))
-        [0.6931]
-    """
-    label, total, squares = _sums(statistics)
-    return log_taylor_of(label, total, squares, statistics.classes)
-
-
-@array_arguments
-def spherical_squared_error_from_statistics(
-    statistics: SphericalStatistics,
-) -> Float[Array, "*batch"]:
-    r"""Squared distance to the one-hot label from `SphericalStatistics`, per row.
-
-    The loss of `spherical_squared_error`.
-
-    Args:
-        statistics: Of `factored_spherical_statistics`, or made by other means.
-
-    Returns:
-        The loss per row, in the dtype of the statistics.
-
-    Derivatives: any order, with respect to the statistics.
-    Cost: a few operations per row.
-    Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
-        Sparse Targets".
-
-    Example:
-        >>> zero = jnp.zeros(1)
-        >>> s = softlib.losses.SphericalStatistics(zero, zero, zero, jnp.asarray(2.0))
-        >>> print(softlib.losses.spherical_squared_error_from_statistics(s))
-        [1.]
-    """
-    label, _, squares = _sums(statistics)
-    return squared_error_of(label, squares)
+    def _sums(self) -> tuple[Array, Array, Array]:
+        """Returns the label's logit, the sum of all and the sum of their squares."""
+        deviation, mean, squares, classes = promoted(*self)
+        return deviation + mean, classes * mean, squares + classes * mean**2
 
 
 # ------------------------------------------------------------------------- the formulas
@@ -222,12 +139,6 @@ def log_taylor_of(
 
 def squared_error_of(label: Array, squares: Array) -> Array:
     return _at_least_zero(squares - label * label) + (label - 1) ** 2
-
-
-def _sums(statistics: SphericalStatistics) -> tuple[Array, Array, Array]:
-    """Logit of the label, sum of the logits, sum of their squares."""
-    deviation, mean, squares, classes = promoted(*statistics)
-    return deviation + mean, classes * mean, squares + classes * mean**2
 
 
 def _at_least_zero(values: Array) -> Array:

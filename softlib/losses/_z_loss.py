@@ -66,7 +66,7 @@ def z_loss(
     Cost: as `softmax_cross_entropy` without exponentials, in plain JAX on every
         platform. The logits are squared less their mean, which comes from the sum of
         the weights; with a softcap it takes another stream. For a head whose step does
-        not grow with the vocabulary see `factored_spherical_init`.
+        not grow with the vocabulary see `FactoredSphericalState`.
     Source: "The Z-loss: a shift and scale invariant classification loss belonging to
         the Spherical Family". It has no $\epsilon$.
 

@@ -5,9 +5,8 @@
   `vq_logits`, `vq_sample`, `vq_clusters`, `TokenClusters`; its codes come from
   `frequency_mapping`, `kmeans`, `KMeans`, `assign_codes`, `straight_through_codes`,
   `codebook_ema_update`, `codebook_state`, `CodebookState`.
-- `FourierHead` (NNX): a head over bins of a number, with `fourier_logits`,
-  `fourier_cross_entropy`, `fourier_log_density`, `fourier_cdf`, `fourier_sample`,
-  `fourier_smoothness_penalty`.
+- `FourierHead` (NNX): a head over bins of a number, and `FourierDensity`, the value
+  that it makes, which needs no bins.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
 - `TensorAttention` (NNX): multi-head attention over tuples of keys.
 - `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
@@ -39,12 +38,7 @@ from ._expert_dispatch import (
     dropless_experts as dropless_experts,
 )
 from ._fourier_density import (
-    fourier_cdf as fourier_cdf,
-    fourier_cross_entropy as fourier_cross_entropy,
-    fourier_log_density as fourier_log_density,
-    fourier_logits as fourier_logits,
-    fourier_sample as fourier_sample,
-    fourier_smoothness_penalty as fourier_smoothness_penalty,
+    FourierDensity as FourierDensity,
 )
 from ._fourier_head import (
     FourierHead as FourierHead,
@@ -96,6 +90,7 @@ __all__ = [
     "CodebookState",
     "CodebookVariable",
     "ExpertRows",
+    "FourierDensity",
     "FourierHead",
     "GatedLinearAttention",
     "KMeans",
@@ -122,12 +117,6 @@ __all__ = [
     "codebook_ema_update",
     "codebook_state",
     "dropless_experts",
-    "fourier_cdf",
-    "fourier_cross_entropy",
-    "fourier_log_density",
-    "fourier_logits",
-    "fourier_sample",
-    "fourier_smoothness_penalty",
     "frequency_mapping",
     "kmeans",
     "prepend_soft_prompt",

@@ -6,6 +6,7 @@ autocorrelation of the coefficients and cannot become negative by rounding; in r
 arithmetic it is two products with tables of cosines and sines.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -25,252 +26,203 @@ from softlib._ids import labels_in_range
 _STEPS = 30
 
 
-@array_arguments
-def fourier_logits(
-    coefficients: Float[Array, "*batch C"], num_bins: int, *, eps: float = 1e-5
-) -> Float[Array, "*batch m"]:
-    r"""Logits of equal bins of [-1, 1] under a Fourier density.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FourierDensity:
+    r"""Densities on [-1, 1] by Fourier series; a pytree.
 
-    $y_j = f(b_j) / \sum_k f(b_k)$ at the centres $b_j = -1 + (2 j + 1) / m$; the logits
-    are $\log(y_j + \varepsilon)$. A softmax of them is $(y + \varepsilon) / (1 + m
-    \varepsilon)$: no bin is impossible, and a share of $m \varepsilon$ of the mass is
-    spread evenly (1 % for 1,000 bins). `fourier_cross_entropy` does without.
-
-    With fewer frequencies than bins $y_j = 2 f(b_j) / m$, because the waves sum to 0.
+    $f(x) = |A(x)|^2 / (2 \sum |a_l|^2)$ with $A(x) = \sum_l a_l e^{i \pi l x}$. Methods
+    give float32 (float64 if an argument is float64).
 
     Args:
         coefficients: $n + 1$ real parts, then as many imaginary parts: C = 2 (n + 1).
             Their common factor, also a complex one, does not matter. All zeros are the
             uniform density, from which no gradient leads away.
-        num_bins: Static number of bins m. More than m / 2 frequencies alias.
-        eps: Static, positive.
 
-    Returns:
-        Logits, float32 (float64 for float64 coefficients).
-
-    Raises:
-        TypeError: `coefficients` does not hold floating numbers.
-        ValueError: The last axis is odd or empty, or an option is out of range.
-
-    Derivatives: forward and reverse mode, any order; finite where the density is 0.
-    Cost: 4 n m multiply-adds per row.
+    Derivatives: forward and reverse mode, any order; finite at roots of the density. A
+        draw has none.
+    Cost: n multiply-adds are 4 n flop per point; each method says how many.
     Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
-        Distributions", in the squared form.
+        Distributions", in the squared form; `cdf` and `sample` are softlib's.
 
     Example:
-        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])  # 1 + exp(i pi x) / 2
-        >>> print(jax.nn.softmax(softlib.nn.fourier_logits(coefficients, 4)).round(2))
+        >>> # 1 + exp(i pi x) / 2
+        >>> density = softlib.nn.FourierDensity(jnp.array([1.0, 0.5, 0.0, 0.0]))
+        >>> print(jax.nn.softmax(density.logits(4)).round(2))
         [0.11 0.39 0.39 0.11]
-    """
-    function = "fourier_logits"
-    a = _coefficients(function, coefficients)
-    checks.require_positive_integer(function, "num_bins", num_bins)
-    checks.require_positive_number(function, "eps", eps)
-    power = _power_at_bins(_scaled(a), num_bins)
-    total = power.sum(axis=-1, keepdims=True)
-    # Of as many frequencies as bins all bins can be roots.
-    none = total == 0
-    y = jnp.where(none, 1 / num_bins, power / jnp.where(none, 1, total))
-    return jnp.log(y + eps)
-
-
-@array_arguments
-def fourier_cross_entropy(
-    coefficients: Float[Array, "*batch C"],
-    labels: Integer[Array, "*batch"],
-    *,
-    num_bins: int,
-    where: Bool[Array, "..."] | None = None,
-) -> Float[Array, "*batch"]:
-    r"""Cross-entropy of bins under a Fourier density, in nats per row, without a floor.
-
-    $-\log y_k$ with $y$ as in `fourier_logits`. With fewer frequencies than bins the
-    sum over the bins is $m \sum |a_l|^2$ exactly, so that only the label's bin is
-    evaluated.
-
-    Args:
-        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
-        labels: Bins in $[0, m)$. Outside, the loss is NaN and the row has no gradient.
-        num_bins: Static number of bins m.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            loss and gradient are exactly 0, whatever the row holds.
-
-    Returns:
-        The loss per row, float32 (float64 for float64 coefficients). Where the density
-        is 0 it is large and finite: some 87 nats in float32, 708 in float64.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-
-    Derivatives: forward and reverse mode, any order; finite where the density is 0.
-    Cost: 4 n multiply-adds per row; with as many frequencies as bins or more, 4 n m.
-    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
-        Distributions", without its floor under the probabilities.
-
-    Example:
-        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
-        >>> loss = softlib.nn.fourier_cross_entropy
-        >>> print(loss(coefficients, jnp.array(1), num_bins=4).round(3))
-        0.938
-    """
-    function = "fourier_cross_entropy"
-    a, labels = _coefficients(function, coefficients), jnp.asarray(labels)
-    checks.require_integer(function, labels=labels)
-    batch = a.shape[:-1]
-    checks.require_shape(function, "labels", labels, batch, "the batch shape")
-    checks.require_positive_integer(function, "num_bins", num_bins)
-    if where is not None:
-        where = checks.checked_where(function, where, batch, "the batch shape")
-        a = jnp.where(where[..., None], a, 0)
-    labels = labels_in_range(labels, num_bins)
-    valid = labels >= 0
-    bins = jnp.where(valid, labels, 0)
-    a = _scaled(a)
-    if a.shape[-1] // 2 <= num_bins:  # n < m
-        total = num_bins * _norm(a)
-        power = _power(a, *_waves_at_bins(a, bins, num_bins))
-    else:
-        powers = _power_at_bins(a, num_bins)
-        total = powers.sum(axis=-1)
-        ids = lax.broadcasted_iota(bins.dtype, powers.shape, powers.ndim - 1)
-        power = jnp.where(ids == bins[..., None], powers, 0).sum(axis=-1)
-    loss = _log(total) - _log(power)
-    loss = jnp.where(valid, loss, jnp.nan)
-    return loss if where is None else jnp.where(where, loss, 0)
-
-
-@array_arguments
-def fourier_log_density(
-    coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
-) -> Float[Array, "..."]:
-    r"""Logarithm of a Fourier density at points of [-1, 1], without bins.
-
-    $\log f(x)$, in nats: the negative log-likelihood of a continuous target is its
-    negative.
-
-    Args:
-        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
-        x: Points; their axes broadcast with those of the rows. Outside of [-1, 1] the
-            result is -inf without a gradient.
-
-    Returns:
-        float32 (float64 if an argument is float64). At a root of the density it is
-        large and finite: some -87 in float32, -708 in float64.
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together.
-
-    Derivatives: forward and reverse mode, any order, of both; finite at roots.
-    Cost: 4 n multiply-adds and 2 n cosines per point.
-    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
-        Distributions", in the squared form.
-
-    Example:
-        >>> coefficients, x = jnp.array([1.0, 0.5, 0.0, 0.0]), jnp.array([-1.0, 0.0])
-        >>> print(softlib.nn.fourier_log_density(coefficients, x).round(1))
+        >>> print(density.log_prob(jnp.array([-1.0, 0.0])).round(1))
         [-2.3 -0.1]
-    """
-    function = "fourier_log_density"
-    a = _scaled(_coefficients(function, coefficients))
-    a, x = _with_points(function, a, x)
-    outside = (x < -1) | (x > 1)
-    angles = math.pi * _frequencies(a) * jnp.where(outside, 0, x)[..., None]
-    power = _power(a, jnp.cos(angles), jnp.sin(angles))
-    return jnp.where(outside, -jnp.inf, _log(power) - jnp.log(2 * _norm(a)))
-
-
-@array_arguments
-def fourier_cdf(
-    coefficients: Float[Array, "*rows C"], x: Float[Array, "*points"]
-) -> Float[Array, "..."]:
-    r"""Probability of what is below a point, under a Fourier density.
-
-    $F(x) = \frac{x + 1}{2} + \mathrm{Re} \sum_{k = 1}^n \frac{c_k}{c_0}
-    \frac{e^{i \pi k x} - (-1)^k}{i \pi k}$ with the autocorrelation $c_k = \sum_l
-    a_{l + k} \bar a_l$.
-
-    Args:
-        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
-        x: Points; their axes broadcast with those of the rows. 0 below -1, 1 above 1.
-
-    Returns:
-        Probabilities, float32 (float64 if an argument is float64).
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together.
-
-    Derivatives: forward and reverse mode; with respect to `x` the density.
-    Cost: 8 n^2 multiply-adds per row, n per point.
-    Source: the integral of the density of "Fourier Head: Helping Large Language Models
-        Learn Complex Probability Distributions".
-
-    Example:
-        >>> coefficients, x = jnp.array([1.0, 0.5, 0.0, 0.0]), jnp.array([-0.5, 0.0])
-        >>> print(softlib.nn.fourier_cdf(coefficients, x).round(4))
+        >>> print(density.cdf(jnp.array([-0.5, 0.0])).round(4))
         [0.1227 0.5   ]
+        >>> print(density.sample(jax.random.key(0), (1000,)).shape)
+        (1000,)
     """
-    function = "fourier_cdf"
-    a = _coefficients(function, coefficients)
-    series = jnp.concatenate(_autocorrelation(_scaled(a), normalize=True), axis=-1)
-    both, x = _with_points(function, series, x)
-    real, imaginary = jnp.split(both, 2, axis=-1)
-    return _distribution(real, imaginary, x)
 
+    coefficients: Float[Array, "*batch C"]
 
-@array_arguments
-def fourier_sample(
-    key: PRNGKeyArray,
-    coefficients: Float[Array, "*rows C"],
-    shape: tuple[int, ...] | None = None,
-) -> Float[Array, "..."]:
-    """Draws from a Fourier density, by bisection of its distribution function.
+    def logits(
+        self, num_bins: int, *, epsilon: float = 1e-5
+    ) -> Float[Array, "*batch m"]:
+        r"""Computes logits of equal bins of [-1, 1]: 4 n m multiply-adds per row.
 
-    Args:
-        key: A key of `jax.random`.
-        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
-        shape: Static shape of the result, to which the rows broadcast; None is one draw
-            per row.
+        $y_j = f(b_j) / \sum_k f(b_k)$ at the centres $b_j = -1 + (2 j + 1) / m$; the
+        logits are $\log(y_j + \varepsilon)$. A softmax of them is $(y + \varepsilon) /
+        (1 + m \varepsilon)$: no bin is impossible, and a share of $m \varepsilon$ of
+        the mass is spread evenly (1 % for 1,000 bins). `cross_entropy` does without.
+        With fewer frequencies than bins $y_j = 2 f(b_j) / m$: the waves sum to 0.
 
-    Returns:
-        Numbers in [-1, 1], float32 (float64 for float64 coefficients), within 1e-6 of
-        the exact quantile, or 2e-9 for float64, where the density is not 0.
+        Args:
+            num_bins: Static number of bins m. More than m / 2 frequencies alias.
+            epsilon: Static, positive.
+        """
+        function = "FourierDensity.logits"
+        a = _coefficients(function, self.coefficients)
+        checks.require_positive_integer(function, "num_bins", num_bins)
+        checks.require_positive_number(function, "epsilon", epsilon)
+        power = _power_at_bins(_scaled(a), num_bins)
+        total = power.sum(axis=-1, keepdims=True)
+        # Of as many frequencies as bins all bins can be roots.
+        none = total == 0
+        y = jnp.where(none, 1 / num_bins, power / jnp.where(none, 1, total))
+        return jnp.log(y + epsilon)
 
-    Raises:
-        TypeError: `coefficients` does not hold floating numbers.
-        ValueError: Shapes do not fit together.
+    @array_arguments
+    def cross_entropy(
+        self,
+        labels: Integer[Array, "*batch"],
+        *,
+        num_bins: int,
+        where: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "*batch"]:
+        r"""Computes the cross-entropy of bins, in nats per row, without a floor.
 
-    Derivatives: none, a draw: the gradient is stopped.
-    Cost: 30 evaluations of the distribution function per number.
-    Source: the continuous form of "Fourier Head: Helping Large Language Models Learn
-        Complex Probability Distributions"; bisection is softlib's.
+        $-\log y_k$ with $y$ as in `logits`. With fewer frequencies than bins the sum
+        over the bins is $m \sum |a_l|^2$ exactly, so that only the label's bin is
+        evaluated: 4 n multiply-adds per row, otherwise 4 n m. Where the density is 0
+        the loss is large and finite: some 87 nats in float32, 708 in float64.
 
-    Example:
-        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
-        >>> x = softlib.nn.fourier_sample(jax.random.key(0), coefficients, (1000,))
-        >>> print(x.shape, bool((abs(x) < 0.5).mean() > 0.7))
-        (1000,) True
-    """
-    function = "fourier_sample"
-    a = lax.stop_gradient(_coefficients(function, coefficients))
-    rows = a.shape[:-1]
-    shape = rows if shape is None else tuple(shape)
-    last = shape[len(shape) - len(rows) :]
-    if len(rows) > len(shape) or any(
-        n not in (1, m) for n, m in zip(rows, last, strict=True)
-    ):
-        raise ValueError(
-            f"{function}: `shape` must be one to which the rows {rows} broadcast, "
-            f"got {shape}."
+        Args:
+            labels: Bins in $[0, m)$. Outside, the loss is NaN and the row has no
+                gradient.
+            num_bins: Static number of bins m.
+            where: True for the rows that count; broadcasts to the batch shape.
+                Elsewhere loss and gradient are exactly 0, whatever the row holds.
+        """
+        function = "FourierDensity.cross_entropy"
+        a = _coefficients(function, self.coefficients)
+        checks.require_integer(function, labels=labels)
+        batch = a.shape[:-1]
+        checks.require_shape(function, "labels", labels, batch, "the batch shape")
+        checks.require_positive_integer(function, "num_bins", num_bins)
+        if where is not None:
+            where = checks.checked_where(function, where, batch, "the batch shape")
+            a = jnp.where(where[..., None], a, 0)
+        labels = labels_in_range(labels, num_bins)
+        valid = labels >= 0
+        bins = jnp.where(valid, labels, 0)
+        a = _scaled(a)
+        if a.shape[-1] // 2 <= num_bins:  # n < m
+            total = num_bins * _norm(a)
+            power = _power(a, *_waves_at_bins(a, bins, num_bins))
+        else:
+            powers = _power_at_bins(a, num_bins)
+            total = powers.sum(axis=-1)
+            ids = lax.broadcasted_iota(bins.dtype, powers.shape, powers.ndim - 1)
+            power = jnp.where(ids == bins[..., None], powers, 0).sum(axis=-1)
+        loss = _log(total) - _log(power)
+        loss = jnp.where(valid, loss, jnp.nan)
+        return loss if where is None else jnp.where(where, loss, 0)
+
+    @array_arguments
+    def log_prob(self, x: Float[Array, "*points"]) -> Float[Array, "..."]:
+        r"""Computes $\log f(x)$ in nats, without bins.
+
+        The negative log-likelihood of a continuous target is its negative. 4 n
+        multiply-adds and 2 n cosines per point. At a root of the density it is large
+        and finite: some -87 in float32, -708 in float64.
+
+        Args:
+            x: Points; their axes broadcast with those of the rows. Outside of [-1, 1]
+                the result is -inf without a gradient.
+        """
+        function = "FourierDensity.log_prob"
+        a = _scaled(_coefficients(function, self.coefficients))
+        a, x = _with_points(function, a, x)
+        outside = (x < -1) | (x > 1)
+        angles = math.pi * _frequencies(a) * jnp.where(outside, 0, x)[..., None]
+        power = _power(a, jnp.cos(angles), jnp.sin(angles))
+        return jnp.where(outside, -jnp.inf, _log(power) - jnp.log(2 * _norm(a)))
+
+    @array_arguments
+    def cdf(self, x: Float[Array, "*points"]) -> Float[Array, "..."]:
+        r"""Computes the probability of what is below a point.
+
+        $F(x) = \frac{x + 1}{2} + \mathrm{Re} \sum_{k = 1}^n \frac{c_k}{c_0}
+        \frac{e^{i \pi k x} - (-1)^k}{i \pi k}$ with the autocorrelation $c_k = \sum_l
+        a_{l + k} \bar a_l$: 8 n^2 multiply-adds per row, n per point.
+
+        Args:
+            x: Points; their axes broadcast with those of the rows. 0 below -1, 1 above
+                1.
+        """
+        function = "FourierDensity.cdf"
+        a = _coefficients(function, self.coefficients)
+        series = jnp.concatenate(_autocorrelation(_scaled(a), normalize=True), axis=-1)
+        both, x = _with_points(function, series, x)
+        real, imaginary = jnp.split(both, 2, axis=-1)
+        return _distribution(real, imaginary, x)
+
+    @array_arguments
+    def sample(
+        self, key: PRNGKeyArray, shape: tuple[int, ...] | None = None
+    ) -> Float[Array, "..."]:
+        """Draws numbers by bisection of the distribution function, in 30 evaluations.
+
+        They are within 1e-6 of the exact quantile, or 2e-9 for float64, where the
+        density is not 0. The gradient is stopped.
+
+        Args:
+            key: A key of `jax.random`.
+            shape: Static shape of the result, to which the rows broadcast; None is one
+                draw per row.
+        """
+        function = "FourierDensity.sample"
+        a = lax.stop_gradient(_coefficients(function, self.coefficients))
+        rows = a.shape[:-1]
+        shape = rows if shape is None else tuple(shape)
+        last = shape[len(shape) - len(rows) :]
+        if len(rows) > len(shape) or any(
+            n not in (1, m) for n, m in zip(rows, last, strict=True)
+        ):
+            raise ValueError(
+                f"{function}: `shape` must be one to which the rows {rows} broadcast, "
+                f"got {shape}."
+            )
+        real, imaginary = _autocorrelation(_scaled(a), normalize=True)
+        spread = lambda c: jnp.broadcast_to(
+            c.reshape((1,) * (len(shape) - len(rows)) + c.shape), (*shape, c.shape[-1])
         )
-    real, imaginary = _autocorrelation(_scaled(a), normalize=True)
-    spread = lambda c: jnp.broadcast_to(
-        c.reshape((1,) * (len(shape) - len(rows)) + c.shape), (*shape, c.shape[-1])
-    )
-    real, imaginary = spread(real), spread(imaginary)
-    return _quantile(real, imaginary, jax.random.uniform(key, shape, a.dtype))
+        real, imaginary = spread(real), spread(imaginary)
+        return _quantile(real, imaginary, jax.random.uniform(key, shape, a.dtype))
+
+    def smoothness_penalty(self, *, normalize: bool = True) -> Float[Array, "*batch"]:
+        r"""Computes what a rough density costs, per row: 8 n^2 multiply-adds.
+
+        $4 \pi^2 \sum_{k = 1}^n k^2 |c_k / c_0|^2$ with the autocorrelation $c_k =
+        \sum_l a_{l + k} \bar a_l$: four times $\int_{-1}^1 f'(x)^2 dx$. 0 for
+        coefficients that are all 0.
+
+        Args:
+            normalize: Static. False leaves out the division by $c_0$, as the paper's
+                code: then shrinking the coefficients lowers the penalty and smooths
+                nothing.
+        """
+        a = _coefficients("FourierDensity.smoothness_penalty", self.coefficients)
+        a = _scaled(a) if normalize else a
+        real, imaginary = _autocorrelation(a, normalize=normalize)
+        k = jnp.arange(1, a.shape[-1] // 2, dtype=a.dtype)
+        squares = jnp.square(real) + jnp.square(imaginary)
+        return 4 * math.pi**2 * jnp.sum(squares * _row(k * k, squares), axis=-1)
 
 
 @compiled_once()
@@ -288,46 +240,6 @@ def _quantile(
     start = jnp.full_like(wanted, -1), jnp.full_like(wanted, 1)
     low, high = lax.fori_loop(0, _STEPS, halve, start)
     return (low + high) / 2
-
-
-@array_arguments
-def fourier_smoothness_penalty(
-    coefficients: Float[Array, "*batch C"], *, normalize: bool = True
-) -> Float[Array, "*batch"]:
-    r"""What a rough Fourier density costs, per row.
-
-    $4 \pi^2 \sum_{k = 1}^n k^2 |c_k / c_0|^2$ with the autocorrelation $c_k = \sum_l
-    a_{l + k} \bar a_l$: four times $\int_{-1}^1 f'(x)^2 dx$.
-
-    Args:
-        coefficients: Real parts, then imaginary parts, as in `fourier_logits`.
-        normalize: Static. False leaves out the division by $c_0$, as the paper's code:
-            then shrinking the coefficients lowers the penalty and smooths nothing.
-
-    Returns:
-        The penalty, float32 (float64 for float64 coefficients); 0 for coefficients that
-        are all 0.
-
-    Raises:
-        TypeError: `coefficients` does not hold floating numbers.
-        ValueError: The last axis is odd or empty.
-
-    Derivatives: forward and reverse mode, any order.
-    Cost: 8 n^2 multiply-adds per row.
-    Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
-        Distributions"; the normalization is softlib's.
-
-    Example:
-        >>> coefficients = jnp.array([1.0, 0.5, 0.0, 0.0])
-        >>> print(f"{softlib.nn.fourier_smoothness_penalty(coefficients):.3f}")
-        6.317
-    """
-    a = _coefficients("fourier_smoothness_penalty", coefficients)
-    a = _scaled(a) if normalize else a
-    real, imaginary = _autocorrelation(a, normalize=normalize)
-    k = jnp.arange(1, a.shape[-1] // 2, dtype=a.dtype)
-    squares = jnp.square(real) + jnp.square(imaginary)
-    return 4 * math.pi**2 * jnp.sum(squares * _row(k * k, squares), axis=-1)
 
 
 # --------------------------------------------------------------------------- the series

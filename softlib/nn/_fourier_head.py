@@ -10,11 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
-from ._fourier_density import (
-    fourier_cross_entropy,
-    fourier_logits,
-    fourier_smoothness_penalty,
-)
+from ._fourier_density import FourierDensity
 
 
 class FourierHead(nnx.Module):
@@ -25,9 +21,9 @@ class FourierHead(nnx.Module):
     bin on its own; this one has $2 (n + 1)$ outputs, the coefficients of a density that
     $n$ waves make up. Few frequencies are smooth, many are expressive.
 
-    `head(x)` gives logits, with a floor `eps` under the probabilities, for an ordinary
-    cross-entropy; `head(x, labels)` the exact loss; `head.coefficients(x)` what the
-    functions of the continuous density take.
+    `head(x)` gives logits, with a floor `epsilon` under the probabilities, for an
+    ordinary cross-entropy; `head(x, labels)` the exact loss; `head.density(x)` the
+    `FourierDensity`, which needs no bins.
 
     Args:
         features: Size of the last axis of `x`.
@@ -37,7 +33,7 @@ class FourierHead(nnx.Module):
             matter, so small ones move fast: the gradient grows as they shrink.
         bias_scale: Multiplies the initial bias. Not both may be 0: coefficients of 0
             have no gradient.
-        eps: Of `fourier_logits`.
+        epsilon: Of `FourierDensity.logits`.
         dtype: Dtype of the product; None uses the arrays as they are.
         param_dtype: Dtype of the parameters.
         rngs: Key source.
@@ -50,7 +46,7 @@ class FourierHead(nnx.Module):
         bias: (2 (n + 1),).
 
     Derivatives: forward and reverse mode, any order; finite where the density is 0.
-    Cost: a product with 2 (n + 1) columns instead of m, then as `fourier_logits`.
+    Cost: a product with 2 (n + 1) columns instead of m, then that of `FourierDensity`.
     Source: "Fourier Head: Helping Large Language Models Learn Complex Probability
         Distributions"; initial values as in its code.
 
@@ -69,7 +65,7 @@ class FourierHead(nnx.Module):
         num_frequencies: int,
         weight_scale: float = 0.01,
         bias_scale: float = 0.01,
-        eps: float = 1e-5,
+        epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -87,7 +83,7 @@ class FourierHead(nnx.Module):
         outputs = 2 * (num_frequencies + 1)
         self.num_bins = num_bins
         self.num_frequencies = num_frequencies
-        self.eps = eps
+        self.epsilon = epsilon
         self.dtype = dtype
         # Uniform up to 1 / sqrt(features), kernel and bias alike.
         kernel = initializers.variance_scaling(1 / 3, "fan_in", "uniform")(
@@ -110,7 +106,7 @@ class FourierHead(nnx.Module):
 
         Args:
             x: Inputs of the head.
-            labels: Bins, see `fourier_cross_entropy`.
+            labels: Bins, see `FourierDensity.cross_entropy`.
             where: True for the rows that count; only with labels.
         """
         if labels is None:
@@ -118,18 +114,17 @@ class FourierHead(nnx.Module):
                 raise ValueError(
                     "FourierHead: `where` must be None without `labels`, got an array."
                 )
-            return fourier_logits(self.coefficients(x), self.num_bins, eps=self.eps)
+            return self.density(x).logits(self.num_bins, epsilon=self.epsilon)
         if where is not None:
             # Also before the product: 0 * NaN in its transpose is NaN.
             kept = jnp.broadcast_to(where, x.shape[:-1])
             x = jnp.where(kept[..., None], x, 0)
-        return fourier_cross_entropy(
-            self.coefficients(x), labels, num_bins=self.num_bins, where=where
-        )
+        density = self.density(x)
+        return density.cross_entropy(labels, num_bins=self.num_bins, where=where)
 
     @array_arguments
-    def coefficients(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch C"]:
-        """Real parts, then imaginary parts, of the n + 1 coefficients, float32.
+    def density(self, x: Float[Array, "*batch D"]) -> FourierDensity:
+        """Computes the density of each row, whose coefficients are float32.
 
         Args:
             x: Inputs of the head.
@@ -139,16 +134,5 @@ class FourierHead(nnx.Module):
             x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         wide = accumulator_dtype(x, kernel, bias)
         product = jnp.matmul(x, kernel, preferred_element_type=wide)
-        return product + bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
-
-    @array_arguments
-    def smoothness_penalty(
-        self, x: Float[Array, "*batch D"], *, normalize: bool = True
-    ) -> Float[Array, "*batch"]:
-        """What rough densities cost, per row.
-
-        Args:
-            x: Inputs of the head.
-            normalize: See `fourier_smoothness_penalty`.
-        """
-        return fourier_smoothness_penalty(self.coefficients(x), normalize=normalize)
+        bias = bias.astype(wide).reshape((1,) * (x.ndim - 1) + bias.shape)
+        return FourierDensity(product + bias)

@@ -14,11 +14,11 @@ def test_both_z_loss_programs_take_the_same_step():
     hidden = jax.random.normal(jax.random.key(1), (8, spherical.FEATURES))
     labels = jnp.arange(8) % 5
     stored = jax.jit(spherical.stored_step(spherical.STORED["Z-loss, stored"]))
-    state = losses.factored_spherical_init(weight)
+    state = losses.FactoredSphericalState.init(weight)
     state, of_hidden = jax.jit(spherical.factored_step)(state, hidden, labels)
     after, expected = stored(weight, hidden, labels)
     np.testing.assert_allclose(of_hidden, expected, rtol=1e-3, atol=1e-6)
-    found = losses.factored_spherical_weight(state)
+    found = state.weight()
     np.testing.assert_allclose(found - weight, after - weight, rtol=1e-2, atol=2e-6)
 
 

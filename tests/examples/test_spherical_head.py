@@ -117,7 +117,7 @@ def test_batches_depend_on_seed_and_step_alone(few):
 def test_a_rebase_between_steps_changes_no_rank(few):
     options = dataclasses.replace(SMALL, context=1, batch=4)
     task = pairs.load(few, context=1, every=2, classes=9)
-    head = losses.factored_spherical_init(model_.weight(4, options))
+    head = losses.FactoredSphericalState.init(model_.weight(4, options))
     network = model_.network(len(task.words), options)
     state = (network, model_.optimizer(options).init(network), head)
     step = model_.many(model_.z_step(1.0, options))

@@ -18,25 +18,25 @@ from tests.oracles import spherical as oracle
 CLASSES, FEATURES, ROWS = 41, 5, 12
 LOSSES: dict[str, Any] = {
     "z": (
-        losses.z_loss_from_statistics,
+        losses.SphericalStatistics.z_loss,
         of_head.z_loss,
         oracle.z,
         {"a": 0.5, "b": 3.0, "epsilon": 0.01},
     ),
     "log_spherical": (
-        losses.log_spherical_softmax_from_statistics,
+        losses.SphericalStatistics.log_spherical_softmax_loss,
         of_head.log_spherical_softmax_loss,
         oracle.log_spherical,
         {"epsilon": 0.01},
     ),
     "log_taylor": (
-        losses.log_taylor_softmax_from_statistics,
+        losses.SphericalStatistics.log_taylor_softmax_loss,
         of_head.log_taylor_softmax_loss,
         oracle.log_taylor,
         {},
     ),
     "squared_error": (
-        losses.spherical_squared_error_from_statistics,
+        losses.SphericalStatistics.squared_error,
         of_head.spherical_squared_error,
         oracle.squared_error,
         {},
@@ -64,8 +64,7 @@ def steps(state, hidden, labels, *, name, learning_rate, decay=0.0, rebase=None)
 
     def one(state, given):
         i, hidden, labels = given
-        step = losses.factored_spherical_sgd_step(
-            state,
+        step = state.sgd_step(
             hidden,
             labels,
             mean_loss(name),
@@ -74,16 +73,16 @@ def steps(state, hidden, labels, *, name, learning_rate, decay=0.0, rebase=None)
         )
         state = step.state
         if rebase is not None:
-            again = losses.factored_spherical_rebase
+            again = losses.FactoredSphericalState.rebase
             state = jax.lax.cond((i + 1) % rebase == 0, again, lambda s: s, state)
         return state, (step.loss, step.hidden_cotangents)
 
     return jax.lax.scan(one, state, (jnp.arange(len(labels)), hidden, labels))
 
 
-init = jax.jit(losses.factored_spherical_init)
-weight_of = jax.jit(losses.factored_spherical_weight)
-rebase = jax.jit(losses.factored_spherical_rebase)
+init = jax.jit(losses.FactoredSphericalState.init)
+weight_of = jax.jit(losses.FactoredSphericalState.weight)
+rebase = jax.jit(losses.FactoredSphericalState.rebase)
 
 
 # ------------------------------------------------------------------------------- oracle
@@ -126,7 +125,7 @@ def test_losses_are_those_of_a_linear_head(name, dtype):
 
     @jax.jit
     def run(state, hidden):
-        of = losses.factored_spherical_statistics
+        of = losses.FactoredSphericalState.statistics
         loss = lambda h: of_statistics(of(state, h, ids), **parameters)
         return loss(hidden), jax.grad(lambda h: loss(h).sum())(hidden)
 
@@ -146,9 +145,7 @@ def test_a_large_mean_row_costs_no_digits():
     weight, hidden, labels = problem(np.float32)
     moved = weight + np.float32(1024)
     state = init(jnp.asarray(moved))
-    found = losses.factored_spherical_statistics(
-        state, jnp.asarray(hidden), jnp.asarray(labels)
-    )
+    found = state.statistics(jnp.asarray(hidden), jnp.asarray(labels))
     z = hidden.astype(float) @ moved.astype(float).T
     deviations = z - z.mean(1, keepdims=True)
     np.testing.assert_allclose(found.mean_logit, z.mean(1), rtol=1e-5)
@@ -193,15 +190,12 @@ def test_rows_that_do_not_count_move_nothing():
 
     @jax.jit
     def step(state, hidden, labels, where):
-        seen = losses.factored_spherical_statistics(state, hidden, labels, where=where)
-        values = losses.z_loss_from_statistics(seen, a=1.0, b=2.0)
-        return values, losses.factored_spherical_sgd_step(
-            state,
+        seen = state.statistics(hidden, labels, where=where)
+        values = seen.z_loss(a=1.0, b=2.0)
+        return values, state.sgd_step(
             hidden,
             labels,
-            lambda s: jnp.where(
-                where, losses.z_loss_from_statistics(s, a=1.0, b=2.0), 0
-            ).sum(),
+            lambda s: jnp.where(where, s.z_loss(a=1.0, b=2.0), 0).sum(),
             learning_rate=0.1,
             where=where,
         )
@@ -260,13 +254,11 @@ def test_a_donated_state_is_updated_in_place(what):
     struct = jax.ShapeDtypeStruct
     state = jax.eval_shape(init, struct((classes, features), jnp.float32))
     if what == "rebase":
-        call, args = losses.factored_spherical_rebase, (state,)
+        call, args = losses.FactoredSphericalState.rebase, (state,)
     else:
 
         def call(state, hidden, labels):
-            return losses.factored_spherical_sgd_step(
-                state, hidden, labels, mean_loss("z"), learning_rate=0.1
-            )
+            return state.sgd_step(hidden, labels, mean_loss("z"), learning_rate=0.1)
 
         hidden = struct((rows, features), jnp.float32)
         args = (state, hidden, struct((rows,), jnp.int32))
@@ -314,14 +306,13 @@ def _beside_dense(dtype, count, classes, features, rebase, rows=8):
             hidden = centres[labels] + jax.random.normal(key, (rows, features), dtype)
             loss = lambda w: linear(hidden, w, labels, **parameters).mean()
             weight = weight - rate * jax.grad(loss)(weight)
-            step = losses.factored_spherical_sgd_step(
-                state,
+            step = state.sgd_step(
                 hidden,
                 labels,
                 lambda s: of_statistics(s, **parameters).mean(),
                 learning_rate=rate,
             )
-            again = losses.factored_spherical_rebase
+            again = losses.FactoredSphericalState.rebase
             last = (i + 1) % rebase == 0
             state = jax.lax.cond(last, again, lambda s: s, step.state)
             return (weight, state), None
@@ -348,8 +339,7 @@ def test_adam_below_the_head_and_sgd_in_it():
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
     def in_factors(network, optimizer_state, state):
         hidden, pull = jax.vjp(lambda network: jnp.tanh(x @ network), network)
-        step = losses.factored_spherical_sgd_step(
-            state,
+        step = state.sgd_step(
             hidden,
             labels,
             lambda s: of_statistics(s, **parameters).mean(),
@@ -391,7 +381,8 @@ def call_step(**changes):
         "loss": mean_loss("z"),
         "learning_rate": 0.1,
     }
-    return losses.factored_spherical_sgd_step(**{**given, **changes})
+    given = {**given, **changes}
+    return given.pop("state").sgd_step(**given)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -431,19 +422,19 @@ def test_misuse_of_a_step_is_an_error(changes, error, message):
 @pytest.mark.usefixtures("untyped")
 def test_misuse_of_the_others_is_an_error():
     with pytest.raises(ValueError, match="`weight` must have shape"):
-        losses.factored_spherical_init(jnp.ones(3))
+        losses.FactoredSphericalState.init(jnp.ones(3))
     with pytest.raises(ValueError, match="`weight` must have shape"):
-        losses.factored_spherical_init(jnp.ones((0, 3)))
+        losses.FactoredSphericalState.init(jnp.ones((0, 3)))
     with pytest.raises(TypeError, match="`weight` must have a floating"):
-        losses.factored_spherical_init(jnp.ones((3, 3), int))
+        losses.FactoredSphericalState.init(jnp.ones((3, 3), int))
     state, zero = init(jnp.eye(3)), jnp.zeros(1)
     cotangents = SphericalStatistics(zero, zero, jnp.zeros(2), jnp.zeros(()))
     with pytest.raises(ValueError, match="sum_squared_deviations"):
-        losses.factored_spherical_sgd_update(
-            state, jnp.ones((1, 3)), jnp.zeros(1, int), cotangents, 0.1
+        state.sgd_update(
+            jnp.ones((1, 3)), jnp.zeros(1, int), cotangents, learning_rate=0.1
         )
     bad = SphericalStatistics(zero, zero, zero, jnp.ones(()))
     with pytest.raises(ValueError, match="`a` must be positive"):
-        losses.z_loss_from_statistics(bad, a=-1.0, b=1.0)
+        bad.z_loss(a=-1.0, b=1.0)
     with pytest.raises(ValueError, match="`epsilon` must be positive"):
-        losses.log_spherical_softmax_from_statistics(bad, epsilon=0.0)
+        bad.log_spherical_softmax_loss(epsilon=0.0)

@@ -33,9 +33,6 @@ TARGET, TEACHER = {"target_logits": OTHERS}, {"teacher_logits": OTHERS}
 
 # Not of one distribution over classes with a label in each row.
 NO_LOSSES = {
-    "factored_spherical_sgd_step",  # of a state without a bias
-    "factored_spherical_sgd_update",
-    "factored_spherical_statistics",
     "in_batch_triplet_loss",  # of differences of similarities
     "label_rank",
     "row_statistics",

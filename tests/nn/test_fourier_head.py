@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+from softlib.nn import FourierDensity
 from softlib.testing import assert_close
 from tests.compiled import metrics, nn, of_stored
 from tests.host import jnp
@@ -28,22 +29,17 @@ def head_of(**options):
 def test_it_is_a_linear_layer_and_the_functions():
     head, (x, labels) = head_of(), batch()
     a = x @ head.kernel[...] + head.bias[...][None, None]
-    assert_close(head.coefficients(x), a, dtype="float32", length=FEATURES)
+    assert_close(head.density(x).coefficients, a, dtype="float32", length=FEATURES)
     logits = head(x)
     assert logits.shape == (2, 5, BINS)
-    assert_close(logits, nn.fourier_logits(a, BINS), dtype="float32", length=BINS)
+    density = FourierDensity(a)
+    assert_close(logits, density.logits(BINS), dtype="float32", length=BINS)
     where = labels % 2 == 0
-    wanted = nn.fourier_cross_entropy(a, labels, num_bins=BINS, where=where)
+    wanted = density.cross_entropy(labels, num_bins=BINS, where=where)
     assert_close(head(x, labels, where=where), wanted, dtype="float32", length=BINS)
     floored = of_stored.softmax_cross_entropy(logits, labels)
     p, y = jnp.exp(-floored), jnp.exp(-head(x, labels))
     np.testing.assert_allclose(p, (y + 1e-5) / (1 + BINS * 1e-5), rtol=1e-4)
-    assert_close(
-        head.smoothness_penalty(x),
-        nn.fourier_smoothness_penalty(a),
-        dtype="float32",
-        length=16,
-    )
 
 
 def test_initial_values_are_small_and_uniform():
@@ -75,7 +71,7 @@ def test_dtype_is_that_of_the_product_and_gradients_have_the_parameters_dtype():
     cast = x.astype(jnp.bfloat16), head.kernel[...].astype(jnp.bfloat16)
     a = jnp.matmul(*cast, preferred_element_type=jnp.float32)
     a = a + head.bias[...][None, None]
-    np.testing.assert_array_equal(head.coefficients(x), a)
+    np.testing.assert_array_equal(head.density(x).coefficients, a)
     gradient = nnx.grad(lambda head: head(x, labels).mean())(head)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
 
