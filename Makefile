@@ -82,6 +82,7 @@ lint: $(VENV)/.installed-test ## style and types, without running anything
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m pyrefly check
+	$(RUN) -m scripts.static_types
 
 format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff check --fix

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def common_dtype(*operands: Any) -> DTypeLike:
+def common_dtype(*operands: Any) -> jnp.dtype:
     """The dtype that holds all of the arrays or dtypes; None is left out."""
     given = [operand for operand in operands if operand is not None]
     with jax.numpy_dtype_promotion("standard"):
@@ -29,7 +29,7 @@ def cast(dtype: DTypeLike, *operands: Any) -> tuple[Any, ...]:
     return tuple(x if number(x) else jnp.asarray(x, dtype) for x in operands)
 
 
-def accumulator_dtype(*operands: Any) -> DTypeLike:
+def accumulator_dtype(*operands: Any) -> jnp.dtype:
     """Float64 if one of the arrays or dtypes is, else float32; None is left out."""
     given = [operand for operand in operands if operand is not None]
     dtypes = [getattr(operand, "dtype", operand) for operand in given]

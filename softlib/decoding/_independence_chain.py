@@ -1,7 +1,5 @@
 """A Markov chain over remembered samples, moved by proposals from a model."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -11,12 +9,12 @@ from softlib._array_arguments import array_arguments
 
 
 @array_arguments
-def independence_chain_update(
-    memory: Any,
-    proposal: Any,
+def independence_chain_update[T](
+    memory: T,
+    proposal: T,
     memory_correct: Bool[Array, " M"],
     proposal_correct: Bool[Array, " M"],
-) -> tuple[Any, Bool[Array, " M"]]:
+) -> tuple[T, Bool[Array, " M"]]:
     r"""Moves the memory of each question to its proposal if that is correct.
 
     With proposals drawn from $p(z | x)$ this is an independence sampler: the move from

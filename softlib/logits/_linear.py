@@ -276,7 +276,7 @@ class LinearLogits(ModifiedLogits):
         return self.weight.shape[self.options.vocab_axis]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         return accumulator_dtype(self.hidden, self.weight, *self.modifiers.floating)
 
     def over_rows(self, function: Callable[[Array], Array]) -> "LinearLogits":

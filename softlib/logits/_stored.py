@@ -154,7 +154,7 @@ class StoredLogits(ModifiedLogits):
         return self.logits.shape[-1]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         return accumulator_dtype(self.logits, *self.modifiers.floating)
 
     def over_rows(self, function: Callable[[Array], Array]) -> "StoredLogits":

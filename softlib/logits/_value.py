@@ -64,7 +64,7 @@ class AbstractLogits(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The dtype of numbers per row: float32, or float64 if an array is float64."""
 
     @property

@@ -1,7 +1,7 @@
-"""What type checkers infer of packages that are loaded on first use; `make lint` asks.
+"""What type checkers infer of some calls; `make lint` asks three of them.
 
-Nothing here runs. To a checker that knows such a package by `__getattr__` alone it is
-`Any`, which `assert_type` refuses.
+Nothing here runs. To a checker that knows a package that is loaded on first use by
+`__getattr__` alone it is `Any`, which `assert_type` refuses.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,30 @@ from typing import assert_type
 
 import jax
 import optax
+from flax import nnx
 
 import softlib  # and nothing below it: that would tell the checkers
 
 
-def layers(mask: softlib.masks.Mask) -> None:
+def heads(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
+    logits = softlib.LinearLogits(hidden, weight)
+    assert_type(logits[:, :-1], softlib.LinearLogits)
+    assert_type(logits.reshape(-1), softlib.LinearLogits)
+    assert_type(logits.materialize(), jax.Array)
+    loss = softlib.losses.softmax_cross_entropy
+    assert_type(loss(logits, labels), jax.Array)
+    assert_type(loss(weight, labels), jax.Array)
+    pair = softlib.losses.linear_softmax_cross_entropy(
+        hidden, weight, labels, return_lse=True
+    )
+    assert_type(pair, tuple[jax.Array, jax.Array])
+    assert_type(softlib.logits.row_statistics(logits, labels).lse, jax.Array | None)
+
+
+def layers(mask: softlib.masks.Mask, hidden: jax.Array) -> None:
     assert_type(softlib.nn.attention_fn(mask), Callable[..., jax.Array])
+    head = softlib.nn.OutputHead(8, 100, rngs=nnx.Rngs(0))
+    assert_type(head(hidden), softlib.LinearLogits)
 
 
 def optimizers() -> None:
