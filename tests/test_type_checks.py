@@ -1,3 +1,5 @@
+import ast
+import pathlib
 from typing import Any
 
 import pytest
@@ -22,3 +24,21 @@ def test_types_are_checked_and_an_int_is_a_float():
 def test_a_signature_is_compiled_once():
     assert function(float) is function(float)
     assert function(float) is not function(int)
+
+
+def test_options_are_unpacked_in_overloads_only(repository: pathlib.Path):
+    """Elsewhere a signature says its keywords, so that help() and editors know them."""
+    # Of the arguments of a linear head, which it hands to one.
+    known = {"vq_softmax_cross_entropy"}
+    found = set()
+    for path in (repository / "softlib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.args.kwarg is not None:
+                annotation = node.args.kwarg.annotation
+                unpacked = annotation is not None and "Unpack" in ast.unparse(
+                    annotation
+                )
+                decorators = map(ast.unparse, node.decorator_list)
+                if unpacked and "overload" not in decorators:
+                    found.add(node.name)
+    assert found <= known

@@ -1,25 +1,11 @@
 """What both output heads do once their parameters are arrays."""
 
-from typing import TypedDict
+from typing import Any
 
 from flax.typing import Dtype
 from jaxtyping import Array
 
 from softlib.logits import LinearLogits
-from softlib.typing import AxisName, GradientFilter, Implementations, PerRow, Precision
-
-
-class CallOptions(TypedDict, total=False):
-    """Arguments of `softlib.LinearLogits` that a call of a head chooses."""
-
-    temperature: PerRow | None
-    class_where: Array | None
-    axis_name: AxisName | None
-    vocab_chunk: int | None
-    token_chunk: int | None
-    gradient_filter_eps: GradientFilter
-    precision: Precision
-    implementation: Implementations
 
 
 def logits_of(
@@ -29,9 +15,12 @@ def logits_of(
     logit_scale: float | None,
     logit_softcap: float | None,
     dtype: Dtype | None,
-    options: CallOptions,
+    **options: Any,
 ) -> LinearLogits:
-    """The logits, with hidden and table in the dtype of the products."""
+    """The logits, with hidden and table in the dtype of the products.
+
+    `options` are those of `LinearLogits` that a call of a head chooses.
+    """
     if dtype is not None:
         hidden, table = hidden.astype(dtype), table.astype(dtype)
     own = {"scale": logit_scale, "softcap": logit_softcap}

@@ -1,17 +1,16 @@
 """The output layer of a language model, for Flax linen."""
 
-from typing import Unpack
-
 import jax.numpy as jnp
 from flax import linen
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from softlib._array_arguments import array_arguments
 from softlib.logits import LinearLogits
+from softlib.typing import AxisName, GradientFilter, Implementations, PerRow, Precision
 
-from ._head_calls import CallOptions, logits_of
+from ._head_calls import logits_of
 
 
 class LinenOutputHead(linen.Module):
@@ -81,16 +80,43 @@ class LinenOutputHead(linen.Module):
 
     @array_arguments
     def __call__(
-        self, hidden: Float[Array, "*batch D"], **options: Unpack[CallOptions]
+        self,
+        hidden: Float[Array, "*batch D"],
+        *,
+        temperature: PerRow | None = None,
+        class_where: Bool[Array, " V"] | None = None,
+        axis_name: AxisName | None = None,
+        vocab_chunk: int | None = None,
+        token_chunk: int | None = None,
+        gradient_filter_eps: GradientFilter = None,
+        precision: Precision = None,
+        implementation: Implementations = None,
     ) -> LinearLogits:
         """Returns the logits, as a value: nothing is computed.
 
         Args:
             hidden: Inputs of the head.
-            **options: `temperature`, `class_where`, `axis_name`, `vocab_chunk`,
-                `token_chunk`, `gradient_filter_eps`, `precision` and `implementation`
-                of `softlib.LinearLogits`.
+            temperature: As the other arguments, that of `softlib.LinearLogits`.
+            class_where: The classes that exist.
+            axis_name: The mesh axis over which the table is divided.
+            vocab_chunk: Classes at a time.
+            token_chunk: Rows at a time.
+            gradient_filter_eps: Which gradients may be left out.
+            precision: Precision of the products.
+            implementation: Implementations in the order in which they are tried.
         """
         table = self.kernel if self.embedding is None else self.embedding.embedding
         own = (self.bias, self.logit_scale, self.logit_softcap, self.dtype)
-        return logits_of(hidden, table, *own, options)
+        return logits_of(
+            hidden,
+            table,
+            *own,
+            temperature=temperature,
+            class_where=class_where,
+            axis_name=axis_name,
+            vocab_chunk=vocab_chunk,
+            token_chunk=token_chunk,
+            gradient_filter_eps=gradient_filter_eps,
+            precision=precision,
+            implementation=implementation,
+        )
