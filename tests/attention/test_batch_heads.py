@@ -74,6 +74,39 @@ def test_steps_are_whole_entries_or_heads_of_one(
     assert cut.steps == batch * heads // np.prod(expected)
 
 
+@pytest.mark.parametrize(
+    ("number", "most", "of", "expected"),
+    [
+        (12, 5, 1, 4),
+        (12, 6, 1, 6),
+        (12, 99, 1, 12),
+        (12, 7, 2, 6),
+        (12, 7, 4, 4),
+        (12, 2, 3, 3),  # at least that
+        (24, 23, 4, 12),
+        (7, 6, 1, 1),
+        (7, 0, 1, 1),
+    ],
+)
+def test_heads_and_entries_are_cut_evenly(number, most, of, expected):
+    assert _lanes._divisor(number, most, of) == expected
+
+
+def test_the_gradient_of_what_lanes_share_is_rounded_once(monkeypatch):
+    """Of a bias of all batch entries, which are added up one after the other."""
+    monkeypatch.setattr(_lanes, "SCORES", 1)
+    query, key, value, weights = (draw(32, 4, 1, 3, seed=i) for i in range(4))
+    bias = draw(1, 1, 4, 4, seed=4).astype(jnp.bfloat16)
+
+    @jax.jit
+    def slope(bias):
+        attend = lambda bias: dot_product_attention(query, key, value, bias=bias)
+        return jax.grad(lambda bias: (attend(bias) * weights).sum())(bias)
+
+    wide = slope(bias.astype(jnp.float32))
+    np.testing.assert_array_equal(slope(bias), wide.astype(jnp.bfloat16))
+
+
 def test_scratch_memory_does_not_grow_with_the_batch_of_scores():
     def scratch(batch):
         shape = jax.ShapeDtypeStruct((batch, 128, 16, 8), jnp.float32)

@@ -33,6 +33,21 @@ def test_tokens():
     assert ax.get_xlim() == (0, 7)
     assert ax.get_ylim() == (5, 0)  # queries downwards
     assert len(ax.lines) == 0
+    (image,) = ax.images
+    assert image.get_extent() == [0, 7, 5, 0]
+    assert image.get_clim() == (0, 3)
+    assert image.get_interpolation() == "nearest"
+    assert image.get_interpolation_stage() == "rgba"
+    assert len({*map(tuple, shades(image))}) == 4
+
+
+def shades(image) -> np.ndarray:
+    """The colours of the numbers from 0, which is white; the last is the darkest."""
+    least, most = map(int, image.get_clim())
+    found = image.to_rgba(np.arange(least, most + 1))
+    np.testing.assert_array_equal(found[0], 1)
+    assert found[-1].sum() == found.sum(1).min()
+    return found
 
 
 def test_blocks_tell_what_a_kernel_does():
@@ -54,7 +69,14 @@ def test_one_block_size_serves_both_axes_and_lines_may_be_at_frames():
     ax = masks.plot(mask, 12, block=3, lines=4)
     np.testing.assert_array_equal(drawn(ax), drawn(masks.plot(mask, 12, block=(3, 3))))
     heights = [np.asarray(line.get_ydata())[0] for line in ax.lines[:2]]
-    assert heights == [4, 8]
+    places = [np.asarray(line.get_xdata())[0] for line in ax.lines[2:]]
+    assert heights == places == [4, 8]
+    assert {line.get_color() for line in ax.lines} == {"#b8b8b8"}
+    assert {line.get_linewidth() for line in ax.lines} == {0.4}
+    for length, count in ((64, 64 - 1), (65, 0)):
+        for lengths in ((length, 2), (2, length)):
+            found = masks.plot(mask, *lengths, lines=1).lines
+            assert len(found) == (count + 1 if count else 0)
 
 
 def test_blocks_alone_for_long_sequences():
@@ -64,6 +86,11 @@ def test_blocks_alone_for_long_sequences():
     expected = masks.block_map(mask, (length, length), (128, 128))
     np.testing.assert_array_equal(drawn(ax), expected)
     assert ax.images[0].get_extent() == [0, 844 * 128, 844 * 128, 0]
+    assert ax.images[0].get_clim() == (0, 2)
+    assert ax.images[0].get_interpolation() == "auto"
+    assert len(shades(ax.images[0])) == 3
+    few = masks.plot(mask, 512 * 128, block=128, tokens=False).images[0]
+    assert few.get_interpolation() == "nearest"
     assert ax.get_xlim() == (0, length)
     assert len(ax.lines) == 0  # they would cover the picture
 
