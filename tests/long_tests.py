@@ -16,8 +16,8 @@ TABLE = pathlib.Path(__file__).with_name("long_tests.txt")
 # Seconds that a test may cost a run. Half of it is long for a case that has others
 # beside it.
 SHARE = 0.4
-# The same for tests of what all functions are made of: a fault there is seen by little
-# else, and only by these within one run.
+# The same for tests, and for their cases, of what all functions are made of: a fault
+# there is seen by little else.
 ENGINE_SHARE = 2.0
 ENGINES = (
     "tests/attention/test_attention.py",
@@ -84,7 +84,9 @@ def measured(junit: str) -> dict[str, float]:
     for test, times in seconds.items():
         is_file = test.endswith(".py")
         mean = sum(times) if is_file else statistics.mean(times)
-        limit = share(test) / (1 if is_file or len(times) == 1 else 2)
+        limit = share(test)
+        if limit == SHARE and len(times) > 1 and not is_file:
+            limit /= 2
         found[test] = mean if mean > limit and test not in by_name else 0
     return found
 

@@ -152,8 +152,8 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
     <testcase classname="tests.masks.test_a" name="test_quick" time="1.9" />
     <testcase classname="tests.masks.test_a" name="test_long" time="2.1" />
-    <testcase classname="tests.masks.test_a" name="test_cases[1]" time="0.9" />
-    <testcase classname="tests.masks.test_a" name="test_cases[2]" time="1.2" />
+    <testcase classname="tests.masks.test_a" name="test_cases[1]" time="1.8" />
+    <testcase classname="tests.masks.test_a" name="test_cases[2]" time="2.4" />
     <testcase classname="tests.kernels.test_b" name="test_cases[2]" time="9.0" />
     <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
     <testcase classname="tests.examples.test_c" name="test_run" time="7.0" />
@@ -168,7 +168,7 @@ def test_what_a_run_measured_is_the_table():
         "9.0 tests/kernels/test_b.py::test_long\n"
         "0.4 tests/losses/test_a.py::test_cases\n"
         "2.0 tests/losses/test_a.py::test_long\n"
-        "1.1 tests/masks/test_a.py::test_cases\n"
+        "2.1 tests/masks/test_a.py::test_cases\n"
         "2.1 tests/masks/test_a.py::test_long\n"
     )
     assert long_tests.read(text)["tests/losses/test_a.py::test_cases"] == 0.4

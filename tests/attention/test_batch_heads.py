@@ -89,12 +89,12 @@ def test_steps_are_whole_entries_or_heads_of_one(
     ],
 )
 def test_heads_and_entries_are_cut_evenly(number, most, of, expected):
-    assert _lanes._divisor(number, most, of) == expected
+    assert _batch_heads._divisor(number, most, of) == expected
 
 
-def test_the_gradient_of_what_lanes_share_is_rounded_once(monkeypatch):
+def test_the_gradient_of_what_steps_share_is_rounded_once(monkeypatch):
     """Of a bias of all batch entries, which are added up one after the other."""
-    monkeypatch.setattr(_lanes, "SCORES", 1)
+    monkeypatch.setattr(_batch_heads, "SCORES", 1)
     query, key, value, weights = (draw(32, 4, 1, 3, seed=i) for i in range(4))
     bias = draw(1, 1, 4, 4, seed=4).astype(jnp.bfloat16)
 

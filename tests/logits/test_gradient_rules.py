@@ -23,34 +23,54 @@ STATISTICS = (
 )
 
 
-def modifiers(which: str) -> Modifiers:
-    draw = np.random.default_rng(3)
+def modifiers(which: str) -> Any:
+    draw: Any = np.random.default_rng(3)
     if which == "none":
         return Modifiers(None, None, None, None)
     where = np.arange(CLASSES) != 2
     weights = draw.normal(size=CLASSES)
     if which == "of rows":
-        rows = (draw.uniform(0.5, 1.5, ROWS) for _ in range(2))
-        return Modifiers(draw.normal(size=CLASSES), *rows, where, weights)
-    assert which == "scalars"
-    return Modifiers(None, np.float64(0.7), np.float64(1.3), where, None)
+        scale, temperature = draw.uniform(0.5, 1.5, (2, ROWS))
+        return Modifiers(draw.normal(size=CLASSES), scale, temperature, where, weights)
+    if which == "temperature":  # alone: its gradient follows from that of hidden
+        return Modifiers(None, None, draw.uniform(0.5, 1.5, ROWS), None, None)
+    numbers: Any = map(np.asarray, (0.7, 1.3))
+    return Modifiers(None, next(numbers), next(numbers), where, None)
 
 
-@pytest.mark.parametrize("source", ["head", "array"])
-@pytest.mark.parametrize(
-    ("which", "exclude"), [("none", False), ("of rows", True), ("scalars", False)]
+CASES = pytest.mark.parametrize(
+    ("which", "exclude"),
+    [
+        ("none", False),
+        ("temperature", False),
+        ("of rows", True),
+        ("scalars", False),
+    ],
 )
-def test_rules_of_the_definition_and_of_the_stream_agree(which, exclude, source):
-    """Of a head, where a gradient of the weight exists already, and of an array."""
+
+
+@CASES
+def test_rules_of_a_head_agree(which, exclude):
+    """Where a gradient of the weight exists already, too."""
+    check("head", which, exclude)
+
+
+@CASES
+def test_rules_of_an_array_agree(which, exclude):
+    check("array", which, exclude)
+
+
+def check(source, which, exclude):
+    """The rule that differentiates the definition, and the one of the stream."""
     draw = np.random.default_rng(0)
-    normal = lambda *shape: draw.normal(size=shape)
+    normal: Any = lambda *shape: draw.normal(size=shape)
     hidden, weight = normal(ROWS, FEATURES), normal(CLASSES, FEATURES)
     labels = jnp.array([[0, 3], [6, 6], [1, -1], [-1, -1], [2, 5], [4, 0]])
     cotangents = RowStatistics(
         **{n: normal(ROWS) for n in STATISTICS if n != "label_logits"},
         label_logits=normal(ROWS, 2),
     )
-    cap = None if which == "none" else 2.0
+    cap = None if which in ("none", "temperature") else 2.0
     options = Options(STATISTICS, cap, vocab_chunk=3, exclude_labels=exclude)
 
     @jax.jit
