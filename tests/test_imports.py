@@ -35,6 +35,21 @@ def test_nothing_outside_the_library_uses_private_jax_or_star_imports(repository
     assert found == []
 
 
+def test_every_pair_that_may_reach_into_private_files_does(
+    repository: pathlib.Path, monkeypatch
+):
+    roots = {path.stem for path in (repository / "softlib").glob("*.py")} - {"__init__"}
+    pairs = import_rules.REACHES_INTO
+    monkeypatch.setattr(import_rules, "REACHES_INTO", set())
+    found = {
+        (pathlib.PurePath(path).parts[1], sentence.rpartition(" ")[2])
+        for path, source in sources(repository, "softlib").items()
+        for sentence in import_rules.violations(source, pathlib.PurePath(path), roots)
+        if " is private to " in sentence
+    }
+    assert found == pairs
+
+
 def test_no_circle_of_imports(repository: pathlib.Path):
     assert import_rules.cycles(sources(repository, "softlib", "pallas_kernels")) == []
 

@@ -13,7 +13,7 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range, signed
-from softlib.logits._sources import LinearLogits
+from softlib.logits import LinearLogits
 from softlib.losses._vq_logits import (
     log_weights_of,
     require_mapping,
