@@ -1,8 +1,8 @@
-"""The devices that kernels are written for, and what bounds a kernel on each.
+"""The devices that kernels are written for, and their limits.
 
-Tile sizes are a function of shapes, dtypes and the device. The device is that of the
-mesh under which a program is traced if it has one, so that a program can be made for a
-machine that is not there, and else the default device.
+Tile sizes depend on shapes, dtypes and the device: that of the mesh under which a
+program is traced, so that a program can be made for another machine, or else the
+default device.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ class Tpu:
     """One core of a TPU.
 
     Attributes:
-        name: As compilers call it.
-        vmem_bytes: Of vector memory that one kernel can be given.
-        matrix_unit: Rows and columns of its systolic array.
+        name: The compiler's name.
+        vmem_bytes: Vector memory that one kernel can use.
+        matrix_unit: Rows and columns of the systolic array.
         flops: Per second, of bfloat16 products with sums in float32.
-        bytes_per_second: From and to its share of the high-bandwidth memory.
-        cores: Of a chip that one program sees as one device.
+        bytes_per_second: Bandwidth of its share of high-bandwidth memory.
+        cores: Cores of a chip, which one program sees as one device.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        name: As compilers call it.
+        name: The compiler's name.
         generation: `hopper` or `blackwell`: their matrix instructions differ.
-        multiprocessors: Number of them.
-        smem_bytes: Of shared memory that one block of threads can be given.
-        registers: Of 32 bits, per multiprocessor.
+        multiprocessors: Number of multiprocessors.
+        smem_bytes: Shared memory that one block of threads can use.
+        registers: 32-bit registers per multiprocessor.
         flops: Per second, of bfloat16 products with sums in float32.
-        bytes_per_second: From and to its memory.
+        bytes_per_second: Bandwidth of its memory.
     """
 
     name: str
@@ -61,12 +61,12 @@ V5E = Tpu("v5e", 128 * MIB, 128, 197e12, 819e9)
 V5P = Tpu("v5p", 64 * MIB, 128, 230e12, 1383e9, cores=2)
 V6E = Tpu("v6e", 128 * MIB, 256, 918e12, 1640e9)
 V7X = Tpu("tpu7x", 64 * MIB, 256, 1154e12, 3690e9)
-# Of a TPU that nobody has named: what fits every one of them.
+# For an unknown TPU: the smallest limits of all.
 ANY_TPU = dataclasses.replace(V4, name="any TPU", cores=1)
 H100 = Gpu("h100", "hopper", 132, 232_448, 65_536, 989e12, 3352e9)
 B200 = Gpu("b200", "blackwell", 148, 232_448, 65_536, 2250e12, 7672e9)
 
-# Beginnings and parts of `device_kind`.
+# Prefixes and substrings of `device_kind`.
 _TPU_KINDS = (
     ("TPU v4", V4),
     ("TPU v5 lite", V5E),
@@ -80,7 +80,7 @@ _GPU_KINDS = {H100: ("H100", "H200", "H800", "H20"), B200: ("B200", "B100", "B30
 
 
 def tpu() -> Tpu:
-    """The TPU for which a program is being traced; `ANY_TPU` if that is not known."""
+    """The TPU for which a program is being traced; `ANY_TPU` if it is not known."""
     kind = _device_kind("tpu")
     return next((d for start, d in _TPU_KINDS if kind.startswith(start)), ANY_TPU)
 
@@ -93,13 +93,13 @@ def gpu() -> Gpu | None:
 
 
 def gpu_generation() -> str | None:
-    """`hopper`, `blackwell`, or None: unknown, or none of them."""
+    """`hopper`, `blackwell`, or None for unknown and other GPUs."""
     device = gpu()
     return None if device is None else device.generation
 
 
 def _device_kind(platform: str) -> str:
-    """Empty for a device of another platform."""
+    """The device kind; empty for a device of another platform."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return device.device_kind if device.platform in _names(platform) else ""

@@ -1,4 +1,4 @@
-"""Results of kernels, as shard_map wants them declared."""
+"""Result types of kernels, as `shard_map` requires them."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from jax.sharding import ManualAxisType
 
 
 def result(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
-    """A result that varies over every mesh axis over which an operand varies."""
+    """The type of a result that varies over every mesh axis of an operand."""
     axes = frozenset[str]().union(
         *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
     )

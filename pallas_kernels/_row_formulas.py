@@ -1,4 +1,4 @@
-"""Operands and formulas of row statistics, the same in the kernels of all devices."""
+"""Operands and formulas of row statistics that the kernels of all devices share."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 class Operands(NamedTuple):
-    """Arrays of one call.
+    """The arrays of a call.
 
     Attributes:
         hidden: (N, D).
-        weight: (V, D), or in another layout that the options of the kernel name.
+        weight: (V, D), or in the layout that the options of the kernel name.
         labels: (N, L) int32, or None; a label outside [0, V) is in no class.
         per_row: Numbers of every row, (N,) each, by name: `logit_scale`, `temperature`.
         per_class: Numbers of every class, (V,) each: `bias`, and `where`, which is 0
@@ -26,7 +26,7 @@ class Operands(NamedTuple):
 
 
 def state_names(statistics: tuple[str, ...], labels: int) -> tuple[str, ...]:
-    """Names of the numbers per row that the forward pass carries from tile to tile."""
+    """Names of the per-row numbers that the forward pass carries from tile to tile."""
     names: list[str] = []
     if "lse" in statistics or "mean_logit" in statistics:
         names += ["top", "total"]
@@ -48,11 +48,11 @@ def cotangent_of_logits(part: Any, z: Any, p: Any, labels: int) -> Any:
     p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
 
     Args:
-        part: A slice; its `per_row(name)` may be broadcast to z, and is None for what
-            has no cotangent.
+        part: A slice; its `per_row(name)` broadcasts to z, and is None for a statistic
+            without a cotangent.
         z: Logits.
         p: Their softmax, or None if neither lse nor mean_logit has a cotangent.
-        labels: How many labels have a cotangent.
+        labels: Number of labels with a cotangent.
     """
     g = lambda name: part.per_row(f"g_{name}")
     dz: Any = None
@@ -62,7 +62,7 @@ def cotangent_of_logits(part: Any, z: Any, p: Any, labels: int) -> Any:
             deviation = 1 + without_inf(z) - part.per_row("mean_logit")
             more = g("mean_logit") * deviation
             factor = more if factor is None else factor + more
-        # Where a class is excluded p is an exact 0, but 0 * inf would be NaN.
+        # p is exactly 0 where a class is excluded, but 0 * inf would be NaN.
         dz = part.select(p * factor, 0)
     sums = g("sum_logits")
     if g("sum_squared_logits") is not None:

@@ -1,8 +1,8 @@
-"""Which blocks of (query, key, key) tuples a trilinear kernel visits, as lists.
+"""Lists of the blocks of (query, key, key) tuples that a trilinear kernel visits.
 
-A block holds tiles of keys of either axis, and a list says of every tile whether the
-mask leaves all of its pairs with the queries, some, or none. So one step of a grid
-fetches a large block, and the loop inside it skips what a narrow window leaves out.
+A block holds tiles of keys of either axis, and a list says for every tile whether the
+mask leaves all of its pairs with the queries, some, or none. So one step of the grid
+fetches a large block, and the loop inside skips tiles that a narrow window leaves out.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Of a tile of pairs, as a mask classifies it.
+# The kind of a tile of pairs: its status under the mask.
 NONE, SOME, ALL = 0, 1, 2
-# Bits of a word: first and last block of an owner, then two per tile.
+# Bits of a word: first and last block of an owner, then two bits per tile.
 FIRST, LAST, KINDS = 1, 2, 2
-# Tiles of both axes in one block, so that a word is a non-negative int32.
+# Most tiles of both axes in one block, so that a word is a non-negative int32.
 TILES = 14
 
-# Kind of (query start, stop, key start, stop); of blocks of all three axes by index.
+# Kind of a tile by (query start, stop, key start, stop); of a block by three indices.
 type Status = Callable[..., np.ndarray]
 
 type Predicate = Callable[..., Any]
@@ -29,9 +29,9 @@ class Masks(NamedTuple):
     """Static predicates on positions; None where everything attends.
 
     Attributes:
-        first: Of (query, first key).
-        second: Of (query, second key).
-        joint: Of all three.
+        first: Predicate of (query, first key).
+        second: Predicate of (query, second key).
+        joint: Predicate of all three.
     """
 
     first: Predicate | None = None
@@ -40,13 +40,13 @@ class Masks(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """The pairs of queries and one key axis, as far as the mask leaves them.
+    """The pairs of queries and keys of one axis that the mask leaves.
 
     Attributes:
         rows: Tile of queries of each block of keys that is not NONE, in order.
-        blocks: Its place along the keys.
-        kinds: Of its tiles, (blocks listed, tiles of a block).
-        grid: How many tiles of queries and blocks of keys there are.
+        blocks: Index of the block of keys.
+        kinds: Kinds of its tiles, (blocks listed, tiles of a block).
+        grid: Numbers of tiles of queries and of blocks of keys.
     """
 
     rows: np.ndarray
@@ -56,7 +56,7 @@ class Axis(NamedTuple):
 
     @property
     def per_row(self) -> np.ndarray:
-        """Blocks, and tiles, that each tile of queries visits: (2, rows)."""
+        """Numbers of blocks and tiles that each tile of queries visits: (2, rows)."""
         tiles = (self.kinds != NONE).sum(1)
         return np.stack(
             [
@@ -72,11 +72,11 @@ def axis(
     """Classifies the tiles of one key axis.
 
     Args:
-        status: Of the mask.
-        lengths: Of queries and keys.
-        query: Queries of a tile.
-        tile: Keys of a tile.
-        count: Tiles of a block.
+        status: Kinds of tiles under the mask.
+        lengths: Numbers of queries and keys.
+        query: Queries per tile.
+        tile: Keys per tile.
+        count: Tiles per block.
     """
     block = tile * count
     grid = (-(-lengths[0] // query), -(-lengths[1] // block))
@@ -101,10 +101,10 @@ def _kinds(
     queries: tuple[np.ndarray, int],
     keys: tuple[np.ndarray, int],
 ) -> np.ndarray:
-    """Of tiles, given by index and size; NONE beyond the keys, SOME across the end."""
+    """Kinds of tiles, by index and size; NONE beyond the keys, SOME across the end."""
     (row, query), (column, key) = queries, keys
     starts, stops = column * key, (column + 1) * key
-    # A tile beyond the end is classified as the last key, and the answer not used.
+    # A tile beyond the end is classified as the last key; its kind is not used.
     inside = np.minimum(starts, lengths[1] - 1)
     kinds = status(
         row * query,
@@ -119,7 +119,7 @@ def _kinds(
 
 
 class Visits(NamedTuple):
-    """Blocks in the order in which they are visited, int32, one entry per block.
+    """Blocks in the order of their visits, int32, one entry per block.
 
     Attributes:
         rows: Tile of queries.
@@ -143,9 +143,9 @@ def visits(
     Args:
         first: The first key axis.
         second: The second, of the same tiles of queries.
-        owner: 0 for all blocks of a tile of queries after each other, 1 and 2 for those
-            of a block of the first and of the second key axis.
-        joint: Kind of blocks `(rows, firsts, seconds)` under what relates all axes.
+        owner: Sorts blocks by tile of queries (0), or by block of the first (1) or the
+            second (2) key axis.
+        joint: Kind of blocks `(rows, firsts, seconds)` under the joint mask.
     """
     counts = (first.kinds.shape[1], second.kinds.shape[1])
     if sum(counts) > TILES:
@@ -156,10 +156,10 @@ def visits(
     if joint is not None:
         left = joint(*at) != NONE
         at, one, two = at[:, left], one[left], two[left]
-        # A tile of pairs proves nothing then: masks are evaluated on tuples.
+        # Tiles of pairs are never ALL then: the joint mask is evaluated on tuples.
         seconds = np.minimum(seconds, SOME)
     words = _packed(first.kinds[one], 0) + _packed(seconds[two], counts[0])
-    # Owners without a block have results too: zeros, written by a step that skips.
+    # The results of owners without a block are zeros, written by a step that skips.
     owners = (first.grid[0], first.grid[1], second.grid[1])[owner]
     idle = np.setdiff1d(np.arange(owners), at[owner])
     nothing = np.zeros((3, idle.size), np.int64)
@@ -175,9 +175,9 @@ def visits(
 
 
 def _pairs(first: Axis, second: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """Of every tile of queries all pairs of its blocks, as places in both lists."""
+    """All pairs of blocks of every tile of queries, as indices into both lists."""
     some, others = (axis.per_row[0] for axis in (first, second))
-    # Each block of the first axis with all that its row has of the second.
+    # Each block of the first axis with all blocks of the second in its row.
     times = others[first.rows]
     one = np.repeat(np.arange(first.rows.size), times)
     starts = (np.cumsum(others) - others)[first.rows]
@@ -187,7 +187,7 @@ def _pairs(first: Axis, second: Axis) -> tuple[np.ndarray, np.ndarray]:
     return one, two
 
 
-def _packed(kinds: np.ndarray, place: int) -> np.ndarray:
-    """Two bits per tile, from tile `place` of the word on."""
-    bits = KINDS + 2 * (place + np.arange(kinds.shape[-1]))
+def _packed(kinds: np.ndarray, start: int) -> np.ndarray:
+    """Kinds packed into words, two bits per tile, from tile `start` of the word on."""
+    bits = KINDS + 2 * (start + np.arange(kinds.shape[-1]))
     return (kinds.astype(np.int64) << bits).sum(-1)

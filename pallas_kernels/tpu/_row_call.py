@@ -1,4 +1,4 @@
-"""The parts that the row-statistics kernels share: operands, grid, products, slices."""
+"""The common code of row-statistics kernels: operands, grid, products, slices."""
 
 import dataclasses
 import functools
@@ -24,13 +24,13 @@ type Block = tuple[tuple[int, ...], Any, tuple[int, ...]]
 
 
 class Step(NamedTuple):
-    """One step of the grid.
+    """A step of the grid.
 
     Attributes:
         refs: References by name.
         outer: Index of the tile that stays for all steps of the second grid axis.
         inner: Index of the tile that changes from step to step.
-        part: Which part of the features is in; the backward pass counts them twice.
+        part: Index of the part of the features; the backward pass counts them twice.
         is_first: Whether this step is the first one of its outer tile.
         is_last: Whether this step is the last one of its outer tile.
     """
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, refs: dict[str, Any]) -> "Step":
-        # All of them here: an interpreter does not know them inside of `pl.when`.
+        # All read here: the interpreter does not know them inside `pl.when`.
         outer, inner, part = map(pl.program_id, range(3))
         inner_end, part_end = pl.num_programs(1) - 1, pl.num_programs(2) - 1
         is_first = (inner == 0) & (part == 0)
@@ -54,7 +54,7 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a kernel: operands and grid, products, the walk over slices."""
+    """A call of a kernel: operands and grid, products, the loop over slices."""
 
     kind: Pass
     options: Options
@@ -99,7 +99,7 @@ class Call:
         inner = pl.cdiv(self.classes, self.tiles.classes)
         if self.kind == "weight":
             outer, inner = inner, outer
-        # Backward, parts of D are needed for the logits, and again for the gradient.
+        # The backward pass needs parts of D for the logits, then for the gradient.
         again = 2 if self.kind != "forward" and self.parts > 1 else 1
         return outer, inner, self.parts * again
 
@@ -127,7 +127,7 @@ class Call:
         return None
 
     def divide(self, step: Step, name: str) -> None:
-        """Writes a float32 operand as a sum of bfloat16 ones; keeps one of bfloat16."""
+        """Writes a float32 operand as a sum of bfloat16 ones; bfloat16 is kept."""
         parts = step.refs.get(f"{name}_parts")
         if parts is None:
             return
@@ -155,7 +155,7 @@ class Call:
         `at` gives, for rows and columns of the product, the indices of each factor.
         """
         shape, ref = step.refs[to].shape[len(part) :], step.refs[to]
-        # Parts of one product after the other: together they would spill.
+        # Products of parts one after the other: together they would spill.
         for which in pairs((self._count(names[0]), self._count(names[1]))):
             factors = [
                 self._factor(step, name, i, to)
@@ -165,8 +165,8 @@ class Call:
             def block(
                 rows: Any, columns: Any, factors: Any = factors, fresh: bool = fresh
             ) -> None:
-                index, places = (*part, rows, columns), at(rows, columns)
-                first, second = (f(x) for f, x in zip(factors, places, strict=True))
+                index, indices = (*part, rows, columns), at(rows, columns)
+                first, second = (f(x) for f, x in zip(factors, indices, strict=True))
                 found = product(first, second, contract)
                 ref[index] = found if fresh else ref[index] + found
 
@@ -193,7 +193,7 @@ class Call:
         return part_count(dtypes[name], self.options.precision)
 
     def visit(self, step: Step, body: Callable[[Any, Slice], None]) -> None:
-        """Calls `body` with the slices of the tile, one after the other."""
+        """Calls `body` for each slice of the tile."""
         refs, size, width = step.refs, _rows_per_slice(self), self.tiles.classes
         first = (step.outer if self.kind == "weight" else step.inner) * width
 
@@ -208,7 +208,7 @@ class Call:
                 classes = refs["classes"][...] if "classes" in refs else None
                 raw = refs["raw"][at, :]
                 if real is not None:
-                    raw = jnp.where(real, raw, 0)  # overhang may hold anything
+                    raw = jnp.where(real, raw, 0)  # padding may hold anything
                 part = Slice(
                     self.form, raw, take("rows"), classes, take("labels"), ids, real
                 )
@@ -218,7 +218,7 @@ class Call:
 
         whole, tile = self._streamed
         if self.form.filter_eps is not None:
-            # What lies behind the end of either axis must not keep a block.
+            # Padding of either axis must not keep a block.
             return walk(ragged=True)
         if whole % tile == 0:
             return walk(ragged=False)
@@ -239,10 +239,10 @@ class Call:
 
     @property
     def _streamed(self) -> tuple[int, int]:
-        """The length of the axis that a sum runs over, and of a tile of it.
+        """The length of the summed axis, and its tile size.
 
-        What lies beyond its end would enter the sum. What lies beyond the end of the
-        other axis gives results that are not written.
+        Padding of this axis would enter the sum; padding of the other axis only gives
+        results that are not written.
         """
         if self.kind == "weight":
             return self.rows, self.tiles.rows
@@ -255,9 +255,9 @@ class Call:
     def _without_overhang(
         self, array: Any, axis: int, step: Step, start: Any = 0
     ) -> Any:
-        """The array with zeros beyond the end of the axis that a sum runs over.
+        """The array with zeros in the padding of the summed axis.
 
-        `start` is the place in the tile of the array's first row.
+        `start` is the index in the tile of the array's first row.
         """
         whole, tile = self._streamed
         if whole % tile == 0:
@@ -274,10 +274,10 @@ class Call:
         turn: Callable[[Any, Slice], None],
         add: Callable[[Any], None],
     ) -> None:
-        """Turns logits into cotangents and adds what these contribute to a gradient.
+        """Turns logits into cotangents and adds their contribution to a gradient.
 
-        `turn` does so for a slice, once the logits are complete; `add` adds the product
-        of the cotangents and the part of an operand that it is told.
+        `turn` does so for a slice of complete logits; `add` adds the product of the
+        cotangents and the given part of an operand.
         """
         refs, part = step.refs, step.part
 
@@ -302,7 +302,7 @@ class Call:
             pl.when(due)(functools.partial(add_all, at))
 
     def note_cotangents(self, step: Step, at: Any, raw: Any) -> None:
-        """Stores the cotangents of some rows, divided as the products need them."""
+        """Stores the cotangents of some rows as bfloat16 parts for the products."""
         draw = step.refs["draw"]
         for i, part in enumerate(parts_of(raw, draw.shape[0])):
             draw[i, at, :] = part
@@ -358,7 +358,7 @@ class Call:
         arrays = tuple(array for array, _ in operands.values())
 
         def spec(shape: tuple[int, ...], block: tuple[int, ...]) -> pl.BlockSpec:
-            # Cut along the outer tiles, whichever axis that is.
+            # Cut along the axis of the outer tiles.
             down = block[0] != shape[0] or block[1] == shape[1]
             at = lambda a, b, k: (a, 0) if down else (0, a)
             return pl.BlockSpec(block, at)
@@ -390,8 +390,8 @@ class Call:
         by_class = self.kind == "weight"
         row = lambda a, b: b if by_class else a
         column = lambda a, b: a if by_class else b
-        # The part of D of the logits, then again of the gradient. The operand that the
-        # gradient does not need stays where it is.
+        # The parts of D of the logits, then those of the gradient. An operand that the
+        # gradient does not need is not fetched again.
         again = lambda k: jnp.where(k < parts, k, k - parts) if parts > 1 else 0
         stays = lambda k: jnp.minimum(k, parts - 1) if parts > 1 else 0
         of_hidden, of_weight = (again, stays) if by_class else (stays, again)
@@ -452,7 +452,7 @@ def _moved(call: Call, hidden: Array, weight: Array) -> int:
 
 
 def _rows_per_slice(call: Call) -> int:
-    # A store of 16-bit numbers writes 16 rows at least.
+    # A store of 16-bit numbers writes at least 16 rows.
     return 8 if call.kind == "forward" else 16
 
 

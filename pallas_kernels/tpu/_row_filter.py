@@ -1,4 +1,4 @@
-"""The gradient filter: blocks of probabilities that say what the labels ask already.
+"""The gradient filter: skips blocks of probabilities that already match the labels.
 
 A block is 128 rows x 128 classes, however large the tiles are.
 """
@@ -17,7 +17,7 @@ FILTER_BLOCK = 128
 
 
 def note_distance(refs: dict[str, Any], at: Any, found: Cotangents) -> None:
-    """Keeps the largest distance of a row in each block of classes: a lane a block."""
+    """Keeps each row's largest distance in each block of classes: one lane a block."""
     if found.distance is None:
         return
     table = jnp.full((found.distance.shape[0], LANES), -1.0, jnp.float32)
@@ -29,7 +29,7 @@ def note_distance(refs: dict[str, Any], at: Any, found: Cotangents) -> None:
 
 
 def drop_negligible(refs: dict[str, Any], tiles: Tiles, eps: float) -> None:
-    """Zeroes the cotangents of negligible blocks; notes whether any other is left."""
+    """Zeroes the cotangents of negligible blocks, and notes whether others are left."""
     lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     most = jnp.full((1, LANES), -1.0, jnp.float32)
 

@@ -1,10 +1,10 @@
-r"""The mathematics of a slice of logits, (rows, classes), as vectors of a TPU hold it.
+r"""The mathematics of a slice of logits, (rows, classes), in vector registers.
 
     raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature
 
-Numbers per row are columns, (rows, 1), cut from one table; numbers per class are rows,
-(1, classes), of another. One table costs one block in vector memory, whatever the
-number of its columns, because a block is 128 lanes wide anyway.
+Numbers per row are columns, (rows, 1), of one table; numbers per class are rows,
+(1, classes), of another. A table takes one block of vector memory for up to 128
+columns, because a block is 128 lanes wide.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ class Columns:
         return len(self.names)
 
     def of_rows(self, table: Any, name: str) -> Any:
-        """(rows, 1), or None."""
+        """A column of the table, (rows, 1), or None."""
         if name not in self.names:
             return None
         at = self.names.index(name)
         return table[:, at : at + 1]
 
     def of_classes(self, table: Any, name: str) -> Any:
-        """(1, classes), or None."""
+        """A row of the table, (1, classes), or None."""
         if name not in self.names:
             return None
         at = self.names.index(name)
         return table[at : at + 1, :]
 
     def replaced(self, table: Any, values: dict[str, Any]) -> Any:
-        """The table of numbers per row with some of its columns replaced."""
+        """The table of numbers per row with some columns replaced."""
         lane = lax.broadcasted_iota(jnp.int32, table.shape, 1)
         for name, value in values.items():
             table = jnp.where(lane == self.names.index(name), value, table)
@@ -64,10 +64,10 @@ class Form:
     Attributes:
         statistics: Names, in the order of `softlib.logits.RowStatistics`.
         logit_softcap: c; None for none.
-        labels: How many labels a row has.
+        labels: Number of labels per row.
         per_row: Columns of the table of numbers per row.
         per_class: Rows of the table of numbers per class.
-        filter_eps: Of the gradient filter; None for none.
+        filter_eps: Threshold of the gradient filter; None for none.
     """
 
     statistics: tuple[str, ...]
@@ -83,16 +83,16 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Some rows of a tile of logits, and the numbers that belong to them.
+    """Some rows of a tile of logits, with their numbers per row and class.
 
     Attributes:
-        form: What is static.
+        form: Static options.
         raw: Products of hidden and weight, float32, (rows, classes).
-        rows: The part of the table per row, or None.
-        classes: The part of the table per class, or None.
+        rows: Table of numbers per row, for these rows, or None.
+        classes: Table of numbers per class, for these classes, or None.
         labels: (rows, L) int32, or None.
         ids: The class of each entry, (rows, classes) int32.
-        real: Where the entry is a logit and no overhang; None for everywhere.
+        real: True where the entry is a logit, not padding; None for everywhere.
     """
 
     form: Form
@@ -110,7 +110,7 @@ class Slice:
         return self.form.per_class.of_classes(self.classes, name)
 
     def logits(self) -> tuple[Any, Any]:
-        """z, and tanh(u / c) or None."""
+        """The logits z, and tanh(u / c) or None."""
         u, saturation, cap = self.raw, None, self.form.logit_softcap
         scale, bias = self.per_row("logit_scale"), self.per_class("bias")
         temperature = self.per_row("temperature")
@@ -128,20 +128,20 @@ class Slice:
         return u, saturation
 
     def select(self, z: Any, other: ArrayLike) -> Any:
-        """`other` in place of overhang and of the classes that are not selected."""
+        """`z`, but `other` in padding and in classes that are not selected."""
         if self.real is not None:
             z = jnp.where(self.real, z, other)
         where = self.per_class("where")
         return z if where is None else jnp.where(where > 0, z, other)
 
     def label(self, index: int) -> Any:
-        """(rows, classes): where the class is this label of the row."""
+        """True where the class is this label of the row, (rows, classes)."""
         return self.ids == self.labels[:, index : index + 1]
 
 
 # ------------------------------------------------------------------------------ forward
 def state_columns(form: Form) -> Columns:
-    """What the forward pass carries from tile to tile."""
+    """Columns of the numbers that the forward pass carries from tile to tile."""
     return Columns(state_names(form.statistics, form.labels))
 
 
@@ -160,7 +160,7 @@ def start(columns: Columns, shape: tuple[int, int]) -> Any:
 
 
 def updated(state: Any, columns: Columns, part: Slice) -> Any:
-    """The state with the classes of a slice."""
+    """The state with the classes of a slice added."""
     form = part.form
     z, _ = part.logits()
     present, counted = part.select(z, -jnp.inf), part.select(z, 0)
@@ -190,12 +190,12 @@ def updated(state: Any, columns: Columns, part: Slice) -> Any:
             # The lowest class that attains the maximum. Numbers of classes are exact in
             # float32 below 2^24.
             attained = jnp.where(present == tile_top, part.ids, _BEYOND)
-            place = attained.min(1, keepdims=True).astype(jnp.float32)
-            after["argmax"] = jnp.where(tile_top > known, place, before("argmax"))
+            lowest = attained.min(1, keepdims=True).astype(jnp.float32)
+            after["argmax"] = jnp.where(tile_top > known, lowest, before("argmax"))
         after["max_logit"] = jnp.maximum(known, tile_top)
     if form.wants("label_logits"):
         for i in range(form.labels):
-            # From this very tile: by another product it could exceed lse by rounding.
+            # From the same logits as lse, which it must not exceed by rounding.
             found = jnp.where(part.label(i), z, 0).sum(1, keepdims=True)
             after[f"label_{i}"] = before(f"label_{i}") + found
     return columns.replaced(state, after)
@@ -222,15 +222,14 @@ def finished(state: Any, columns: Columns, form: Form, width: int) -> Any:
 # ----------------------------------------------------------------------------- backward
 @dataclasses.dataclass(frozen=True)
 class Cotangents:
-    """Of a slice.
+    """Cotangents of a slice.
 
     Attributes:
-        raw: Of the products, the scale included.
-        biased: Of the bias, before it is summed over rows.
+        raw: Of the products, scale included.
+        biased: Of the bias, before the sum over rows.
         logit_scale: (rows, 1), or None.
         temperature: (rows, 1), or None.
-        distance: For the gradient filter: how far each probability is from what the
-            labels ask; -1 in a row without a cotangent.
+        distance: |p - onehot| for the gradient filter; -1 in a row without a cotangent.
     """
 
     raw: Any
@@ -259,7 +258,7 @@ def cotangents(part: Slice) -> Cotangents:
         dscale = (du * without_inf(part.raw)).sum(1, keepdims=True)
         draw = du * scale
     if part.real is not None:
-        # The numbers of a row behind the end may be NaN.
+        # The numbers of a padded row may be NaN.
         draw, du = jnp.where(part.real, draw, 0), jnp.where(part.real, du, 0)
     if form.filter_eps is not None:
         distance = _distance(part, z)
@@ -267,13 +266,13 @@ def cotangents(part: Slice) -> Cotangents:
 
 
 def form_labels(form: Form) -> int:
-    """How many labels have a cotangent."""
+    """Number of labels with a cotangent."""
     return sum(name.startswith("g_label_") for name in form.per_row.names)
 
 
 def _probabilities(part: Slice, z: Any) -> Any:
     lse = part.per_row("lse")
-    # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
+    # In an empty row, where lse is -inf, p must be 0, not exp(-inf + inf).
     offset = jnp.where(lse == -jnp.inf, 0, lse)
     return jnp.exp(part.select(z, -jnp.inf) - offset)
 

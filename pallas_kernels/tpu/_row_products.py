@@ -1,7 +1,7 @@
-"""Products of tiles on the matrix unit, in blocks that leave nothing to spill.
+"""Products of tiles on the matrix unit, in blocks that do not spill registers.
 
-Left to the compiler, numbers of float32 are divided into parts of bfloat16 anew for
-every block, in registers that it does not have; here a tile is divided once.
+The compiler would split float32 into bfloat16 parts again for every block, and spill
+registers; here a tile is split once.
 """
 
 import math
@@ -15,7 +15,7 @@ from pallas_kernels._devices import V4, V5E, V5P, tpu
 
 from .bfloat16_parts import parts_of
 
-# From the rows and columns of a part of a factor to what it holds.
+# Maps rows and columns of a bfloat16 part of a factor to its values.
 type Factor = Callable[[Any], Any]
 
 
@@ -24,11 +24,11 @@ def each_block(
 ) -> None:
     """Calls `visit` with the rows and columns of blocks that cover a product.
 
-    A product of a whole tile is cut by the compiler so that sums spill. `turned` where
-    the first factor has to be transposed on the way.
+    In a product of a whole tile the compiler spills sums. `turned` says that the first
+    factor is transposed on the way.
     """
     device = tpu()
-    # The tallest that leave nothing to spill, read from compiled programs.
+    # The tallest blocks that do not spill, read from compiled programs.
     tall = 128 if turned else {V5E: 256, V5P: 256, V4: 32}.get(device, 128)
     for row_start, row_size, row_count in cut(shape[0], tall):
         for start, size, count in cut(shape[1], device.matrix_unit):
@@ -53,7 +53,7 @@ def each_block(
 def split(
     source: Any, parts: Any, prepare: Callable[[Any, Any], Any], size: int = 16
 ) -> None:
-    """Divides a tile, some rows at a time, which `prepare` sees with their start."""
+    """Splits a tile into bfloat16 parts, some rows at a time, after `prepare`."""
     rows, count = source.shape[0], parts.shape[0]
 
     def some(start: Any, size: int) -> None:
@@ -67,7 +67,7 @@ def split(
 
 
 def cut(length: int, size: int) -> list[tuple[int, int, int]]:
-    """(start, size, number) of the whole blocks and of the rest."""
+    """(start, size, number) of the whole blocks and of the remainder."""
     whole, rest = divmod(length, size)
     parts = [(0, size, whole)] if whole else []
     return [*parts, (whole * size, rest, 1)] if rest else parts

@@ -1,11 +1,10 @@
-"""Tile sizes of the row-statistics kernels, from a model of what they cost.
+"""Tile sizes of the row-statistics kernels, from a cost model.
 
-Per pass, a kernel does 2 N V D operations (a backward one 4 N V D) and reads what
-streams once per tile of what stays: the weight N / rows times forward and
-for the gradient of hidden, hidden V / classes times for the gradient of the weight. The
-model takes the slower of products and memory, and adds what a grid step costs beside
-its work. Of the sizes that fit in vector memory the cheapest is taken, of equals the
-smallest.
+A forward pass takes 2 N V D operations, a backward one 4 N V D. The streamed operand is
+read once per tile of the other: the weight N / rows times (forward and gradient of
+hidden), hidden V / classes times (gradient of the weight). The model takes the slower
+of products and memory, plus a constant per grid step. The cheapest sizes that fit in
+vector memory are taken, of equal ones the smallest.
 """
 
 import dataclasses
@@ -17,22 +16,22 @@ from pallas_kernels._devices import V4, Tpu
 
 type Pass = Literal["forward", "hidden", "weight"]
 
-# Seconds: what the pipeline of a grid adds to each step.
+# Seconds that the pipeline of a grid adds to each step.
 STEP = 0.4e-6
-# Of vector memory: the rest is for what the compiler spills and for its own copies.
+# Share of vector memory; the rest is for the compiler's spills and copies.
 SHARE = 0.75
 LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of one step.
+    """Sizes of a step.
 
     Attributes:
-        rows: Of hidden.
-        classes: Of the weight.
-        features: Summed over in one product; a divisor of D.
-        vmem_bytes: What the kernel asks for.
+        rows: Rows of hidden.
+        classes: Classes of the weight.
+        features: Features summed over in one product; a divisor of D.
+        vmem_bytes: Vector memory of the kernel.
     """
 
     rows: int
@@ -46,19 +45,19 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of a problem, as far as the choice of tiles depends on them."""
+    """Sizes of a problem that determine the choice of tiles."""
 
     rows: int
     features: int
     vocabulary: int
-    hidden_bytes: int  # of an element
+    hidden_bytes: int  # per element
     weight_bytes: int
     labels: bool = False
     filtered: bool = False
 
 
 def choose_tiles(kind: Pass, shapes: Shapes, device: Tpu) -> Tiles | None:
-    """None where even the smallest tiles do not fit."""
+    """The cheapest tiles; None if even the smallest do not fit."""
     best: tuple[float, int, Tiles] | None = None
     for found in _candidates(kind, shapes, _widths(shapes, device)):
         if found.vmem_bytes > SHARE * device.vmem_bytes:
@@ -72,7 +71,7 @@ def choose_tiles(kind: Pass, shapes: Shapes, device: Tpu) -> Tiles | None:
 
 
 def _widths(shapes: Shapes, device: Tpu) -> tuple[int, ...]:
-    """Classes of a tile. Wider slices of what is computed do not fit into registers."""
+    """Candidates for the classes of a tile: wider slices do not fit into registers."""
     widest = 512 if shapes.filtered else 1024
     if device == V4:
         widest //= 2
@@ -87,13 +86,13 @@ def _candidates(kind: Pass, shapes: Shapes, widths: tuple[int, ...]) -> Iterator
 
 
 def tiles(kind: Pass, shapes: Shapes, rows: int, classes: int, features: int) -> Tiles:
-    """These sizes, with what they need."""
+    """These sizes, with the vector memory that they need."""
     need = _vmem(kind, shapes, rows, classes, features)
     return Tiles(rows, classes, features, need)
 
 
 def _sizes(length: int, sizes: tuple[int, ...], multiple: int) -> list[int]:
-    """Sizes that are not longer than the whole, rounded up; at least one."""
+    """The sizes up to the length (rounded up); at least one."""
     whole = -(-length // multiple) * multiple
     return [*(size for size in sizes if size < whole), min(whole, sizes[-1])]
 
@@ -109,9 +108,9 @@ def _divisors(features: int) -> list[int]:
 def _vmem(kind: Pass, shapes: Shapes, rows: int, classes: int, features: int) -> int:
     up = lambda n, m: -(-n // m) * m
     features_up = up(features, LANES)
-    # Two of everything that streams; a table is 128 lanes wide.
+    # Streamed arrays are double-buffered; a table is 128 lanes wide.
     tables = 2 * 4 * (rows * LANES * (2 + shapes.labels) + 8 * classes)
-    divided = lambda size: 6 if size == 4 else 0  # three numbers of bfloat16
+    divided = lambda size: 6 if size == 4 else 0  # three bfloat16 parts
     of_hidden = 2 * shapes.hidden_bytes + divided(shapes.hidden_bytes)
     of_weight = 2 * shapes.weight_bytes + divided(shapes.weight_bytes)
     streams = features_up * (rows * of_hidden + classes * of_weight)

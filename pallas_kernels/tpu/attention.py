@@ -2,15 +2,15 @@ r"""Attention over the blocks that a mask leaves, forward.
 
 The grid is (batch entry, query head, entry of a list of blocks); see
 `attention_lists.py` for the list. A step holds a block of queries, of keys and of
-values, each twice because the next one is on its way, and the state of its rows in
-scratch: the maximum and the sum per lane, (block_query, 128) each, and the weighted sum
-of values, (block_query, E), all float32. The state starts at the first entry of a row
-of blocks and is written at the last one. The scores of a step are made in slices of
-some queries by some keys, so that they live in registers as far as they fit.
+values, double-buffered, and the state of its rows in scratch: the maximum and the sum
+per lane, (block_query, 128) each, and the weighted sum of values, (block_query, E), all
+float32. The state starts at the first entry of a row of blocks and is written at the
+last one. Scores are computed in pieces of some queries by some keys, which stay in
+registers as far as they fit.
 
-Arrays of the user's layout, (B, T, N, H), are transposed to (B, N, T, H), in which the
-rows of one head are a block. Inside a program the compiler gives projections that
-layout from the start; arguments of the program are copied once.
+Arrays in the user's layout, (B, T, N, H), are transposed to (B, N, T, H), in which the
+rows of one head are a block. Inside a program the compiler produces projections in that
+layout; arguments of the program are copied once.
 """
 
 import functools
@@ -63,12 +63,12 @@ def attention(
         query: (B, T, N, H).
         key: (B, S, K, H), N a multiple of K.
         value: (B, S, K, E).
-        entries: From `lists`, rows of it being blocks of queries, (lists, entries).
-        form: What is static.
-        tiles: Sizes of blocks, those of the lists, and of slices.
-        out_dtype: Of the means.
+        entries: Result of `lists` by rows of blocks of queries, (lists, entries).
+        form: Static options.
+        tiles: Sizes of blocks, as in the lists, and of pieces.
+        out_dtype: The dtype of the means.
         sinks: (N,); one more score per head. Only for softmax.
-        mask_scalars: (B, n) int32, what the mask takes besides positions.
+        mask_scalars: (B, n) int32, arguments of the mask besides positions.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -146,7 +146,7 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
         sum_ref[...] = jnp.zeros_like(sum_ref)
         out_sum_ref[...] = jnp.zeros_like(out_sum_ref)
         if sinks_ref is not None:
-            # A score that is seen first, with the weight 1 and no value.
+            # A sink is the first score: weight 1, no value.
             sink = sinks_ref[head] * LOG2_E
             lane = lax.broadcasted_iota(jnp.int32, sum_ref.shape, 1)
             one = jnp.where(sink == -jnp.inf, 0.0, 1.0)
@@ -246,6 +246,6 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
 
 
 def _by_lanes(x: Any) -> Any:
-    """(rows, columns) summed to (rows, 128): additions of registers only."""
+    """Sums (rows, columns) to (rows, 128), by additions of registers only."""
     parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
     return functools.reduce(jnp.add, parts)

@@ -1,4 +1,4 @@
-"""Parts of blocks, products and the call, shared by attention kernels for TPUs."""
+"""Slices of blocks, products and the call, shared by attention kernels for TPUs."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from .bfloat16_parts import pairs, part_count, parts_of
 
 
 def zero_beyond(x: Any, start: Any, length: int, size: int) -> Any:
-    """Zeros in the rows, from `start` on, that a block has beyond the array.
+    """`x`, the rows of a block of `size` from `start` on, with 0 in padding.
 
-    They hold anything, and 0 * NaN is NaN: both operands of a contraction over rows
-    need zeros there. `size` is that of the block.
+    Padding may hold NaN, and 0 * NaN is NaN: both operands of a contraction over rows
+    need zeros there.
     """
     if length % size == 0:
         return x
@@ -29,18 +29,18 @@ def zero_beyond(x: Any, start: Any, length: int, size: int) -> Any:
     return jnp.where(row < length, x, jnp.zeros_like(x))
 
 
-# Of a product of some operands: takes the part of an operand, by its place, that
-# belongs to a pass; tells the first pass; then the arguments of a stage.
+# A pass of a product: gets a function that takes the bfloat16 part of an operand (by
+# its index), whether it is the first pass, and the arguments of a stage.
 type Product = Callable[[Callable[[int, Any], Any], bool, int, Any, Any], None]
 
 
 def passes(dtypes: tuple[Any, Any], precision: Any, body: Product) -> list[Stage]:
-    """A stage for each product of bfloat16 that a product of two dtypes consists of."""
+    """A stage for each bfloat16 product that makes up a product of two dtypes."""
     counts = [part_count(dtype, precision) for dtype in dtypes]
 
     def one(n: int, which: tuple[int, int]) -> Stage:
-        def take(place: int, x: Any) -> Any:
-            return list(parts_of(x, counts[place]))[which[place]]
+        def take(side: int, x: Any) -> Any:
+            return list(parts_of(x, counts[side]))[which[side]]
 
         return functools.partial(body, take, n == 0)
 
@@ -48,18 +48,18 @@ def passes(dtypes: tuple[Any, Any], precision: Any, body: Product) -> list[Stage
 
 
 def add(ref: Any, at: Any, x: Any, fresh: bool) -> None:
-    """Adds to what is there, or replaces it."""
+    """Adds `x` to a slice of `ref`, or replaces the slice if `fresh`."""
     ref[at] = x if fresh else ref[at] + x
 
 
 def widths(features: int) -> list[Any]:
-    """Lanes of an array whose products are made apart: more exceed the registers."""
+    """Slices of lanes whose products are separate, since more exceed the registers."""
     starts = range(0, features, LANES)
     return [pl.ds(start, min(LANES, features - start)) for start in starts]
 
 
 def lanes(x: Any, width: int) -> Any:
-    """(rows, 128), equal along lanes, as (rows, width)."""
+    """Widens (rows, 128), equal along lanes, to (rows, width)."""
     if width <= LANES:
         return x[:, :width]
     if width % LANES == 0:
@@ -68,14 +68,14 @@ def lanes(x: Any, width: int) -> Any:
 
 
 def column(row: Any) -> Any:
-    """(1, rows) as (rows, 128), equal along lanes."""
+    """Turns (1, rows) into (rows, 128), equal along lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def cost(
     steps: int, tiles: Tiles, *, products: int, column_bytes: int
 ) -> pl.CostEstimate:
-    """Of so many steps with products over so many features."""
+    """The cost of `steps` with `products` over features."""
     pairs = tiles.query * tiles.key
     return pl.CostEstimate(
         flops=2 * steps * pairs * products,
@@ -89,17 +89,17 @@ class Call:
     """A kernel over lists of blocks.
 
     Attributes:
-        kernel: Of the references of entries, scalars, inputs, outputs and scratch.
-        grid: Of one list, the axis of its entries included.
+        kernel: Takes references of entries, scalars, inputs, outputs and scratch.
+        grid: The grid of one list, including the axis of its entries.
         scalars: Arrays in scalar memory besides the entries.
         inputs: Arrays.
-        in_specs: Of the inputs; index maps get the grid indices and the scalar refs.
-        out_shapes: Of the results.
-        out_specs: Likewise.
+        in_specs: Specs of inputs; index maps get the grid indices and the scalar refs.
+        out_shapes: Shapes of the results.
+        out_specs: Specs of the results.
         scratch: Shapes in vector memory.
-        semantics: Of the axes of the grid.
+        semantics: Semantics of the grid axes.
         cost: For the compiler's scheduler.
-        name: Of the kernel.
+        name: The kernel's name.
         interpret: As in `pallas_call`.
     """
 
@@ -131,7 +131,7 @@ class Call:
         count = len(before)
         kernel = self.kernel
         if count:
-            # What earlier lists wrote is the same memory as the results.
+            # Results share memory with those of earlier lists.
             first = prefetched + len(self.inputs)
             kernel = lambda *refs: self.kernel(*refs[:first], *refs[first + count :])
         return pl.pallas_call(
@@ -160,10 +160,10 @@ class Call:
 def by_row(
     tiles: Any, groups: int
 ) -> tuple[Callable[[int], Any], Callable[[int], Any], Any]:
-    """How arrays are cut where rows of blocks stay: those of queries, those of keys.
+    """Block specs of arrays of queries and of keys, and of numbers per query.
 
-    Both for a number of features; then numbers per query. `groups`: heads of queries
-    of a head of keys.
+    Blocks of queries stay along a row of the list. The first two take a number of
+    features. `groups`: query heads per key head.
     """
     rows = lambda width: pl.BlockSpec(
         (None, None, tiles.query, width),
@@ -186,7 +186,7 @@ def by_row(
 
 
 def stored_length(length: int, size: int, entries: Any) -> int:
-    """Rows of a result: whole blocks where several lists write it in place."""
+    """Number of rows of a result: whole blocks if several lists write it in place."""
     return length if entries.shape[0] == 1 else -(-length // size) * size
 
 

@@ -1,4 +1,4 @@
-"""Static form of an attention on a TPU: how scores are made, which pairs attend."""
+"""Static options of attention on a TPU: scores, weights and masks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from .attention_weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Masking:
-    """Mask of a block of pairs, evaluated in the kernel.
+    """The mask of a block of pairs, evaluated in the kernel.
 
     Attributes:
-        attends: `attends(query, key, *scalars)`, of positions (rows, 1) and
+        attends: `attends(query, key, *scalars)`, for positions (rows, 1) and
             (1, columns) or the other way round; broadcasts.
-        key_length: Keys in all.
-        scalars: How many integers per batch entry `attends` takes.
+        key_length: Number of keys.
+        scalars: Number of integers per batch entry that `attends` takes.
     """
 
     attends: Callable[..., Any]
@@ -34,9 +34,9 @@ class Masking:
         *,
         transposed: bool = False,
     ) -> Any:
-        """Booleans of a part of a block, whose rows are keys if `transposed`.
+        """Booleans of a piece of a block, whose rows are keys if `transposed`.
 
-        `starts`: the positions of the first query and the first key.
+        `starts` are the positions of the first query and the first key.
         """
         queries, keys = (1, 0) if transposed else (0, 1)
         query, key = (
@@ -53,11 +53,11 @@ class Form:
     """Options that turn products into weights; Python values.
 
     Attributes:
-        weights: The positive function.
-        scale: Of the products.
+        weights: The positive function of scores.
+        scale: The factor of the products.
         logit_softcap: None for none.
-        precision: Of products of float32.
-        masking: Which pairs attend.
+        precision: The precision of float32 products.
+        masking: The mask.
     """
 
     weights: Weights
@@ -67,7 +67,7 @@ class Form:
     masking: Masking
 
     def scores(self, products: Any) -> tuple[Any, Any]:
-        """Scores, and the slope of the softcap, None without."""
+        """The scores, and the slope of the softcap (None without)."""
         return self.weights.scores(products, self.scale, self.logit_softcap)
 
 

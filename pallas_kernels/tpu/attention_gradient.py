@@ -1,4 +1,4 @@
-"""What the kernels of both gradients of attention do alike."""
+"""Code that the kernels of both gradients of attention share."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def inputs(
     inverse: jax.Array,
     delta: jax.Array,
 ) -> list[jax.Array]:
-    """In the layout of the kernels: (B, N, T, H), numbers per row (B, N, 1, T)."""
+    """Transposes to the kernels' layout: (B, N, T, H), numbers per row (B, N, 1, T)."""
     if form.weights.is_log:
         inverse = inverse * LOG2_E
     per_row = lambda x: jnp.swapaxes(x, 1, 2)[:, :, None]

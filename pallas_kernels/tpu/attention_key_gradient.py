@@ -2,11 +2,10 @@ r"""The gradients of the keys and values of block-sparse attention.
 
     dv_j = sum_i p_ij do_i                         dk_j = a sum_i ds_ij q_i
 
-in the notation of `attention_query_gradient`; summed along columns of blocks. The
-kernel visits the query heads of a key head one after the other in the last axis of its
-grid, while the block of keys stays. Its tiles of scores have keys as rows: then no
-product has a transposed left operand, and numbers per query are rows of lanes, as they
-lie in memory.
+in the notation of `attention_query_gradient`; summed along columns of blocks. The last
+grid axis visits the query heads of a key head in turn, while the block of keys stays.
+Tiles of scores have keys as rows: then no product has a transposed left operand, and
+numbers per query lie along lanes, as they do in memory.
 """
 
 import functools
@@ -61,12 +60,12 @@ def key_value_gradient(
         cotangent: (B, T, N, E).
         inverse: (B, T, N).
         delta: (B, T, N).
-        entries: From `lists`, rows of it being blocks of keys. A block that reaches
+        entries: Result of `lists` by rows of blocks of keys. A block that reaches
             beyond the last query is not whole.
-        form: What is static.
+        form: Static options.
         tiles: Sizes.
-        out_dtypes: Of the two gradients.
-        mask_scalars: What the mask takes besides positions.
+        out_dtypes: Dtypes of the two gradients.
+        mask_scalars: Arguments of the mask besides positions.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -186,7 +185,7 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
                 lane = pl.ds(at[1] + columns.start, columns.size)
                 inverse, delta = inverse_ref[:, lane], delta_ref[:, lane]
                 if partial and query_length % tiles.query:
-                    # A query beyond the last one is an empty row.
+                    # A padded query is made an empty row.
                     query = start + lax.broadcasted_iota(jnp.int32, delta.shape, 1)
                     nothing = jnp.inf if weights.is_log else 0.0
                     inverse = jnp.where(query < query_length, inverse, nothing)
@@ -202,7 +201,7 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
                 ds = ds if bent is None else ds * bent
                 slopes_refs[buffer][here, columns] = ds.astype(query_ref.dtype)
 
-            # No row is summed up: fewer columns at a time take fewer registers.
+            # Rows are not summed: fewer columns at a time take fewer registers.
             width = tiles.rows if straight else min(tiles.rows, 2 * LANES)
             over_slices(
                 (tiles.keys, tiles.rows), parts, at[0], i, straight, group, width

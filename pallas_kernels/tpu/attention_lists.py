@@ -1,13 +1,12 @@
 """The blocks that an attention kernel visits, as a flat list that fits scalar memory.
 
-A grid step is an entry of the list, and index maps read it: only blocks of the list are
-ever fetched, and the pipeline of the grid fetches the next one meanwhile. An entry is
-one int32:
+A grid step is an entry of the list, and index maps read it: only listed blocks are
+fetched, and the pipeline of the grid prefetches the next one. An entry is one int32:
 
     row (13 bits) | column (13) | kind (2) | first of its row (1) | last of its row (1)
 
-"Row" is the axis whose results are summed over the list: of queries for the output and
-the gradient of the queries, of keys for the gradients of keys and values.
+"Row" is the axis that owns the results: queries for the output and the gradient of the
+queries, keys for the gradients of keys and values.
 """
 
 import dataclasses
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-# Blocks along an axis that 13 bits can tell apart.
+# Most blocks along an axis: 13 bits.
 MOST_BLOCKS = 1 << 13
-# Entries of one call: a quarter of the megabyte of scalar memory.
+# Most entries of one call: a quarter of the megabyte of scalar memory.
 MOST_ENTRIES = 1 << 16
 NOTHING, SOME, ALL = 0, 1, 2
 
@@ -31,14 +30,14 @@ def lists(
     *,
     most_entries: int = MOST_ENTRIES,
 ) -> np.ndarray:
-    """Lists of at most so many entries, (lists, entries); no row is divided.
+    """Lists of at most `most_entries` entries, (lists, entries); rows are not divided.
 
     Args:
-        rows: Of each block that is visited, in any order.
-        columns: Likewise.
+        rows: Row of each visited block, in any order.
+        columns: Column of each visited block.
         whole: Whether every pair of the block attends.
-        row_count: Rows in all. One without blocks gets an entry that computes nothing:
-            its results have to be written all the same.
+        row_count: Number of rows. One without blocks gets an entry that computes
+            nothing but writes its results.
         most_entries: At least the number of columns.
 
     Returns:
@@ -55,7 +54,7 @@ def lists(
     first, last = borders[:-1], borders[1:]
     entries = _packed(rows, columns, kinds, first, last)
 
-    # As many whole rows in a list as fit.
+    # Each list takes as many whole rows as fit.
     stops = np.flatnonzero(last) + 1
     parts, start = [], 0
     while start < len(entries):
@@ -67,7 +66,7 @@ def lists(
     found = np.empty((len(parts), length), np.int32)
     for out, part in zip(found, parts, strict=True):
         out[: len(part)] = part
-        # The blocks of the last entry, which are there already.
+        # Padding repeats the blocks of the last entry, which need no copy.
         out[len(part) :] = part[-1] & ~_FLAGS
     return found
 
@@ -87,7 +86,7 @@ def _packed(
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One entry of a list, as a kernel reads it."""
+    """An entry of a list, as read by a kernel."""
 
     packed: Any
 

@@ -1,14 +1,13 @@
-"""The pieces of a block, and the walk over them.
+"""The pieces of a block, and the pipeline over them.
 
 A piece is some rows of a tile of scores by some of its columns. It goes through three
-stages: products make its scores, vector instructions make weights of them, and
-products sum up what is weighted. What a stage leaves lies in vector memory, because
-the scores of a piece are more than all registers hold. Each stage is cut into as many
-parts as the piece has groups of columns, and one turn of a loop does a part of the
-third stage of one piece, of the second stage of the next, and of the first stage of
-the one after: the matrix units and the vector units then have work at the same time.
-A loop, because a straight program of a piece would be scheduled with more values alive
-than there are registers.
+stages: products compute its scores, vector instructions turn these into weights, and
+products sum the weighted values. Results of a stage lie in vector memory, because the
+scores of a piece exceed the registers. Each stage is cut into as many parts as the
+piece has groups of columns. An iteration of the loop does a part of the third stage of
+one piece, of the second stage of the next, and of the first stage of the one after: so
+matrix units and vector units work at the same time. Unrolled, a piece would be
+scheduled with more live values than there are registers.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 
-# Rows that are turned into weights at a time: what a register of bfloat16 holds.
+# Rows that are turned into weights at a time: those of a register of bfloat16.
 SLICE = 16
 
-# Of a buffer (0 or 1), the first row and column of a piece, and the number of a part.
+# Takes a buffer (0 or 1), the first row and column of a piece, and the part's index.
 type Stage = Callable[[int, tuple[Any, Any], Any], None]
 
 
@@ -32,17 +31,17 @@ def over_pieces(
     stages: Sequence[Sequence[Stage]],
     before_last: Stage | None = None,
 ) -> None:
-    """Takes every piece of a block through the stages, all rows of a column first.
+    """Runs the stages on every piece of a block, all rows of a column first.
 
     Args:
         block: Rows and columns.
-        piece: Divides it.
-        parts: Of each stage.
+        piece: Rows and columns of a piece; divides `block`.
+        parts: Number of parts of each stage.
         overlapped: Whether successive pieces are in successive stages at the same time,
-            with a buffer for either of two; else one piece is finished before the next.
-        stages: In their order, each of one function or of several that do not depend
-            on one another; these share a loop only where pieces overlap.
-        before_last: All parts of this come before the last stage of the same piece.
+            with two buffers; else one piece is finished before the next.
+        stages: In order, each of one function or of several independent ones; these
+            share a loop only where pieces overlap.
+        before_last: Run with all its parts before the last stage of the same piece.
     """
     counts = tuple(whole // part for whole, part in zip(block, piece, strict=True))
     pieces = counts[0] * counts[1]
@@ -87,12 +86,12 @@ def over_pieces(
 
 
 def aligned(start: Any, size: int) -> Any:
-    """A start that is known to be a multiple of the size."""
+    """`start`, which the compiler may assume to be a multiple of `size`."""
     return start if isinstance(start, int) else pl.multiple_of(start, size)
 
 
 def part_of(start: Any, i: Any, size: int) -> Any:
-    """The i-th part of so many from `start` on, itself a multiple of the size."""
+    """The i-th slice of `size` from `start` on, which is a multiple of `size`."""
     return pl.ds(aligned(start + i * size, size), size)
 
 
@@ -105,12 +104,12 @@ def over_slices(
     body: Callable[[Any, Any, Any], None],
     width: int | None = None,
 ) -> None:
-    """`body` of every slice of the i-th part of the rows of a piece.
+    """Calls `body` for every slice of the i-th part of the rows of a piece.
 
     It gets the columns, and the rows in the piece and in the block, where the piece
-    starts at `start`. `straight` as a straight program, which leaves the order of the
-    instructions of all slices open; else in a loop, which keeps alive what one of them
-    needs. `width`: columns of a slice, None for all.
+    starts at `start`. `straight` unrolls: the compiler may interleave the slices; in a
+    loop only the values of one slice are live. `width`: columns of a slice, None for
+    all.
     """
     share, width = piece[0] // parts, width or piece[1]
     size, groups = min(SLICE, share), piece[1] // width
@@ -130,5 +129,5 @@ def over_slices(
 
 
 def by_buffer(refs: Sequence[Any], buffers: int) -> list[Sequence[Any]]:
-    """References, each once per buffer."""
+    """The references of each buffer."""
     return [refs[i : i + buffers] for i in range(0, len(refs), buffers)]

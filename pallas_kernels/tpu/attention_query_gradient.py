@@ -1,13 +1,13 @@
 r"""The gradient of the queries of block-sparse attention.
 
-With $p$ the weights, $\delta_i = \langle do_i, o_i \rangle$ minus what comes in through
-the normalizer, and $f'$ the slope of the weights,
+With $p$ the weights, $\delta_i = \langle do_i, o_i \rangle$ minus the cotangent of the
+normalizer, and $f'$ the slope of the weights,
 
     ds_ij = f'_ij (<do_i, v_j> - delta_i)          dq_i = a sum_j ds_ij k_j
 
-Weights are made again from the scores and the normalizers. The gradient is summed along
-rows of blocks: a kernel owns what it writes, so that there is neither a partial result
-in memory nor an atomic sum.
+Weights are recomputed from the scores and the normalizers. The gradient is summed along
+rows of blocks: a kernel owns what it writes, so that there are neither partial results
+in memory nor atomic sums.
 """
 
 import functools
@@ -62,15 +62,15 @@ def query_gradient(
         query: (B, T, N, H).
         key: (B, S, K, H), N a multiple of K.
         value: (B, S, K, E).
-        cotangent: Of the output, (B, T, N, E).
+        cotangent: Cotangent of the output, (B, T, N, E).
         inverse: Per row, float32 (B, T, N): the logsumexp in nats, +inf for an empty
             row, or one over the sum of the weights, 0 for an empty row.
         delta: Per row, float32 (B, T, N).
-        entries: From `lists`, rows of it being blocks of queries.
+        entries: Result of `lists` by rows of blocks of queries.
         form: As in `attention`; so are the other options.
         tiles: Sizes.
-        out_dtype: Of the gradient.
-        mask_scalars: What the mask takes besides positions.
+        out_dtype: The dtype of the gradient.
+        mask_scalars: Arguments of the mask besides positions.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -164,7 +164,7 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
             return passes((left_ref.dtype, right_ref.dtype), form.precision, one)
 
         def weigh(buffer: int, at: tuple[Any, Any], i: Any) -> None:
-            # No row is summed up: fewer columns at a time take fewer registers.
+            # Rows are not summed: fewer columns at a time take fewer registers.
             width = tiles.keys if straight else min(tiles.keys, 2 * LANES)
 
             def group(columns: Any, here: Any, rows: Any) -> None:

@@ -1,8 +1,8 @@
-"""Sizes of the blocks of attention kernels, and what a block costs.
+"""Sizes of the blocks of attention kernels, and their cost model.
 
 Larger blocks need fewer steps of the grid and read keys less often; smaller ones follow
-a mask more closely. Which weighs more depends on the mask, so the caller counts its
-blocks at each of the candidates and asks for the seconds.
+a mask more closely. The caller counts the blocks of its mask for each candidate and
+compares the estimated seconds.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ LANES = 128
 
 type Pass = Literal["forward", "query", "key"]
 
-# What a kernel gets on every TPU without asking, less a reserve for the compiler.
+# Vector memory of a kernel on every TPU by default, less a reserve for the compiler.
 _VMEM_BYTES = 12 * MIB
-# Of one step of a grid, whatever it does.
+# Seconds of any step of a grid.
 _STEP_SECONDS = 0.35e-6
-# Of a pair, in the vector units: from the compiled schedules of blocks of 512 x 512.
+# Vector-unit time of a pair, from the compiled schedules of blocks of 512 x 512.
 _PAIR_SECONDS = {"forward": 4e-12, "query": 4e-12, "key": 5e-12}
-# An evaluation of the mask, in parts of that.
+# Evaluating the mask costs this fraction of it.
 _MASK = 0.4
-# Of the peak, in products as short as these.
+# Fraction of the peak that such short products reach.
 _EFFICIENCY = 0.75
-# Passes of the matrix unit for a product of float32.
+# Passes of the matrix unit for a float32 product.
 _FLOAT32_PASSES = 6
 
 
@@ -39,9 +39,9 @@ class Tiles:
         key: Keys of a block.
         rows: Queries of a piece; divides `query`. See `attention_pieces.py`.
         keys: Keys of a piece; divides `key`.
-        part: Columns of a piece whose products are made at a time: keys, or queries
-            where the rows of a piece are keys.
-        overlapped: Whether the stages of successive pieces are.
+        part: Columns of a piece per product: keys, or queries where the rows of a piece
+            are keys.
+        overlapped: Whether stages of successive pieces overlap.
     """
 
     query: int
@@ -74,15 +74,15 @@ def candidates(
         which: `forward`, or the gradient of the `query` or of the `key`.
         lengths: Numbers of queries and keys, at least 128.
         features: H and E.
-        dtype: The widest of the operands.
-        device: For which the program is.
-        light: Whether the weights are; see `Weights.is_light`.
+        dtype: The widest dtype of the operands.
+        device: The program's device.
+        light: `Weights.is_light` of the weights.
     """
     pieces = _pieces(which, dtype, device, light)
     found = []
     for query in (512, 256, 128):
         for key in (1024, 512, 256, 128):
-            # Beyond the arrays there is nothing to see.
+            # Blocks are not larger than the arrays.
             if any(
                 size > LANES and size >= 2 * length
                 for size, length in zip((query, key), lengths, strict=True)
@@ -95,14 +95,14 @@ def candidates(
 
 
 def _pieces(which: Pass, dtype: Any, device: Tpu, light: bool) -> Tiles:
-    """The largest pieces, none of whose parts spills registers in any case compiled.
+    """The largest pieces whose parts do not spill registers in any compiled case.
 
     A part is as wide as the matrix unit where registers allow it: fewer columns leave
     some of the unit idle.
     """
     wide = jnp.dtype(dtype).itemsize > 2
     if wide:
-        # Products of float32 are several of bfloat16, which keep registers.
+        # float32 products are several bfloat16 products, which occupy registers.
         rows, columns, part = 128, 256, LANES
     elif not light:
         rows, columns, part = 256, 256, LANES
@@ -116,7 +116,7 @@ def _pieces(which: Pass, dtype: Any, device: Tpu, light: bool) -> Tiles:
 
 
 def _fitted(pieces: Tiles, which: Pass, query: int, key: int) -> Tiles:
-    """Pieces that divide these blocks, of two parts at least if they overlap."""
+    """Pieces that divide these blocks, with at least two parts if they overlap."""
     rows, keys = min(query, pieces.rows), min(key, pieces.keys)
     columns = rows if which == "key" else keys
     part = max(LANES, min(pieces.part, columns // 2))
@@ -125,7 +125,7 @@ def _fitted(pieces: Tiles, which: Pass, query: int, key: int) -> Tiles:
 
 
 def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any) -> int:
-    """An estimate from above."""
+    """An upper estimate of the vector memory."""
     size = jnp.dtype(dtype).itemsize
     wide = sum(-(-count // LANES) * LANES for count in features)
     query_blocks, key_blocks = tiles.query * wide, tiles.key * wide
@@ -135,9 +135,9 @@ def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any)
     else:
         results = query_blocks
         blocks += 2 * 4 * tiles.query * LANES  # numbers per row
-    # The results on their way out, which may be float32, and their sums.
+    # Buffers of the results, which may be float32, and their sums.
     results *= 3 * 4
-    # Scores, their cotangents, and both for the matrix unit, twice; or of float32.
+    # Scores, their cotangents, and both in the matrix unit's dtype, double-buffered.
     scores = 4 * tiles.rows * tiles.keys * (6 if size <= 2 else 12)
     return blocks + results + scores
 
@@ -152,7 +152,7 @@ def seconds(
     visited: float,
     partial: float,
 ) -> float:
-    """Estimated time of so many visited blocks, `partial` of them with the mask."""
+    """Estimated time of `visited` blocks, `partial` of them with the mask."""
     head, value = features
     products = {
         "forward": head + value,

@@ -1,7 +1,7 @@
-r"""How scores become weights: the positive functions of attention, inside a kernel.
+r"""The positive functions that turn scores into weights inside attention kernels.
 
-Kernels work in base 2, because the exponential of the hardware does: the entries of a
-kind with a running maximum are $\log_2 f(z)$, their weights $2^{e - m}$.
+Kernels work in base 2, like the exponential of the hardware: the entries of a function
+with a running maximum are $\log_2 f(z)$, their weights $2^{e - m}$.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Weights:
 
     Attributes:
         name: `softmax`, `log_softplus`, `softplus` or `stablemax`. The first two are
-            summed relative to a running maximum, the others as they are.
+            summed relative to a running maximum, the others directly.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Weights:
 
     @property
     def is_light(self) -> bool:
-        """Do weights take few registers besides those of scores and results?"""
+        """Whether weights take few registers besides those of scores and results."""
         return self.name == "softmax"
 
     @property
@@ -41,16 +41,13 @@ class Weights:
 
     @property
     def _unit(self) -> float:
-        # The factor from nats to bits costs nothing where the scale is multiplied.
+        # The factor from nats to bits is merged into the scale.
         return LOG2_E if self.name == "softmax" else 1.0
 
     def scores(
         self, products: Any, scale: float, logit_softcap: float | None
     ) -> tuple[Any, Any]:
-        """Scores from products of queries and keys, and the slope of the softcap.
-
-        Those of softmax are in bits.
-        """
+        """Scores (in bits for softmax) from products, and the slope of the softcap."""
         if logit_softcap is None:
             factor = scale * self._unit
             return (products if factor == 1 else products * factor), None
@@ -58,7 +55,7 @@ class Weights:
         return bent * (logit_softcap * self._unit), 1 - bent * bent
 
     def entries(self, z: Any) -> Any:
-        """log2 f, or f."""
+        """Entries of the accumulator: log2 f, or f."""
         if self.name == "softmax":
             return z
         if self.name == "log_softplus":
@@ -71,13 +68,13 @@ class Weights:
     def of_entries(self, entries: Any, inverse: Any) -> Any:
         """The normalised weights.
 
-        `inverse`: of the row, the logarithm of the normalizer in bits (+inf for an
-        empty row), or one over the normalizer (0).
+        `inverse` is the row's log-normalizer in bits (+inf for an empty row), or one
+        over its normalizer (0 for an empty row).
         """
         return jnp.exp2(entries - inverse) if self.is_log else entries * inverse
 
     def slopes(self, z: Any, p: Any, inverse: Any) -> Any:
-        """Derivatives by the scores, where the pair attends."""
+        """Derivatives by the scores, valid where the pair attends."""
         if self.name == "softmax":
             return p
         if self.name == "log_softplus":
@@ -91,6 +88,6 @@ class Weights:
 
 
 def _far(z: Any) -> tuple[Any, Any]:
-    """Where log softplus is its argument to the last bit, and the rest."""
+    """True where log softplus rounds to its argument, and the argument elsewhere."""
     far = z < -36.0
     return far, jnp.where(far, 0.0, z)

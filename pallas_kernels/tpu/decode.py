@@ -1,20 +1,18 @@
 """Attention of few queries to a long cache, for Mosaic TPU.
 
-The cache is (batch, keys, heads, features), and is read as it lies: a block is all
+The cache is (batch, keys, heads, features), and is read in this layout: a block is all
 heads of some keys, (keys * heads, features), and a single product gives the scores of
-all rows of queries with it. What a row has with the keys of other heads does not count:
-it is -inf before, and 0 after the exponential. The matrix unit is loaded with the keys
-either way, so that those numbers cost it nothing.
+all rows of queries with it. Scores of a row with keys of other heads are masked. They
+cost nothing, since the matrix unit is loaded with the keys anyway.
 
 The grid is (batch, blocks of keys). Blocks behind the end of a sequence are neither
-copied nor visited. A block goes chunk by chunk (`decode_chunk`).
+copied nor visited. A block is processed chunk by chunk (`decode_chunk`).
 
 With a unified maximum sums are those of exp(z - phi), and no chunk waits for the
-maximum of another. At the end of a sequence the kernel looks whether every row has
-stayed in the valid range, with finite sums; if not it copies the keys once more and
-does the rows that have left it by the running maximum. That second pass also keeps
-heads apart: a value that is infinite or NaN times a weight of 0 would be NaN in the
-rows of all heads.
+maximum of another. At the end of a sequence the kernel checks that every row is in the
+valid range, with finite sums; if not, it copies the keys once more and recomputes the
+other rows by the running maximum. That second pass also separates heads: a value that
+is infinite or NaN, times a weight of 0, would be NaN in the rows of all heads.
 """
 
 import functools
@@ -39,7 +37,7 @@ from .decode_tiles import (
 
 
 class Numbers(NamedTuple):
-    """Of every row, or one for all: float32."""
+    """Float32 numbers per row, or one for all."""
 
     scale: jax.Array
     phi: jax.Array | float = 0.0
@@ -48,15 +46,14 @@ class Numbers(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is known of rows (batch, rows), float32.
+    """Sums of rows (batch, rows), float32.
 
     Attributes:
-        sum: Of exp(z - reference).
-        weighted: Of exp(z - reference) v, (batch, rows, features of a value).
+        sum: Sum of exp(z - reference).
+        weighted: Sum of exp(z - reference) v, (batch, rows, features of a value).
         max: Largest score, -inf for none.
         min: Smallest score, +inf for none; not used unless `elementwise`.
-        again: 1 where the running maximum stands in for phi: there `max` is the
-            reference.
+        again: 1 where the reference is `max` instead of phi.
     """
 
     sum: jax.Array
@@ -83,19 +80,19 @@ def decode(
         query: (batch, rows, features), the rows of one key head side by side.
         key: (batch, keys, heads, features), in the dtype of `query`.
         value: (batch, keys, heads, features of a value). Float32 or bfloat16, as all.
-        visible: (batch, rows), int32: how many keys a row sees, from the first; beyond
-            0 and the number of keys it is cut off. What lies behind may be anything.
-        numbers: Of rows.
-        form: What is static.
-        tiles: How the keys are cut.
+        visible: (batch, rows), int32: number of first keys that a row sees, clipped to
+            the number of keys. Keys behind may hold anything.
+        numbers: Numbers per row.
+        form: Static options.
+        tiles: Sizes of the blocks of keys.
         interpret: As in `pallas_call`.
 
     Cost: reads the keys and values of every sequence once, to the end of a block; twice
-    for a sequence in which a row has left the range. 4 rows keys features operations
-    times the heads, of which one in `heads` counts.
+    for a sequence with a row out of range. 4 rows keys features heads operations, of
+    which one in `heads` is needed.
     """
     batch, given, size = query.shape
-    # Of every head as many rows as fill a register.
+    # Rows of each head are padded to fill a register.
     shared = given // form.heads
     rows = up(given, strip_of(value.dtype))
     keys, heads, width = key.shape[1], form.heads, value.shape[3]
@@ -108,7 +105,7 @@ def decode(
     fill = lambda x, value=0: jnp.pad(
         x, [(0, 0), (0, rows - given)], constant_values=value
     )
-    # What fills up the rows of queries is never out of the range.
+    # Padded rows must never be out of range.
     ends: tuple[Any, ...] = (0, 0, -jnp.inf, jnp.inf)
     per_row = jnp.concatenate(
         [fill(every(x)[None], end) for x, end in zip(numbers, ends, strict=True)]
@@ -193,7 +190,7 @@ def _kernel(
     )
 
     def visit(index, key_ref, value_ref, *, again: bool):
-        """A block of keys; they are (keys * heads, features)."""
+        """Visits a block of keys, (keys * heads, features)."""
         first, most = index * tiles.keys, tiles.keys // tiles.chunk
         whole = jnp.clip(lax.div(shortest - first, tiles.chunk), 0, most)
         end = jnp.clip(count_of(longest - first, tiles.chunk), 0, most)
@@ -214,7 +211,7 @@ def _kernel(
     strip = strip_of(state.weights.dtype)
 
     def by_strips(visit, carry=None):
-        """A few rows at a time, as there are few registers."""
+        """Visits a few rows at a time, since there are few registers."""
         step = lambda i, carry: visit(
             pl.ds(pl.multiple_of(i * strip, strip), strip), carry
         )
@@ -266,19 +263,19 @@ def _kernel(
         @pl.when(worst > 0)
         def _():
             state.start()
-            # The last block is here; those before it are full.
+            # The last block is loaded already; those before it are full.
             visit(block, key_ref.at[0], value_ref.at[0], again=True)
             lax.fori_loop(0, last, fetch, None)
             by_strips(replace)
 
 
 def _in_range(form: Form, numbers, top, least, total):
-    """Which rows the unified maximum serves; written so that NaN is not among them."""
+    """True for rows in range of the unified maximum; False for NaN."""
     phi, low, high = (numbers[:, i : i + 1] for i in (1, 2, 3))
     good = (top - phi > low) & (top - phi < high) & (jnp.abs(total) < jnp.inf)
     return good & (least - phi > low) if form.elementwise else good
 
 
 def _is_finite(x):
-    """1 or 0."""
+    """1 where `x` is finite, else 0."""
     return jnp.where(jnp.abs(x) < jnp.inf, 1.0, 0.0)

@@ -1,7 +1,7 @@
-"""One chunk of keys in the decode kernel: scores, weights, and their sums.
+"""A chunk of keys in the decode kernel: scores, weights, and their sums.
 
-Sums and maxima stay apart by lane until the sequence ends, except for the running
-maximum, which is that of a row.
+Sums and maxima are kept per lane until the sequence ends, except the running maximum,
+which is per row.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from jax.experimental import pallas as pl
 from .bfloat16_parts import pairs, part_count, parts_of, product
 from .decode_tiles import LANES, Form, Tiles
 
-# Of 128 lanes: what is unrolled without spills, as compiled.
+# Groups of 128 lanes that are unrolled without spills, as compiled.
 PIECE = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """References to the sums of a sequence so far and to the scores of one chunk.
+    """References to the sums of a sequence and to the scores of one chunk.
 
-    Numbers per row have the shape (rows, 128). Of some, each lane holds the sum over
-    the keys in this lane alone, until the sequence ends.
+    Numbers per row have the shape (rows, 128). Until the sequence ends, each lane holds
+    the sum over its own keys.
     """
 
     weighted: Any
@@ -64,8 +64,8 @@ def visit_chunk(
 ) -> None:
     """Adds a chunk of keys to the sums; `masked` if some row does not see them all.
 
-    Scores and weights go through vector memory, a few rows at a time: as a value they
-    would need more registers than there are.
+    Scores and weights go through vector memory, a few rows at a time: they exceed the
+    registers.
     """
     lanes = tiles.chunk * form.heads
     start = pl.multiple_of(index * lanes, lanes)
@@ -105,7 +105,7 @@ def visit_chunk(
         return
 
     def values(at, which):
-        """Values of 128 places; 0 behind the end and for other heads than `which`."""
+        """Values of 128 entries; 0 behind the end and for other heads than `which`."""
         value = value_ref[pl.ds(start + at, LANES)]
         key, head = _key_and_head(form, at + _iota((LANES, 1), 0))
         counts = key < (longest - first if masked else tiles.chunk)
@@ -117,7 +117,7 @@ def visit_chunk(
         at = pl.multiple_of(i * LANES, LANES)
         weights = lambda: state.weights[:, pl.ds(at, LANES)]
         if not again:
-            # A weight of 0 does not protect from what lies behind the end.
+            # Entries behind the end may be NaN, which a weight of 0 keeps.
             for found in products(weights(), values(at, None)):
                 state.weighted[...] += found
             return
@@ -137,9 +137,8 @@ def _products(
 ) -> Iterator[Any]:
     """Yields products of bfloat16 parts, the smallest first; their sum is the product.
 
-    The last axis of `first` is contracted with the axis `contract` of `second`. Each
-    part is a product of its own: registers spill in what the compiler makes of one of
-    float32.
+    The last axis of `first` is contracted with the axis `contract` of `second`. The
+    compiler's own float32 product spills registers.
     """
     left, right = (
         list(parts_of(x, part_count(x.dtype, precision))) for x in (first, second)
@@ -149,14 +148,14 @@ def _products(
 
 
 class _Mask(NamedTuple):
-    """A mask of rows by their head and by how many keys they see (None: all)."""
+    """A mask of rows by their head and by the number of keys they see (None: all)."""
 
     form: Form
     head: Any
     visible: Any
 
     def __call__(self, z: Any, start: int) -> Any:
-        """The scores, -inf where they do not count; the first has the lane `start`."""
+        """The scores from lane `start` on, -inf where they are masked."""
         key, head = _key_and_head(self.form, start + _iota((1, z.shape[1]), 1))
         if self.form.heads > 1:
             z = jnp.where(head == self.head, z, -jnp.inf)
@@ -168,7 +167,7 @@ class _Mask(NamedTuple):
 def _weigh(
     rows, mask: _Mask, numbers, state: State, form: Form, lanes: int, *, again: bool
 ) -> None:
-    """Turns the scores of some rows into weights and adds these to their sums."""
+    """Turns the scores of some rows into weights and adds these to the sums."""
     column = lambda i: jnp.broadcast_to(numbers[:, i : i + 1], state.top[rows].shape)
     scale, plain = column(0), form.unified and not again
     is_long = form.elementwise or form.logit_softcap is not None
@@ -181,7 +180,7 @@ def _weigh(
         return mask(z, start)
 
     def fold(function, carry):
-        """Runs over 128 lanes at a time: masks of all would need too many registers."""
+        """Loops over 128 lanes at a time: masks of all would exceed the registers."""
 
         def step(i, carry):
             for start in range(0, piece, LANES):
@@ -223,10 +222,10 @@ def _weigh(
         state.least[rows] = least
 
 
-def _key_and_head(form: Form, place):
-    """The key and the head at a place of a chunk: heads of a key are neighbours."""
-    key = quotient(place, form.heads)
-    return key, place - key * form.heads
+def _key_and_head(form: Form, index):
+    """The key and the head at an index of a chunk, in which heads vary fastest."""
+    key = quotient(index, form.heads)
+    return key, index - key * form.heads
 
 
 def _iota(shape: tuple[int, int], axis: int):
@@ -234,13 +233,13 @@ def _iota(shape: tuple[int, int], axis: int):
 
 
 def _piece(lanes: int, dtype: Any) -> int:
-    """The number of lanes of one product: as many as compile without spills."""
+    """The number of lanes per product: as many as compile without spills."""
     most = 1 if dtype == jnp.float32 else PIECE
     return next(n * LANES for n in (most, 1) if lanes % (n * LANES) == 0)
 
 
 def strip_of(dtype: Any) -> int:
-    """The number of rows of one register, which are worked on at a time."""
+    """The number of rows of one register, which are processed at a time."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -252,5 +251,5 @@ def quotient(x, divisor: int):
 
 
 def count_of(n, size: int):
-    """The number of pieces of `size` that hold `n` entries; 0 or less for `n` <= 0."""
+    """The number of blocks of `size` that hold `n` entries; 0 or less for `n` <= 0."""
     return lax.div(n + size - 1, jnp.int32(size))

@@ -1,4 +1,4 @@
-"""Options of the decode kernel, and block sizes from a model of what they cost."""
+"""Options of the decode kernel, and block sizes from a cost model."""
 
 import dataclasses
 import math
@@ -9,13 +9,13 @@ from jax import lax
 from pallas_kernels._devices import Tpu
 
 LANES = 128
-# Seconds that the pipeline of a grid adds to a step, and the share it may have in it.
+# Seconds that the pipeline of a grid adds to a step, and the largest share of a step.
 STEP, STEP_SHARE = 0.4e-6, 1 / 8
-# Of vector memory, for blocks: two of each array in use or on their way, one of each
+# Share of vector memory for blocks: double buffers of each array, and one more of each
 # for the second pass.
 SHARE, COPIES = 0.5, 3
 SLACK_BYTES = 4 << 20
-# Lanes of a chunk: enough for its products to last longer than to start them.
+# Lanes of a chunk: enough for products to take longer than starting them.
 CHUNK = 2048
 
 
@@ -24,9 +24,8 @@ class Tiles:
     """Sizes of the blocks of keys.
 
     Attributes:
-        keys: Of a block; a multiple of `chunk`.
-        chunk: Keys whose scores are worked on at a time. Times the heads a multiple of
-            128.
+        keys: Keys of a block, a multiple of `chunk`.
+        chunk: Keys that are processed at a time; times the heads a multiple of 128.
     """
 
     keys: int
@@ -38,16 +37,16 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Options of one call: Python values, of which each makes a kernel of its own.
+    """Options of a call: Python values, each of which makes another kernel.
 
     Attributes:
-        heads: Of keys; row `r` of `rows` queries reads head `r // (rows // heads)`.
+        heads: Key heads; row `r` of `rows` queries reads head `r // (rows // heads)`.
         logit_softcap: c in c * tanh(z / c); None for none.
         unified: Whether sums are relative to the reference phi.
         elementwise: Whether every score must lie in the valid range, not just the
             largest of a row.
-        falls_back: Whether rows that have left the range are done again in the kernel.
-        precision: Of the product of queries and keys, and of weights and values.
+        falls_back: Whether the kernel recomputes rows out of range.
+        precision: Precision of both products.
     """
 
     heads: int
@@ -66,18 +65,18 @@ def choose_tiles(
     sizes: tuple[int, int],
     device: Tpu,
 ) -> Tiles | None:
-    """The smallest blocks in which the step of a grid does not count.
+    """The smallest blocks whose time dominates that of a grid step.
 
-    Copying a block of b bytes takes b / bandwidth; where that is many times what a step
-    of the grid costs, a smaller block wastes less behind the end of a sequence.
+    Copying a block of b bytes takes b / bandwidth. Smaller blocks waste less behind the
+    end of a sequence, while this is many times the cost of a step of the grid.
 
     Args:
-        rows: Of queries, of all heads.
-        keys: Of a sequence, at most.
-        heads: Of keys.
-        features: Of a key and of a value.
-        sizes: Bytes of a number of a key and of a value.
-        device: What it is for.
+        rows: Rows of queries of all heads.
+        keys: Most keys of a sequence.
+        heads: Key heads.
+        features: Features of a key and of a value.
+        sizes: Bytes per element of keys and of values.
+        device: The program's device.
 
     Returns:
         None if nothing fits.

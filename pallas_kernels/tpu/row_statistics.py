@@ -4,21 +4,20 @@ Logits live in vector memory only, a tile of rows x classes at a time:
 
 - `forward`: grid (tiles of rows, tiles of classes[, parts of D]). A table of running
   numbers per row stays in scratch while the classes go by, and is finished at the last.
-- `gradient_of_hidden`: the same grid. Each tile of logits is computed again, turned
-  into its cotangent, and multiplied by the tile of the weight; the sum over classes
-  stays in float32 scratch and is written once.
+- `gradient_of_hidden`: the same grid. Each tile of logits is recomputed, turned into
+  its cotangent, and multiplied by the tile of the weight; the sum over classes stays in
+  float32 scratch and is written once.
 - `gradient_of_weight`: tiles of classes outside, tiles of rows inside; the sum over
   rows stays and is written once, with the gradient of the bias.
 
-Two backward kernels compute the logits twice, five products in all. One kernel would
-compute them once and read and write a sum in float32 through memory at every step.
+Two backward kernels compute the logits twice, five products in all. A single kernel
+would compute them once, but read and write a float32 sum in memory at every step.
 
-The operands are neither padded nor copied. What lies behind the end of an array in the
-last tile is masked: as a class it counts as absent, in a sum over rows or classes both
-factors become 0.
+The operands are neither padded nor copied. In the last tile, entries behind the end of
+an array are masked: such classes count as absent, and in a sum over rows or classes
+both factors become 0.
 
-A tile is visited some rows at a time, as many as keep the intermediate values of the
-arithmetic in registers.
+A tile is visited some rows at a time, so that intermediate values stay in registers.
 """
 
 from typing import Any, NamedTuple
@@ -125,10 +124,10 @@ def gradient_of_hidden(
 
     Args:
         options: Static.
-        operands: As of `forward`.
-        known: (N,) float32 each: `lse` and `mean_logit` of the forward pass as far as
-            they are needed, and the cotangents of statistics, `g_lse` and so on.
-        label_cotangents: (N, L) float32, of label_logits.
+        operands: As in `forward`.
+        known: (N,) float32 each: `lse` and `mean_logit` of the forward pass if they are
+            needed, and the cotangents of statistics, `g_lse` and so on.
+        label_cotangents: Cotangents of label_logits, (N, L) float32.
         tiles: Static; None chooses them.
         interpret: As of `pallas_call`.
     """

@@ -17,17 +17,17 @@ from ._row_tiles import Pass, Shapes, Tiles, choose_tiles
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of one call: Python values, of which each makes a kernel of its own.
+    """Options of a call: Python values, each of which makes another kernel.
 
     Attributes:
-        statistics: Names of those that are asked for: `lse`, `label_logits`,
-            `mean_logit`, `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
+        statistics: Names of the wanted statistics: `lse`, `label_logits`, `mean_logit`,
+            `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
         logit_softcap: c of z = c tanh(u / c), or None.
         vocab_axis: The axis of the weight that runs over classes.
-        precision: Of products of float32; those of bfloat16 are exact.
-        filter_eps: Blocks of 128 rows x 128 classes, all of whose probabilities are
-            closer than this to what the labels ask, give no gradient to hidden and
-            weight; tiles of nothing else are not multiplied.
+        precision: Precision of float32 products; bfloat16 products are exact.
+        filter_eps: Blocks of 128 rows x 128 classes, in which all |p - onehot| are
+            below this, give no gradient to hidden and weight; tiles of only such blocks
+            are not multiplied.
     """
 
     statistics: tuple[str, ...] = ("lse",)
@@ -38,7 +38,7 @@ class Options:
 
 
 def tiles_of(kind: Pass, options: Options, operands: Operands) -> Tiles | None:
-    """The tiles that a kernel takes by itself; None if no tiles fit the device."""
+    """The tiles that a kernel chooses by default; None if none fits the device."""
     rows, features = operands.hidden.shape
     shapes = Shapes(
         rows,

@@ -2,13 +2,13 @@
 
 The grid is (blocks of rows, passes, tiles of columns). A block of whole rows that fits
 VMEM is read once and written once; its grid has one pass and one tile. Longer rows are
-streamed by tiles: the first pass keeps, in 128 lanes per row of VMEM, the running
-maximum and sum of what each lane has seen, and the second reads the tiles again and
-writes the result. Logsumexp needs the first pass only.
+streamed by tiles: the first pass keeps the running maximum and sum of each lane in
+VMEM, 128 lanes per row; the second reads the tiles again and writes the result.
+Logsumexp needs the first pass only.
 
-Within a block the work goes strip by strip: some rows by some columns that fill 16
-registers in float32, so that nothing spills. Maxima and sums stay apart by lane until a
-row ends, because to reduce over lanes costs far more than to add registers.
+Within a block the kernel works strip by strip: some rows by some columns that fill 16
+registers in float32, so that nothing spills. Maxima and sums are kept per lane until a
+row ends, because reducing over lanes costs far more than adding registers.
 """
 
 import functools
@@ -32,7 +32,7 @@ from .softmax_tiles import (
     up,
 )
 
-# Where a running maximum starts: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
+# The initial running maximum: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
 LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -43,12 +43,12 @@ def softmax(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """exp(x) by its sum over the last axis; 0 in a row of -inf.
+    """exp(x) divided by its sum over the last axis; 0 in a row of -inf.
 
     Args:
         x: (rows, columns), float32 or bfloat16; -inf does not count, NaN and +inf make
             their row NaN.
-        out_dtype: Of the result, float32 or bfloat16; None for that of `x`.
+        out_dtype: Dtype of the result, float32 or bfloat16; None for that of `x`.
         tiles: None chooses.
         interpret: As in `pallas_call`.
 
@@ -88,7 +88,7 @@ def _call(
     passes = 2 if writes and count > 1 else 1
     if writes:
         out_shape = result(x.shape, out_dtype, x)
-        # In the first pass the block of the second's first tile: nothing is written.
+        # In the first pass, which writes nothing, the first block of the second pass.
         out_spec = pl.BlockSpec(
             (tiles.rows, tiles.columns),
             lambda block, phase, tile: (
@@ -133,7 +133,7 @@ def _kernel(
     phase, tile = pl.program_id(1), pl.program_id(2)
     count = pl.cdiv(columns, tiles.columns)
     is_last = tile == count - 1
-    # Only the last tile is ragged, and where it ends is static.
+    # Only the last tile is ragged, and its end is static.
     here = columns - (count - 1) * tiles.columns
     ragged_chunks, rest = divmod(here, tiles.chunk)
     chunks = ragged_chunks
@@ -243,7 +243,7 @@ def _for_strips(tiles: Tiles):
 
 
 def _folded(state, z):
-    """Maximum and sum per lane, with more columns."""
+    """Maximum and sum per lane, with more columns added."""
     top, total = state
     parts = _parts(z)
     new = functools.reduce(jnp.maximum, parts, top)
@@ -252,7 +252,7 @@ def _folded(state, z):
 
 
 def _normalizer(top, total):
-    """Of every row, in all lanes: what to subtract, and what to multiply with."""
+    """Each row's number to subtract and factor to multiply with, in all lanes."""
     row_top, row_total = _over_lanes(top, total)
     inverse = 1 / jnp.where(row_total == 0, 1, row_total)
     return (jnp.broadcast_to(a, top.shape) for a in (row_top, inverse))
@@ -260,7 +260,7 @@ def _normalizer(top, total):
 
 def _logsumexp(top, total):
     row_top, row_total = _over_lanes(top, total)
-    # log(0) is -inf, whatever is added.
+    # log(0) is -inf, and stays so whatever is added.
     lse = jnp.where(row_top == jnp.inf, jnp.inf, row_top + jnp.log(row_total))
     return jnp.broadcast_to(lse, top.shape)
 
@@ -277,7 +277,7 @@ def _write(out_ref, rows, start, z, top, inverse):
 
 
 def _write_along_lanes(out_ref, per_row_ref):
-    """Numbers of rows, the same in all lanes, as numbers in lanes."""
+    """Writes per-row numbers, equal in all lanes, along lanes."""
     rows = per_row_ref.shape[0]
     row, lane = (lax.broadcasted_iota(jnp.int32, (8, LANES), i) for i in (0, 1))
     offset = lane - row

@@ -1,4 +1,4 @@
-"""Blocks of the softmax kernel for TPUs: what is read at a time, what is worked on."""
+"""Sizes of the blocks and strips of the softmax kernel for TPUs."""
 
 import dataclasses
 import math
@@ -9,24 +9,23 @@ import jax.numpy as jnp
 from pallas_kernels import _devices as devices
 
 LANES = 128
-# Registers of 1024 float32 that are worked on at a time without spills, as compiled.
+# Registers of 1024 float32 that are processed at a time without spills, as compiled.
 _REGISTERS, _FEW_REGISTERS = 20, 9
 _SMALL = (devices.V4.name, devices.ANY_TPU.name)
-# Of a block: enough for a copy to take much longer than to start it.
+# Bytes of a block: enough for a copy to take much longer than starting it.
 BLOCK_BYTES = 2 << 20
 SLACK_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of the blocks of the array, and of what is worked on at a time.
+    """Sizes of the blocks of the array, and of the strips of a block.
 
     Attributes:
-        rows: Of a block; a multiple of `strip`.
-        columns: Of a block, a multiple of 128: all of them, or a multiple of `chunk`.
-        strip: Rows that are worked on at a time, a multiple of 8, of 16 for dtypes of
-            16 bits.
-        chunk: Columns that are worked on at a time, a multiple of 128.
+        rows: Rows of a block; a multiple of `strip`.
+        columns: Columns of a block, a multiple of 128: all, or a multiple of `chunk`.
+        strip: Rows that are processed at a time, a multiple of 8 (16 for 16 bits).
+        chunk: Columns that are processed at a time, a multiple of 128.
     """
 
     rows: int
@@ -39,7 +38,7 @@ class Tiles:
 
 
 def held_bytes(dtype: Any, out_dtype: Any) -> int:
-    """Bytes of VMEM per element: of each array one is worked on, one on its way."""
+    """Bytes of VMEM per element, with a double buffer of each array."""
     arrays = (dtype,) if out_dtype is None else (dtype, out_dtype)
     return 2 * sum(jnp.dtype(each).itemsize for each in arrays)
 
@@ -50,11 +49,11 @@ def choose_tiles(
     """Whole rows if they fit half of VMEM, else tiles of columns.
 
     Args:
-        rows: Of the array.
-        columns: Of the array.
-        dtype: Of the array.
-        out_dtype: Of as many results; None if there is one per row.
-        device: What it is for.
+        rows: Rows of the array.
+        columns: Columns of the array.
+        dtype: Dtype of the array.
+        out_dtype: Dtype of a result of this shape; None for one result per row.
+        device: The program's device.
     """
     held = held_bytes(dtype, out_dtype)
     size = held // 2 if out_dtype is None else held // 4  # of an array, on average

@@ -3,12 +3,12 @@ r"""Attention to pairs of keys, one per axis, for Mosaic TPU: forward.
 $z_{ijl} = a \sum_c q_{ic} k^1_{jc} k^2_{lc}$, one softmax per query over all pairs
 $(j, l)$, $\mathrm{out}_i = \sum_{jl} p_{ijl}\, v^1_j \odot v^2_l$.
 
-The blocks of a tile of queries follow each other: the maximum, the sum and the weighted
-values of its rows stay in VMEM, float32, until the last one. Keys of the first axis are
-multiplied into the queries, which gives products with the keys of the second axis
-enough rows for the matrix unit although a tile of queries is short: a long tile would
-visit, beyond the window, as many keys as it has queries. The product of query and first
-key is formed in float32 and rounded once to what the matrix unit multiplies.
+The blocks of a tile of queries are visited in sequence: the maximum, the sum and the
+weighted values of its rows stay in VMEM, float32, until the last one. Keys of the first
+axis are multiplied into the queries, which gives the products enough rows for the
+matrix unit although a tile of queries is short: a long tile would visit, beyond the
+window, as many keys as it has queries. The product of query and first key is computed
+in float32 and rounded once to the matrix unit's dtype.
 """
 
 import functools
@@ -64,10 +64,10 @@ def forward(
     Args:
         query: (B, T, heads * groups * H), H and E multiples of 128.
         first: Keys (B, S1, heads * H) and values (B, S1, heads * E) of the first axis.
-        second: Of the second axis.
+        second: Keys and values of the second axis.
         visits: Blocks by tile of queries, made with the counts of `tiles`.
         masks: Static; evaluated where the lists say SOME.
-        scale: Static, of the scores.
+        scale: Static factor of the scores.
         heads: Key heads.
         groups: Query heads per key head.
         tiles: See `trilinear_tiles.choose_tiles`.
@@ -148,7 +148,7 @@ def _forward_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
     def _():
         sums = total[:, :1]
         mean = jnp.where(sums > 0, weighted[...] / jnp.where(sums > 0, sums, 1), 0)
-        # A sum that is NaN is no empty row.
+        # A row whose sum is NaN is not empty.
         mean = jnp.where(sums != sums, sums, mean)
         unstack(out_ref, mean, s.tiles.groups)
         lse = jnp.where(sums == 0, -jnp.inf, top[:, :1] + jnp.log(sums))
@@ -156,7 +156,7 @@ def _forward_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
 
 
 def _rows_back(x: jax.Array, length: int, groups: int) -> jax.Array:
-    """(B, N / groups, tiles of queries, 1, rows) -> (B, T, N)."""
+    """Reshapes (B, N / groups, tiles of queries, 1, rows) to (B, T, N)."""
     batch, heads, count, _, rows = x.shape
     x = x.reshape(batch, heads, count, groups, rows // groups)
     x = jnp.transpose(x, (0, 2, 4, 1, 3))

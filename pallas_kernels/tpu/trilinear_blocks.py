@@ -1,11 +1,10 @@
-"""Blocks of (query, key, key) tuples in a grid: what a step of a kernel sees of them.
+"""Blocks of (query, key, key) tuples in the grid of a kernel.
 
 The grid is (batch, key heads, visited blocks, parts). A block is a tile of queries,
-some tiles of keys of the first axis and some of the second; which blocks, and which
-tiles in them, is told by lists in scalar memory (`pallas_kernels._trilinear`), so that
-windows cost what they leave. Rows of a tile are the queries of all heads that share a
-key head, and `combined` keys of the first axis multiplied into them. Masks are
-evaluated where a tile is not whole.
+some tiles of keys of the first axis and some of the second. Lists in scalar memory say
+which blocks and which of their tiles are visited (`pallas_kernels._trilinear`). Rows of
+a tile are the queries of all heads that share a key head, times `combined` keys of the
+first axis. Masks are evaluated where a tile is not whole.
 
 Arrays are (batch, length, heads * features): heads are slices of lanes and no operand
 is transposed, which needs features in whole lanes.
@@ -27,18 +26,18 @@ from pallas_kernels._trilinear import ALL, FIRST, KINDS, LAST, NONE, Masks, Visi
 from .trilinear_math import divided, parts, quotient, zeroed
 from .trilinear_tiles import Tiles
 
-# Keys that are taken out of a block at once: it would not fit the registers whole.
+# Keys that are read from a block at once: a whole block would exceed the registers.
 STEP = 32
 
 type Pair = tuple[jax.Array, jax.Array]
 
 
 class Shape(NamedTuple):
-    """The static facts of one call.
+    """The static facts of a call.
 
-    `parts` is the number of parts, of `tiles.groups` heads each, of the query heads
-    that share a key head. `pieces` holds how many bfloat16 arrays stand for a float32
-    one: for left operands of products, and for keys and values of the second axis.
+    `parts` is the number of groups of `tiles.groups` query heads that share a key head.
+    `pieces` holds the numbers of bfloat16 arrays whose sum is a float32 one: for left
+    operands of products, and for keys and values of the second axis.
     """
 
     lengths: tuple[int, int, int]
@@ -70,7 +69,7 @@ class Shape(NamedTuple):
         return vmem(self.tiles.counts[0], self.tiles.combined, features)
 
     def keys(self) -> tuple[Any, ...]:
-        """Scratch for what `Block.load` fills."""
+        """Scratch that `Block.load` fills."""
         second, pieces = self.tiles.second, self.pieces[1]
         sizes = (self.features, self.values)
         return (
@@ -84,7 +83,7 @@ class Shape(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The place of a step: its first tuple, and which of its tiles are visited."""
+    """The block of a step: its first tuple, and which of its tiles are visited."""
 
     shape: Shape
     starts: tuple[Any, Any, Any]
@@ -116,7 +115,7 @@ class Block(NamedTuple):
         return zeroed(x.astype(jnp.float32), start, self.shape.lengths[axis])
 
     def queries(self, ref: Any, features: int) -> jax.Array:
-        """Rows of a tile of queries in float32, 0 beyond the last query."""
+        """The rows of a tile of queries in float32, 0 beyond the last query."""
         x = zeroed(ref[0].astype(jnp.float32), self.starts[0], self.shape.lengths[0])
         heads = range(0, x.shape[1], features)
         return jnp.concatenate([x[:, h : h + features] for h in heads], 0)
@@ -128,11 +127,11 @@ class Block(NamedTuple):
         leave: Callable[[Any], None] | None = None,
         transposed: bool = False,
     ) -> None:
-        """Runs over tiles of the first axis and, in each, over those of the second.
+        """Loops over tiles of the first axis and, in each, over those of the second.
 
         `enter(own)` and `leave(own)` are called around each tile of the first axis that
         is not NONE, `visit(own, other, tile)` for each tile of the second in it. `own`
-        is the place of the first tile in `Shape.first_keys`, `other` the slice of the
+        is the index of the first tile in `Shape.first_keys`, `other` the slice of the
         second.
         """
         tiles, (firsts, seconds) = self.shape.tiles, self.shape.tiles.counts
@@ -152,7 +151,7 @@ class Block(NamedTuple):
             start = pl.multiple_of(u * tiles.lanes, tiles.lanes)
             other = pl.ds(start, tiles.lanes)
             query, first, second = self.starts
-            place = (query, first + t * tiles.combined, second + start)
+            starts = (query, first + t * tiles.combined, second + start)
             whole = other_kind == ALL
             for level, here in enumerate(
                 (
@@ -161,7 +160,7 @@ class Block(NamedTuple):
                     (other_kind != ALL) & (other_kind != NONE),
                 )
             ):
-                tile = Tile(self.shape, place, level, transposed)
+                tile = Tile(self.shape, starts, level, transposed)
                 pl.when(here)(functools.partial(visit, t, other, tile))
 
         lax.fori_loop(0, firsts, outer, None)
@@ -182,7 +181,7 @@ class Tile(NamedTuple):
         if self.transposed:
             ok = self._allowed(*self._lines(), self._second_line(0))
             return x if ok is None else jnp.where(ok, x, fill)
-        # Heads, and keys that are multiplied in, share what is known of the others.
+        # The mask is the same for all heads and broadcasts over combined keys.
         s, (query, first, _) = self.shape, self.starts
         i = query + lax.broadcasted_iota(jnp.int32, (s.tiles.query, 1), 0)
         l = self._second_line(1)
@@ -258,10 +257,10 @@ def call(
     interpret: Any,
     name: str,
 ) -> Any:
-    """One kernel over (batch, heads, visits, parts); `kinds` name the axis of an array.
+    """Runs a kernel over (batch, heads, visits, parts); `kinds` name an array's axis.
 
-    Where results belong to queries, each part of the query heads of a key head is a
-    head of its own. Else parts are later steps in the same block and enter its sum.
+    If results belong to queries, each part of the query heads of a key head is treated
+    as a head. Otherwise parts are later steps of the same block and enter its sum.
     """
     batch, entries = operands[0].shape[0], visits.rows.size
     tiles, heads, inner = shape.tiles, shape.heads, shape.parts

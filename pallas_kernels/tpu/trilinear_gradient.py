@@ -1,7 +1,7 @@
 r"""Attention to pairs of keys for Mosaic TPU: the gradients, in three kernels.
 
-With $p_{ijl}$ formed again from the logsumexp of row i, $g$ the cotangent of the output
-and $\delta_i$ what $\langle g_i, v^1_j \odot v^2_l \rangle$ is compared with,
+With $p_{ijl}$ recomputed from the logsumexp of row i, $g$ the cotangent of the output
+and $\delta_i$ its product with the output, less the cotangent of the logsumexp,
 $dz_{ijl} = p_{ijl} (\langle g_i, v^1_j \odot v^2_l \rangle - \delta_i)$:
 
 - `query_gradient` owns tiles of queries. With $t_{ij} = \sum_l dz_{ijl} k^2_l$, a
@@ -11,11 +11,10 @@ $dz_{ijl} = p_{ijl} (\langle g_i, v^1_j \odot v^2_l \rangle - \delta_i)$:
   $dv^1_j = \sum_i g_i u_{ij}$. Four products.
 - `second_gradient` owns blocks of the second axis, whose tiles of scores are
   transposed, (keys, rows): then $dk^2 = dz^\top (a\, q k^1)$ and
-  $dv^2 = p^\top (g v^1)$ are products of arrays as they lie. Four products.
+  $dv^2 = p^\top (g v^1)$ need no transposed operands. Four products.
 
-Every owner sums in float32 in VMEM and writes once: nothing is added up in HBM, in no
-order that could change. What the kernels share with the forward pass, blocks, lists and
-masks, is described there.
+Every owner sums in float32 in VMEM, in a fixed order, and writes once. Blocks, lists
+and masks are those of the forward pass.
 """
 
 from collections.abc import Sequence
@@ -78,19 +77,19 @@ def gradient(
             `heads`, `groups`, `pieces` and `interpret`.
         first: See `query`.
         second: See `query`.
-        cotangent: Of the output, (B, T, heads * groups * E).
+        cotangent: Cotangent of the output, (B, T, heads * groups * E).
         inverse: (B, T, heads * groups), float32: the logsumexp; +inf for rows without a
             pair.
-        delta: Of that shape, float32: the sum of output times cotangent, less the
+        delta: In this shape, float32: the sum of output times cotangent, less the
             cotangent of the logsumexp.
         visits: Blocks by tile of queries, by block of the first and of the second axis.
         masks: See `query`.
         scale: See `query`.
         heads: See `query`.
         groups: See `query`.
-        tiles: Of each of `visits`; see `trilinear_tiles.choose_tiles`.
+        tiles: Tiles for each of `visits`; see `trilinear_tiles.choose_tiles`.
         pieces: See `query`.
-        dtype: Of the results; None for that of the operand of each.
+        dtype: Dtype of the results; None for that of each operand.
         interpret: See `query`.
 
     Returns:
@@ -104,7 +103,7 @@ def gradient(
     ) -> list[jax.Array]:
         own = ("query", "first", "second")[owner]
         s = shape_of(*options, pieces, tiles[owner])
-        # Rows beyond the last query are empty ones: their weights are 0.
+        # Padded rows are made empty: their weights are 0.
         filled = ((inverse, jnp.inf), (delta, 0.0))
         rows = [_rows_of(x, s.tiles, fill) for x, fill in filled]
         if owner == 2:
@@ -253,11 +252,11 @@ def _second_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
 def _weights(
     s: Shape, tile: Tile, scratch: Sequence[Any], other: Any, inverse: Any, delta: Any
 ) -> tuple[Pieces, Pieces]:
-    """The weights of a tile and the cotangents of its scores, for the matrix unit."""
+    """The weights of a tile and the cotangents of its scores, as bfloat16 pieces."""
     _, _, k2, v2, _, _, spread_q, spread_g, *_ = scratch
 
     def pairs(left: Any, right: Any) -> jax.Array:
-        # Loaded where they are multiplied: registers would not hold them until then.
+        # Loaded just before they are multiplied, to save registers.
         if tile.transposed:
             return contract(load(right, other), load(left))
         return contract(load(left), load(right, other))
@@ -273,13 +272,13 @@ def _weights(
 
 
 def _load_queries(s: Shape, at: Block, operands: Sequence[Any], q: Any, g: Any) -> None:
-    """Scaled queries, and cotangents: rows, 0 beyond the last query."""
+    """Stores rows of scaled queries and of cotangents, 0 beyond the last query."""
     q[...] = at.queries(operands[0], s.features) * s.scale
     g[...] = at.queries(operands[5], s.values)
 
 
 def _load_rows(operands: Sequence[Any], *columns: Any) -> None:
-    """In all lanes, and once per key that is multiplied into the rows."""
+    """Stores numbers per row in all lanes, once per key multiplied into the rows."""
     for ref, column in zip(operands[6:8], columns, strict=True):
         rows = as_column(ref[0, 0, 0])
         rows = jnp.broadcast_to(rows, (rows.shape[0], LANES))
@@ -287,12 +286,12 @@ def _load_rows(operands: Sequence[Any], *columns: Any) -> None:
 
 
 def _summed(found: Sequence[jax.Array], rows: jax.Array) -> jax.Array:
-    """Of every piece the sum over rows of piece times rows: (J, features)."""
+    """Sums over rows of each of J pieces times the rows: (J, features)."""
     return jnp.concatenate([(x * rows).sum(0, keepdims=True) for x in found], 0)
 
 
 def _rows_of(x: jax.Array, tiles: Tiles, fill: float) -> jax.Array:
-    """(B, T, N) -> (B, N / groups, tiles of queries, 1, rows)."""
+    """Reshapes (B, T, N) to (B, N / groups, tiles of queries, 1, rows)."""
     batch, length, heads = x.shape
     over = ((0, 0), (0, -length % tiles.query), (0, 0))
     x = jnp.pad(x, over, constant_values=fill)

@@ -1,6 +1,6 @@
 """Arithmetic of trilinear attention inside a kernel: rows, pieces, products.
 
-An array of float32 is divided into pieces of bfloat16, see `bfloat16_parts`.
+A float32 array is split into bfloat16 pieces, see `bfloat16_parts`.
 """
 
 import functools
@@ -22,7 +22,7 @@ def spread(rows: jax.Array, factors: jax.Array) -> jax.Array:
 
 
 def gather(found: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
-    """The transpose of `spread`, of pieces of M rows."""
+    """The transpose of `spread`: (J * M, H), (J, H) -> (M, H)."""
     pieces = [piece * factors[j : j + 1] for j, piece in enumerate(found)]
     return functools.reduce(jnp.add, pieces)
 
@@ -32,7 +32,7 @@ def parts(x: jax.Array, rows: int) -> list[jax.Array]:
 
 
 def along(column: jax.Array, like: Any) -> jax.Array:
-    """One value per row, in all lanes of `column`, in those of `like`."""
+    """One value per row, in all lanes of `column`, widened to the lanes of `like`."""
     width = like.shape[1]
     if width % LANES:
         return column[:, :1]
@@ -40,19 +40,19 @@ def along(column: jax.Array, like: Any) -> jax.Array:
 
 
 def contract(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
-    """Left @ right.T, both as pieces."""
+    """The product left @ right.T of operands given as pieces."""
     return _dot(left, right, (1, 1))
 
 
 def product(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
-    """Left @ right, both as pieces."""
+    """The product left @ right of operands given as pieces."""
     return _dot(left, right, (1, 0))
 
 
 def _dot(
     left: Sequence[jax.Array], right: Sequence[jax.Array], axes: tuple[int, int]
 ) -> jax.Array:
-    """Of pieces laid after each other, one product: it fills a wider matrix unit."""
+    """One product of concatenated pieces, which fills a wider matrix unit."""
     pairs = parts_.pairs((len(left), len(right)))
     lhs = _joined([left[n] for n, _ in pairs], axes[0])
     rhs = _joined([right[m] for _, m in pairs], axes[1])
@@ -64,12 +64,12 @@ def _joined(pieces: list[jax.Array], axis: int) -> jax.Array:
 
 
 def divided(x: jax.Array, count: int) -> list[jax.Array]:
-    """Bfloat16 that add up to x: rounded if it is one, else 8 bits in each."""
+    """Bfloat16 pieces that add up to x, with 8 bits each; a single one is rounded."""
     return list(parts_.parts_of(x, count))
 
 
 def store(ref: Any, x: jax.Array) -> None:
-    """Its pieces, as many as `ref` holds."""
+    """Stores the pieces of `x`, as many as `ref` holds."""
     for n, piece in enumerate(divided(x, ref.shape[0])):
         ref[n] = piece
 
@@ -79,7 +79,7 @@ def load(ref: Any, own: Any = slice(None)) -> list[jax.Array]:
 
 
 def zeroed(x: jax.Array, start: Any, length: int) -> jax.Array:
-    """0 in the rows at or beyond `length`; the first is at `start`."""
+    """`x`, whose first row has the index `start`, with 0 from row `length` on."""
     if length % x.shape[0] == 0:
         return x
     row = start + lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
@@ -87,12 +87,12 @@ def zeroed(x: jax.Array, start: Any, length: int) -> jax.Array:
 
 
 def as_row(column: jax.Array) -> jax.Array:
-    """(M, 1) -> (1, M)."""
+    """Transposes (M, 1) to (1, M)."""
     return jnp.where(_diagonal(column.shape[0]), column, 0).sum(0, keepdims=True)
 
 
 def as_column(row: jax.Array) -> jax.Array:
-    """(1, M) -> (M, 1)."""
+    """Transposes (1, M) to (M, 1)."""
     return jnp.where(_diagonal(row.shape[1]), row, 0).sum(1, keepdims=True)
 
 
@@ -102,7 +102,7 @@ def _diagonal(size: int) -> jax.Array:
 
 
 def quotient(x: jax.Array, size: int, count: int) -> Any:
-    """X // size for 0 <= x < count * size: comparisons, no division."""
+    """The quotient x // size for 0 <= x < count * size, by comparisons."""
     if size & (size - 1) == 0:
         return lax.shift_right_logical(x, size.bit_length() - 1)
     steps = ((x >= size * n).astype(jnp.int32) for n in range(1, count))

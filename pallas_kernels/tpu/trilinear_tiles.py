@@ -1,10 +1,10 @@
-"""Sizes of the tiles of trilinear attention, and what visiting them costs.
+"""Sizes of the tiles of trilinear attention, and their cost model.
 
 Tiles of queries are short, because each visits its own length of keys beyond a window;
-heads, and keys of the first axis, fill the rows of a product. How many rows and lanes a
-tile of scores has is bounded by the vector registers: at these sizes compilers spill
-none, or few where features are many. Blocks of keys are some tiles, so that a step of
-the grid has work for longer than it takes to start one.
+heads and keys of the first axis fill the rows of a product. Vector registers bound the
+rows and lanes of a tile of scores: at these sizes compilers spill none, or few where
+features are many. Blocks of keys have several tiles, so that a step of the grid takes
+longer than starting it.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ from typing import Literal, NamedTuple
 from pallas_kernels._devices import MIB, Tpu
 
 LANES = 128
-# Blocks of one call: of each four words in scalar memory, half a megabyte.
+# Most blocks of one call: four words each, half a megabyte of scalar memory.
 MOST_ENTRIES = 1 << 15
 
 type Pass = Literal["forward", "query", "first", "second"]
 
-# What a kernel gets on every TPU without asking, less a reserve for the compiler.
+# Vector memory of a kernel on every TPU by default, less a reserve for the compiler.
 _VMEM_BYTES = 12 * MIB
-# Seconds: what the pipeline of a grid adds to each step.
+# Seconds that the pipeline of a grid adds to each step.
 _STEP = 0.4e-6
-# Of the peak, in products as short as these.
+# Fraction of the peak that such short products reach.
 _EFFICIENCY = 0.5
-# Per pair, in products of the features of queries and of values.
+# Products per pair, over the features of queries and of values.
 _PRODUCTS = {"forward": (1, 1), "query": (2, 1), "first": (2, 2), "second": (2, 2)}
 
 
@@ -36,7 +36,7 @@ class Tiles:
         query: Queries of a tile.
         groups: Query heads of a tile, a divisor of those that share a key head.
         combined: Keys of the first axis multiplied into the queries at once.
-        lanes: Keys of the second axis of one product.
+        lanes: Keys of the second axis per product.
         first: Keys of the first axis in a block, a multiple of `combined`.
         second: Keys of the second axis in a block, a multiple of `lanes`.
     """
@@ -50,17 +50,17 @@ class Tiles:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Tiles of either key axis in a block."""
+        """Numbers of tiles of either key axis in a block."""
         return self.first // self.combined, self.second // self.lanes
 
     @property
     def rows(self) -> int:
-        """Rows of a tile of queries, of all heads of it."""
+        """Number of rows of a tile of queries, of all its heads."""
         return self.groups * self.query
 
     @property
     def scores(self) -> int:
-        """Rows of a tile of scores."""
+        """Number of rows of a tile of scores."""
         return self.rows * self.combined
 
     def __str__(self) -> str:
@@ -68,14 +68,14 @@ class Tiles:
 
 
 class Problem(NamedTuple):
-    """Sizes of a problem, as far as the choice of tiles depends on them.
+    """Sizes of a problem that determine the choice of tiles.
 
     Attributes:
         groups: Query heads per key head.
-        lengths: Of the queries and of both key axes.
+        lengths: Lengths of the queries and of both key axes.
         features: H and E.
-        pieces: Of bfloat16 that a left and a right operand is divided into.
-        wide: Bytes of an element, of the widest array.
+        pieces: Numbers of bfloat16 pieces of a left and of a right operand.
+        wide: Bytes per element of the widest array.
     """
 
     groups: int
@@ -86,10 +86,7 @@ class Problem(NamedTuple):
 
 
 def choose_tiles(which: Pass, problem: Problem, device: Tpu) -> Tiles | None:
-    """Tiles of the forward pass, or of the gradient of what is named.
-
-    None where none fits in vector memory.
-    """
+    """Tiles of the forward pass or of a gradient; None if none fits vector memory."""
     query, groups = 16, problem.groups
     rows, lanes = _limits(which, problem, device)
     own = max(n for n in range(1, rows // query + 1) if groups % n == 0)
@@ -105,13 +102,13 @@ def choose_tiles(which: Pass, problem: Problem, device: Tpu) -> Tiles | None:
 
 
 def _limits(which: Pass, problem: Problem, device: Tpu) -> tuple[int, int]:
-    """Rows of a tile of scores, and its keys of the second axis."""
+    """Most rows of a tile of scores, and most keys of the second axis."""
     divided = max(problem.pieces) > 1
     if which == "second":
         # Tiles are transposed: rows fill the lanes.
         return 128, 64 if divided else 128
     if divided and which == "first":
-        # What is evaluated at the ends of keys takes registers, too.
+        # Masks at the ends of keys take registers, too.
         return 16 if any(n % 512 for n in problem.lengths[1:]) else 32, 128
     if divided or device.vmem_bytes <= 16 * MIB:  # v4 unpacks bfloat16 in registers
         return 64, 128
@@ -121,11 +118,11 @@ def _limits(which: Pass, problem: Problem, device: Tpu) -> tuple[int, int]:
 
 
 def vmem_bytes(which: Pass, tiles: Tiles, problem: Problem) -> int:
-    """An estimate from above."""
+    """An upper estimate of the vector memory."""
     features, (left, right) = sum(problem.features), problem.pieces
     owned = {"first": tiles.first, "second": tiles.second}.get(which, tiles.rows)
     keys = tiles.first + tiles.second
-    # Two of everything that comes and goes.
+    # Double buffers of inputs and outputs.
     blocks = 2 * problem.wide * features * (tiles.rows + keys + owned)
     scratch = features * (4 * tiles.first + 2 * right * tiles.second)
     scratch += features * (4 * (tiles.rows + owned) + (2 * left + 4) * tiles.scores)
@@ -137,7 +134,7 @@ def vmem_bytes(which: Pass, tiles: Tiles, problem: Problem) -> int:
 def seconds(
     which: Pass, tiles: Tiles, problem: Problem, device: Tpu, visited: int, blocks: int
 ) -> float:
-    """Estimated time of so many tiles of pairs in so many blocks, per key head."""
+    """Estimated time of `visited` tiles of pairs in `blocks` blocks, per key head."""
     products = sum(
         n * size for n, size in zip(_PRODUCTS[which], problem.features, strict=True)
     )
