@@ -1,4 +1,4 @@
-"""Raw logits of a block of rows, tile after tile of classes, in a ring of features."""
+"""Raw logits of a block of rows, tile by tile of classes, with a ring over features."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,11 +19,11 @@ class LogitTiles:
     """Tiles of logits of one block of threads, and the memory that feeds them.
 
     Attributes:
-        ring: Whose slots hold a span of features of both operands.
-        operands: How hidden and weight lie in a slot.
-        memory: Of both: what copies write, and what is multiplied.
-        steps: Spans of features, which a tile takes.
-        classes: Of a tile.
+        ring: The ring, whose slots hold a span of features of both operands.
+        operands: Layouts of hidden and weight in a slot.
+        memory: Views of both for copies, and for products.
+        steps: Spans of features per tile.
+        classes: Classes per tile.
     """
 
     ring: Ring
@@ -40,7 +40,7 @@ class LogitTiles:
         block: Any,
         first_class: Callable[[Any], Any],
     ) -> None:
-        """From the memory warpgroup: `count` tiles, each from its first class on."""
+        """Copies `count` tiles of classes, in the memory warpgroup."""
         plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
         (of_hidden, of_weight), ready = self.operands, self.ring.ready
         (hidden, _), (weight, _) = self.memory
@@ -54,7 +54,7 @@ class LogitTiles:
         self.ring.fill(count * self.steps, copy)
 
     def product(self, tile: Any, rows: Any) -> Any:
-        """From a compute warpgroup: the logits of its `rows` of the block, float32."""
+        """The float32 logits of a compute warpgroup's `rows` of the block."""
         ring, steps = self.ring, self.steps
         (_, hidden), (_, weight) = self.memory
 

@@ -1,4 +1,4 @@
-"""A ring of tiles in shared memory: one warpgroup fills it, the others multiply.
+"""A ring buffer of tiles in shared memory: one warpgroup fills it, others multiply.
 
 The memory warpgroup copies with TMA. Slot `i % slots` holds step `i`; a barrier `ready`
 per slot counts its copies, a barrier `free` per slot the warpgroups that have read it.
@@ -6,9 +6,9 @@ per slot counts its copies, a barrier `free` per slot the warpgroups that have r
 TMA writes the tiles of (8, 64) elements that matrix units read only if the array's rows
 are multiples of 8 and its columns of 64. Other arrays are copied in boxes of 64 columns
 without that tiling. A box is 128 bytes wide, so both ways put every element at the same
-place of shared memory and swizzle it alike: a box is written through one view of the
-memory and multiplied through another. The interpreter, which does not share memory
-between views and does not ask for multiples, copies and multiplies through one view.
+address, with the same swizzle: a box is written through one view of the memory and
+multiplied through another. The interpreter, whose views do not share memory and which
+does not require multiples, uses one view for both.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ._row_tiles import SPAN, WARPGROUPS
 
-# Per thread; the three warpgroups share 512 of each lane.
+# Registers per thread; the three warpgroups share 512 per lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 _SWIZZLED = (plgpu.SwizzleTransform(128),)
 _TILED = (plgpu.TilingTransform((8, SPAN)), *_SWIZZLED)
@@ -30,11 +30,11 @@ _TILED = (plgpu.TilingTransform((8, SPAN)), *_SWIZZLED)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """What a slot holds of one array.
+    """The tile of an array in a slot.
 
     Attributes:
-        rows: Of the array.
-        columns: Of the array, a multiple of 64.
+        rows: Rows of the tile.
+        columns: Columns of the tile, a multiple of 64.
         aligned: Whether the array's own rows and columns are multiples of 8 and 64.
     """
 
@@ -44,7 +44,7 @@ class Tile:
 
     @property
     def width(self) -> int:
-        """Columns of one box."""
+        """Number of columns of a box."""
         return self.columns if self.aligned else SPAN
 
     @property
@@ -62,7 +62,7 @@ class Tile:
         return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=_SWIZZLED), tiled)
 
     def views(self, memory_ref: Any, interpret: Any) -> tuple[Any, Any]:
-        """(slot, box, row, column): what TMA writes, and what is multiplied."""
+        """Views (slot, box, row, column) for TMA to write, and for products."""
         if self.aligned or interpret:
             return memory_ref, memory_ref
         written, multiplied = memory_ref
@@ -71,7 +71,7 @@ class Tile:
     def fetch(
         self, written: Any, slot: Any, array: Any, row: Any, column: Any, ready: Any
     ) -> None:
-        """Copies from the array; what is beyond its end becomes 0."""
+        """Copies from the array, with 0 beyond its end."""
         for box in range(self.boxes):
             rows = pl.ds(row, self.rows)
             columns = pl.ds(column + box * self.width, self.width)
@@ -109,7 +109,7 @@ class Ring:
 
         lax.fori_loop(0, steps, one, None)
 
-        # Sees every slot freed: barriers must not go away with a phase unseen.
+        # Waits for every slot: barriers must not end with an unobserved phase.
         def wait(step, carry):
             plgpu.barrier_wait(self.free.at[self.slot(step)])
             return carry
@@ -121,7 +121,7 @@ class Ring:
     ) -> None:
         """Starts the products of each slot; the last slot stays occupied.
 
-        `start(slot)` starts so many wgmma. `release` gives the last slot back, once the
+        `start(slot)` starts `products` wgmma. `release` frees the last slot, once the
         accumulators have been read.
         """
 
@@ -130,7 +130,7 @@ class Ring:
             slot = self.slot(step)
             plgpu.barrier_wait(self.ready.at[slot])
             start(slot)
-            # All but the newest are done: their slot can be refilled.
+            # All but the newest products are done: their slot can be refilled.
             plgpu.wgmma_wait(products)
 
             @pl.when(at > 0)
@@ -146,7 +146,7 @@ class Ring:
 
 
 def barriers(slots: int, copies: int) -> dict[str, Any]:
-    """Scratch of a ring whose slots take so many copies."""
+    """Barriers of a ring whose slots take `copies` copies each."""
     return {
         "ready": plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
@@ -154,7 +154,7 @@ def barriers(slots: int, copies: int) -> dict[str, Any]:
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for tiles of 64 or fewer columns, as aligned copies want it."""
+    """Shared memory for tiles of up to 64 columns, in the layout of aligned copies."""
     columns = shape[-1]
     tiling, swizzle = plgpu.TilingTransform((8, columns)), 2 * columns
     transforms = (tiling, plgpu.SwizzleTransform(swizzle))
@@ -162,7 +162,7 @@ def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def read(ref: Any, layout: Any) -> Any:
-    """From global memory into registers: few numbers, as each thread wants them."""
+    """Reads a few numbers from global memory into registers, in this layout."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 

@@ -1,11 +1,11 @@
-r"""The mathematics of a slice of logits, (rows, classes), as registers hold it.
+r"""The mathematics of a slice of logits, (rows, classes), in registers.
 
     raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature
 
 A warpgroup holds a tile of logits in the layout of an accumulator, a number per row in
 that layout reduced over classes, a number per class in that layout reduced over rows.
-A tile is taken in slices of a few columns, so that the intermediate values of one slice
-are gone before those of the next one need registers.
+A tile is processed in slices of a few columns, so that only the intermediate values of
+one slice are in registers.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pallas_kernels._row_formulas import (
 
 from . import _ring
 
-FILTER_CLASSES = 128  # of a block that the gradient filter keeps or drops
+FILTER_CLASSES = 128  # per block that the gradient filter keeps or drops
 _BEYOND = 2**30  # more than any class
 
 
@@ -36,14 +36,14 @@ class Form:
     """Options of the logits and of their statistics; Python values.
 
     Attributes:
-        statistics: Names, as `row_statistics.STATISTICS` has them.
+        statistics: Names, as in `row_statistics.STATISTICS`.
         logit_softcap: c; None for none.
-        classes: How many there are; an array of numbers per class is longer.
-        labels: How many labels a row has.
+        classes: Number of classes; arrays of numbers per class are longer.
+        labels: Number of labels per row.
         per_row: Names of the numbers per row, in the order of their table.
         per_class: Names of the numbers per class, likewise.
         overhang: Whether a tile may reach beyond the last class.
-        filter: Whether the gradient filter asks how far p is from the labels.
+        filter: Whether the gradient filter needs the distances of p to the labels.
     """
 
     statistics: tuple[str, ...]
@@ -76,7 +76,7 @@ class Rows:
         count: int,
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Rows":
-        """From the tables (names, rows) and (labels, rows) in global memory."""
+        """Loads from the tables (names, rows) and (labels, rows) in global memory."""
         place = pl.ds(first, count)
         of = lambda ref, at: _ring.read(ref.at[at, place], layout.reduce(1))
         values = {name: of(table_ref, at) for at, name in enumerate(form.per_row)}
@@ -86,15 +86,15 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Some columns of a tile of logits, and the numbers that belong to them.
+    """Some columns of a tile of logits, with their numbers per row and class.
 
     Attributes:
-        form: What is static.
+        form: Static options.
         raw: Products of hidden and weight, float32, (rows, classes).
         rows: Numbers per row.
         classes: Numbers per class, by name.
         first: The first class.
-        layout: Of `raw`.
+        layout: Layout of `raw`.
     """
 
     form: Form
@@ -114,13 +114,13 @@ class Slice:
         first: Any,
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Slice":
-        """With its numbers per class from the table (names, classes)."""
+        """A slice with its numbers per class from the table (names, classes)."""
         place = pl.ds(first, raw.shape[1])
         of = lambda at: _ring.read(table_ref.at[at, place], layout.reduce(0))
         classes = {name: of(at) for at, name in enumerate(form.per_class)}
-        # The cast changes nothing: it tells the inference of layouts what `raw` has.
-        # The barrier keeps the compiler from computing all slices at once, for which
-        # there are too few registers.
+        # The cast only tells the layout of `raw` to the compiler's inference.
+        # The barrier keeps the compiler from computing all slices at once, which would
+        # exceed the registers.
         raw = lax.optimization_barrier(plgpu.layout_cast(raw, layout))
         return cls(form, raw, rows, classes, first, layout)
 
@@ -128,7 +128,7 @@ class Slice:
         return lax.broadcast_in_dim(values, self.raw.shape, (0,))
 
     def per_row(self, name: str) -> Any:
-        """Spread over the classes; None if there is no such number."""
+        """A number per row broadcast over the classes, or None if there is none."""
         values = self.rows.values.get(name)
         return None if values is None else self.over_rows(values)
 
@@ -140,22 +140,22 @@ class Slice:
 
     @functools.cached_property
     def ids(self) -> Any:
-        """Of the classes, from 0 in this slice."""
+        """Indices of the classes, from 0 in this slice."""
         return plgpu.broadcasted_iota(jnp.int32, self.raw.shape, 1, layout=self.layout)
 
     def label(self, index: int) -> Any:
-        """(rows, classes): where the class is this label of the row."""
+        """True where the class is this label of the row, (rows, classes)."""
         return self.ids == self.over_rows(self.rows.labels[index] - self.first)
 
     def select(self, z: Any, other: float) -> Any:
-        """`other` in place of overhang and of the classes that are not selected."""
+        """`z`, but `other` in padding and in classes that are not selected."""
         if self.form.overhang:
             z = jnp.where(self.ids < self.form.classes - self.first, z, other)
         where = self.per_class("where")
         return z if where is None else jnp.where(where > 0, z, other)
 
     def logits(self) -> tuple[Any, Any]:
-        """z, and tanh(u / c) or None."""
+        """The logits z, and tanh(u / c) or None."""
         u, saturation, cap = self.raw, None, self.form.logit_softcap
         scale, bias = self.per_row("logit_scale"), self.per_class("bias")
         temperature = self.per_row("inverse_temperature")
@@ -172,9 +172,9 @@ class Slice:
 
 
 def _tanh(x: jax.Array) -> jax.Array:
-    """Absolute error of a few 1e-7; `tanh.approx` would be off by 5e-4 of its result.
+    """The tanh with an absolute error of a few 1e-7 (`tanh.approx`: 5e-4, relative).
 
-    1 / y = rsqrt(y)^2 spares a division.
+    1 / y = rsqrt(y)^2 avoids a division.
     """
     inverse = lax.rsqrt(jnp.exp(2 * x) + 1)
     return 1 - 2 * (inverse * inverse)
@@ -182,7 +182,7 @@ def _tanh(x: jax.Array) -> jax.Array:
 
 # ------------------------------------------------------------------------------ forward
 def start(form: Form, rows: int, layout: Any = plgpu.Layout.WGMMA) -> dict[str, Any]:
-    """What the forward pass carries from slice to slice: numbers per row, by name."""
+    """The per-row numbers that the forward pass carries between slices, by name."""
     tops = ("top", "max_logit")
     return {
         name: plgpu.layout_cast(
@@ -194,7 +194,7 @@ def start(form: Form, rows: int, layout: Any = plgpu.Layout.WGMMA) -> dict[str, 
 
 
 def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
-    """The state with the classes of a slice."""
+    """The state with the classes of a slice added."""
     form, after = part.form, dict(state)
     z, _ = part.logits()
     present, counted = part.select(z, -jnp.inf), part.select(z, 0)
@@ -227,14 +227,14 @@ def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
         after["max_logit"] = jnp.maximum(state["max_logit"], top)
     if form.wants("label_logits"):
         for i in range(form.labels):
-            # From this very tile: by another product it could exceed lse by rounding.
+            # From the same logits as lse, which it must not exceed by rounding.
             found = jnp.where(part.label(i), z, 0).sum(1)
             after[f"label_{i}"] = state[f"label_{i}"] + found
     return after
 
 
 def merged(form: Form, state: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The statistics, from states (splits, rows) of parts of the classes in order."""
+    """The statistics, from states (splits, rows) of consecutive splits of classes."""
     found: dict[str, jax.Array] = {}
     if form.wants("lse", "mean_logit"):
         top = state["top"].max(0)
@@ -265,15 +265,15 @@ def merged(form: Form, state: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 # ----------------------------------------------------------------------------- backward
 @dataclasses.dataclass(frozen=True)
 class Cotangents:
-    """Of a slice.
+    """Cotangents of a slice.
 
     Attributes:
         raw: Of the raw products.
         biased: Of the logits before the softcap, per entry.
         logit_scale: Sums per row.
         temperature: Sums per row.
-        distance: The largest of a probability from what the labels ask, per row, for
-            the gradient filter; infinite for NaN.
+        distance: Largest |p - onehot| per row, for the gradient filter; infinite for
+            NaN.
     """
 
     raw: Any
@@ -311,6 +311,6 @@ def cotangents(part: Slice) -> Cotangents:
 
 
 def _probabilities(part: Slice, z: Any) -> Any:
-    """An exact 0 where a class is excluded; lse is +inf, not -inf, if all are."""
+    """The softmax, exactly 0 for excluded classes; lse is +inf if all are excluded."""
     lse = part.per_row("lse")
     return jnp.exp(part.select(z, -jnp.inf) - lse)

@@ -1,12 +1,12 @@
-"""Tile sizes of the row-statistics kernels for Hopper, from a model of what they cost.
+"""Tile sizes of the row-statistics kernels for Hopper, from a cost model.
 
-A block of threads needs most of the shared memory of a multiprocessor, so that a grid
-runs in rounds of one block per multiprocessor, and a round that is not full costs as
-much as one that is. Forward, the classes are cut in as many splits as fill the rounds
-best. Backward, the classes are visited chunk after chunk, with three grids each and the
-float32 gradient of hidden read and written once: larger chunks spare that traffic,
-smaller ones memory for the stored cotangents, and some fill their rounds better. The
-cheapest chunk is taken whose cotangents stay below a share of the logits in float32.
+A block of threads needs most of the shared memory of a multiprocessor: so a grid runs
+in rounds of one block per multiprocessor, and an incomplete round costs as much as a
+full one. Forward, the number of splits of the classes is that which fills the rounds
+best. Backward, the classes are visited in chunks, each with three grids that read and
+write the float32 gradient of hidden once. Larger chunks save this traffic, smaller ones
+memory for stored cotangents, and some fill their rounds better: the cheapest chunk is
+taken whose cotangents stay below a share of the float32 logits.
 """
 
 import dataclasses
@@ -15,38 +15,38 @@ import math
 
 from pallas_kernels._devices import Gpu
 
-WARPGROUPS = 2  # that multiply
-ROWS = 64  # of one warpgroup
+WARPGROUPS = 2  # compute warpgroups
+ROWS = 64  # rows per warpgroup
 BLOCK = WARPGROUPS * ROWS  # rows of a block of threads
 SPAN = 64  # columns: two bytes each, one swizzle of 128 bytes
-# Classes of a tile of logits, and up to how many numbers per row and class there are
-# registers besides: an accumulator of 256 classes takes half of them.
+# Classes of a tile of logits: most numbers per row and class that registers allow. (An
+# accumulator of 256 classes takes half of the registers.)
 FORWARD_CLASSES = ((256, 6), (128, 14), (64, 18))
 BACKWARD_CLASSES = ((256, 5), (128, 13), (64, 18))
 WIDEST = 256
-COLUMNS = 32  # of a slice
-PRODUCT_FEATURES = (256, 192, 128, 64)  # of a tile of the gradients
+COLUMNS = 32  # columns per slice
+PRODUCT_FEATURES = (256, 192, 128, 64)  # features per tile of the gradients
 MOST_STAGES = 6
-# Of shared memory: barriers, and what sums over the rows of a warpgroup need.
+# Reserve of shared memory: barriers, and scratch of sums over rows of a warpgroup.
 SLACK_BYTES = 4096
-# Of the float32 logits, that the cotangents of a chunk in 16 bits may take.
+# Largest size of a chunk's 16-bit cotangents relative to the float32 logits.
 SHARE = 0.008
 LEAST_CHUNK, MOST_CHUNK = 1024, 16_384
-# Seconds to start a kernel, and tiles as which filling a ring counts.
+# Seconds to start a kernel, and cost of filling a ring in tiles.
 LAUNCH, FILLING = 4e-6, 1
-# Columns as which reading the left operand of a product counts.
+# Cost of reading the left operand of a product, in columns.
 READING = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes of a kernel that computes logits, of 128 rows at a time.
+    """Sizes of a kernel that computes logits, 128 rows at a time.
 
     Attributes:
-        classes: Of a tile, a multiple of `columns`, 256 at most.
+        classes: Classes of a tile, a multiple of `columns`, 256 at most.
         columns: Classes of a slice of a tile, a divisor of 128.
         stages: Slots of the ring.
-        splits: Of the classes; blocks of threads share the rows of a tile.
+        splits: Splits of the classes over blocks of threads, per tile of rows.
     """
 
     classes: int
@@ -63,9 +63,9 @@ class BackwardTiles:
     """Sizes of the backward pass.
 
     Attributes:
-        logits: Of the kernel that computes cotangents of a chunk.
+        logits: Sizes of the kernel that computes cotangents of a chunk.
         chunk: Classes whose cotangents are stored at a time, a multiple of 256.
-        features: Of a tile of the gradients, a multiple of 64, 256 at most.
+        features: Features of a tile of the gradients, a multiple of 64, 256 at most.
         stages: Slots of the ring of the products.
     """
 
@@ -80,13 +80,13 @@ class BackwardTiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Sizes of a problem, as far as the choice of tiles depends on them.
+    """Sizes of a problem that determine the choice of tiles.
 
     Attributes:
         rows: N.
         features: D.
         vocabulary: V.
-        numbers: Per row and per class, that a slice of logits is combined with.
+        numbers: Numbers per row and per class that are combined with logits.
     """
 
     rows: int
@@ -141,7 +141,7 @@ def _seconds(
     logits = chunk // classes
     splits = _splits(shapes.row_tiles, logits, device)
     pieces = _ceil(shapes.features, features)
-    # Multiplications of one block of threads, times the rounds of its grid.
+    # Products of one block of threads, times the rounds of its grid.
     products = (
         _rounds(shapes.row_tiles * splits, device)
         * (_ceil(logits, splits) * (classes + READING) * shapes.features)
@@ -159,7 +159,7 @@ def _classes(sizes: tuple[tuple[int, int], ...], shapes: Shapes) -> int | None:
 
 
 def _splits(row_tiles: int, tiles: int, device: Gpu) -> int:
-    """Parts into which the tiles of classes are divided; of equals the fewest."""
+    """The best number of splits of the tiles of classes; of equal ones the fewest."""
     best = (math.inf, 1)
     for splits in range(1, min(tiles, 4 * device.multiprocessors) + 1):
         per_split = _ceil(tiles, splits)
@@ -175,7 +175,7 @@ def _rounds(blocks: int, device: Gpu) -> int:
 
 
 def _stages(columns: int, staging_bytes: int, device: Gpu) -> int:
-    """Slots of (128 + columns) x 64 elements of 2 bytes."""
+    """Number of slots of (128 + columns) x 64 elements of 2 bytes."""
     room = device.smem_bytes - SLACK_BYTES - staging_bytes
     return min(MOST_STAGES, room // ((BLOCK + columns) * SPAN * 2))
 

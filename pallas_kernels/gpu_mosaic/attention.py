@@ -1,16 +1,15 @@
 """Block-sparse attention for Hopper: the forward pass.
 
 One block of threads computes 128 queries of a head. Two warpgroups multiply, 64 queries
-each; a third only copies: it walks along the list of the tile and fetches the listed
-tiles of keys and values into a ring in shared memory, ahead of the other two. What is
-not listed is never read. Weights go from the registers of the first product into the
-second.
+each; a third only copies: it prefetches the listed tiles of keys and values into a ring
+in shared memory. Other tiles are never read. Weights go from the registers of the first
+product into the second.
 
 Lists and masks: `attention_lists`, `attention_scores`. Arrays stay in the layout
 (batch, length, heads, features): a copy takes one head out of it.
 
-Shared memory: the queries, `stages` tiles of keys and of values, and the output where
-it does not fit in the place of the queries. Registers per thread: E / 2 for the output
+Shared memory: the queries, `stages` tiles of keys and of values, and the output if it
+does not fit into the memory of the queries. Registers per thread: E / 2 for the output
 and `keys` / 2 for scores.
 """
 
@@ -50,10 +49,9 @@ def attention(
         query: (B, T, N, H), bfloat16 or float16, T a multiple of 8, H of 64.
         key: (B, S, K, H); query head n reads key head n // (N // K).
         value: (B, S, K, E), E a multiple of 64.
-        lists: Of tiles of `tiles.keys` keys, for each tile of 128 queries. The last
-            tile of keys is listed among those where the mask is evaluated if it is not
-            full.
-        form: Scores and weights.
+        lists: Lists of tiles of `tiles.keys` keys for each tile of 128 queries. If the
+            last tile of keys is not full, it is listed as masked.
+        form: Options of scores and weights.
         tiles: Sizes.
         sinks: (N,) float32: one more score per head, without a value; only for weights
             `softmax`.
@@ -62,8 +60,8 @@ def attention(
 
     Returns:
         The output in the dtype of `query`, (B, T, N, E), 0 in rows without weights, and
-        the normalizer, float32, (B, N, T): the log-sum in nats, -inf or the sink in
-        rows without weights; the sum itself if weights are not relative.
+        the normalizer, float32, (B, N, T): the log-sum in nats (-inf or the sink in
+        rows without weights), or the sum if weights are not relative.
     """
     batch, length, heads, features = query.shape
     value_features = value.shape[-1]
@@ -95,7 +93,7 @@ def attention(
             result((batch, heads, length), jnp.float32, *operands),
         ),
         scratch_types=scratch,
-        # The tiles of one head run side by side and share its keys in the cache.
+        # The tiles of one head run concurrently and share its keys in the cache.
         grid=(lists.tiles.shape[0], heads, batch),
         grid_names=("tile", "head", "batch"),
         num_threads=WARPGROUPS + 1,
@@ -198,5 +196,5 @@ def _forward_kernel(*refs, form, has_sinks, q, k, v, out, lse, staging, **barrie
 
 
 def _finite(top: Any) -> Any:
-    """-inf - -inf is NaN: rows that have seen nothing are kept relative to 0."""
+    """The maximum, 0 for rows that have seen nothing: -inf - -inf is NaN."""
     return jnp.where(top == -jnp.inf, 0.0, top)

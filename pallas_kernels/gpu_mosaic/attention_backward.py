@@ -1,17 +1,17 @@
-r"""Block-sparse attention for Hopper: the backward pass, and in it dQ.
+r"""Block-sparse attention for Hopper: formulas of the backward pass, and dQ.
 
 With p the weights over the sum of their row, w their slopes, dp = dO V^T:
 
     dZ = w (dp - delta),    dQ = dZ K,    dK = dZ^T Q,    dV = p^T dO
 
-Weights are computed again from the log-sum of each row. The kernel of dQ: a block of
-threads has 128 queries and walks along the keys that they attend to, like the forward
-pass. dK and dV: `attention_key_gradients`. Five products would do with one kernel for
-all three; two take seven and need no atomics.
+Weights are recomputed from the log-sum of each row. In the kernel of dQ a block of
+threads has 128 queries and visits the keys that they attend to, like the forward pass.
+dK and dV: `attention_key_gradients`. A single kernel would take five products but
+atomics; two kernels take seven.
 
-Shared memory: what the block of threads owns, whose place the results take at the end,
-and a ring of what it walks along. Registers per thread: half the features of the
-results, and for scores and dp half a tile each.
+Shared memory: the block's own tile, which the results replace at the end, and a ring
+of visited tiles. Registers per thread: half the features of the results, and half a
+tile each for scores and dp.
 """
 
 import functools
@@ -33,9 +33,9 @@ from .attention_tiles import ROWS, TILE, WARPGROUPS, BackwardTiles
 
 
 def kept(slope: Any, form: Form, *results: int) -> Any:
-    """Slopes as they wait for their product, next to results of so many features.
+    """Slopes in the form in which registers keep them until their product.
 
-    Where registers are short, in half of them, rounded as dZ will be.
+    Where registers are short they are rounded to the dtype of dZ, which halves them.
     """
     sums, widest = sum(results) // 2, max(results)
     crowded = sums > 96 and (widest > 192 or not form.is_plain)
@@ -66,14 +66,14 @@ def query_gradient(
         norm: (B, N, T), float32: log-sums in bits, inf for an empty row; the inverse of
             the sum, 0 for an empty row, if weights are not relative.
         delta: <dO, out> minus the cotangent of the log-sum, (B, N, T), float32.
-        lists: Of tiles of `tiles.keys` keys, for each tile of 128 queries.
+        lists: Lists of tiles of `tiles.keys` keys for each tile of 128 queries.
         form: See `query`.
         tiles: Sizes.
         mask_scalars: As in `attention`.
         interpret: See `query`.
 
     Returns:
-        In the shape and dtype of `query`.
+        dQ, in the shape and dtype of `query`.
     """
     batch, _, heads, features = query.shape
     value_features, stages = value.shape[-1], tiles.stages

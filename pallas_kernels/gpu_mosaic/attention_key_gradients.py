@@ -1,11 +1,11 @@
 r"""Block-sparse attention for Hopper: the gradients of keys and values.
 
-A block of threads has 128 keys of a key head and walks along the queries that attend to
-them, of one query head after the other, so that both results are sums in registers that
-are written once, in a fixed order. Its scores are transposed, keys by queries, so that
-they are the left operands of the products. Formulas: `attention_backward`.
+A block of threads has 128 keys of a key head and visits the queries that attend to
+them, query head by query head: so both results are sums in registers, in a fixed order,
+that are written once. Scores are transposed, keys by queries, so that they are the left
+operands of the products. Formulas: `attention_backward`.
 
-Where registers do not hold both results the kernel runs twice, for one result each.
+If registers do not hold both results the kernel runs twice, for one result each.
 """
 
 import functools
@@ -50,14 +50,14 @@ def key_gradients(
         cotangent: See `query`.
         norm: See `query`.
         delta: See `query`.
-        lists: Of tiles of `tiles.queries` queries, for each tile of 128 keys.
+        lists: Lists of tiles of `tiles.queries` queries for each tile of 128 keys.
         form: See `query`.
         tiles: See `query`.
         mask_scalars: See `query`.
         interpret: See `query`.
 
     Returns:
-        In the shapes and dtypes of `key` and `value`; 0 for keys that nobody reads.
+        In the shapes and dtypes of `key` and `value`; 0 for keys that no query reads.
     """
     arrays = (query, key, value, cotangent, norm, delta, lists, mask_scalars)
     call = functools.partial(_call, *arrays, form, tiles, interpret)
@@ -85,7 +85,7 @@ def _call(
     name: str,
     wanted: tuple[bool, bool],
 ) -> Any:
-    """Those of dK and dV that are wanted."""
+    """Computes the wanted gradients of dK and dV."""
     batch, _, key_heads, features = key.shape
     value_features, stages = value.shape[-1], tiles.stages
     operands = (query, key, value, cotangent, norm, delta, *lists)
@@ -159,7 +159,7 @@ def _key_kernel(
         plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
         queries.open()
         walk = Walk(others_ref, tiles_ref, at)
-        # Computed where it is needed: registers are short.
+        # Computed just before it is used, to save registers.
         first = lambda: walk.tile * TILE + warpgroup * ROWS
         own = lambda: (batch, pl.ds(first(), ROWS), key_head)
         staged = None if staging is None else staging.at[warpgroup]
@@ -180,7 +180,7 @@ def _key_kernel(
             def weights(columns, raw):
                 bits = form.bits(raw)
                 if partial:
-                    # Results of keys beyond the last are not written.
+                    # Results of padded keys are not written.
                     along, key = Axis(1, start + columns.start), Axis(0, own_first)
                     scalars = ring.scalars(scalars_refs, batch)
                     bits = form.selected(bits, along, key, None, scalars)

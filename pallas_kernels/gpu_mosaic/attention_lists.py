@@ -1,8 +1,8 @@
-"""Which tiles attend to which, as the lists that attention kernels walk along.
+"""Lists of the tiles that attention kernels visit.
 
 A tile of queries has a list of tiles of keys: first those in which every pair attends,
-then those in which the mask is evaluated. Seen from the keys it is the same with rows
-and columns exchanged. The lists lie one after the other in one array.
+then those in which the mask is evaluated. For tiles of keys, rows and columns are
+exchanged. All lists are concatenated in one array.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ class Lists(NamedTuple):
     """One list per tile, both arrays int32.
 
     Attributes:
-        others: The tiles that are listed, all lists one after the other; at least one
-            entry, which need not belong to a list.
-        tiles: (tiles, 4): a tile, where its list starts, where those begin in which the
-            mask is evaluated, and where it ends. The longest lists come first, so that
-            no long one is left for the end. A list may be empty.
+        others: The listed tiles of all lists, concatenated; at least one entry, which
+            need not belong to a list.
+        tiles: (tiles, 4): a tile, the start of its list, the start of masked tiles in
+            it, and its end. The longest lists come first, to balance the load. A list
+            may be empty.
     """
 
     others: Any
@@ -26,10 +26,10 @@ class Lists(NamedTuple):
 
 
 def lists(whole: np.ndarray, partial: np.ndarray, tiles: int) -> Lists:
-    """Lists from pairs of tiles, (2, n) each: all pairs attend, or the mask decides.
+    """Lists from (2, n) pairs of tiles: `whole`, or `partial` with the mask evaluated.
 
-    `tiles`: how many there are of the kind that comes first in a pair. For the lists of
-    the other kind pass the pairs upside down.
+    Lists belong to the first tile of a pair; `tiles` is the number of these. For lists
+    of the second tiles, flip the pairs.
     """
     kinds = np.repeat(np.arange(2), (whole.shape[1], partial.shape[1]))
     rows, columns = np.concatenate([whole, partial], axis=1)

@@ -1,7 +1,7 @@
 """A mask of attention as a function that a kernel for GPUs can compile.
 
 Masks are arithmetic on indices, written for any array. A kernel traces them and runs
-the operations one by one, those that its compiler lacks in other words.
+the operations one by one, replacing those that its compiler lacks.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from jax.extend import core
 
 type Mask = Callable[..., Any]
 
-# Of integers and booleans. What is missing here no kernel was compiled with.
+# Supported operations of integers and booleans; kernels were compiled with each.
 _OPERATIONS = """
     abs add and broadcast_in_dim clamp clz convert_element_type copy div eq ge gt le lt
     max min mul ne neg not or rem select_n shift_left shift_right_arithmetic sign square
@@ -34,7 +34,7 @@ def missing(mask: Mask, scalars: int) -> list[str]:
 
 
 def is_constant(mask: Mask, scalars: int) -> bool:
-    """Whether the mask looks at none of its indices; arguments as of `missing`."""
+    """Whether the mask does not depend on its indices; arguments as in `missing`."""
     closed = _traced(mask, scalars)
     return _live(closed.jaxpr).isdisjoint(closed.jaxpr.invars)
 
@@ -46,13 +46,13 @@ def _traced(mask: Mask, scalars: int) -> Any:
 
 
 class Index(NamedTuple):
-    """Indices that are formed if the mask looks at them.
+    """Indices that are created only if the mask uses them.
 
-    The compiler finds no layout for values that nothing uses, and seeks for ever.
+    The compiler does not terminate on unused values, for which it finds no layout.
 
     Attributes:
-        shape: Of the indices.
-        form: Gives them, int32.
+        shape: Shape of the indices.
+        form: Returns them, int32.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Index(NamedTuple):
 
 
 def evaluate(mask: Mask, *arguments: Any) -> Any:
-    """`mask(*arguments)`, inside a kernel; arguments are arrays or `Index`."""
+    """A function that evaluates the mask inside a kernel, on arrays or `Index`."""
     shapes = [
         jax.ShapeDtypeStruct(x.shape, jnp.int32) if isinstance(x, Index) else x
         for x in arguments
@@ -84,7 +84,7 @@ def _names(jaxpr: Any) -> set[str]:
 
 
 def _inner(equation: Any) -> Any:
-    """The body of a compiled function, such as those of jax.numpy."""
+    """The jaxpr of a call of a compiled function, such as those of jax.numpy."""
     return equation.params.get("jaxpr")
 
 
@@ -105,7 +105,7 @@ def _live(jaxpr: Any) -> set[Any]:
 
 
 def _known(equation: Any) -> bool | None:
-    """The result of a comparison of something with itself, of integers."""
+    """The result of comparing an integer with itself; None for other equations."""
     primitive = equation.primitive
     if primitive in _COMPARISONS and len(set(map(id, equation.invars))) == 1:
         return _COMPARISONS[primitive]

@@ -1,7 +1,7 @@
-"""What attention kernels for Hopper share: how tiles come in, products, results.
+"""Common code of attention kernels for Hopper: ring of tiles, products, results.
 
-The memory warpgroup walks along a list and fills the slots of a ring; the others wait
-for a slot, multiply, and free it. Step i of a block of threads uses slot i mod stages.
+The memory warpgroup follows a list and fills the slots of a ring; the others wait for a
+slot, multiply, and free it. Step i of a block of threads uses slot i mod stages.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .attention_tiles import FEATURES, ROWS, WARPGROUPS
 
-# Per thread; the three warpgroups share 512 of each lane.
+# Registers per thread; the three warpgroups share 512 per lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 
 
@@ -23,13 +23,12 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 class Walk:
     """The list of one tile.
 
-    Its numbers are read where they are needed, again if need be: they lie in a cache,
-    and registers are short.
+    Its numbers are read from the cache each time they are needed, to save registers.
 
     Attributes:
         others_ref: As in `Lists`.
         tiles_ref: As in `Lists`.
-        at: The row of the table.
+        at: The tile's row of `tiles_ref`.
     """
 
     others_ref: Any
@@ -42,7 +41,7 @@ class Walk:
 
     @property
     def whole(self) -> Any:
-        """Length of the part in which all pairs attend."""
+        """Number of listed tiles in which all pairs attend."""
         return self.tiles_ref[self.at, 2] - self.tiles_ref[self.at, 1]
 
     @property
@@ -51,12 +50,12 @@ class Walk:
         return self.tiles_ref[self.at, 3] - self.tiles_ref[self.at, 1]
 
     def other(self, step: Any) -> Any:
-        """The tile that is listed there; of some list behind the end."""
+        """The tile listed at a step; undefined behind the end of the list."""
         last = self.others_ref.shape[0] - 1
         return self.others_ref[jnp.minimum(self.tiles_ref[self.at, 1] + step, last)]
 
     def fold(self, step: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
-        """`step(partial, at, carry)` along the list, those without a mask first."""
+        """Folds `step(partial, at, carry)` over the list, unmasked tiles first."""
         whole = lambda at, carry: step(False, at, carry)
         partial = lambda at, carry: step(True, at, carry)
         carry = lax.fori_loop(0, self.whole, whole, carry)
@@ -65,12 +64,12 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """A ring of slots.
+    """A ring buffer in shared memory.
 
     Attributes:
-        rings: Arrays in shared memory, the stages first; a slot is one stage of all.
-        ready: Barriers, on which the copies into a slot arrive.
-        free: Barriers, on which the warpgroups that have read it arrive.
+        rings: Arrays with the stages as first axis; a slot is one stage of all.
+        ready: Barriers on which the copies into a slot arrive.
+        free: Barriers on which the warpgroups that have read a slot arrive.
     """
 
     rings: tuple[Any, ...]
@@ -82,25 +81,25 @@ class Channel:
         return self.rings[0].shape[0]
 
     def slot(self, step: Any) -> Any:
-        # A single one is always the same, which the compiler had better not know.
+        # Keeps the compiler from treating a single slot as a constant.
         return anew(lax.rem(step, self.stages))
 
     def open(self) -> None:
-        """Every slot is free; each warpgroup that reads says so before it starts.
+        """Marks every slot as free; each reading warpgroup calls it before it starts.
 
-        So that the first copies wait like all others, which makes one loop of them.
+        So the first copies wait like all others, in the same loop.
         """
         for slot in range(self.stages):
             plgpu.barrier_arrive(self.free.at[slot])
 
     def wait(self, step: Any) -> list[Any]:
-        """The slot of that step, filled."""
+        """Waits until the slot of a step is filled, and returns it."""
         slot = self.slot(step)
         plgpu.barrier_wait(self.ready.at[slot])
         return [ring.at[slot] for ring in self.rings]
 
     def filled(self, step: Any) -> list[Any]:
-        """The slot of a step that was waited for, as one the compiler does not know."""
+        """The slot of a step that was waited for, with an opaque index (`anew`)."""
         slot = self.slot(step)
         return [ring.at[slot] for ring in self.rings]
 
@@ -108,27 +107,27 @@ class Channel:
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
     def fill(self, step: Any, *sources: Any) -> None:
-        """Copies into the slot of that step, as soon as it is free."""
+        """Copies into the slot of a step, as soon as it is free."""
         slots, ready = self.vacated(step)
         for source, slot in zip(sources, slots, strict=True):
             plgpu.copy_gmem_to_smem(source, slot, ready)
 
     def vacated(self, step: Any) -> tuple[list[Any], Any]:
-        """The slot of that step, free, and the barrier for copies into it."""
+        """Waits until the slot of a step is free; returns it and its barrier."""
         slot = self.slot(step)
         plgpu.barrier_wait(self.free.at[slot])
         return [ring.at[slot] for ring in self.rings], self.ready.at[slot]
 
     def close(self) -> None:
-        """Sees every slot freed: barriers must not go away with a phase unseen."""
+        """Waits for every slot: barriers must not end with an unobserved phase."""
         for slot in range(self.stages):
             plgpu.barrier_wait(self.free.at[slot])
 
 
 def feed(walk: Walk, fill: Callable[[Any, Any, Any], None], *, rounds: int = 1) -> None:
-    """`fill(step, round, tile)` for each tile listed, in each round.
+    """Calls `fill(step, round, tile)` for each listed tile, in each round.
 
-    The number of a tile is read one step early: it takes as long to come as a tile.
+    The index of a tile is read one step early: its latency is that of a tile.
     """
 
     def step(now, carry):
@@ -145,9 +144,9 @@ def feed(walk: Walk, fill: Callable[[Any, Any, Any], None], *, rounds: int = 1) 
 def feed_keys(
     walk: Walk, fills: Sequence[tuple[Channel, Any]], head: tuple[Any, Any], size: int
 ) -> None:
-    """What the warpgroup of memory does for the one tile of queries of a block.
+    """Runs the memory warpgroup for the tile of queries of a block.
 
-    `fills`: channels with the arrays that they bring. `head`: batch entry and key head.
+    `fills`: channels with their arrays. `head`: batch entry and key head.
     """
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     batch, key_head = head
@@ -162,12 +161,12 @@ def feed_keys(
 
 
 def scalars(scalars_refs: Sequence[Any], batch: Any) -> list[Any]:
-    """What masks are told of a batch entry, from one array of it or none."""
+    """The further arguments of masks for a batch entry, from one array or none."""
     return [ref[batch, i] for ref in scalars_refs for i in range(ref.shape[1])]
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory as the matrix units read it."""
+    """Shared memory in the layout of matrix units."""
     transforms = (plgpu.TilingTransform((8, FEATURES)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -177,15 +176,16 @@ def transposed(ref: Any) -> Any:
 
 
 def anew(index: Any) -> Any:
-    """The same index, as one that the compiler does not know.
+    """The same index, opaque to the compiler.
 
-    It would keep the addresses of all parts of an operand in registers, across a loop.
+    Otherwise it keeps the addresses of all slices of an operand in registers, across a
+    loop.
     """
     return lax.optimization_barrier(index)
 
 
 def product(left: Any, right: Any, columns: int) -> Any:
-    """64 rows of `left`, in registers or shared memory, times `right`; float32."""
+    """The float32 product of 64 rows of `left`, in registers or not, and `right`."""
 
     def scope(total):
         plgpu.wgmma(total, left, right)
@@ -195,9 +195,9 @@ def product(left: Any, right: Any, columns: int) -> Any:
 
 
 def by_columns(function: Callable[..., Any], tile: Any, width: int = 32) -> Any:
-    """`function(columns, part)` of parts of a tile, one after the other.
+    """Applies `function(columns, part)` to slices of a tile, one after the other.
 
-    All at once, the numbers on the way would take more registers than there are.
+    All at once, intermediate values would exceed the registers.
     """
     found = []
     for first in range(0, tile.shape[1], width):
@@ -208,31 +208,28 @@ def by_columns(function: Callable[..., Any], tile: Any, width: int = 32) -> Any:
 
 
 def at_once(function: Callable[..., Any], tile: Any) -> Any:
-    """`function(columns, tile)` of the whole tile."""
+    """Applies `function(columns, tile)` to the whole tile."""
     return function(pl.ds(0, tile.shape[1]), tile)
 
 
 def zeros(columns: int) -> Any:
-    """An accumulator of 64 rows."""
+    """A zero accumulator of 64 rows."""
     zero = jnp.zeros((ROWS, columns), jnp.float32)
     return plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
 
 
 def staging(columns: int, dtype: Any, interpret: Any) -> Any:
-    """What `operand` needs in the interpreter: shared memory for each warpgroup."""
+    """Shared memory per warpgroup that `operand` needs in the interpreter."""
     return swizzled((WARPGROUPS, ROWS, columns), dtype) if interpret else None
 
 
 def per_column(slot: Any, columns: Any) -> Any:
-    """One number per column of a tile of scores, in the registers that hold it."""
+    """One number per column of a tile of scores, in the layout of its registers."""
     return plgpu.load(slot.at[columns], layout=plgpu.Layout.WGMMA.reduce(0))
 
 
 def operand(values: Any, staging: Any) -> Any:
-    """A left operand of a product, in registers.
-
-    The interpreter's matrix units read no registers: there it is put into `staging`.
-    """
+    """A left operand of a product in registers; in `staging` for the interpreter."""
     if staging is None:
         return values
     staging[...] = values
@@ -243,8 +240,8 @@ def operand(values: Any, staging: Any) -> Any:
 def added(total: Any, left: Any, right: Any, staging: Any) -> Any:
     """The sum total + left @ right.
 
-    In the interpreter, which has `staging`, it is added after the product: accumulators
-    start at 0 there.
+    In the interpreter (with `staging`), whose accumulators start at 0, `total` is added
+    after the product.
     """
     if staging is not None:
         return total + product(left, right, total.shape[1])
@@ -253,12 +250,12 @@ def added(total: Any, left: Any, right: Any, staging: Any) -> Any:
 
 
 def store(total: Any, slot: Any, target: Any) -> None:
-    """Through shared memory to `target`; the rows beyond its end are dropped."""
+    """Stores through shared memory to `target`; rows beyond its end are dropped."""
     slot[...] = total.astype(slot.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(slot, target)
 
 
 def per_row(values: Any) -> Any:
-    """One number per row of a tile, in the registers that hold the row."""
+    """One number per row of a tile, in the layout of its registers."""
     return plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))

@@ -1,15 +1,15 @@
-r"""Scores of a tile of attention, as the registers of a warpgroup hold them.
+r"""Scores of a tile of attention, in the registers of a warpgroup.
 
     raw -> z = c tanh(scale raw / c) -> Z = z log2(e) -> -inf where a pair is excluded
 
-Scores are kept in bits, because the hardware has 2^x and log2 x. Weights that are kept
-relative to the largest of their row are 2^Z, or softplus(z) = ln(1 + e^z) times a power
-of two that keeps it in range where it underflows:
+Scores are in bits, because the hardware has 2^x and log2 x. Weights relative to the
+largest of their row are 2^Z, or softplus(z) = ln(1 + e^z) times a power of two that
+keeps it in range:
 
     2^-M softplus(z) = 2^-M max(z, 0) + 2^(-|Z| - M) h(2^-|Z|),    h(u) = ln(1 + u) / u
 
-With r = u / (2 + u) <= 1/3, h(u) = 2 / (2 + u) (1 + r^2 / 3 + r^4 / 5 + ...), positive
-terms that keep all digits however small u is. Weights that are summed as they are have
+With r = u / (2 + u) <= 1/3, h(u) = 2 / (2 + u) (1 + r^2 / 3 + r^4 / 5 + ...), whose
+positive terms are accurate for any small u. Weights that are summed directly have
 M = 0.
 """
 
@@ -28,10 +28,10 @@ LN2 = math.log(2)
 
 
 class Axis(NamedTuple):
-    """Place of the queries, or of the keys, in a tile of scores.
+    """The queries, or the keys, of a tile of scores.
 
     Attributes:
-        axis: Of the tile.
+        axis: Their axis of the tile.
         start: Index of the first.
     """
 
@@ -47,12 +47,11 @@ class Form:
         mask: Called with int32 indices of queries and keys, and with the `mask_scalars`
             of the batch entry; True where they attend. None for all. Evaluated only
             where the lists of tiles say SOME.
-        keys: How many there are; the arrays may be longer. None: they are not.
+        keys: Number of keys, if the arrays are longer; None otherwise.
         scale: Multiplies the products of queries and keys.
         logit_softcap: c; None for none.
-        weights: exp(z), or softplus(z), both kept relative to the largest of a row;
-            or softplus(z), or 1 + z for z >= 0 and 1 / (1 - z) below, summed as they
-            are.
+        weights: exp(z) or softplus(z), relative to the largest of a row; or, summed
+            directly, softplus(z), or 1 + z for z >= 0 and 1 / (1 - z) below.
     """
 
     mask: Mask | None = None
@@ -63,32 +62,31 @@ class Form:
 
     @property
     def is_relative(self) -> bool:
-        """Whether weights are kept relative to the largest of their row."""
+        """Whether weights are relative to the largest of their row."""
         return self.weights in ("softmax", "log_softplus")
 
     @property
     def is_plain(self) -> bool:
-        """Whether a weight is a power of a product, and nothing else."""
+        """Whether weights are 2 to the power of a scaled product, without softcap."""
         return self.weights == "softmax" and self.logit_softcap is None
 
     @property
     def is_heavy(self) -> bool:
-        """Whether weights and their slopes take many registers on the way."""
+        """Whether computing weights and slopes takes many registers."""
         return self.weights == "log_softplus" and self.logit_softcap is not None
 
     @property
     def unit(self) -> float:
-        """Factor from z to Z: 1 where no power is taken."""
+        """The factor from z to Z; 1 for weights that are no powers."""
         return 1.0 if self.weights == "stablemax" else LOG2E
 
     def bits(self, raw: Any) -> Any:
-        """Z."""
+        """The scores Z."""
         cap = self.logit_softcap
         if cap is None:
             return raw * (self.scale * self.unit)
-        # tanh x = 1 - 2 / (1 + e^2x); the hardware's own is good to 11 bits. What this
-        # loses near 0, where it cancels, is small next to the cap, and that is added to
-        # other scores.
+        # tanh x = 1 - 2 / (1 + e^2x), since the hardware's is good to 11 bits. It
+        # cancels near 0, but the error is small relative to the cap.
         power = jnp.exp2(raw * (2 * self.scale * LOG2E / cap))
         bent = 1 - 2 * _reciprocal(1 + power)
         return (cap * self.unit) * bent
@@ -98,14 +96,14 @@ class Form:
         cap = self.logit_softcap
         if cap is None:
             return slope
-        # From Z again: it costs less than registers to keep it. At -inf it is 0.
+        # Recomputed from Z to save registers. At -inf it is 0.
         bent = jnp.maximum(bits * (1 / (cap * self.unit)), -1.0)
         return slope * (1 - bent * bent)
 
     def last(self, keys: int, size: int) -> int | None:
-        """The number of keys if the last tile of `size` is not full of them.
+        """The number of keys if the last tile of `size` is not full, else None.
 
-        `keys`: how many the array has.
+        `keys` is the length of the array.
         """
         last = keys if self.keys is None else self.keys
         return last if last % size else None
@@ -113,9 +111,8 @@ class Form:
     def selected(
         self, bits: Any, query: Axis, key: Axis, last: int | None, scalars: Any = ()
     ) -> Any:
-        """-inf where a pair does not attend, or the key is beyond the last."""
-        # Indices of the whole tile, although a row and a column has one each: the
-        # compiler sees that, and computes with each only once.
+        """`bits`, -inf where a pair does not attend or the key is padding."""
+        # Indices of the whole tile: the compiler computes with equal ones only once.
         of_tile = lambda axis: (
             axis.start
             + plgpu.broadcasted_iota(
@@ -132,7 +129,7 @@ class Form:
         return bits if ok is None else jnp.where(ok, bits, -jnp.inf)
 
     def top(self, bits: Any, before: Any) -> Any:
-        """What rows are kept relative to: at least what keeps all weights in range."""
+        """The new reference of each row, which keeps all weights in range."""
         highest = bits.max(1)
         if self.weights == "log_softplus":
             # softplus(z) is e^z far below 0, and no larger than a few z above.
@@ -140,7 +137,7 @@ class Form:
         return jnp.maximum(before, highest)
 
     def relative(self, bits: Any, shift: Any) -> Any:
-        """The weights times 2^-shift, `shift` from `top` of the same rows, finite."""
+        """The weights times 2^-shift; `shift` is the finite `top` of the same rows."""
         if self.weights == "softmax":
             return jnp.exp2(bits - shift)
         # Below a shift of 0 no score of the row is positive.
@@ -149,7 +146,7 @@ class Form:
         return jnp.maximum(bits, 0.0) * LN2 + tail
 
     def absolute(self, bits: Any) -> tuple[Any, Any]:
-        """The weights and their slopes by z, of weights that are not relative."""
+        """Weights that are not relative, and their slopes by z."""
         if self.weights == "stablemax":
             below = _reciprocal(1 + jnp.abs(bits))
             positive = bits >= 0
@@ -160,10 +157,10 @@ class Form:
         return value, jnp.where(bits >= 0, 1.0, small) * _reciprocal(1 + small)
 
     def normalised(self, bits: Any, norm: Any) -> tuple[Any, Any]:
-        """The weights, and their slopes by `scale raw`, over the sum of the row.
+        """The normalised weights, and their slopes by `scale raw`.
 
-        `norm` of the row: if weights are relative the log-sum in bits, inf for an empty
-        row; else the inverse of the sum, 0 for an empty row.
+        `norm` is the row's log-sum in bits (inf for an empty row) if weights are
+        relative, else the inverse of its sum (0 for an empty row).
         """
         if not self.is_relative:
             value, slope = self.absolute(bits)
@@ -180,18 +177,18 @@ class Form:
 
 
 def across(row: Any, shape: tuple[int, ...], axis: int = 0) -> Any:
-    """One number per row, or with `axis` 1 per column, as a tile."""
+    """Broadcasts one number per row (or column, with `axis` 1) to a tile."""
     return lax.broadcast_in_dim(row, shape, (axis,))
 
 
 def _reciprocal(x: Any) -> Any:
-    """1 / x for x >= 1: a division is a dozen instructions, this is two."""
+    """1 / x for x >= 1, in two instructions instead of a dozen for a division."""
     root = lax.rsqrt(x)
     return root * root
 
 
 def _log1p_ratio(u: Any) -> Any:
-    """ln(1 + u) / u for 0 <= u <= 1, to a few units in the last place."""
+    """ln(1 + u) / u for 0 <= u <= 1, to a few ulps."""
     inverse = _reciprocal(2 + u)
     square = (u * inverse) * (u * inverse)
     total = 1 / 15

@@ -1,17 +1,17 @@
-"""Sizes of the attention kernels for Hopper, and what the hardware fixes of them."""
+"""Sizes of the attention kernels for Hopper, and limits of the hardware."""
 
 import dataclasses
 
 from pallas_kernels._devices import Gpu
 
-WARPGROUPS = 2  # that multiply
-ROWS = 64  # of one warpgroup
+WARPGROUPS = 2  # compute warpgroups
+ROWS = 64  # rows per warpgroup
 TILE = WARPGROUPS * ROWS  # rows of a block of threads
-LENGTHS = 8  # what lengths are multiples of
-FEATURES = 64  # what numbers of features are multiples of: 128 bytes, one swizzle
-MOST_COLUMNS = 256  # of a product
-SPARE_BYTES = 4096  # of shared memory: barriers, and gaps between arrays
-MOST_SUMS = 160  # registers of a thread for results, which leave enough for all else
+LENGTHS = 8  # lengths are multiples of this
+FEATURES = 64  # numbers of features are multiples of this: 128 bytes, one swizzle
+MOST_COLUMNS = 256  # most columns of a product
+SPARE_BYTES = 4096  # reserve of shared memory: barriers, and gaps between arrays
+MOST_SUMS = 160  # most registers per thread for results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Tiles:
     """Sizes of the forward kernel.
 
     Attributes:
-        keys: Per tile.
+        keys: Keys per tile.
         stages: Tiles of keys, and of values, in shared memory.
     """
 
@@ -33,16 +33,16 @@ class Tiles:
 
 
 def choose_tiles(features: int, value_features: int, device: Gpu) -> Tiles | None:
-    """The most keys per tile, then stages, that registers and shared memory hold.
+    """The most keys per tile, then the most stages, that fit; None if nothing fits.
 
-    A thread keeps half of a row of the output, of which there are `value_features`, and
-    half of a row of scores, beside about 80 other numbers. None if nothing fits.
+    A thread keeps half of a row of the output (`value_features` long) and half of a row
+    of scores, besides about 80 other numbers.
     """
     if value_features > MOST_COLUMNS:
         return None
     fitting = (keys for keys in (128, 64) if (value_features + keys) // 2 <= 160)
     sizes = [(keys, stages) for keys in fitting for stages in (4, 3, 2)]
-    # With one stage nothing is fetched ahead: only where there is no other way.
+    # One stage, which cannot prefetch, is the last resort.
     for keys, stages in (*sizes, (64, 1)):
         tiles = Tiles(keys, stages)
         if tiles.smem_bytes(features, value_features) <= device.smem_bytes:
@@ -55,8 +55,8 @@ class BackwardTiles:
     """Sizes of the backward kernels.
 
     Attributes:
-        keys: Per tile of the ring of the kernel of dQ.
-        queries: Per tile of the ring of the kernel of dK and dV.
+        keys: Keys per tile in the ring of the kernel of dQ.
+        queries: Queries per tile in the ring of the kernel of dK and dV.
         stages: Tiles in either ring.
         together: Whether one kernel computes dK and dV, or each has its own.
     """
@@ -67,7 +67,7 @@ class BackwardTiles:
     together: bool = True
 
     def smem_bytes(self, features: int, value_features: int) -> int:
-        """Bytes of shared memory of the kernel that takes most."""
+        """Bytes of shared memory of the largest kernel."""
         rows = TILE + self.stages * max(self.keys, self.queries)
         return rows * (2 * (features + value_features) + 2 * 4) + SPARE_BYTES
 
@@ -75,10 +75,10 @@ class BackwardTiles:
 def choose_backward_tiles(
     features: int, value_features: int, device: Gpu
 ) -> BackwardTiles | None:
-    """As many stages as shared memory holds, up to four; None if nothing fits.
+    """The most stages that shared memory holds, up to four; None if nothing fits.
 
-    A thread keeps half of a row of dK and of dV. Where both take too many registers
-    each has a kernel of its own, and scores are computed once more.
+    A thread keeps half of a row of dK and of dV. If both take too many registers, each
+    has its own kernel, and scores are computed once more.
     """
     if max(features, value_features) > MOST_COLUMNS:
         return None

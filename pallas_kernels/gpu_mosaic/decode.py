@@ -1,18 +1,16 @@
 """Attention of few queries to a long cache, for Hopper.
 
-The keys of a sequence are divided over `splits` blocks of threads for each head of
-keys; each gives sums of its own, which the caller adds up. A split is a share of the
-keys that the sequence has, not of those for which there is room: what lies behind is
-not read.
+The keys of a sequence are divided over `splits` blocks of threads per key head; each
+computes its own sums, which the caller adds. A split is a share of the sequence's
+length, not of the cache: keys behind the end are not read.
 
-A block is one warpgroup. It keeps a ring of tiles of keys and values filled by copies
-that run ahead, and multiplies with the query rows of the head, of which it has 64: a
-matrix unit has no smaller shape, and the memory is what takes time. The rows that are
-not there are never written.
+A block is one warpgroup. It prefetches tiles of keys and values into a ring, and
+multiplies them with the query rows of the head, padded to 64: matrix units have no
+smaller shape, and reading memory takes longer. Padded rows are never written.
 
 With a unified maximum sums are those of exp(z - phi), and no tile waits for the maximum
-of another. At the end a block looks whether all rows have stayed in the valid range,
-with finite sums; if not it reads its keys once more, by the running maximum.
+of another. At the end a block checks that all rows are in the valid range, with finite
+sums; if not, it reads its keys once more, with the running maximum.
 
 Shared memory: `stages` tiles of keys and of values, the queries, 32 columns of the
 output. Registers per thread: E / 2 for the output, `KEYS` / 2 for scores.
@@ -44,13 +42,13 @@ STATISTICS = ("sum", "max", "min", "reference", "lost", "bad")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Options of one call: Python values, of which each makes a kernel of its own.
+    """Options of a call: Python values, each of which makes another kernel.
 
     Attributes:
         logit_softcap: c in c * tanh(z / c); None for none.
         unified: Whether sums are relative to the reference phi.
         elementwise: Whether every score must lie in the valid range.
-        falls_back: Whether a block that has left the range starts again.
+        falls_back: Whether a block that leaves the range starts again.
     """
 
     logit_softcap: float | None = None
@@ -72,14 +70,14 @@ class Sums(NamedTuple):
     """Sums over each split of the keys: (batch, heads, splits, rows), float32.
 
     Attributes:
-        sum: Of exp(z - reference).
-        weighted: Of exp(z - reference) v, with the features of a value as last axis.
+        sum: Sum of exp(z - reference).
+        weighted: Sum of exp(z - reference) v, with the features of a value last.
         max: Largest score, -inf for none.
         min: Smallest score, +inf for none; not used unless `elementwise`.
-        reference: phi, or the maximum where the block has started again, or by the
-            running maximum; -inf for no score.
+        reference: phi, or the maximum if the block started again or there is no phi;
+            -inf for no score.
         lost: 1 where a sum by the unified maximum is not finite.
-        bad: 1 where that or the range makes the block start again.
+        bad: 1 where this or the range makes the block start again.
     """
 
     sum: jax.Array
@@ -105,19 +103,19 @@ def decode(
     """The sums of attention of a few rows of queries to all keys of their sequence.
 
     Args:
-        query: (batch, heads, rows, features), at most 64 rows of a head of keys.
+        query: (batch, heads, rows, features), at most 64 rows per key head.
         key: (batch, keys, heads, features), in the dtype of `query`; keys a multiple of
             8, features of 64.
         value: (batch, keys, heads, features of a value). Bfloat16 or float16, as all.
-        visible: (batch, rows), int32: how many keys a row sees, from the first; beyond
-            0 and the number of keys it is cut off. What lies behind may be anything.
-        numbers: Of rows.
-        form: What is static.
-        tiles: How the keys are cut.
+        visible: (batch, rows), int32: number of first keys that a row sees, clipped to
+            the number of keys. Keys behind may hold anything.
+        numbers: Numbers per row.
+        form: Static options.
+        tiles: Splits and stages.
         interpret: As in `plgpu.kernel`.
 
-    Cost: reads the keys and values of every sequence once, those of a split in which a
-    row has left the range twice.
+    Cost: reads the keys and values of every sequence once, those of a split with a row
+    out of range twice.
     """
     batch, heads, given, features = query.shape
     keys, width = key.shape[1], value.shape[3]
@@ -163,7 +161,7 @@ def _columns() -> Any:
 
 
 class _Tile(NamedTuple):
-    """Of keys: its step in the ring, and the index of its first key."""
+    """A tile of keys: its step in the ring, and the index of its first key."""
 
     step: Any
     first: Any
@@ -225,7 +223,7 @@ def _kernel(
         return z
 
     def weigh(tile: _Tile, weights, total, *, partial: bool):
-        """The sum of weights times values; the slot may be filled again."""
+        """Adds weights times values; frees the slot."""
         slot = lax.rem(tile.step, stages)
         plgpu.barrier_wait(v_ready.at[slot])
         values = v.at[slot]
@@ -239,7 +237,7 @@ def _kernel(
         return total
 
     def run(first, steps, visit, carry):
-        """Visits the tiles; `first` is how many were visited before."""
+        """Visits the tiles; `first` is the number of earlier visits."""
 
         def start(step, _):
             fetch(first + step, begin + step)
@@ -343,7 +341,7 @@ def _kernel(
 
 
 def _per_row(ref):
-    """Numbers of rows in global memory; `optimized` is a word for shared memory."""
+    """Reads numbers per row from global memory; `optimized` is for shared memory."""
     layout = plgpu.Layout.WGMMA.reduce(1)
     return plgpu.load(ref, layout=layout, optimized=False)
 
@@ -353,7 +351,7 @@ def _unless_empty(phi, top):
 
 
 def _clear(values, end) -> None:
-    """Zeros in the rows from `end` on."""
+    """Sets the rows from `end` on to zero."""
     for first in range(0, values.shape[1], FEATURES):
         part = values.at[:, pl.ds(first, FEATURES)]
         old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
@@ -366,6 +364,6 @@ def _iota(shape: tuple[int, ...], axis: int):
 
 
 def _tanh(x):
-    """1 - 2 / (1 + e^2x); the hardware's own is good to 11 bits."""
+    """The tanh as 1 - 2 / (1 + e^2x), since the hardware's is good to 11 bits."""
     root = lax.rsqrt(1 + jnp.exp(2 * x))
     return 1 - 2 * (root * root)

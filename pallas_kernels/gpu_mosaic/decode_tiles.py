@@ -1,4 +1,4 @@
-"""Sizes into which the decode kernel for Hopper divides the keys."""
+"""Sizes of the splits and tiles of keys of the decode kernel for Hopper."""
 
 import dataclasses
 import math
@@ -7,20 +7,20 @@ from pallas_kernels._devices import Gpu
 
 from .attention_tiles import ROWS, SPARE_BYTES
 
-KEYS = 64  # of a tile
-COLUMNS = 32  # of the output that leave at a time: 128 bytes, one swizzle
-# Blocks that a multiprocessor should have: one computes while another waits.
+KEYS = 64  # keys per tile
+COLUMNS = 32  # columns of the output that are stored at a time: 128 bytes, one swizzle
+# Blocks per multiprocessor: one computes while another waits.
 BLOCKS = 2
-# Of a split: fewer tiles are over before the copies are in full swing.
+# Fewest tiles of a split: with fewer, copies do not reach their full bandwidth.
 LEAST_TILES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Numbers of parts of the keys, and of tiles that are read ahead.
+    """Numbers of splits of the keys, and of prefetched tiles.
 
     Attributes:
-        splits: Parts of a sequence that are read side by side.
+        splits: Splits of a sequence that are read concurrently.
         stages: Tiles of keys, and of values, in shared memory.
     """
 
@@ -44,11 +44,11 @@ def choose_tiles(
 
     Args:
         batch: Sequences.
-        heads: Of keys.
-        keys: Of a sequence, at most.
-        features: Of a key and of a value.
-        device: What it is for.
-        splits: At most; None chooses.
+        heads: Key heads.
+        keys: Most keys of a sequence.
+        features: Features of a key and of a value.
+        device: The program's device.
+        splits: Most splits; None chooses.
 
     Returns:
         None if nothing fits.

@@ -2,15 +2,15 @@
 
 Forward, one kernel: logits live in accumulators only (`row_statistics_forward`).
 
-Backward, the classes go by in chunks. Of each chunk one kernel computes the logits
-again and stores their cotangents in the dtype of the operands
+Backward, the classes are visited in chunks. For each chunk one kernel recomputes the
+logits and stores their cotangents in the dtype of the operands
 (`row_statistics_cotangent`); two more multiply these with the weight and with hidden
 (`row_statistics_products`), add to a float32 gradient of hidden and write the rows of
-the weight's gradient. With the forward pass these are four products, the least that
-does without stored logits; in memory are the cotangents of a chunk and the float32
-gradient of hidden, no copy of the weight.
+the weight's gradient. With the forward pass these are four products, the fewest without
+stored logits. Memory holds the cotangents of a chunk and the float32 gradient of
+hidden, no copy of the weight.
 
-Every sum has one owner and one order: results repeat bit by bit.
+Every sum has one owner and one order: results are reproducible bit by bit.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from .row_statistics_products import Kept, add_hidden_gradient, write_weight_gra
 
 
 class Gradient(NamedTuple):
-    """Of hidden and weight in their dtypes, of the others in float32."""
+    """Gradients of hidden and weight in their dtypes, of the others in float32."""
 
     hidden: jax.Array
     weight: jax.Array
@@ -46,7 +46,7 @@ class Gradient(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What the backward pass adds up or writes, chunk after chunk."""
+    """The results that the backward pass adds to or writes in each chunk."""
 
     hidden: Any  # (whole tiles of rows, whole tiles of features), float32
     weight: Any
@@ -105,11 +105,11 @@ def gradient(
 
     Args:
         options: Static.
-        operands: As of `forward`.
-        known: (N,) float32 each: `lse` and `mean_logit` of the forward pass as far as
-            they are needed, and the cotangents of statistics, `g_lse` and so on, at
-            least one of them or `label_cotangents`.
-        label_cotangents: (N, L) float32, of label_logits.
+        operands: As in `forward`.
+        known: (N,) float32 each: `lse` and `mean_logit` of the forward pass if they are
+            needed, and the cotangents of statistics, `g_lse` and so on, at least one of
+            them or `label_cotangents`.
+        label_cotangents: Cotangents of label_logits, (N, L) float32.
         tiles: Static; None chooses them.
         interpret: As of `plgpu.kernel`.
     """
@@ -121,7 +121,7 @@ def gradient(
         active = _active(known, label_cotangents)
     per_row = {**_inverted(operands).per_row, **known}
     if "lse" in known:
-        # An empty row: exp(-inf - inf) is 0, exp(-inf + inf) NaN.
+        # An empty row gets +inf: exp(-inf - inf) is 0, exp(-inf + inf) NaN.
         lse = known["lse"]
         per_row["lse"] = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     if label_cotangents is not None:
@@ -182,14 +182,14 @@ def _gradient(
 
     new = lambda *shape: _varying(jnp.zeros(shape, jnp.float32), operands)
     zeros = Sums(
-        # A kernel takes no reference that is declared to vary.
+        # A kernel accepts no reference that is declared to vary.
         jnp.zeros((padded, pl.cdiv(features, width) * width), jnp.float32),
         jnp.zeros(weight.shape, weight.dtype),
         new(len(names), padded) if names else None,
         new(chunks, chunk) if "bias" in form.per_class else None,
     )
-    # In place: references, which a program of XLA alone turns into arrays again. Those
-    # of `jax.new_ref` would not pass through the derivative rules around this one.
+    # Written in place through references. Those of `jax.new_ref` would not pass through
+    # the derivative rules around this function.
     sums = pl.run_state(visit_all)(zeros)
     as_given = {"inverse_temperature": "temperature"}
     table = [] if sums.rows is None else sums.rows[:, :rows]
@@ -217,7 +217,7 @@ def _form(options: Options, operands: Operands, multiple: int) -> Form:
 
 
 def _tables(operands: Operands, multiple: int) -> list[jax.Array]:
-    """Numbers per row, labels, and numbers per class, in whole tiles; small copies."""
+    """Small copies of numbers per row, labels and numbers per class, in whole tiles."""
 
     def whole(vectors: Any, multiple: int, fill: Any) -> jax.Array:
         table = jnp.stack(vectors)
@@ -226,7 +226,7 @@ def _tables(operands: Operands, multiple: int) -> list[jax.Array]:
 
     tables = []
     if operands.per_row:
-        # Behind the last row every p is 0: lse is +inf there.
+        # In padded rows lse is +inf, so that every p is 0.
         ends = [jnp.inf if name == "lse" else 0 for name in operands.per_row]
         more = -operands.hidden.shape[0] % BLOCK
         vectors = [
@@ -242,7 +242,7 @@ def _tables(operands: Operands, multiple: int) -> list[jax.Array]:
 
 
 def _inverted(operands: Operands) -> Operands:
-    """With 1 / temperature: kernels multiply."""
+    """The operands with 1 / temperature: kernels multiply."""
     per_row = dict(operands.per_row)
     if "temperature" in per_row:
         per_row["inverse_temperature"] = 1 / per_row.pop("temperature")
@@ -250,7 +250,7 @@ def _inverted(operands: Operands) -> Operands:
 
 
 def _active(known: dict[str, jax.Array], label_cotangents: Any) -> jax.Array:
-    """Rows with a cotangent other than 0."""
+    """True for rows with a nonzero cotangent."""
     found = [x != 0 for name, x in known.items() if name.startswith("g_")]
     if label_cotangents is not None:
         found.append((label_cotangents != 0).any(1))
@@ -259,14 +259,14 @@ def _active(known: dict[str, jax.Array], label_cotangents: Any) -> jax.Array:
 
 
 def _kept(distance: Any, active: jax.Array, eps: float | None, chunk: int) -> jax.Array:
-    """(tiles of rows, blocks of 128 classes): whether the filter keeps a block."""
+    """True for blocks that the filter keeps, (tiles of rows, blocks of 128 classes)."""
     far = ((distance >= eps) & active[None]) | (distance == jnp.inf)
     blocks = chunk // FILTER_CLASSES
     return far.reshape(blocks, -1, far.shape[1] // BLOCK, BLOCK).any((1, 3)).T
 
 
 def _varying(tree: Any, operands: Operands) -> Any:
-    """Declared to vary over every mesh axis of shard_map over which an operand does."""
+    """Declares a tree to vary over every `shard_map` axis of an operand."""
     axes = frozenset[str]().union(
         *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(operands))
     )

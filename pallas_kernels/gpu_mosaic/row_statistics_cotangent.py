@@ -1,17 +1,16 @@
-"""Backward, first half, for Hopper: the cotangent of the raw products of some classes.
+"""Backward, first half, for Hopper: the cotangents of the logits of a chunk.
 
-The logits of a chunk of classes are computed again as in the forward pass, in the same
-tiles with the same ring; what leaves the kernel is their cotangent in the dtype of the
-operands, (padded rows, chunk), 0 in the overhang of both, and a few sums:
+The logits of a chunk of classes are recomputed as in the forward pass, in the same
+tiles with the same ring. Results are the cotangents of the raw products in the dtype of
+the operands, (padded rows, chunk), 0 in padding, and a few sums:
 
     scale, temperature   per row and split            (numbers, splits, padded rows)
     bias                 per class and warpgroup      (2 x tiles of rows, chunk)
     distance             per row and block            (blocks, padded rows)
 
-`distance` is what the gradient filter compares with its threshold; a block is a tile,
-or 128 classes of a larger one. The sum over the rows of a warpgroup crosses its warps
-through shared memory that Mosaic reserves once for a block of threads, so the two
-warpgroups take turns there.
+The gradient filter compares `distance` with its threshold; a block is a tile, or 128
+classes of a larger one. Sums over the rows of a warpgroup use shared memory that Mosaic
+reserves once per block of threads, so the two warpgroups take turns.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ SUMS = ("logit_scale", "inverse_temperature")  # numbers per row that have a gra
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """Of the cotangent kernel; a part that nobody needs is None."""
+    """The results of the cotangent kernel; None for those that are not needed."""
 
     raw: jax.Array
     sums: jax.Array | None = None
@@ -57,7 +56,7 @@ def chunk_cotangents(
     splits: int,
     interpret: Any,
 ) -> Chunk:
-    """Of the classes `i * chunk, ..., (i + 1) * chunk - 1`; `index` is [i], int32.
+    """Cotangents of the classes `i * chunk, ..., (i + 1) * chunk - 1`; `index` is [i].
 
     `tables` as in `row_statistics_forward.partial_states`, with the cotangents among
     the numbers per row. `columns` divides 128, `classes` divides `chunk`.
@@ -111,7 +110,7 @@ def chunk_cotangents(
             steps,
             classes,
         )
-        # A product, so that the compiler sees what it is a multiple of.
+        # A product, so that the compiler sees that it is a multiple.
         start = index_ref[0] * chunk
 
         @pl.when(warpgroup == WARPGROUPS)
@@ -132,7 +131,7 @@ def chunk_cotangents(
                     _take_turn(turn, warpgroup, tile)
                 distance: Any = None
                 for at, column in enumerate(range(0, classes, columns)):
-                    # Again for each slice: between slices they would hold registers.
+                    # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
                     part = Slice.load(
                         form,
@@ -144,7 +143,7 @@ def chunk_cotangents(
                     found = _row_slice.cotangents(part)
                     place = pl.ds(first + column, columns)
                     slot = staging.at[warpgroup, at % 2]
-                    # The slot's previous copy, two slices ago, has read it.
+                    # Waits for the slot's previous copy, two slices ago.
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     slot[...] = found.raw.astype(slot.dtype)
                     plgpu.commit_smem()
@@ -205,7 +204,7 @@ def chunk_cotangents(
 
 
 def _take_turn(turn: Any, warpgroup: Any, tile: Any) -> None:
-    """The first warpgroup begins; each waits for the other one."""
+    """Waits for the other warpgroup's turn to end; the first warpgroup begins."""
 
     @pl.when(warpgroup == 1)
     def _():

@@ -1,11 +1,11 @@
 """Forward kernel of row statistics for Hopper: logits live in accumulators only.
 
-Grid (tiles of 128 rows, splits of the classes). Two warpgroups multiply 64 rows each
-with a tile of classes, stepping over the features in spans of 64; a third one copies.
-The ring holds (128 + classes of a tile) x 128 bytes per slot. After each tile of
-classes the accumulator is folded, slice by slice, into a few numbers per row in
-registers. Each split writes them, (numbers, splits, rows); a few operations of XLA
-merge the splits in their order, so that the result is the same in every run.
+The grid is (tiles of 128 rows, splits of the classes). Two warpgroups multiply 64 rows
+each with a tile of classes, in steps of 64 features; a third one copies. The ring holds
+(128 + classes of a tile) x 128 bytes per slot. After each tile of classes the
+accumulator is folded, slice by slice, into a few numbers per row in registers. Each
+split writes them, (numbers, splits, rows); a few XLA operations merge the splits in
+order, so that results are reproducible.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def partial_states(
 ) -> dict[str, jax.Array]:
     """The state of `_row_slice.updated` of every split, (splits, padded rows) by name.
 
-    `tables`: numbers per row, labels, numbers per class; those that are there.
+    `tables` are numbers per row, labels and numbers per class, if there are any.
     """
     rows, features = hidden.shape
     tiles = pl.cdiv(weight.shape[0], classes)
@@ -86,7 +86,7 @@ def partial_states(
                 raw = logits.product(tile, mine)
                 first = (first_tile + tile) * classes
                 for column in range(0, classes, columns):
-                    # Again for each slice: between slices they would hold registers.
+                    # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
                     part = Slice.load(
                         form,
@@ -129,7 +129,7 @@ def partial_states(
 
 
 def unpacked(form: Form, refs: Any) -> tuple[Any, Any, Any]:
-    """The tables that are there, None for the others."""
+    """The tables of the form, None for those that it lacks."""
     refs = iter(refs)
     of_rows = next(refs) if form.per_row else None
     labels = next(refs) if form.labels else None

@@ -22,15 +22,14 @@ from ._row_tiles import (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of one call: Python values, of which each makes a kernel of its own.
+    """Options of a call: Python values, each of which makes another kernel.
 
     Attributes:
-        statistics: Names of those that are asked for: `lse`, `label_logits`,
-            `mean_logit`, `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
+        statistics: Names of the wanted statistics: `lse`, `label_logits`, `mean_logit`,
+            `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
         logit_softcap: c of z = c tanh(u / c), or None.
-        filter_eps: Blocks of 128 rows x 128 classes, all of whose probabilities are
-            closer than this to what the labels ask, give no gradient to hidden and
-            weight, and are not multiplied.
+        filter_eps: Blocks of 128 rows x 128 classes, in which all |p - onehot| are
+            below this, give no gradient to hidden and weight, and are not multiplied.
     """
 
     statistics: tuple[str, ...] = ("lse",)
@@ -39,7 +38,7 @@ class Options:
 
 
 def tiles_of(options: Options, operands: Operands) -> Tiles | None:
-    """The tiles that `forward` takes by itself; None if none has enough registers."""
+    """The tiles that `forward` chooses by default; None if none fits registers."""
     labels = 0 if operands.labels is None else operands.labels.shape[1]
     carried = state_names(options.statistics, labels)
     numbers = len(operands.per_row) + len(operands.per_class) + len(carried)
@@ -52,7 +51,7 @@ def backward_tiles_of(
     known: dict[str, jax.Array],
     label_cotangents: jax.Array | None = None,
 ) -> BackwardTiles | None:
-    """The tiles that `gradient` takes by itself; None if none has enough registers."""
+    """The tiles that `gradient` chooses by default; None if none fits registers."""
     filtered = options.filter_eps is not None
     numbers = len(operands.per_row) + len(operands.per_class) + len(known) + filtered
     numbers += "temperature" in operands.per_row  # its sum costs one more

@@ -1,15 +1,15 @@
-"""Backward, second half, for Hopper: what the cotangents of a chunk of classes give.
+"""Backward, second half, for Hopper: gradients from the cotangents of a chunk.
 
     over classes   dhidden += cotangents @ weight[chunk]     tiles (rows, features)
     over rows      dweight[chunk] = cotangents^T @ hidden    tiles (classes, features)
 
-One body for both: a block of threads owns 128 rows of the result and some of its
-features, steps over the axis that is summed in spans of 64, and writes once per chunk.
+Both have the same body: a block of threads owns 128 rows of the result and some of its
+features, steps over the summed axis in spans of 64, and writes once per chunk.
 `dhidden` is a float32 buffer of whole tiles, read and written by the warpgroup that
-owns the tile; `dweight` is complete after its chunk and leaves in its own dtype.
+owns the tile; `dweight` is complete after its chunk and stored in its own dtype.
 
 A list per tile names the blocks of 128 along the summed axis that the gradient filter
-kept; without a filter all are.
+kept; without a filter all are kept.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Which blocks along the summed axis count, per tile of the result.
+    """The kept blocks along the summed axis, per tile of the result.
 
     Attributes:
-        order: (tiles, blocks) int32: the numbers of those that count, then the others.
-        count: (tiles,) int32.
+        order: Indices of kept blocks, then of the others, (tiles, blocks) int32.
+        count: Numbers of kept blocks, (tiles,) int32.
     """
 
     order: jax.Array
@@ -40,7 +40,7 @@ class Kept:
 
     @classmethod
     def of(cls, kept: jax.Array) -> "Kept":
-        """From (tiles, blocks) booleans; the order is ascending, so sums repeat."""
+        """Makes it from (tiles, blocks) booleans; ascending, so sums are repeatable."""
         order = jnp.argsort(~kept, axis=1, stable=True).astype(jnp.int32)
         return cls(order, kept.sum(1, dtype=jnp.int32))
 
@@ -53,7 +53,7 @@ def add_hidden_gradient(
     kept: Kept | None,
     **tiles: Any,
 ) -> None:
-    """Adds the share of chunk `index` to (padded rows, padded features) float32."""
+    """Adds chunk `index` to the float32 gradient, (padded rows, padded features)."""
     _multiply(total_ref, index, cotangents, weight, kept, over="classes", **tiles)
 
 
@@ -110,7 +110,7 @@ def _multiply(
         block, piece = lax.axis_index("tile"), lax.axis_index("features")
         warpgroup = lax.axis_index("warpgroup")
         feature = piece * features
-        # Products, so that the compiler sees what they are multiples of.
+        # Products, so that the compiler sees that they are multiples.
         first = index_ref[0] * chunk
         steps = whole
         if list_refs:
@@ -175,7 +175,7 @@ def _multiply(
                     place = pl.ds(first + own, ROWS)
                     copied, written = out.views(staging, interpret)
                     slot = 2 * warpgroup + at % 2
-                    # The slot's previous copy, two columns ago, has read it.
+                    # Waits for the slot's previous copy, two columns ago.
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     written[slot, 0] = part.astype(dtype)
                     plgpu.commit_smem()
@@ -208,5 +208,5 @@ def _multiply(
 
 
 def operand_like(ref: Any) -> Any:
-    """The array behind a reference, as far as its shape goes."""
+    """The shape and dtype of the array behind a reference."""
     return jax.typeof(ref)

@@ -1,13 +1,12 @@
 """Softmax and logsumexp of rows, for Mosaic GPU: Hopper and Blackwell.
 
-One warpgroup has one row, and the grid is the rows. A row goes by in pieces, straight
-from memory into registers and several at a time, so that many reads are under way; the
-maximum and the sum are kept apart for every place of a piece, and put together over
-threads once, at the end of the row. Softmax keeps the row in shared memory in the
-meantime, where each thread finds again what it has put there itself; a row for which
-there is no room is read a second time.
+One warpgroup has one row; the grid runs over rows. A row is read in pieces from memory
+into registers, several at a time, so that many reads are in flight. The maximum and the
+sum are kept for every element of a piece, and reduced over threads once, at the end of
+the row. Softmax keeps the row in shared memory, from which each thread reads back its
+own elements; a row that does not fit is read a second time.
 
-The last piece starts early enough to be full. What it repeats does not count, and is
+The last piece starts early enough to be full. Repeated elements do not count, and are
 written twice with the same value. Rows need no alignment: loads and stores are as wide
 as the length of a row allows.
 """
@@ -26,7 +25,7 @@ from pallas_kernels._results import result
 
 from .softmax_tiles import Tiles, choose_tiles
 
-# Where a running maximum starts: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
+# The initial running maximum: exp(-inf - LEAST) is 0, exp(-inf - -inf) NaN.
 LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -37,12 +36,12 @@ def softmax(
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """exp(x) by its sum over the last axis; 0 in a row of -inf.
+    """exp(x) divided by its sum over the last axis; 0 in a row of -inf.
 
     Args:
         x: (rows, columns) with 128 columns or more, float32, bfloat16 or float16; -inf
             does not count, NaN and +inf make their row NaN.
-        out_dtype: Of the result, one of the same; None for that of `x`.
+        out_dtype: Dtype of the result, one of the same; None for that of `x`.
         tiles: None chooses.
         interpret: As in `plgpu.kernel`.
 
@@ -103,7 +102,7 @@ def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
     groups = (columns // piece) // tiles.group
 
     def place(i):
-        """Of a piece in the row, and whether its elements come for the first time."""
+        """The start of a piece, and True for elements that are not repeated."""
         if not rest or not isinstance(i, int) or i < count - 1:
             return i * piece, None
         index = plgpu.broadcasted_iota(jnp.int32, (piece,), 0, layout=layout)
@@ -155,6 +154,6 @@ def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
         inverse = 1 / jnp.where(row_total == 0, 1, row_total)
         visit_all(lambda pieces, _: write(pieces, row_top, inverse), None)
     else:
-        # log(0) is -inf, whatever is added.
+        # log(0) is -inf, and stays so whatever is added.
         lse = jnp.where(row_top == jnp.inf, jnp.inf, row_top + jnp.log(row_total))
         out_ref[row] = lse

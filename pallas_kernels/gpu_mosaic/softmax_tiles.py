@@ -1,4 +1,4 @@
-"""Sizes into which the softmax kernel for GPUs cuts a row."""
+"""Sizes of the pieces of a row in the softmax kernel for GPUs."""
 
 import dataclasses
 import math
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from pallas_kernels import _devices as devices
 
 THREADS = 128
-# Blocks of threads that should find room on a multiprocessor beside each other.
+# Blocks of threads that should fit on a multiprocessor together.
 BLOCKS = 2
-# Of shared memory: for reductions over threads.
+# Reserve of shared memory for reductions over threads.
 SLACK_BYTES = 4096
 
 
@@ -21,10 +21,10 @@ class Tiles:
 
     Attributes:
         piece: Elements of a load, a multiple of 128 times `vector`.
-        vector: Elements side by side that a thread loads at once; a power of 2 that
+        vector: Consecutive elements that a thread loads at once; a power of 2 that
             divides the length of a row.
-        group: Pieces that are under way at the same time.
-        keeps: Whether the row stays in shared memory, to be used a second time.
+        group: Pieces that are in flight at the same time.
+        keeps: Whether the row is kept in shared memory for the second pass.
     """
 
     piece: int
@@ -40,12 +40,12 @@ class Tiles:
 def choose_tiles(
     columns: int, dtype: Any, device: devices.Gpu, *, writes: bool
 ) -> Tiles:
-    """The widest loads that the length of a row allows; rows are kept while they fit.
+    """The widest loads that the length of a row allows; rows are kept if they fit.
 
     Args:
-        columns: Of the array, at least 128.
-        dtype: Of the array.
-        device: What it is for.
+        columns: Columns of the array, at least 128.
+        dtype: Dtype of the array.
+        device: The program's device.
         writes: Whether the row is needed twice.
     """
     size = jnp.dtype(dtype).itemsize

@@ -4,16 +4,16 @@ $z_{ijl} = a \sum_c q_{ic} k^1_{jc} k^2_{lc}$, one softmax per query over all pa
 $(j, l)$, $\mathrm{out}_i = \sum_{jl} p_{ijl}\, v^1_j \odot v^2_l$.
 
 A block of threads has 64 rows, queries of one key head, and streams tiles of the second
-axis. While a tile is there two warpgroups go through the keys of the first axis that
-belong to it, each through its own: for one key j
+axis. For each tile, two warpgroups visit the keys of the first axis listed for it, each
+its own: for one key j
 
     A = a q * k1_j    (64, H), formed in float32, rounded once, in registers
     Z = A K2^T        (64, keys), 2^(Z - top) = P
     total = total + v1_j * (P V2)
 
-with a maximum and a sum per row and warpgroup, which meet at the end. A third warpgroup
-copies: what is not listed is never read. Lists, masks and what the warpgroups share:
-`trilinear_lists`, `trilinear_parts`.
+with a maximum and a sum per row and warpgroup, which are merged at the end. A third
+warpgroup copies; tiles that are not listed are never read. Lists, masks and common
+code: `trilinear_lists`, `trilinear_parts`.
 
 Shared memory: the queries, a ring of tiles of the second axis, eight pairs of keys of
 the first, and the sums of one warpgroup. Registers per thread: half a row of the
@@ -56,14 +56,14 @@ def forward(
             n reads key head n // (N // K).
         first: Keys (B, S1, K, H) and values (B, S1, K, E) of the first axis, S1 a
             multiple of 8, E of 64.
-        second: Of the second axis.
-        runs: Of tiles of queries.
+        second: Keys and values of the second axis.
+        runs: Runs of tiles of queries.
         form: Masks, scale and sizes.
         interpret: As in `plgpu.kernel`.
 
     Returns:
         (B, T, N, E) in the dtype of `query`, 0 in rows without a pair, and the
-        logsumexp, float32, as `rows_of` lays it out: -inf for such a row.
+        logsumexp, float32, in the layout of `rows_of`: -inf for such a row.
     """
     tiles, dtype = form.tiles, query.dtype
     batch, length, heads, features = query.shape
@@ -94,7 +94,7 @@ def forward(
             result((batch, own, count, ROWS), jnp.float32, *operands),
         ),
         scratch_types=scratch,
-        # The tiles of one head run side by side and share its keys in the cache.
+        # The tiles of one head run concurrently and share its keys in the cache.
         grid=(count, own, batch),
         grid_names=("tile", "head", "batch"),
         num_threads=WARPGROUPS + 1,
@@ -138,7 +138,7 @@ def _forward_kernel(*refs, form, **scratch):
 
             def step(at, carry):
                 total, top, weight = carry
-                # What depends on these would else be kept, across the loop.
+                # Opaque, so that no value derived from them is kept across the loop.
                 tile, other = (ring.anew(x) for x in (walk.tile, walk.streamed(number)))
                 query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
                 own = walk.pair(at) * PAIR + warpgroup
@@ -156,7 +156,7 @@ def _forward_kernel(*refs, form, **scratch):
                 before, top = top, jnp.maximum(top, highest)
                 shift = parts.finite(top)
                 decay = jnp.exp2(before - shift)
-                # A row that does not attend to this key: all its weights are 0.
+                # A row that does not attend to this key has weights of 0.
                 off = shift if ok is None else jnp.where(ok, shift, jnp.inf)
                 p = jnp.exp2(bits - across(off, bits.shape))
                 weight = weight * decay + p.sum(1)
@@ -209,7 +209,7 @@ def _forward_kernel(*refs, form, **scratch):
 
 
 def rows_of(x: jax.Array, groups: int, count: int, fill: float) -> jax.Array:
-    """(B, T, N) as kernels read rows: (B, N / groups, tiles, 64), tiles of `groups`."""
+    """Reshapes (B, T, N) to the rows of kernels: (B, N / groups, tiles, 64)."""
     batch, length, heads = x.shape
     queries = ROWS // groups
     over = ((0, 0), (0, count * queries - length), (0, 0))

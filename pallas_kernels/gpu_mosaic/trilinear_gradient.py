@@ -1,19 +1,19 @@
-r"""Attention to pairs of keys for Hopper: the backward pass, and in it the queries.
+r"""Attention to pairs of keys for Hopper: formulas of the gradients, and of queries.
 
-With $p_{ijl}$ formed again from the logsumexp of row i, $g$ the cotangent of the output
-and $\delta_i$ what $\langle g_i, v^1_j \odot v^2_l \rangle$ is compared with,
+With $p_{ijl}$ recomputed from the logsumexp of row i, $g$ the cotangent of the output
+and $\delta_i$ its product with the output, less the cotangent of the logsumexp,
 
 $$dz_{ijl} = p_{ijl} (\langle g_i, v^1_j \odot v^2_l \rangle - \delta_i), \qquad
 dq_i = a \sum_j k^1_j \odot \sum_l dz_{ijl} k^2_l,$$
 
 and the gradient of either key axis is $a \sum dz_{ijl}$ times query and the other key,
-see `trilinear_key_gradient`. The kernel of the queries walks like the forward pass: for
+see `trilinear_key_gradient`. The kernel of the queries loops like the forward pass: for
 one key j of the first axis three products,
 
     Z = (a q * k1_j) K2^T,   D = (g * v1_j) V2^T - delta,   total += k1_j * (dZ K2).
 
-Eleven products per tuple for the queries and both key axes, where one kernel with
-atomic sums would take six; nothing is added up in an order that could change.
+The queries and both key axes take eleven products per tuple; a single kernel with
+atomic sums would take six, but add in a varying order.
 """
 
 import functools
@@ -55,10 +55,10 @@ def query_gradient(
             `interpret`.
         first: See `query`.
         second: See `query`.
-        cotangent: Of the output, (B, T, N, E), in the dtype of `query`.
-        norm: Logsumexp in bits, +inf for rows without a pair and beyond the last;
-            float32, as `trilinear.rows_of` lays it out.
-        delta: Laid out alike: the sum of output times cotangent, less the cotangent of
+        cotangent: Cotangent of the output, (B, T, N, E), in the dtype of `query`.
+        norm: Logsumexp in bits, +inf for rows without a pair and padded ones; float32,
+            in the layout of `trilinear.rows_of`.
+        delta: In this layout, the sum of output times cotangent, less the cotangent of
             the logsumexp.
         runs: See `query`.
         form: See `query`.
@@ -145,7 +145,7 @@ def _query_kernel(*refs, form, **scratch):
             key, value = seconds.wait(number)
 
             def step(at, total):
-                # What depends on these would else be kept, across the loop.
+                # Opaque, so that no value derived from them is kept across the loop.
                 tile, other = (ring.anew(x) for x in (walk.tile, walk.streamed(number)))
                 query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
                 own = walk.pair(at) * PAIR + warpgroup

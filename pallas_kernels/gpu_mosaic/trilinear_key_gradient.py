@@ -2,15 +2,15 @@ r"""Attention to pairs of keys for Hopper: the gradients of one key axis.
 
 A block of threads owns 64 keys of an axis, here the second one, and streams the tiles
 of 64 queries that attend to them. Scores are transposed, keys by queries, so that they
-are left operands as they lie. While a tile is there, for one key j of the other axis,
+are left operands. For each tile and one key j of the other axis,
 
     A = a q * k1_j,  G = g * v1_j     (64, H) and (64, E), in shared memory
     Z = K2 A^T,      D = V2 G^T - delta
     dV2 = dV2 + P G, dK2 = dK2 + dZ A
 
-so that both results are sums of products: four, without work on the sums themselves.
-For the other key axis the kernel runs again, with the axes exchanged. The two
-warpgroups divide the keys j, each with A and G of its own.
+so that both results are sums of products (four in all). For the other key axis the
+kernel runs again, with the axes exchanged. The two warpgroups divide the keys j; each
+has its own A and G.
 
 Formulas: `trilinear_gradient`. Shared memory: what the block owns, a ring of queries
 and their cotangents, A and G twice, and sums.
@@ -57,12 +57,12 @@ def key_gradients(
         cotangent: See `query`.
         norm: See `query`.
         delta: See `query`.
-        runs: Of tiles of 64 keys of the second axis.
+        runs: Runs of tiles of 64 keys of the second axis.
         form: See `query`; tiles of the second axis have 64 keys.
         interpret: See `query`.
 
     Returns:
-        In the shapes and dtypes of `second`; 0 for keys to which nobody attends.
+        In the shapes and dtypes of `second`; 0 for keys that no query attends to.
     """
     tiles, dtype = form.tiles, query.dtype
     batch, _, heads, features = second[0].shape
@@ -114,7 +114,7 @@ def _key_kernel(*refs, form, **scratch):
     pairs = parts.pairs(scratch)
     k2, v2 = scratch["k2"].at[0], scratch["v2"].at[0]
     rounds = query_ref.shape[2] // k2_ref.shape[2] // tiles.groups
-    # Computed where it is needed: registers are short.
+    # Computed just before it is used, to save registers.
     own = lambda: (batch, pl.ds(walk.tile * ROWS, ROWS), key_head)
 
     @pl.when(warpgroup == WARPGROUPS)
@@ -156,7 +156,7 @@ def _key_kernel(*refs, form, **scratch):
             def step(at, totals):
                 dk, dv = totals
                 now = turn * walk.steps + at
-                # What depends on these would else be kept, across the loop.
+                # Opaque, so that no value derived from them is kept across the loop.
                 own, query, tile = (
                     ring.anew(x) for x in (warpgroup, walk.streamed(number), walk.tile)
                 )

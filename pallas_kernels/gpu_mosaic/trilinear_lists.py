@@ -1,8 +1,8 @@
-"""Which tiles a trilinear kernel visits, as the runs that its warpgroups walk along.
+"""Runs: the lists of tiles that a trilinear kernel visits.
 
-A block of threads owns a tile of results. For each tile that it streams through shared
-memory there is a run: the pairs of keys of the first axis that are multiplied in while
-that tile is there. So the large tile is fetched once for all of them.
+A block of threads owns a tile of results. Each tile that it streams through shared
+memory has a run: the pairs of keys of the first axis that are multiplied in with this
+tile. So the large tile is fetched once for all of them.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ class Runs(NamedTuple):
     """Runs of all tiles that own results, int32.
 
     Attributes:
-        pairs: Which pair of keys of the first axis each step multiplies in, one run
-            after the other; at least one entry, which need not belong to a run.
-        runs: (runs, 3): the tile that is streamed, and between which steps of its owner
-            it is there; at least one row.
-        tiles: (tiles, 6): a tile of results, where its runs start, where those begin in
-            which the mask of the second axis is evaluated, and where they end; where
-            its steps start in `pairs`, and how many there are. Those with the most come
-            first, so that no long one is left for the end.
+        pairs: The pair of keys of the first axis of each step, all runs concatenated;
+            at least one entry, which need not belong to a run.
+        runs: (runs, 3): the streamed tile, and its first and last step (exclusive)
+            among those of its owner; at least one row.
+        tiles: (tiles, 6): a tile of results, the start of its runs, the start of those
+            in which the mask of the second axis is evaluated, and their end; the start
+            of its steps in `pairs`, and their number. Tiles with the most steps come
+            first, to balance the load.
     """
 
     pairs: Any
@@ -39,7 +39,7 @@ def runs(visits: Visits, count: int, owner: int, owners: int) -> Runs:
         count: Pairs in a block.
         owner: 0 if tiles of queries own the results and those of the second axis are
             streamed; 2 for the other way round.
-        owners: How many tiles own results.
+        owners: Number of tiles that own results.
     """
     kinds = visits.words[:, None] >> (KINDS + 2 * np.arange(count + 1)) & 3
     firsts, second = kinds[:, :count], kinds[:, count]

@@ -1,8 +1,8 @@
-"""What the trilinear kernels for Hopper share: walks, operands, masks, sums.
+"""Common code of the trilinear kernels for Hopper: loops, operands, masks, sums.
 
 Rows of a tile of queries are the queries of `groups` heads, one head after the other.
-The two warpgroups that multiply share the tile and divide the keys of the first axis:
-of each pair one takes the first key and one the second. Their sums meet at the end, in
+The two compute warpgroups share the tile and divide the keys of the first axis: of each
+pair one takes the first key and one the second. Their sums are added at the end, in
 shared memory, in a fixed order.
 """
 
@@ -29,19 +29,19 @@ from .trilinear_tiles import PAIR, SLOTS, Tiles
 
 type Pair = tuple[jax.Array, jax.Array]
 
-# Per thread; copies of many heads take more of them than one.
+# Registers per thread; copies of many heads take more than those of one.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """Options of one call; Python values.
+    """Options of a call; Python values.
 
     Attributes:
         masks: Evaluated on the first axis for each row, on the others where a run says
             so.
-        lengths: Of the queries and of both key axes; arrays may be longer.
-        scale: Multiplies the products.
+        lengths: Lengths of the queries and of both key axes; arrays may be longer.
+        scale: The factor of the products.
         tiles: Sizes.
     """
 
@@ -51,9 +51,9 @@ class Form:
     tiles: Tiles
 
     def attending(self, start: Any, key: Any, axis: int, size: int, offset: int) -> Any:
-        """Which of `size` rows from `offset` on attend to that key of the first axis.
+        """True for rows that attend to a key of the first axis; None for all.
 
-        None for all. `axis`: of the tile of scores, along which queries are.
+        Rows are `size` from `offset` on, along `axis` of the tile of scores.
         """
 
         def query() -> Any:
@@ -74,12 +74,12 @@ class Form:
     def selected(
         self, bits: Any, query: Axis, key: Any, second: Axis, offset: int
     ) -> Any:
-        """-inf where the masks of the second axis, or of all three, exclude a tuple.
+        """`bits`, -inf where the masks of the second axis or of all three exclude.
 
-        `offset` of the rows that are queries.
+        `offset` is that of the rows of queries.
         """
 
-        # Indices of the whole tile: the compiler computes with each only once.
+        # Indices of the whole tile: the compiler computes with equal ones only once.
         def along(axis: int) -> Any:
             return plgpu.broadcasted_iota(
                 jnp.int32, bits.shape, axis, layout=plgpu.Layout.WGMMA
@@ -103,17 +103,17 @@ class Form:
         return bits
 
     def _query(self, row: Any, offset: int) -> Any:
-        """Place in the tile of queries of a row from `offset` on."""
+        """Index in the tile of the query of a row, counted from `offset`."""
         row = row + offset if offset else row
         return row if self.tiles.groups == 1 else row & (self.tiles.queries - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The runs of one tile of results; their numbers are read where they are needed.
+    """The runs of one tile of results; numbers are read each time they are needed.
 
     Attributes:
-        runs: Refs of what `Runs` holds.
+        runs: References to the arrays of `Runs`.
         at: The row of the table of tiles.
     """
 
@@ -126,29 +126,29 @@ class Walk:
 
     @property
     def count(self) -> Any:
-        """How many runs there are."""
+        """Number of runs."""
         return self.runs.tiles[self.at, 3] - self.runs.tiles[self.at, 1]
 
     @property
     def steps(self) -> Any:
-        """How many steps there are in all of them."""
+        """Number of steps of all runs."""
         return self.runs.tiles[self.at, 5]
 
     def streamed(self, run: Any) -> Any:
         return self.runs.runs[self.runs.tiles[self.at, 1] + run, 0]
 
     def span(self, run: Any) -> tuple[Any, Any]:
-        """The steps of that run."""
+        """The first and last step (exclusive) of a run."""
         row = self.runs.tiles[self.at, 1] + run
         return self.runs.runs[row, 1], self.runs.runs[row, 2]
 
     def pair(self, step: Any) -> Any:
-        """What that step multiplies in; of some other behind the last."""
+        """The pair of keys of a step; undefined behind the last step."""
         last = self.runs.pairs.shape[0] - 1
         return self.runs.pairs[jnp.minimum(self.runs.tiles[self.at, 4] + step, last)]
 
     def fold(self, run: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
-        """`run(partial, number, carry)`, those without a mask first."""
+        """Folds `run(partial, number, carry)` over the runs, unmasked ones first."""
         whole = self.runs.tiles[self.at, 2] - self.runs.tiles[self.at, 1]
         carry = lax.fori_loop(0, whole, lambda at, x: run(False, at, x), carry)
         return lax.fori_loop(whole, self.count, lambda at, x: run(True, at, x), carry)
@@ -162,17 +162,17 @@ def feed(
     *,
     rounds: int = 1,
 ) -> None:
-    """What the warpgroup of memory does: all runs, as often as `rounds` says.
+    """Runs the memory warpgroup: fetches for all runs, `rounds` times.
 
-    `stream(number, round, tile)` fetches what a run streams, `fetch(step, pair)` what a
-    step multiplies in.
+    `stream(number, round, tile)` fetches the tile of a run, `fetch(step, pair)` the
+    pair of keys of a step.
     """
 
     def run(turn, number, pair):
         stream(turn * walk.count + number, turn, walk.streamed(number))
 
         def step(at, pair):
-            # Read one step early: it takes as long to come as the keys.
+            # Read one step early: its latency is that of the keys.
             after = walk.pair(at + 1)
             fetch(turn * walk.steps + at, pair)
             return after
@@ -188,7 +188,7 @@ def feed(
 
 
 def pair_scratch(features: tuple[int, int], dtype: Any) -> dict[str, Any]:
-    """Scratch for the keys and values of the first axis, which nothing multiplies."""
+    """Scratch for keys and values of the first axis, which are not read by products."""
     return {
         "k1": plgpu.SMEM((SLOTS, PAIR, features[0]), dtype),
         "v1": plgpu.SMEM((SLOTS, PAIR, features[1]), dtype),
@@ -206,7 +206,7 @@ def pairs(scratch: dict[str, Any]) -> Channel:
 def fetching(
     pairs: Channel, refs: Sequence[Any], head: tuple[Any, Any]
 ) -> Callable[[Any, Any], None]:
-    """`fetch` of `feed`, from keys and values of the first axis."""
+    """The `fetch` of `feed`, for keys and values of the first axis."""
     batch, key_head = head
 
     def fetch(step: Any, pair: Any) -> None:
@@ -225,9 +225,10 @@ def feed_keys(
     head: tuple[Any, Any],
     size: int,
 ) -> None:
-    """`feed` of a tile of queries: keys and values of both axes, `size` of the second.
+    """Runs `feed` for a tile of queries: keys and values of both axes.
 
-    `first`, `second`: where they are; `head`: batch entry and key head.
+    `size` is the number of keys of a tile of the second axis; `first` and `second` are
+    the arrays; `head` is batch entry and key head.
     """
     batch, key_head = head
 
@@ -241,13 +242,13 @@ def feed_keys(
 
 
 def leave(channel: Channel, step: Any) -> None:
-    """Frees a slot out of which registers were loaded: copies come by another way."""
+    """Frees a slot after ordinary loads, which need a fence before the next copies."""
     plgpu.commit_smem()
     channel.release(step)
 
 
 def copies(ref: Any, slot: Any, tiles: Tiles, place: tuple[Any, Any, Any]) -> Any:
-    """Queries of all heads of a tile, and where in `slot` they belong.
+    """Yields the queries of each head of a tile, and their slice of `slot`.
 
     `place`: batch entry, first query, first head.
     """
@@ -261,7 +262,7 @@ def copies(ref: Any, slot: Any, tiles: Tiles, place: tuple[Any, Any, Any]) -> An
 def store(
     total: Any, slot: Any, ref: Any, tiles: Tiles, place: tuple[Any, Any, Any]
 ) -> None:
-    """Through shared memory to the queries of all heads of a tile."""
+    """Stores through shared memory to the queries of all heads of a tile."""
     slot[...] = total.astype(slot.dtype)
     plgpu.commit_smem()
     for target, source in copies(ref, slot, tiles, place):
@@ -269,27 +270,27 @@ def store(
 
 
 def staged(scratch: dict[str, Any], warpgroup: Any, *names: str) -> list[Any]:
-    """What `ring.operand` needs of this warpgroup: nothing, outside the interpreter."""
+    """The staging memory of `ring.operand` for this warpgroup, in the interpreter."""
     found = (scratch[f"staged_{name}"] for name in names)
     return [None if own is None else own.at[warpgroup] for own in found]
 
 
 def finite(top: Any) -> Any:
-    """-inf - -inf is NaN: rows that have seen nothing are kept relative to 0."""
+    """The maximum, 0 for rows that have seen nothing: -inf - -inf is NaN."""
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 
 def normalised(bits: Any, norm: Any) -> Any:
-    """Weights again, from the log-sum of their row.
+    """Recomputes weights from the log-sum of their row, bounded by 1.
 
-    Which key is multiplied into the query, and rounded with it, differs from pass to
-    pass: the rounding of a large score must not make its weight more than 1.
+    The key that is multiplied into the query, and rounded, differs from pass to pass:
+    rounding of a large score could give weights above 1.
     """
     return jnp.exp2(jnp.minimum(bits - norm, 0.0))
 
 
 def spread(rows: Any, factors: Any, factor: float = 1.0) -> Any:
-    """Rows times the features of one key: formed in float32, rounded once."""
+    """Rows times the features of one key, computed in float32 and rounded once."""
 
     def some(columns: Any, part: Any) -> tuple[Any]:
         own = per_feature(factors, columns) * factor
@@ -301,25 +302,25 @@ def spread(rows: Any, factors: Any, factor: float = 1.0) -> Any:
 
 
 def spread_into(slot: Any, rows: Any, factors: Any, factor: float = 1.0) -> None:
-    """`spread` into shared memory, part by part: all at once takes many registers."""
+    """`spread` into shared memory, slice by slice, to save registers."""
     for first in range(0, slot.shape[1], FEATURES):
         some = pl.ds(first, FEATURES)
         slot[:, some] = spread(rows.at[:, some], factors.at[some], factor)
 
 
 def per_feature(factors: Any, columns: Any = None) -> Any:
-    """Features of one key, in the registers that hold the columns of a tile."""
+    """Features of one key, in the layout of the columns of a tile."""
     columns = pl.ds(0, factors.shape[0]) if columns is None else columns
     return ring.per_column(factors, columns).astype(jnp.float32)
 
 
 def summed(total: Any, scratch: dict[str, Any], warpgroup: Any, use: Any) -> None:
-    """The sum of what both warpgroups have, for the first one to use.
+    """Adds the totals of both warpgroups; the first one uses the sum.
 
-    Of `sums_scratch`, which is free again afterwards.
+    `scratch` is `sums_scratch`, which is free again afterwards.
     """
     slot = scratch["sums"].at[:, pl.ds(0, total.shape[1])]
-    # Their addresses would else be kept in registers from the start of the kernel on.
+    # Opaque: addresses would be kept in registers from the start of the kernel on.
     ready, taken = (scratch["sums_met"].at[ring.anew(i)] for i in range(2))
 
     @pl.when(warpgroup == 1)
@@ -337,7 +338,7 @@ def summed(total: Any, scratch: dict[str, Any], warpgroup: Any, use: Any) -> Non
 
 
 def sums_scratch(features: int) -> dict[str, Any]:
-    """Scratch for `summed`: the sums, and when they are ready and taken."""
+    """Scratch of `summed`: the sums, and barriers for ready and taken."""
     transforms = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     return {
         "sums": plgpu.SMEM((ROWS, features), jnp.float32, transforms=transforms),

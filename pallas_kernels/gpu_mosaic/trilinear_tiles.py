@@ -1,12 +1,12 @@
-"""Sizes of the tiles of trilinear attention on Hopper, and what visiting them costs.
+"""Sizes of the tiles of trilinear attention on Hopper, and their cost model.
 
-The matrix unit takes 64 rows at a time: the queries of a tile, as many of them as are
-left when the query heads that share a key head are rows too. A tile of 64 queries
-visits, beyond a window, 63 keys of either axis, so heads in the rows save work.
+The matrix unit takes 64 rows at a time: queries of the heads that share a key head. A
+tile of 64 queries visits, beyond a window, 63 keys of either axis, so using heads as
+rows saves work.
 
 A step is a pair of keys of the first axis, one for each of two warpgroups, and a tile
 of the other axis. It costs its products and a latency: the next product of a warpgroup
-waits for its last one, and only the other warpgroup fills the time.
+waits for its last one, and only the other warpgroup uses the time.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from pallas_kernels._devices import Gpu
 
 from .attention_tiles import ROWS, SPARE_BYTES, WARPGROUPS
 
-# Keys of the first axis that are multiplied in at a time, one by each warpgroup.
+# Keys of the first axis multiplied in at a time, one by each warpgroup.
 PAIR = WARPGROUPS
-# Slots for pairs: small, and filled ahead across the end of a run.
+# Slots for pairs, which are small and prefetched across the end of a run.
 SLOTS = 8
-# Queries of a tile, at least: what TMA copies of a head at a time.
+# Fewest queries of a tile: the rows of a TMA copy of a head.
 LEAST_QUERIES = 8
 MOST_FEATURES = 128
 
 type Pass = Literal["forward", "query", "key"]
 
-# Of the peak, in products that wait for each other.
+# Fraction of the peak that dependent products reach.
 _EFFICIENCY = 0.5
-# Seconds of a step beside its products: queries times a key, sums of rows, a wait.
+# Seconds of a step besides its products: queries times a key, sums of rows, a wait.
 _STEP = 0.4e-6
-# Per tuple, in products of the features of queries and of values.
+# Products per tuple, over the features of queries and of values.
 PRODUCTS = {"forward": (1, 1), "query": (2, 1), "key": (2, 2)}
 
 
@@ -42,7 +42,7 @@ class Tiles:
         groups: Query heads of a tile, a power of two that divides those that share a
             key head.
         keys: Keys of the second axis of a tile.
-        stages: Tiles in the ring of what is streamed.
+        stages: Tiles in the ring of streamed tiles.
     """
 
     groups: int = 1
@@ -51,7 +51,7 @@ class Tiles:
 
     @property
     def queries(self) -> int:
-        """Queries of a tile, of which each takes a row per head."""
+        """Number of queries of a tile, each with one row per head."""
         return ROWS // self.groups
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Tiles:
 
 
 class Problem(NamedTuple):
-    """Sizes of a problem, as far as the choice of tiles depends on them.
+    """Sizes of a problem that determine the choice of tiles.
 
     Attributes:
         groups: Query heads per key head.
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
 def candidates(which: Pass, problem: Problem, device: Gpu) -> list[Tiles]:
     """Tiles that fit in registers and shared memory; empty if none does.
 
-    A thread keeps half of a row of the results, of what a step adds to them, and of
+    A thread keeps half of a row of the results, of a step's contribution, and of
     scores.
     """
     if max(problem.features) > MOST_FEATURES:
@@ -108,7 +108,7 @@ def candidates(which: Pass, problem: Problem, device: Gpu) -> list[Tiles]:
 def seconds(
     which: Pass, tiles: Tiles, problem: Problem, device: Gpu, steps: int
 ) -> float:
-    """Estimated time of so many steps, all of one key head, on the whole device."""
+    """Estimated time of `steps`, all of one key head, on the whole device."""
     features = sum(
         n * size for n, size in zip(PRODUCTS[which], problem.features, strict=True)
     )
