@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ExplainedOperation:
-    """What one operation of a call would run, and why nothing else.
+    """The choice of an operation's implementation, and the reasons against others.
 
     Args:
         operation: Its name, such as `dot_product_attention`; a backward pass that has

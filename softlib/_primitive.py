@@ -31,7 +31,7 @@ type Function = Callable[[Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class OnPlatform:
-    """What runs on one platform.
+    """The implementations for one platform.
 
     Attributes:
         kernel: Runs on one device, or on one shard of a `shard_map`.

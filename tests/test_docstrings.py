@@ -64,7 +64,25 @@ def test_reference_lists_every_public_name_and_nothing_else(repository: pathlib.
     assert sorted(listed) == sorted(name.address for name in NAMES)
 
 
+def test_docstrings_begin_with_a_verb_or_a_noun(repository: pathlib.Path):
+    files = docstring_rules.files_without_riddles(repository)
+    folders = {file.relative_to(repository).parts[:2] for file in files}
+    assert {("softlib", "attention"), ("pallas_kernels", "tpu")} <= folders
+    found = {str(file): docstring_rules.riddles(file.read_text()) for file in files}
+    assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+def test_folders_that_are_still_to_come_exist(repository: pathlib.Path):
+    for folder in docstring_rules.STILL_TO_COME:
+        assert (repository / "softlib" / folder).is_dir()
+
+
 # ---------------------------------------------------------------- the rules themselves
+def test_a_docstring_that_begins_with_of_or_what_is_found():
+    source = '"""What it is."""\nclass A:\n    """Of A."""\n    def f(): "Officer."\n'
+    assert docstring_rules.riddles(source) == ["What it is.", "Of A."]
+
+
 def complete(values: Float[Array, " n"], *, base: float = 2.0) -> Float[Array, " n"]:
     """Powers of a base.
 

@@ -28,7 +28,7 @@ CRITERIA = ("row_max", "elementwise")
 
 
 class DecodeStatistics(NamedTuple):
-    """What is known of every query of `decode_attention`, in the dtype of the sums.
+    """Statistics of every query of `decode_attention`, in the dtype of the sums.
 
     Attributes:
         lse: Logsumexp of the scores, the sink included, in nats; -inf for none.

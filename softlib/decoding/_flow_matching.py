@@ -24,7 +24,7 @@ from softlib.typing import PerRow, Scalar
 
 
 class FlowSample(NamedTuple):
-    """What `sample_gumbel_flow` draws.
+    """A draw of `sample_gumbel_flow`.
 
     Attributes:
         tokens: Symbols drawn from `probs`; int32, the shape without its last axis.

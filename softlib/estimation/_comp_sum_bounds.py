@@ -1,4 +1,4 @@
-r"""What a small comp-sum loss says about the error rate: a bound and its inverse."""
+r"""A bound of the error rate by a comp-sum loss, and its inverse."""
 
 import functools
 import math

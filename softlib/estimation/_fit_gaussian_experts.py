@@ -30,7 +30,7 @@ from ._gaussian_experts import (
 
 
 class GaussianExpertsFit(NamedTuple):
-    """What `fit_gaussian_experts` found; of several starts the best.
+    """The result of `fit_gaussian_experts`; of several starts the best.
 
     Attributes:
         experts: The parameters, float32 or wider.

@@ -26,7 +26,7 @@ _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 class SoftmaxRegressionFit(NamedTuple):
-    """What `fit_softmax_regression` found.
+    """The result of `fit_softmax_regression`.
 
     Attributes:
         coefficients: $x$, float32 or wider; NaN if an argument holds NaN.
@@ -44,7 +44,7 @@ class SoftmaxRegressionFit(NamedTuple):
 
 
 class LabelShift(NamedTuple):
-    """What `in_context_label_shift` returns.
+    """The result of `in_context_label_shift`.
 
     Attributes:
         target: $b'$, the labels that make up for the change.

@@ -68,10 +68,10 @@ def smoothness_metric(
 
 
 def _removed(bins: int, max_sigma: int) -> np.ndarray:
-    """What each blur removes of the power of each wave (waves, sigmas).
+    """The share of each wave's power that each blur removes, (waves, sigmas).
 
-    By Parseval's theorem a norm is the sum over waves, of which a real signal has each
-    but the first, and the last of an even number, twice.
+    By Parseval's theorem a norm is a sum over waves. A real signal has each of them
+    twice, except the first, and the last of an even number.
     """
     offsets = np.arange(bins)
     sigmas = np.arange(1, max_sigma + 1)[:, None]

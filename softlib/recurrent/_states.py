@@ -31,7 +31,7 @@ from . import _chunks as __chunks
 
 
 class LinearAttentionState(NamedTuple):
-    """What linear attention remembers of the past; its size does not grow.
+    """The state of linear attention, of constant size.
 
     There is one entry per key head, or per query head if the decays are per query head.
 

@@ -1,4 +1,4 @@
-"""What the tests of softlib, and of code built on it, compare with and pass through.
+"""Comparisons and checks for tests of softlib, and of code built on it.
 
 - `assert_close`: a result against its oracle, within a bound that follows from the
   arithmetic.
