@@ -42,37 +42,37 @@ def state_names(statistics: tuple[str, ...], labels: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def cotangent_of_logits(part: Any, z: Any, p: Any, labels: int) -> Any:
+def cotangent_of_logits(piece: Any, z: Any, p: Any, labels: int) -> Any:
     """The cotangent of z, with p its softmax and m the mean logit, term by term.
 
     p (g_lse + g_mean (1 + z - m)) + g_sum + 2 g_squared z + sum of g_label onehot.
 
     Args:
-        part: A slice; its `per_row(name)` broadcasts to z, and is None for a statistic
+        piece: A slice; its `per_row(name)` broadcasts to z, and is None for a statistic
             without a cotangent.
         z: Logits.
         p: Their softmax, or None if neither lse nor mean_logit has a cotangent.
         labels: Number of labels with a cotangent.
     """
-    g = lambda name: part.per_row(f"g_{name}")
+    g = lambda name: piece.per_row(f"g_{name}")
     dz: Any = None
     if g("lse") is not None or g("mean_logit") is not None:
         factor = g("lse")
         if g("mean_logit") is not None:
-            deviation = 1 + without_inf(z) - part.per_row("mean_logit")
+            deviation = 1 + without_inf(z) - piece.per_row("mean_logit")
             more = g("mean_logit") * deviation
             factor = more if factor is None else factor + more
         # p is exactly 0 where a class is excluded, but 0 * inf would be NaN.
-        dz = part.select(p * factor, 0)
+        dz = piece.select(p * factor, 0)
     sums = g("sum_logits")
     if g("sum_squared_logits") is not None:
         twice = 2 * g("sum_squared_logits") * without_inf(z)
         sums = twice if sums is None else sums + twice
     if sums is not None:
-        sums = part.select(jnp.broadcast_to(sums, z.shape), 0)
+        sums = piece.select(jnp.broadcast_to(sums, z.shape), 0)
         dz = sums if dz is None else dz + sums
     for i in range(labels):
-        onehot = jnp.where(part.label(i), g(f"label_{i}"), 0)
+        onehot = jnp.where(piece.label(i), g(f"label_{i}"), 0)
         dz = onehot if dz is None else dz + onehot
     return jnp.zeros_like(z) if dz is None else dz
 

@@ -77,8 +77,8 @@ class Rows:
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Rows":
         """Loads from the tables (names, rows) and (labels, rows) in global memory."""
-        place = pl.ds(first, count)
-        of = lambda ref, at: _ring.read(ref.at[at, place], layout.reduce(1))
+        lowest = pl.ds(first, count)
+        of = lambda ref, at: _ring.read(ref.at[at, lowest], layout.reduce(1))
         values = {name: of(table_ref, at) for at, name in enumerate(form.per_row)}
         labels = tuple(of(labels_ref, at) for at in range(form.labels))
         return cls(values, labels)
@@ -115,8 +115,8 @@ class Slice:
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Slice":
         """A slice with its numbers per class from the table (names, classes)."""
-        place = pl.ds(first, raw.shape[1])
-        of = lambda at: _ring.read(table_ref.at[at, place], layout.reduce(0))
+        lowest = pl.ds(first, raw.shape[1])
+        of = lambda at: _ring.read(table_ref.at[at, lowest], layout.reduce(0))
         classes = {name: of(at) for at, name in enumerate(form.per_class)}
         # The cast only tells the layout of `raw` to the compiler's inference.
         # The barrier keeps the compiler from computing all slices at once, which would
@@ -193,18 +193,18 @@ def start(form: Form, rows: int, layout: Any = plgpu.Layout.WGMMA) -> dict[str, 
     }
 
 
-def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
+def updated(state: Mapping[str, Any], piece: Slice) -> dict[str, Any]:
     """The state with the classes of a slice added."""
-    form, after = part.form, dict(state)
-    z, _ = part.logits()
-    present, counted = part.select(z, -jnp.inf), part.select(z, 0)
+    form, after = piece.form, dict(state)
+    z, _ = piece.logits()
+    present, counted = piece.select(z, -jnp.inf), piece.select(z, 0)
     top: Any = None
     if form.wants("lse", "mean_logit", "max_logit", "argmax"):
         top = present.max(1)
     if form.wants("lse", "mean_logit"):
         after["top"] = jnp.maximum(state["top"], top)
         shift = jnp.where(after["top"] == -jnp.inf, 0, after["top"])
-        exponentials = jnp.exp(present - part.over_rows(shift))
+        exponentials = jnp.exp(present - piece.over_rows(shift))
         factor = jnp.exp(state["top"] - shift)
         after["total"] = state["total"] * factor + exponentials.sum(1)
         if form.wants("mean_logit"):
@@ -219,16 +219,16 @@ def updated(state: Mapping[str, Any], part: Slice) -> dict[str, Any]:
     if form.wants("argmax"):
         # The lowest class that attains the maximum. Numbers of classes are exact in
         # float32 below 2^24.
-        attained = jnp.where(present == part.over_rows(top), part.ids, _BEYOND)
-        place = (attained.min(1) + part.first).astype(jnp.float32)
+        attained = jnp.where(present == piece.over_rows(top), piece.ids, _BEYOND)
+        lowest = (attained.min(1) + piece.first).astype(jnp.float32)
         higher = top > state["max_logit"]
-        after["argmax"] = jnp.where(higher, place, state["argmax"])
+        after["argmax"] = jnp.where(higher, lowest, state["argmax"])
     if form.wants("max_logit", "argmax"):
         after["max_logit"] = jnp.maximum(state["max_logit"], top)
     if form.wants("label_logits"):
         for i in range(form.labels):
             # From the same logits as lse, which it must not exceed by rounding.
-            found = jnp.where(part.label(i), z, 0).sum(1)
+            found = jnp.where(piece.label(i), z, 0).sum(1)
             after[f"label_{i}"] = state[f"label_{i}"] + found
     return after
 
@@ -254,8 +254,8 @@ def merged(form: Form, state: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         found["max_logit"] = state["max_logit"].max(0)
     if form.wants("argmax"):
         split = jnp.argmax(state["max_logit"], axis=0)  # the first that attains it
-        place = jnp.take_along_axis(state["argmax"], split[None], axis=0)[0]
-        found["argmax"] = place.astype(jnp.int32)
+        lowest = jnp.take_along_axis(state["argmax"], split[None], axis=0)[0]
+        found["argmax"] = lowest.astype(jnp.int32)
     if form.wants("label_logits"):
         labels = [state[f"label_{i}"].sum(0) for i in range(form.labels)]
         found["label_logits"] = jnp.stack(labels, axis=1)
@@ -283,14 +283,14 @@ class Cotangents:
     distance: Any
 
 
-def cotangents(part: Slice) -> Cotangents:
-    form = part.form
-    z, saturation = part.logits()
-    p: Any = _probabilities(part, z) if "lse" in form.per_row else None
+def cotangents(piece: Slice) -> Cotangents:
+    form = piece.form
+    z, saturation = piece.logits()
+    p: Any = _probabilities(piece, z) if "lse" in form.per_row else None
     labels = form.labels if "g_label_0" in form.per_row else 0
-    du = cotangent_of_logits(part, z, p, labels)
+    du = cotangent_of_logits(piece, z, p, labels)
     dscale, dtemperature, distance = None, None, None
-    inverse, scale = part.per_row("inverse_temperature"), part.per_row("logit_scale")
+    inverse, scale = piece.per_row("inverse_temperature"), piece.per_row("logit_scale")
     if inverse is not None:
         du = du * inverse
         dtemperature = -(du * without_inf(z)).sum(1)
@@ -298,19 +298,19 @@ def cotangents(part: Slice) -> Cotangents:
         du = du * (1 - saturation * saturation)
     draw = du
     if scale is not None:
-        dscale = (du * part.raw).sum(1)
+        dscale = (du * piece.raw).sum(1)
         draw = du * scale
     if form.filter:
         if form.labels:
-            hit = part.label(0)
+            hit = piece.label(0)
             for i in range(1, form.labels):
-                hit = hit | part.label(i)
+                hit = hit | piece.label(i)
             p = jnp.abs(p - jnp.where(hit, 1.0, 0.0))
         distance = jnp.where(p >= 0, p, jnp.inf).max(1)  # a NaN is not small
     return Cotangents(draw, du, dscale, dtemperature, distance)
 
 
-def _probabilities(part: Slice, z: Any) -> Any:
+def _probabilities(piece: Slice, z: Any) -> Any:
     """The softmax, exactly 0 for excluded classes; lse is +inf if all are excluded."""
-    lse = part.per_row("lse")
-    return jnp.exp(part.select(z, -jnp.inf) - lse)
+    lse = piece.per_row("lse")
+    return jnp.exp(piece.select(z, -jnp.inf) - lse)

@@ -159,11 +159,11 @@ def start(columns: Columns, shape: tuple[int, int]) -> Any:
     return columns.replaced(jnp.zeros(shape, jnp.float32), values)
 
 
-def updated(state: Any, columns: Columns, part: Slice) -> Any:
+def updated(state: Any, columns: Columns, piece: Slice) -> Any:
     """The state with the classes of a slice added."""
-    form = part.form
-    z, _ = part.logits()
-    present, counted = part.select(z, -jnp.inf), part.select(z, 0)
+    form = piece.form
+    z, _ = piece.logits()
+    present, counted = piece.select(z, -jnp.inf), piece.select(z, 0)
     before = lambda name: columns.of_rows(state, name)
     after: dict[str, Any] = {}
     needs_top = form.wants("lse", "mean_logit", "max_logit", "argmax")
@@ -189,14 +189,14 @@ def updated(state: Any, columns: Columns, part: Slice) -> Any:
         if form.wants("argmax"):
             # The lowest class that attains the maximum. Numbers of classes are exact in
             # float32 below 2^24.
-            attained = jnp.where(present == tile_top, part.ids, _BEYOND)
+            attained = jnp.where(present == tile_top, piece.ids, _BEYOND)
             lowest = attained.min(1, keepdims=True).astype(jnp.float32)
             after["argmax"] = jnp.where(tile_top > known, lowest, before("argmax"))
         after["max_logit"] = jnp.maximum(known, tile_top)
     if form.wants("label_logits"):
         for i in range(form.labels):
             # From the same logits as lse, which it must not exceed by rounding.
-            found = jnp.where(part.label(i), z, 0).sum(1, keepdims=True)
+            found = jnp.where(piece.label(i), z, 0).sum(1, keepdims=True)
             after[f"label_{i}"] = before(f"label_{i}") + found
     return columns.replaced(state, after)
 
@@ -239,14 +239,14 @@ class Cotangents:
     distance: Any
 
 
-def cotangents(part: Slice) -> Cotangents:
-    form = part.form
-    z, saturation = part.logits()
+def cotangents(piece: Slice) -> Cotangents:
+    form = piece.form
+    z, saturation = piece.logits()
     has_slope = any(name in form.per_row for name in ("g_lse", "g_mean_logit"))
-    p = _probabilities(part, z) if has_slope else None
-    dz = cotangent_of_logits(part, z, p, form_labels(form))
+    p = _probabilities(piece, z) if has_slope else None
+    dz = cotangent_of_logits(piece, z, p, form_labels(form))
     du, dscale, dtemperature, distance = dz, None, None, None
-    temperature, scale = part.per_row("temperature"), part.per_row("logit_scale")
+    temperature, scale = piece.per_row("temperature"), piece.per_row("logit_scale")
     if temperature is not None:
         terms = dz * without_inf(z) / temperature
         dtemperature = -terms.sum(1, keepdims=True)
@@ -255,13 +255,13 @@ def cotangents(part: Slice) -> Cotangents:
         du = du * (1 - saturation * saturation)
     draw = du
     if scale is not None:
-        dscale = (du * without_inf(part.raw)).sum(1, keepdims=True)
+        dscale = (du * without_inf(piece.raw)).sum(1, keepdims=True)
         draw = du * scale
-    if part.real is not None:
+    if piece.real is not None:
         # The numbers of a padded row may be NaN.
-        draw, du = jnp.where(part.real, draw, 0), jnp.where(part.real, du, 0)
+        draw, du = jnp.where(piece.real, draw, 0), jnp.where(piece.real, du, 0)
     if form.filter_eps is not None:
-        distance = _distance(part, z)
+        distance = _distance(piece, z)
     return Cotangents(draw, du, dscale, dtemperature, distance)
 
 
@@ -270,26 +270,26 @@ def form_labels(form: Form) -> int:
     return sum(name.startswith("g_label_") for name in form.per_row.names)
 
 
-def _probabilities(part: Slice, z: Any) -> Any:
-    lse = part.per_row("lse")
+def _probabilities(piece: Slice, z: Any) -> Any:
+    lse = piece.per_row("lse")
     # In an empty row, where lse is -inf, p must be 0, not exp(-inf + inf).
     offset = jnp.where(lse == -jnp.inf, 0, lse)
-    return jnp.exp(part.select(z, -jnp.inf) - offset)
+    return jnp.exp(piece.select(z, -jnp.inf) - offset)
 
 
-def _distance(part: Slice, z: Any) -> Any:
+def _distance(piece: Slice, z: Any) -> Any:
     """|p - onehot|, with 1 at each label; infinite for NaN."""
-    distance = part.select(_probabilities(part, z), 0)
-    if part.labels is not None:
-        hit = part.label(0)
-        for i in range(1, part.form.labels):
-            hit = hit | part.label(i)
+    distance = piece.select(_probabilities(piece, z), 0)
+    if piece.labels is not None:
+        hit = piece.label(0)
+        for i in range(1, piece.form.labels):
+            hit = hit | piece.label(i)
         distance = jnp.abs(distance - jnp.where(hit, 1.0, 0.0))
     active: Any = None
-    for name in part.form.per_row.names:
+    for name in piece.form.per_row.names:
         if name.startswith("g_"):
-            some = part.per_row(name) != 0
+            some = piece.per_row(name) != 0
             active = some if active is None else active | some
     distance = jnp.where(jnp.isnan(distance), jnp.inf, distance)
     distance = jnp.where(active, distance, -1.0)
-    return distance if part.real is None else jnp.where(part.real, distance, -1.0)
+    return distance if piece.real is None else jnp.where(piece.real, distance, -1.0)

@@ -188,7 +188,7 @@ def static_names(names: Implementations) -> str | tuple[str, ...] | None:
 
 
 def _refuse(**given: Any) -> None:
-    """Of what a layer can ask for, that which needs the weights as an array."""
+    """Refuses options of a layer that need the attention weights as an array."""
     reasons = {
         "dropout_rate": (
             "0 or `deterministic` True, because the attention weights are never "

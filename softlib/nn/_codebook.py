@@ -22,7 +22,7 @@ from softlib.typing import Scalar
 
 
 class KMeans(NamedTuple):
-    """What `kmeans` found.
+    """The result of `kmeans`.
 
     Attributes:
         codebook: The centroids.

@@ -1,4 +1,4 @@
-"""What both output heads do once their parameters are arrays."""
+"""Common code of both output heads, after their parameters became arrays."""
 
 from typing import Any
 

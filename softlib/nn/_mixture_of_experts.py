@@ -58,7 +58,7 @@ class SelectionBias(nnx.Variable):
 
 
 class RouterReport(NamedTuple):
-    """What a call of `MixtureOfExperts` tells about its router; padding is left out.
+    """Statistics of the router in a call of `MixtureOfExperts`, without padding.
 
     Attributes:
         load_balancing_loss: `softlib.losses.load_balancing_loss`; add 0.01 of it.
@@ -500,7 +500,7 @@ class MixtureOfExperts(nnx.Module):
 
 
 class _Routing(NamedTuple):
-    """What the router says of each token; `load` only where noise was drawn for."""
+    """The router's results for each token; `load` only if noise was drawn."""
 
     logits: Float[Array, "T E"]
     probs: Float[Array, "T E"]

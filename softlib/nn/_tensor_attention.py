@@ -329,7 +329,7 @@ FIRST_ROW = (masks.GlobalTokens(0, 1) & ~masks.Prefix(1)) | (
 )
 @dataclasses.dataclass(frozen=True)
 class _JointOfTokens:
-    """What a function says of the tuples without a blank; all others attend."""
+    """A joint mask that applies to tuples without a blank; all others attend."""
 
     mask: PerAxis
 
