@@ -3,6 +3,7 @@
 - `LinearLogits`: those of a linear head, never formed; `StoredLogits`: an array with
   what turns it into final logits; `AbstractLogits`: what both offer; `Logits`: what
   losses accept, one of these or an array.
+- `BlockwiseLogits`: the base of heads of one's own.
 - `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
 - `logsumexp`, `entropy`: of each row.
 - `token_log_probs`, `top1_correct`, `label_rank`: of each label;
@@ -13,6 +14,7 @@
 - `optimal_temperature`: what the robust loss asks for.
 """
 
+from ._blockwise import BlockwiseLogits as BlockwiseLogits
 from ._compose import TokenMetrics as TokenMetrics
 from ._engine.tile import RowStatistics as RowStatistics
 from ._label_rank import label_rank as label_rank
@@ -38,6 +40,7 @@ from ._value import AbstractLogits as AbstractLogits
 
 __all__ = [
     "AbstractLogits",
+    "BlockwiseLogits",
     "LabelledRows",
     "LinearLogits",
     "Logits",

@@ -37,7 +37,8 @@ def without_infinite(source: Source) -> Source:
 def centred(source: Source) -> Source:
     """The same source with logits less the mean of their row, up to rounding."""
     classes = jnp.maximum(source.count_classes(), 1)
-    if isinstance(source, StoredLogits) or source.options.logit_softcap is not None:
+    linear = isinstance(source, LinearLogits)
+    if not linear or source.options.logit_softcap is not None:
         total = source.statistics(("sum_logits",)).sum_logits
         assert total is not None
         mean = total / classes

@@ -112,7 +112,7 @@ def prepare_in_turn(
     marked = mark(masked, labels, where, None)
     statistics, then = masked.statistics_in_turn(names, marked.labels)
     rows = with_statistics(marked, statistics, None, None)
-    return rows, source.replaced(weight=then.weight)
+    return rows, source.in_turn_after(then)
 
 
 class Marked(NamedTuple):

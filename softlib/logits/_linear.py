@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,15 +26,16 @@ from softlib.typing import (
 )
 
 from ._engine import operations, sum_with_gradients
-from ._engine.stream import Head, product, top_classes
+from ._engine.blocks import Layout
+from ._engine.head import Head, product
 from ._engine.tile import FILTER_BLOCK, Options, RowStatistics, only
 from ._engine.vocabulary_parallel import first_class, merged
+from ._modified import ModifiedLogits
 from ._modifiers import (
-    ModifiedLogits,
     checked_implementation,
     checked_modifiers,
     checked_options,
-    modifier_axes,
+    modifier_layout,
     require_classes,
     shown_modifiers,
 )
@@ -47,7 +48,6 @@ from ._source_rows import (
     label_rows,
     masked_modifiers,
     modifier_specs,
-    modifiers_over_rows,
     of_rows_with_classes,
     ranked_rows,
     row_specs,
@@ -279,17 +279,26 @@ class LinearLogits(ModifiedLogits):
     def dtype(self) -> jnp.dtype:
         return accumulator_dtype(self.hidden, self.weight, *self.modifiers.floating)
 
-    def over_rows(self, function: Callable[[Array], Array]) -> "LinearLogits":
+    def layout(self) -> "LinearLogits":
         return self.replaced(
-            hidden=function(self.hidden),
-            modifiers=modifiers_over_rows(self.modifiers, function),
+            hidden=Layout(rows=True),
+            weight=Layout(class_axis=self.options.vocab_axis),
+            modifiers=modifier_layout(self.modifiers),
         )
 
-    def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "LinearLogits":
-        return self.replaced(
-            hidden=of_rows,
-            weight=of_all,
-            modifiers=modifier_axes(self.modifiers, of_rows, of_all),
+    def block(self) -> Array:
+        return self.operand().raw(self.options)
+
+    def operand(
+        self, labels: Array | None = None, label_logits: Array | None = None
+    ) -> Head:
+        batch, classes = self.batch_shape, self.own_classes
+        return Head(
+            collapsed(self.hidden, batch),
+            self.weight,
+            label_rows(labels, batch, classes),
+            collapsed_modifiers(self.modifiers, (*batch, classes)),
+            ranked_rows(labels, label_logits, batch),
         )
 
     def shown(self) -> dict[str, Any]:
@@ -336,6 +345,9 @@ class LinearLogits(ModifiedLogits):
 
         found = self.statistics_by(stream, names, labels)
         return found, self.replaced(weight=weight)
+
+    def in_turn_after(self, other: Any) -> "LinearLogits":
+        return self.replaced(weight=other.weight)
 
     def _merged_statistics(
         self,
@@ -386,19 +398,13 @@ class LinearLogits(ModifiedLogits):
         label_logits: Array | None,
         in_turn: bool,
     ) -> tuple[RowStatistics, Array]:
-        vocabulary = self.own_classes
         options = self.options.including(*names)
 
         def engine(hidden, weight, labels, label_logits, modifiers):
             batch = hidden.shape[:-1]  # of the device's own part
-            head = Head(
-                collapsed(hidden, batch),
-                weight,
-                label_rows(labels, batch, vocabulary),
-                collapsed_modifiers(modifiers, (*batch, vocabulary)),
-                ranked_rows(labels, label_logits, batch),
-            )
-            names, head = self.implementation, match_varying(head)
+            part = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
+            head = match_varying(part.operand(labels, label_logits))
+            names = self.implementation
             if in_turn:
                 found, weight = operations.linear_in_turn(names, options, head)
                 return shaped(found, batch, labels), weight
@@ -436,16 +442,11 @@ class LinearLogits(ModifiedLogits):
         known = of_rows_with_classes(
             labels, self.count_classes(), self.batch_shape, self.num_classes
         )
-        batch, vocabulary = self.batch_shape, self.own_classes
-        options = self.options.including(*names)
+        batch, options = self.batch_shape, self.options.including(*names)
 
         def engine(hidden, weight, labels, modifiers, terms):
-            head = Head(
-                collapsed(hidden, batch),
-                weight,
-                label_rows(labels, batch, vocabulary),
-                collapsed_modifiers(modifiers, (*batch, vocabulary)),
-            )
+            part = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
+            head = part.operand(labels)
             flat = lambda tree: jax.tree.map(
                 lambda a: collapsed(jnp.asarray(a), batch), tree
             )
@@ -459,21 +460,6 @@ class LinearLogits(ModifiedLogits):
 
         arrays = (self.hidden, self.weight, known, self.modifiers, terms)
         return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
-
-    def top_classes(self, count: int) -> tuple[Array, Array]:
-        """The greatest logits of this device's classes, and these; no gradient."""
-        batch, vocabulary, options = self.batch_shape, self.own_classes, self.options
-
-        def engine(hidden, weight, modifiers):
-            rows, inputs = collapsed(hidden, batch), (*batch, vocabulary)
-            modifiers = collapsed_modifiers(modifiers, inputs)
-            head = match_varying(Head(rows, weight, None, modifiers))
-            found = top_classes(options, lax.stop_gradient(head), count)
-            return tuple(array.reshape(*batch, count) for array in found)
-
-        rows = lambda spec: PartitionSpec(*spec[: len(batch)], None)
-        specs = lambda spec: (rows(spec), rows(spec))
-        return in_auto_mode(engine, specs, self.hidden, self.weight, self.modifiers)
 
     def materialize(self) -> Array:
         """Forms the logits: rows x classes numbers in memory."""

@@ -1,94 +1,20 @@
 """Arguments that turn raw logits into final ones: checked, whatever the source is."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
 from softlib import _checks as checks
 from softlib._dispatch import Operation
 from softlib.typing import Implementations
 
-from ._engine.tile import Modifiers, Options, RowStatistics, only
-from ._source_rows import Shape, of_rows_with_classes
-from ._value import AbstractLogits
+from ._engine.blocks import Layout
+from ._engine.tile import Modifiers, Options
+from ._source_rows import Shape
 
 VALUES = ("LinearLogits", "StoredLogits")
-
-
-class ModifiedLogits(AbstractLogits):
-    """Raw logits and what turns them into final ones."""
-
-    function: str
-    modifiers: Modifiers
-    options: Options
-
-    @property
-    def bias(self) -> Float[Array, " V"] | None:
-        """The numbers added to the scaled logits, one per class."""
-        return self.modifiers.bias
-
-    @property
-    def scale(self) -> Float[Array, "..."] | None:
-        """The factor of raw logits, a scalar or one number per row."""
-        return self.modifiers.logit_scale
-
-    @property
-    def softcap(self) -> float | None:
-        """The bound of the logits before the temperature."""
-        return self.options.logit_softcap
-
-    @property
-    def temperature(self) -> Float[Array, "..."] | None:
-        """The divisor of the capped logits, a scalar or one number per row."""
-        return self.modifiers.temperature
-
-    @property
-    def class_where(self) -> Bool[Array, "..."] | None:
-        return self.modifiers.class_where
-
-    def without_labels[L](self: L) -> L:
-        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
-        return _without_labels(self)
-
-    def statistics_by(
-        self,
-        stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
-        names: Sequence[str],
-        labels: Array | None,
-    ) -> RowStatistics:
-        """Asks `stream` for the statistics: twice if the rank of a label is among them.
-
-        `stream` takes names, labels and, for ranks, the logits of these.
-        """
-        labels = of_rows_with_classes(
-            labels, self.count_classes(), self.batch_shape, self.num_classes
-        )
-        if "label_rank" not in names:
-            return stream(names, labels, None)
-        # To count what comes before a label, a second stream must know its logit.
-        assert labels is not None
-        others = [name for name in names if name != "label_rank"]
-        found = stream([*others, "label_logits"], labels, None)
-        assert found.label_logits is not None
-        logits = lax.stop_gradient(found.label_logits)
-        rank = stream(["label_rank"], labels, logits).label_rank
-        assert rank is not None
-        selected = labels >= 0
-        if self.modifiers.class_where is not None:
-            at = self.at_labels(self.modifiers.class_where, labels) != 0
-            selected = selected & at
-        found = found._replace(label_rank=jnp.where(selected, rank, self.num_classes))
-        return only(found, self.options.including(*names))
-
-
-def _without_labels(value: Any) -> Any:
-    options = dataclasses.replace(value.options, exclude_labels=True)
-    return value.replaced(options=options)
 
 
 def require_classes(function: str, name: str, vocabulary: int, shape: Shape) -> None:
@@ -178,21 +104,23 @@ def _name(name: str, function: str) -> str:
     return name.removeprefix("logit_") if function in VALUES else name
 
 
-def modifier_axes(modifiers: Modifiers, of_rows: Any, of_all: Any) -> Modifiers:
-    """`of_rows` in the place of numbers per row, `of_all` in that of all others."""
+def modifier_layout(modifiers: Modifiers) -> Modifiers:
+    """The layout of each modifier."""
 
-    def axis(value: Array | None, per_row: int) -> Any:
+    def of(value: Array | None, *, rows: int, classes: int = 0) -> Any:
+        """Of an array that has rows, and classes, from so many axes on; 0 for never."""
         if value is None:
             return None
-        return of_rows if value.ndim >= per_row else of_all
+        axis = -1 if classes and value.ndim >= classes else None
+        return Layout(rows=bool(rows) and value.ndim >= rows, class_axis=axis)
 
     return Modifiers(
-        axis(modifiers.bias, 2),
-        axis(modifiers.logit_scale, 1),
-        axis(modifiers.temperature, 1),
-        axis(modifiers.class_where, 2),
-        axis(modifiers.class_log_weights, 2),
-        axis(modifiers.centre, 1),
+        of(modifiers.bias, rows=0, classes=1),
+        of(modifiers.logit_scale, rows=1),
+        of(modifiers.temperature, rows=1),
+        of(modifiers.class_where, rows=2, classes=1),
+        of(modifiers.class_log_weights, rows=0, classes=1),
+        of(modifiers.centre, rows=1),
     )
 
 

@@ -21,8 +21,7 @@ from softlib._dtypes import cast
 from softlib._sharding import in_auto_mode
 from softlib.typing import Scalar
 
-from ._linear import LinearLogits
-from ._sources import Logits, Source, source_of
+from ._sources import Logits, Source, StoredLogits, source_of
 
 
 @array_arguments
@@ -83,10 +82,10 @@ def optimal_temperature(
     """
     function = "optimal_temperature"
     source = source_of(function, logits)
-    linear = isinstance(source, LinearLogits)
-    num_steps = (12 if linear else 20) if num_steps is None else num_steps
+    stored = isinstance(source, StoredLogits)
+    num_steps = (20 if stored else 12) if num_steps is None else num_steps
     _check_search(source, rho, temperature_min, temperature_max, num_steps)
-    if isinstance(source, LinearLogits):
+    if not isinstance(source, StoredLogits):
         return _of_head(source, rho, temperature_min, temperature_max, num_steps)
     if source.implementation is not None:
         raise ValueError(
@@ -104,7 +103,7 @@ def optimal_temperature(
 
 
 def _of_head(
-    source: LinearLogits,
+    source: Source,
     rho: Scalar,
     temperature_min: Scalar,
     temperature_max: Scalar,
@@ -131,7 +130,7 @@ def _of_head(
 
 @compiled_once(4)
 def _root(
-    source: LinearLogits, rho: Array, first: Array, last: Array, num_steps: int
+    source: Source, rho: Array, first: Array, last: Array, num_steps: int
 ) -> tuple[Array, Array]:
     """The logarithms of the temperatures, and the slopes of the excess there."""
     excess = functools.partial(_excess, source, rho)
@@ -139,7 +138,7 @@ def _root(
     return log_tau, jax.grad(lambda log_tau: excess(log_tau).sum())(log_tau)
 
 
-def _excess(source: LinearLogits, rho: Scalar, log_tau: Array) -> Array:
+def _excess(source: Source, rho: Scalar, log_tau: Array) -> Array:
     """KL from the uniform distribution, minus rho."""
     modifiers = source.modifiers._replace(temperature=jnp.exp(log_tau))
     cooled = source.replaced(modifiers=modifiers)

@@ -25,7 +25,6 @@ from ._engine.operations import Given
 from ._engine.pair_operations import GivenPair
 from ._engine.pair_stream import Pair, PairOptions
 from ._engine.pair_terms import Divergence
-from ._engine.stream import Head
 from ._labelled_rows import rows_that_count
 from ._linear import LinearLogits
 from ._source_rows import collapsed, collapsed_modifiers, label_rows
@@ -102,7 +101,7 @@ class SourcePair:
             divergence,
             exclude(first.options),
             exclude(second.options),
-            getattr(own, "axis_name", None),
+            own.axis_name,
         )
         if mixture is not None:
             mixture = jnp.asarray(mixture, self._dtype)
@@ -124,48 +123,39 @@ def _call(
     mixture: Array | None,
 ) -> Float[Array, "*batch"]:
     batch, names = first.batch_shape, first.implementation
+    if names is None:
+        names = second.implementation
+    first, second = first.prepared(), second.prepared()
     specs = lambda spec: PartitionSpec(*spec[: len(batch)])
 
-    if isinstance(first, LinearLogits) and isinstance(second, LinearLogits):
-        classes = first.weight.shape[first.options.vocab_axis]
-        if labels is not None:
-            labels = first.local_labels(labels)
+    if isinstance(first, StoredLogits) and isinstance(second, StoredLogits):
 
-        def of_heads(first, second, labels, mixture):
-            def head(hidden, weight, modifiers):
-                return Head(
-                    collapsed(hidden, batch),
-                    weight,
-                    label_rows(labels, batch, classes),
-                    collapsed_modifiers(modifiers, (*batch, classes)),
+        def of_logits(logits, modifiers, others, labels, mixture):
+            def given(logits, modifiers):
+                return Given(
+                    collapsed(logits, batch),
+                    label_rows(labels, batch, first.num_classes),
+                    collapsed_modifiers(modifiers, logits.shape),
                 )
 
-            pair = match_varying(Pair(head(*first), head(*second), mixture))
-            return pair_operations.linear(names, options, pair).reshape(batch)
+            pair = GivenPair(given(logits, modifiers), given(*others), mixture)
+            pair = match_varying(pair)
+            return pair_operations.given(names, options, pair).reshape(batch)
 
-        heads = [(s.hidden, s.weight, s.modifiers) for s in (first, second)]
-        call = lambda hidden, rest, *others: of_heads((hidden, *rest), *others)
-        (hidden, *rest), other = heads
-        return in_auto_mode(call, specs, hidden, tuple(rest), other, labels, mixture)
+        others = (second.logits, second.modifiers)
+        return in_auto_mode(
+            of_logits, specs, first.logits, first.modifiers, others, labels, mixture
+        )
 
-    def of_logits(logits, modifiers, others, labels, mixture):
-        def given(logits, modifiers):
-            return Given(
-                collapsed(logits, batch),
-                label_rows(labels, batch, first.num_classes),
-                collapsed_modifiers(modifiers, logits.shape),
-            )
+    if labels is not None and isinstance(first, LinearLogits):
+        labels = first.local_labels(labels)
 
-        pair = GivenPair(given(logits, modifiers), given(*others), mixture)
+    def streamed(_, first, second, labels, mixture):
+        pair = Pair(first.operand(labels), second.operand(labels), mixture)
         pair = match_varying(pair)
-        return pair_operations.given(names, options, pair).reshape(batch)
+        return pair_operations.linear(names, options, pair).reshape(batch)
 
-    assert isinstance(first, StoredLogits)
-    assert isinstance(second, StoredLogits)
-    others = (second.logits, second.modifiers)
-    return in_auto_mode(
-        of_logits, specs, first.logits, first.modifiers, others, labels, mixture
-    )
+    return in_auto_mode(streamed, specs, first.per_row, first, second, labels, mixture)
 
 
 # ----------------------------------------------------------------------------- checking
@@ -181,11 +171,11 @@ def _require_alike(own: Source, target: Source, name: str) -> None:
             f"{function}: `{name}` must have {own.num_classes} classes, those of "
             f"`logits`, got {target.num_classes}."
         )
-    if type(own) is not type(target):
+    if own.axis_name != target.axis_name:
         raise ValueError(
-            f"{function}: `logits` and `{name}` must both be LinearLogits or both be "
-            f"stored, got {type(own).__name__} and {type(target).__name__}. "
-            "`materialize()` stores them."
+            f"{function}: `axis_name` of `{name}` must be that of `logits`, "
+            f"{own.axis_name!r}, got {target.axis_name!r}: a device has the same "
+            "classes of both."
         )
 
 

@@ -17,8 +17,11 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
+from ._blockwise import BlockwiseLogits
+from ._engine.blocks import Layout
 from ._engine.vocabulary_parallel import first_class
 from ._labelled_rows import without_classes
+from ._modified import with_layout
 from ._sources import LinearLogits, Source, StoredLogits
 
 
@@ -33,8 +36,10 @@ def log_probs_of_shared_labels(
     """
     if isinstance(source, LinearLogits):
         lse, logits = _of_linear_head(source, labels)
-    else:
+    elif isinstance(source, StoredLogits):
         lse, logits = _of_given_logits(source, labels)
+    else:
+        lse, logits = _of_blocks(source, labels)
     nothing = without_classes(source)
     some = True if nothing is None else ~nothing
     log_probs = logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None]
@@ -110,6 +115,27 @@ def _of_linear_head(
     )
     arrays = (source.hidden, source.weight, labels, source.modifiers)
     return in_auto_mode(compute, specs, *arrays)
+
+
+def _of_blocks(
+    source: BlockwiseLogits, labels: Int[Array, "*lead S"]
+) -> tuple[Float[Array, "*lead T"], Float[Array, "*lead T S"]]:
+    value: Any = source.prepared()
+    lse = value.statistics(("lse",)).lse
+
+    def one(value: Any, labels: Array) -> Array:
+        labels = jnp.where(labels < 0, 0, labels)
+
+        def at_labels(layout: Layout, array: Array) -> Array:
+            axis = layout.class_axis
+            return array if axis is None else jnp.take(array, labels, axis=axis)
+
+        return with_layout(value, at_labels).materialize()
+
+    axes = value.batch_axes()
+    for _ in labels.shape[:-1]:
+        one = jax.vmap(one, in_axes=(axes, 0))
+    return lse, one(value, labels)
 
 
 def _logits_of_each(

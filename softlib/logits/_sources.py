@@ -6,6 +6,7 @@ from jaxtyping import Array
 from softlib import _checks as checks
 from softlib._array_arguments import as_array
 
+from ._blockwise import BlockwiseLogits
 from ._linear import LinearLogits
 from ._modifiers import checked_per_row
 from ._stored import StoredLogits
@@ -14,14 +15,14 @@ from ._value import AbstractLogits
 type Logits = Array | AbstractLogits
 """An array of logits (*batch, V), or a value that stands for one."""
 
-type Source = LinearLogits | StoredLogits
+type Source = LinearLogits | StoredLogits | BlockwiseLogits
 
 
 def source_of(function: str, logits: Logits, name: str = "logits") -> Source:
     """Returns the value behind these logits; its messages begin with `function`."""
-    if isinstance(logits, LinearLogits | StoredLogits):
+    if isinstance(logits, LinearLogits | StoredLogits | BlockwiseLogits):
         return logits.replaced(function=function)
-    what = "an array, LinearLogits or StoredLogits"
+    what = "an array, LinearLogits, StoredLogits or BlockwiseLogits"
     if isinstance(logits, AbstractLogits):
         got = type(logits).__name__
         raise TypeError(f"{function}: `{name}` must be {what}, got {got}.")
@@ -57,7 +58,6 @@ def with_temperature(source: Source, temperature: ArrayLike) -> Source:
 
 def require_per_class(source: Source, name: str, array: Array | None) -> None:
     """One floating number per class, of this device's classes if they are divided."""
-    linear = isinstance(source, LinearLogits)
-    classes = source.own_classes if linear else source.num_classes
     checks.require_floating(source.function, **{name: array})
-    checks.require_shape(source.function, name, array, (classes,), "one per class")
+    shape, why = (source.own_classes,), "one per class"
+    checks.require_shape(source.function, name, array, shape, why)

@@ -1,7 +1,7 @@
 """Logits that exist as an array."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,13 +18,14 @@ from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Implementations, PerRow
 
 from ._engine import operations
+from ._engine.blocks import Blocks, Layout
 from ._engine.tile import RowStatistics
+from ._modified import ModifiedLogits, blocks_of
 from ._modifiers import (
-    ModifiedLogits,
     checked_implementation,
     checked_modifiers,
     checked_options,
-    modifier_axes,
+    modifier_layout,
     require_classes,
     shown_modifiers,
 )
@@ -35,7 +36,6 @@ from ._source_rows import (
     final_logits,
     label_rows,
     masked_modifiers,
-    modifiers_over_rows,
     ranked_rows,
     row_specs,
     shaped,
@@ -157,21 +157,19 @@ class StoredLogits(ModifiedLogits):
     def dtype(self) -> jnp.dtype:
         return accumulator_dtype(self.logits, *self.modifiers.floating)
 
-    def over_rows(self, function: Callable[[Array], Array]) -> "StoredLogits":
-        modifiers = self.modifiers
-        where = modifiers.class_where
-        if where is not None and where.ndim > 1:
-            where = function(jnp.broadcast_to(where, self.shape))
-        modifiers = modifiers_over_rows(modifiers, function)
+    def layout(self) -> "StoredLogits":
         return self.replaced(
-            logits=function(self.logits),
-            modifiers=modifiers._replace(class_where=where),
+            logits=Layout(rows=True, class_axis=-1),
+            modifiers=modifier_layout(self.modifiers),
         )
 
-    def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "StoredLogits":
-        return self.replaced(
-            logits=of_rows, modifiers=modifier_axes(self.modifiers, of_rows, of_all)
-        )
+    def block(self) -> Array:
+        return self.logits.astype(self.dtype)
+
+    def operand(
+        self, labels: Array | None = None, label_logits: Array | None = None
+    ) -> Blocks:
+        return blocks_of(self, labels, label_logits)
 
     def shown(self) -> dict[str, Any]:
         own = {"logits": self.logits, "implementation": self.implementation}

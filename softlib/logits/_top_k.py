@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 
-from ._linear import LinearLogits
 from ._sources import Logits, Source, source_of
 
 
@@ -70,14 +69,13 @@ def top_k(logits: Logits, *, k: int) -> TopK:
     source = source_of(function, logits)
     require_forward_stream(source)
     checks.require_positive_integer(function, "k", k)
-    is_linear = isinstance(source, LinearLogits)
-    own = source.own_classes if is_linear else source.num_classes
+    own = source.own_classes
     if k > own:
         raise ValueError(
             f"{function}: `k` must be at most the number of classes, {own}, got {k}."
         )
     found = TopK(*source.top_classes(k))
-    if not is_linear or source.axis_name is None:
+    if source.axis_name is None:
         return found
     return _merged(found, source.axis_name, own)
 

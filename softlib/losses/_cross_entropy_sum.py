@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib.logits import Logits, StoredLogits, _compose, _labelled_rows
+from softlib.logits import LinearLogits, Logits, _compose, _labelled_rows
 from softlib.logits._engine.sum_with_gradients import RowTerms
 from softlib.logits._engine.tile import RowStatistics
 from softlib.logits._sources import source_of
@@ -92,7 +92,7 @@ def softmax_cross_entropy_sum(
     where = _labelled_rows.rows_that_count(source, where)
     if where is not None:
         weights = jnp.where(where, weights, 0)
-    if isinstance(source, StoredLogits):
+    if not isinstance(source, LinearLogits):
         loss = _compose.token_metrics(
             source,
             labels,

@@ -11,7 +11,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._expm1 import expm1
 from softlib._ids import labels_in_range
-from softlib.logits import LinearLogits, Logits
+from softlib.logits import Logits
 from softlib.logits._compose import (
     log_probability_in_turn,
     log_probability_of_labels,
@@ -239,9 +239,7 @@ def _normalized(
     confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
     log_prob, own = log_probability_in_turn(pair.own, labels, where)
     target = weigh(confidence, 0 - log_prob)
-    if isinstance(own, LinearLogits) and isinstance(heated.own, LinearLogits):
-        in_turn = heated.own.replaced(weight=own.weight)
-        heated = dataclasses.replace(heated, own=in_turn)
+    heated = dataclasses.replace(heated, own=heated.own.in_turn_after(own))
     others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
     factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
     return _with_outside(target + factor * others, outside)

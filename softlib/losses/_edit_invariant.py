@@ -16,7 +16,7 @@ from softlib._masked_mean import masked_mean
 from softlib.logits import Logits
 from softlib.logits._labelled_rows import rows_that_count
 from softlib.logits._shared_labels import log_probs_of_shared_labels
-from softlib.logits._sources import LinearLogits, Source, source_of
+from softlib.logits._sources import Source, source_of
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
 from softlib.typing import Scalar
 
@@ -158,10 +158,9 @@ def _checked_labels(
 ) -> tuple[Integer[Array, "*batch S"], Bool[Array, "*batch S"]]:
     function, batch = source.function, source.batch_shape
     if not batch:
-        of = "hidden" if isinstance(source, LinearLogits) else "logits"
         raise ValueError(
-            f"{function}: `{of}` must have at least 2 axes, positions and their "
-            "numbers, got 1."
+            f"{function}: `logits` must have at least 2 axes, positions and classes, "
+            "got 1."
         )
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from softlib.logits._engine import operations
-from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.head import Head
+from softlib.logits._engine.stream import BackwardOperands
 from softlib.logits._engine.tile import Modifiers, Options, RowStatistics
 from softlib.logits._engine.tile_gradient import RowCotangents
 from softlib.testing import assert_close

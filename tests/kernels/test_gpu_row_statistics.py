@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
 from softlib.logits._engine import kernels_gpu
-from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.head import Head
+from softlib.logits._engine.stream import BackwardOperands
 from softlib.logits._engine.tile import Options, RowStatistics
 from softlib.logits._engine.tile_gradient import RowCotangents
 from softlib.testing import assert_close

@@ -13,7 +13,8 @@ from pallas_kernels.gpu_mosaic import _row_tiles
 from pallas_kernels.gpu_mosaic._row_tiles import BLOCK, Shapes
 from softlib import explain, losses
 from softlib.logits._engine import kernels_gpu
-from softlib.logits._engine.stream import BackwardOperands, Head
+from softlib.logits._engine.head import Head
+from softlib.logits._engine.stream import BackwardOperands
 from softlib.logits._engine.tile import Modifiers, Options, RowStatistics
 from softlib.logits._engine.tile_gradient import RowCotangents
 from tests.host import jnp

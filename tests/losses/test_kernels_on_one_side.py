@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from softlib import losses
 from softlib._dispatch import Implementation
 from softlib.logits._engine import operations, stream as _stream
-from softlib.logits._engine.stream import Head
+from softlib.logits._engine.head import Head
 from softlib.logits._engine.tile import Modifiers, Options
 from tests.host import jnp
 

@@ -7,7 +7,7 @@ from jaxtyping import Array
 from softlib import _kernel_limits as limits
 
 from . import tile_gradient
-from .stream import Head, HeadGradient
+from .head import Head, HeadGradient
 from .tile import Modifiers, Options
 from .tile_gradient import RowCotangents
 

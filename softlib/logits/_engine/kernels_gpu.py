@@ -12,7 +12,8 @@ from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 
 from . import kernel_operands as shared
-from .stream import BackwardOperands, Head, HeadGradient
+from .head import Head, HeadGradient
+from .stream import BackwardOperands
 from .tile import Options, RowStatistics
 from .tile_gradient import RowCotangents
 

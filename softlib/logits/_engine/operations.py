@@ -29,7 +29,10 @@ from . import (
     tile as _tile,
     tile_gradient,
 )
-from .stream import BackwardOperands, Head, HeadGradient
+from .blocks import Blocks
+from .head import Head, HeadGradient
+from .operand import Operand
+from .stream import BackwardOperands
 from .tile import Modifiers, Options, Ranked, RowStatistics
 from .tile_gradient import RowCotangents
 
@@ -233,7 +236,7 @@ def _gradient(
     if kept is not None:
         made = _reading_kept(forward, made)
     gradient: HeadGradient = _dispatch.execute(made, options, operands)
-    return (Head(gradient.hidden, gradient.weight, None, gradient.modifiers),)
+    return (gradient.as_operands(),)
 
 
 def _instantiated(cotangents: RowStatistics) -> RowStatistics:
@@ -272,9 +275,8 @@ def _in_turn_backward(
 _in_turn = _with_rule(_statistics_and_weight, _in_turn_forward, _in_turn_backward)
 
 
-def _linear_reference(options: Options, head: Head) -> RowStatistics:
-    contract = (1, 1 - options.vocab_axis)
-    raw = _stream.product(head.hidden, head.weight, contract, options, head.dtype)
+def _linear_reference(options: Options, head: Operand) -> RowStatistics:
+    raw = head.raw(options)
     return _reference(options, raw, head.labels, head.ranked, head.modifiers)
 
 
@@ -294,6 +296,47 @@ def _linear_gradient_reference(
     _, pull = jax.vjp(statistics, head.hidden, head.weight, modifiers)
     gradient = HeadGradient(*pull(operands.rows.cotangents))
     return gradient.added_to(operands.further)
+
+
+# ------------------------------------------------------------------------------- blocks
+def blockwise(
+    names: Implementations, options: Options, operands: Blocks
+) -> RowStatistics:
+    """The statistics of logits that are made block by block."""
+    made = _dispatch.plan(BLOCKWISE, names, options, operands)
+    if made.is_reference:
+        return _dispatch.execute(made, options, operands)
+    return _blockwise(made, names, options, operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _blockwise(
+    made: Plan, names: Implementations, options: Options, operands: Blocks
+) -> RowStatistics:
+    return _dispatch.execute(made, options, operands)
+
+
+def _blockwise_forward(
+    made: Plan, names: Implementations, options: Options, operands: Blocks
+):
+    found = _dispatch.execute(made, with_residuals(options), operands)
+    return _tile.only(found, options), (operands, found.lse, found.mean_logit)
+
+
+def _blockwise_backward(
+    made: Plan,
+    names: Implementations,
+    options: Options,
+    residuals: tuple[Blocks, Array | None, Array | None],
+    cotangents: RowStatistics,
+):
+    operands, lse, mean = residuals
+    rows = RowCotangents(lse, mean, differentiable(cotangents))
+    known = BackwardOperands(operands, rows)
+    return (_dispatch.run(BLOCKWISE_GRADIENT, names, options, known),)
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 # ------------------------------------------------------------------------- given logits
@@ -368,17 +411,9 @@ def _given_gradient_xla(
     found = tile_gradient.cotangent_of_raw(
         tile, 0, given.labels, rows, options, given.modifiers
     )
-    bias, scale, temperature = given.modifiers[:3]
-    log_weights = given.modifiers.class_log_weights
     return GivenGradient(
         found.raw.astype(given.logits.dtype),
-        Modifiers(
-            tile_gradient.cast_like(bias, found.bias),
-            tile_gradient.summed_like(scale, found.logit_scale),
-            tile_gradient.summed_like(temperature, found.temperature),
-            None,
-            tile_gradient.cast_like(log_weights, found.class_log_weights),
-        ),
+        tile_gradient.modifiers_like(given.modifiers, *found[1:]),
     )
 
 
@@ -524,6 +559,18 @@ LINEAR_GRADIENT = Operation(
         Implementation("xla", _stream.backward, note=gradient_note),
         Implementation("reference", _linear_gradient_reference, _no_filter),
     ),
+)
+BLOCKWISE = Operation(
+    "blockwise_row_statistics",
+    (
+        *_ABSENT,
+        Implementation("xla", _stream.forward, note=gathers),
+        Implementation("reference", _linear_reference),
+    ),
+)
+BLOCKWISE_GRADIENT = Operation(
+    "blockwise_row_statistics_gradient",
+    (*_ABSENT, Implementation("xla", _stream.backward, note=gradient_note)),
 )
 GIVEN = Operation(
     "row_statistics",

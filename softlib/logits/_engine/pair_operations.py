@@ -27,14 +27,14 @@ from . import (
     operations,
     pair_stream,
     pair_terms,
-    stream as _stream,
     tile as _tile,
     tile_gradient,
 )
+from .head import Head
+from .operand import Operand
 from .operations import Given
 from .pair_stream import KnownPair, Pair, PairBackwardOperands, PairOptions
 from .pair_terms import Slopes, Terms
-from .stream import Head
 from .tile import Options, RowStatistics
 from .vocabulary_parallel import first_class, merged
 
@@ -83,7 +83,7 @@ def _linear_forward(
     if options.axis_name is not None:
         # A device's own classes have the derivatives of a sum over all classes.
         slopes = lax.psum(slopes, options.axis_name)
-        slopes = match_varying(slopes, pair.target.hidden)
+        slopes = match_varying(slopes, pair.target.like)
     return value, (known, slopes)
 
 
@@ -100,25 +100,27 @@ def _linear_backward(
     gradient = _dispatch.run(
         PAIR_GRADIENT, names, options, PairBackwardOperands(known, sums, cotangent)
     )
-    head = lambda g: Head(g.hidden, g.weight, None, g.modifiers)
-    return (Pair(head(gradient.target), head(gradient.other), gradient.mixture),)
+    target, other = gradient.target.as_operands(), gradient.other.as_operands()
+    return (Pair(target, other, gradient.mixture),)
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def _lse(
-    names: Implementations, options: PairOptions, own: Options, head: Head
+    names: Implementations, options: PairOptions, own: Options, head: Operand
 ) -> Float[Array, " rows"]:
     """Of all classes, by the row-statistics engine without its derivative rule."""
     own = own.including("lse")
-    made = _dispatch.plan(operations.LINEAR, names, own, head)
+    is_linear = isinstance(head, Head)
+    operation = operations.LINEAR if is_linear else operations.BLOCKWISE
+    made = _dispatch.plan(operation, names, own, head)
     found: RowStatistics = _dispatch.execute(made, own, head)
     axis = options.axis_name
     if axis is not None:
-        offset = first_class(axis, head.weight.shape[own.vocab_axis])
+        offset = first_class(axis, head.vocabulary(own))
         found = merged(found, axis, offset)
-        found = match_varying(found, head.hidden)
+        found = match_varying(found, head.like)
     assert found.lse is not None
     return found.lse
 
@@ -160,11 +162,11 @@ def given(
 def _of_raw(
     options: PairOptions,
     raws: tuple[Array, ...],
-    operands: tuple[Given, ...] | tuple[Head, ...],
+    operands: tuple[Given, ...] | tuple[Operand, ...],
     lse: tuple[Array, ...],
     mixture: Array | None,
 ) -> Float[Array, " rows"]:
-    def log_p(raw: Array, own: Options, operand: Given | Head, lse: Array) -> Array:
+    def log_p(raw: Array, own: Options, operand: Given | Operand, lse: Array) -> Array:
         modifiers = operand.modifiers
         tile = _tile.logits_of(raw, own, modifiers)
         labels = operand.labels if own.exclude_labels else None
@@ -180,10 +182,7 @@ def _of_raw(
 
 def _reference(options: PairOptions, known: KnownPair) -> Float[Array, " rows"]:
     heads = known.pair.both
-    raws = tuple(
-        _stream.product(h.hidden, h.weight, (1, 1 - o.vocab_axis), o, h.dtype)
-        for h, o in zip(heads, options.both, strict=True)
-    )
+    raws = tuple(h.raw(o) for h, o in zip(heads, options.both, strict=True))
     return _of_raw(options, raws, heads, known.lse, known.pair.mixture)
 
 

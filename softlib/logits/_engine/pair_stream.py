@@ -19,8 +19,8 @@ from softlib.typing import AxisName
 
 from . import chunks as _chunks, pair_terms, stream as _stream, tile_gradient
 from .chunks import RowCut
+from .operand import Operand
 from .pair_terms import Divergence, Slopes, Terms
-from .stream import Head, HeadGradient
 from .tile import Options, Tile
 from .tile_gradient import RawCotangents
 
@@ -42,12 +42,12 @@ class PairOptions:
 class Pair(NamedTuple):
     """The operands of a divergence; both heads have the same rows and classes."""
 
-    target: Head
-    other: Head
+    target: Operand
+    other: Operand
     mixture: Float[Array, ""] | None
 
     @property
-    def both(self) -> tuple[Head, Head]:
+    def both(self) -> tuple[Operand, Operand]:
         return self.target, self.other
 
     @property
@@ -69,8 +69,8 @@ class KnownPair(NamedTuple):
 
 
 class PairGradient(NamedTuple):
-    target: HeadGradient
-    other: HeadGradient
+    target: Any
+    other: Any
     mixture: Array | None
 
 
@@ -84,7 +84,7 @@ def forward(options: PairOptions, known: KnownPair) -> Terms:
     """The sums over classes of `_pair_terms.terms`."""
     pair = known.pair
     cut, size = _pieces(options, pair)
-    vocabulary = pair.target.weight.shape[options.target.vocab_axis]
+    vocabulary = pair.target.vocabulary(options.target)
 
     def of(group):
         mine = tuple(_stream.rows_of(head, cut, group) for head in pair.both)
@@ -100,13 +100,13 @@ def forward(options: PairOptions, known: KnownPair) -> Terms:
             found = pair_terms.terms(options.divergence, s, t, pair.weight)
             return jax.tree.map(lambda sum_, term: sum_ + term.sum(1), sums, found)
 
-        zeros = jnp.zeros(mine[0].hidden.shape[0], pair.dtype)
+        zeros = jnp.zeros(mine[0].rows, pair.dtype)
         mixture = None if options.divergence != "jensen_shannon" else zeros
         sums = Terms(zeros, Slopes(zeros, zeros, mixture))
-        sums = match_varying(sums, pair.target.hidden)
+        sums = match_varying(sums, pair.target.like)
         return _chunks.fold(step, sums, vocabulary, size)
 
-    return _stream.by_rows(cut, of, pair.target.hidden)
+    return _stream.by_rows(cut, of, pair.target.like)
 
 
 def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradient:
@@ -121,7 +121,7 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
         found = pair_terms.terms(options.divergence, s, t, pair.weight).slopes
         per_row = lambda values: jnp.expand_dims(values, axis)
 
-        def of(tile: Tile, part: Head, log_p, slope, total) -> RawCotangents:
+        def of(tile: Tile, part: Operand, log_p, slope, total) -> RawCotangents:
             # log p = z - lse: the cotangent of z is the slope less p times its sum.
             dz = per_row(g) * (slope - jnp.exp(log_p) * per_row(total))
             dz = dz.astype(tile.z.dtype)
@@ -132,11 +132,14 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
             of(tiles[1], parts[1], t, found.other, sums.other),
         )
 
-    classes = tuple(_stream.class_zeros(h, h.weight.dtype) for h in pair.both)
+    classes = tuple(operand.class_buffers() for operand in pair.both)
     found = _stream.gradient_sums_of_heads(
         options.both, pair.both, cotangents, cut, size, classes
     )
-    target, other = map(_stream.gradient_of, pair.both, *found)
+    target, other = (
+        operand.gradient(sums, classes)
+        for operand, sums, classes in zip(pair.both, *found, strict=True)
+    )
     mixture = pair.weight
     if mixture is not None:
         assert sums.mixture is not None
@@ -146,13 +149,13 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
 
 def _log_probabilities(
     tiles: tuple[Tile, ...],
-    parts: tuple[Head, ...],
+    parts: tuple[Operand, ...],
     lse: tuple[Array, ...],
     start: _chunks.Index,
     options: PairOptions,
     pair: Pair,
 ) -> tuple[Array, Array]:
-    def of(tile: Tile, part: Head, lse: Array, own: Options) -> Array:
+    def of(tile: Tile, part: Operand, lse: Array, own: Options) -> Array:
         labels = part.labels if own.exclude_labels else None
         found = tile_gradient.log_probabilities(
             tile, lse, part.modifiers, start, labels

@@ -26,7 +26,8 @@ from softlib.typing import Implementations
 
 from . import chunks as _chunks, operations, stream as _stream, tile as _tile
 from .chunks import RowCut
-from .stream import BackwardOperands, ClassSums, Head, HeadGradient, RowSums
+from .head import ClassSums, Head, HeadGradient, RowSums
+from .stream import BackwardOperands
 from .tile import Options, RowStatistics
 from .tile_gradient import RowCotangents
 
@@ -112,7 +113,7 @@ def _total_backward(
     head, factors, scalars = jax.tree.map(scaled, gradients)
     return (
         SumOperands(
-            Head(head.hidden, head.weight, None, head.modifiers),
+            head.as_operands(),
             RowTerms(factors, scalars, None),
         ),
     )
@@ -191,13 +192,13 @@ def _value_and_gradients(
 
     # Several blocks add to the weight's gradient: not in a narrower dtype.
     wide = head.weight.dtype if cut.whole else head.dtype
-    classes = _stream.class_zeros(head, wide)
+    classes = head.class_buffers(wide)
     value, scalars, per_row, _ = jax.eval_shape(of_block, 0, classes)
     zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tree)
     start = _Sums(zeros(value), classes, zeros(scalars), cut.zeros(per_row))
     sums = cut.fold(visit, match_varying(start, head.hidden))
     rows_found: _PerRow = cut.joined(sums.rows)
-    gradient = _stream.gradient_of(head, rows_found.head, sums.classes)
+    gradient = head.gradient(rows_found.head, sums.classes)
     return sums.value, (gradient, rows_found.factors, sums.scalars)
 
 

@@ -132,6 +132,29 @@ class Modifiers(NamedTuple):
     def floating(self) -> tuple[Any, ...]:
         return (*self[:3], self.class_log_weights)
 
+    def of_classes(self, cut: Callable[[Array, int], Array]) -> "Modifiers":
+        """The modifiers of a slice of the classes; `cut` takes an array and an axis."""
+        of = lambda array: None if array is None else cut(array, array.ndim - 1)
+        return self._replace(
+            bias=of(self.bias),
+            class_where=of(self.class_where),
+            class_log_weights=of(self.class_log_weights),
+        )
+
+    def of_rows(self, take: Callable[[Any], Any]) -> "Modifiers":
+        """The modifiers of some rows."""
+        where = self.class_where
+        per_entry = where is not None and where.ndim > 1
+        return self._replace(
+            logit_scale=take(self.logit_scale),
+            temperature=take(self.temperature),
+            class_where=take(where) if per_entry else where,
+            centre=take(self.centre),
+        )
+
+
+NO_MODIFIERS = Modifiers(None, None, None, None)
+
 
 class Ranked(NamedTuple):
     """The labels whose rank is asked for, with their logits, known beforehand."""

@@ -242,3 +242,20 @@ def summed_like(operand: Any, per_row: Array | None) -> Array | None:
     if operand is None or per_row is None:
         return None
     return cast_like(operand, per_row if operand.ndim else per_row.sum())
+
+
+def modifiers_like(
+    modifiers: Modifiers,
+    bias: Array | None,
+    logit_scale: Array | None,
+    temperature: Array | None,
+    class_log_weights: Array | None,
+) -> Modifiers:
+    """The gradients per class and per row in the shapes and dtypes of the modifiers."""
+    return Modifiers(
+        cast_like(modifiers.bias, bias),
+        summed_like(modifiers.logit_scale, logit_scale),
+        summed_like(modifiers.temperature, temperature),
+        None,
+        cast_like(modifiers.class_log_weights, class_log_weights),
+    )

@@ -1,0 +1,205 @@
+"""Values that are raw logits and what turns them into final ones."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from softlib._sharding import in_auto_mode, match_varying
+from softlib.typing import AxisName, Implementations
+
+from ._engine import stream
+from ._engine.blocks import Blocks, Layout
+from ._engine.tile import NO_MODIFIERS, Modifiers, Options, RowStatistics, only
+from ._source_rows import (
+    collapsed,
+    collapsed_modifiers,
+    label_rows,
+    of_rows_with_classes,
+    ranked_rows,
+)
+from ._value import AbstractLogits
+
+
+class ModifiedLogits(AbstractLogits):
+    """Raw logits and what turns them into final ones."""
+
+    function: str
+    modifiers: Modifiers
+    options: Options
+    implementation: Implementations
+    axis_name: AxisName | None = None  # over which the classes are divided
+
+    @abc.abstractmethod
+    def layout(self) -> Any:
+        """The same tree with a `Layout` in the place of each array."""
+
+    @abc.abstractmethod
+    def block(self) -> Array:
+        """The raw logits, of a value whose batch is one axis."""
+
+    def prepared(self) -> Any:
+        """The value whose blocks are visited."""
+        return self
+
+    @abc.abstractmethod
+    def operand(
+        self, labels: Array | None = None, label_logits: Array | None = None
+    ) -> Any:
+        """The operands of the engine, whose rows are one axis."""
+
+    @property
+    def own_classes(self) -> int:
+        """The classes of this device."""
+        return self.num_classes
+
+    @property
+    def per_row(self) -> Array:
+        """One of the arrays that begin with the batch."""
+        return _per_row(self)
+
+    def over_rows[L](self: L, function: Callable[[Array], Array]) -> L:
+        return _over_rows(self, function)
+
+    def batch_axes[L](self: L, of_rows: Any = 0, of_all: Any = None) -> L:
+        return _batch_axes(self, of_rows, of_all)
+
+    def statistics_in_turn[L](
+        self: L, names: Sequence[str], labels: Array | None = None
+    ) -> tuple[RowStatistics, L]:
+        """The statistics, and the same logits for the next term of a loss."""
+        return _statistics_and_value(self, names, labels)
+
+    def in_turn_after[L](self: L, other: Any) -> L:
+        """The same, as the next reader of what `other` has read."""
+        return self
+
+    def top_classes(self, count: int) -> tuple[Array, Array]:
+        """The greatest logits of this device's classes, and these; no gradient."""
+
+        def engine(_, value):
+            operand = match_varying(value.operand())
+            found = stream.top_classes(self.options, operand, count)
+            return tuple(array.reshape(*self.batch_shape, count) for array in found)
+
+        batch = len(self.batch_shape)
+        rows = lambda spec: PartitionSpec(*spec[:batch], None)
+        specs = lambda spec: (rows(spec), rows(spec))
+        constant = lax.stop_gradient(self)
+        return in_auto_mode(engine, specs, constant.per_row, constant)
+
+    @property
+    def bias(self) -> Float[Array, " V"] | None:
+        """The numbers added to the scaled logits, one per class."""
+        return self.modifiers.bias
+
+    @property
+    def scale(self) -> Float[Array, "..."] | None:
+        """The factor of raw logits, a scalar or one number per row."""
+        return self.modifiers.logit_scale
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of the logits before the temperature."""
+        return self.options.logit_softcap
+
+    @property
+    def temperature(self) -> Float[Array, "..."] | None:
+        """The divisor of the capped logits, a scalar or one number per row."""
+        return self.modifiers.temperature
+
+    @property
+    def class_where(self) -> Bool[Array, "..."] | None:
+        return self.modifiers.class_where
+
+    def without_labels[L](self: L) -> L:
+        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        return _without_labels(self)
+
+    def statistics_by(
+        self,
+        stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
+        names: Sequence[str],
+        labels: Array | None,
+    ) -> RowStatistics:
+        """Asks `stream` for the statistics: twice if the rank of a label is among them.
+
+        `stream` takes names, labels and, for ranks, the logits of these.
+        """
+        labels = of_rows_with_classes(
+            labels, self.count_classes(), self.batch_shape, self.num_classes
+        )
+        if "label_rank" not in names:
+            return stream(names, labels, None)
+        # To count what comes before a label, a second stream must know its logit.
+        assert labels is not None
+        others = [name for name in names if name != "label_rank"]
+        found = stream([*others, "label_logits"], labels, None)
+        assert found.label_logits is not None
+        logits = lax.stop_gradient(found.label_logits)
+        rank = stream(["label_rank"], labels, logits).label_rank
+        assert rank is not None
+        selected = labels >= 0
+        if self.modifiers.class_where is not None:
+            at = self.at_labels(self.modifiers.class_where, labels) != 0
+            selected = selected & at
+        found = found._replace(label_rank=jnp.where(selected, rank, self.num_classes))
+        return only(found, self.options.including(*names))
+
+
+def _without_labels(value: Any) -> Any:
+    options = dataclasses.replace(value.options, exclude_labels=True)
+    return value.replaced(options=options)
+
+
+def _statistics_and_value(value: Any, names: Sequence[str], labels: Any) -> Any:
+    return value.statistics(names, labels), value
+
+
+def with_layout(value: Any, function: Callable[[Layout, Array], Any]) -> Any:
+    arrays, structure = jax.tree.flatten(value)
+    layouts = structure.flatten_up_to(value.layout())
+    return structure.unflatten(map(function, layouts, arrays))
+
+
+def _per_row(value: Any) -> Array:
+    arrays, structure = jax.tree.flatten(value)
+    layouts = structure.flatten_up_to(value.layout())
+    return next(a for a, layout in zip(arrays, layouts, strict=True) if layout.rows)
+
+
+def _over_rows(value: Any, function: Callable[[Array], Array]) -> Any:
+    where = value.modifiers.class_where
+    if where is not None and where.ndim > 1:
+        where = jnp.broadcast_to(where, value.shape)
+        value = value.replaced(modifiers=value.modifiers._replace(class_where=where))
+    of = lambda layout, array: function(array) if layout.rows else array
+    return with_layout(value, of)
+
+
+def _batch_axes(value: Any, of_rows: Any, of_all: Any) -> Any:
+    return with_layout(value, lambda layout, array: of_rows if layout.rows else of_all)
+
+
+def blocks_of(value: Any, labels: Array | None, label_logits: Array | None) -> Blocks:
+    """The operands of any value, which is asked for its logits block by block."""
+    batch, shape = value.batch_shape, value.shape
+    # What does not change a block is not part of the key of a compiled program.
+    bare = value.replaced(
+        function="", modifiers=NO_MODIFIERS, options=Options(()), implementation=None
+    )
+    rows = with_layout(
+        bare, lambda layout, array: collapsed(array, batch) if layout.rows else array
+    )
+    return Blocks(
+        rows,
+        label_rows(labels, batch, shape[-1]),
+        collapsed_modifiers(value.modifiers, shape),
+        ranked_rows(labels, label_logits, batch),
+    )
