@@ -79,6 +79,11 @@ class Blocks(NamedTuple):
     labels: Int[Array, "rows L"] | None  # -1 for a label outside the vocabulary
     modifiers: Modifiers
     ranked: Ranked | None = None
+    # The group of rows that entries are still to be cut down to, together with a slice
+    # of the classes: the rows of a group with all classes would be a copy of its size.
+    deferred: tuple[RowCut, Index | None] | None = None
+    # In the structure, because it is static: None of a slice of the classes.
+    all_classes: tuple[()] | None = ()
 
     @property
     def dtype(self) -> Any:
@@ -87,6 +92,9 @@ class Blocks(NamedTuple):
 
     @property
     def rows(self) -> int:
+        if self.deferred is not None:
+            cut, group = self.deferred
+            return cut.rest if group is None else cut.size
         return self._first(lambda layout: layout.rows)[1].shape[0]
 
     @property
@@ -118,25 +126,52 @@ class Blocks(NamedTuple):
 
     # ------------------------------------------------------------------------- slices
     def rows_of(self, cut: RowCut, group: Index | None) -> "Blocks":
+        if cut.whole:
+            return self
         take = lambda tree: cut.take(tree, group)
-        of = lambda layout, array: take(array) if layout.rows else array
-        return Blocks(
-            self._with(of),
-            take(self.labels),
-            self.modifiers.of_rows(take),
-            take(self.ranked),
+        defers = self.all_classes is not None
+
+        def of(layout: Layout, array: Array) -> Array:
+            late = layout.is_entry and defers
+            return take(array) if layout.rows and not late else array
+
+        modifiers = self.modifiers.of_rows(take)
+        if defers:
+            modifiers = modifiers._replace(class_where=self.modifiers.class_where)
+        return self._replace(
+            value=self._with(of),
+            labels=take(self.labels),
+            modifiers=modifiers,
+            ranked=take(self.ranked),
+            deferred=(cut, group) if defers else None,
         )
 
     def classes_of(self, start: Any, size: int, options: Options) -> "Blocks":
         def cut(array: Array, axis: int = 0) -> Array:
             return _chunks.slice_of(array, start, size, axis)
 
+        def rows_of_entries(array: Array) -> Array:
+            if self.deferred is None:
+                return array
+            rows, group = self.deferred
+            return rows.take(array, group)
+
         def of(layout: Layout, array: Array) -> Array:
             axis = layout.class_axis
-            return array if axis is None else cut(array, axis)
+            if axis is None:
+                return array
+            array = cut(array, axis)
+            return rows_of_entries(array) if layout.rows else array
 
+        modifiers = self.modifiers.of_classes(cut)
+        where = modifiers.class_where
+        if where is not None and where.ndim > 1:
+            modifiers = modifiers._replace(class_where=rows_of_entries(where))
         return self._replace(
-            value=self._with(of), modifiers=self.modifiers.of_classes(cut)
+            value=self._with(of),
+            modifiers=modifiers,
+            deferred=None,
+            all_classes=None,
         )
 
     def raw(self, options: Options, class_axis: int = 1) -> Array:
