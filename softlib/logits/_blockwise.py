@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ class BlockwiseLogits(ModifiedLogits):
         Products of narrow arrays are best accumulated in `self.dtype`.
         """
 
-    def prepared(self) -> Self:
+    def prepared(self) -> Any:
         """The value whose blocks are visited.
 
         Override it to compute once per row what `block` would compute again for every
@@ -172,7 +172,7 @@ class BlockwiseLogits(ModifiedLogits):
         floating = [a for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)]
         return accumulator_dtype(*floating, *self.modifiers.floating)
 
-    def layout(self) -> Self:
+    def layout(self) -> Any:
         of = lambda names, layout: {
             name: jax.tree.map(lambda _: layout, getattr(self, name)) for name in names
         }
@@ -197,7 +197,7 @@ class BlockwiseLogits(ModifiedLogits):
         own["implementation"] = self.implementation
         return {**own, **shown_modifiers(self.modifiers, self.options)}
 
-    def masked(self, where: Bool[Array, "*batch"] | None) -> Self:
+    def masked(self, where: Bool[Array, "*batch"] | None) -> Any:
         if where is None:
             return self
         batch = len(self.batch_shape)

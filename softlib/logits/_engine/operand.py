@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Int
 
@@ -18,6 +18,7 @@ type Write = Callable[[Array, Array, int], Array]
 type Copied = Callable[[Array], Array]
 
 
+@runtime_checkable
 class Operand(Protocol):
     """A NamedTuple of arrays; its rows are one axis."""
 
@@ -52,9 +53,9 @@ class Operand(Protocol):
         """Whether tiles of many rows are best laid out as (classes, rows)."""
         ...
 
-    def rows_of(self, cut: RowCut, group: Index | None, /) -> Self: ...
+    def rows_of(self, cut: RowCut, group: Index | None, /) -> Any: ...
 
-    def classes_of(self, start: Any, size: int, options: Options, /) -> Self: ...
+    def classes_of(self, start: Any, size: int, options: Options, /) -> Any: ...
 
     def raw(self, options: Options, class_axis: int = 1, /) -> Array:
         """The logits before what modifies them."""
