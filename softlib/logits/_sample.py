@@ -11,11 +11,9 @@ from softlib.typing import AxisName, PerRow
 
 from ._engine import sampling
 from ._engine.sampling import Kept
-from ._engine.stream import Head
 from ._engine.vocabulary_parallel import first_class
-from ._linear import LinearLogits
 from ._modifiers import checked_per_row
-from ._source_rows import collapsed, collapsed_modifiers
+from ._source_rows import collapsed
 from ._sources import Logits, Source, source_of, with_temperature
 from ._stored import StoredLogits
 from ._top_k import require_forward_stream
@@ -113,34 +111,31 @@ def _of_array(
 
 
 def _of_head(
-    source: LinearLogits, words: Array, log_share: Array | None
+    source: Source, words: Array, log_share: Array | None
 ) -> tuple[Array, Array]:
-    batch, options, own = source.batch_shape, source.options, source.own_classes
-    axis_name = source.axis_name
+    source = source.prepared()
+    batch, options, axis_name = source.batch_shape, source.options, source.axis_name
     first = jnp.zeros((), jnp.int32)
     if axis_name is not None:
-        first = first_class(axis_name, own).astype(jnp.int32)
+        first = first_class(axis_name, source.own_classes).astype(jnp.int32)
 
-    def draw(hidden, weight, modifiers, words, first, log_share):
-        rows, inputs = collapsed(hidden, batch), (*batch, own)
-        modifiers = collapsed_modifiers(modifiers, inputs)
-        head = lax.stop_gradient(
-            match_varying(Head(rows, weight, None, modifiers), first)
-        )
+    def draw(_, source, words, first, log_share):
+        head = lax.stop_gradient(match_varying(source.operand(), first))
         kept = None
         if log_share is not None:
             top = _greatest(sampling.max_logits(options, head), axis_name)
             # The tiles of two streams may differ by a rounding or two.
             slack = 8 * jnp.finfo(top.dtype).eps * jnp.abs(top)
             kept = Kept(top, collapsed(log_share, batch) - slack)
-            kept = match_varying(kept, head.hidden)
+            kept = match_varying(kept, head.like)
         found = sampling.drawn_of_head(options, head, words, first, kept)
         return tuple(array.reshape(batch) for array in found)
 
     rows = lambda spec: PartitionSpec(*spec[: len(batch)])
     specs = lambda spec: (rows(spec), rows(spec))
-    arrays = (source.hidden, source.weight, source.modifiers)
-    best, classes = in_auto_mode(draw, specs, *arrays, words, first, log_share)
+    best, classes = in_auto_mode(
+        draw, specs, source.per_row, source, words, first, log_share
+    )
     if axis_name is None:
         return best, classes
     top = _greatest(best, axis_name)

@@ -137,6 +137,10 @@ def test_top_classes_ranks_and_sequences(kind):
     array = logits.materialize()
     best = softlib.logits.top_k(logits, k=3)
     np.testing.assert_array_equal(best.classes, jax.lax.top_k(array, 3)[1])
+    key = jax.random.key(3)
+    drawn = softlib.logits.sample(key, logits, temperature=3.0)
+    wanted = softlib.logits.sample(key, array, temperature=3.0)
+    np.testing.assert_array_equal(drawn, wanted)
     labels = LABELS.reshape(2, 4)
     rank = softlib.logits.label_rank
     np.testing.assert_array_equal(rank(logits, labels), rank(array, labels))
@@ -302,5 +306,6 @@ def test_bad_arguments():
         Distances(points=hidden, centres=table, power=2, bias=jnp.ones(3))
     with pytest.raises(ValueError, match="`vocab_chunk` must be at least 1"):
         Distances(points=hidden, centres=table, power=2, vocab_chunk=0)
+    value: Any = Distances(points=hidden, centres=table, power=2)
     with pytest.raises(TypeError, match="must not become an array operation"):
-        jnp.exp(Distances(points=hidden, centres=table, power=2))
+        jnp.exp(value)

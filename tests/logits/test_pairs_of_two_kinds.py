@@ -37,7 +37,7 @@ def source(kind, seed, dtype, **options) -> tuple[Any, dict[str, Any], dict[str,
     random = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
     bias, static = draw(CLASSES), {"logit_softcap": 4.0, "logit_scale": 0.7}
-    own = {"softcap": 4.0, "scale": 0.7, **options}
+    own: dict[str, Any] = {"softcap": 4.0, "scale": 0.7, **options}
     if kind == "stored":
         make: Any = lambda bias, logits: StoredLogits(
             logits, bias=bias, softcap=4.0, scale=0.7

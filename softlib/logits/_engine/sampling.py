@@ -31,7 +31,7 @@ from softlib._sharding import match_varying
 
 from . import chunks as _chunks, stream, tile as _tile
 from .chunks import Index
-from .stream import Head
+from .operand import Operand
 from .tile import Options
 
 type Words = UInt32[Array, "..."]
@@ -48,7 +48,7 @@ class Kept(NamedTuple):
 
 
 @compiled_once(0)
-def max_logits(options: Options, head: Head) -> Float[Array, " rows"]:
+def max_logits(options: Options, head: Operand) -> Float[Array, " rows"]:
     """The greatest logit of each row, from the tiles that `drawn_of_head` visits."""
     found = stream.forward(options.including("max_logit"), head).max_logit
     assert found is not None
@@ -58,7 +58,7 @@ def max_logits(options: Options, head: Head) -> Float[Array, " rows"]:
 @compiled_once(0)
 def drawn_of_head(
     options: Options,
-    head: Head,
+    head: Operand,
     key: UInt32[Array, "2"],
     first: Int[Array, ""],
     kept: Kept | None,
@@ -68,8 +68,8 @@ def drawn_of_head(
     `first` is the id of the first class. A row with a NaN has NaN for its sum.
     """
     cut, size = stream.pieces(options, head)
-    vocabulary = head.weight.shape[options.vocab_axis]
-    keys = match_varying(_keys_of_rows(key, head.hidden.shape[0]), head.hidden)
+    vocabulary = head.vocabulary(options)
+    keys = match_varying(_keys_of_rows(key, head.rows), head.like)
 
     def of(group: Index | None) -> tuple[Array, Array]:
         mine = stream.rows_of(head, cut, group)
@@ -81,12 +81,12 @@ def drawn_of_head(
             z = _tile.select(z, part.modifiers.class_where, -jnp.inf)
             return _better(best, _best(z, own_keys, first + start, own_kept))
 
-        rows = mine.hidden.shape[0]
+        rows = mine.rows
         none = jnp.full(rows, -jnp.inf, head.dtype), jnp.full(rows, -1, jnp.int32)
-        none = match_varying(none, head.hidden, first)
+        none = match_varying(none, head.like, first)
         return _chunks.fold(step, none, vocabulary, size)
 
-    return stream.by_rows(cut, of, head.hidden)
+    return stream.by_rows(cut, of, head.like)
 
 
 @compiled_once()
