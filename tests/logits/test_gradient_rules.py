@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import softlib
-from softlib.logits._engine import operations, stream
+from softlib.logits._engine import head as heads, operations, stream
 from softlib.logits._engine.tile import Modifiers, Options, RowStatistics
 from softlib.logits._engine.tile_gradient import RowCotangents
 from tests.host import jnp
@@ -76,7 +76,7 @@ def check(source, which, exclude):
     @jax.jit
     def run(hidden, weight, further, given, cotangents):
         if source == "head":
-            head = stream.Head(hidden, weight, labels, given)
+            head = heads.Head(hidden, weight, labels, given)
             found = stream.forward(options, head)
             rows = RowCotangents(found.lse, found.mean_logit, cotangents)
             of_head = stream.BackwardOperands(head, rows, None, further)
