@@ -35,7 +35,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "optim": {"optax", "numerics", "losses"},
     "nn": {"flax"} | MODELLESS,
     **dict.fromkeys(APPLICATIONS, MODELLESS),
-    "testing": set(),
+    "testing": {"masks"},
 }
 # Folders of an engine: their files import each other and what stands below the package,
 # never the files beside the folder, which are its users.

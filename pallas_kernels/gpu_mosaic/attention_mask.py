@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-type Mask = Callable[..., Any]
+from pallas_kernels import _mask_operations
+from pallas_kernels._mask_operations import Mask, inner, traced
 
 # Supported operations of integers and booleans; kernels were compiled with each.
 _OPERATIONS = """
@@ -29,20 +30,13 @@ _COMPARISONS = {
 
 def missing(mask: Mask, scalars: int) -> list[str]:
     """Operations of the mask that kernels lack; `scalars` as in `Form`."""
-    closed = _traced(mask, scalars)
-    return sorted(_names(closed.jaxpr) - set(_OPERATIONS.split()))
+    return _mask_operations.missing(mask, scalars, set(_OPERATIONS.split()))
 
 
 def is_constant(mask: Mask, scalars: int) -> bool:
     """Whether the mask does not depend on its indices; arguments as in `missing`."""
-    closed = _traced(mask, scalars)
+    closed = traced(mask, scalars)
     return _live(closed.jaxpr).isdisjoint(closed.jaxpr.invars)
-
-
-def _traced(mask: Mask, scalars: int) -> Any:
-    index = jax.ShapeDtypeStruct((64, 64), jnp.int32)
-    scalar = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.make_jaxpr(mask)(index, index, *[scalar] * scalars)
 
 
 class Index(NamedTuple):
@@ -75,19 +69,6 @@ def evaluate(mask: Mask, *arguments: Any) -> Any:
     return found
 
 
-def _names(jaxpr: Any) -> set[str]:
-    found = set()
-    for equation in jaxpr.eqns:
-        inner = _inner(equation)
-        found |= {equation.primitive.name} if inner is None else _names(inner.jaxpr)
-    return found
-
-
-def _inner(equation: Any) -> Any:
-    """The jaxpr of a call of a compiled function, such as those of jax.numpy."""
-    return equation.params.get("jaxpr")
-
-
 def _live(jaxpr: Any) -> set[Any]:
     """The variables that the results depend on."""
     named = lambda found: {x for x in found if not isinstance(x, core.Literal)}
@@ -95,10 +76,10 @@ def _live(jaxpr: Any) -> set[Any]:
     for equation in reversed(jaxpr.eqns):
         if live.isdisjoint(equation.outvars) or _known(equation) is not None:
             continue
-        inner, used = _inner(equation), equation.invars
-        if inner is not None:
-            own = _live(inner.jaxpr)
-            pairs = zip(equation.invars, inner.jaxpr.invars, strict=True)
+        body, used = inner(equation), equation.invars
+        if body is not None:
+            own = _live(body.jaxpr)
+            pairs = zip(equation.invars, body.jaxpr.invars, strict=True)
             used = [x for x, var in pairs if var in own]
         live |= named(used)
     return live
@@ -124,11 +105,11 @@ def _run(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) -> list
         if live.isdisjoint(equation.outvars):
             continue
         inputs = [read(x) for x in equation.invars]
-        inner, known = _inner(equation), _known(equation)
+        body, known = inner(equation), _known(equation)
         if known is not None:
             found = [jnp.full(equation.outvars[0].aval.shape, known)]
-        elif inner is not None:
-            found = _run(inner.jaxpr, inner.consts, inputs)
+        elif body is not None:
+            found = _run(body.jaxpr, body.consts, inputs)
         elif equation.primitive is lax.not_p and inputs[0].dtype == jnp.bool_:
             # The compiler widens a boolean to invert it, and fails.
             found = [lax.bitwise_xor(inputs[0], jnp.ones_like(inputs[0]))]

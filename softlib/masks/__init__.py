@@ -1,6 +1,7 @@
 """Attention masks: small values without a shape, composed with `& | ~`.
 
 - `Mask`: the base; `block_map`, `Block`: which blocks of pairs a mask holds; `plot`.
+- `array_field`, `mask_field`: fields of a mask of one's own, that is of a subclass.
 - `All`, `Causal`, `Window`, `Dilated`: masks of relative positions.
 - `Chunked`, `Prefix`, `GlobalTokens`, `Blocks`: masks of fixed regions.
 - `Radial`, `radial_block_mask`, `radial_pair_count`: video.
@@ -8,11 +9,13 @@
 - `PerAxis`, `Between`: masks of attention whose keys are tuples.
 """
 
+from ._blocks import Block as Block
 from ._data import Padding as Padding, Segments as Segments
-from ._mask import All as All, Block as Block, Mask as Mask, block_map as block_map
+from ._mask import All as All, Mask as Mask, block_map as block_map
 from ._per_axis import Between as Between, PerAxis as PerAxis
 from ._plot import plot as plot
 from ._positional import Causal as Causal, Dilated as Dilated, Window as Window
+from ._protocol import array_field as array_field, mask_field as mask_field
 from ._radial import Radial as Radial, radial_pair_count as radial_pair_count
 from ._radial_blocks import radial_block_mask as radial_block_mask
 from ._regions import (
@@ -38,7 +41,9 @@ __all__ = [
     "Radial",
     "Segments",
     "Window",
+    "array_field",
     "block_map",
+    "mask_field",
     "plot",
     "radial_block_mask",
     "radial_pair_count",

@@ -7,10 +7,11 @@ import numpy as np
 
 from softlib._ids import equal_ids, signed
 
-from ._mask import Block, Mask, mask_value
+from ._blocks import Block
+from ._mask import Mask
+from ._protocol import array_field
 
 
-@mask_value("query", "key")
 class Segments(Mask):
     """Pairs of equal segment id: sequences packed into one row do not see each other.
 
@@ -38,24 +39,17 @@ class Segments(Mask):
     """
 
     # Any: transformations rebuild a mask from whatever stands for its arrays.
-    query: Any
-    key: Any = None
+    query: Any = array_field(axes=1)
+    key: Any = array_field(axes=1, default=None)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         key = self.query if self.key is None else self.key
         _require_integers("Segments", query=self.query, key=key)
         query_ids, query_known = _take(self.query, query_index)
         key_ids, key_known = _take(key, key_index)
         return equal_ids(query_ids, key_ids) & query_known & key_known
 
-    def _leaf_ranks(self):
-        return (1,) if self.key is None else (1, 1)
 
-    def _is_arithmetic(self):
-        return False
-
-
-@mask_value("query", "key")
 class Padding(Mask):
     """Pairs of real positions: `query < query_length` and `key < key_length`.
 
@@ -80,10 +74,10 @@ class Padding(Mask):
          [1]]
     """
 
-    query: Any = None
-    key: Any = None
+    query: Any = array_field(axes=0, default=None)
+    key: Any = array_field(axes=0, default=None)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         _require_integers("Padding", query=self.query, key=self.key)
         real_query, real_key = query_index == query_index, key_index == key_index
         if self.query is not None:
@@ -92,13 +86,9 @@ class Padding(Mask):
             real_key = key_index < _length(self.key)
         return real_query & real_key
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         kind = Block.ALL if self.query is None and self.key is None else Block.SOME
-        shapes = map(np.shape, (query_start, query_stop, key_start, key_stop))
-        return np.full(np.broadcast_shapes(*shapes), kind, np.int8)
-
-    def _leaf_ranks(self):
-        return (0,) * sum(length is not None for length in (self.query, self.key))
+        return np.asarray(kind)
 
 
 def _take(ids: Any, index: Any) -> tuple[Any, Any]:

@@ -7,61 +7,31 @@ and become operands.
 """
 
 import dataclasses
-import enum
 import functools
-from collections.abc import Callable
 from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softlib import _checks as checks
 from softlib._compiled_once import compiled_once
 
 from . import _expression as expression
+from ._blocks import Block, edges
+from ._protocol import (
+    array_field,
+    checked_lengths,
+    checked_row_count,
+    checked_status,
+    define_mask,
+    evaluate,
+    is_arithmetic,
+    leaf_ranks,
+    mask_field,
+)
 
 
-class Block(enum.IntEnum):
-    """What a mask holds in one block of (query, key) pairs.
-
-    Attributes:
-        NONE: No pair attends; proved.
-        SOME: Nothing is claimed. Always a sound answer.
-        ALL: Every pair attends; proved.
-
-    The order makes `&` the minimum, `|` the maximum and `~` `2 - status`.
-
-    Args:
-        *args, **kwds: The number, as for any enumeration.
-
-    Example:
-        >>> status = softlib.masks.Causal().block_status(0, 4, 4, 8)
-        >>> print(softlib.masks.Block(int(status)).name)
-        NONE
-    """
-
-    NONE = 0
-    SOME = 1
-    ALL = 2
-
-
-@dataclass_transform(frozen_default=True)
-def mask_value(*leaves: str) -> Callable[[type], type]:
-    """Makes a frozen dataclass that is a pytree.
-
-    `leaves` are the fields that hold arrays or masks, in order; the others are static:
-    hashable, and part of the structure of the tree. `__repr__` is the class's own.
-    """
-
-    def register(cls: type) -> type:
-        cls = dataclasses.dataclass(frozen=True, repr=False)(cls)
-        static = [f.name for f in dataclasses.fields(cls) if f.name not in leaves]
-        return jax.tree_util.register_dataclass(cls, leaves, static)
-
-    return register
-
-
+@dataclass_transform(frozen_default=True, field_specifiers=(array_field, mask_field))
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mask:
     """Which (query, key) pairs may attend: True means "attends".
@@ -97,12 +67,36 @@ class Mask:
         Raises:
             ValueError: An array of the mask has another rank, its batch axis aside.
         """
-        return evaluate(self, query_index, key_index)
+        return evaluate(_attends, self, query_index, key_index)
 
+    def attends(self, query_index: Any, key_index: Any) -> Any:
+        """Where the pair attends: the definition of a mask, which its class writes.
+
+        To use a mask, call it: that sees to batch axes, which the arrays of the mask
+        do not have here.
+
+        Args:
+            query_index: Integer positions: NumPy on the host, traced in a program,
+                inside a kernel too. Comparisons and arithmetic serve all of them.
+            key_index: Integer positions that broadcast with `query_index`.
+
+        Returns:
+            Booleans that broadcast to the shape of both.
+
+        Raises:
+            NotImplementedError: The class has no definition.
+        """
+        raise NotImplementedError
+
+    @checked_status
     def block_status(
         self, query_start: Any, query_stop: Any, key_start: Any, key_stop: Any
     ) -> np.ndarray:
         """Classifies blocks of pairs without visiting tokens.
+
+        What attention skips is what this proves. A class that does not write it proves
+        nothing: every block is SOME. One that does may look at static fields only;
+        arrays are data, and in their place stand others without content.
 
         Args:
             query_start: Integers, NumPy; all four broadcast, so that a map of millions
@@ -113,13 +107,17 @@ class Mask:
 
         Returns:
             `Block` values as int8, of the broadcast shape. NONE and ALL are proofs,
-            SOME claims nothing.
+            SOME claims nothing. A class may return any integers that broadcast.
         """
-        block = (query_start, query_stop, key_start, key_stop)
-        return np.asarray(self._status(*map(np.asarray, block)), np.int8)
+        del query_start, query_stop, key_start, key_stop
+        return np.asarray(Block.SOME, np.int8)
 
+    @checked_row_count
     def row_count(self, query_length: int, key_length: int | None = None) -> Any:
         """How many keys each query attends to.
+
+        Blocks that are ALL are counted whole, those that are SOME are looked into. A
+        class writes it where a formula is at hand; it is then given two integers.
 
         Args:
             query_length: Static number of queries.
@@ -129,10 +127,9 @@ class Mask:
             int32 counts, shape `(query_length,)`, NumPy; JAX and perhaps with a leading
             batch axis for a mask that holds arrays.
         """
-        query_length, key_length = _lengths("row_count", query_length, key_length)
-        if jax.tree.leaves(self):
-            return _traced_row_count(self, query_length, key_length)
-        return self._row_count(query_length, key_length)
+        assert key_length is not None
+        count = _traced_row_count if jax.tree.leaves(self) else _blockwise_row_count
+        return count(self, query_length, key_length)
 
     def density(self, query_length: int, key_length: int | None = None) -> float:
         """The fraction of pairs that attend. For a mask without arrays.
@@ -150,7 +147,7 @@ class Mask:
                 f"a property of the data, got {type(self).__name__}; average "
                 "`row_count` instead."
             )
-        query_length, key_length = _lengths("density", query_length, key_length)
+        query_length, key_length = checked_lengths("density", query_length, key_length)
         count = self.row_count(query_length, key_length).sum(dtype=np.int64)
         return float(count) / max(query_length * key_length, 1)
 
@@ -165,7 +162,9 @@ class Mask:
             Shape `(query_length, key_length)`, NumPy; JAX and perhaps with a leading
             batch axis for a mask that holds arrays.
         """
-        query_length, key_length = _lengths("materialize", query_length, key_length)
+        query_length, key_length = checked_lengths(
+            "materialize", query_length, key_length
+        )
         query, key = np.arange(query_length)[:, None], np.arange(key_length)[None, :]
         attends = self(query, key)
         shape = (*attends.shape[:-2], query_length, key_length)
@@ -202,42 +201,28 @@ class Mask:
             "`and`, `or`, `not`, and `mask is not None` to test for presence."
         )
 
-    # What subclasses, decorated with `mask_value`, define: the definition and, to be
-    # sparse, `_status`. The arrays of the mask have no batch axis here.
-    def _attends(self, query_index: Any, key_index: Any) -> Any:
-        raise NotImplementedError
-
-    def _status(
-        self,
-        query_start: np.ndarray,
-        query_stop: np.ndarray,
-        key_start: np.ndarray,
-        key_stop: np.ndarray,
-    ) -> np.ndarray:
-        shapes = map(np.shape, (query_start, query_stop, key_start, key_stop))
-        return np.full(np.broadcast_shapes(*shapes), Block.SOME, np.int8)
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        define_mask(cls)
 
     def _leaf_ranks(self) -> tuple[int, ...]:
-        """Of each array of the mask, in the order of its leaves: axes but the batch."""
-        return ()
+        """The number of axes, but the batch, of each array, in the order of leaves."""
+        return leaf_ranks(self)
 
     def _is_arithmetic(self) -> bool:
-        """Is `_attends` arithmetic on the indices, without a look into an array?
-
-        Then it can be evaluated inside a kernel, which cannot gather.
-        """
-        return True
+        """Whether a kernel, which cannot gather, may evaluate `attends`."""
+        return is_arithmetic(self)
 
     def _within(self, query_length: int, key_length: int) -> "Mask":
         """A mask that agrees below these positions and may be cheaper per pair."""
         del query_length, key_length
         return self
 
-    def _row_count(self, query_length: int, key_length: int) -> np.ndarray:
-        return _blockwise_row_count(self, query_length, key_length)
+
+def _attends(mask: Any, *indices: Any) -> Any:
+    return mask.attends(*indices)
 
 
-@mask_value()
 class All(Mask):
     """Every pair attends: the neutral element of `&`.
 
@@ -246,109 +231,90 @@ class All(Mask):
         1.0
     """
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return (query_index == query_index) & (key_index == key_index)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
-        shapes = map(np.shape, (query_start, query_stop, key_start, key_stop))
-        return np.full(np.broadcast_shapes(*shapes), Block.ALL, np.int8)
+    def block_status(self, query_start, query_stop, key_start, key_stop):
+        return np.asarray(Block.ALL)
 
-    def _row_count(self, query_length, key_length):
-        return np.full(query_length, key_length, np.int32)
+    def row_count(self, query_length, key_length: Any = None):
+        return key_length
 
 
-@mask_value("left", "right")
 class And(Mask):
     """Pairs in both masks; written `left & right`."""
 
-    left: Mask
-    right: Mask
+    left: Mask = mask_field()
+    right: Mask = mask_field()
 
     def __repr__(self) -> str:
         return f"{_operand(self.left, Or)} & {_operand(self.right, And | Or)}"
 
-    def _attends(self, query_index, key_index):
-        left = self.left._attends(query_index, key_index)
-        return left & self.right._attends(query_index, key_index)
+    def attends(self, query_index, key_index):
+        left = self.left.attends(query_index, key_index)
+        return left & self.right.attends(query_index, key_index)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         block = (query_start, query_stop, key_start, key_stop)
-        return np.minimum(self.left._status(*block), self.right._status(*block))
-
-    def _leaf_ranks(self):
-        return self.left._leaf_ranks() + self.right._leaf_ranks()
+        return np.minimum(
+            self.left.block_status(*block), self.right.block_status(*block)
+        )
 
     def _within(self, query_length, key_length):
         lengths = (query_length, key_length)
         return And(self.left._within(*lengths), self.right._within(*lengths))
 
-    def _is_arithmetic(self):
-        return self.left._is_arithmetic() and self.right._is_arithmetic()
 
-
-@mask_value("left", "right")
 class Or(Mask):
     """Pairs in at least one mask; written `left | right`."""
 
-    left: Mask
-    right: Mask
+    left: Mask = mask_field()
+    right: Mask = mask_field()
 
     def __repr__(self) -> str:
         return f"{_operand(self.left, And)} | {_operand(self.right, And | Or)}"
 
-    def _attends(self, query_index, key_index):
-        left = self.left._attends(query_index, key_index)
-        return left | self.right._attends(query_index, key_index)
+    def attends(self, query_index, key_index):
+        left = self.left.attends(query_index, key_index)
+        return left | self.right.attends(query_index, key_index)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         block = (query_start, query_stop, key_start, key_stop)
-        return np.maximum(self.left._status(*block), self.right._status(*block))
-
-    def _leaf_ranks(self):
-        return self.left._leaf_ranks() + self.right._leaf_ranks()
+        return np.maximum(
+            self.left.block_status(*block), self.right.block_status(*block)
+        )
 
     def _within(self, query_length, key_length):
         lengths = (query_length, key_length)
         return Or(self.left._within(*lengths), self.right._within(*lengths))
 
-    def _is_arithmetic(self):
-        return self.left._is_arithmetic() and self.right._is_arithmetic()
 
-
-@mask_value("mask")
 class Not(Mask):
     """Pairs that are not in the mask; written `~mask`."""
 
-    mask: Mask
+    mask: Mask = mask_field()
 
     def __repr__(self) -> str:
         return f"~{_operand(self.mask, And | Or)}"
 
-    def _attends(self, query_index, key_index):
-        return ~self.mask._attends(query_index, key_index)
+    def attends(self, query_index, key_index):
+        return ~self.mask.attends(query_index, key_index)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         block = (query_start, query_stop, key_start, key_stop)
-        return Block.ALL - self.mask._status(*block)
-
-    def _leaf_ranks(self):
-        return self.mask._leaf_ranks()
+        return Block.ALL - self.mask.block_status(*block)
 
     def _within(self, query_length, key_length):
         return Not(self.mask._within(query_length, key_length))
 
-    def _row_count(self, query_length, key_length):
-        return key_length - self.mask._row_count(query_length, key_length)
-
-    def _is_arithmetic(self):
-        return self.mask._is_arithmetic()
+    def row_count(self, query_length, key_length: Any = None):
+        return key_length - self.mask.row_count(query_length, key_length)
 
 
-@mask_value("mask")
 class Shifted(Mask):
     """A mask of absolute positions, on the indices of a slice; see `Mask.shift`."""
 
-    mask: Mask
+    mask: Mask = mask_field()
     query_offset: int
     key_offset: int
 
@@ -356,19 +322,16 @@ class Shifted(Mask):
         offsets = [self.query_offset, self.key_offset][: 1 + bool(self.key_offset)]
         return _shifted(self.mask, *offsets)
 
-    def _attends(self, query_index, key_index):
-        return self.mask._attends(
+    def attends(self, query_index, key_index):
+        return self.mask.attends(
             query_index + self.query_offset, key_index + self.key_offset
         )
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         q, k = self.query_offset, self.key_offset
-        return self.mask._status(
+        return self.mask.block_status(
             query_start + q, query_stop + q, key_start + k, key_stop + k
         )
-
-    def _leaf_ranks(self):
-        return self.mask._leaf_ranks()
 
     def _within(self, query_length, key_length):
         q, k = self.query_offset, self.key_offset
@@ -376,31 +339,21 @@ class Shifted(Mask):
             return self
         return Shifted(self.mask._within(query_length + q, key_length + k), q, k)
 
-    def _is_arithmetic(self):
-        return self.mask._is_arithmetic()
 
-
-@mask_value("mask", "query_offset", "key_offset")
 class ShiftedByArrays(Mask):
     """As `Shifted`, with offsets that are data: every block is SOME."""
 
-    mask: Mask
-    query_offset: Any
-    key_offset: Any
+    mask: Mask = mask_field()
+    query_offset: Any = array_field(axes=0)
+    key_offset: Any = array_field(axes=0)
 
     def __repr__(self) -> str:
         return _shifted(self.mask, self.query_offset, self.key_offset)
 
-    def _attends(self, query_index, key_index):
-        return self.mask._attends(
+    def attends(self, query_index, key_index):
+        return self.mask.attends(
             query_index + self.query_offset, key_index + self.key_offset
         )
-
-    def _leaf_ranks(self):
-        return (*self.mask._leaf_ranks(), 0, 0)
-
-    def _is_arithmetic(self):
-        return self.mask._is_arithmetic()
 
 
 def _operand(mask: Any, bracketed: Any) -> str:
@@ -411,71 +364,6 @@ def _operand(mask: Any, bracketed: Any) -> str:
 def _shifted(mask: Any, *offsets: Any) -> str:
     arguments = ", ".join(map(expression.argument, offsets))
     return f"{_operand(mask, And | Or | Not)}.shift({arguments})"
-
-
-def evaluate(mask: Any, *indices: Any) -> Any:
-    """The mask on positions; for each batch entry where arrays of it have that axis."""
-    indices = tuple(
-        index if isinstance(index, jax.Array) else np.asarray(index)
-        for index in indices
-    )
-    leaves, structure = jax.tree.flatten(mask)
-    axes = [
-        _batch_axis(leaf, rank)
-        for leaf, rank in zip(leaves, mask._leaf_ranks(), strict=True)
-    ]
-    if all(axis is None for axis in axes):
-        return mask._attends(*indices)
-
-    def one(leaves, indices):
-        return jax.tree.unflatten(structure, leaves)._attends(*indices)
-
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    return jax.vmap(one, in_axes=(axes, None))(leaves, indices)
-
-
-def divide(index: Any, size: int) -> tuple[Any, Any]:
-    """Quotient, rounded down, and remainder of positions by a static size."""
-    if not isinstance(index, jax.Array):
-        return index // size, index % size
-    if size & (size - 1) == 0:
-        return jnp.right_shift(index, size.bit_length() - 1), index & (size - 1)
-    # Not `//`, whose sign function kernels for TPUs cannot lower without a device.
-    quotient = jax.lax.div(index, jax.lax.full_like(index, size))
-    quotient -= (index < quotient * size).astype(index.dtype)
-    return quotient, index - quotient * size
-
-
-def require_at_least(least: int, mask: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{mask}: `{name}` must be a Python int (it is static), got "
-            f"{type(value).__name__}."
-        )
-    if value < least:
-        raise ValueError(f"{mask}: `{name}` must be at least {least}, got {value}.")
-
-
-def _batch_axis(leaf: Any, rank: int) -> int | None:
-    """Where an array of a mask has its batch axis, if it has one."""
-    axes = np.ndim(leaf) - rank
-    if axes not in (0, 1):
-        raise ValueError(
-            f"Mask: an array of the mask must have {rank} axes, or {rank + 1} with a "
-            f"leading batch axis, got shape {np.shape(leaf)}."
-        )
-    return 0 if axes else None
-
-
-def status(every: Any, some: Any) -> np.ndarray:
-    """NONE where not `some`, ALL where `every`, else SOME; a class's own two proofs."""
-    return np.asarray(np.add(some, every & some, dtype=np.int8))
-
-
-def edges(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last index of each block; the last may be short."""
-    start = np.arange(0, length, size, dtype=np.int64)
-    return start, np.minimum(start + size, length)
 
 
 def block_map(
@@ -567,14 +455,3 @@ def _traced_row_count(mask: Mask, query_length: int, key_length: int) -> jax.Arr
     starts = jnp.arange(0, query_length, _COUNT_BLOCK)
     count = jnp.moveaxis(jax.lax.map(of_block, starts), 0, -2)
     return count.reshape(*count.shape[:-2], -1)[..., :query_length]
-
-
-def _lengths(
-    function: str, query_length: int, key_length: int | None
-) -> tuple[int, int]:
-    if key_length is None:
-        key_length = query_length
-    for name, value in (("query_length", query_length), ("key_length", key_length)):
-        if value != 0:
-            checks.require_positive_integer(function, name, value)
-    return query_length, key_length

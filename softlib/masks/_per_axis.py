@@ -13,10 +13,12 @@ import numpy as np
 from softlib import _checks as checks
 
 from . import _expression as expression
-from ._mask import Block, Mask, evaluate, mask_value, require_at_least
+from ._blocks import Block, require_at_least
+from ._mask import Mask
+from ._protocol import evaluate, mask_field, mask_value
 
 
-@mask_value("mask")
+@mask_value
 class Between:
     """A mask between two of the axes of (query, key 1, key 2, ...).
 
@@ -46,7 +48,7 @@ class Between:
 
     first: int
     second: int
-    mask: Mask
+    mask: Mask = mask_field()
 
     def __post_init__(self):
         for name in ("first", "second"):
@@ -69,12 +71,12 @@ class Between:
 
     def _attends(self, *indices):
         self._require_axes(len(indices))
-        return self.mask._attends(indices[self.first], indices[self.second])
+        return self.mask.attends(indices[self.first], indices[self.second])
 
     def _status(self, *edges):
         self._require_axes(len(edges) // 2)
         starts, stops = edges[::2], edges[1::2]
-        return self.mask._status(
+        return self.mask.block_status(
             *(starts[self.first], stops[self.first]),
             *(starts[self.second], stops[self.second]),
         )
@@ -180,9 +182,7 @@ class PerAxis:
             ValueError: There are not as many arrays as axes.
         """
         self._require_axes("PerAxis", "key_indices", len(key_indices))
-        attends = evaluate(self, query_index, *key_indices)
-        shape = np.broadcast_shapes(*map(np.shape, (query_index, *key_indices)))
-        return _broadcast(attends, shape)
+        return evaluate(PerAxis._attends, self, query_index, *key_indices)
 
     def block_status(self, *edges: Any) -> np.ndarray:
         """Classifies blocks of (query, key, ...) tuples without visiting tokens.
@@ -315,7 +315,7 @@ class PerAxis:
     # As those of `Mask`, for as many indices as there are axes.
     def _attends(self, query_index, *key_indices):
         found = [
-            axis._attends(query_index, index)
+            axis.attends(query_index, index)
             for axis, index in zip(self.axes, key_indices, strict=True)
             if axis is not None
         ]
@@ -328,7 +328,7 @@ class PerAxis:
 
     def _status(self, *edges):
         found = [
-            axis._status(*edges[:2], *edges[2 * i + 2 : 2 * i + 4])
+            axis.block_status(*edges[:2], *edges[2 * i + 2 : 2 * i + 4])
             for i, axis in enumerate(self.axes)
             if axis is not None
         ]
@@ -387,22 +387,14 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _broadcast(attends: Any, shape: tuple[int, ...]) -> Any:
-    """To the shape of the indices, behind a batch axis if there is one."""
-    front = attends.shape[: max(0, attends.ndim - len(shape))]
-    if isinstance(attends, jax.Array):
-        return jnp.broadcast_to(attends, (*front, *shape))
-    return np.broadcast_to(attends, (*front, *shape))
-
-
 _TUPLES_AT_ONCE = 1 << 24
 
 
-@mask_value("call")
+@mask_value
 class _Called:
     """A function of all indices that users wrote."""
 
-    call: Any
+    call: Any = mask_field()
     # Of each axis of the call: where its positions come from, and what is added.
     order: tuple[int, ...] = ()
     offsets: tuple[int, ...] = ()
@@ -456,7 +448,7 @@ class _Called:
         return self
 
 
-@mask_value()
+@mask_value
 class _Static:
     """A function as part of the structure of a tree."""
 

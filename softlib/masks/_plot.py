@@ -6,7 +6,8 @@ import numpy as np
 
 from softlib._array_arguments import array_arguments
 
-from ._mask import Block, Mask, block_map, require_at_least
+from ._blocks import Block, require_at_least
+from ._mask import Mask, block_map
 
 # Lightness alone tells them apart, for print and for colour-blind readers.
 _EMPTY, _ATTENDS = "#ffffff", "#1f4e79"

@@ -1,11 +1,13 @@
 """Masks that compare the positions of query and key."""
 
+from typing import Any
+
 import numpy as np
 
-from ._mask import Mask, divide, mask_value, require_at_least, status
+from ._blocks import Block, divide, require_at_least
+from ._mask import Mask
 
 
-@mask_value()
 class Causal(Mask):
     """Key at or before the query: `key <= query + offset`.
 
@@ -22,20 +24,19 @@ class Causal(Mask):
 
     offset: int = 0
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return key_index <= query_index + self.offset
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         every = key_stop - 1 <= query_start + self.offset
         some = key_start <= query_stop - 1 + self.offset
-        return status(every, some)
+        return Block.of(some=some, every=every)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         seen = np.arange(query_length) + self.offset + 1
-        return np.clip(seen, 0, key_length).astype(np.int32)
+        return np.clip(seen, 0, key_length)
 
 
-@mask_value()
 class Window(Mask):
     """A band around the diagonal: `-left <= key - query <= right`, ends included.
 
@@ -64,7 +65,7 @@ class Window(Mask):
                     f"left={self.left}, right={self.right}."
                 )
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         # Bounds per query, not distances per pair.
         if self.left is None and self.right is None:
             return (query_index == query_index) & (key_index == key_index)
@@ -75,7 +76,7 @@ class Window(Mask):
         above = key_index >= query_index - self.left
         return above & (key_index <= query_index + self.right)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         nearest, farthest = key_start - (query_stop - 1), key_stop - 1 - query_start
         every = some = nearest <= farthest
         if self.left is not None:
@@ -86,20 +87,17 @@ class Window(Mask):
                 every & (farthest <= self.right),
                 some & (nearest <= self.right),
             )
-        return status(every, some)
+        return Block.of(some=some, every=every)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         query = np.arange(query_length)
         first = 0 if self.left is None else np.maximum(query - self.left, 0)
         stop = key_length
         if self.right is not None:
             stop = np.minimum(query + self.right + 1, key_length)
-        return np.broadcast_to(np.maximum(stop - first, 0), query.shape).astype(
-            np.int32
-        )
+        return np.maximum(stop - first, 0)
 
 
-@mask_value()
 class Dilated(Mask):
     """Every `stride`-th key, counted from the query: `(key - query) % stride == 0`.
 
@@ -124,18 +122,17 @@ class Dilated(Mask):
     def __post_init__(self):
         require_at_least(1, "Dilated", "stride", self.stride)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         # Remainders of positions, not of pairs: one comparison per pair.
         return divide(query_index, self.stride)[1] == divide(key_index, self.stride)[1]
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         # The block holds every difference from `least` to `most`.
         least, most = key_start - (query_stop - 1), key_stop - 1 - query_start
         some = most // self.stride * self.stride >= least
         every = (least == most) | (self.stride == 1)
-        return status(every, some)
+        return Block.of(some=some, every=every)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         remainder = np.arange(query_length) % self.stride
-        count = (key_length - remainder + self.stride - 1) // self.stride
-        return count.astype(np.int32)
+        return (key_length - remainder + self.stride - 1) // self.stride

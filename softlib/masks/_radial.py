@@ -6,7 +6,8 @@ import jax
 
 from softlib import _checks as checks
 
-from ._mask import Mask, divide, mask_value, require_at_least
+from ._blocks import divide, require_at_least
+from ._mask import Mask
 from ._radial_bands import (
     Bands,
     attends,
@@ -25,7 +26,6 @@ class Position(NamedTuple):
     place: Any
 
 
-@mask_value()
 class Radial(Mask):
     r"""Frames of a video attend in a band that halves as their distance doubles.
 
@@ -91,7 +91,7 @@ class Radial(Mask):
         options = (self.sink_frames, self.decay, self.min_window, self.rule)
         _check("Radial", self.tokens_per_frame, *options)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         query, key = self._split(query_index), self._split(key_index)
         frames = abs(query.frame - key.frame)
         places = abs(query.place - key.place)
@@ -123,18 +123,17 @@ class Radial(Mask):
         options = (self.sink_frames, self.decay, self.min_window, self.rule)
         return UndroppedRadial(self.tokens_per_frame, *options)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         tokens, sinks = self.tokens_per_frame, self.sink_frames
         query = frame_segments(query_start, query_stop, tokens)
         key = frame_segments(key_start, key_stop, tokens)
         return block_status(self._bands(), query, key, sinks)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         tokens, sinks = self.tokens_per_frame, self.sink_frames
         return row_count(self._bands(), query_length, key_length, tokens, sinks)
 
 
-@mask_value()
 class UndroppedRadial(Radial):
     """The same mask at distances at which it drops no frame."""
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._mask import status
+from ._blocks import Block
 
 
 class Bands(NamedTuple):
@@ -184,7 +184,7 @@ def block_status(
     for segment, other in _pairs_with_whole_frames(query, key):
         found, whole = _whole_status(bands, segment, other, sink_frames)
         some, every = some | found, every & whole
-    return status(every, some)
+    return Block.of(some=some, every=every)
 
 
 def _end_status(

@@ -6,7 +6,7 @@ import numpy as np
 
 from softlib import _checks as checks
 
-from ._mask import require_at_least
+from ._blocks import require_at_least
 
 # A constant of that code, whatever its block size.
 _LEAST_RUN = 128

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _expression as expression
-from ._mask import Mask, divide, mask_value, require_at_least, status
+from ._blocks import Block, divide, require_at_least
+from ._mask import Mask
 
 
-@mask_value()
 class Chunked(Mask):
     """Pairs in the same chunk of the sequence: `query // size == key // size`.
 
@@ -35,10 +35,10 @@ class Chunked(Mask):
     def __post_init__(self):
         require_at_least(1, "Chunked", "size", self.size)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return divide(query_index, self.size)[0] == divide(key_index, self.size)[0]
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         query_first, query_last = (
             query_start // self.size,
             (query_stop - 1) // self.size,
@@ -47,14 +47,13 @@ class Chunked(Mask):
         some = (query_first <= key_last) & (key_first <= query_last)
         # Some chunk is common to both, so that all four are equal.
         every = some & (query_first == query_last) & (key_first == key_last)
-        return status(every, some)
+        return Block.of(some=some, every=every)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         start = np.arange(query_length) // self.size * self.size
         return np.clip(key_length - start, 0, self.size).astype(np.int32)
 
 
-@mask_value()
 class Prefix(Mask):
     """The first `length` keys, for every query.
 
@@ -82,20 +81,19 @@ class Prefix(Mask):
     def __post_init__(self):
         require_at_least(0, "Prefix", "length", self.length)
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         inside = (key_index >= 0) & (key_index < self.length)
         return inside & (query_index == query_index)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         some, every = _meets(key_start, key_stop, 0, self.length)
         whole = query_start < query_stop
-        return status(every & whole, some & whole)
+        return Block.of(some=some & whole, every=every)
 
-    def _row_count(self, query_length, key_length):
-        return np.full(query_length, min(self.length, key_length), np.int32)
+    def row_count(self, query_length, key_length: Any = None):
+        return min(self.length, key_length)
 
 
-@mask_value()
 class GlobalTokens(Mask):
     """Pairs whose query or key is one of the positions `[start, stop)`.
 
@@ -128,7 +126,7 @@ class GlobalTokens(Mask):
                 f"start={self.start}, stop={self.stop}."
             )
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return self._is_global(query_index) | self._is_global(key_index)
 
     def _is_global(self, index):
@@ -136,13 +134,13 @@ class GlobalTokens(Mask):
             return index >= self.start
         return (index >= self.start) & (index < self.stop)
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         query_some, query_every = _meets(query_start, query_stop, self.start, self.stop)
         key_some, key_every = _meets(key_start, key_stop, self.start, self.stop)
         # A pair is missing as soon as one query and one key are not global.
-        return status(query_every | key_every, query_some | key_some)
+        return Block.of(some=query_some | key_some, every=query_every | key_every)
 
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         stop = key_length if self.stop is None else min(self.stop, key_length)
         count = np.full(query_length, max(stop - self.start, 0), np.int32)
         count[self.start : self.stop] = key_length
@@ -185,7 +183,6 @@ class BlockArray:
         return counts
 
 
-@mask_value()
 class Blocks(Mask):
     """An explicit block mask: `array[query // block_query, key // block_key]`.
 
@@ -243,7 +240,7 @@ class Blocks(Mask):
             )
         object.__setattr__(self, "array", BlockArray(self.array))
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         array: Any = self.array.array
         if 0 in array.shape:
             return (query_index != query_index) & (key_index != key_index)
@@ -261,7 +258,7 @@ class Blocks(Mask):
         assert isinstance(self.block, tuple)
         return self.block
 
-    def _status(self, query_start, query_stop, key_start, key_stop):
+    def block_status(self, query_start, query_stop, key_start, key_stop):
         (block_query, block_key), (rows, columns) = (
             self._sizes(),
             self.array.array.shape,
@@ -276,12 +273,9 @@ class Blocks(Mask):
             counts[bottom, left] - counts[top, left]
         )
         # Blocks outside the array are touched and never found.
-        return status(found == touched, found > 0)
+        return Block.of(some=found > 0, every=found == touched)
 
-    def _is_arithmetic(self):
-        return False
-
-    def _row_count(self, query_length, key_length):
+    def row_count(self, query_length, key_length: Any = None):
         (block_query, block_key), (rows, columns) = (
             self._sizes(),
             self.array.array.shape,

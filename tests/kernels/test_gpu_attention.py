@@ -287,7 +287,7 @@ def test_what_it_cannot_do_it_says(reason):
 class Curved(masks.Mask):
     """A mask that takes a sine."""
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return jnp.sin(query_index + key_index) > 0
 
 
@@ -306,8 +306,7 @@ def reason_of(mask: masks.Mask, length: int, block: int) -> str | None:
 
 
 def test_operations_that_kernels_lack_are_named():
-    curved = jax.tree_util.register_static(Curved)()
-    reason = reason_of(curved, 256, 128)
+    reason = reason_of(Curved(), 256, 128)
     assert reason == "the mask takes operations that it lacks: sin"
 
 

@@ -385,11 +385,10 @@ def plain(*arrays, mask=None, **options):
     )
 
 
-@jax.tree_util.register_static
 class Curved(masks.Mask):
     """A mask that takes a sine."""
 
-    def _attends(self, query_index, key_index):
+    def attends(self, query_index, key_index):
         return jnp.sin(query_index + key_index) > 0
 
 

@@ -25,7 +25,7 @@ def operations_per_pair(mask, query, key) -> list[str]:
             if not inner and equation.outvars[0].aval.shape == pairs:
                 found.append(str(equation.primitive))
 
-    visit(jax.make_jaxpr(mask._attends)(query, key).jaxpr)
+    visit(jax.make_jaxpr(mask.attends)(query, key).jaxpr)
     return found
 
 

@@ -151,4 +151,4 @@ def test_other_operands_raise():
 
 def test_abstract_mask_has_no_definition():
     with pytest.raises(NotImplementedError):
-        masks.Mask()._attends(0, 0)
+        masks.Mask().attends(0, 0)

@@ -9,12 +9,11 @@ import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from softlib import _checks as checks
+from softlib import _checks as checks, masks
 from softlib.attention._engine.plan import BlockPlan, Skeleton, plan_of
 from softlib.masks import Block, Mask
 
@@ -83,8 +82,6 @@ class Ring:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Placed(Mask):
     """A mask of local indices on devices that hold chunks of the sequence.
 
@@ -92,20 +89,17 @@ class Placed(Mask):
     with the leaves of this class.
     """
 
-    mask: Mask
-    query_starts: Any
-    key_starts: Any
-    query_chunk: int = dataclasses.field(metadata={"static": True})
-    key_chunk: int = dataclasses.field(metadata={"static": True})
+    mask: Mask = masks.mask_field()
+    query_starts: Any = masks.array_field(axes=1)
+    key_starts: Any = masks.array_field(axes=1)
+    query_chunk: int
+    key_chunk: int
 
-    def _attends(self, query_index: Any, key_index: Any) -> Any:
-        return self.mask._attends(
+    def attends(self, query_index: Any, key_index: Any) -> Any:
+        return self.mask.attends(
             _position(query_index, self.query_starts, self.query_chunk),
             _position(key_index, self.key_starts, self.key_chunk),
         )
-
-    def _leaf_ranks(self) -> tuple[int, ...]:
-        return (*self.mask._leaf_ranks(), 1, 1)
 
 
 def sequence_order(

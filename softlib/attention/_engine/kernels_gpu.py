@@ -31,7 +31,7 @@ from softlib.masks import Block
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from .tiles import OWN_BLOCKS, Operands, Options
+from .tiles import OWN_BLOCKS, Operands, Options, why_no_data
 
 type Pass = Literal["forward", "query", "key"]
 
@@ -281,8 +281,9 @@ def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
     plan = operands.plan
     if plan.counts is not None:
         return "its lists of blocks are static, those of the plan are data"
-    if any(plan.mask._leaf_ranks()):
-        return "it looks into no array of a mask"
+    reason = why_no_data(plan.mask)
+    if reason is not None:
+        return reason
     skeleton = Skeleton.of(plan.mask)
     lacks = _lacking(skeleton, plan.lengths)
     if lacks:

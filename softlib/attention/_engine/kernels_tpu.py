@@ -15,6 +15,7 @@ from jaxtyping import Array
 from pallas_kernels import _devices
 from pallas_kernels.tpu import attention_lists as blocks
 from pallas_kernels.tpu.attention_form import Form, Masking
+from pallas_kernels.tpu.attention_mask import missing
 from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
 from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
@@ -25,7 +26,7 @@ from softlib.masks import Block, block_map
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from .tiles import OWN_BLOCKS, Operands, Options
+from .tiles import OWN_BLOCKS, Operands, Options, why_no_data
 
 # Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
@@ -103,19 +104,17 @@ def _value(operands: Operands) -> Array:
 def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
     """The static form of a kernel, and the mask's integers per batch entry."""
     mask, lengths = operands.plan.mask, operands.plan.lengths
-    leaves, structure = jax.tree.flatten(mask)
+    leaves = jax.tree.leaves(mask)
     batch = operands.query.shape[0]
     scalars = None
     if leaves:
         every = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
         scalars = jnp.stack([every(leaf) for leaf in leaves], axis=1)
 
-    def attends(query: Any, key: Any, *scalars: Any) -> Any:
-        return jax.tree.unflatten(structure, scalars)._within(*lengths)(query, key)
-
-    if not mask._is_arithmetic():
-        # Tiles were chosen so that only padding is left to exclude.
-        attends = lambda query, key, *_: key == key
+    # Without arithmetic, tiles were chosen so that only padding is left to exclude.
+    attends = _attends(Skeleton.of(mask), lengths) or (
+        lambda query, key, *_: key == key
+    )
     masking = Masking(attends, lengths[1], len(leaves))
     form = Form(
         _KINDS[options.kind],
@@ -125,6 +124,24 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
         masking,
     )
     return form, scalars
+
+
+def _attends(skeleton: Skeleton, lengths: tuple[int, int]) -> Any:
+    """The mask as kernels call it; None if it is no arithmetic."""
+    if not skeleton.mask._is_arithmetic():
+        return None
+
+    def attends(query: Any, key: Any, *scalars: Any) -> Any:
+        mask = jax.tree.unflatten(skeleton.structure, scalars)
+        return mask._within(*lengths)(query, key)
+
+    return attends
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking(skeleton: Skeleton, lengths: tuple[int, int]) -> list[str]:
+    attends = _attends(skeleton, lengths)
+    return [] if attends is None else missing(attends, skeleton.leaves)
 
 
 def blocks_of(
@@ -279,8 +296,12 @@ def _why_no_blocks(options: Options, operands: Operands) -> str | None:
     plan = operands.plan
     if plan.counts is not None:
         return "its lists of blocks are static, those of the plan are data"
-    if any(plan.mask._leaf_ranks()):
-        return "it looks into no array of a mask"
+    reason = why_no_data(plan.mask)
+    if reason is not None:
+        return reason
+    lacks = _lacking(Skeleton.of(plan.mask), plan.lengths)
+    if lacks:
+        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
     return _why_no_tiles(("forward",), options, operands)
 
 

@@ -168,7 +168,7 @@ def masks_of(
     """The masks as functions for kernels; `lengths` are in this order."""
     mask = ordered(mask, swapped)._within(*lengths)
     first, second = (
-        None if axis in (None, masks.All()) else axis._attends for axis in mask.axes
+        None if axis in (None, masks.All()) else axis.attends for axis in mask.axes
     )
 
     def joint(*indices: Any) -> Any:

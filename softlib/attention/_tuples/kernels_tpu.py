@@ -9,9 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.tpu.attention_mask import missing
 from pallas_kernels.tpu.trilinear_tiles import LANES, Pass
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
+from softlib.attention._engine.plan import BlockPlan, Skeleton
 from softlib.attention._engine.scores import Result
 from softlib.attention._engine.stream import (
     BackwardOperands,
@@ -126,7 +128,25 @@ def _why_not(options: Options, operands: Operands) -> str | None:
     for array in arrays:
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"an argument is {array.dtype}, not float32 or bfloat16"
-    return limits.why_no_precision(options.precision) or why_no_mask(operands)
+    return (
+        limits.why_no_precision(options.precision)
+        or why_no_mask(operands)
+        or _why_no_operations(operands.plan)
+    )
+
+
+def _why_no_operations(plan: BlockPlan) -> str | None:
+    lacks = _lacking(Skeleton.of(plan.mask), plan.lengths)
+    if lacks:
+        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _lacking(skeleton: Skeleton, lengths: tuple[int, int, int]) -> list[str]:
+    first, second, joint = masks_of(skeleton.mask, lengths, False)
+    every = ((first, 0), (second, 0), (joint, 1))
+    return sorted({name for m, n in every if m is not None for name in missing(m, n)})
 
 
 def _forward_why_not(options: Options, operands: Operands) -> str | None:
