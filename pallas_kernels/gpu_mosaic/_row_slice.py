@@ -77,8 +77,8 @@ class Rows:
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Rows":
         """Loads from the tables (names, rows) and (labels, rows) in global memory."""
-        lowest = pl.ds(first, count)
-        of = lambda ref, at: _ring.read(ref.at[at, lowest], layout.reduce(1))
+        own = pl.ds(first, count)
+        of = lambda ref, at: _ring.read(ref.at[at, own], layout.reduce(1))
         values = {name: of(table_ref, at) for at, name in enumerate(form.per_row)}
         labels = tuple(of(labels_ref, at) for at in range(form.labels))
         return cls(values, labels)
@@ -115,8 +115,8 @@ class Slice:
         layout: Any = plgpu.Layout.WGMMA,
     ) -> "Slice":
         """A slice with its numbers per class from the table (names, classes)."""
-        lowest = pl.ds(first, raw.shape[1])
-        of = lambda at: _ring.read(table_ref.at[at, lowest], layout.reduce(0))
+        own = pl.ds(first, raw.shape[1])
+        of = lambda at: _ring.read(table_ref.at[at, own], layout.reduce(0))
         classes = {name: of(at) for at, name in enumerate(form.per_class)}
         # The cast only tells the layout of `raw` to the compiler's inference.
         # The barrier keeps the compiler from computing all slices at once, which would
