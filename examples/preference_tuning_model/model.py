@@ -75,9 +75,9 @@ def preference_loss(
     """
     pairs, _, length = tokens.shape
     flat = tokens.reshape(2 * pairs, length)
-    logps = log_probs(model, flat, response_where(length, prompt)).reshape(pairs, 2)
+    log_prob = log_probs(model, flat, response_where(length, prompt)).reshape(pairs, 2)
     told = {"flip_rate" if robust else "label_smoothing": rate}
-    return dpo_loss(*logps.T, *reference.T, beta=beta, **told).mean()
+    return dpo_loss(*log_prob.T, *reference.T, beta=beta, **told).mean()
 
 
 def forgetting_loss(
@@ -90,11 +90,11 @@ def forgetting_loss(
     retains: bool,
 ) -> Array:
     """Nats a token: of gradient ascent (no `beta`) or NPO, and of what is retained."""
-    logps = log_probs(model, forget)
+    log_prob = log_probs(model, forget)
     if beta is None:
-        loss = gradient_ascent_loss(logps)
+        loss = gradient_ascent_loss(log_prob)
     else:
-        loss = negative_preference_loss(logps, reference, beta=beta)
+        loss = negative_preference_loss(log_prob, reference, beta=beta)
     total = loss.mean() / (forget.shape[1] - 1)
     return total + language_loss(model, retain) if retains else total
 

@@ -1,13 +1,14 @@
 """Fits of small models, each with a number that says how good it is.
 
-- `fit_softmax_regression`: a softmax of linear scores, by damped Gauss-Newton; its
-  `softmax_regression_loss` with gradient, Hessian and Hessian-vector product, and
-  `in_context_label_shift`, a change of weights or data told as a change of labels.
-- `fit_gaussian_experts`: Gaussian mixtures of linear experts (`GaussianExperts`) with
-  the gates of `ExpertGate`, by EM or Newton from the starts of `draw_gaussian_experts`;
-  log-density, log-gate, responsibilities and M-step.
-- `gaussian_experts_hellinger_distance`, `voronoi_loss`, `voronoi_cells`,
-  `gauge_fixed_experts`: how far an estimate is from the truth.
+- `SoftmaxRegression`: a softmax of linear scores and the distance to a vector, with
+  gradient, Hessian and Hessian-vector product; `fit_softmax_regression` by damped
+  Gauss-Newton; `in_context_label_shift`, a change of weights or data told as one of
+  labels.
+- `GaussianExperts`: Gaussian mixtures of linear experts with the gates of `ExpertGate`,
+  their log-density, responsibilities, M-step and Hellinger distance;
+  `fit_gaussian_experts` by EM or Newton from the starts of `draw_gaussian_experts`.
+- `voronoi_loss`, `voronoi_cells`, `gauge_fixed_experts`: how far an estimate is from
+  the truth.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 """
@@ -24,21 +25,13 @@ from ._fit_gaussian_experts import (
 from ._gaussian_experts import (
     ExpertGate as ExpertGate,
     GaussianExperts as GaussianExperts,
-    gaussian_experts_hellinger_distance as gaussian_experts_hellinger_distance,
-    gaussian_experts_log_density as gaussian_experts_log_density,
-    gaussian_experts_log_gate as gaussian_experts_log_gate,
-    gaussian_experts_m_step as gaussian_experts_m_step,
-    gaussian_experts_responsibilities as gaussian_experts_responsibilities,
 )
 from ._softmax_regression import (
     LabelShift as LabelShift,
+    SoftmaxRegression as SoftmaxRegression,
     SoftmaxRegressionFit as SoftmaxRegressionFit,
     fit_softmax_regression as fit_softmax_regression,
     in_context_label_shift as in_context_label_shift,
-    softmax_regression_gradient as softmax_regression_gradient,
-    softmax_regression_hessian as softmax_regression_hessian,
-    softmax_regression_hessian_vector_product as softmax_regression_hessian_vector_product,  # noqa: E501
-    softmax_regression_loss as softmax_regression_loss,
 )
 from ._voronoi import (
     gauge_fixed_experts as gauge_fixed_experts,
@@ -51,6 +44,7 @@ __all__ = [
     "GaussianExperts",
     "GaussianExpertsFit",
     "LabelShift",
+    "SoftmaxRegression",
     "SoftmaxRegressionFit",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
@@ -58,16 +52,7 @@ __all__ = [
     "fit_gaussian_experts",
     "fit_softmax_regression",
     "gauge_fixed_experts",
-    "gaussian_experts_hellinger_distance",
-    "gaussian_experts_log_density",
-    "gaussian_experts_log_gate",
-    "gaussian_experts_m_step",
-    "gaussian_experts_responsibilities",
     "in_context_label_shift",
-    "softmax_regression_gradient",
-    "softmax_regression_hessian",
-    "softmax_regression_hessian_vector_product",
-    "softmax_regression_loss",
     "voronoi_cells",
     "voronoi_loss",
 ]

@@ -131,9 +131,9 @@ def fit_gaussian_experts(
     tolerance: float | None = None,
     where: Bool[Array, " n"] | None = None,
 ) -> GaussianExpertsFit:
-    r"""Parameters that maximise the mean of `gaussian_experts_log_density`.
+    r"""Parameters that maximise the mean of `GaussianExperts.log_prob`.
 
-    - `method="em"`: responsibilities, then `gaussian_experts_m_step` for the experts
+    - `method="em"`: responsibilities, then `GaussianExperts.m_step` for the experts
       and one damped Fisher step for the gate, kept if it raises its part of the
       expected log-likelihood. The likelihood never falls. Convergence is linear, slow
       where experts overlap.

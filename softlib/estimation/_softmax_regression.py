@@ -6,10 +6,12 @@ $\operatorname{diag}(f) \tilde A$, and all second derivatives are weighted Gram
 matrices of $\tilde A$.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -30,7 +32,7 @@ class SoftmaxRegressionFit(NamedTuple):
 
     Attributes:
         coefficients: $x$, float32 or wider; NaN if an argument holds NaN.
-        loss: Of `softmax_regression_loss`, with the penalty.
+        loss: Of `SoftmaxRegression`, with the penalty.
         gradient_norm: Euclidean norm of the gradient of `loss` at `coefficients`.
         iterations: Steps that were tried, int32.
         converged: Whether `gradient_norm` is within the tolerance.
@@ -57,194 +59,113 @@ class LabelShift(NamedTuple):
     bound: Float[Array, "*batch"]
 
 
-@array_arguments
-def softmax_regression_loss(
-    coefficients: Float[Array, " D"],
-    design: Float[Array, "rows D"],
-    target: Float[Array, " rows"],
-    *,
-    where: Bool[Array, " rows"] | None = None,
-) -> Float[Array, ""]:
-    r"""Half the squared distance of a softmax of linear scores to a vector.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftmaxRegression:
+    r"""Half the squared distance of a softmax of linear scores to a vector; a pytree.
 
     $$L(x) = \tfrac12 |f(x) - b|_2^2, \qquad f(x) = \operatorname{softmax}(A x)$$
 
-    It is not convex. `jax.vmap` takes several problems.
+    It is not convex; `fit_softmax_regression` looks for a minimum. Its derivatives by
+    the coefficients $x$ are methods, in closed form and without a graph. With $c = f -
+    b$, $\tilde A = A - 1 f^T A$ and $w = f \odot (f + c - \langle f, c \rangle)$,
+
+    $$\nabla L = A^T \big(f \odot (c - \langle f, c \rangle)\big), \qquad
+      \nabla^2 L = \tilde A^T \operatorname{diag}(w)\, \tilde A .$$
+
+    `jax.vmap` takes several problems. Methods raise if shapes do not fit together.
 
     Args:
-        coefficients: $x$.
         design: $A$, one row per entry of the softmax.
         target: $b$, a probability vector in the usual case; any vector is allowed.
         where: True for the rows that count. Elsewhere $f$ is 0, and `design` and
             `target` may hold anything, NaN included.
 
-    Returns:
-        The loss, float32 (float64 if an argument is). At most 1 for a `target` that is
-        a probability vector; 0 if no row counts.
-
-    Raises:
-        TypeError: An array is not floating, or `where` is not boolean.
-        ValueError: Shapes do not fit together.
-
-    Derivatives: forward and reverse mode, any order, with respect to all arrays. Those
-        by `coefficients` are also functions of their own, without a graph.
-    Cost: one product with `design`, in full precision on every device.
-    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
-        Regression", whose loss is the norm; its square has the same minima.
-
-    Example:
-        >>> design, target = jnp.array([[1.0], [1.0]]), jnp.array([1.0, 0.0])
-        >>> loss = softlib.estimation.softmax_regression_loss
-        >>> print(loss(jnp.array([3.0]), design, target))
-        0.25
-    """
-    function = "softmax_regression_loss"
-    problem = _Problem.of(function, coefficients, design, target, where)
-    return problem.loss(problem.x)
-
-
-@array_arguments
-def softmax_regression_gradient(
-    coefficients: Float[Array, " D"],
-    design: Float[Array, "rows D"],
-    target: Float[Array, " rows"],
-    *,
-    where: Bool[Array, " rows"] | None = None,
-) -> Float[Array, " D"]:
-    r"""Gradient of `softmax_regression_loss` by `coefficients`, in closed form.
-
-    $$\nabla L = A^T \big(f \odot (c - \langle f, c \rangle)\big), \qquad c = f - b$$
-
-    Its norm is at most $\tfrac12 |A|_2 |c|_2$, and $|c|_2 \leq \sqrt2$ for a `target`
-    that is a probability vector.
-
-    Args:
-        coefficients: $x$.
-        design: $A$.
-        target: $b$.
-        where: True for the rows that count, as in the loss.
-
-    Returns:
-        The gradient, in the dtype of `coefficients`.
-
-    Raises:
-        TypeError: An array is not floating, or `where` is not boolean.
-        ValueError: Shapes do not fit together.
-
     Derivatives: forward and reverse mode, any order, with respect to all arrays.
-    Cost: two products with `design`; the Jacobian of the softmax is never formed.
+    Cost: products with `design`, in full precision on every device: one for the loss,
+        two for the gradient, three for a product with the Hessian.
     Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
-        Regression".
+        Regression", whose loss is the norm; its square has the same minima. There the
+        Hessian is $A^T B A$ with a matrix $B$ of diagonal plus low rank.
 
     Example:
         >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
-        >>> gradient = softlib.estimation.softmax_regression_gradient
-        >>> print(gradient(jnp.zeros(1), design, target))
-        [-1.]
+        >>> problem = softlib.estimation.SoftmaxRegression(design, target)
+        >>> x = jnp.zeros(1)
+        >>> print(problem.loss(x), problem.gradient(x), problem.hessian(x))
+        0.25 [-1.] [[2.]]
     """
-    function = "softmax_regression_gradient"
-    problem = _Problem.of(function, coefficients, design, target, where)
-    return problem.gradient(problem.x).astype(coefficients.dtype)
 
+    design: Float[Array, "rows D"]
+    target: Float[Array, " rows"]
+    where: Bool[Array, " rows"] | None = None
 
-@array_arguments
-def softmax_regression_hessian_vector_product(
-    coefficients: Float[Array, " D"],
-    design: Float[Array, "rows D"],
-    target: Float[Array, " rows"],
-    vector: Float[Array, " D"],
-    *,
-    where: Bool[Array, " rows"] | None = None,
-) -> Float[Array, " D"]:
-    r"""Hessian of `softmax_regression_loss` times a vector, without the Hessian.
+    @array_arguments
+    def loss(self, coefficients: Float[Array, " D"]) -> Float[Array, ""]:
+        """Computes the loss, float32 (float64 if an argument is).
 
-    $\tilde A^T (w \odot \tilde A v)$ with the weights $w$ and the centred rows
-    $\tilde A$ of `softmax_regression_hessian`.
+        At most 1 for a `target` that is a probability vector; 0 if no row counts.
 
-    Args:
-        coefficients: $x$.
-        design: $A$.
-        target: $b$.
-        vector: $v$.
-        where: True for the rows that count, as in the loss.
+        Args:
+            coefficients: $x$.
+        """
+        problem = self._at("SoftmaxRegression.loss", coefficients)
+        return problem.loss(problem.x)
 
-    Returns:
-        The product, in the dtype of `vector`.
+    @array_arguments
+    def gradient(self, coefficients: Float[Array, " D"]) -> Float[Array, " D"]:
+        r"""Computes the gradient, in the dtype of `coefficients`.
 
-    Raises:
-        TypeError: An array is not floating, or `where` is not boolean.
-        ValueError: Shapes do not fit together.
+        Its norm is at most $\tfrac12 |A|_2 |c|_2$, and $|c|_2 \leq \sqrt2$ for a
+        `target` that is a probability vector.
 
-    Derivatives: forward and reverse mode, any order, with respect to all arrays.
-    Cost: three products of `design` with a vector.
-    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
-        Regression".
+        Args:
+            coefficients: $x$.
+        """
+        problem = self._at("SoftmaxRegression.gradient", coefficients)
+        return problem.gradient(problem.x).astype(coefficients.dtype)
 
-    Example:
-        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
-        >>> product = softlib.estimation.softmax_regression_hessian_vector_product
-        >>> print(product(jnp.zeros(1), design, target, jnp.array([2.0])))
-        [4.]
-    """
-    function = "softmax_regression_hessian_vector_product"
-    problem = _Problem.of(function, coefficients, design, target, where)
-    checks.require_floating(function, vector=vector)
-    shape = coefficients.shape
-    checks.require_shape(function, "vector", vector, shape, "that of `coefficients`")
-    f = problem.prediction(problem.x)
-    along = _matmul(problem.design, vector.astype(f.dtype))
-    along = problem.hessian_weights(f) * (along - (f * along).sum())
-    product = _matmul(problem.design.T, along - f * along.sum())
-    return product.astype(vector.dtype)
+    @array_arguments
+    def hessian(self, coefficients: Float[Array, " D"]) -> Float[Array, "D D"]:
+        """Computes the Hessian, symmetric, float32 (float64 if an argument is).
 
+        Some of the weights $w$ may be negative: the loss is not convex. With $f^2$ for
+        $w$ it is the Gauss-Newton matrix, which has no negative eigenvalue and is the
+        Hessian where $f = b$. Both are singular if a combination of the columns of $A$
+        is constant over the rows, because softmax does not see it. O(rows D^2) time.
 
-@array_arguments
-def softmax_regression_hessian(
-    coefficients: Float[Array, " D"],
-    design: Float[Array, "rows D"],
-    target: Float[Array, " rows"],
-    *,
-    where: Bool[Array, " rows"] | None = None,
-) -> Float[Array, "D D"]:
-    r"""Hessian of `softmax_regression_loss` by `coefficients`, in closed form.
+        Args:
+            coefficients: $x$.
+        """
+        problem = self._at("SoftmaxRegression.hessian", coefficients)
+        f = problem.prediction(problem.x)
+        centred = problem.centred(f)
+        return _matmul(centred.T, problem.hessian_weights(f)[:, None] * centred)
 
-    $$\nabla^2 L = \tilde A^T \operatorname{diag}(w)\, \tilde A, \qquad
-      w = f \odot (f + c - \langle f, c \rangle), \qquad \tilde A = A - 1 f^T A$$
+    @array_arguments
+    def hessian_vector_product(
+        self, coefficients: Float[Array, " D"], vector: Float[Array, " D"]
+    ) -> Float[Array, " D"]:
+        """Computes the Hessian times a vector, in its dtype, without the Hessian.
 
-    Some of the weights $w$ may be negative: the loss is not convex. With $f^2$ for $w$
-    it is the Gauss-Newton matrix, which has no negative eigenvalue and is the Hessian
-    where $f = b$. Both are singular if a combination of the columns of $A$ is constant
-    over the rows, because softmax does not see it.
+        Args:
+            coefficients: $x$.
+            vector: $v$.
+        """
+        function = "SoftmaxRegression.hessian_vector_product"
+        problem = self._at(function, coefficients)
+        checks.require_floating(function, vector=vector)
+        shape, why = coefficients.shape, "that of `coefficients`"
+        checks.require_shape(function, "vector", vector, shape, why)
+        f = problem.prediction(problem.x)
+        along = _matmul(problem.design, vector.astype(f.dtype))
+        along = problem.hessian_weights(f) * (along - (f * along).sum())
+        product = _matmul(problem.design.T, along - f * along.sum())
+        return product.astype(vector.dtype)
 
-    Args:
-        coefficients: $x$.
-        design: $A$.
-        target: $b$.
-        where: True for the rows that count, as in the loss.
-
-    Returns:
-        The Hessian, symmetric, float32 (float64 if an argument is).
-
-    Raises:
-        TypeError: An array is not floating, or `where` is not boolean.
-        ValueError: Shapes do not fit together.
-
-    Derivatives: forward and reverse mode, any order, with respect to all arrays.
-    Cost: O(rows D^2) time, O(rows D) memory.
-    Source: "The Closeness of In-Context Learning and Weight Shifting for Softmax
-        Regression", where it is $A^T B A$ with a matrix $B$ of diagonal plus low rank.
-
-    Example:
-        >>> design, target = jnp.array([[4.0], [0.0]]), jnp.array([1.0, 0.0])
-        >>> hessian = softlib.estimation.softmax_regression_hessian
-        >>> print(hessian(jnp.zeros(1), design, target))
-        [[2.]]
-    """
-    function = "softmax_regression_hessian"
-    problem = _Problem.of(function, coefficients, design, target, where)
-    f = problem.prediction(problem.x)
-    centred = problem.centred(f)
-    return _matmul(centred.T, problem.hessian_weights(f)[:, None] * centred)
+    def _at(self, function: str, coefficients: Array) -> "_Problem":
+        design, target = jnp.asarray(self.design), jnp.asarray(self.target)
+        return _Problem.of(function, coefficients, design, target, self.where)
 
 
 @array_arguments
@@ -260,7 +181,7 @@ def fit_softmax_regression(
 ) -> SoftmaxRegressionFit:
     r"""Coefficients that minimise $L(x) + \tfrac\lambda2 |x|_2^2$, by Gauss-Newton.
 
-    With the loss of `softmax_regression_loss`. Each step is the least-squares solution
+    With the loss of `SoftmaxRegression`. Each step is the least-squares solution
     for the linearised softmax with damping (Levenberg and Marquardt), taken from a QR
     factorisation, and is kept only if the loss falls. If the target is a softmax of
     linear scores the convergence is quadratic, and the coefficients are recovered as

@@ -16,8 +16,8 @@ from softlib.typing import Scalar
 
 @array_arguments
 def differential_information(
-    logp: Float[Array, "*shape"],
-    ref_logp: Float[Array, "*shape"],
+    log_probs: Float[Array, "*shape"],
+    reference_log_probs: Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "..."] | None = None,
@@ -32,12 +32,12 @@ def differential_information(
     $y$ with a large ratio has most of it.
 
     Args:
-        logp: $\log \pi$ over a finite space. A constant added along `axis` does not
-            matter, so unnormalised logits will do.
-        ref_logp: $\log \pi_\mathrm{ref}$, likewise.
+        log_probs: $\log \pi$ over a finite space. A constant added along `axis` does
+            not matter, so unnormalised logits will do.
+        reference_log_probs: $\log \pi_\mathrm{ref}$, likewise.
         axis: Static; the axis of the space.
-        where: True for the members of the space; broadcasts to `logp`. Others may hold
-            anything.
+        where: True for the members of the space; broadcasts to `log_probs`. Others may
+            hold anything.
 
     Returns:
         $\log q$, float32 (float64 if an argument is float64): -inf outside of the space
@@ -61,14 +61,20 @@ def differential_information(
         [0.14 0.29 0.57]
     """
     function = "differential_information"
-    space = _Space.of(function, axis, where, logp=logp, ref_logp=ref_logp)
+    space = _Space.of(
+        function,
+        axis,
+        where,
+        log_probs=log_probs,
+        reference_log_probs=reference_log_probs,
+    )
     return space.normalized(_log_ratio(space))
 
 
 @array_arguments
 def differential_information_entropy(
-    logp: Float[Array, "*shape"],
-    ref_logp: Float[Array, "*shape"],
+    log_probs: Float[Array, "*shape"],
+    reference_log_probs: Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "..."] | None = None,
@@ -80,11 +86,11 @@ def differential_information_entropy(
     log-probability of chosen and rejected responses alike.
 
     Args:
-        logp: $\log \pi$ over a finite space, up to a constant along `axis`.
-        ref_logp: $\log \pi_\mathrm{ref}$, likewise.
+        log_probs: $\log \pi$ over a finite space, up to a constant along `axis`.
+        reference_log_probs: $\log \pi_\mathrm{ref}$, likewise.
         axis: Static; the axis of the space, which the result lacks.
-        where: True for the members of the space; broadcasts to `logp`. Others may hold
-            anything.
+        where: True for the members of the space; broadcasts to `log_probs`. Others may
+            hold anything.
 
     Returns:
         From 0 to the logarithm of the size of the space, float32 (float64 if an
@@ -106,7 +112,13 @@ def differential_information_entropy(
         0.9557 1.0986
     """
     function = "differential_information_entropy"
-    space = _Space.of(function, axis, where, logp=logp, ref_logp=ref_logp)
+    space = _Space.of(
+        function,
+        axis,
+        where,
+        log_probs=log_probs,
+        reference_log_probs=reference_log_probs,
+    )
     log_q = space.normalized(_log_ratio(space))
     present = log_q != -jnp.inf  # True for NaN
     finite = jnp.where(present, log_q, 0)
@@ -116,9 +128,9 @@ def differential_information_entropy(
 
 @array_arguments
 def dpo_optimal_policy(
-    ref_logp: Float[Array, "*shape"],
-    chosen_logp: Float[Array, "*shape"],
-    rejected_logp: Float[Array, "*shape"],
+    reference_log_probs: Float[Array, "*shape"],
+    chosen_log_probs: Float[Array, "*shape"],
+    rejected_log_probs: Float[Array, "*shape"],
     *,
     beta: Scalar,
     axis: int = -1,
@@ -135,14 +147,15 @@ def dpo_optimal_policy(
     $1 / \beta$.
 
     Args:
-        ref_logp: $\log \pi_\mathrm{ref}$ over a finite space, up to a constant.
-        chosen_logp: $\log \pi_w$, likewise.
-        rejected_logp: $\log \pi_l$, likewise.
+        reference_log_probs: $\log \pi_\mathrm{ref}$ over a finite space, up to a
+            constant.
+        chosen_log_probs: $\log \pi_w$, likewise.
+        rejected_log_probs: $\log \pi_l$, likewise.
         beta: $\beta > 0$ of the loss; a number is static, an array traced and
             differentiable.
         axis: Static; the axis of the space.
-        where: True for the members of the space; broadcasts to `ref_logp`. Others may
-            hold anything.
+        where: True for the members of the space; broadcasts to `reference_log_probs`.
+            Others may hold anything.
 
     Returns:
         $\log \pi^*$, float32 (float64 if an argument is float64): -inf outside of the
@@ -173,9 +186,9 @@ def dpo_optimal_policy(
         function,
         axis,
         where,
-        ref_logp=ref_logp,
-        chosen_logp=chosen_logp,
-        rejected_logp=rejected_logp,
+        reference_log_probs=reference_log_probs,
+        chosen_log_probs=chosen_log_probs,
+        rejected_log_probs=rejected_log_probs,
     )
     ref, chosen, rejected = space.arrays
     # Where the reference has no mass the policy has none, whatever the ratio is.
@@ -186,8 +199,8 @@ def dpo_optimal_policy(
 
 @array_arguments
 def optimal_rejected_distribution(
-    ref_logp: Float[Array, "*shape"],
-    target_logp: Float[Array, "*shape"],
+    reference_log_probs: Float[Array, "*shape"],
+    target_log_probs: Float[Array, "*shape"],
     *,
     beta: Scalar,
     axis: int = -1,
@@ -203,13 +216,14 @@ def optimal_rejected_distribution(
     this)` gives it back.
 
     Args:
-        ref_logp: $\log \pi_\mathrm{ref}$ over a finite space, up to a constant.
-        target_logp: $\log \pi^*$, the policy to learn, likewise.
+        reference_log_probs: $\log \pi_\mathrm{ref}$ over a finite space, up to a
+            constant.
+        target_log_probs: $\log \pi^*$, the policy to learn, likewise.
         beta: $\beta > 0$ of the loss; a number is static, an array traced and
             differentiable.
         axis: Static; the axis of the space.
-        where: True for the members of the space; broadcasts to `ref_logp`. Others may
-            hold anything.
+        where: True for the members of the space; broadcasts to `reference_log_probs`.
+            Others may hold anything.
 
     Returns:
         $\log \pi_l$, float32 (float64 if an argument is float64): -inf outside of the
@@ -234,7 +248,13 @@ def optimal_rejected_distribution(
     """
     function = "optimal_rejected_distribution"
     checks.require_positive_scalars(function, beta=beta)
-    space = _Space.of(function, axis, where, ref_logp=ref_logp, target_logp=target_logp)
+    space = _Space.of(
+        function,
+        axis,
+        where,
+        reference_log_probs=reference_log_probs,
+        target_log_probs=target_log_probs,
+    )
     ref, target = space.arrays
     space = space.within(ref != -jnp.inf)
     ref, target, beta = promoted(ref, target, beta)
@@ -254,9 +274,9 @@ class SampledEntropy(NamedTuple):
     Cost: three numbers per row.
 
     Example:
-        >>> logps, ref_logps = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.25]]))
+        >>> log_prob, reference = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.25]]))
         >>> estimate = softlib.information.sampled_differential_information
-        >>> print(estimate(logps, ref_logps).effective_sample_size)
+        >>> print(estimate(log_prob, reference).effective_sample_size)
         2.0
     """
 
@@ -267,8 +287,8 @@ class SampledEntropy(NamedTuple):
 
 @array_arguments
 def sampled_differential_information(
-    logps: Float[Array, "*shape"],
-    ref_logps: Float[Array, "*shape"],
+    log_prob: Float[Array, "*shape"],
+    reference_log_prob: Float[Array, "*shape"],
     *,
     axis: int = -1,
     where: Bool[Array, "..."] | None = None,
@@ -286,11 +306,11 @@ def sampled_differential_information(
     under the reference, so read it beside the effective sample size.
 
     Args:
-        logps: $\log \pi$ of the draws, sums over tokens, normalised: here a constant
+        log_prob: $\log \pi$ of the draws, sums over tokens, normalised: here a constant
             does matter.
-        ref_logps: $\log \pi_\mathrm{ref}$ of the same draws, likewise.
+        reference_log_prob: $\log \pi_\mathrm{ref}$ of the same draws, likewise.
         axis: Static; the axis of the draws, which the results lack.
-        where: True for the draws that count; broadcasts to `logps`. Others may hold
+        where: True for the draws that count; broadcasts to `log_prob`. Others may hold
             anything.
 
     Returns:
@@ -309,13 +329,15 @@ def sampled_differential_information(
         Preference Optimization"; the estimator is softlib's.
 
     Example:
-        >>> logps, ref_logps = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.5]]))
+        >>> log_prob, reference_log_prob = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.5]]))
         >>> estimate = softlib.information.sampled_differential_information
-        >>> print(estimate(logps, ref_logps).entropy.round(4))
+        >>> print(estimate(log_prob, reference_log_prob).entropy.round(4))
         0.6365
     """
     function = "sampled_differential_information"
-    space = _Space.of(function, axis, where, logps=logps, ref_logps=ref_logps)
+    space = _Space.of(
+        function, axis, where, log_prob=log_prob, reference_log_prob=reference_log_prob
+    )
     policy, reference = space.arrays
     possible = jnp.isfinite(policy) & jnp.isfinite(reference)
     log_w = jnp.where(possible, -reference, jnp.nan)

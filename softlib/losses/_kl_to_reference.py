@@ -11,7 +11,7 @@ from softlib.logits._pair import SourcePair
 @array_arguments
 def kl_to_reference(
     logits: Logits,
-    ref_logits: Logits,
+    reference_logits: Logits,
     *,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
@@ -27,8 +27,8 @@ def kl_to_reference(
     Args:
         logits: The policy's, one row per token: an array, or a value such as
             `softlib.LinearLogits`.
-        ref_logits: The reference's, over the same classes: of another head with any
-            number of features, or stored if `logits` are.
+        reference_logits: The reference's, over the same classes: of another head with
+            any number of features, or stored if `logits` are.
         where: True for the tokens that count; broadcasts to the shape of the tokens.
 
     Returns:
@@ -52,7 +52,9 @@ def kl_to_reference(
         >>> print(softlib.losses.kl_to_reference(policy, reference).round(2))
         0.12
     """
-    pair = SourcePair.of("kl_to_reference", logits, ref_logits, "ref_logits")
+    pair = SourcePair.of(
+        "kl_to_reference", logits, reference_logits, "reference_logits"
+    )
     if not pair.own.batch_shape:
         raise ValueError(
             f"{pair.function}: tokens must have an axis, over which the mean is taken, "

@@ -56,8 +56,8 @@ def trice_weights(
 
 @array_arguments
 def trice_loss(
-    chain_logps: Float[Array, " M"],
-    proposal_logps: Float[Array, " M"],
+    chain_log_prob: Float[Array, " M"],
+    proposal_log_prob: Float[Array, " M"],
     proposal_correct: Bool[Array, " M"],
     chain_correct: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
@@ -68,9 +68,9 @@ def trice_loss(
     likelihood and need not fall: watch the mean of `proposal_correct` instead.
 
     Args:
-        chain_logps: $\log p(z_m | x_m)$ of the remembered rationale with its answer,
+        chain_log_prob: $\log p(z_m | x_m)$ of the remembered rationale with its answer,
             summed over tokens, in nats.
-        proposal_logps: The same of the proposal.
+        proposal_log_prob: The same of the proposal.
         proposal_correct: The proposal ends in the right answer.
         chain_correct: The remembered rationale does, after the update.
 
@@ -90,26 +90,32 @@ def trice_loss(
         found its first rationale counts $1 - \beta$ instead of 1.
 
     Example:
-        >>> logps, correct = jnp.array([-4.0, -2.0]), jnp.array([True, True])
-        >>> accepted = softlib.losses.trice_loss(logps, logps, correct, correct)
+        >>> log_prob, correct = jnp.array([-4.0, -2.0]), jnp.array([True, True])
+        >>> accepted = softlib.losses.trice_loss(log_prob, log_prob, correct, correct)
         >>> print(accepted)
         [0. 0.]
     """
     function = "trice_loss"
     proposal, chain = _checked(function, proposal_correct, chain_correct)
-    chain_logps, proposal_logps = jnp.asarray(chain_logps), jnp.asarray(proposal_logps)
-    logps = {"chain_logps": chain_logps, "proposal_logps": proposal_logps}
-    checks.require_floating(function, **logps)
-    for name, array in logps.items():
+    chain_log_prob, proposal_log_prob = (
+        jnp.asarray(chain_log_prob),
+        jnp.asarray(proposal_log_prob),
+    )
+    log_prob = {
+        "chain_log_prob": chain_log_prob,
+        "proposal_log_prob": proposal_log_prob,
+    }
+    checks.require_floating(function, **log_prob)
+    for name, array in log_prob.items():
         checks.require_shape(function, name, array, chain.shape, "one per question")
-    dtype = accumulator_dtype(chain_logps, proposal_logps)
+    dtype = accumulator_dtype(chain_log_prob, proposal_log_prob)
     of_chain, of_proposal = _weights(proposal, chain, dtype)
 
-    def term(weights: Array, logps: Array) -> Array:
+    def term(weights: Array, log_prob: Array) -> Array:
         # A weight of 0 beside a log-probability of -inf is 0.
-        return weights * jnp.where(weights != 0, logps.astype(dtype), 0)
+        return weights * jnp.where(weights != 0, log_prob.astype(dtype), 0)
 
-    return 0 - term(of_chain, chain_logps) - term(of_proposal, proposal_logps)
+    return 0 - term(of_chain, chain_log_prob) - term(of_proposal, proposal_log_prob)
 
 
 def _checked(

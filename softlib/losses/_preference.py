@@ -19,10 +19,10 @@ from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 @array_arguments
 def preference_margin(
-    chosen_logps: Float[Array, "*batch"],
-    rejected_logps: Float[Array, "*batch"],
-    ref_chosen_logps: Float[Array, "*batch"],
-    ref_rejected_logps: Float[Array, "*batch"],
+    chosen_log_prob: Float[Array, "*batch"],
+    rejected_log_prob: Float[Array, "*batch"],
+    reference_chosen_log_prob: Float[Array, "*batch"],
+    reference_rejected_log_prob: Float[Array, "*batch"],
     *,
     beta: Scalar = 0.1,
     where: Bool[Array, "..."] | None = None,
@@ -36,11 +36,12 @@ def preference_margin(
     Terry, and the share of pairs with $h > 0$ the accuracy of the implicit reward.
 
     Args:
-        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+        chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
             from `sequence_log_probs`.
-        rejected_logps: $\log \pi(y_l)$ of the others.
-        ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
-        ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
+        rejected_log_prob: $\log \pi(y_l)$ of the others.
+        reference_chosen_log_prob: $\log \pi_\mathrm{ref}(y_w)$, of the model before
+            training.
+        reference_rejected_log_prob: $\log \pi_\mathrm{ref}(y_l)$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
         where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
             the result and all gradients are exactly 0, whatever the arguments hold.
@@ -71,10 +72,10 @@ def preference_margin(
     difference, where = _difference(
         function,
         where,
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+        chosen_log_prob=chosen_log_prob,
+        rejected_log_prob=rejected_log_prob,
+        reference_chosen_log_prob=reference_chosen_log_prob,
+        reference_rejected_log_prob=reference_rejected_log_prob,
     )
     difference, limit = finite_part(difference)
     difference, limit, beta = promoted(difference, limit, beta)
@@ -83,10 +84,10 @@ def preference_margin(
 
 @array_arguments
 def dpo_loss(
-    chosen_logps: Float[Array, "*batch"],
-    rejected_logps: Float[Array, "*batch"],
-    ref_chosen_logps: Float[Array, "*batch"],
-    ref_rejected_logps: Float[Array, "*batch"],
+    chosen_log_prob: Float[Array, "*batch"],
+    rejected_log_prob: Float[Array, "*batch"],
+    reference_chosen_log_prob: Float[Array, "*batch"],
+    reference_rejected_log_prob: Float[Array, "*batch"],
     *,
     beta: Scalar = 0.1,
     flip_rate: Scalar = 0.0,
@@ -115,11 +116,12 @@ def dpo_loss(
     for ever. `flip_rate` must not exceed the true rate.
 
     Args:
-        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+        chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
             from `sequence_log_probs`.
-        rejected_logps: $\log \pi(y_l)$ of the others.
-        ref_chosen_logps: $\log \pi_\mathrm{ref}(y_w)$, of the model before training.
-        ref_rejected_logps: $\log \pi_\mathrm{ref}(y_l)$.
+        rejected_log_prob: $\log \pi(y_l)$ of the others.
+        reference_chosen_log_prob: $\log \pi_\mathrm{ref}(y_w)$, of the model before
+            training.
+        reference_rejected_log_prob: $\log \pi_\mathrm{ref}(y_l)$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
         flip_rate: $0 \leq \epsilon < 1/2$ (rDPO); a number is static, an array traced.
         label_smoothing: $0 \leq s \leq 1/2$ (cDPO); likewise. Not both: a traced number
@@ -163,10 +165,10 @@ def dpo_loss(
     difference, where = _difference(
         function,
         where,
-        chosen_logps=chosen_logps,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+        chosen_log_prob=chosen_log_prob,
+        rejected_log_prob=rejected_log_prob,
+        reference_chosen_log_prob=reference_chosen_log_prob,
+        reference_rejected_log_prob=reference_rejected_log_prob,
     )
     difference, limit = finite_part(difference)
     difference, limit, beta, flip_rate, label_smoothing = promoted(
@@ -178,8 +180,8 @@ def dpo_loss(
 
 @array_arguments(as_given=("chosen_lengths", "rejected_lengths"))
 def simpo_loss(
-    chosen_logps: Float[Array, "*batch"],
-    rejected_logps: Float[Array, "*batch"],
+    chosen_log_prob: Float[Array, "*batch"],
+    rejected_log_prob: Float[Array, "*batch"],
     chosen_lengths: Num[Array, "*batch"],
     rejected_lengths: Num[Array, "*batch"],
     *,
@@ -196,9 +198,9 @@ def simpo_loss(
     $\gamma$ asks for more than the right order.
 
     Args:
-        chosen_logps: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+        chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
             from `sequence_log_probs`; divided here.
-        rejected_logps: $\log \pi(y_l)$ of the others.
+        rejected_log_prob: $\log \pi(y_l)$ of the others.
         chosen_lengths: $|y_w|$, the tokens in each sum: `where.sum(-1)`. A sequence of
             length 0 has mean 0 without gradient; a negative length gives NaN.
         rejected_lengths: $|y_l|$.
@@ -231,7 +233,10 @@ def simpo_loss(
     checks.require_positive_scalars(function, beta=beta)
     checks.require_scalar(function, "gamma", gamma, 0, math.inf)
     (chosen, rejected), where = log_probs_of_sequences(
-        function, where, chosen_logps=chosen_logps, rejected_logps=rejected_logps
+        function,
+        where,
+        chosen_log_prob=chosen_log_prob,
+        rejected_log_prob=rejected_log_prob,
     )
     of_chosen = _mean(function, chosen, "chosen_lengths", chosen_lengths)
     of_rejected = _mean(function, rejected, "rejected_lengths", rejected_lengths)
@@ -279,7 +284,7 @@ def _mean(function: str, total: Array, name: str, lengths: ArrayLike) -> Array:
             f"dtype), got {lengths.dtype}."
         )
     checks.require_shape(
-        function, name, lengths, total.shape, "the shape of `chosen_logps`"
+        function, name, lengths, total.shape, "the shape of `chosen_log_prob`"
     )
     lengths = lax.stop_gradient(lengths)
     mean = total / jnp.where(lengths > 0, lengths, 1).astype(total.dtype)

@@ -19,8 +19,8 @@ LEVELS = ("token", "step", "response")
 
 @array_arguments
 def soft_bellman_residual(
-    logps: Float[Array, "*batch T"],
-    ref_logps: Float[Array, "*batch T"],
+    log_prob: Float[Array, "*batch T"],
+    reference_log_prob: Float[Array, "*batch T"],
     values: Float[Array, "*batch T"],
     rewards: Float[Array, "*batch T"] | Float[Array, "*batch"],
     *,
@@ -36,15 +36,15 @@ def soft_bellman_residual(
     maximises reward $- \beta\, \mathrm{KL}(\pi \| \pi_{ref})$ and its value.
 
     Args:
-        logps: Log-probability of each token under the policy, in nats.
-        ref_logps: The same under the frozen reference policy.
+        log_prob: Log-probability of each token under the policy, in nats.
+        reference_log_prob: The same under the frozen reference policy.
         values: $V_t$, the value of the state before token $t$.
         rewards: $r_t$ after each token, or one number for the whole trajectory, given
             at its end.
         beta: $\beta \geq 0$, the price of a nat; a number or a scalar array.
-        where: True for the tokens that are actions; broadcasts to `logps`. The others
-            (prompt, observations, padding) add neither reward nor log-ratio, whatever
-            they hold.
+        where: True for the tokens that are actions; broadcasts to `log_prob`. The
+            others (prompt, observations, padding) add neither reward nor log-ratio,
+            whatever they hold.
 
     Returns:
         Residuals, float32 (float64 if an argument is float64); 0 where `where` is
@@ -60,22 +60,24 @@ def soft_bellman_residual(
     Source: "Offline Reinforcement Learning for LLM Multi-Step Reasoning".
 
     Example:
-        >>> logps, reference = jnp.log(jnp.array([0.5, 0.9])), jnp.log(jnp.full(2, 0.5))
+        >>> log_prob, reference = jnp.log(jnp.array([[0.5, 0.9], [0.5, 0.5]]))
         >>> reward, values = jnp.array(1.0), jnp.array([0.9, 0.9])
         >>> residual = softlib.losses.soft_bellman_residual
-        >>> print(residual(logps, reference, values, reward, beta=0.1).round(4))
+        >>> print(residual(log_prob, reference, values, reward, beta=0.1).round(4))
         [-0.0412 -0.0412]
     """
     function = "soft_bellman_residual"
-    steps = _Trajectory(function, logps, ref_logps, values, rewards, beta, where)
+    steps = _Trajectory(
+        function, log_prob, reference_log_prob, values, rewards, beta, where
+    )
     return steps.residual(_suffix_sum(steps.ratios))
 
 
 @array_arguments(as_given=("segment_ids",))
 def oreo_value_loss(
     values: Float[Array, "*batch T"],
-    logps: Float[Array, "*batch T"],
-    ref_logps: Float[Array, "*batch T"],
+    log_prob: Float[Array, "*batch T"],
+    reference_log_prob: Float[Array, "*batch T"],
     rewards: Float[Array, "*batch T"] | Float[Array, "*batch"],
     *,
     beta: Scalar = 0.03,
@@ -91,14 +93,14 @@ def oreo_value_loss(
 
     Args:
         values: $V_t$, the value of the state before token $t$.
-        logps: Log-probability of each token under the policy, in nats.
-        ref_logps: The same under the frozen reference policy.
+        log_prob: Log-probability of each token under the policy, in nats.
+        reference_log_prob: The same under the frozen reference policy.
         rewards: $r_t$ after each token, or one number for the whole trajectory.
         beta: $\beta \geq 0$; a number or a scalar array.
         level: Static; the states that count: before every token, before every step, or
             before the response. See `oreo_policy_loss`.
         segment_ids: The step of each token, for `level="step"`.
-        where: True for the tokens that are actions; broadcasts to `logps`.
+        where: True for the tokens that are actions; broadcasts to `log_prob`.
 
     Returns:
         The loss per trajectory, float32 (float64 if an argument is float64); 0 for one
@@ -110,28 +112,30 @@ def oreo_value_loss(
             unknown, or `segment_ids` are given without steps or missing with them.
 
     Derivatives: any order, with respect to `values`, `rewards` and `beta`; 0 for
-        `logps` and `ref_logps`, by definition.
+        `log_prob` and `reference_log_prob`, by definition.
     Cost: as `soft_bellman_residual`.
     Source: "Offline Reinforcement Learning for LLM Multi-Step Reasoning"; a value loss
         at the level of steps is ours, by the same rule.
 
     Example:
-        >>> logps, values = jnp.log(jnp.array([0.5, 0.9])), jnp.array([0.9, 1.0])
+        >>> log_prob, values = jnp.log(jnp.array([0.5, 0.9])), jnp.array([0.9, 1.0])
         >>> loss = softlib.losses.oreo_value_loss
-        >>> print(loss(values, logps, logps, jnp.array(1.0)).round(4))
+        >>> print(loss(values, log_prob, log_prob, jnp.array(1.0)).round(4))
         0.005
     """
     function = "oreo_value_loss"
-    logps, ref_logps = lax.stop_gradient((logps, ref_logps))
-    steps = _Trajectory(function, logps, ref_logps, values, rewards, beta, where)
+    log_prob, reference_log_prob = lax.stop_gradient((log_prob, reference_log_prob))
+    steps = _Trajectory(
+        function, log_prob, reference_log_prob, values, rewards, beta, where
+    )
     starts = _starts(function, steps, level, segment_ids)
     return masked_mean(steps.residual(_suffix_sum(steps.ratios)) ** 2, starts, -1)
 
 
 @array_arguments(as_given=("segment_ids",))
 def oreo_policy_loss(
-    logps: Float[Array, "*batch T"],
-    ref_logps: Float[Array, "*batch T"],
+    log_prob: Float[Array, "*batch T"],
+    reference_log_prob: Float[Array, "*batch T"],
     values: Float[Array, "*batch T"],
     rewards: Float[Array, "*batch T"] | Float[Array, "*batch"],
     *,
@@ -154,8 +158,8 @@ def oreo_policy_loss(
     the reference, over the whole vocabulary, which is a loss of its own.
 
     Args:
-        logps: Log-probability of each token under the policy, in nats.
-        ref_logps: The same under the frozen reference policy.
+        log_prob: Log-probability of each token under the policy, in nats.
+        reference_log_prob: The same under the frozen reference policy.
         values: $V_t$, the value of the state before token $t$.
         rewards: $r_t$ after each token, or one number for the whole trajectory.
         beta: $\beta \geq 0$; a number or a scalar array.
@@ -163,8 +167,8 @@ def oreo_policy_loss(
             whole `"response"`, whose only state is the first.
         segment_ids: The step of each token, for `level="step"`: a step is a run of
             equal ids among the tokens that count.
-        where: True for the tokens that are actions; broadcasts to `logps`. The others
-            add nothing, whatever they hold, and are not counted in $n$.
+        where: True for the tokens that are actions; broadcasts to `log_prob`. The
+            others add nothing, whatever they hold, and are not counted in $n$.
 
     Returns:
         The loss per trajectory, float32 (float64 if an argument is float64); 0 for one
@@ -175,23 +179,25 @@ def oreo_policy_loss(
         ValueError: Shapes do not fit together, `beta` is out of range, `level` is
             unknown, or `segment_ids` are given without steps or missing with them.
 
-    Derivatives: any order, with respect to `logps`, `rewards` and `beta`; 0 for
-        `values` and `ref_logps`, and across actions, by definition.
+    Derivatives: any order, with respect to `log_prob`, `rewards` and `beta`; 0 for
+        `values` and `reference_log_prob`, and across actions, by definition.
     Cost: as `soft_bellman_residual`, and a scan over the tokens for steps.
     Source: "Offline Reinforcement Learning for LLM Multi-Step Reasoning". Its
         regulariser is not part of this number.
 
     Example:
-        >>> logps, values = jnp.log(jnp.array([0.5, 0.9])), jnp.array([0.9, 1.0])
-        >>> loss = lambda logps: softlib.losses.oreo_policy_loss(
-        ...     logps, jax.lax.stop_gradient(logps), values, jnp.array(1.0), beta=0.1
-        ... )
-        >>> print(jax.grad(loss)(logps).round(4))
+        >>> log_prob, values = jnp.log(jnp.array([0.5, 0.9])), jnp.array([0.9, 1.0])
+        >>> loss = lambda log_prob: softlib.losses.oreo_policy_loss(
+        ...     log_prob, jax.lax.stop_gradient(log_prob), values, jnp.array(1.0),
+        ...     beta=0.1)
+        >>> print(jax.grad(loss)(log_prob).round(4))
         [-0.01  0.  ]
     """
     function = "oreo_policy_loss"
-    values, ref_logps = lax.stop_gradient((values, ref_logps))
-    steps = _Trajectory(function, logps, ref_logps, values, rewards, beta, where)
+    values, reference_log_prob = lax.stop_gradient((values, reference_log_prob))
+    steps = _Trajectory(
+        function, log_prob, reference_log_prob, values, rewards, beta, where
+    )
     starts = _starts(function, steps, level, segment_ids)
     if level == "token":
         own = steps.ratios
@@ -211,32 +217,38 @@ class _Trajectory:
     def __init__(
         self,
         function: str,
-        logps: Array,
-        ref_logps: Array,
+        log_prob: Array,
+        reference_log_prob: Array,
         values: Array,
         rewards: Array,
         beta: Scalar,
         where: Array | None,
     ):
-        logps, ref_logps, values, rewards = map(
-            jnp.asarray, (logps, ref_logps, values, rewards)
+        log_prob, reference_log_prob, values, rewards = map(
+            jnp.asarray, (log_prob, reference_log_prob, values, rewards)
         )
-        floating = {"logps": logps, "ref_logps": ref_logps, "values": values}
+        floating = {
+            "log_prob": log_prob,
+            "reference_log_prob": reference_log_prob,
+            "values": values,
+        }
         checks.require_floating(function, **floating, rewards=rewards)
-        checks.require_rank(function, "logps", logps, 1, "(..., T)")
-        shape = logps.shape
-        for name in ("ref_logps", "values"):
-            checks.require_shape(function, name, floating[name], shape, "that of logps")
+        checks.require_rank(function, "log_prob", log_prob, 1, "(..., T)")
+        shape = log_prob.shape
+        for name in ("reference_log_prob", "values"):
+            checks.require_shape(
+                function, name, floating[name], shape, "that of log_prob"
+            )
         shapes = (shape, shape[:-1])
         why = "one per token, or one per trajectory"
         checks.require_shape_in(function, "rewards", rewards, shapes, why)
         checks.require_scalar(function, "beta", beta, 0, jnp.inf)
-        dtype = accumulator_dtype(logps, ref_logps, values, rewards)
+        dtype = accumulator_dtype(log_prob, reference_log_prob, values, rewards)
         self.beta = jnp.asarray(beta, dtype)
-        self.where = checks.checked_where(function, where, shape, "that of `logps`")
+        self.where = checks.checked_where(function, where, shape, "that of `log_prob`")
         counted = lambda array: jnp.where(self.where, array, 0).astype(dtype)
         self.values = counted(values)
-        self.ratios = counted(logps) - counted(ref_logps)
+        self.ratios = counted(log_prob) - counted(reference_log_prob)
         if rewards.ndim == len(shape):
             self.returns = _suffix_sum(counted(rewards))
         else:
@@ -266,7 +278,9 @@ def _starts(
         return first
     ids = jnp.asarray(segment_ids)
     checks.require_integer(function, segment_ids=ids)
-    checks.require_shape(function, "segment_ids", ids, where.shape, "that of `logps`")
+    checks.require_shape(
+        function, "segment_ids", ids, where.shape, "that of `log_prob`"
+    )
 
     def latest(one, two):
         return jnp.where(two[1], two[0], one[0]), one[1] | two[1]

@@ -15,8 +15,8 @@ from ._given_log_probs import counted, finite_part, log_probs_of_sequences
 
 @array_arguments
 def negative_preference_loss(
-    logps: Float[Array, "*batch"],
-    ref_logps: Float[Array, "*batch"],
+    log_prob: Float[Array, "*batch"],
+    reference_log_prob: Float[Array, "*batch"],
     *,
     beta: Scalar = 0.1,
     where: Bool[Array, "..."] | None = None,
@@ -35,9 +35,9 @@ def negative_preference_loss(
     Usually added to a loss that retains the rest, such as cross-entropy on other text.
 
     Args:
-        logps: $\log \pi(y)$, sums over tokens as from `sequence_log_probs` (a
+        log_prob: $\log \pi(y)$, sums over tokens as from `sequence_log_probs` (a
             mean would be another method).
-        ref_logps: $\log \pi_\mathrm{ref}(y)$, of the model before unlearning.
+        reference_log_prob: $\log \pi_\mathrm{ref}(y)$, of the model before unlearning.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
             $\beta \to 0$ is gradient ascent up to the constant $2 \log 2 / \beta$,
             which takes the digits of a float32 value, but not of its gradient;
@@ -55,23 +55,25 @@ def negative_preference_loss(
         TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes differ, or `beta` is out of range.
 
-    Derivatives: forward and reverse, any order; 0 for `ref_logps`, which are fixed.
+    Derivatives: forward and reverse, any order; 0 for `reference_log_prob`, which are
+        fixed.
     Cost: a few operations for each sequence.
     Source: "Negative Preference Optimization: From Catastrophic Collapse to Effective
         Unlearning".
 
     Example:
-        >>> logps, ref_logps = jnp.array([-10.0, -200.0]), jnp.array([-10.0, -10.0])
-        >>> print(softlib.losses.negative_preference_loss(logps, ref_logps).round(4))
+        >>> log_prob, reference = jnp.array([[-10.0, -200.0], [-10.0, -10.0]])
+        >>> loss = softlib.losses.negative_preference_loss(log_prob, reference)
+        >>> print(loss.round(4))
         [13.8629  0.    ]
     """
     function = "negative_preference_loss"
     checks.require_positive_scalars(function, beta=beta)
-    (logps, ref_logps), where = log_probs_of_sequences(
-        function, where, logps=logps, ref_logps=ref_logps
+    (log_prob, reference_log_prob), where = log_probs_of_sequences(
+        function, where, log_prob=log_prob, reference_log_prob=reference_log_prob
     )
     # log(1 + ratio**beta) would overflow: log-ratios of sequences are hundreds of nats.
-    log_ratio, limit = finite_part(logps - lax.stop_gradient(ref_logps))
+    log_ratio, limit = finite_part(log_prob - lax.stop_gradient(reference_log_prob))
     log_ratio, beta = promoted(log_ratio, beta)
     value = 2 / beta * jax.nn.softplus(beta * log_ratio)
     # -inf, a sequence that is impossible already, costs nothing.
@@ -80,7 +82,7 @@ def negative_preference_loss(
 
 @array_arguments
 def gradient_ascent_loss(
-    logps: Float[Array, "*batch"], *, where: Bool[Array, "..."] | None = None
+    log_prob: Float[Array, "*batch"], *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
     r"""$\log \pi(y)$ itself, per sequence to be forgotten: the loss without a brake.
 
@@ -89,7 +91,7 @@ def gradient_ascent_loss(
     long enough loses everything else: the baseline of `negative_preference_loss`.
 
     Args:
-        logps: $\log \pi(y)$, sums over tokens as from `sequence_log_probs`.
+        log_prob: $\log \pi(y)$, sums over tokens as from `sequence_log_probs`.
         where: True for the sequences that count; broadcasts to the batch shape.
             Elsewhere the loss and all gradients are exactly 0.
 
@@ -109,5 +111,7 @@ def gradient_ascent_loss(
         >>> print(softlib.losses.gradient_ascent_loss(jnp.array([-10.0, -200.0])))
         [ -10. -200.]
     """
-    (logps,), where = log_probs_of_sequences("gradient_ascent_loss", where, logps=logps)
-    return counted(where, logps)
+    (log_prob,), where = log_probs_of_sequences(
+        "gradient_ascent_loss", where, log_prob=log_prob
+    )
+    return counted(where, log_prob)

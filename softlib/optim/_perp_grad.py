@@ -21,7 +21,7 @@ type Mask = PyTree | Callable[[Any], PyTree]
 def perp_grad(
     *,
     rescale: bool = False,
-    eps: Scalar = 0.0,
+    epsilon: Scalar = 0.0,
     mask: Mask | None = None,
     axes: int | tuple[int, ...] | None = None,
 ) -> optax.GradientTransformation:
@@ -41,8 +41,8 @@ def perp_grad(
     Args:
         rescale: Static; give $g_\perp$ the norm of $g$, as the paper's code does and
             the paper does not. It matters to SGD and little to Adam.
-        eps: Added to $\langle w, w \rangle$; at least 0, a number is static, an array
-            traced.
+        epsilon: Added to $\langle w, w \rangle$; at least 0, a number is static, an
+            array traced.
         mask: Which weights are projected: a pytree of booleans, each for a weight or a
             whole subtree, or a function of the weights that returns one. None projects
             all whose vectors have more than one element: to a single number nothing is
@@ -65,8 +65,8 @@ def perp_grad(
     Raises:
         TypeError: `axes` or `rescale` is of the wrong kind; in `update`, a projected
             leaf is not floating.
-        ValueError: `eps` is negative; in `update`, `params` is None, or `axes` are not
-            axes of a weight.
+        ValueError: `epsilon` is negative; in `update`, `params` is None, or `axes` are
+            not axes of a weight.
 
     Derivatives: of the updates with respect to gradients and weights, forward and
         reverse mode, where they are not 0 and not parallel.
@@ -89,7 +89,7 @@ def perp_grad(
             f"{function}: `rescale` must be a Python bool (it is static), "
             f"got {type(rescale).__name__}."
         )
-    checks.require_scalar(function, "eps", eps, 0, jnp.inf)
+    checks.require_scalar(function, "epsilon", epsilon, 0, jnp.inf)
     several = axes if isinstance(axes, tuple) else (axes,)
     if axes is not None and not all(type(axis) is int for axis in several):
         raise TypeError(
@@ -117,7 +117,7 @@ def perp_grad(
             checks.require_axes(function, "axes", axes, weight.ndim)
             if mask is None and _length(weight, axes) <= 1:
                 return gradient
-            return _perpendicular(gradient, weight, axes, eps, rescale)
+            return _perpendicular(gradient, weight, axes, epsilon, rescale)
 
         if mask is None:
             return _map(project, updates, params), state
@@ -151,7 +151,7 @@ def _perpendicular(
     gradient: Array,
     weight: Array,
     axes: int | tuple[int, ...] | None,
-    eps: Scalar,
+    epsilon: Scalar,
     rescale: bool,
 ) -> Array:
     dtype = accumulator_dtype(gradient, weight)
@@ -160,12 +160,12 @@ def _perpendicular(
     w, largest = _scaled(weight.astype(dtype), axes)
     g, unit = _scaled(gradient.astype(dtype), axes)
     # May be infinite where the square underflows, but never 0 / 0.
-    added = jnp.asarray(eps, dtype)
+    added = jnp.asarray(epsilon, dtype)
     added = jnp.where(added == 0, 0, added / (largest * largest))
     square = dot(w, w)
     square = jnp.where(square == 0, 1, square)
     found = g - dot(w, g) / (square + added) * w
-    if isinstance(eps, int | float) and eps == 0:
+    if isinstance(epsilon, int | float) and epsilon == 0:
         # Projects again: removes what rounding of a long sum left along w.
         found = found - dot(w, found) / square * w
     before, after = jnp.sqrt(dot(g, g)), jnp.sqrt(dot(found, found))

@@ -12,8 +12,8 @@ from softlib._dtypes import accumulator_dtype
 
 @array_arguments
 def density_ratio_reward(
-    strong_logps: Float[Array, "*batch T"],
-    weak_logps: Float[Array, "*batch T"],
+    strong_log_prob: Float[Array, "*batch T"],
+    weak_log_prob: Float[Array, "*batch T"],
     *,
     normalize: str = "sum",
     where: Bool[Array, "..."] | None = None,
@@ -31,15 +31,15 @@ def density_ratio_reward(
     is nothing but other log-probabilities.
 
     Args:
-        strong_logps: Log-probabilities of the tokens of each response, as from
+        strong_log_prob: Log-probabilities of the tokens of each response, as from
             `softlib.logits.token_log_probs`. From float32 logits: a rounding to
             bfloat16 adds about a nat to the sum over a few hundred tokens.
-        weak_logps: The same of the other model. (Sequences cut into other tokens, by
+        weak_log_prob: The same of the other model. (Sequences cut into other tokens, by
             another tokenizer, are compared by sums of the whole: T = 1.)
         normalize: Static: "sum", or "mean" over the tokens that count, which takes the
             advantage of length away and with it the meaning above.
-        where: True for the tokens of the response; broadcasts to `strong_logps`. Other
-            tokens may hold anything.
+        where: True for the tokens of the response; broadcasts to `strong_log_prob`.
+            Other tokens may hold anything.
 
     Returns:
         One reward per response, float32 (float64 if an argument is float64); 0 for a
@@ -62,12 +62,12 @@ def density_ratio_reward(
         [1.5]
     """
     function = "density_ratio_reward"
-    strong, weak = jnp.asarray(strong_logps), jnp.asarray(weak_logps)
-    checks.require_floating(function, strong_logps=strong, weak_logps=weak)
-    checks.require_rank(function, "strong_logps", strong, 1, "(..., T)")
+    strong, weak = jnp.asarray(strong_log_prob), jnp.asarray(weak_log_prob)
+    checks.require_floating(function, strong_log_prob=strong, weak_log_prob=weak)
+    checks.require_rank(function, "strong_log_prob", strong, 1, "(..., T)")
     shape = strong.shape
     checks.require_shape(
-        function, "weak_logps", weak, shape, "the shape of `strong_logps`"
+        function, "weak_log_prob", weak, shape, "the shape of `strong_log_prob`"
     )
     checks.require_one_of(function, "normalize", normalize, ("sum", "mean"))
     dtype = accumulator_dtype(strong, weak)
@@ -75,7 +75,7 @@ def density_ratio_reward(
     counts: Array | int = shape[-1]
     if where is not None:
         where = checks.checked_where(
-            function, where, shape, "the shape of `strong_logps`"
+            function, where, shape, "the shape of `strong_log_prob`"
         )
         # Before the difference: two impossible tokens outside would be NaN.
         strong, weak = jnp.where(where, strong, 0), jnp.where(where, weak, 0)

@@ -23,7 +23,6 @@ _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n(?: {5}.*)?)*)", re.MULTILIN
 OTHERS = {
     ("losses.linear_softmax_cross_entropy", "return_lse"),
     ("losses.softmax_cross_entropy", "return_lse"),
-    ("estimation.gaussian_experts_log_density", "experts"),
 }
 # Integers alone come out.
 COUNTS = {"logits.top1_correct"}

@@ -22,7 +22,13 @@ ADDED: dict[str, dict[str, Any]] = {
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS
-    | {"logps": ROW, "ref_logps": ROW, "values": ROW, "rewards": 1.0, "beta": 0.1},
+    | {
+        "log_prob": ROW,
+        "reference_log_prob": ROW,
+        "values": ROW,
+        "rewards": 1.0,
+        "beta": 0.1,
+    },
     "losses.oreo_value_loss": STEPS,
     "losses.soft_top_k_loss": {"positives": POSITIVES},
     "losses.softmax_jensen_shannon_divergence": EXCLUDED,

@@ -15,11 +15,6 @@ from softlib.estimation import (
     draw_gaussian_experts,
     fit_gaussian_experts,
     gauge_fixed_experts,
-    gaussian_experts_hellinger_distance,
-    gaussian_experts_log_density,
-    gaussian_experts_log_gate,
-    gaussian_experts_m_step,
-    gaussian_experts_responsibilities,
 )
 from softlib.testing import assert_close
 from tests.host import jnp
@@ -29,6 +24,26 @@ DATA = pathlib.Path(__file__).parent.parent / "data"
 NAN, INF = jnp.nan, jnp.inf
 SIGMOID = ExpertGate(activation=jax.nn.sigmoid)
 TANH = ExpertGate(activation=jnp.tanh)
+
+
+def log_gate_of(x, experts, *gate):
+    return experts.log_gate(x, *gate)
+
+
+def log_prob_of(x, y, experts, *gate):
+    return experts.log_prob(x, y, *gate)
+
+
+def responsibilities_of(x, y, experts, *gate):
+    return experts.responsibilities(x, y, *gate)
+
+
+def m_step_of(x, y, responsibilities, experts, **options):
+    return experts.m_step(x, y, responsibilities, **options)
+
+
+def hellinger_of(first, second, x, points, *gate):
+    return first.hellinger_distance(second, x, points, *gate)
 
 
 def load(name):
@@ -45,15 +60,15 @@ def experts_of(vectors, tau=None):
 @functools.partial(jax.jit, static_argnums=3)
 def measure(x, y, experts, gate=ExpertGate()):
     return (
-        jnp.exp(gaussian_experts_log_gate(x, experts, gate)),
-        gaussian_experts_log_density(x, y, experts, gate),
-        gaussian_experts_responsibilities(x, y, experts, gate),
+        jnp.exp(log_gate_of(x, experts, gate)),
+        log_prob_of(x, y, experts, gate),
+        responsibilities_of(x, y, experts, gate),
     )
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def slopes(x, y, experts, gate):
-    mean = lambda experts: gaussian_experts_log_density(x, y, experts, gate).mean()
+    mean = lambda experts: log_prob_of(x, y, experts, gate).mean()
     return jax.grad(mean)(experts)
 
 
@@ -70,7 +85,7 @@ def test_vectors_of_the_dense_to_sparse_gate():
             strict=True,
         ):
             close(actual, vectors[name])
-        new = jax.jit(gaussian_experts_m_step)(x, y, found[2], experts)
+        new = jax.jit(m_step_of)(x, y, found[2], experts)
         close(new.mean_weight, vectors["out_mstep_a"])
         close(new.mean_bias, vectors["out_mstep_b"])
         close(new.scale, vectors["out_mstep_sigma"])
@@ -151,7 +166,7 @@ def test_derivatives_by_all_parameters_and_far_from_all_experts():
         @jax.jit
         def both(x, y, *fields):
             experts = GaussianExperts(*fields)
-            density = gaussian_experts_log_density
+            density = log_prob_of
             return density(x, y, experts, TANH), density(x, y, experts, top)
 
         check_grads(both, (x, y, *experts), order=1, modes=["rev"], rtol=1e-5)
@@ -216,7 +231,7 @@ def test_limits_of_the_temperature():
     none, one = jnp.zeros(4), jnp.ones(4)
     call = jax.jit(
         lambda tau: jnp.exp(
-            gaussian_experts_log_gate(
+            log_gate_of(
                 jnp.ones(1), GaussianExperts(scores, none, scores, none, one, tau)
             )
         )
@@ -237,7 +252,7 @@ def test_m_step_of_what_counts_and_of_an_expert_without_examples():
         array[~keep] = NAN
     x, y, shares = (jnp.asarray(a, jnp.float32) for a in (x, y, shares))
     before = GaussianExperts(*(jnp.asarray(each, jnp.float32) for each in experts))
-    step: Any = jax.jit(gaussian_experts_m_step)
+    step: Any = jax.jit(m_step_of)
     new = step(x, y, shares, before, where=jnp.asarray(keep))
     for actual, expected, old in zip(
         new[2:5], (slope, intercept, scale), before[2:5], strict=True
@@ -252,7 +267,7 @@ def test_m_step_leaves_the_directions_that_are_not_determined():
     y = 1 + 4 * x[:, 0]
     none, one = jnp.zeros(1), jnp.ones(1)
     old = GaussianExperts(x[:1], none, jnp.array([[3.0, -1.0]]), none, one)
-    step: Any = jax.jit(gaussian_experts_m_step)
+    step: Any = jax.jit(m_step_of)
     new = step(x, y, jnp.ones((6, 1)), old, where=jnp.ones(6, bool))
     np.testing.assert_allclose(new.mean_weight, [[4.0, 0.0]], atol=1e-4)
     single = step(x, y, jnp.ones((6, 1)), old, where=jnp.arange(6) == 2)
@@ -265,9 +280,7 @@ def sample(key, n, experts, gate, width=3.0):
     keys = jax.random.split(key, 3)
     shape = (n, experts.mean_weight.shape[-1])
     x = jax.random.uniform(keys[0], shape, experts.scale.dtype, -width, width)
-    chosen = jax.random.categorical(
-        keys[1], gaussian_experts_log_gate(x, experts, gate)
-    )
+    chosen = jax.random.categorical(keys[1], log_gate_of(x, experts, gate))
     mean = (experts.mean_weight[chosen] * x).sum(-1) + experts.mean_bias[chosen]
     noise = jax.random.normal(keys[2], (n,), mean.dtype)
     return x, mean + experts.scale[chosen] * noise
@@ -351,7 +364,7 @@ def test_twenty_starts_in_one_run():
     def run(keys, error):
         x, y = sample(keys[0], 150, true, ExpertGate())
         where = jnp.arange(150) % 5 != 0
-        at_truth = gaussian_experts_log_density(x, y, true)
+        at_truth = log_prob_of(x, y, true)
         x, y = jnp.where(where[:, None], x, NAN), jnp.where(where, y, NAN)
         y = y.at[1].add(error)
         starts = draw_gaussian_experts(keys[1], x, y, 3, num_starts=20, where=where)
@@ -390,9 +403,7 @@ def test_fit_with_a_top_k_gate(method):
     assert (jnp.diff(found.history) >= -1e-5).all()
     assert found.log_likelihood > found.history[0] + 0.5
     np.testing.assert_allclose(found.experts.mean_bias, true.mean_bias, atol=0.2)
-    before, after = (
-        gaussian_experts_log_gate(x, e, gate) > -INF for e in (start, found.experts)
-    )
+    before, after = (log_gate_of(x, e, gate) > -INF for e in (start, found.experts))
     if method == "em":  # only where the expert was not responsible
         assert (before != after).mean() < 0.01
 
@@ -450,9 +461,7 @@ def test_temperature_is_learned_with_an_activation_and_not_without():
                 max_iterations=100,
             )
             found, points = fit.experts, jnp.linspace(-15, 15, 200)
-            apart = gaussian_experts_hellinger_distance(
-                true, found, x[:30], points, gate
-            )
+            apart = hellinger_of(true, found, x[:30], points, gate)
             return jnp.abs(found.temperature - true.temperature), apart.mean()
 
         return jax.vmap(one)(keys)
@@ -478,7 +487,7 @@ def test_hellinger_distance_of_normal_densities():
         first = GaussianExperts(slope, none, 0 * slope, none, one)
         second = GaussianExperts(slope, none, slope, none, 2 * one)
         x, points = jnp.array([[0.0], [1.0], [3.0]]), jnp.linspace(-25, 30, 400)
-        call: Any = jax.jit(gaussian_experts_hellinger_distance)
+        call: Any = jax.jit(hellinger_of)
         found = call(first, second, x, points)
         overlap = np.sqrt(4 / 5) * np.exp(-np.array([0.0, 1, 9]) / 20)
         np.testing.assert_allclose(found, np.sqrt(1 - overlap), atol=1e-9)
@@ -500,19 +509,17 @@ def test_hellinger_distance_of_normal_densities():
             "`bias_in` must be one of",
         ),
         (
-            lambda: gaussian_experts_log_gate(jnp.zeros(3), two_experts(1.0)),
+            lambda: log_gate_of(jnp.zeros(3), two_experts(1.0)),
             ValueError,
             r"`gate_weight` must have shape \(2, 3\)",
         ),
         (
-            lambda: gaussian_experts_log_density(
-                jnp.zeros((4, 1)), jnp.zeros(3), two_experts(1.0)
-            ),
+            lambda: log_prob_of(jnp.zeros((4, 1)), jnp.zeros(3), two_experts(1.0)),
             ValueError,
             r"`y` must have shape \(4,\)",
         ),
         (
-            lambda: gaussian_experts_m_step(
+            lambda: m_step_of(
                 jnp.zeros((4, 1)), jnp.zeros(4), jnp.zeros((4, 3)), two_experts(1.0)
             ),
             ValueError,

@@ -9,12 +9,9 @@ import pytest
 from jax.test_util import check_grads
 
 from softlib.estimation import (
+    SoftmaxRegression,
     fit_softmax_regression,
     in_context_label_shift,
-    softmax_regression_gradient,
-    softmax_regression_hessian,
-    softmax_regression_hessian_vector_product,
-    softmax_regression_loss,
 )
 from softlib.softmax import softmax
 from softlib.testing import assert_close
@@ -32,6 +29,22 @@ def problem(seed=0, rows=12, features=4, size=1.0):
     return x, A, rng.dirichlet(np.ones(rows))
 
 
+def loss_of(x, A, b, where=None):
+    return SoftmaxRegression(A, b, where).loss(x)
+
+
+def gradient_of(x, A, b, where=None):
+    return SoftmaxRegression(A, b, where).gradient(x)
+
+
+def hessian_of(x, A, b, where=None):
+    return SoftmaxRegression(A, b, where).hessian(x)
+
+
+def product_of(x, A, b, v, where=None):
+    return SoftmaxRegression(A, b, where).hessian_vector_product(x, v)
+
+
 def dot(a, b):
     return jnp.matmul(a, b, precision="highest")
 
@@ -39,10 +52,10 @@ def dot(a, b):
 @jax.jit
 def everything(x, A, b, v, where=None):
     return (
-        softmax_regression_loss(x, A, b, where=where),
-        softmax_regression_gradient(x, A, b, where=where),
-        softmax_regression_hessian(x, A, b, where=where),
-        softmax_regression_hessian_vector_product(x, A, b, v, where=where),
+        loss_of(x, A, b, where=where),
+        gradient_of(x, A, b, where=where),
+        hessian_of(x, A, b, where=where),
+        product_of(x, A, b, v, where=where),
     )
 
 
@@ -83,7 +96,7 @@ def test_closed_forms_are_the_derivatives_of_the_loss():
         x, A, b = map(jnp.asarray, problem(1))
         v = jnp.roll(x, 1)
         _, gradient, hessian, product = everything(x, A, b, v)
-        derivative = jax.grad(softmax_regression_loss)
+        derivative = jax.grad(loss_of)
         both = jax.jit(lambda x: (derivative(x, A, b), jax.jacfwd(derivative)(x, A, b)))
         by_jax = both(x)
         assert_close(gradient, by_jax[0], dtype="float64", length=12)
@@ -107,9 +120,7 @@ def test_rows_that_do_not_count_are_not_there(bad):
         found, expected(x32, A32[keep], b32[keep], v), strict=True
     ):
         assert_close(actual, exact, dtype="float32", length=12)
-    by_data = jax.jit(jax.grad(softmax_regression_loss, (1, 2)))(
-        arguments[0], *full, where=where
-    )
+    by_data = jax.jit(jax.grad(loss_of, (1, 2)))(arguments[0], *full, where=where)
     for slope in by_data:
         assert jnp.isfinite(slope).all()
         assert not slope[~where].any()
@@ -122,9 +133,9 @@ def test_rows_that_do_not_count_are_not_there(bad):
 def test_hessian_of_the_loss_may_be_indefinite_and_gauss_newton_is_not():
     with jax.enable_x64(True):
         x, A, b = map(jnp.asarray, problem(0, rows=5, size=2.0))
-        assert np.linalg.eigvalsh(softmax_regression_hessian(x, A, b))[0] < -1e-3
+        assert np.linalg.eigvalsh(hessian_of(x, A, b))[0] < -1e-3
         own = softmax(dot(A, x))  # the residual is 0: what is left is Gauss-Newton
-        assert np.linalg.eigvalsh(softmax_regression_hessian(x, A, own))[0] > -1e-15
+        assert np.linalg.eigvalsh(hessian_of(x, A, own))[0] > -1e-15
 
 
 def test_bounds_that_follow_from_the_norm_of_the_jacobian():
@@ -138,7 +149,7 @@ def test_bounds_that_follow_from_the_norm_of_the_jacobian():
         @jax.vmap
         def measure(x, y, A, b):
             f, g = softmax(dot(A, x)), softmax(dot(A, y))
-            gradient = softmax_regression_gradient(x, A, b)
+            gradient = gradient_of(x, A, b)
             jacobian = jnp.diag(f) - f[:, None] * f[None]
             norm = jnp.linalg.norm
             return (
@@ -236,7 +247,7 @@ def test_a_step_of_gradient_descent_is_a_shift_of_the_labels(dtype):
 
         @jax.jit
         def both(x, A, b, eta):
-            after = x - eta * softmax_regression_gradient(x, A, b)
+            after = x - eta * gradient_of(x, A, b)
             found = in_context_label_shift(x, A, b, next_coefficients=after)
             return found, softmax(dot(A, after)) - b, softmax(dot(A, x)) - found.target
 
@@ -281,23 +292,17 @@ def test_a_change_of_the_data_is_a_shift_of_the_labels():
     ("call", "error", "message"),
     [
         (
-            lambda: softmax_regression_loss(
-                jnp.zeros(2), jnp.zeros((3, 4)), jnp.zeros(3)
-            ),
+            lambda: loss_of(jnp.zeros(2), jnp.zeros((3, 4)), jnp.zeros(3)),
             ValueError,
             r"`coefficients` must have shape \(4,\)",
         ),
         (
-            lambda: softmax_regression_gradient(
-                jnp.zeros(2), jnp.zeros((3, 2)), jnp.zeros(3, int)
-            ),
+            lambda: gradient_of(jnp.zeros(2), jnp.zeros((3, 2)), jnp.zeros(3, int)),
             TypeError,
-            "softmax_regression_gradient: `target` must have a floating dtype",
+            "SoftmaxRegression.gradient: `target` must have a floating dtype",
         ),
         (
-            lambda: softmax_regression_hessian(
-                jnp.zeros(2), jnp.zeros((1, 3, 2)), jnp.zeros(3)
-            ),
+            lambda: hessian_of(jnp.zeros(2), jnp.zeros((1, 3, 2)), jnp.zeros(3)),
             ValueError,
             "`design` must have shape .*vmap",
         ),

@@ -276,12 +276,16 @@ def test_the_population_loss_of_dpo_is_least_at_the_optimal_policy():
         @jax.jit
         @jax.value_and_grad
         def population(logits):
-            logp = jax.nn.log_softmax(logits)
+            log_probs = jax.nn.log_softmax(logits)
             grid = lambda a, axis: jnp.broadcast_to(
                 jnp.expand_dims(a, axis), (size, size)
             )
             loss = losses.dpo_loss(
-                grid(logp, 1), grid(logp, 0), grid(ref, 1), grid(ref, 0), beta=beta
+                grid(log_probs, 1),
+                grid(log_probs, 0),
+                grid(ref, 1),
+                grid(ref, 0),
+                beta=beta,
             )
             return (pairs * loss).sum()
 
@@ -353,10 +357,10 @@ def test_the_estimate_from_samples_tends_to_the_entropy():
 
 def test_the_estimate_is_finite_for_weights_beyond_float32():
     """Weights of sequences are e to the hundreds."""
-    logps = jnp.array([-300.0, -310.0, -305.0])
+    log_prob = jnp.array([-300.0, -310.0, -305.0])
     estimate = jax.jit(information.sampled_differential_information)
-    found = estimate(logps, logps - 5)
-    w = np.exp(-np.asarray(logps).astype(float) - 300)
+    found = estimate(log_prob, log_prob - 5)
+    w = np.exp(-np.asarray(log_prob).astype(float) - 300)
     normalizer = np.log(w.mean()) + 305
     assert_close(found.log_normalizer, normalizer, dtype="float32", length=3)
     size = w.sum() ** 2 / (w**2).sum()

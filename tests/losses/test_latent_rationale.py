@@ -70,27 +70,27 @@ def test_weights_match_the_definition_and_cancel_as_accuracy_grows(seed, count):
 def test_summands_are_weights_times_log_probabilities(dtype):
     with jax.enable_x64(dtype == "float64"):
         random = np.random.default_rng(0)
-        logps = [jnp.asarray(-random.gamma(2, size=5), dtype) for _ in range(2)]
+        log_prob = [jnp.asarray(-random.gamma(2, size=5), dtype) for _ in range(2)]
         proposal = np.array([True, False, True, False, False])
         chain = np.array([True, True, True, False, True])
         weights = oracle.trice_weights(proposal, chain)
         found = losses.trice_loss(
-            logps[0], logps[1], jnp.asarray(proposal), jnp.asarray(chain)
+            log_prob[0], log_prob[1], jnp.asarray(proposal), jnp.asarray(chain)
         )
         assert found.dtype == jnp.promote_types(dtype, jnp.float32)
-        exact = [np.asarray(a, np.float64) for a in logps]
+        exact = [np.asarray(a, np.float64) for a in log_prob]
         wanted = 0 - weights[0] * exact[0] - weights[1] * exact[1]
         assert_close(found, wanted, dtype=found.dtype, length=2)
 
 
 def test_a_chain_that_is_wrong_has_summand_and_gradient_zero():
     """Whatever its log-probabilities hold."""
-    logps = jnp.array([jnp.nan, -1.0, -jnp.inf])
+    log_prob = jnp.array([jnp.nan, -1.0, -jnp.inf])
     chain = jnp.array([False, True, False])
     call = lambda one, two: losses.trice_loss(one, two, chain, chain)
-    summands = call(logps, logps)
+    summands = call(log_prob, log_prob)
     np.testing.assert_array_equal(summands, [0, 1, 0])  # of one question, beta is 0
-    gradient = jax.grad(lambda x: call(x, x).sum())(logps)
+    gradient = jax.grad(lambda x: call(x, x).sum())(log_prob)
     np.testing.assert_array_equal(gradient, [0, -1, 0])
 
 
@@ -114,11 +114,11 @@ def test_weights_carry_no_gradient_and_no_question_gives_no_summand():
 @pytest.mark.slow
 def test_under_every_transformation():
     random = np.random.default_rng(0)
-    logps = [jnp.asarray(-random.gamma(2, size=6), jnp.float32) for _ in range(2)]
+    log_prob = [jnp.asarray(-random.gamma(2, size=6), jnp.float32) for _ in range(2)]
     flags = [jnp.asarray(random.uniform(size=6) < p) for p in (0.5, 0.9)]
     check_transformations(
         losses.trice_loss,
-        *logps,
+        *log_prob,
         *flags,
         rows=(0, 1, 2, 3),
         skip={"shard_map": "the weights are those of all questions together"},
@@ -189,8 +189,8 @@ def test_the_control_variate_takes_the_variance_of_an_accurate_model(
 @pytest.mark.parametrize(
     ("argument", "value", "error", "got"),
     [
-        ("chain_logps", jnp.zeros(3, int), TypeError, "got int32."),
-        ("proposal_logps", jnp.zeros(2), ValueError, "got (2,)."),
+        ("chain_log_prob", jnp.zeros(3, int), TypeError, "got int32."),
+        ("proposal_log_prob", jnp.zeros(2), ValueError, "got (2,)."),
         ("proposal_correct", jnp.zeros(3), TypeError, "got float32."),
         ("proposal_correct", jnp.zeros((3, 1), bool), ValueError, "got shape (3, 1)."),
         ("chain_correct", jnp.zeros(2, bool), ValueError, "got (2,)."),
@@ -198,8 +198,8 @@ def test_the_control_variate_takes_the_variance_of_an_accurate_model(
 )
 def test_error_names_function_argument_and_value(argument, value, error, got):
     arguments = {
-        "chain_logps": jnp.zeros(3),
-        "proposal_logps": jnp.zeros(3),
+        "chain_log_prob": jnp.zeros(3),
+        "proposal_log_prob": jnp.zeros(3),
         "proposal_correct": jnp.zeros(3, bool),
         "chain_correct": jnp.zeros(3, bool),
     }

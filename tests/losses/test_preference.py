@@ -98,12 +98,14 @@ def test_dpo_and_its_forms_match_independent_vectors():
 
 def test_npo_matches_independent_vectors():
     with jax.enable_x64(), np.load(DATA / "npo_case0.npz") as data:
-        logps, reference = (jnp.asarray(data[f"out_{n}"]) for n in ("logp", "ref_logp"))
+        log_prob, reference = (
+            jnp.asarray(data[f"out_{n}"]) for n in ("logp", "ref_logp")
+        )
         loss = lambda x: losses.negative_preference_loss(
             x, reference, beta=float(data["in_beta"])
         )
-        assert_close(loss(logps), data["out_loss"], dtype="float64", length=4)
-        gradient = grad(lambda x: loss(x).sum())(logps)
+        assert_close(loss(log_prob), data["out_loss"], dtype="float64", length=4)
+        gradient = grad(lambda x: loss(x).sum())(log_prob)
         assert_close(gradient, data["out_grad_logp"], dtype="float64", length=4)
 
 
@@ -490,17 +492,17 @@ def test_shapes_and_dtypes():
         (
             lambda: losses.dpo_loss(chosen, rejected[:3], *reference),
             ValueError,
-            r"dpo_loss: `rejected_logps` must have shape \(9,\)",
+            r"dpo_loss: `rejected_log_prob` must have shape \(9,\)",
         ),
         (
             lambda: losses.negative_preference_loss(chosen, rejected[0]),
             ValueError,
-            r"`ref_logps` must have shape \(9,\)",
+            r"`reference_log_prob` must have shape \(9,\)",
         ),
         (
             lambda: losses.gradient_ascent_loss(jnp.arange(3)),
             TypeError,
-            "gradient_ascent_loss: `logps` must have a floating dtype",
+            "gradient_ascent_loss: `log_prob` must have a floating dtype",
         ),
         (
             lambda: losses.simpo_loss(chosen, rejected, chosen > 0, chosen),

@@ -133,8 +133,8 @@ def test_gradient_of_npo_through_logits_matches_independent_vectors():
         @jax.jit
         @jax.grad
         def run(logits):
-            logps = of_stored.sequence_log_probs(logits, labels, where=where)
-            return losses.negative_preference_loss(logps, reference, beta=beta).sum()
+            log_prob = of_stored.sequence_log_probs(logits, labels, where=where)
+            return losses.negative_preference_loss(log_prob, reference, beta=beta).sum()
 
         gradient = run(jnp.asarray(data["in_logits"]))
         wanted = data["out_grad_logits_of_sum"]
@@ -147,11 +147,11 @@ def test_the_head_of_a_preference_loss_forms_no_logits():
     rows = 2 * pairs * length
 
     def loss(hidden, weight, reference, labels, where):
-        logps = of_head.sequence_log_probs(
+        log_prob = of_head.sequence_log_probs(
             hidden, weight, labels, where=where, vocab_chunk=512
         )
         return losses.dpo_loss(
-            logps[:pairs], logps[pairs:], reference[:pairs], reference[pairs:]
+            log_prob[:pairs], log_prob[pairs:], reference[:pairs], reference[pairs:]
         ).sum()
 
     struct = jax.ShapeDtypeStruct
@@ -184,10 +184,12 @@ def test_memory_is_that_of_cross_entropy(dtype):
     )
 
     def preference(hidden, weight, labels):
-        logps = of_head.sequence_log_probs(hidden, weight, labels)
+        log_prob = of_head.sequence_log_probs(hidden, weight, labels)
         half = sequences // 2
         reference = jnp.zeros(half)
-        return losses.dpo_loss(logps[:half], logps[half:], reference, reference).sum()
+        return losses.dpo_loss(
+            log_prob[:half], log_prob[half:], reference, reference
+        ).sum()
 
     def entropy(hidden, weight, labels):
         return losses.linear_softmax_cross_entropy(hidden, weight, labels).sum()

@@ -36,13 +36,13 @@ def smoothed(hidden, weight, labels, **options):
 
 
 def bellman(hidden, weight, labels, **options):
-    logps = log_probs(hidden, weight, labels, **options)
-    ref = jax.lax.stop_gradient(logps)
+    log_prob = log_probs(hidden, weight, labels, **options)
+    ref = jax.lax.stop_gradient(log_prob)
     values, rewards = hidden[..., 0].astype(jnp.float32), jnp.ones(hidden.shape[0])
     steps = jnp.broadcast_to(jnp.arange(hidden.shape[1]) // 4, labels.shape)
-    return losses.oreo_value_loss(values, logps, ref, rewards) + (
+    return losses.oreo_value_loss(values, log_prob, ref, rewards) + (
         losses.oreo_policy_loss(
-            logps, ref, values, rewards, level="step", segment_ids=steps
+            log_prob, ref, values, rewards, level="step", segment_ids=steps
         )
     )
 

@@ -26,8 +26,8 @@ def problem(dtype="float64", seed=0, length=LENGTH) -> tuple[dict, np.ndarray, A
     random = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
     arrays = {
-        "logps": 0 - jnp.abs(draw(ROWS, length)),
-        "ref_logps": 0 - jnp.abs(draw(ROWS, length)),
+        "log_prob": 0 - jnp.abs(draw(ROWS, length)),
+        "reference_log_prob": 0 - jnp.abs(draw(ROWS, length)),
         "values": draw(ROWS, length),
         "rewards": draw(ROWS, length),
     }
@@ -82,7 +82,7 @@ def test_matches_oracle(level, dtype, terminal):
         if terminal:
             arrays["rewards"] = arrays["rewards"][:, 0]
         exact = {n: np.asarray(a, np.float64) for n, a in arrays.items()}
-        for name in ("logps", "ref_logps", "values"):
+        for name in ("log_prob", "reference_log_prob", "values"):
             arrays[name] = jnp.where(where, arrays[name], jnp.nan)
         wanted = oracle.losses(
             **exact, beta=BETA, where=where, level=level, segment_ids=np.asarray(steps)
@@ -90,7 +90,7 @@ def test_matches_oracle(level, dtype, terminal):
         computed = jnp.promote_types(dtype, jnp.float32)
         for make, argument, gradient in (
             (value, "values", wanted[1]),
-            (policy, "logps", wanted[2]),
+            (policy, "log_prob", wanted[2]),
         ):
             function = make(level, steps, jnp.asarray(where), beta=BETA)
             loss, gradients = per_argument(function, arrays)
@@ -104,8 +104,8 @@ def test_matches_independent_vectors():
     with jax.enable_x64():
         data = {name: jnp.asarray(array) for name, array in np.load(DATA).items()}
         arrays = {
-            "logps": data["in_logp"],
-            "ref_logps": data["in_ref_logp"],
+            "log_prob": data["in_logp"],
+            "reference_log_prob": data["in_ref_logp"],
             "values": data["in_values"],
             "rewards": data["in_rewards"],
         }
@@ -118,7 +118,7 @@ def test_matches_independent_vectors():
         close(gradients["values"], data["out_grad_values"])
         loss, gradients = per_argument(policy("token", None, where, beta=beta), arrays)
         close(loss, data["out_value_loss"])
-        close(gradients["logps"], data["out_grad_logp_policy"])
+        close(gradients["log_prob"], data["out_grad_logp_policy"])
         close(
             jax.jit(policy("response", None, where, beta=beta))(**arrays),
             data["out_response_loss"],
@@ -149,14 +149,14 @@ def test_policy_is_fixed_in_the_value_loss_and_values_in_the_policy_loss(level):
     _, of_value = per_argument(value(level, steps, jnp.asarray(where)), arrays)
     _, of_policy = per_argument(policy(level, steps, jnp.asarray(where)), arrays)
     for gradient in (
-        of_value["logps"],
-        of_value["ref_logps"],
+        of_value["log_prob"],
+        of_value["reference_log_prob"],
         of_policy["values"],
-        of_policy["ref_logps"],
+        of_policy["reference_log_prob"],
     ):
         np.testing.assert_array_equal(gradient, 0)
     assert (of_value["values"][0] != 0).any()
-    assert (of_policy["logps"][0] != 0).all()
+    assert (of_policy["log_prob"][0] != 0).all()
 
 
 @every_level
@@ -171,7 +171,9 @@ def test_a_trajectory_without_an_action_has_loss_and_gradient_zero(level):
 
 @pytest.mark.parametrize("make", [policy, value])
 def test_no_token_at_all(make):
-    arrays = {name: jnp.zeros((3, 0)) for name in ("logps", "ref_logps", "values")}
+    arrays = {
+        name: jnp.zeros((3, 0)) for name in ("log_prob", "reference_log_prob", "values")
+    }
     steps = jnp.zeros((3, 0), int)
     for level in LEVELS:
         found = jax.jit(make(level, steps, None))(**arrays, rewards=jnp.ones(3))
@@ -181,7 +183,7 @@ def test_no_token_at_all(make):
 @every_level
 def test_nan_stays_in_its_row(level):
     arrays, _, steps = problem("float32")
-    arrays["logps"] = arrays["logps"].at[2, 3].set(jnp.nan)
+    arrays["log_prob"] = arrays["log_prob"].at[2, 3].set(jnp.nan)
     for make in (policy, value):
         loss, gradients = per_argument(make(level, steps, None), arrays)
         others = np.arange(ROWS) != 2
@@ -193,15 +195,17 @@ def test_nan_stays_in_its_row(level):
 
 def test_an_impossible_token_makes_its_trajectory_infinite():
     arrays, _, _ = problem("float32")
-    arrays["logps"] = arrays["logps"].at[2, 3].set(-jnp.inf)
+    arrays["log_prob"] = arrays["log_prob"].at[2, 3].set(-jnp.inf)
     loss = jax.jit(losses.oreo_policy_loss)(**arrays)
     np.testing.assert_array_equal(np.isinf(loss), np.arange(ROWS) == 2)
 
 
 def test_large_numbers_do_not_overflow():
-    arrays = {n: jnp.full((1, 3), -1e4) for n in ("logps", "values")}
+    arrays = {n: jnp.full((1, 3), -1e4) for n in ("log_prob", "values")}
     large = jnp.full((1, 3), 1e4)
-    loss = jax.jit(losses.oreo_policy_loss)(**arrays, ref_logps=large, rewards=large)
+    loss = jax.jit(losses.oreo_policy_loss)(
+        **arrays, reference_log_prob=large, rewards=large
+    )
     # V - R + beta l = -1e4 - 3e4 - 0.03 * 6e4 at the first token, and so on.
     residuals = np.array([-41800.0, -31200.0, -20600.0])
     np.testing.assert_allclose(loss[0], (residuals**2).mean(), rtol=1e-6)
@@ -239,7 +243,9 @@ def test_the_residual_obeys_the_bellman_equation(seed, split):
     """V_t - V_s = delta_t - delta_s + sum of r - beta l in between; shift by reward."""
     arrays, _, _ = problem("float32", seed)
     delta = _residual(arrays)
-    gain = arrays["rewards"] - BETA * (arrays["logps"] - arrays["ref_logps"])
+    gain = arrays["rewards"] - BETA * (
+        arrays["log_prob"] - arrays["reference_log_prob"]
+    )
     left = arrays["values"][:, 0] - arrays["values"][:, split]
     right = delta[:, 0] - delta[:, split] + gain[:, :split].sum(1)
     assert_close(left, right, dtype="float32", length=LENGTH, c=8)
@@ -271,9 +277,9 @@ def test_policy_loss_under_every_transformation(level):
     arrays, where, steps = problem("float32")
     reason = "what comes after an action is held fixed, by definition"
 
-    def call(logps, ref_logps, values, rewards, where, steps):
+    def call(log_prob, reference_log_prob, values, rewards, where, steps):
         function = policy(level, steps, where)
-        return function(logps, ref_logps, values, rewards)
+        return function(log_prob, reference_log_prob, values, rewards)
 
     check_transformations(
         call,
@@ -391,8 +397,8 @@ def test_training_on_a_tree_finds_the_optimal_value_and_policy():
 
 # ------------------------------------------------------------------------------- errors
 BAD = [
-    ("logps", jnp.zeros((2, 3), int), TypeError, "int32."),
-    ("ref_logps", jnp.zeros((2, 4)), ValueError, "(2, 4)."),
+    ("log_prob", jnp.zeros((2, 3), int), TypeError, "int32."),
+    ("reference_log_prob", jnp.zeros((2, 4)), ValueError, "(2, 4)."),
     ("values", jnp.zeros((3,)), ValueError, "(3,)."),
     ("rewards", jnp.zeros((3,)), ValueError, "(3,)."),
     ("rewards", jnp.zeros((2,), int), TypeError, "int32."),
@@ -422,7 +428,7 @@ FUNCTIONS = ["soft_bellman_residual", "oreo_value_loss", "oreo_policy_loss"]
 
 
 def good() -> dict[str, Any]:
-    names = ("logps", "ref_logps", "values", "rewards")
+    names = ("log_prob", "reference_log_prob", "values", "rewards")
     return {**{name: jnp.zeros((2, 3)) for name in names}, "beta": 0.1}
 
 

@@ -53,7 +53,7 @@ def test_vectors():
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"axes": 0}, {"axes": (0, -1), "rescale": True}, {"eps": 0.5, "axes": 1}],
+    [{}, {"axes": 0}, {"axes": (0, -1), "rescale": True}, {"epsilon": 0.5, "axes": 1}],
     ids=str,
 )
 def test_matches_oracle(options, dtype):
@@ -128,8 +128,8 @@ def test_small_part_is_kept():
 def test_squares_that_do_not_fit_in_float32(size):
     gradient, weight = tensors()
     wanted = oracle.perpendicular(weight, gradient)
-    for eps in (0.0, jnp.float32(0)):  # an array is not known to be 0
-        found = projected(gradient / size, size * weight, eps=eps)
+    for epsilon in (0.0, jnp.float32(0)):  # an array is not known to be 0
+        found = projected(gradient / size, size * weight, epsilon=epsilon)
         np.testing.assert_allclose(size * found, wanted, atol=1e-5)
 
 
@@ -209,8 +209,9 @@ def test_weight_decay_works_behind_and_vanishes_in_front():
 
 def test_it_has_no_state_and_its_options_can_be_swept():
     transformation = optax.inject_hyperparams(
-        lambda eps: perp_grad(eps=eps), hyperparam_dtype=jnp.dtype("float32")
-    )(eps=0.5)
+        lambda epsilon: perp_grad(epsilon=epsilon),
+        hyperparam_dtype=jnp.dtype("float32"),
+    )(epsilon=0.5)
     gradient, weight = tensors()
     state = transformation.init(weight)
     assert perp_grad().init(weight) == optax.EmptyState()
@@ -271,8 +272,8 @@ def test_errors_name_the_argument():
         update(gradient, state)
     with pytest.raises(TypeError, match="perp_grad: `rescale` must be True or False"):
         update(gradient, state, weight, rescale=1)
-    with pytest.raises(ValueError, match="perp_grad: `eps` must be >= 0, got -1"):
-        perp_grad(eps=-1)
+    with pytest.raises(ValueError, match="perp_grad: `epsilon` must be >= 0, got -1"):
+        perp_grad(epsilon=-1)
     with pytest.raises(TypeError, match="perp_grad: `axes` must be an int, a tuple"):
         update(gradient, state, weight, axes="rows")
     with pytest.raises(ValueError, match="perp_grad: `axes` must hold axes of an arra"):

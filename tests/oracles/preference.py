@@ -52,11 +52,11 @@ def simpo(chosen, rejected, chosen_lengths, rejected_lengths, beta, gamma):
     return np.array(found)
 
 
-def negative_preference(logps, ref_logps, beta):
+def negative_preference(log_prob, reference_log_prob, beta):
     return np.array(
         [
             -2 / beta * np.log(sigmoid(-beta * (np.float64(p) - np.float64(r))))
-            for p, r in zip(logps, ref_logps, strict=True)
+            for p, r in zip(log_prob, reference_log_prob, strict=True)
         ]
     )
 

@@ -13,8 +13,8 @@ value loss at a start 2 delta / n.
 import numpy as np
 
 
-def residual(logps, ref_logps, values, rewards, beta, where):
-    rows, length = logps.shape
+def residual(log_prob, reference_log_prob, values, rewards, beta, where):
+    rows, length = log_prob.shape
     delta = np.zeros((rows, length))
     for b in range(rows):
         for t in range(length):
@@ -24,7 +24,9 @@ def residual(logps, ref_logps, values, rewards, beta, where):
             for i in range(t, length):
                 if where[b, i]:
                     reward = rewards[b, i] if np.ndim(rewards) == 2 else 0.0
-                    delta[b, t] += beta * (logps[b, i] - ref_logps[b, i]) - reward
+                    delta[b, t] += (
+                        beta * (log_prob[b, i] - reference_log_prob[b, i]) - reward
+                    )
             if np.ndim(rewards) == 1:
                 delta[b, t] -= rewards[b]
     return delta
@@ -49,12 +51,14 @@ def starts(where, level, segment_ids=None):
     return place
 
 
-def losses(logps, ref_logps, values, rewards, beta, where, level, segment_ids=None):
+def losses(
+    log_prob, reference_log_prob, values, rewards, beta, where, level, segment_ids=None
+):
     """The loss, its gradient in the values, and in the log-probabilities."""
-    delta = residual(logps, ref_logps, values, rewards, beta, where)
+    delta = residual(log_prob, reference_log_prob, values, rewards, beta, where)
     place = starts(where, level, segment_ids)
     rows, length = where.shape
-    loss, of_values, of_logps = np.zeros(rows), np.zeros_like(delta), delta * 0
+    loss, of_values, of_log_prob = np.zeros(rows), np.zeros_like(delta), delta * 0
     for b in range(rows):
         own = sorted({p for p in place[b] if p >= 0})
         for t in own:
@@ -62,5 +66,5 @@ def losses(logps, ref_logps, values, rewards, beta, where, level, segment_ids=No
             of_values[b, t] = 2 * delta[b, t] / len(own)
         for t in range(length):
             if place[b, t] >= 0:
-                of_logps[b, t] = 2 * beta * delta[b, place[b, t]] / len(own)
-    return loss, of_values, of_logps
+                of_log_prob[b, t] = 2 * beta * delta[b, place[b, t]] / len(own)
+    return loss, of_values, of_log_prob

@@ -247,11 +247,15 @@ def test_errors_name_the_argument():
     strong, weak, where = problem()
     reward, annotate = scoring.density_ratio_reward, scoring.annotate_preferences
     for call, error, message in (
-        (lambda: reward(strong, weak[0]), ValueError, "`weak_logps` must have shape"),
+        (
+            lambda: reward(strong, weak[0]),
+            ValueError,
+            "`weak_log_prob` must have shape",
+        ),
         (
             lambda: reward(strong.astype(int), weak),
             TypeError,
-            "`strong_logps` must have",
+            "`strong_log_prob` must have",
         ),
         (lambda: reward(strong[0, 0, 0], weak[0, 0, 0]), ValueError, "at least 1 axis"),
         (
