@@ -138,3 +138,18 @@ of_stored: Any = _OfStored()
 def of(source: str) -> Any:
     """The functions of heads for "linear", of arrays for "logits"."""
     return {"linear": of_head, "logits": of_stored}[source]
+
+
+def vq_cross_entropy(
+    hidden: Any,
+    codebook: Any,
+    mapping: Any,
+    labels: Any,
+    *,
+    where: Any = None,
+    **options: Any,
+) -> Any:
+    """Cross-entropy of a codebook head, by the arrays that make it."""
+    named = {OF_STORED.get(name, name): value for name, value in options.items()}
+    logits = softlib.logits.VQLogits(hidden, codebook, mapping, **named)
+    return softlib.losses.softmax_cross_entropy(logits, labels, where=where)

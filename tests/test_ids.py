@@ -6,6 +6,7 @@ import pytest
 
 from softlib import attention, masks
 from softlib._ids import equal_ids, labels_in_range, signed
+from softlib.logits import VQLogits
 from softlib.nn import FourierDensity
 from tests.compiled import information, losses, method, metrics, nn, of_stored, scoring
 from tests.host import jnp
@@ -37,7 +38,7 @@ FUNCTIONS = {
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3
     ),
     "fourier": lambda ids: FOURIER(LOGITS[:, :6], ids, num_bins=CLASSES),
-    "codebook": lambda ids: nn.vq_logits(LOGITS[:, :ROWS], LOGITS.T, ids),
+    "codebook": lambda ids: VQLogits(LOGITS[:, :ROWS], LOGITS.T, ids).materialize(),
     "codes": lambda ids: nn.straight_through_codes(LOGITS[:, :ROWS], LOGITS.T, ids),
     "experts": lambda ids: nn.capacity_dispatch(ids[:, None], CLASSES, capacity=1),
     "load": lambda ids: losses.load_balancing_loss(PROBS, ids[:, None]),

@@ -3,7 +3,7 @@
 - `LinearLogits`: those of a linear head, never formed; `StoredLogits`: an array with
   what turns it into final logits; `AbstractLogits`: what both offer; `Logits`: what
   losses accept, one of these or an array.
-- `BlockwiseLogits`: the base of heads of one's own.
+- `VQLogits`: of a codebook; `BlockwiseLogits`: the base of heads of one's own.
 - `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
 - `logsumexp`, `entropy`: of each row.
 - `token_log_probs`, `top1_correct`, `label_rank`: of each label;
@@ -37,6 +37,7 @@ from ._tokens import (
 )
 from ._top_k import TopK as TopK, top_k as top_k
 from ._value import AbstractLogits as AbstractLogits
+from ._vq import VQLogits as VQLogits
 
 __all__ = [
     "AbstractLogits",
@@ -48,6 +49,7 @@ __all__ = [
     "StoredLogits",
     "TokenMetrics",
     "TopK",
+    "VQLogits",
     "entropy",
     "label_rank",
     "labelled_rows",

@@ -74,13 +74,11 @@ class BlockwiseLogits(ModifiedLogits):
     Source: softlib.
 
     Example:
-        >>> class Distances(softlib.logits.BlockwiseLogits):
+        >>> class Squares(softlib.logits.BlockwiseLogits):
         ...     of_rows, of_classes = ("points",), ("centres",)
-        ...
         ...     def block(self):
-        ...         difference = self.points[:, None] - self.centres
-        ...         return -(difference**2).sum(-1)
-        >>> logits = Distances(points=jnp.zeros((1, 2)), centres=jnp.eye(2))
+        ...         return -(self.points - self.centres.T) ** 2
+        >>> logits = Squares(points=jnp.zeros((1, 1)), centres=jnp.ones((2, 1)))
         >>> print(softlib.losses.softmax_cross_entropy(logits, jnp.array([1])).round(4))
         [0.6931]
     """
@@ -239,7 +237,7 @@ class BlockwiseLogits(ModifiedLogits):
         raw = value.operand().raw(self.options)
         shape = (*value.batch_shape, raw.shape[-1])
         raw = raw.reshape(shape)
-        return final_logits(raw, value.batch_shape, self.options, self.modifiers)
+        return final_logits(raw, value.batch_shape, self.options, value.modifiers)
 
 
 _STATIC = ("function", "options", "implementation")

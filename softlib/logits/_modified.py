@@ -91,7 +91,7 @@ class ModifiedLogits(AbstractLogits):
         batch = len(self.batch_shape)
         rows = lambda spec: PartitionSpec(*spec[:batch], None)
         specs = lambda spec: (rows(spec), rows(spec))
-        constant = lax.stop_gradient(self)
+        constant = lax.stop_gradient(self.prepared())
         return in_auto_mode(engine, specs, constant.per_row, constant)
 
     @property

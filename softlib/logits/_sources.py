@@ -45,7 +45,7 @@ def stored_source_of(
 
 def with_temperature(source: Source, temperature: ArrayLike) -> Source:
     """The source with a temperature that is an argument of the call."""
-    if source.modifiers.temperature is not None:
+    if source.temperature is not None:
         raise ValueError(
             f"{source.function}: `temperature` of the logits must be None: the call "
             "has one of its own, which divides them."

@@ -58,8 +58,6 @@ Of logits, with other maps in the place of softmax:
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
-Heads whose tokens share codes: `vq_softmax_cross_entropy`, `vq_token_counts`.
-
 Against adversaries: `smooth_adversarial_comp_sum_loss`.
 
 Of routers of experts:
@@ -192,10 +190,6 @@ from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
     negative_preference_loss as negative_preference_loss,
 )
-from ._vq_logits import (
-    vq_softmax_cross_entropy as vq_softmax_cross_entropy,
-    vq_token_counts as vq_token_counts,
-)
 from ._z_loss import (
     z_loss as z_loss,
 )
@@ -263,8 +257,6 @@ __all__ = [
     "trice_loss",
     "trice_weights",
     "universal_self_distillation_loss",
-    "vq_softmax_cross_entropy",
-    "vq_token_counts",
     "z_loss",
     "zipf_soft_labels",
 ]

@@ -2,7 +2,7 @@
 
 - `OutputHead` (NNX), `LinenOutputHead` (linen): the output layer of a language model.
 - `VQLogitsHead` (NNX), `CodebookVariable`: a head whose tokens share codes, with
-  `vq_logits`, `vq_sample`, `vq_clusters`, `TokenClusters`; its codes come from
+  `vq_sample`, `vq_clusters`, `TokenClusters`; its codes come from
   `frequency_mapping`, `kmeans`, `KMeans`, `assign_codes`, `straight_through_codes`,
   `codebook_ema_update`, `codebook_state`, `CodebookState`.
 - `FourierHead` (NNX): a head over bins of a number, and `FourierDensity`, the value
@@ -82,7 +82,6 @@ from ._vq_head import (
 from ._vq_logits import (
     TokenClusters as TokenClusters,
     vq_clusters as vq_clusters,
-    vq_logits as vq_logits,
     vq_sample as vq_sample,
 )
 
@@ -122,6 +121,5 @@ __all__ = [
     "prepend_soft_prompt",
     "straight_through_codes",
     "vq_clusters",
-    "vq_logits",
     "vq_sample",
 ]

@@ -17,7 +17,7 @@ from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.logits import LinearLogits, row_statistics
-from softlib.losses._vq_logits import require_mapping
+from softlib.logits._codes import require_mapping
 from softlib.typing import Scalar
 
 

@@ -9,9 +9,9 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float, Int, Integer
 
-from softlib import losses
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
+from softlib.logits import LinearLogits, VQLogits
 
 from ._codebook import (
     CodebookState,
@@ -21,7 +21,7 @@ from ._codebook import (
     kmeans,
     straight_through_codes,
 )
-from ._vq_logits import vq_logits, vq_sample
+from ._vq_logits import vq_sample
 
 
 class CodebookVariable(nnx.Variable):
@@ -46,11 +46,11 @@ class CodebookVariable(nnx.Variable):
 
 
 class VQLogitsHead(nnx.Module):
-    r"""A linear head of K codes for V tokens; its call gives the loss, or the logits.
+    r"""A linear head of K codes for V tokens; its call gives the logits as a value.
 
-    `head(hidden, labels)` is `softlib.losses.vq_softmax_cross_entropy`, the exact
-    cross-entropy over all tokens from K logits; `head(hidden)` gives V logits by the
-    same definition. K D parameters and V integers instead of V D parameters.
+    `losses.softmax_cross_entropy(head(hidden), labels)` is the exact cross-entropy over
+    all tokens from K logits; `head(hidden).materialize()` is the array of V. K D
+    parameters and V integers instead of V D parameters.
 
     The price is in the definition: tokens of one code are equally likely up to
     `token_bias`, so the loss of a token is at least the logarithm of the size of its
@@ -91,10 +91,10 @@ class VQLogitsHead(nnx.Module):
         token_bias: The bias (V,), None without.
         embedding: The embeddings (V, D) of a head that learns its mapping, or None.
 
-    Derivatives: as `softlib.losses.vq_softmax_cross_entropy`; with `learn_mapping`
+    Derivatives: as `softlib.logits.VQLogits`; with `learn_mapping`
         straight through: the embeddings get the gradient of their code's row.
-    Cost: as `softlib.losses.vq_softmax_cross_entropy`; with `learn_mapping` as
-        `softlib.losses.linear_softmax_cross_entropy` with V rows, and one more table.
+    Cost: as `softlib.logits.VQLogits`; with `learn_mapping` as
+        `softlib.LinearLogits` with V rows, and one more table.
     Source: "VQ-Logits: Compressing the Output Bottleneck of Large Language Models via
         Vector Quantized Logits". Its learned variant is not public in detail; this one
         is that of "Neural Discrete Representation Learning".
@@ -102,7 +102,8 @@ class VQLogitsHead(nnx.Module):
     Example:
         >>> head = softlib.nn.VQLogitsHead(16, 1000, 50, rngs=nnx.Rngs(0))
         >>> hidden, labels = jnp.ones((2, 16)), jnp.array([3, 4])
-        >>> print(head(hidden, labels).shape, head(hidden).shape)
+        >>> loss = softlib.losses.softmax_cross_entropy(head(hidden), labels)
+        >>> print(loss.shape, head(hidden).shape)
         (2,) (2, 1000)
     """
 
@@ -133,7 +134,7 @@ class VQLogitsHead(nnx.Module):
                 f"VQLogitsHead: `mapping` must have shape ({num_classes},), one code "
                 f"per class, got {mapping.shape}."
             )
-        losses.vq_token_counts(mapping, num_codes)  # raises if out of range
+        VQLogits.token_counts(mapping, num_codes)  # raises if out of range
         self.num_codes = num_codes
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
@@ -189,51 +190,29 @@ class VQLogitsHead(nnx.Module):
         head.codebook[...] = found.codebook.astype(head.codebook[...].dtype)
         if head.embedding is not None:
             head.embedding[...] = table.astype(head.embedding[...].dtype)
-            counts = losses.vq_token_counts(found.mapping, num_codes)
+            counts = VQLogits.token_counts(found.mapping, num_codes)
             head._keep(codebook_state(head.codebook[...], jnp.float32(counts)))
         return head
 
     @array_arguments
-    def __call__(
-        self,
-        hidden: Float[Array, "*batch D"],
-        labels: Integer[Array, "*batch"] | None = None,
-        **options: Any,
-    ) -> Float[Array, "..."]:
-        """Returns the loss per row for `labels`, or the logits without them.
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> LinearLogits | VQLogits:
+        """Returns the logits as a value, which losses take in the place of an array.
+
+        `softlib.logits.VQLogits`; of a head that learns its mapping without a bias,
+        `softlib.LinearLogits` of V rows.
 
         Args:
             hidden: Inputs of the head.
-            labels: Tokens, see `softlib.losses.vq_softmax_cross_entropy`.
-            **options: With labels further options of that function (`where`,
-                `temperature`, ...), but `counts` only for a head that does not learn
-                its mapping; without labels `precision`.
         """
         hidden, bias = self._cast(hidden), self._bias()
-        mapping = self.mapping[...]
-        if labels is None:
-            return vq_logits(
-                hidden,
-                self._cast(self.codebook[...]),
-                mapping,
-                token_bias=bias,
-                **self._own(),
-                **options,
-            )
-        options = self._own() | options
-        if self.embedding is None:
-            table = self.codebook[...]
-        else:
-            table = straight_through_codes(
-                self.embedding[...], self.codebook[...], mapping
-            )
+        mapping, table = self.mapping[...], self.codebook[...]
+        if self.embedding is not None:
+            table = straight_through_codes(self.embedding[...], table, mapping)
             if bias is None:
-                loss = losses.linear_softmax_cross_entropy
-                return loss(hidden, self._cast(table), labels, **options)
+                return LinearLogits(hidden, self._cast(table), **self._own())
             mapping = jnp.arange(len(mapping), dtype=mapping.dtype)
-        loss = losses.vq_softmax_cross_entropy
-        return loss(
-            hidden, self._cast(table), mapping, labels, token_bias=bias, **options
+        return VQLogits(
+            hidden, self._cast(table), mapping, token_bias=bias, **self._own()
         )
 
     @array_arguments
@@ -256,7 +235,8 @@ class VQLogitsHead(nnx.Module):
             self._cast(self.codebook[...]),
             self.mapping[...],
             token_bias=self._bias(),
-            **self._own(),
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
             **options,
         )
 
@@ -339,4 +319,4 @@ class VQLogitsHead(nnx.Module):
         return array if self.dtype is None else array.astype(self.dtype)
 
     def _own(self) -> dict[str, Any]:
-        return {"logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+        return {"scale": self.logit_scale, "softcap": self.logit_softcap}

@@ -11,10 +11,9 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
-from softlib._dtypes import common_dtype
-from softlib._ids import labels_in_range, signed
+from softlib._ids import signed
 from softlib.logits import LinearLogits
-from softlib.losses._vq_logits import (
+from softlib.logits._codes import (
     log_weights_of,
     require_mapping,
     require_token_bias,
@@ -77,74 +76,6 @@ def vq_clusters(mapping: Integer[Array, " V"], num_codes: int) -> TokenClusters:
 
 
 @array_arguments
-def vq_logits(
-    hidden: Float[Array, "*batch D"],
-    codebook: Float[Array, "K D"],
-    mapping: Integer[Array, " V"],
-    *,
-    token_bias: Float[Array, " V"] | None = None,
-    logit_scale: PerRow | None = None,
-    logit_softcap: float | None = None,
-    precision: Precision = None,
-) -> Float[Array, "*batch V"]:
-    r"""Logits of all tokens from those of their codes, for decoding.
-
-    $z_i = l_{M(i)} + b_i$ with $l = hC^\top$: the softmax whose cross-entropy is
-    `softlib.losses.vq_softmax_cross_entropy`. Without `token_bias` the tokens of one
-    code tie: their order, an argmax or the border of a top-k among them mean nothing.
-
-    Args:
-        hidden: Inputs of the head.
-        codebook: One row per code.
-        mapping: Code of each token. An entry outside $[0, K)$ raises where its value is
-            known; in a traced array the logit of that token is NaN.
-        token_bias: One number per token, added after the softcap.
-        logit_scale: Multiplies the products: a number, a scalar, or one value per row.
-        logit_softcap: Static positive number $c$: $l$ becomes $c\tanh(l / c)$.
-        precision: Static precision of the product, as in `jax.lax.dot_general`.
-
-    Returns:
-        Logits, float32 (float64 if an argument is float64).
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or `mapping` is known to leave $[0, K)$.
-
-    Derivatives: forward and reverse mode, any order; `mapping` has none.
-    Cost: a product with K columns, and a gather of rows x V numbers.
-    Source: "VQ-Logits: Compressing the Output Bottleneck of Large Language Models via
-        Vector Quantized Logits", which calls the gather a scatter.
-
-    Example:
-        >>> hidden, codebook = jnp.ones((1, 2)), jnp.array([[1.0, 0.0], [1.0, 2.0]])
-        >>> print(softlib.nn.vq_logits(hidden, codebook, jnp.array([1, 0, 1])))
-        [[3. 1. 3.]]
-    """
-    function = "vq_logits"
-    logits = LinearLogits.of(
-        function,
-        hidden,
-        codebook,
-        weight_name="codebook",
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        precision=precision,
-    ).materialize()
-    mapping, num_codes = jnp.asarray(mapping), logits.shape[-1]
-    token_bias = None if token_bias is None else jnp.asarray(token_bias)
-    require_mapping(function, mapping, num_codes)
-    require_token_bias(function, token_bias, mapping)
-    mapping = labels_in_range(mapping, num_codes)
-    valid = mapping >= 0
-    logits = jnp.take(logits, jnp.where(valid, mapping, 0), axis=-1)
-    logits = jnp.where(_row(valid, logits), logits, jnp.nan)
-    if token_bias is None:
-        return logits
-    bias = token_bias.astype(common_dtype(token_bias.dtype, logits.dtype))
-    return logits + _row(bias, logits)
-
-
-@array_arguments
 def vq_sample(
     key: PRNGKeyArray,
     hidden: Float[Array, "*batch D"],
@@ -160,7 +91,8 @@ def vq_sample(
     r"""Draws a token per row without an array of rows x vocabulary.
 
     First a code from the probabilities of codes, which count their tokens, then one of
-    its tokens: uniformly, or by $e^{b_i}$. The distribution is that of `vq_logits`.
+    its tokens: uniformly, or by $e^{b_i}$. The distribution is that of
+    `softlib.logits.VQLogits`.
 
     Args:
         key: A key of `jax.random`.

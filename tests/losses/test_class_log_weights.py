@@ -9,6 +9,7 @@ import pytest
 from softlib import losses
 from softlib.logits._sources import LinearLogits, StoredLogits
 from softlib.testing import assert_close
+from tests.heads import vq_cross_entropy
 from tests.host import jnp
 from tests.oracles import row_statistics as oracle
 
@@ -135,7 +136,7 @@ def test_kernels_refuse_weights_of_classes():
             jax.eval_shape(lambda *a: loss(*a, **options), *operands)
         return str(raised.value)
 
-    refused = reason(losses.vq_softmax_cross_entropy, *head, mapping, labels)
+    refused = reason(vq_cross_entropy, *head, mapping, labels)
     assert "it counts every class once (class_log_weights)" in refused
     taken = lambda *a: losses.linear_softmax_cross_entropy(*a, **options)
     assert jax.eval_shape(taken, *head, labels).shape == (1024,)

@@ -52,10 +52,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax_kl_divergence": {"target_logits": OTHERS},
     "softmax_soft_target_cross_entropy": {"target_logits": OTHERS},
     "universal_self_distillation_loss": {"weak_logits": OTHERS},
-    "vq_softmax_cross_entropy": {
-        "codebook": WEIGHT[:2],
-        "mapping": jnp.array([0, 1, 0, 1]),
-    },
     "z_loss": {"a": 0.1, "b": 1.0},
 }
 # What is bounded has its limit.
@@ -99,11 +95,10 @@ def parts(name: str) -> tuple[str, bool]:
     return name.removesuffix(OF_A_HEAD), name.endswith(OF_A_HEAD)
 
 
-# Their class_where is of codes, or they have none.
+# They have none.
 WITHOUT_CLASS_WHERE = {
     "mcmi_loss",
     "universal_self_distillation_loss",
-    "vq_softmax_cross_entropy",
 }
 
 
@@ -186,7 +181,7 @@ def test_an_impossible_row_costs_infinity_and_has_no_gradient(name):
     for one, limit in zip(*map(jax.tree.leaves, (results, wanted)), strict=True):
         np.testing.assert_allclose(one[0] if one.ndim else one, limit, rtol=1e-6)
     usual, usual_gradients = found(name, 0.0)
-    if name.startswith("vq_") or parts(name)[1]:
+    if parts(name)[1]:
         for gradient in gradients.values():
             np.testing.assert_array_equal(gradient, 0)
         return

@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import softlib
 from softlib import losses
-from softlib.logits._options import LinearHeadOptions
+from softlib.logits import VQLogits
 from softlib.testing import assert_close, check_transformations
 from tests import operations
+from tests.heads import vq_cross_entropy
 from tests.host import jnp
 from tests.losses.test_memory import temporary
 from tests.oracles import vq_logits as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 ROWS, FEATURES, CODES, TOKENS = 8, 5, 7, 31
-VQ: Any = functools.partial(losses.vq_softmax_cross_entropy, vocab_chunk=3)
+VQ: Any = functools.partial(vq_cross_entropy, vocab_chunk=3)
 
 
 def arrays(dtype="float32", seed=0) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def test_matches_independent_vectors(implementation):
         close(loss, data["out_loss"])
         close(gradients["hidden"], data["out_grad_hidden"])
         close(gradients["codebook"], data["out_grad_codebook"])
-        counts = losses.vq_token_counts(given["mapping"], 8)
+        counts = VQLogits.token_counts(given["mapping"], 8)
         np.testing.assert_array_equal(counts, data["out_counts"])
         assert counts.dtype == jnp.int32
 
@@ -117,13 +119,48 @@ def test_shapes(batch, tokens, codes):
     codebook = jnp.asarray(random.normal(size=(codes, 4)), jnp.float32)
     mapping = jnp.asarray(random.integers(0, codes, tokens))
     labels = jnp.asarray(random.integers(0, tokens, batch))
-    loss = losses.vq_softmax_cross_entropy(hidden, codebook, mapping, labels)
+    loss = vq_cross_entropy(hidden, codebook, mapping, labels)
     assert loss.shape == batch
     rows = hidden.reshape(-1, 4)
     wanted = oracle.cross_entropy(
         rows, codebook, np.asarray(mapping), labels.reshape(-1), np.ones(len(rows))
     )
     assert_close(loss.reshape(-1), wanted.loss, dtype="float32", length=tokens)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", ["focal", "smoothed", "entropy", "kl", "comp-sum"])
+def test_every_loss_takes_a_codebook(name, biased):
+    """Statistics that do not follow from the codes stream over the tokens."""
+    given = arrays()
+    labels, mapping = given.pop("labels"), given.pop("mapping")
+    others = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, TOKENS)))
+    function: Any = {
+        "focal": lambda z: losses.softmax_focal_loss(z, labels, gamma=2.0),
+        "smoothed": lambda z: losses.softmax_cross_entropy(
+            z, labels, label_smoothing=0.1
+        ),
+        "entropy": softlib.logits.entropy,
+        "kl": lambda z: losses.softmax_kl_divergence(z, others),
+        "comp-sum": lambda z: losses.comp_sum_loss(z, labels, tau=0.5),
+    }[name]
+    if biased:
+        given["token_bias"] = bias()
+
+    def total(given, stored):
+        options = {"softcap": 2.0, "temperature": 0.8}
+        cut: Any = {} if stored else {"vocab_chunk": 8, "token_chunk": 3}
+        logits = VQLogits(mapping=mapping, **given, **options, **cut)
+        loss = function(logits.materialize() if stored else logits)
+        return (loss * jnp.cos(jnp.arange(ROWS))).sum()
+
+    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    (ours, found), (theirs, wanted) = (run(given, stored) for stored in (False, True))
+    assert_close(ours, theirs, dtype="float32", length=ROWS * TOKENS)
+    for field, gradient in found.items():
+        np.testing.assert_allclose(
+            gradient, wanted[field], atol=3e-6 * np.abs(wanted[field]).max(), rtol=0
+        )
 
 
 # ----------------------------------------------------------------------------- promises
@@ -159,7 +196,7 @@ def test_one_code_is_the_uniform_distribution_and_with_a_bias_the_unigram():
 def test_loss_is_at_least_the_logarithm_of_the_size_of_the_code(seed, size):
     found = arrays(seed=seed)
     found["hidden"] = size * found["hidden"]
-    counts = losses.vq_token_counts(found["mapping"], CODES)
+    counts = VQLogits.token_counts(found["mapping"], CODES)
     floor = jnp.log(counts[found["mapping"][found["labels"]]])
     assert (jax.jit(VQ)(**found) >= floor - 1e-5 * (1 + size)).all()
 
@@ -188,7 +225,7 @@ def test_it_is_not_the_loss_over_codes():
     over_codes = losses.linear_softmax_cross_entropy(
         given["hidden"], given["codebook"], codes
     )
-    counts = losses.vq_token_counts(given["mapping"], CODES)
+    counts = VQLogits.token_counts(given["mapping"], CODES)
     lone = np.asarray(counts[codes] == 1)
     assert lone.any()
     assert not lone.all()
@@ -214,7 +251,7 @@ def test_a_code_without_tokens_has_no_part_and_no_gradient():
 
 def test_counts_given_and_counted_are_the_same():
     found = arrays()
-    counts = losses.vq_token_counts(found["mapping"], CODES)
+    counts = VQLogits.token_counts(found["mapping"], CODES)
     for same in (counts, counts.astype(jnp.float32)):
         np.testing.assert_array_equal(VQ(**found), VQ(**found, counts=same))
 
@@ -278,7 +315,7 @@ def test_a_traced_mapping_out_of_range_has_no_probability():
     assert_close(loss, wanted, dtype="float32", length=TOKENS)
     biased = jax.jit(VQ)(**given | {"mapping": bad, "token_bias": jnp.zeros(TOKENS)})
     assert_close(biased, wanted, dtype="float32", length=TOKENS)
-    assert jax.jit(losses.vq_token_counts, static_argnums=1)(bad, CODES).sum() == 29
+    assert jax.jit(VQLogits.token_counts, static_argnums=1)(bad, CODES).sum() == 29
 
 
 def test_temperature_is_of_codes_and_softcap_does_not_see_the_counts():
@@ -299,7 +336,7 @@ def vq_program(rows, features, codes, tokens, *, with_counts=True, dtype=jnp.flo
     struct = jax.ShapeDtypeStruct
 
     def loss(hidden, codebook, mapping, labels, counts):
-        return losses.vq_softmax_cross_entropy(
+        return vq_cross_entropy(
             hidden, codebook, mapping, labels, counts=counts if with_counts else None
         ).mean()
 
@@ -327,7 +364,7 @@ def test_memory_does_not_depend_on_the_vocabulary():
 def test_no_array_of_rows_times_tokens_and_none_of_rows_times_codes():
     rows, codes, tokens = 384, 4099, 50_257
     struct = jax.ShapeDtypeStruct
-    loss = functools.partial(losses.vq_softmax_cross_entropy, vocab_chunk=512)
+    loss = functools.partial(vq_cross_entropy, vocab_chunk=512)
     operands = (
         struct((rows, 16), jnp.float32),
         struct((codes, 16), jnp.float32),
@@ -412,26 +449,22 @@ def test_under_every_transformation():
             ValueError,
             "`counts` must be None with `token_bias`",
         ),
-        ({"axis_name": "devices"}, ValueError, "`axis_name` must be None"),
-        ({"label_smoothing": 0.1}, TypeError, "must be among .*'label_smoothing'"),
+        (
+            {"class_where": np.ones(TOKENS, bool), "counts": np.ones(7)},
+            ValueError,
+            "`counts` must be None with `token_bias` or `class_where`",
+        ),
+        ({"class_where": np.ones(7, bool)}, ValueError, r"`class_where`.*\(31,\)"),
     ],
 )
 def test_wrong_arguments_are_errors(change, error, message):
-    with pytest.raises(error, match=f"^vq_softmax_cross_entropy: .*{message}"):
+    with pytest.raises(error, match=f"^(VQLogits|softmax_cross_entropy): .*{message}"):
         VQ(**arrays() | change)
 
 
 @pytest.mark.usefixtures("untyped")
 def test_wrong_arguments_of_the_counts_are_errors():
     with pytest.raises(ValueError, match="`num_codes` must be at least 1, got 0"):
-        losses.vq_token_counts(jnp.zeros(3, int), 0)
-    with pytest.raises(ValueError, match=r"vq_token_counts: .*\[0, 2\), got 2"):
-        losses.vq_token_counts(jnp.array([0, 2]), 2)
-
-
-def test_the_docstring_names_every_shared_option():
-    text = losses.vq_softmax_cross_entropy.__doc__ or ""
-    entry = text.partition("**options:")[2].partition("Returns:")[0]
-    named = set(re.findall(r"`(\w+)`", entry))
-    known = LinearHeadOptions.__optional_keys__
-    assert named == known | {"token_bias", "linear_softmax_cross_entropy"}
+        VQLogits.token_counts(jnp.zeros(3, int), 0)
+    with pytest.raises(ValueError, match=r"token_counts: .*\[0, 2\), got 2"):
+        VQLogits.token_counts(jnp.array([0, 2]), 2)

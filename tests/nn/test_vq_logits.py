@@ -6,13 +6,21 @@ import jax
 import numpy as np
 import pytest
 
+from softlib.logits import VQLogits
 from softlib.testing import assert_close, check_transformations
-from tests.compiled import losses, nn, of_stored
+from tests.compiled import nn, of_stored
+from tests.heads import vq_cross_entropy
 from tests.host import jnp
 from tests.losses.test_vq_logits import CODES, DATA, ROWS, TOKENS, arrays, bias
 from tests.oracles import vq_logits as oracle
 
 DRAWS = 40_000
+
+
+def vq_logits(*operands, logit_scale=None, logit_softcap=None, **options):
+    """The array of logits."""
+    modifiers = {"scale": logit_scale, "softcap": logit_softcap}
+    return VQLogits(*operands, **modifiers, **options).materialize()
 
 
 def operands(dtype="float32", seed=0):
@@ -24,7 +32,7 @@ def test_logits_match_independent_vectors():
     with jax.enable_x64():
         data = np.load(DATA / "vq_logits_case0.npz")
         names = ("hidden", "codebook", "mapping")
-        logits = nn.vq_logits(*(jnp.asarray(data[f"in_{name}"]) for name in names))
+        logits = vq_logits(*(jnp.asarray(data[f"in_{name}"]) for name in names))
         assert_close(logits, data["out_full_logits"], dtype="float64", length=5)
 
 
@@ -33,7 +41,7 @@ def test_logits_match_oracle_and_are_float32(dtype):
     with jax.enable_x64():
         given = operands(dtype)
         options = {"logit_scale": 0.5, "logit_softcap": 1.5}
-        logits = nn.vq_logits(*given, token_bias=bias(dtype), **options)
+        logits = vq_logits(*given, token_bias=bias(dtype), **options)
         assert logits.dtype == jnp.promote_types(dtype, jnp.float32)
         hidden, codebook, mapping = map(np.asarray, given)
         wanted = oracle.cross_entropy(
@@ -51,18 +59,18 @@ def test_logits_match_oracle_and_are_float32(dtype):
 def test_the_loss_is_the_cross_entropy_of_the_logits():
     given = arrays() | {"token_bias": bias()}
     labels = given.pop("labels")
-    logits = nn.vq_logits(**given, logit_softcap=2.0)
-    loss = losses.vq_softmax_cross_entropy(labels=labels, **given, logit_softcap=2.0)
+    logits = vq_logits(**given, logit_softcap=2.0)
+    loss = vq_cross_entropy(labels=labels, **given, logit_softcap=2.0)
     wanted = of_stored.softmax_cross_entropy(logits, labels)
     assert_close(loss, wanted, dtype="float32", length=TOKENS)
 
 
-def test_a_traced_mapping_out_of_range_has_logit_nan():
+def test_a_traced_mapping_out_of_range_has_no_probability():
     hidden, codebook, mapping = operands()
     bad = mapping.at[jnp.array([5, 6])].set(jnp.array([-1, CODES]))
-    logits = jax.jit(nn.vq_logits)(hidden, codebook, bad)
+    logits = jax.jit(vq_logits)(hidden, codebook, bad)
     expected = np.isin(np.arange(TOKENS), [5, 6])
-    np.testing.assert_array_equal(np.isnan(logits), [expected] * ROWS)
+    np.testing.assert_array_equal(logits == -np.inf, [expected] * ROWS)
     clusters = jax.jit(nn.vq_clusters, static_argnums=1)(bad, CODES)
     for code in range(CODES):
         own = clusters.tokens[clusters.starts[code] :][: clusters.counts[code]]
@@ -87,7 +95,7 @@ def test_draws_have_the_probabilities_of_the_logits(biased, prepared):
     excluded = 4
     b = 3 * bias().at[excluded].set(-jnp.inf) if biased else None
     options = {"token_bias": b, "logit_softcap": 2.0}
-    p = jax.nn.softmax(nn.vq_logits(hidden[:2], codebook, mapping, **options))
+    p = jax.nn.softmax(vq_logits(hidden[:2], codebook, mapping, **options))
     given = nn.vq_clusters(mapping, CODES) if prepared else mapping
     rows = jnp.repeat(hidden[:2], DRAWS, axis=0)
     sample = jax.jit(functools.partial(nn.vq_sample, **options))
@@ -98,13 +106,13 @@ def test_draws_have_the_probabilities_of_the_logits(biased, prepared):
         assert chi_square_per_freedom(own, p[row]) < 2
     if biased:
         assert excluded not in drawn
-    wrong = jax.nn.softmax(nn.vq_logits(hidden[2:3], codebook, mapping, **options))[0]
+    wrong = jax.nn.softmax(vq_logits(hidden[2:3], codebook, mapping, **options))[0]
     assert chi_square_per_freedom(drawn[:DRAWS], wrong) > 10
 
 
 def test_temperature_sharpens_codes():
     hidden, codebook, mapping = operands()
-    logits = nn.vq_logits(hidden[:1], codebook, mapping)
+    logits = vq_logits(hidden[:1], codebook, mapping)
     rows = jnp.repeat(hidden[:1], DRAWS, axis=0)
     sample = jax.jit(functools.partial(nn.vq_sample, temperature=0.5))
     drawn = np.asarray(sample(jax.random.key(1), rows, codebook, mapping))
@@ -142,7 +150,7 @@ def test_shapes_of_draws():
 @pytest.mark.slow  # a gather after the product of every head
 def test_logits_under_every_transformation():
     check_transformations(
-        lambda h, c, m, b: nn.vq_logits(h, c, m, token_bias=b, logit_softcap=2.0),
+        lambda h, c, m, b: vq_logits(h, c, m, token_bias=b, logit_softcap=2.0),
         *operands(),
         bias(),
         rows=(0,),
@@ -152,7 +160,7 @@ def test_logits_under_every_transformation():
 @pytest.mark.usefixtures("untyped", "eager")
 def test_wrong_arguments_are_errors():
     hidden, codebook, mapping = operands()
-    for function in (nn.vq_logits, functools.partial(nn.vq_sample, jax.random.key(0))):
+    for function in (vq_logits, functools.partial(nn.vq_sample, jax.random.key(0))):
         with pytest.raises(ValueError, match=r"`mapping` must hold codes in \[0, 7\)"):
             function(hidden, codebook, mapping + 1)
         with pytest.raises(TypeError, match="`mapping` must have an integer dtype"):

@@ -1,0 +1,113 @@
+"""Maps from the tokens of a vocabulary to the codes of a codebook."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import linear_call
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Integer
+
+from softlib import _checks as checks
+from softlib._dtypes import accumulator_dtype, common_dtype
+from softlib._ids import labels_in_range
+
+
+def token_counts(function: str, mapping: Array, num_codes: int) -> Int[Array, " K"]:
+    """How many tokens each code stands for; those without a code are not counted."""
+    checks.require_positive_integer(function, "num_codes", num_codes)
+    require_mapping(function, mapping, num_codes)
+    return _count(mapping, num_codes)
+
+
+def log_weights_of(
+    mapping: Integer[Array, " V"],
+    num_codes: int,
+    counts: Array | None,
+    token_bias: Array | None,
+    dtype: DTypeLike,
+) -> Float[Array, " K"]:
+    """The logarithm of the tokens of each code, or of the sum of their e^b."""
+    if token_bias is None:
+        if counts is None:
+            counts = _count(mapping, num_codes)
+        return lax.stop_gradient(jnp.log(counts.astype(dtype)))
+    bias = token_bias.astype(common_dtype(dtype, token_bias.dtype))
+    codes = in_range(mapping, num_codes)
+    options = {"mode": "drop", "indices_are_sorted": False}
+    start = jnp.full(num_codes, -jnp.inf, bias.dtype)
+    top = start.at[codes].max(lax.stop_gradient(bias), **options)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    here = jnp.where(codes < num_codes, top[jnp.minimum(codes, num_codes - 1)], 0)
+    total = (
+        jnp.zeros(num_codes, bias.dtype).at[codes].add(jnp.exp(bias - here), **options)
+    )
+    # Selected before the logarithm as well: its derivative at 0 is infinite.
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
+
+
+def require_mapping(function: str, mapping: Array, num_codes: int) -> None:
+    checks.require_integer(function, mapping=mapping)
+    if mapping.ndim != 1 or not mapping.size:
+        raise ValueError(
+            f"{function}: `mapping` must have shape (V,), one code per token and at "
+            f"least one, got {mapping.shape}."
+        )
+    if isinstance(mapping, jax.core.Tracer):
+        return
+    values = np.asarray(mapping)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= num_codes:
+        raise ValueError(
+            f"{function}: `mapping` must hold codes in [0, {num_codes}), got "
+            f"{least if least < 0 else most}."
+        )
+
+
+def require_token_bias(function: str, token_bias: Array | None, mapping: Array) -> None:
+    checks.require_floating(function, token_bias=token_bias)
+    shape, why = mapping.shape, "one per token"
+    checks.require_shape(function, "token_bias", token_bias, shape, why)
+
+
+def _count(mapping: Array, num_codes: int) -> Int[Array, " K"]:
+    zeros = jnp.zeros(num_codes, jnp.int32)
+    return zeros.at[in_range(mapping, num_codes)].add(1, mode="drop")
+
+
+def in_range(mapping: Array, num_codes: int) -> Int[Array, " V"]:
+    """`num_codes` for what is outside [0, num_codes): a negative index would wrap."""
+    codes = labels_in_range(mapping, num_codes)
+    return jnp.where(codes < 0, num_codes, codes)
+
+
+def checked_counts(function: str, counts: Any, num_codes: int) -> Array:
+    """Numbers of tokens, one per code."""
+    counts = jnp.asarray(counts)
+    if not jnp.issubdtype(counts.dtype, jnp.integer):
+        checks.require_floating(function, counts=counts)
+    checks.require_shape(function, "counts", counts, (num_codes,), "one per code")
+    return counts
+
+
+def entries_of(per_code: Array, codes: Integer[Array, " classes"], axis: int) -> Array:
+    """The entries of an array per code at the codes of some classes."""
+    if not jnp.issubdtype(per_code.dtype, jnp.floating):
+        return jnp.take(per_code, codes, axis=axis)
+    size = per_code.shape[axis]
+
+    def look_up(codes: Array, per_code: Array) -> Array:
+        return jnp.take(per_code, codes, axis=axis, mode="clip")
+
+    def transposed(codes: Array, cotangent: Array) -> Array:
+        # A product in the place of a scatter, which adds in any order on a GPU.
+        is_code = jax.nn.one_hot(codes, size, dtype=cotangent.dtype)
+        rows = jnp.moveaxis(cotangent, axis, 0)
+        wide = accumulator_dtype(cotangent)
+        found = jnp.tensordot(is_code.T, rows, 1, preferred_element_type=wide)
+        return jnp.moveaxis(found, 0, axis).astype(cotangent.dtype)
+
+    return linear_call(look_up, transposed, codes, per_code)
