@@ -216,7 +216,7 @@ def test_it_has_no_state_and_its_options_can_be_swept():
     state = transformation.init(weight)
     assert perp_grad().init(weight) == optax.EmptyState()
     found, _ = jax.jit(transformation.update)(gradient, state, weight)
-    wanted = oracle.perpendicular(weight, gradient, eps=0.5)
+    wanted = oracle.perpendicular(weight, gradient, epsilon=0.5)
     assert_close(found, wanted, dtype="float32", length=35)
 
 

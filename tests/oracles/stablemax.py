@@ -82,10 +82,10 @@ def cross_entropy(logits, labels, class_where=None):
     return losses, gradients
 
 
-def perpendicular(weight, gradient, *, rescale=False, eps=0.0, axes=None):
+def perpendicular(weight, gradient, *, rescale=False, epsilon=0.0, axes=None):
     w, g = np.asarray(weight, np.float64), np.asarray(gradient, np.float64)
     dot = lambda a, b: (a * b).sum(axis=axes, keepdims=True)
-    square = dot(w, w) + eps
+    square = dot(w, w) + epsilon
     found = g - dot(w, g) / np.where(square == 0, 1, square) * w
     if rescale:
         norm = np.sqrt(dot(found, found))
