@@ -26,7 +26,10 @@ REVEALING = ROOT / "build/static_types/reveals_public_types.py"
 MASK = "an array of NumPy or JAX, as the indices are, or a Python bool"
 PYTREE = "a pytree of the caller's"
 ANY = {
-    r"softlib\.masks\.\w+\.(__call__|row_count|materialize)": MASK,
+    r"softlib\.logits\.BlockwiseLogits\.prepared": "what the author's `block` reads",
+    r"softlib\.masks\.(array|mask)_field": "for any field, as `dataclasses.field`",
+    r"softlib\.masks\.\w+\.(__call__|attends|block_status)": MASK,
+    r"softlib\.masks\.\w+\.(row_count|materialize)": MASK,
     r"softlib\.masks\.plot": "matplotlib need not be installed",
     r"softlib\.metrics\.naive_loss_minimization_alignment": PYTREE,
     r"softlib\.numerics\.\w+\.mean": PYTREE,

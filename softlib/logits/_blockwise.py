@@ -165,12 +165,12 @@ class BlockwiseLogits(ModifiedLogits):
         return getattr(self, self.of_entries[0]).shape[-1]
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         leaves = jax.tree.leaves([getattr(self, n) for n in self.array_fields[:-1]])
         floating = [a for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)]
         return accumulator_dtype(*floating, *self.modifiers.floating)
 
-    def layout(self) -> Any:
+    def layout(self) -> "BlockwiseLogits":
         of = lambda names, layout: {
             name: jax.tree.map(lambda _: layout, getattr(self, name)) for name in names
         }
@@ -195,7 +195,7 @@ class BlockwiseLogits(ModifiedLogits):
         own["implementation"] = self.implementation
         return {**own, **shown_modifiers(self.modifiers, self.options)}
 
-    def masked(self, where: Bool[Array, "*batch"] | None) -> Any:
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "BlockwiseLogits":
         if where is None:
             return self
         batch = len(self.batch_shape)
