@@ -522,3 +522,9 @@ def test_shapes_and_dtypes():
     ):
         with pytest.raises(error, match=message):
             call()
+
+
+def test_a_sequence_of_one_token_is_its_own_mean():
+    chosen, rejected, one = jnp.array([-1.0]), jnp.array([-2.5]), jnp.array([1])
+    found = losses.simpo_loss(chosen, rejected, one, one, beta=2.0, gamma=0.5)
+    np.testing.assert_allclose(found, np.logaddexp(0, -(2 * 1.5 - 0.5)), rtol=1e-6)
