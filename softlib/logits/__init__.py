@@ -10,13 +10,15 @@
   `token_metrics`, `TokenMetrics`: several of them from one pass;
   `sequence_log_probs`: their sum over tokens.
 - `labelled_rows`, `LabelledRows`: for a loss of one's own.
-- `top_k`, `TopK`: the best classes of each row; `sample`: one drawn for each.
+- `top_k`, `TopK`: the best classes of each row; `sample`: one drawn for each;
+  `gather`: the logits at given classes.
 - `optimal_temperature`: what the robust loss asks for.
 """
 
 from ._blockwise import BlockwiseLogits as BlockwiseLogits
 from ._compose import TokenMetrics as TokenMetrics
 from ._engine.tile import RowStatistics as RowStatistics
+from ._gather import gather as gather
 from ._label_rank import label_rank as label_rank
 from ._linear import LinearLogits as LinearLogits
 from ._optimal_temperature import optimal_temperature as optimal_temperature
@@ -51,6 +53,7 @@ __all__ = [
     "TopK",
     "VQLogits",
     "entropy",
+    "gather",
     "label_rank",
     "labelled_rows",
     "logsumexp",

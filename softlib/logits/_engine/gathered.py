@@ -1,0 +1,90 @@
+"""Final logits at some classes of each row: products of gathered rows of the weight.
+
+That is one product per class that is asked for, forward and backward, where a stream
+takes one per class of the vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from softlib._compiled_once import compiled_once
+
+from . import chunks as _chunks, stream, tile as _tile
+from .chunks import Index
+from .head import Head
+from .tile import Modifiers, Options
+
+
+@compiled_once(0)
+def of_head(
+    options: Options, head: Head, ids: Int[Array, "rows L"]
+) -> Float[Array, "rows L"]:
+    """-inf at a class that is excluded; the ids are in range."""
+    rows, features = head.hidden.shape
+    most = max(_chunks.BLOCK // max(ids.shape[1] * features, 1), 1)
+    cut = _chunks.row_cut(rows, features, options.token_chunk or most)
+
+    def of(group: Index | None) -> Float[Array, "rows L"]:
+        mine = stream.rows_of(head, cut, group)
+
+        def of_row(hidden, modifiers, ids):
+            # Wide before it is gathered: the gradient of a class that several rows ask
+            # for is summed in float32.
+            weight = head.weight.astype(head.dtype)
+            part = Head(
+                hidden[None],
+                jnp.take(weight, ids, options.vocab_axis),
+                None,
+                _modifiers_at(modifiers, ids),
+            )
+            z = stream.tile_of(part, options).z
+            return _tile.select(z, part.modifiers.class_where, -jnp.inf)[0]
+
+        axes = (0, _axes_of_rows(mine.modifiers), 0)
+        operands = (mine.hidden, mine.modifiers, cut.take(ids, group))
+        return jax.vmap(of_row, in_axes=axes)(*operands)
+
+    # In a loop, the gathered rows of all steps would be kept for the backward pass.
+    visit = of if cut.whole else jax.checkpoint(of)
+    return stream.by_rows(cut, visit, head.hidden)
+
+
+@compiled_once(0)
+def of_array(
+    options: Options,
+    raw: Float[Array, "rows V"],
+    modifiers: Modifiers,
+    ids: Int[Array, "rows L"],
+) -> Float[Array, "rows L"]:
+    """`of_head` of logits that exist."""
+
+    def of_row(raw, modifiers, ids):
+        modifiers = _modifiers_at(modifiers, ids)
+        z = _tile.logits_of(jnp.take(raw, ids)[None], options, modifiers).z
+        return _tile.select(z, modifiers.class_where, -jnp.inf)[0]
+
+    axes = (0, _axes_of_rows(modifiers), 0)
+    return jax.vmap(of_row, in_axes=axes)(raw, modifiers, ids)
+
+
+def _axes_of_rows(modifiers: Modifiers) -> Any:
+    """Which modifiers of a tile have an axis of rows: 0, or None."""
+    least = {"bias": 1, "class_where": 1, "class_log_weights": 1}
+
+    def axis(name: str, array: Array | None) -> Any:
+        return 0 if array is not None and array.ndim > least.get(name, 0) else None
+
+    return Modifiers(*(axis(*field) for field in modifiers._asdict().items()))
+
+
+def _modifiers_at(modifiers: Modifiers, ids: Int[Array, " L"]) -> Modifiers:
+    """The modifiers of one row, with those per class at these classes."""
+    at = lambda array: None if array is None else jnp.take(array, ids)
+    return modifiers._replace(
+        bias=at(modifiers.bias),
+        class_where=at(modifiers.class_where),
+        class_log_weights=at(modifiers.class_log_weights),
+    )

@@ -1,0 +1,103 @@
+"""Logits at some classes of each row."""
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Integer
+
+from softlib import _checks as checks
+from softlib._array_arguments import array_arguments
+from softlib._ids import labels_in_range
+from softlib._sharding import in_auto_mode, match_varying
+
+from ._engine import gathered
+from ._engine.head import Head
+from ._linear import LinearLogits
+from ._source_rows import collapsed, collapsed_modifiers
+from ._sources import Logits, Source, source_of
+from ._stored import StoredLogits
+
+
+@array_arguments
+def gather(
+    logits: Logits, class_ids: Integer[Array, "*batch L"]
+) -> Float[Array, "*batch L"]:
+    r"""The final logits of each row at its own classes.
+
+    `jnp.take_along_axis(logits.materialize(), class_ids, -1)`, for candidates of a
+    row, contrasts with negatives, or a few probabilities (less `logsumexp`). Of a
+    linear head only these logits are computed.
+
+    Args:
+        logits: An array of logits, or a value such as `softlib.LinearLogits`; its
+            `implementation` and `gradient_filter_eps` mean nothing here.
+        class_ids: L ids in $[0, V)$ for each row, in any order, also repeated.
+
+    Returns:
+        Logits, float32 (float64 if an argument is float64): NaN, without a gradient,
+        for an id outside the range, -inf for a class that `class_where` excludes.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: `class_ids` are not L per row.
+
+    Derivatives: forward and reverse mode, any order, with respect to every floating
+        array in the logits.
+    Cost: 2 N L D flop forward, 4 N L D backward, for N rows of D features, and the N L
+        gathered rows of the weight, in blocks of at most 128 MiB. A weight narrower
+        than float32 takes a float32 array of its size where its gradient is summed, and
+        where there are several blocks.
+        `row_statistics` of several labels per row takes a pass over the vocabulary: it
+        is for label logits beside a logsumexp from the same products.
+    Source: the definition.
+
+    Example:
+        >>> table = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+        >>> logits = softlib.LinearLogits(jnp.eye(2), table)
+        >>> print(softlib.logits.gather(logits, jnp.array([[0, 2], [1, 3]])))
+        [[ 1.  0.]
+         [ 2. nan]]
+    """
+    source = source_of("gather", logits)
+    batch = source.batch_shape
+    checks.require_integer(source.function, class_ids=class_ids)
+    if class_ids.ndim != len(batch) + 1 or class_ids.shape[:-1] != batch:
+        axes = ", ".join(map(str, (*batch, "L")))
+        raise ValueError(
+            f"{source.function}: `class_ids` must have shape ({axes}), several per "
+            f"row, got {class_ids.shape}."
+        )
+    ids = labels_in_range(class_ids, source.num_classes)
+    return jnp.where(ids >= 0, _at(source, jnp.maximum(ids, 0)), jnp.nan)
+
+
+def _at(source: Source, ids: Array) -> Array:
+    batch, options = source.batch_shape, source.options
+    rows = lambda spec: PartitionSpec(*spec[: len(batch)], None)
+    if isinstance(source, StoredLogits):
+
+        def of_array(array, modifiers, ids):
+            raw = collapsed(array.astype(source.dtype), batch)
+            modifiers = collapsed_modifiers(modifiers, array.shape)
+            found = gathered.of_array(options, raw, modifiers, collapsed(ids, batch))
+            return found.reshape(ids.shape)
+
+        return in_auto_mode(of_array, rows, source.logits, source.modifiers, ids)
+    if not isinstance(source, LinearLogits):
+        raise TypeError(
+            f"{source.function}: `logits` must be an array, StoredLogits or "
+            f"LinearLogits, got {type(source).__name__}."
+        )
+    local = source.local_labels(ids)
+    inside = (local >= 0) & (local < source.own_classes)
+
+    def of_head(hidden, weight, modifiers, ids):
+        modifiers = collapsed_modifiers(modifiers, (*batch, source.own_classes))
+        head = match_varying(Head(collapsed(hidden, batch), weight, None, modifiers))
+        found = gathered.of_head(options, head, collapsed(ids, batch))
+        return found.reshape(ids.shape)
+
+    arrays = (source.hidden, source.weight, source.modifiers)
+    found = in_auto_mode(of_head, rows, *arrays, jnp.where(inside, local, 0))
+    if source.axis_name is None:
+        return found
+    return source.over_devices(jnp.where(inside, found, 0))
