@@ -47,7 +47,8 @@ def gather(
         than float32 takes a float32 array of its size where its gradient is summed, and
         where there are several blocks.
         `row_statistics` of several labels per row takes a pass over the vocabulary: it
-        is for label logits beside a logsumexp from the same products.
+        is for label logits beside a logsumexp from the same products, and what is done
+        here for values other than those of a linear head or an array.
     Source: the definition.
 
     Example:
@@ -83,10 +84,12 @@ def _at(source: Source, ids: Array) -> Array:
 
         return in_auto_mode(of_array, rows, source.logits, source.modifiers, ids)
     if not isinstance(source, LinearLogits):
-        raise TypeError(
-            f"{source.function}: `logits` must be an array, StoredLogits or "
-            f"LinearLogits, got {type(source).__name__}."
-        )
+        found = source.statistics(("label_logits",), ids).label_logits
+        assert found is not None
+        where = source.class_where
+        if where is None:
+            return found
+        return jnp.where(source.at_labels(where, ids), found, -jnp.inf)
     local = source.local_labels(ids)
     inside = (local >= 0) & (local < source.own_classes)
 

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from softlib import _checks as checks
+from softlib import _checks as checks, _codes
 from softlib._array_arguments import array_arguments
 from softlib.typing import Implementations, PerRow, Precision
 
-from . import _codes
 from ._blockwise import BlockwiseLogits
 from ._engine.blocks import Layout
 from ._engine.tile import NO_MODIFIERS, Options, RowStatistics, logits_of

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._codes import require_mapping
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.logits import LinearLogits, row_statistics
-from softlib.logits._codes import require_mapping
 from softlib.typing import Scalar
 
 

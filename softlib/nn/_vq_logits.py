@@ -10,15 +10,15 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._compiled_once import compiled_once
-from softlib._ids import signed
-from softlib.logits import LinearLogits
-from softlib.logits._codes import (
+from softlib._codes import (
     log_weights_of,
     require_mapping,
     require_token_bias,
     token_counts,
 )
+from softlib._compiled_once import compiled_once
+from softlib._ids import signed
+from softlib.logits import LinearLogits
 from softlib.typing import PerRow, Precision
 
 

@@ -142,6 +142,11 @@ def test_top_classes_ranks_and_sequences(kind):
     wanted = softlib.logits.sample(key, array, temperature=3.0)
     np.testing.assert_array_equal(drawn, wanted)
     labels = LABELS.reshape(2, 4)
+    ids = jnp.stack([labels, labels * 0 + CLASSES, labels + 1], -1)
+    gathered = softlib.logits.gather
+    assert_close(
+        gathered(logits, ids), gathered(array, ids), dtype=jnp.float32, length=FEATURES
+    )
     rank = softlib.logits.label_rank
     np.testing.assert_array_equal(rank(logits, labels), rank(array, labels))
     scored = softlib.logits.sequence_log_probs
