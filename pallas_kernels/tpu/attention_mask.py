@@ -1,4 +1,4 @@
-"""What kernels for TPUs can evaluate of a mask."""
+"""The masks that kernels for TPUs can evaluate, by their operations."""
 
 from pallas_kernels import _mask_operations
 from pallas_kernels._mask_operations import Mask

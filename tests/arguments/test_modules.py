@@ -131,7 +131,7 @@ def methods() -> dict[str, Any]:
 
 def test_methods_name_what_is_no_array():
     found = methods()
-    assert {"VQLogitsHead.sample", "FourierHead.coefficients"} <= {*found}
+    assert {"VQLogitsHead.sample", "FourierHead.density"} <= {*found}
     for name, method in found.items():
         for kind in argument_kinds(inspect.unwrap(method)).values():
             if isinstance(kind, ArrayKind) and not kind.optional:

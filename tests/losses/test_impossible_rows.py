@@ -35,6 +35,7 @@ TARGET, TEACHER = {"target_logits": OTHERS}, {"teacher_logits": OTHERS}
 NO_LOSSES = {
     "in_batch_triplet_loss",  # of differences of similarities
     "label_rank",
+    "labelled_rows",  # of which a loss is made; see tests/logits
     "row_statistics",
     "sampled_softmax_loss",  # of drawn classes, whose bias it may be told
     "zipf_soft_labels",
