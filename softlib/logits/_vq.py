@@ -194,11 +194,12 @@ class VQLogits(BlockwiseLogits):
     def temperature(self) -> Float[Array, "..."] | None:
         return self.codes.temperature
 
-    def layout(self) -> Any:
+    def layout(self) -> "VQLogits":
         # A class needs the code that its mapping names: all codes belong to each.
         rows = jax.tree.map(lambda each: Layout(rows=each.rows), self.codes.layout())
         bare = self.replaced(codes=None)
-        return BlockwiseLogits.layout(bare).replaced(codes=rows)
+        others: Any = BlockwiseLogits.layout(bare)
+        return others.replaced(codes=rows)
 
     def shown(self) -> dict[str, Any]:
         codes = self.codes.shown()
