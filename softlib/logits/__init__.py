@@ -5,7 +5,7 @@
   losses accept, one of these or an array.
 - `VQLogits`: of a codebook; `BlockwiseLogits`: the base of heads of one's own.
 - `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
-- `logsumexp`, `entropy`: of each row.
+- `logsumexp`, `entropy`, `moments`: of each row.
 - `token_log_probs`, `top1_correct`, `label_rank`: of each label;
   `token_metrics`, `TokenMetrics`: several of them from one pass;
   `sequence_log_probs`: their sum over tokens.
@@ -21,6 +21,7 @@ from ._engine.tile import RowStatistics as RowStatistics
 from ._gather import gather as gather
 from ._label_rank import label_rank as label_rank
 from ._linear import LinearLogits as LinearLogits
+from ._moments import Moments as Moments, moments as moments
 from ._optimal_temperature import optimal_temperature as optimal_temperature
 from ._row_statistics import (
     entropy as entropy,
@@ -47,6 +48,7 @@ __all__ = [
     "LabelledRows",
     "LinearLogits",
     "Logits",
+    "Moments",
     "RowStatistics",
     "StoredLogits",
     "TokenMetrics",
@@ -57,6 +59,7 @@ __all__ = [
     "label_rank",
     "labelled_rows",
     "logsumexp",
+    "moments",
     "optimal_temperature",
     "row_statistics",
     "sample",
