@@ -3,7 +3,8 @@
 - `LinearLogits`: those of a linear head, never formed; `StoredLogits`: an array with
   what turns it into final logits; `AbstractLogits`: what both offer; `Logits`: what
   losses accept, one of these or an array.
-- `VQLogits`: of a codebook; `BlockwiseLogits`: the base of heads of one's own.
+- `VQLogits`: of a codebook; `LoRALogits`: of a linear head with a low-rank change;
+  `BlockwiseLogits`: the base of heads of one's own.
 - `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
 - `logsumexp`, `entropy`, `moments`: of each row.
 - `token_log_probs`, `top1_correct`, `label_rank`: of each label;
@@ -21,6 +22,7 @@ from ._engine.tile import RowStatistics as RowStatistics
 from ._gather import gather as gather
 from ._label_rank import label_rank as label_rank
 from ._linear import LinearLogits as LinearLogits
+from ._lora import LoRALogits as LoRALogits
 from ._moments import Moments as Moments, moments as moments
 from ._optimal_temperature import optimal_temperature as optimal_temperature
 from ._row_statistics import (
@@ -47,6 +49,7 @@ __all__ = [
     "BlockwiseLogits",
     "LabelledRows",
     "LinearLogits",
+    "LoRALogits",
     "Logits",
     "Moments",
     "RowStatistics",

@@ -42,11 +42,13 @@ class BlockwiseLogits(ModifiedLogits):
 
     Subclasses define:
         of_rows: Names of arrays (*batch, features), one entry per row.
-        of_classes: Names of arrays (V, ...), whose first axis is the classes.
+        of_classes: Names of arrays (V, ...), one entry per class.
         of_entries: Names of arrays (*batch, V), one number for each row and class.
         of_all: Names of arrays that belong to all rows and classes alike.
         static_fields: Names of what is hashable and no array.
         block: See there.
+        class_axis: Which axis of an array of `of_classes` is the classes, if not the
+            first of each.
 
     Rows that do not count become rows of ones (0 in arrays of integers) before any
     arithmetic. Logits of a block must be finite: exclude a class by `class_where`.
@@ -146,6 +148,10 @@ class BlockwiseLogits(ModifiedLogits):
         Products of narrow arrays are best accumulated in `self.dtype`.
         """
 
+    def class_axis(self, name: str) -> int:
+        """The axis of the array of `of_classes` of this name that is the classes."""
+        return 0
+
     def prepared(self) -> Any:
         """The value whose blocks are visited.
 
@@ -161,7 +167,8 @@ class BlockwiseLogits(ModifiedLogits):
     @property
     def num_classes(self) -> int:
         if self.of_classes:
-            return getattr(self, self.of_classes[0]).shape[0]
+            first = self.of_classes[0]
+            return getattr(self, first).shape[self.class_axis(first)]
         return getattr(self, self.of_entries[0]).shape[-1]
 
     @property
@@ -171,14 +178,15 @@ class BlockwiseLogits(ModifiedLogits):
         return accumulator_dtype(*floating, *self.modifiers.floating)
 
     def layout(self) -> "BlockwiseLogits":
-        of = lambda names, layout: {
-            name: jax.tree.map(lambda _: layout, getattr(self, name)) for name in names
+        layouts = {
+            **dict.fromkeys(self.of_rows, Layout(rows=True)),
+            **{n: Layout(class_axis=self.class_axis(n)) for n in self.of_classes},
+            **dict.fromkeys(self.of_entries, Layout(rows=True, class_axis=-1)),
+            **dict.fromkeys(self.of_all, Layout()),
         }
+        of = lambda name, layout: jax.tree.map(lambda _: layout, getattr(self, name))
         return self.replaced(
-            **of(self.of_rows, Layout(rows=True)),
-            **of(self.of_classes, Layout(class_axis=0)),
-            **of(self.of_entries, Layout(rows=True, class_axis=-1)),
-            **of(self.of_all, Layout()),
+            **{name: of(name, layout) for name, layout in layouts.items()},
             modifiers=modifier_layout(self.modifiers),
         )
 
@@ -287,9 +295,9 @@ def _require_shapes(name: str, value: BlockwiseLogits) -> None:
         shape, why = (*batch, classes), "one number per row and class"
         checks.require_shape(name, field, getattr(value, field), shape, why)
     for field in value.of_classes:
-        array = getattr(value, field)
-        if array.shape[0] != classes:
+        array, axis = getattr(value, field), value.class_axis(field)
+        if array.shape[axis] != classes:
             raise ValueError(
-                f"{name}: `{field}` must have {classes} classes along its first axis, "
+                f"{name}: `{field}` must have {classes} classes along axis {axis}, "
                 f"got shape {array.shape}."
             )

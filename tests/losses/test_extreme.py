@@ -395,7 +395,9 @@ def test_algebra(seed, shift):
 @jax.jit
 def _families(scores, positives):
     slope = lambda f: (f(scores), jax.grad(lambda s: f(s).sum())(scores))
-    return {
+    masses = positives.astype(scores.dtype)
+    summed = lambda s: of_stored.softmax_cross_entropy(s, masses)
+    return {"multilabel": slope(summed)} | {
         name: slope(
             lambda s, name=name: getattr(of_stored, LOSSES[name].public)(
                 s, positives, **LOSSES[name].options
