@@ -73,7 +73,7 @@ def packages() -> list[str]:
 
 
 def permitted(package: str) -> list[str]:
-    """What a package may import: other packages, libraries beside jax and NumPy."""
+    """Lists what a package may import: packages, and libraries but jax and NumPy."""
     allowed = import_rules.MAY_IMPORT[package]
     known = [p for p in (*packages(), KERNELS) if p in allowed]
     return [*known, *sorted(allowed - {*known, *import_rules.MAY_IMPORT, KERNELS})]
@@ -232,7 +232,7 @@ def chips(
 
 
 class Package(NamedTuple):
-    """What a box says: a name, a line about it, what it may import and what it does."""
+    """The text of a box: name, a line about it, what it may import and what it does."""
 
     name: str
     about: str

@@ -16,7 +16,7 @@ from softlib._ids import labels_in_range
 
 
 def token_counts(function: str, mapping: Array, num_codes: int) -> Int[Array, " K"]:
-    """How many tokens each code stands for; those without a code are not counted."""
+    """Counts the tokens of each code; one without a code is not counted."""
     checks.require_positive_integer(function, "num_codes", num_codes)
     require_mapping(function, mapping, num_codes)
     return _count(mapping, num_codes)

@@ -207,7 +207,7 @@ def run(
 
 
 def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Which implementation each operation in a call would use.
+    """Finds the implementation that each operation in a call would use.
 
     The call is traced, nothing is computed: `function` may be a whole training step,
     compiled or not, and arrays may be `jax.ShapeDtypeStruct`s. Arguments that are not

@@ -41,7 +41,7 @@ class ExplainedOperation:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Explanation:
-    """Which implementation each operation of a call would use; reads as its text.
+    """The implementation that each operation of a call would use, as text or fields.
 
     `print(explanation)` and the last line of a notebook's cell show a paragraph per
     operation: its name, what runs on which platform, `not NAME: why` for what cannot,

@@ -6,7 +6,7 @@ from typing import Literal
 from jax.typing import ArrayLike
 
 type RangeCriterion = Literal["row_max", "elementwise"]
-"""What must lie in the valid range: a row's largest score, or every one of them."""
+"""The scores that must lie in the valid range: the largest of a row, or all of it."""
 
 CRITERIA = ("row_max", "elementwise")
 
@@ -21,7 +21,10 @@ def require_range(function: str, valid_range: tuple[ArrayLike, ArrayLike]) -> No
             f"{function}: `valid_range` must be a pair (a, b), got "
             f"{len(valid_range)} values."
         )
-    low, high = valid_range
+    require_ordered(function, *valid_range)
+
+
+def require_ordered(function: str, low: ArrayLike, high: ArrayLike) -> None:
     # Traced bounds are not checked: with an empty range every row needs recomputation.
     if (
         isinstance(low, int | float)

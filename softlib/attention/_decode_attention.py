@@ -16,6 +16,7 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import signed
 from softlib._sharding import match_varying, per_shard
+from softlib._unified_range import require_ordered
 from softlib.numerics import UnifiedMax
 from softlib.typing import AxisName, Implementations, Precision, Scalar
 
@@ -415,16 +416,7 @@ def _bounds(valid_range: object) -> tuple[ArrayLike, ArrayLike]:
             f"{FUNCTION}: `valid_range` must be a pair (a, b), got {valid_range!r}."
         )
     low, high = valid_range
-    # Traced bounds are not checked: with an empty range every row needs recomputation.
-    if (
-        isinstance(low, int | float)
-        and isinstance(high, int | float)
-        and not low < high
-    ):
-        raise ValueError(
-            f"{FUNCTION}: `valid_range` must be a pair (a, b) with a < b, got "
-            f"({low}, {high})."
-        )
+    require_ordered(FUNCTION, low, high)
     return low, high
 
 

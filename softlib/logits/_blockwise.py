@@ -17,14 +17,13 @@ from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Implementations, PerRow
 
 from ._engine import operations
-from ._engine.blocks import Blocks, Layout
+from ._engine.blocks import Blocks, Layout, modifier_layout, with_layout
 from ._engine.tile import NO_MODIFIERS, RowStatistics
-from ._modified import ModifiedLogits, blocks_of, with_layout
+from ._modified import ModifiedLogits, blocks_of
 from ._modifiers import (
     checked_implementation,
     checked_modifiers,
     checked_options,
-    modifier_layout,
     require_classes,
     shown_modifiers,
 )
@@ -40,15 +39,8 @@ class BlockwiseLogits(ModifiedLogits):
     takes it, no array of rows x classes is formed, and gradients reach every floating
     array in it. JAX differentiates `block`, one block at a time.
 
-    Subclasses define:
-        of_rows: Names of arrays (*batch, features), one entry per row.
-        of_classes: Names of arrays (V, ...), one entry per class.
-        of_entries: Names of arrays (*batch, V), one number for each row and class.
-        of_all: Names of arrays that belong to all rows and classes alike.
-        static_fields: Names of what is hashable and no array.
-        block: See there.
-        class_axis: Which axis of an array of `of_classes` is the classes, if not the
-            first of each.
+    A subclass sets the attributes below, writes `block`, and overrides `class_axis`
+    where the classes are not the first axis of an array.
 
     Rows that do not count become rows of ones (0 in arrays of integers) before any
     arithmetic. Logits of a block must be finite: exclude a class by `class_where`.
@@ -69,6 +61,13 @@ class BlockwiseLogits(ModifiedLogits):
     Raises:
         TypeError: A field is missing or unknown, or an argument has the wrong kind.
         ValueError: Shapes do not fit together, or an option is out of range.
+
+    Attributes:
+        of_rows: Names of arrays (*batch, features), one entry per row.
+        of_classes: Names of arrays (V, ...), one entry per class.
+        of_entries: Names of arrays (*batch, V), one number for each row and class.
+        of_all: Names of arrays that belong to all rows and classes alike.
+        static_fields: Names of what is hashable and no array.
 
     Derivatives: as `row_statistics`, with respect to every floating array.
     Cost: that of `block` once per visit of a row and class, and once more with its
@@ -272,15 +271,13 @@ def _checked_fields(name: str, cls: Any, fields: dict[str, Any]) -> dict[str, An
 
 def _require_shapes(name: str, value: BlockwiseLogits) -> None:
     """Arrays of rows and entries have one batch, those of classes as many of them."""
-    kinds = (value.of_rows, value.of_entries, value.of_classes)
     if not (value.of_rows or value.of_entries):
         raise TypeError(f"{name}: `of_rows` must name an array.")
     if not (value.of_classes or value.of_entries):
         raise TypeError(f"{name}: `of_classes` must name an array.")
-    for least, names in zip((1, 1, 1), kinds, strict=True):
-        for field in names:
-            for array in jax.tree.leaves(getattr(value, field)):
-                checks.require_rank(name, field, array, least, "(..., features)")
+    for field in (*value.of_rows, *value.of_entries, *value.of_classes):
+        for array in jax.tree.leaves(getattr(value, field)):
+            checks.require_rank(name, field, array, 1, "(..., features)")
     batch, classes = value.batch_shape, value.num_classes
     first = (*value.of_classes, *value.of_entries)[0]
     require_classes(name, first, classes, getattr(value, first).shape)

@@ -10,7 +10,6 @@ from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
 
 from ._engine import gathered
-from ._engine.head import Head
 from ._linear import LinearLogits
 from ._source_rows import collapsed, collapsed_modifiers
 from ._sources import Logits, Source, source_of
@@ -93,14 +92,13 @@ def _at(source: Source, ids: Array) -> Array:
     local = source.local_labels(ids)
     inside = (local >= 0) & (local < source.own_classes)
 
-    def of_head(hidden, weight, modifiers, ids):
-        modifiers = collapsed_modifiers(modifiers, (*batch, source.own_classes))
-        head = match_varying(Head(collapsed(hidden, batch), weight, None, modifiers))
+    def of_head(_, source, ids):
+        head = match_varying(source.operand())
         found = gathered.of_head(options, head, collapsed(ids, batch))
         return found.reshape(ids.shape)
 
-    arrays = (source.hidden, source.weight, source.modifiers)
-    found = in_auto_mode(of_head, rows, *arrays, jnp.where(inside, local, 0))
+    local = jnp.where(inside, local, 0)
+    found = in_auto_mode(of_head, rows, source.per_row, source, local)
     if source.axis_name is None:
         return found
     return source.over_devices(jnp.where(inside, found, 0))

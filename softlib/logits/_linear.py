@@ -26,7 +26,7 @@ from softlib.typing import (
 )
 
 from ._engine import operations, sum_with_gradients
-from ._engine.blocks import Layout
+from ._engine.blocks import Layout, modifier_layout
 from ._engine.head import Head, product
 from ._engine.tile import FILTER_BLOCK, Options, RowStatistics, only
 from ._engine.vocabulary_parallel import first_class, merged
@@ -35,7 +35,6 @@ from ._modifiers import (
     checked_implementation,
     checked_modifiers,
     checked_options,
-    modifier_layout,
     require_classes,
     shown_modifiers,
 )

@@ -12,6 +12,7 @@ from softlib.typing import Implementations, PerRow, Precision, Scalar
 from ._blockwise import BlockwiseLogits
 from ._engine.head import product
 from ._engine.tile import Options
+from ._linear import LinearLogits
 from ._modifiers import checked_per_row
 
 
@@ -187,18 +188,9 @@ def _require_factors(
     lora_b: Array,
 ) -> None:
     """Two factors whose product has the shape of the weight, seen as (D, V)."""
-    checks.require_floating(
-        name, hidden=hidden, weight=weight, lora_a=lora_a, lora_b=lora_b
-    )
-    checks.require_rank(name, "hidden", hidden, 1, "(..., D)")
-    checks.require_one_of(name, "vocab_axis", vocab_axis, (0, 1))
+    LinearLogits.of(name, hidden, weight, vocab_axis=vocab_axis)  # raises
+    checks.require_floating(name, lora_a=lora_a, lora_b=lora_b)
     features = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1 - vocab_axis] != features:
-        layout = "(V, D)" if vocab_axis == 0 else "(D, V)"
-        raise ValueError(
-            f"{name}: `weight` must have shape {layout} with D = {features} (the last "
-            f"axis of `hidden`) for vocab_axis={vocab_axis}, got {weight.shape}."
-        )
     if lora_a.ndim != 2 or lora_a.shape[0] != features:
         raise ValueError(
             f"{name}: `lora_a` must have shape (D, r) with D = {features} (the last "

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -15,7 +14,7 @@ from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import AxisName, Implementations
 
 from ._engine import stream
-from ._engine.blocks import Blocks, Layout
+from ._engine.blocks import Blocks, arrays_of, with_layout
 from ._engine.tile import NO_MODIFIERS, Modifiers, Options, RowStatistics, only
 from ._source_rows import (
     collapsed,
@@ -62,7 +61,7 @@ class ModifiedLogits(AbstractLogits):
     @property
     def per_row(self) -> Array:
         """One of the arrays that begin with the batch."""
-        return _per_row(self)
+        return next(a for layout, a in arrays_of(self) if layout.rows)
 
     def over_rows[L](self: L, function: Callable[[Array], Array]) -> L:
         return _over_rows(self, function)
@@ -160,18 +159,6 @@ def _without_labels(value: Any) -> Any:
 
 def _statistics_and_value(value: Any, names: Sequence[str], labels: Any) -> Any:
     return value.statistics(names, labels), value
-
-
-def with_layout(value: Any, function: Callable[[Layout, Array], Any]) -> Any:
-    arrays, structure = jax.tree.flatten(value)
-    layouts = structure.flatten_up_to(value.layout())
-    return structure.unflatten(map(function, layouts, arrays))
-
-
-def _per_row(value: Any) -> Array:
-    arrays, structure = jax.tree.flatten(value)
-    layouts = structure.flatten_up_to(value.layout())
-    return next(a for a, layout in zip(arrays, layouts, strict=True) if layout.rows)
 
 
 def _over_rows(value: Any, function: Callable[[Array], Array]) -> Any:

@@ -10,7 +10,6 @@ from softlib import _checks as checks
 from softlib._dispatch import Operation
 from softlib.typing import Implementations
 
-from ._engine.blocks import Layout
 from ._engine.tile import Modifiers, Options
 from ._source_rows import Shape
 
@@ -102,26 +101,6 @@ def checked_options(function: str, logit_softcap: float | None) -> Options:
 def _name(name: str, function: str) -> str:
     """A modifier as the constructor of a value calls it, or a function of arrays."""
     return name.removeprefix("logit_") if function in VALUES else name
-
-
-def modifier_layout(modifiers: Modifiers) -> Modifiers:
-    """The layout of each modifier."""
-
-    def of(value: Array | None, *, rows: int, classes: int = 0) -> Any:
-        """Of an array that has rows, and classes, from so many axes on; 0 for never."""
-        if value is None:
-            return None
-        axis = -1 if classes and value.ndim >= classes else None
-        return Layout(rows=bool(rows) and value.ndim >= rows, class_axis=axis)
-
-    return Modifiers(
-        of(modifiers.bias, rows=0, classes=1),
-        of(modifiers.logit_scale, rows=1),
-        of(modifiers.temperature, rows=1),
-        of(modifiers.class_where, rows=2, classes=1),
-        of(modifiers.class_log_weights, rows=0, classes=1),
-        of(modifiers.centre, rows=1),
-    )
 
 
 def shown_modifiers(modifiers: Modifiers, options: Options) -> dict[str, Any]:

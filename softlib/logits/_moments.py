@@ -84,8 +84,8 @@ def moments(logits: Logits, *, order: int = 2) -> Moments:
     checks.require_positive_integer(source.function, "order", order)
     if order > 4:
         raise ValueError(f"{source.function}: `order` must be 1 to 4, got {order}.")
-    source = lax.stop_gradient(source)
-    found = source.statistics(("lse", "mean_logit", "max_logit", "argmax"))
+    value = lax.stop_gradient(source).prepared()
+    found = value.statistics(("lse", "mean_logit", "max_logit", "argmax"))
     assert found.max_logit is not None
     assert found.argmax is not None
     assert found.mean_logit is not None
@@ -94,7 +94,6 @@ def moments(logits: Logits, *, order: int = 2) -> Moments:
     top = jnp.where(empty, 0, found.max_logit)
     known = Known(top, found.argmax, jnp.where(empty, 0, top - found.mean_logit))
 
-    value = source.prepared()
     batch, axis_name = value.batch_shape, value.axis_name
     first = jnp.zeros((), jnp.int32)
     if axis_name is not None:

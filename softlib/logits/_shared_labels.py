@@ -18,10 +18,9 @@ from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
 from ._blockwise import BlockwiseLogits
-from ._engine.blocks import Layout
+from ._engine.blocks import Layout, with_layout
 from ._engine.vocabulary_parallel import first_class
 from ._labelled_rows import without_classes
-from ._modified import with_layout
 from ._sources import LinearLogits, Source, StoredLogits
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,23 +17,16 @@ from ._engine.tile import Modifiers, Options, Ranked, RowStatistics, logits_of, 
 type Shape = tuple[int, ...]
 
 
-def modifiers_over_rows(
-    modifiers: Modifiers, function: Callable[[Array], Array]
-) -> Modifiers:
-    """The modifiers, with `function` of those that are one number per row."""
-    of_rows = lambda value: (
-        value if value is None or value.ndim == 0 else function(value)
-    )
-    return modifiers._replace(
-        logit_scale=of_rows(modifiers.logit_scale),
-        temperature=of_rows(modifiers.temperature),
-        centre=of_rows(modifiers.centre),
-    )
-
-
 def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
     """The modifiers, with 1 in the rows that do not count."""
-    return modifiers_over_rows(modifiers, lambda value: jnp.where(where, value, 1))
+    ones = lambda value: (
+        value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
+    )
+    return modifiers._replace(
+        logit_scale=ones(modifiers.logit_scale),
+        temperature=ones(modifiers.temperature),
+        centre=ones(modifiers.centre),
+    )
 
 
 def collapsed(array: Array, batch: Shape) -> Array:

@@ -18,14 +18,13 @@ from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Implementations, PerRow
 
 from ._engine import operations
-from ._engine.blocks import Blocks, Layout
+from ._engine.blocks import Blocks, Layout, modifier_layout
 from ._engine.tile import RowStatistics
 from ._modified import ModifiedLogits, blocks_of
 from ._modifiers import (
     checked_implementation,
     checked_modifiers,
     checked_options,
-    modifier_layout,
     require_classes,
     shown_modifiers,
 )

@@ -13,10 +13,9 @@ from softlib._array_arguments import array_arguments
 from softlib.typing import Implementations, PerRow, Precision
 
 from ._blockwise import BlockwiseLogits
-from ._engine.blocks import Layout
+from ._engine.blocks import Layout, with_layout
 from ._engine.tile import NO_MODIFIERS, Options, RowStatistics, logits_of
 from ._linear import LinearLogits
-from ._modified import with_layout
 from ._source_rows import Shape, of_rows_with_classes
 
 

@@ -87,7 +87,7 @@ def check(source, which, exclude):
         stored = operations.Given(hidden @ weight.T, labels, given)
         found = operations._given_forward_xla(options, stored)
         rows = RowCotangents(found.lse, found.mean_logit, cotangents)
-        of_array = operations.GivenBackwardOperands(stored, rows)
+        of_array = stream.BackwardOperands(stored, rows)
         return (
             operations._given_gradient_reference(options, of_array),
             operations._given_gradient_xla(options, of_array),

@@ -7,7 +7,7 @@ differentiates that computation, one block at a time.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ from .operand import Copied, Write
 from .tile import Modifiers, Options, Ranked
 from .tile_gradient import RawCotangents
 
+type Kind = Literal["row", "class", "entry", "shared"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of an array are the rows and the classes of logits.
+    """The axes of an array that are the rows and the classes of logits.
 
     Attributes:
         rows: Whether the first axes are the batch.
@@ -37,9 +39,43 @@ class Layout:
     class_axis: int | None = None
 
     @property
-    def is_entry(self) -> bool:
-        """One number, or more, for each pair of a row and a class."""
-        return self.rows and self.class_axis is not None
+    def kind(self) -> Kind:
+        """Whose its numbers are: of a row, a class, both, or shared by all."""
+        if self.class_axis is None:
+            return "row" if self.rows else "shared"
+        return "entry" if self.rows else "class"
+
+
+def modifier_layout(modifiers: Modifiers) -> Modifiers:
+    """The layout of each modifier."""
+
+    def of(value: Array | None, *, rows: int, classes: int = 0) -> Any:
+        """Of an array that has rows, and classes, from so many axes on; 0 for never."""
+        if value is None:
+            return None
+        axis = -1 if classes and value.ndim >= classes else None
+        return Layout(rows=bool(rows) and value.ndim >= rows, class_axis=axis)
+
+    return Modifiers(
+        of(modifiers.bias, rows=0, classes=1),
+        of(modifiers.logit_scale, rows=1),
+        of(modifiers.temperature, rows=1),
+        of(modifiers.class_where, rows=2, classes=1),
+        of(modifiers.class_log_weights, rows=0, classes=1),
+        of(modifiers.centre, rows=1),
+    )
+
+
+def arrays_of(value: Any) -> list[tuple[Layout, Array]]:
+    """The arrays of a value with their layouts."""
+    arrays, structure = jax.tree.flatten(value)
+    return list(zip(structure.flatten_up_to(value.layout()), arrays, strict=True))
+
+
+def with_layout(value: Any, function: Callable[[Layout, Array], Any]) -> Any:
+    """The value with `function` of each array and its layout in the array's place."""
+    structure = jax.tree.structure(value)
+    return structure.unflatten(function(*pair) for pair in arrays_of(value))
 
 
 class Value(Protocol):
@@ -55,7 +91,7 @@ class Value(Protocol):
 
 
 class BlockRowSums(NamedTuple):
-    """What the backward pass adds up per row."""
+    """Sums of the backward pass, one per row."""
 
     arrays: tuple[Array, ...]
     logit_scale: Float[Array, " rows"] | None
@@ -63,7 +99,7 @@ class BlockRowSums(NamedTuple):
 
 
 class BlockClassSums(NamedTuple):
-    """What it adds up per class, for all classes alike, and writes per entry."""
+    """Its sums per class and for all classes alike, and its entries."""
 
     arrays: tuple[Array, ...]
     shared: tuple[Array, ...]
@@ -95,25 +131,29 @@ class Blocks(NamedTuple):
         if self.deferred is not None:
             cut, group = self.deferred
             return cut.rest if group is None else cut.size
-        return self._first(lambda layout: layout.rows)[1].shape[0]
+        return self.like.shape[0]
 
     @property
     def features(self) -> int:
         """Numbers per row, and per class, that a step reads: for the cost model."""
         sizes = [
-            array.size // max(array.shape[layout.class_axis], 1)
-            for layout, array in self._arrays
-            if layout.class_axis is not None and not layout.rows
+            array.size // max(array.shape[layout.class_axis or 0], 1)
+            for layout, array in arrays_of(self.value)
+            if layout.kind == "class"
         ]
         return max([1, *filter(lambda size: not is_symbolic(size), sizes)])
 
     @property
     def like(self) -> Array:
-        return self._first(lambda layout: layout.rows)[1]
+        return next(a for layout, a in arrays_of(self.value) if layout.rows)
 
     def vocabulary(self, options: Options) -> int:
-        layout, array = self._first(lambda layout: layout.class_axis is not None)
-        return array.shape[layout.class_axis or 0]
+        sizes = (
+            array.shape[layout.class_axis]
+            for layout, array in arrays_of(self.value)
+            if layout.class_axis is not None
+        )
+        return next(sizes)
 
     def is_one_tile(self, options: Options, rows: int) -> bool:
         """Whether the logits are few."""
@@ -132,14 +172,14 @@ class Blocks(NamedTuple):
         defers = self.all_classes is not None
 
         def of(layout: Layout, array: Array) -> Array:
-            late = layout.is_entry and defers
+            late = layout.kind == "entry" and defers
             return take(array) if layout.rows and not late else array
 
         modifiers = self.modifiers.of_rows(take)
         if defers:
             modifiers = modifiers._replace(class_where=self.modifiers.class_where)
         return self._replace(
-            value=self._with(of),
+            value=with_layout(self.value, of),
             labels=take(self.labels),
             modifiers=modifiers,
             ranked=take(self.ranked),
@@ -168,7 +208,7 @@ class Blocks(NamedTuple):
         if where is not None and where.ndim > 1:
             modifiers = modifiers._replace(class_where=rows_of_entries(where))
         return self._replace(
-            value=self._with(of),
+            value=with_layout(self.value, of),
             modifiers=modifiers,
             deferred=None,
             all_classes=None,
@@ -180,17 +220,17 @@ class Blocks(NamedTuple):
         return self.value.block().astype(self.dtype)
 
     # ----------------------------------------------------------------------- gradients
-    def class_buffers(self, weight_dtype: Any = None) -> BlockClassSums:
+    def class_buffers(self) -> BlockClassSums:
         """The gradients of all but rows, before any row has added to them."""
         one_each = lambda x: None if x is None else jnp.zeros(x.shape, self.dtype)
         as_given = lambda kind: tuple(
             jnp.zeros(array.shape, array.dtype) for array in self._learned(kind)
         )
-        shared = (jnp.zeros(a.shape, self.dtype) for a in self._learned(_is_shared))
+        shared = (jnp.zeros(a.shape, self.dtype) for a in self._learned("shared"))
         zeros = BlockClassSums(
-            as_given(_is_class),
+            as_given("class"),
             tuple(shared),
-            as_given(_is_entry),
+            as_given("entry"),
             one_each(self.modifiers.bias),
             one_each(self.modifiers.class_log_weights),
         )
@@ -203,7 +243,7 @@ class Blocks(NamedTuple):
         """Nothing yet per row of a group."""
         per_row = lambda operand: None if operand is None else self.zeros(rows)
         return BlockRowSums(
-            tuple(self.zeros(rows, *a.shape[1:]) for a in self._learned(_is_row)),
+            tuple(self.zeros(rows, *a.shape[1:]) for a in self._learned("row")),
             per_row(self.modifiers.logit_scale),
             per_row(self.modifiers.temperature),
         )
@@ -217,10 +257,10 @@ class Blocks(NamedTuple):
             return self.zeros(*shape)
 
         one_each = lambda x: None if x is None else self.zeros(size)
-        pairs = [(l, a) for l, a in self._floating if _is_class(l)]
+        pairs = [pair for pair in self._floating if pair[0].kind == "class"]
         return BlockClassSums(
             tuple(of_classes(*pair) for pair in pairs),
-            tuple(self.zeros(*a.shape) for a in self._learned(_is_shared)),
+            tuple(self.zeros(*a.shape) for a in self._learned("shared")),
             (),
             one_each(self.modifiers.bias),
             one_each(self.modifiers.class_log_weights),
@@ -228,7 +268,7 @@ class Blocks(NamedTuple):
 
     def no_entries(self, rows: int) -> tuple[Array, ...]:
         """Nothing yet for each row of a group and class of a step."""
-        entries = self._learned(_is_entry)
+        entries = self._learned("entry")
         return tuple(self.zeros(rows, *entry.shape[1:]) for entry in entries)
 
     def pull(
@@ -238,7 +278,7 @@ class Blocks(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> tuple[BlockRowSums, BlockClassSums, tuple[Array, ...]]:
-        """What a block adds to the sums per row and per class, and its own entries."""
+        """The share of a block in the sums per row and per class, and its entries."""
         leaves, structure = jax.tree.flatten(self.value)
         learned = [_is_floating(leaf) for leaf in leaves]
 
@@ -257,13 +297,13 @@ class Blocks(NamedTuple):
         of = lambda kind: tuple(
             gradient.astype(self.dtype)
             for layout, gradient in zip(layouts, gradients, strict=True)
-            if kind(layout)
+            if layout.kind == kind
         )
-        of_rows = BlockRowSums(of(_is_row), found.logit_scale, found.temperature)
+        of_rows = BlockRowSums(of("row"), found.logit_scale, found.temperature)
         of_classes = BlockClassSums(
-            of(_is_class), of(_is_shared), (), found.bias, found.class_log_weights
+            of("class"), of("shared"), (), found.bias, found.class_log_weights
         )
-        return of_rows, of_classes, of(_is_entry)
+        return of_rows, of_classes, of("entry")
 
     def written(
         self,
@@ -277,8 +317,8 @@ class Blocks(NamedTuple):
     ) -> BlockClassSums:
         """The buffers with the sums of a step's classes, and its entries."""
 
-        def all_written(kind: Any, olds: Sequence[Array], news: Sequence[Array]):
-            layouts = (layout for layout, _ in self._floating if kind(layout))
+        def all_written(kind: Kind, olds: Sequence[Array], news: Sequence[Array]):
+            layouts = (each for each, _ in self._floating if each.kind == kind)
             axes = [layout.class_axis or 0 for layout in layouts]
             return tuple(
                 write(old, new.astype(old.dtype), axis)
@@ -287,9 +327,9 @@ class Blocks(NamedTuple):
 
         one = lambda old, new: None if old is None else write(old, new, 0)
         return BlockClassSums(
-            all_written(_is_class, buffers.arrays, found.arrays),
+            all_written("class", buffers.arrays, found.arrays),
             jax.tree.map(jnp.add, buffers.shared, found.shared),
-            all_written(_is_entry, buffers.entries, entries),
+            all_written("entry", buffers.entries, entries),
             one(buffers.bias, found.bias),
             one(buffers.class_log_weights, found.class_log_weights),
         )
@@ -300,17 +340,16 @@ class Blocks(NamedTuple):
     def gradient(self, sums: BlockRowSums, classes: BlockClassSums) -> "Blocks":
         """The sums in the dtypes and shapes of the operands."""
         found = {
-            _is_row: iter(sums.arrays),
-            _is_class: iter(classes.arrays),
-            _is_shared: iter(classes.shared),
-            _is_entry: iter(classes.entries),
+            "row": iter(sums.arrays),
+            "class": iter(classes.arrays),
+            "shared": iter(classes.shared),
+            "entry": iter(classes.entries),
         }
 
         def of(layout: Layout, array: Array) -> Array | None:
             if not _is_floating(array):
                 return None
-            (mine,) = (given for kind, given in found.items() if kind(layout))
-            return next(mine).astype(array.dtype)
+            return next(found[layout.kind]).astype(array.dtype)
 
         modifiers = tile_gradient.modifiers_like(
             self.modifiers,
@@ -319,48 +358,19 @@ class Blocks(NamedTuple):
             sums.temperature,
             classes.class_log_weights,
         )
-        return Blocks(self._with(of), None, modifiers)
+        return Blocks(with_layout(self.value, of), None, modifiers)
 
     def as_operands(self) -> "Blocks":
         return self
 
     # ------------------------------------------------------------------------- fields
     @property
-    def _arrays(self) -> list[tuple[Layout, Array]]:
-        arrays, structure = jax.tree.flatten(self.value)
-        layouts = structure.flatten_up_to(self.value.layout())
-        return list(zip(layouts, arrays, strict=True))
-
-    @property
     def _floating(self) -> list[tuple[Layout, Array]]:
-        return [pair for pair in self._arrays if _is_floating(pair[1])]
+        return [pair for pair in arrays_of(self.value) if _is_floating(pair[1])]
 
-    def _learned(self, kind: Callable[[Layout], bool]) -> list[Array]:
-        return [array for layout, array in self._floating if kind(layout)]
-
-    def _first(self, kind: Callable[[Layout], bool]) -> tuple[Layout, Array]:
-        return next(pair for pair in self._arrays if kind(pair[0]))
-
-    def _with(self, function: Callable[[Layout, Array], Any]) -> Any:
-        structure = jax.tree.structure(self.value)
-        return structure.unflatten([function(*pair) for pair in self._arrays])
+    def _learned(self, kind: Kind) -> list[Array]:
+        return [array for layout, array in self._floating if layout.kind == kind]
 
 
 def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _is_row(layout: Layout) -> bool:
-    return layout.rows and layout.class_axis is None
-
-
-def _is_class(layout: Layout) -> bool:
-    return not layout.rows and layout.class_axis is not None
-
-
-def _is_shared(layout: Layout) -> bool:
-    return not layout.rows and layout.class_axis is None
-
-
-def _is_entry(layout: Layout) -> bool:
-    return layout.is_entry

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from softlib._compiled_once import compiled_once
 
 from . import chunks as _chunks, stream, tile as _tile
+from .blocks import modifier_layout
 from .chunks import Index
 from .head import Head
 from .tile import Modifiers, Options
@@ -71,20 +72,11 @@ def of_array(
 
 
 def _axes_of_rows(modifiers: Modifiers) -> Any:
-    """Which modifiers of a tile have an axis of rows: 0, or None."""
-    least = {"bias": 1, "class_where": 1, "class_log_weights": 1}
-
-    def axis(name: str, array: Array | None) -> Any:
-        return 0 if array is not None and array.ndim > least.get(name, 0) else None
-
-    return Modifiers(*(axis(*field) for field in modifiers._asdict().items()))
+    """Maps modifiers that have rows over these; None for the others."""
+    layouts = modifier_layout(modifiers)
+    return jax.tree.map(lambda layout: 0 if layout.rows else None, layouts)
 
 
 def _modifiers_at(modifiers: Modifiers, ids: Int[Array, " L"]) -> Modifiers:
     """The modifiers of one row, with those per class at these classes."""
-    at = lambda array: None if array is None else jnp.take(array, ids)
-    return modifiers._replace(
-        bias=at(modifiers.bias),
-        class_where=at(modifiers.class_where),
-        class_log_weights=at(modifiers.class_log_weights),
-    )
+    return modifiers.of_classes(lambda array, axis: jnp.take(array, ids, axis=axis))

@@ -40,7 +40,7 @@ class HeadGradient(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the backward pass adds up per row."""
+    """Sums of the backward pass, one per row."""
 
     hidden: Float[Array, "rows D"] | Float[Array, "D rows"]
     logit_scale: Float[Array, " rows"] | None
@@ -49,7 +49,7 @@ class RowSums(NamedTuple):
 
 
 class ClassSums(NamedTuple):
-    """What the backward pass adds up per class."""
+    """Sums of the backward pass, one per class."""
 
     weight: Array
     bias: Float[Array, " classes"] | None
@@ -170,7 +170,7 @@ class Head(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> tuple[RowSums, ClassSums, tuple[()]]:
-        """What a tile adds to the sums per row and per class; nothing of its own."""
+        """The share of a tile in the sums per row and per class; it has no entries."""
         # Products in the dtype of the operands, as forward; their sums are wider.
         draw = found.raw.astype(self._product_dtype)
         if across:

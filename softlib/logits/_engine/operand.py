@@ -1,4 +1,4 @@
-"""What the loops over rows and classes ask of the operands of logits.
+"""The questions that the loops over rows and classes ask of operands of logits.
 
 `head` answers for a linear head, `blocks` for logits that are made block by block.
 """
@@ -82,7 +82,7 @@ class Operand(Protocol):
     def pull(
         self, options: Options, found: RawCotangents, across: bool, copied: Copied, /
     ) -> tuple[Any, Any, tuple[Array, ...]]:
-        """What a tile adds to the sums per row and per class, and its own entries."""
+        """The share of a tile in the sums per row and per class, and its entries."""
         ...
 
     def written(

@@ -65,10 +65,9 @@ class GivenGradient(NamedTuple):
     logits: Array
     modifiers: Modifiers  # without class_where
 
-
-class GivenBackwardOperands(NamedTuple):
-    given: Given
-    rows: RowCotangents
+    def as_operands(self) -> Given:
+        """In the structure of what it is the gradient of."""
+        return Given(self.logits, None, self.modifiers)
 
 
 def linear(names: Implementations, options: Options, head: Head) -> RowStatistics:
@@ -92,11 +91,14 @@ def linear_in_turn(
     return _in_turn(made, names, options, head)
 
 
+def blockwise(
+    names: Implementations, options: Options, operands: Blocks
+) -> RowStatistics:
+    return _recomputed_statistics(BLOCKWISE, names, options, operands)
+
+
 def given(names: Implementations, options: Options, operands: Given) -> RowStatistics:
-    made = _dispatch.plan(GIVEN, names, options, operands)
-    if made.is_reference:
-        return _dispatch.execute(made, options, operands)
-    return _given(made, names, options, operands)
+    return _recomputed_statistics(GIVEN, names, options, operands)
 
 
 # ------------------------------------------------------------------------- linear heads
@@ -298,78 +300,47 @@ def _linear_gradient_reference(
     return gradient.added_to(operands.further)
 
 
-# ------------------------------------------------------------------------------- blocks
-def blockwise(
-    names: Implementations, options: Options, operands: Blocks
+# -------------------------------------------------------------- given logits and blocks
+def _recomputed_statistics(
+    operation: Operation, names: Implementations, options: Options, operands: Any
 ) -> RowStatistics:
-    """The statistics of logits that are made block by block."""
-    made = _dispatch.plan(BLOCKWISE, names, options, operands)
+    """The statistics of logits whose backward pass finds nothing but their rows'."""
+    made = _dispatch.plan(operation, names, options, operands)
     if made.is_reference:
         return _dispatch.execute(made, options, operands)
-    return _blockwise(made, names, options, operands)
+    return _of_operands(made, names, options, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _blockwise(
-    made: Plan, names: Implementations, options: Options, operands: Blocks
+def _of_operands(
+    made: Plan, names: Implementations, options: Options, operands: Any
 ) -> RowStatistics:
     return _dispatch.execute(made, options, operands)
 
 
-def _blockwise_forward(
-    made: Plan, names: Implementations, options: Options, operands: Blocks
+def _of_operands_forward(
+    made: Plan, names: Implementations, options: Options, operands: Any
 ):
     found = _dispatch.execute(made, with_residuals(options), operands)
     return _tile.only(found, options), (operands, found.lse, found.mean_logit)
 
 
-def _blockwise_backward(
+def _of_operands_backward(
     made: Plan,
     names: Implementations,
     options: Options,
-    residuals: tuple[Blocks, Array | None, Array | None],
+    residuals: tuple[Any, Array | None, Array | None],
     cotangents: RowStatistics,
 ):
     operands, lse, mean = residuals
     rows = RowCotangents(lse, mean, differentiable(cotangents))
     known = BackwardOperands(operands, rows)
-    return (_dispatch.run(BLOCKWISE_GRADIENT, names, options, known),)
+    operation = _GRADIENTS[made.operation.name]
+    gradient = _dispatch.run(operation, names, options, known)
+    return (gradient.as_operands(),)
 
 
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
-
-
-# ------------------------------------------------------------------------- given logits
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _given(
-    made: Plan, names: Implementations, options: Options, operands: Given
-) -> RowStatistics:
-    return _dispatch.execute(made, options, operands)
-
-
-def _given_forward(
-    made: Plan, names: Implementations, options: Options, operands: Given
-):
-    found = _dispatch.execute(made, with_residuals(options), operands)
-    return _tile.only(found, options), (operands, found.lse, found.mean_logit)
-
-
-def _given_backward(
-    made: Plan,
-    names: Implementations,
-    options: Options,
-    residuals: tuple[Given, Array | None, Array | None],
-    cotangents: RowStatistics,
-):
-    operands, lse, mean = residuals
-    rows = RowCotangents(lse, mean, differentiable(cotangents))
-    gradient: GivenGradient = _dispatch.run(
-        GIVEN_GRADIENT, names, options, GivenBackwardOperands(operands, rows)
-    )
-    return (Given(gradient.logits, None, gradient.modifiers),)
-
-
-_given.defvjp(_given_forward, _given_backward)
+_of_operands.defvjp(_of_operands_forward, _of_operands_backward)
 
 
 def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
@@ -402,10 +373,8 @@ def _given_forward_xla(options: Options, operands: Given) -> RowStatistics:
     return _tile.finalize(state, options)
 
 
-def _given_gradient_xla(
-    options: Options, operands: GivenBackwardOperands
-) -> GivenGradient:
-    given, rows = operands
+def _given_gradient_xla(options: Options, operands: BackwardOperands) -> GivenGradient:
+    given, rows = operands.head, operands.rows
     raw = given.logits.astype(given.dtype)
     tile = _tile.logits_of(raw, options, given.modifiers)
     found = tile_gradient.cotangent_of_raw(
@@ -425,9 +394,9 @@ def _given_reference(options: Options, operands: Given) -> RowStatistics:
 
 
 def _given_gradient_reference(
-    options: Options, operands: GivenBackwardOperands
+    options: Options, operands: BackwardOperands
 ) -> GivenGradient:
-    given = operands.given
+    given = operands.head
 
     def statistics(logits, modifiers):
         modifiers = modifiers._replace(
@@ -588,3 +557,4 @@ GIVEN_GRADIENT = Operation(
         Implementation("reference", _given_gradient_reference),
     ),
 )
+_GRADIENTS = {BLOCKWISE.name: BLOCKWISE_GRADIENT, GIVEN.name: GIVEN_GRADIENT}

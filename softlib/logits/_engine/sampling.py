@@ -29,8 +29,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 
-from . import chunks as _chunks, stream, tile as _tile
-from .chunks import Index
+from . import stream
 from .operand import Operand
 from .tile import Options
 
@@ -67,26 +66,16 @@ def drawn_of_head(
 
     `first` is the id of the first class. A row with a NaN has NaN for its sum.
     """
-    cut, size = stream.pieces(options, head)
-    vocabulary = head.vocabulary(options)
     keys = match_varying(_keys_of_rows(key, head.rows), head.like)
 
-    def of(group: Index | None) -> tuple[Array, Array]:
-        mine = stream.rows_of(head, cut, group)
-        own_keys, own_kept = cut.take((keys, kept), group)
-
-        def step(best, start, size):
-            part = stream.classes_of(mine, start, size, options)
-            z = stream.tile_of(part, options).z
-            z = _tile.select(z, part.modifiers.class_where, -jnp.inf)
-            return _better(best, _best(z, own_keys, first + start, own_kept))
-
-        rows = mine.rows
+    def begin(rows: int) -> tuple[Array, Array]:
         none = jnp.full(rows, -jnp.inf, head.dtype), jnp.full(rows, -1, jnp.int32)
-        none = match_varying(none, head.like, first)
-        return _chunks.fold(step, none, vocabulary, size)
+        return match_varying(none, head.like, first)
 
-    return stream.by_rows(cut, of, head.like)
+    def step(best, z, start, of_rows):
+        return _better(best, _best(z, of_rows[0], first + start, of_rows[1]))
+
+    return stream.fold_logits(options, head, begin, step, (keys, kept))
 
 
 @compiled_once()

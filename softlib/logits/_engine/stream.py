@@ -63,6 +63,35 @@ def by_rows(cut: RowCut, of: Callable[[Index | None], Any], like: Array) -> Any:
     return cut.joined(cut.fold(visit, total))
 
 
+def fold_logits[Carry](
+    options: Options,
+    head: Operand,
+    begin: Callable[[int], Carry],
+    step: Callable[[Carry, Array, Index, Any], Carry],
+    of_rows: Any,
+) -> Carry:
+    """Folds `step(carry, z, start, of_rows)` over tiles of the final logits.
+
+    `z` are those of a group of rows and of the classes from `start` on, -inf where a
+    class is not selected; `of_rows` the numbers of these rows. `begin` makes the carry
+    of so many rows, which the result holds for all of them.
+    """
+    cut, size = pieces(options, head)
+
+    def of(group: Index | None) -> Carry:
+        mine, own = rows_of(head, cut, group), cut.take(of_rows, group)
+
+        def visit(carry: Carry, start: Index, size: int) -> Carry:
+            part = classes_of(mine, start, size, options)
+            z = tile_of(part, options).z
+            z = _tile.select(z, part.modifiers.class_where, -jnp.inf)
+            return step(carry, z, start, own)
+
+        return _chunks.fold(visit, begin(mine.rows), head.vocabulary(options), size)
+
+    return by_rows(cut, of, head.like)
+
+
 def forward_keeping(
     options: Options, head: Operand
 ) -> tuple[RowStatistics, Array | None]:

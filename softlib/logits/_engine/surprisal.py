@@ -8,8 +8,7 @@ from jaxtyping import Array, Float, Int
 from softlib._compiled_once import compiled_once
 from softlib._sharding import match_varying
 
-from . import chunks as _chunks, stream, tile as _tile
-from .chunks import Index
+from . import stream
 from .operand import Operand
 from .tile import Options
 
@@ -34,31 +33,24 @@ def sums(
     options: Options, head: Operand, known: Known, first: Int[Array, ""], order: int
 ) -> Sums:
     """The sums of each row; `first` is the id of the first class."""
-    cut, size = stream.pieces(options, head)
 
-    def of(group: Index | None) -> Sums:
-        mine = stream.rows_of(head, cut, group)
-        top, argmax, shift = (array[:, None] for array in cut.take(known, group))
+    def begin(rows: int) -> Sums:
+        none = jnp.zeros(rows, head.dtype)
+        return match_varying(Sums(none, (none,) * order), head.like, first)
 
-        def step(total: Sums, start, size) -> Sums:
-            part = stream.classes_of(mine, start, size, options)
-            z = stream.tile_of(part, options).z
-            z = _tile.select(z, part.modifiers.class_where, -jnp.inf)
-            below = jnp.where(z == -jnp.inf, jnp.inf, top - z)
-            weights = jnp.exp(-below)
-            classes = first + start + jnp.arange(size, dtype=jnp.int32)[None]
-            others = jnp.where(classes == argmax, 0, weights)
-            # A class of probability 0 adds nothing, however surprising.
-            centred = jnp.where(below == jnp.inf, 0, below - shift)
-            power, powers = weights, []
-            for _ in range(order):
-                power = power * centred
-                powers.append(power.sum(1))
-            added = tuple(map(jnp.add, total.powers, powers))
-            return Sums(total.rest + others.sum(1), added)
+    def step(total: Sums, z, start, of_rows) -> Sums:
+        top, argmax, shift = (array[:, None] for array in of_rows)
+        below = jnp.where(z == -jnp.inf, jnp.inf, top - z)
+        weights = jnp.exp(-below)
+        classes = first + start + jnp.arange(z.shape[1], dtype=jnp.int32)[None]
+        others = jnp.where(classes == argmax, 0, weights)
+        # A class of probability 0 adds nothing, however surprising.
+        centred = jnp.where(below == jnp.inf, 0, below - shift)
+        power, powers = weights, []
+        for _ in range(order):
+            power = power * centred
+            powers.append(power.sum(1))
+        added = tuple(map(jnp.add, total.powers, powers))
+        return Sums(total.rest + others.sum(1), added)
 
-        none = jnp.zeros(mine.rows, head.dtype)
-        nothing = match_varying(Sums(none, (none,) * order), head.like, first)
-        return _chunks.fold(step, nothing, head.vocabulary(options), size)
-
-    return stream.by_rows(cut, of, head.like)
+    return stream.fold_logits(options, head, begin, step, known)
