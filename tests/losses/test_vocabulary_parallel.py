@@ -1,8 +1,10 @@
 """A vocabulary divided over devices gives the numbers and gradients of one device."""
 
 import functools
+import inspect
 import itertools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+import softlib
 from softlib.logits import RowStatistics
 from softlib.testing import assert_close
 from tests.compiled import losses, of_head
+from tests.heads import function_of, logits_of
 from tests.host import jnp
 from tests.losses.divided import (
     CLASSES,
@@ -156,49 +160,62 @@ def operands_of(dtype="float32"):
     }
 
 
-# Of the functions on a linear head, those whose arguments are not (hidden, weight,
-# labels), and those that have no form for a divided vocabulary.
-CALLS = {
-    "linear_entropy": lambda f, h, w, y, **o: f(h, w, **o),
-    "linear_multi_label_cross_entropy": lambda f, h, w, y, **o: f(
-        h, w, jnp.stack([y, (y + 17) % CLASSES], -1), **o
+# The functions of logits whose arguments are not (logits, labels); `other` are further
+# logits over the same classes.
+CALLS: dict[str, Any] = {
+    "entropy": lambda f, z, y, other: f(z),
+    "logsumexp": lambda f, z, y, other: f(z),
+    "moments": lambda f, z, y, other: f(z),
+    "row_statistics": lambda f, z, y, other: f(z, statistics=("lse", "sum_logits")),
+    "gather": lambda f, z, y, other: f(z, jnp.stack([y, (y + 17) % CLASSES], -1)),
+    "multi_label_cross_entropy": lambda f, z, y, other: f(
+        z, jnp.stack([y, (y + 17) % CLASSES], -1)
     ),
-    "linear_decoupled_softmax_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
-    "linear_one_versus_all_loss": lambda f, h, w, y, **o: f(h, w, y[..., None], **o),
-    "linear_top_k": lambda f, h, w, y, **o: f(h, w, k=3, **o),
-    "linear_z_loss": lambda f, *arrays, **o: f(*arrays, a=1.0, b=2.0, **o),
-    "linear_optimal_temperature": lambda f, h, w, y, **o: f(
-        h, w, rho=0.5, temperature_min=0.1, temperature_max=5.0, **o
+    "decoupled_softmax_loss": lambda f, z, y, other: f(z, y[..., None]),
+    "one_versus_all_loss": lambda f, z, y, other: f(z, y[..., None]),
+    "top_k": lambda f, z, y, other: f(z, k=3),
+    "z_loss": lambda f, z, y, other: f(z, y, a=1.0, b=2.0),
+    "optimal_temperature": lambda f, z, y, other: f(
+        z, rho=0.5, temperature_min=0.1, temperature_max=5.0
     ),
-    "linear_robust_softmax_cross_entropy": lambda f, h, w, y, **o: f(
-        h, w, y, 1 + h[..., 0] ** 2, rho=0.5, **o
+    "robust_softmax_cross_entropy": lambda f, z, y, other: f(
+        z, y, 1 + z.hidden[..., 0] ** 2, rho=0.5
     ),
-    "linear_normalized_distillation_loss": lambda f, h, w, y, **o: f(
-        h, w, h[..., ::-1], w, y, **o
-    ),
+    "normalized_distillation_loss": lambda f, z, y, other: f(z, other, y),
+    "decoupled_knowledge_distillation_loss": lambda f, z, y, other: f(z, other, y),
 }
 TWO_HEADS = {
-    "linear_jensen_shannon_divergence",
-    "linear_kl_divergence",
-    "linear_kl_to_reference",
-    "linear_knowledge_distillation_loss",
-    "linear_soft_target_cross_entropy",
+    "kl_to_reference",
+    "knowledge_distillation_loss",
+    "softmax_jensen_shannon_divergence",
+    "softmax_kl_divergence",
+    "softmax_soft_target_cross_entropy",
 }
-CALLS |= dict.fromkeys(TWO_HEADS, lambda f, h, w, y, **o: f(h, w, h[..., ::-1], w, **o))
-WHOLE = {"linear_logits", "linear_softmax_cross_entropy_sum"}
-
-
-EVERY = sorted({n for n in losses.__all__ if n.startswith("linear_")} - WHOLE)
+CALLS |= dict.fromkeys(TWO_HEADS, lambda f, z, y, other: f(z, other))
+ELSEWHERE = {
+    "labelled_rows",  # of which losses are made
+    "sample",  # tests/logits/test_sample.py
+    "smooth_adversarial_comp_sum_loss",  # of whole rows
+    "soft_top_k_loss",  # of whole rows
+    "softmax_cross_entropy_sum",  # refuses a divided vocabulary
+}
+PACKAGES = (softlib.losses, softlib.logits)
+EVERY = sorted(
+    name
+    for package in PACKAGES
+    for name in {*package.__all__} - ELSEWHERE
+    if inspect.isfunction(getattr(package, name)) and logits_of(getattr(package, name))
+)
 
 
 def of_losses(names, hidden, weight, labels, axis_name=None):
     """The results of the functions, by the names of these."""
-    found = {}
-    for name in names:
-        call = CALLS.get(name, lambda f, *arrays, **o: f(*arrays, **o))
-        function = getattr(losses, name)
-        found[name] = call(function, hidden, weight, labels, axis_name=axis_name)
-    return found
+    head = functools.partial(softlib.LinearLogits, axis_name=axis_name)
+    logits, other = head(hidden, weight), head(hidden[..., ::-1], weight)
+    call = lambda name: CALLS.get(name, lambda f, z, y, other: f(z, y))
+    return {
+        name: call(name)(function_of(name), logits, labels, other) for name in names
+    }
 
 
 def compare_with_one_device(names, change):
@@ -224,7 +241,7 @@ def compare_with_one_device(names, change):
 
 
 def test_every_loss_takes_a_divided_vocabulary():
-    assert len(EVERY) > 4
+    assert len(EVERY) > 30
     compare_with_one_device(EVERY, lambda function: function)
 
 
