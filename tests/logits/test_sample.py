@@ -184,6 +184,27 @@ def test_the_largest_noise_of_many_classes_is_no_tie():
 
 
 @pytest.mark.parametrize("source", ["linear", "logits"])
+def test_bits_and_logarithm_are_not_fused(source):
+    """LLVM takes seconds for a loop with both, and minutes on a CPU of many threads."""
+    hidden, weight, _, _ = problem()
+    if source == "linear":
+        arrays = (jnp.asarray(hidden), jnp.asarray(weight))
+    else:
+        arrays = (jnp.asarray(hidden @ weight.T),)
+    lowered: Any = jax.jit(of(source).sample).lower(KEY, *arrays)
+    # XLA fuses alike where LLVM does little, and the test ends where they are fused.
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    shifts, logarithms = [], []
+    for computation in compiled.as_text().split("\n}"):
+        shifts.append(computation.count("shift-left("))
+        logarithms.append(computation.count(" log("))
+    assert max(shifts) >= 20  # The bits of a class: one for each round.
+    assert max(shifts) < 40  # Not those of the row's key beside them.
+    assert sum(logarithms) == 1
+    assert shifts[logarithms.index(1)] == 0
+
+
+@pytest.mark.parametrize("source", ["linear", "logits"])
 def test_has_the_law_of_the_softmax(source):
     """A few classes, and rows and keys alike."""
     z = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.04, 0.009, 0.001]))

@@ -125,7 +125,9 @@ def key_words(key: Array) -> UInt32[Array, "2"]:
 
 def _keys_of_rows(key: UInt32[Array, "2"], rows: int) -> UInt32[Array, "rows 2"]:
     counters = jnp.zeros((), jnp.uint32), jnp.arange(rows, dtype=jnp.uint32)
-    return jnp.stack(threefry((key[0], key[1]), counters), axis=-1)
+    keys = jnp.stack(threefry((key[0], key[1]), counters), axis=-1)
+    # Fused with the noise, the key of a row would be made again for each class.
+    return lax.optimization_barrier(keys)
 
 
 def threefry(
@@ -155,7 +157,10 @@ def gumbel(first: Words, second: Words, dtype: Any) -> Float[Array, "..."]:
     low = second & jnp.uint32(2**24 - 1)
     w = of(first) * 2.0**-33 + (of(low) + 0.5) * 2.0**-57
     k = of(lax.clz(second))
-    return -jnp.log(k * math.log(2) + w * _log_series(w))
+    # In one fusion with the bits, the logarithm takes LLVM seconds to compile, and on a
+    # CPU of many threads longer than anyone waits.
+    exponential = lax.optimization_barrier(k * math.log(2) + w * _log_series(w))
+    return -jnp.log(exponential)
 
 
 def _log_series(w: Float[Array, "..."]) -> Float[Array, "..."]:
