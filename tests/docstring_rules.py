@@ -21,10 +21,13 @@ SECTIONS = (
 _HEADING = re.compile(rf"^({'|'.join(SECTIONS)}):[ \t]*(.*)$", re.MULTILINE)
 _ENTRY = re.compile(r"^ {4}((?:\*{0,2}\w+)(?:, \*{0,2}\w+)*):", re.MULTILINE)
 EXAMPLE_LINES = 6
-# A docstring begins with a verb or the noun that is returned.
-RIDDLES = ("Of", "What")
+# A docstring begins with a verb or the noun that is returned, not with a preposition,
+# a question or a reference to another docstring. "Whether" may begin a predicate's.
+PREPOSITIONS = ("As", "By", "For", "From", "If", "In", "Into", "Of", "With", "Without")
+QUESTIONS = ("Are", "Do", "Does", "How", "Is", "What", "Where", "Which", "Whose", "Why")
+RIDDLES = (*PREPOSITIONS, *QUESTIONS, "It", "Likewise", "Those")
 # Folders of softlib that have still to be gone through. Nothing is ever added.
-STILL_TO_COME = ("logits", "losses", "masks")
+STILL_TO_COME = ("logits", "losses")
 
 
 def sections(docstring: str) -> dict[str, str]:

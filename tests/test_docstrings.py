@@ -78,9 +78,12 @@ def test_folders_that_are_still_to_come_exist(repository: pathlib.Path):
 
 
 # ---------------------------------------------------------------- the rules themselves
-def test_a_docstring_that_begins_with_of_or_what_is_found():
-    source = '"""What it is."""\nclass A:\n    """Of A."""\n    def f(): "Officer."\n'
-    assert docstring_rules.riddles(source) == ["What it is.", "Of A."]
+@pytest.mark.parametrize("word", docstring_rules.RIDDLES)
+def test_a_docstring_that_begins_as_none_should_is_found(word: str):
+    source = (
+        f'"""{word} it."""\nclass A:\n    """{word} A."""\n    def f(): "{word}er."\n'
+    )
+    assert docstring_rules.riddles(source) == [f"{word} it.", f"{word} A."]
 
 
 def complete(values: Float[Array, " n"], *, base: float = 2.0) -> Float[Array, " n"]:

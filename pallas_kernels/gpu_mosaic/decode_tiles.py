@@ -40,7 +40,7 @@ def choose_tiles(
     *,
     splits: int | None = None,
 ) -> Tiles | None:
-    """As many splits as fill the device, and as many stages as shared memory holds.
+    """Tiles with enough splits to fill the device, and stages to fill shared memory.
 
     Args:
         batch: Sequences.

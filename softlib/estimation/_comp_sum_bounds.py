@@ -171,7 +171,7 @@ def _log_a(b: Array, d: Array) -> Array:
 
 
 def _log_cosh(x: Array) -> Array:
-    """For x <= 1: exact to the last digits near 0, where it is x^2 / 2."""
+    """Log cosh(x) for x <= 1: exact to the last digits near 0, where it is x^2 / 2."""
     return 0.5 * jnp.log1p(jnp.sinh(x) ** 2)
 
 

@@ -24,7 +24,7 @@ matmul = functools.partial(jnp.matmul, precision="highest")
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGate:
-    r"""Which gate a mixture of experts has; static.
+    r"""Options of the gate of a mixture of experts; static.
 
     With scores $s_i = \sigma(\beta_{1i} x)$ it is the softmax of
     $(s_i + \beta_{0i}) / \tau$ over the experts that are selected:

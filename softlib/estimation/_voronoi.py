@@ -77,10 +77,10 @@ def gauge_fixed_experts(
 def voronoi_cells(
     experts: GaussianExperts, true_experts: GaussianExperts
 ) -> Int[Array, " E"]:
-    r"""For each fitted expert the index of the true one that it belongs to.
+    r"""Index of the true expert that each fitted expert belongs to.
 
-    The nearest in $(\beta_1, a, b, \sigma)$ by the Euclidean distance; of equally near
-    ones the first.
+    That is the nearest in $(\beta_1, a, b, \sigma)$ by the Euclidean distance; the
+    first of equally near ones.
 
     Args:
         experts: Fitted parameters, E experts.

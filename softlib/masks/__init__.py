@@ -1,7 +1,7 @@
 """Attention masks: small values without a shape, composed with `& | ~`.
 
-- `Mask`: the base; `block_map`, `Block`: which blocks of pairs a mask holds; `plot`.
-- `array_field`, `mask_field`: fields of a mask of one's own, that is of a subclass.
+- `Mask`: the base class; `block_map`, `Block`: the status of blocks of pairs; `plot`.
+- `array_field`, `mask_field`: fields of a user's mask, that is of a subclass.
 - `All`, `Causal`, `Window`, `Dilated`: masks of relative positions.
 - `Chunked`, `Prefix`, `GlobalTokens`, `Blocks`: masks of fixed regions.
 - `Radial`, `radial_block_mask`, `radial_pair_count`: video.

@@ -1,4 +1,4 @@
-"""What a mask says of a block of pairs, and index arithmetic for it."""
+"""The status of a block of pairs, and index arithmetic for masks."""
 
 import enum
 from typing import Any
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Block(enum.IntEnum):
-    """What a mask holds in one block of (query, key) pairs.
+    """The status of a block of (query, key) pairs: none, some or all of them attend.
 
     Attributes:
         NONE: No pair attends; proved.
-        SOME: Nothing is claimed. Always a sound answer.
+        SOME: Nothing is claimed, so it is always sound.
         ALL: Every pair attends; proved.
 
-    The order makes `&` the minimum, `|` the maximum and `~` `2 - status`.
+    In this order `&` is the minimum, `|` the maximum and `~` is `2 - status`.
 
     Args:
         *args, **kwds: The number, as for any enumeration.
@@ -35,7 +35,7 @@ class Block(enum.IntEnum):
     def of(*, some: Any, every: Any) -> np.ndarray:
         """NONE where `some` is False, else ALL where `every` is True, else SOME.
 
-        For `Mask.block_status` of a mask of one's own: the two proofs, as comparisons.
+        A subclass of `Mask` writes its `block_status` with it, as two comparisons.
 
         Args:
             some: Booleans, NumPy; False where it is proved that no pair attends.
@@ -54,12 +54,12 @@ class Block(enum.IntEnum):
 
 
 def divide(index: Any, size: int) -> tuple[Any, Any]:
-    """Quotient, rounded down, and remainder of positions by a static size."""
+    """Quotient, rounded down, and remainder of positions divided by a static size."""
     if not isinstance(index, jax.Array):
         return index // size, index % size
     if size & (size - 1) == 0:
         return jnp.right_shift(index, size.bit_length() - 1), index & (size - 1)
-    # Not `//`, whose sign function kernels for TPUs cannot lower without a device.
+    # `//` uses a sign function, which TPU kernels cannot lower without a device.
     quotient = jax.lax.div(index, jax.lax.full_like(index, size))
     quotient -= (index < quotient * size).astype(index.dtype)
     return quotient, index - quotient * size
@@ -76,6 +76,6 @@ def require_at_least(least: int, mask: str, name: str, value: object) -> None:
 
 
 def edges(length: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and one past the last index of each block; the last may be short."""
+    """Start and exclusive stop of each block of indices; the last may be short."""
     start = np.arange(0, length, size, dtype=np.int64)
     return start, np.minimum(start + size, length)

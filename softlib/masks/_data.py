@@ -1,4 +1,4 @@
-"""Masks whose content is data: segment ids and lengths are arrays, traced under jit."""
+"""Masks that hold data: segment ids and lengths are arrays, traced under jit."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from ._protocol import array_field
 class Segments(Mask):
     """Pairs of equal segment id: sequences packed into one row do not see each other.
 
-    `query_segments[query] == key_segments[key]`. A position that has no id, because it
-    is negative or past their end, attends to nothing and is attended by nothing. Ids
-    are any integers.
+    `query_segments[query] == key_segments[key]`. Ids are any integers. A position
+    without an id, negative or past the end of the ids, attends to nothing and is
+    attended by nothing.
 
     Args:
         query: Integer ids, shape `(T,)` or `(B, T)`; traced.
         key: Integer ids, shape `(S,)` or `(B, S)`; None for the ids of the queries.
 
     Raises:
-        TypeError: Ids are no integers; raised where the mask is used.
-        ValueError: Ids have another rank; likewise.
+        TypeError: The ids are not integers; raised where the mask is used.
+        ValueError: The ids have another rank; raised where the mask is used.
 
     Cost: the ids are looked up per position, not per pair. Every block is `SOME`, as
         the ids are data.
@@ -38,7 +38,7 @@ class Segments(Mask):
          [0 0 1]]
     """
 
-    # Any: transformations rebuild a mask from whatever stands for its arrays.
+    # Any: transformations rebuild a mask with tracers, specs or None for its arrays.
     query: Any = array_field(axes=1)
     key: Any = array_field(axes=1, default=None)
 
@@ -53,17 +53,17 @@ class Segments(Mask):
 class Padding(Mask):
     """Pairs of real positions: `query < query_length` and `key < key_length`.
 
-    For batches of sequences padded to a common length. The rows of padded queries are
+    Use it for sequences padded to a common length. The rows of padded queries are
     empty, so that attention gives them output 0 and gradient 0.
 
     Args:
         query: Number of real queries, integers, shape `()` or `(B,)`; traced. None for
             no limit.
-        key: Number of real keys, likewise.
+        key: Number of real keys, with the same shapes and meaning of None.
 
     Raises:
-        TypeError: A length is no integer; raised where the mask is used.
-        ValueError: A length has another rank; likewise.
+        TypeError: A length is not an integer; raised where the mask is used.
+        ValueError: A length has another rank; raised where the mask is used.
 
     Cost: a comparison per position. Every block is `SOME`, as the lengths are data.
 
@@ -96,12 +96,12 @@ def _take(ids: Any, index: Any) -> tuple[Any, Any]:
     known = (index >= 0) & (index < ids.shape[0])
     if isinstance(ids, np.ndarray) and isinstance(index, np.ndarray):
         return ids[np.where(known, index, 0)], known
-    # Positions without an id read any id.
+    # The id read at a position without one is arbitrary; `known` is False there.
     return jnp.asarray(ids).at[index].get(mode="clip"), known
 
 
 def _length(given: Any) -> Any:
-    """Unsigned ones would make the positions, which are signed, wrap."""
+    """The length, signed: positions compared with an unsigned one would wrap."""
     return given if np.isscalar(given) else signed(given)
 
 

@@ -1,4 +1,4 @@
-"""How masks print: as the expression that makes them."""
+"""The printed form of masks: the expression that makes them."""
 
 import dataclasses
 from typing import Any
@@ -7,9 +7,9 @@ from softlib._printed import argument
 
 
 def call(value: Any) -> str:
-    """The call that makes a dataclass, without arguments that have their default.
+    """The call that makes a dataclass, without arguments at their default.
 
-    Optional arguments are given by name, but for the only one of a class.
+    Optional arguments are named if the class has more than one.
     """
     fields = dataclasses.fields(value)
     optional = [f.name for f in fields if f.default is not dataclasses.MISSING]
@@ -25,7 +25,7 @@ def call(value: Any) -> str:
 
 
 def _is(given: Any, default: Any) -> bool:
-    # Whatever stands for an array may compare by element, or not at all.
+    # `==` of arrays compares by element, that of their stand-ins may raise.
     return given is default or (
         isinstance(given, int | float | str) and given == default
     )

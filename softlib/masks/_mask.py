@@ -1,9 +1,9 @@
-"""What a mask is: a small frozen value without a shape, composed with `& | ~`.
+"""The base of masks: a small frozen value without a shape, composed with `& | ~`.
 
-Index arithmetic only: a mask works alike on NumPy arrays (block maps on the host), on
-tracers, and inside a kernel. Every mask is a pytree. Integers are static, so a mask
-without arrays has no leaves and is a hashable compile-time constant; arrays are leaves
-and become operands.
+A mask is index arithmetic only, so that it works on NumPy arrays (block maps on the
+host), on tracers, and inside a kernel. Every mask is a pytree. Integers are static: a
+mask without arrays has no leaves and is a hashable compile-time constant. Arrays are
+leaves and become operands.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ from ._protocol import (
 @dataclass_transform(frozen_default=True, field_specifiers=(array_field, mask_field))
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mask:
-    """Which (query, key) pairs may attend: True means "attends".
+    """A predicate on (query, key) pairs of positions: True means "attends".
 
-    The base of all masks. A mask has no shape: it is a predicate on absolute positions.
+    The base class of all masks. A mask has no shape; its positions are absolute.
     Combine masks with `&`, `|` and `~`. A mask without arrays is hashable and may be a
-    static argument of `jax.jit`; one that holds arrays is an argument like any array,
-    and each of its arrays may have a leading batch axis. It prints as the expression
-    that made it, with dtype and shape in the place of an array.
+    static argument of `jax.jit`. A mask that holds arrays is passed like an array, and
+    each of its arrays may have a leading batch axis. A mask prints as the expression
+    that made it, with dtype and shape instead of each array.
 
     Example:
         >>> mask = softlib.masks.Causal() & softlib.masks.Window(left=1, right=0)
@@ -65,26 +65,27 @@ class Mask:
             the mask has one. NumPy for NumPy indices and a mask without arrays.
 
         Raises:
-            ValueError: An array of the mask has another rank, its batch axis aside.
+            ValueError: An array of the mask has another rank than its class declares,
+                not counting the batch axis.
         """
         return evaluate(_attends, self, query_index, key_index)
 
     def attends(self, query_index: Any, key_index: Any) -> Any:
-        """Where the pair attends: the definition of a mask, which its class writes.
+        """Defines the mask: True where the pair attends. Every subclass writes it.
 
-        To use a mask, call it: that sees to batch axes, which the arrays of the mask
-        do not have here.
+        To use a mask, call it. The call handles batch axes; here the arrays of the
+        mask have none.
 
         Args:
-            query_index: Integer positions: NumPy on the host, traced in a program,
-                inside a kernel too. Comparisons and arithmetic serve all of them.
+            query_index: Integer positions: NumPy on the host, traced in a program or
+                in a kernel. Comparisons and arithmetic work for all of them.
             key_index: Integer positions that broadcast with `query_index`.
 
         Returns:
             Booleans that broadcast to the shape of both.
 
         Raises:
-            NotImplementedError: The class has no definition.
+            NotImplementedError: The class does not define it.
         """
         raise NotImplementedError
 
@@ -94,9 +95,9 @@ class Mask:
     ) -> np.ndarray:
         """Classifies blocks of pairs without visiting tokens.
 
-        What attention skips is what this proves. A class that does not write it proves
-        nothing: every block is SOME. One that does may look at static fields only;
-        arrays are data, and in their place stand others without content.
+        Attention skips the blocks that are proved to be NONE. A class that does not
+        write this method proves nothing: every block is SOME. A class that writes it
+        may read static fields only: arrays are replaced by others without content.
 
         Args:
             query_start: Integers, NumPy; all four broadcast, so that a map of millions
@@ -114,10 +115,10 @@ class Mask:
 
     @checked_row_count
     def row_count(self, query_length: int, key_length: int | None = None) -> Any:
-        """How many keys each query attends to.
+        """Number of keys that each query attends to.
 
-        Blocks that are ALL are counted whole, those that are SOME are looked into. A
-        class writes it where a formula is at hand; it is then given two integers.
+        By default, blocks that are ALL are counted whole, and blocks that are SOME
+        pair by pair. A class may write a formula instead; it gets two integers.
 
         Args:
             query_length: Static number of queries.
@@ -132,7 +133,7 @@ class Mask:
         return count(self, query_length, key_length)
 
     def density(self, query_length: int, key_length: int | None = None) -> float:
-        """The fraction of pairs that attend. For a mask without arrays.
+        """The fraction of pairs that attend, of a mask without arrays.
 
         Args:
             query_length: Number of queries.
@@ -178,7 +179,7 @@ class Mask:
         Args:
             query_offset: Absolute position of query 0: an int, or an integer array,
                 scalar or one per batch entry (traced; then no block is skipped).
-            key_offset: Absolute position of key 0, likewise.
+            key_offset: Absolute position of key 0: of the same kinds.
         """
         if isinstance(query_offset, int) and isinstance(key_offset, int):
             if query_offset == key_offset == 0:
@@ -206,15 +207,15 @@ class Mask:
         define_mask(cls)
 
     def _leaf_ranks(self) -> tuple[int, ...]:
-        """The number of axes, but the batch, of each array, in the order of leaves."""
+        """Number of axes of each array but the batch axis, in the order of leaves."""
         return leaf_ranks(self)
 
     def _is_arithmetic(self) -> bool:
-        """Whether a kernel, which cannot gather, may evaluate `attends`."""
+        """Whether a kernel, which cannot gather, can evaluate `attends`."""
         return is_arithmetic(self)
 
     def _within(self, query_length: int, key_length: int) -> "Mask":
-        """A mask that agrees below these positions and may be cheaper per pair."""
+        """A mask equal to this one below these lengths, perhaps cheaper per pair."""
         del query_length, key_length
         return self
 
@@ -312,7 +313,7 @@ class Not(Mask):
 
 
 class Shifted(Mask):
-    """A mask of absolute positions, on the indices of a slice; see `Mask.shift`."""
+    """A mask of absolute positions, evaluated at indices of a slice: `Mask.shift`."""
 
     mask: Mask = mask_field()
     query_offset: int
@@ -341,7 +342,7 @@ class Shifted(Mask):
 
 
 class ShiftedByArrays(Mask):
-    """As `Shifted`, with offsets that are data: every block is SOME."""
+    """A `Shifted` mask whose offsets are arrays, so that every block is SOME."""
 
     mask: Mask = mask_field()
     query_offset: Any = array_field(axes=0)
@@ -357,7 +358,7 @@ class ShiftedByArrays(Mask):
 
 
 def _operand(mask: Any, bracketed: Any) -> str:
-    """As part of an expression. Python needs fewer brackets, readers do not."""
+    """The mask as an operand; bracketed for the reader even where Python needs none."""
     return f"({mask!r})" if isinstance(mask, bracketed) else repr(mask)
 
 
@@ -372,7 +373,7 @@ def block_map(
     """Classifies every block of a (query, key) grid.
 
     Args:
-        mask: Any mask; one that holds arrays is SOME wherever they decide.
+        mask: Any mask. Blocks that depend on its arrays are SOME.
         lengths: Static numbers of queries and keys.
         blocks: Static sizes of a block; the last of each axis may be short.
 
@@ -417,7 +418,7 @@ _COUNT_BLOCK = 128
 
 @functools.lru_cache(maxsize=64)
 def _blockwise_row_count(mask: Mask, query_length: int, key_length: int) -> np.ndarray:
-    """Whole blocks are counted, only the others are looked into."""
+    """Number of keys per query; pairs are visited only in blocks that are SOME."""
     blocks = block_map(mask, (query_length, key_length), (_COUNT_BLOCK, _COUNT_BLOCK))
     (query_start, query_stop), (key_start, key_stop) = (
         edges(query_length, _COUNT_BLOCK),
@@ -428,10 +429,10 @@ def _blockwise_row_count(mask: Mask, query_length: int, key_length: int) -> np.n
         query = np.arange(query_start[row], query_stop[row])
         whole = kinds == Block.ALL
         found = np.full(len(query), (key_stop - key_start)[whole].sum(), np.int32)
-        looked_into = np.flatnonzero(kinds == Block.SOME)
-        if len(looked_into):
+        visited = np.flatnonzero(kinds == Block.SOME)
+        if len(visited):
             key = np.concatenate(
-                [np.arange(key_start[c], key_stop[c]) for c in looked_into]
+                [np.arange(key_start[c], key_stop[c]) for c in visited]
             )
             attends = mask(query[:, None], key[None, :])
             shape = (len(query), len(key))

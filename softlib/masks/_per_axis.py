@@ -1,4 +1,4 @@
-"""Masks of attention whose keys are tuples: one mask per key axis, and joint ones."""
+"""Masks of attention to tuples of keys: one mask per key axis, and joint masks."""
 
 import dataclasses
 import functools
@@ -22,9 +22,9 @@ from ._protocol import evaluate, mask_field, mask_value
 class Between:
     """A mask between two of the axes of (query, key 1, key 2, ...).
 
-    For the argument `joint` of `PerAxis`: what relates the keys of a tuple to each
-    other. `Between(2, 1, Causal(-1))` takes key 2 for the query of `Causal(-1)` and
-    key 1 for its key, and holds where key 1 comes before key 2: every unordered pair
+    It is for the argument `joint` of `PerAxis` and relates keys of a tuple to each
+    other. `Between(2, 1, Causal(-1))` uses key 2 as the query of `Causal(-1)` and key
+    1 as its key: it holds where key 1 comes before key 2, so for every unordered pair
     once. `Between(1, 2, ~Window(0, 0))` holds where the two keys are different.
 
     Args:
@@ -34,7 +34,7 @@ class Between:
         mask: The mask on these two positions.
 
     Raises:
-        TypeError: An axis is no Python int, or `mask` no mask value.
+        TypeError: An axis is not a Python int, or `mask` not a mask value.
         ValueError: The two axes are the same, or one is negative.
 
     Example:
@@ -58,7 +58,7 @@ class Between:
                 f"Between: `second` must be another axis than `first`, got "
                 f"{self.second} for both."
             )
-        # Transformations rebuild it from whatever stands for its mask.
+        # Transformations rebuild it with other objects in the field of its mask.
         if self.mask is None or (
             callable(self.mask) and not isinstance(self.mask, Mask)
         ):
@@ -88,8 +88,8 @@ class Between:
 
     def _permuted(self, order):
         self._require_axes(len(order) + 1)
-        place = lambda axis: order.index(axis - 1) + 1 if axis else 0
-        return Between(place(self.first), place(self.second), self.mask)
+        moved = lambda axis: order.index(axis - 1) + 1 if axis else 0
+        return Between(moved(self.first), moved(self.second), self.mask)
 
     def _leaf_ranks(self):
         return self.mask._leaf_ranks()
@@ -112,22 +112,21 @@ class Between:
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
 class PerAxis:
-    """Which tuples of keys a query attends to: a mask per key axis, and joint ones.
+    """A mask of tuples of keys: one mask per key axis, and joint masks.
 
     A query at i attends to the keys (j, k, ...) if the mask of the first axis holds for
-    (i, j), that of the second for (i, k), and so on, and if every joint mask holds. As
-    any mask it has no shape, is hashable unless it holds arrays, and an argument like
-    any array if it does. A query is empty as soon as one axis leaves it no key.
+    (i, j), that of the second for (i, k), and so on, and if every joint mask holds.
+    Like any mask it has no shape; without arrays it is hashable, with arrays it is
+    passed like an array. A query is empty if one axis leaves it no key.
 
     Args:
         *axes: A mask value for each key axis; None where the axis is not restricted.
-        joint: What depends on several keys at once: `Between`; or a function
-            `joint(query_index, key_index_1, ...)` that returns booleans, alike on NumPy
-            and JAX integers that broadcast; or a tuple of these, of which all must
-            hold. A function is static and hashable, hence best a module's own and no
-            lambda. Where it has an attribute `block_status` with the arguments of that
-            method it proves blocks too; else it only looks into those that the axes
-            leave.
+        joint: A mask of several keys at once: `Between`; or a function
+            `joint(query_index, key_index_1, ...)` that returns booleans for NumPy and
+            for JAX integers that broadcast; or a tuple of these, of which all must
+            hold. A function is static and hashable: define it in a module, not as a
+            lambda. If it has an attribute `block_status`, a function with the
+            arguments of that method, attention skips blocks by it too.
 
     Raises:
         TypeError: An axis is neither a mask value nor None, or `joint` cannot be
@@ -155,10 +154,10 @@ class PerAxis:
                     "PerAxis: `axes` must hold mask values or None, got "
                     f"{type(axis).__name__}."
                 )
-        parts = joint if isinstance(joint, tuple) else (joint,)
-        parts = tuple(_joint_value(part) for part in parts if part is not None)
+        values = joint if isinstance(joint, tuple) else (joint,)
+        values = tuple(_joint_value(value) for value in values if value is not None)
         object.__setattr__(self, "axes", axes)
-        object.__setattr__(self, "joint", parts)
+        object.__setattr__(self, "joint", values)
 
     def __repr__(self) -> str:
         arguments = [*map(repr, self.axes)]
@@ -207,7 +206,7 @@ class PerAxis:
         return np.asarray(self._status(*map(np.asarray, edges)), np.int8)
 
     def row_count(self, query_length: int, *key_lengths: int) -> Any:
-        """How many tuples of keys each query attends to.
+        """Number of tuples of keys that each query attends to.
 
         Args:
             query_length: Static number of queries.
@@ -215,9 +214,8 @@ class PerAxis:
                 as many as queries.
 
         Returns:
-            Integer counts, shape `(query_length,)`: int64 in NumPy; from a mask that
-            holds arrays in JAX, of its default width, perhaps with a leading batch
-            axis.
+            Integer counts, shape `(query_length,)`: NumPy, int64. For a mask that holds
+            arrays: JAX, its default integer, perhaps with a leading batch axis.
         """
         lengths = self._lengths("row_count", query_length, key_lengths)
         if not self.joint:
@@ -233,7 +231,7 @@ class PerAxis:
                     rows = count.astype(int)
                     found = found * (rows[None] if rows.ndim == 1 else rows)
             return found if any(np.ndim(count) == 2 for count in counts) else found[0]
-        # A few queries at a time: what is counted is an array of all tuples.
+        # A few queries at a time: the counted array holds all tuples.
         step = max(1, _TUPLES_AT_ONCE // max(1, np.prod(lengths)))
         starts = range(0, query_length, step)
         queries = [np.arange(i, min(i + step, query_length)) for i in starts]
@@ -292,7 +290,7 @@ class PerAxis:
             None if axis is None else axis.shift(query_offset, offset)
             for axis, offset in zip(self.axes, offsets, strict=True)
         ]
-        joint = tuple(part._shift(query_offset, *offsets) for part in self.joint)
+        joint = tuple(mask._shift(query_offset, *offsets) for mask in self.joint)
         return PerAxis(*axes, joint=joint)
 
     def __bool__(self) -> bool:
@@ -305,21 +303,21 @@ class PerAxis:
         """The mask of the same key axes in another order."""
         if order == tuple(range(len(self.axes))):
             return self
-        joint = tuple(part._permuted(order) for part in self.joint)
+        joint = tuple(mask._permuted(order) for mask in self.joint)
         return PerAxis(*(self.axes[i] for i in order), joint=joint)
 
     def _attended(self, query_index: np.ndarray, lengths: tuple[int, ...]) -> Any:
         indices = [query_index, *map(np.arange, lengths)]
         return self(*np.ix_(*indices))
 
-    # As those of `Mask`, for as many indices as there are axes.
+    # The protocol of `Mask`, with one index per axis.
     def _attends(self, query_index, *key_indices):
         found = [
             axis.attends(query_index, index)
             for axis, index in zip(self.axes, key_indices, strict=True)
             if axis is not None
         ]
-        found += [part._attends(query_index, *key_indices) for part in self.joint]
+        found += [mask._attends(query_index, *key_indices) for mask in self.joint]
         if not found:
             return functools.reduce(
                 lambda a, b: a & b, [i == i for i in (query_index, *key_indices)]
@@ -332,24 +330,24 @@ class PerAxis:
             for i, axis in enumerate(self.axes)
             if axis is not None
         ]
-        found += [part._status(*edges) for part in self.joint]
+        found += [mask._status(*edges) for mask in self.joint]
         shape = np.broadcast_shapes(*map(np.shape, edges))
         return functools.reduce(np.minimum, found, np.full(shape, Block.ALL, np.int8))
 
     def _leaf_ranks(self):
-        parts = [*(axis for axis in self.axes if axis is not None), *self.joint]
-        return tuple(rank for part in parts for rank in part._leaf_ranks())
+        masks = [*(axis for axis in self.axes if axis is not None), *self.joint]
+        return tuple(rank for mask in masks for rank in mask._leaf_ranks())
 
     def _is_arithmetic(self):
-        parts = [*(axis for axis in self.axes if axis is not None), *self.joint]
-        return all(part._is_arithmetic() for part in parts)
+        masks = [*(axis for axis in self.axes if axis is not None), *self.joint]
+        return all(mask._is_arithmetic() for mask in masks)
 
     def _within(self, query_length, *key_lengths):
         axes = [
             None if axis is None else axis._within(query_length, length)
             for axis, length in zip(self.axes, key_lengths, strict=True)
         ]
-        joint = tuple(part._within(query_length, *key_lengths) for part in self.joint)
+        joint = tuple(mask._within(query_length, *key_lengths) for mask in self.joint)
         return _rebuilt(None, (tuple(axes), joint))
 
     def _lengths(
@@ -374,7 +372,7 @@ class PerAxis:
 
 
 def _rebuilt(structure: None, children: Any) -> PerAxis:
-    """Without checks: transformations use whatever stands for the arrays of a mask."""
+    """A `PerAxis` without checks: transformations put other objects for its arrays."""
     del structure
     value = object.__new__(PerAxis)
     for name, child in zip(("axes", "joint"), children, strict=True):
@@ -392,10 +390,10 @@ _TUPLES_AT_ONCE = 1 << 24
 
 @mask_value
 class _Called:
-    """A function of all indices that users wrote."""
+    """A joint mask that is a user's function of all indices."""
 
     call: Any = mask_field()
-    # Of each axis of the call: where its positions come from, and what is added.
+    # For each argument of the call: the axis of its positions, and their offset.
     order: tuple[int, ...] = ()
     offsets: tuple[int, ...] = ()
 
@@ -432,10 +430,10 @@ class _Called:
         return _Called(self.call, self.order, tuple(moved))
 
     def _permuted(self, order):
-        # The axis that was i is found where the new order has it.
-        place = lambda axis: order.index(axis - 1) + 1 if axis else 0
+        # Key axis i moves to its index in the new order.
+        moved = lambda axis: order.index(axis - 1) + 1 if axis else 0
         before = self.order or range(len(order) + 1)
-        return _Called(self.call, tuple(map(place, before)), self.offsets)
+        return _Called(self.call, tuple(map(moved, before)), self.offsets)
 
     def _leaf_ranks(self):
         return tuple(map(np.ndim, jax.tree.leaves(self.call)))
@@ -450,7 +448,7 @@ class _Called:
 
 @mask_value
 class _Static:
-    """A function as part of the structure of a tree."""
+    """A function as a node of a pytree, without leaves."""
 
     function: Callable[..., Any]
 
@@ -458,16 +456,16 @@ class _Static:
         return getattr(self.function, "__name__", None) or repr(self.function)
 
 
-def _joint_value(part: Any) -> Any:
-    if isinstance(part, Between | _Called):
-        return part
-    if isinstance(part, Mask) or not callable(part):
+def _joint_value(joint: Any) -> Any:
+    if isinstance(joint, Between | _Called):
+        return joint
+    if isinstance(joint, Mask) or not callable(joint):
         raise TypeError(
             "PerAxis: `joint` must be Between, a function of all indices or a tuple of "
-            f"these, got {type(part).__name__}."
+            f"these, got {type(joint).__name__}."
         )
     # A function is a leaf to JAX; a value with arrays in it is a tree of its own.
-    leaves = jax.tree.leaves(part)
-    if len(leaves) == 1 and leaves[0] is part:
-        part = _Static(part)
-    return _Called(part)
+    leaves = jax.tree.leaves(joint)
+    if len(leaves) == 1 and leaves[0] is joint:
+        joint = _Static(joint)
+    return _Called(joint)

@@ -30,24 +30,24 @@ def plot(
     """Draws a mask: queries downwards, keys to the right; dark where a pair attends.
 
     With `block` the picture shows what a block-sparse kernel does: white blocks are not
-    visited, pairs of wholly attended blocks are light blue, and in the other visited
-    blocks pairs that do not attend are sand-coloured: work that is masked away.
+    visited, and pairs of blocks that attend as a whole are light blue. In the other
+    visited blocks, pairs that do not attend are sand-coloured: wasted work.
 
     Args:
         mask: Any mask; one with arrays must be concrete and have no batch axis.
         query_length: Number of queries.
         key_length: Number of keys; None for as many as queries.
-        block: Size of a block, one for both axes or a pair; None draws tokens only.
-        lines: Draws a line every so many tokens, say at the borders of frames; None
-            draws lines at the borders of blocks if there are few.
+        block: Block size of both axes, or a pair; None draws tokens only.
+        lines: Number of tokens between lines, such as those of a frame; None draws
+            lines at the borders of blocks if there are few.
         tokens: False draws one dot per block instead of one per pair: white, sand or
             blue for `Block.NONE`, `SOME`, `ALL`. For lengths that have too many pairs.
         ax: Axes of matplotlib to draw on; None for those of a new figure.
 
     Returns:
-        The `matplotlib.axes.Axes`. Their first image holds what is drawn: of tokens 0
-        for white, 1 sand, 2 light blue (both only with a block), 3 dark; otherwise the
-        status of the blocks.
+        The `matplotlib.axes.Axes`. Their first image holds one number per token: 0
+        white, 1 sand, 2 light blue (both only with a block), 3 dark; or per block its
+        status.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -73,7 +73,7 @@ def plot(
     if blocks is not None and min(blocks) < 1:
         raise ValueError(f"plot: `block` must be at least 1, got {block!r}.")
     if tokens:
-        image = _of_tokens(mask, lengths, blocks)
+        image = _token_image(mask, lengths, blocks)
         shades = [_EMPTY, _VISITED, _IN_WHOLE, _ATTENDS]
     elif blocks is not None:
         image = block_map(mask, lengths, blocks)
@@ -91,7 +91,7 @@ def plot(
         vmin=0,
         vmax=len(shades) - 1,
         extent=(0, width, height, 0),
-        # Many dots to a pixel mix their shades, never their numbers.
+        # Dots that share a pixel mix their colours, not their numbers.
         interpolation="nearest" if max(image.shape) <= 512 else "auto",
         interpolation_stage="rgba",
     )
@@ -100,7 +100,7 @@ def plot(
     return ax
 
 
-def _of_tokens(
+def _token_image(
     mask: Mask, lengths: tuple[int, int], blocks: tuple[int, int] | None
 ) -> np.ndarray:
     if max(lengths) > _MOST_TOKENS:

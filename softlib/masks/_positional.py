@@ -101,7 +101,7 @@ class Window(Mask):
 class Dilated(Mask):
     """Every `stride`-th key, counted from the query: `(key - query) % stride == 0`.
 
-    With a reach, write `Dilated(stride) & Window(left, right)`.
+    Limit its reach by `Dilated(stride) & Window(left, right)`.
 
     Args:
         stride: Static, at least 1; 1 keeps every pair.

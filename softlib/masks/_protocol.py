@@ -1,4 +1,4 @@
-"""How a class becomes a mask: its fields, and what is checked of its methods."""
+"""The protocol of masks: fields of a class, and checks of what its methods return."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ _AXES = "axes"
 def array_field(axes: int, *, default: Any = dataclasses.MISSING) -> Any:
     """Declares a field of a mask as an array: data, which may be traced.
 
-    Fields without it are static: hashable, and part of the program. An array may have
-    one axis more than declared, in front, with one entry per entry of the batch;
-    `Mask.attends` never sees that axis, `Mask.block_status` never sees the array.
+    All other fields are static: hashable, and part of the program. An array may have
+    a leading batch axis besides those declared. `Mask.attends` never sees that axis,
+    `Mask.block_status` never sees the array.
 
     Args:
         axes: Static number of axes without that of the batch; 0 for a number.
-        default: As of any field; None makes an array that may be absent.
+        default: Default of the field; None for an array that may be absent.
 
     Returns:
-        What `dataclasses.field` returns, for the right side of a field.
+        A field of a dataclass: the right-hand side of an annotated name.
 
     Example:
         >>> class Visible(softlib.masks.Mask):
@@ -45,7 +45,7 @@ def mask_field() -> Any:
     """Declares a field of a mask as another mask, whose arrays are data as well.
 
     Returns:
-        What `dataclasses.field` returns, for the right side of a field.
+        A field of a dataclass: the right-hand side of an annotated name.
 
     Example:
         >>> class Mirrored(softlib.masks.Mask):
@@ -61,7 +61,7 @@ def mask_field() -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(array_field, mask_field))
 def mask_value[T: type](cls: T) -> T:
-    """Makes a frozen dataclass that is a pytree; `__repr__` is the class's own."""
+    """Makes a frozen dataclass that is a pytree and keeps its own `__repr__`."""
     dataclasses.dataclass(frozen=True, repr=False)(cls)
     leaves = [field.name for field in _leaf_fields(cls)]
     static = [f.name for f in dataclasses.fields(cls) if f.name not in leaves]
@@ -69,7 +69,7 @@ def mask_value[T: type](cls: T) -> T:
 
 
 def define_mask(cls: type) -> None:
-    """Makes a subclass of `Mask` a value, and checks what its methods are given."""
+    """Makes a subclass of `Mask` a value, and wraps its methods with checks."""
     for name, checked in (
         ("block_status", checked_status),
         ("row_count", checked_row_count),
@@ -80,7 +80,7 @@ def define_mask(cls: type) -> None:
 
 
 def leaf_ranks(mask: Any) -> tuple[int, ...]:
-    """The declared number of axes of each array of a mask, in the order of leaves."""
+    """Declared number of axes of each array of a mask, in the order of leaves."""
     ranks: list[int] = []
     for field in _leaf_fields(mask):
         given, axes = getattr(mask, field.name), field.metadata[_AXES]
@@ -96,16 +96,16 @@ def _leaf_fields(cls: Any) -> list[dataclasses.Field]:
 
 
 def checked_status(method: Callable[..., Any]) -> Callable[..., np.ndarray]:
-    """Lets a `block_status` see NumPy arrays, and return what broadcasts to theirs."""
+    """Converts the arguments of a `block_status` to NumPy and broadcasts its result."""
 
     @functools.wraps(method)
     def block_status(self: Any, *bounds: Any, **named: Any) -> np.ndarray:
-        # Of one rank, as jax.numpy may insist on.
+        # Of one rank: jax.numpy may be set to refuse to broadcast ranks.
         rank = max(map(np.ndim, (*bounds, *named.values())), default=0)
         array = lambda bound: np.array(bound, ndmin=rank, copy=None)
         bounds = tuple(map(array, bounds))
         named = {name: array(bound) for name, bound in named.items()}
-        # It may be asked while a program is traced, and may use jax.numpy.
+        # A program may be being traced, and the method may use jax.numpy.
         with jax.ensure_compile_time_eval():
             found = np.asarray(method(self, *bounds, **named))
         if found.dtype.kind not in "biu":
@@ -120,7 +120,7 @@ def checked_status(method: Callable[..., Any]) -> Callable[..., np.ndarray]:
 
 
 def checked_row_count(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a `row_count` see two checked lengths, and return a number per query."""
+    """Checks the lengths given to a `row_count`; broadcasts its result to queries."""
 
     @functools.wraps(method)
     def row_count(self: Any, query_length: int, key_length: int | None = None) -> Any:
@@ -145,7 +145,7 @@ def checked_lengths(
 
 
 def evaluate(attends: Callable[..., Any], mask: Any, *indices: Any) -> Any:
-    """`attends(mask, *indices)`; for each batch entry where arrays have that axis."""
+    """`attends(mask, *indices)`, mapped over the batch axis of the mask's arrays."""
     indices = tuple(
         index if isinstance(index, jax.Array) else np.asarray(index)
         for index in indices
@@ -156,7 +156,7 @@ def evaluate(attends: Callable[..., Any], mask: Any, *indices: Any) -> Any:
         for leaf, rank in zip(leaves, mask._leaf_ranks(), strict=True)
     ]
     if not leaves and not any(isinstance(index, jax.Array) for index in indices):
-        # It may be asked while a program is traced, and may use jax.numpy.
+        # A program may be being traced, and the method may use jax.numpy.
         with jax.ensure_compile_time_eval():
             return _checked_pairs(mask, np.asarray(attends(mask, *indices)), indices)
     if all(axis is None for axis in axes):
@@ -171,7 +171,7 @@ def evaluate(attends: Callable[..., Any], mask: Any, *indices: Any) -> Any:
 
 
 def _checked_pairs(mask: Any, found: Any, indices: tuple[Any, ...]) -> Any:
-    """What a mask says of positions: booleans of their shape."""
+    """Booleans that a mask returned, broadcast to the shape of the indices."""
     found = found if isinstance(found, jax.Array) else np.asarray(found)
     if found.dtype != np.bool_:
         raise TypeError(
@@ -184,7 +184,7 @@ def _checked_pairs(mask: Any, found: Any, indices: tuple[Any, ...]) -> Any:
 
 
 def _batch_axis(leaf: Any, rank: int) -> int | None:
-    """Where an array of a mask has its batch axis, if it has one."""
+    """Batch axis of an array of a mask: 0, or None if it has none."""
     axes = np.ndim(leaf) - rank
     if axes not in (0, 1):
         raise ValueError(
@@ -195,9 +195,9 @@ def _batch_axis(leaf: Any, rank: int) -> int | None:
 
 
 def is_arithmetic(mask: Any) -> bool:
-    """Is `attends` arithmetic on the indices, without a look into an array?
+    """Whether `attends` is arithmetic on the indices and reads no array.
 
-    Then it can be evaluated inside a kernel, which cannot gather. Numbers that are data
+    It can then be evaluated inside a kernel, which cannot gather. Scalars that are data
     do not count as arrays.
     """
     if any(leaf_ranks(mask)):

@@ -1,4 +1,4 @@
-"""Radial attention: attention that thins with the distance between video frames."""
+"""Radial attention: fewer pairs attend as the distance between video frames grows."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from ._radial_bands import (
 
 
 class Position(NamedTuple):
-    """Frame and place in the frame; of a query or a key."""
+    """Frame of a query or a key, and its place in the frame."""
 
     frame: Any
     place: Any
@@ -41,13 +41,13 @@ class Radial(Mask):
       $\lceil \max(\text{min\_window}, 1) / L \rceil$ divides $d$. Neighbouring frames
       ($d \le 1$) attend as a whole.
 
-    Either way every query sees all tokens of the first `sink_frames` frames. Use
-    `rule="pow2"` with `min_window` the block size of the kernel: the bands of the paper
-    become narrower than a block, and then cost a block all the same.
+    With both rules every query sees all tokens of the first `sink_frames` frames. Use
+    `rule="pow2"` with `min_window` the block size of the kernel: bands of the paper
+    become narrower than a block, yet each costs a whole block.
 
     The number of frames does not occur: positions past the video are further frames,
-    negative positions frames before the first, which are no sinks. Text behind `n`
-    video tokens is `(Radial(s) & ~GlobalTokens(n)) | GlobalTokens(n)`.
+    negative positions are frames before the first and no sinks. Text behind `n` video
+    tokens is `(Radial(s) & ~GlobalTokens(n)) | GlobalTokens(n)`.
 
     Args:
         tokens_per_frame: Static, at least 1: $s$.
@@ -58,15 +58,17 @@ class Radial(Mask):
         rule: Static: `"paper"` or `"pow2"`.
 
     Raises:
-        TypeError: A number of tokens or frames is no Python int, or `decay` no number.
+        TypeError: A number of tokens or frames is not a Python int, or `decay` not a
+            number.
         ValueError: An option is out of range, or `rule="paper"` with another decay or
             window.
 
     Cost: frames and places are computed per position; a pair takes 9 to 16 integer
         operations. None is a division if `min_window` (for the paper's rule
-        `tokens_per_frame`) is a power of two, or if the lengths are known and drop no
-        frame, as in attention. The status of a block is exact and closed; row counts
-        take one number per token. Traced positions must be below $2^{29}$.
+        `tokens_per_frame`) is a power of two, or if the lengths are known, as in
+        attention, and no frame is dropped. The status of a block is exact and has a
+        closed form; row counts take one number per token. Traced positions must be
+        below $2^{29}$.
 
     Source: "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long
         Video Generation"; `rule="pow2"` follows the widths of its public code.
@@ -135,7 +137,7 @@ class Radial(Mask):
 
 
 class UndroppedRadial(Radial):
-    """The same mask at distances at which it drops no frame."""
+    """A `Radial` mask for distances at which no frame is dropped."""
 
     def _bands(self):
         return super()._bands()._replace(narrowest=0)
@@ -150,9 +152,9 @@ def radial_pair_count(
     min_window: int = 0,
     rule: Literal["paper", "pow2"] = "paper",
 ) -> int:
-    """The number of pairs that `Radial` keeps among whole frames, from a closed form.
+    """Number of pairs that `Radial` keeps among whole frames, by a closed form.
 
-    Divided by `(frames * tokens_per_frame) ** 2` it is the density of the mask.
+    Divide it by `(frames * tokens_per_frame) ** 2` for the density of the mask.
 
     Args:
         frames: Number of frames, at least 0.

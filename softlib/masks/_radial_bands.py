@@ -1,4 +1,4 @@
-"""The bands of radial attention: which pairs they hold, and closed forms of that.
+"""The bands of radial attention: the pairs in them, and closed forms of their number.
 
 Query (frame i, place k) and key (frame j, place l) are d = |i - j| frames apart. With
 r = floor(log2 max(d, 1)) and P = 2^r a pair attends if
@@ -25,10 +25,10 @@ from ._blocks import Block
 
 
 class Bands(NamedTuple):
-    """width(r) = max((widest >> r) - strict, least), and at r = 0 it is `whole`.
+    """Parameters of a band: width(r) = max((widest >> r) - strict, least).
 
-    The divisor is max(ceil(narrowest P / power), 1), and 1 at r = 0; `narrowest` 0 says
-    that no frame is dropped.
+    At r = 0 the width is `whole`. The divisor is max(ceil(narrowest P / power), 1), and
+    1 at r = 0. If `narrowest` is 0, no frame is dropped.
     """
 
     widest: int
@@ -40,9 +40,9 @@ class Bands(NamedTuple):
 
 
 def attends(bands: Bands, frames: Any, places: Any) -> Any:
-    """The definition, per pair of a frame distance and a place distance; traced."""
-    # On int32, whose leading zeros give the octave: r + 1 = 32 - zeros is the length of
-    # d in bits, and 2 x >> r + 1 is x >> r. At d = 0 it is 2 x, which holds all places.
+    """True where frames and places at these distances attend; for traced distances."""
+    # Leading zeros of int32 give the octave: r + 1 = 32 - zeros is the length of d in
+    # bits, and 2 x >> r + 1 is x >> r. At d = 0 it is 2 x, which holds all places.
     frames, places = frames.astype(jnp.int32), places.astype(jnp.int32)
     zeros = jax.lax.clz(frames)
     bits = 32 - zeros
@@ -63,17 +63,17 @@ def attends(bands: Bands, frames: Any, places: Any) -> Any:
 
 
 def _is_kept(bands: Bands, frames: Any, zeros: Any, bits: Any) -> Any:
-    """Does the divisor of its octave divide the distance?"""
+    """Whether the divisor of its octave divides the distance."""
     narrowest, power = bands.narrowest, bands.power
     if narrowest >= 2 * power:
         return frames <= 1  # the divisor is 2 P or more, above any distance
     if _is_power_of_two(narrowest) and _is_power_of_two(power):
-        # So is the divisor, or it is 1. 2^31 - 1 shifted by the leading zeros is P - 1;
-        # shifted by log2(power / narrowest) on top it is the divisor - 1. Any number
-        # divides d = 0, whose shift by 32 may give any.
+        # The divisor is a power of two or 1. 2^31 - 1 shifted by the leading zeros is
+        # P - 1; shifted by log2(power / narrowest) more it is the divisor - 1. At d = 0
+        # the shift by 32 may give any number: all of them divide 0.
         low = (2**31 - 1) >> (power.bit_length() - narrowest.bit_length())
         return (frames & jnp.right_shift(low, zeros)) == 0
-    # The division by 2 power of twice the numerator, for its bits alone are at hand.
+    # Numerator and denominator are doubled: only `bits` = r + 1 is known, not r.
     above = jnp.left_shift(narrowest, bits) + (2 * power - 1)
     if _is_power_of_two(power):
         divisor = jnp.right_shift(above, power.bit_length())
@@ -87,12 +87,12 @@ def _is_power_of_two(number: int) -> bool:
 
 
 def attends_by_table(bands: Bands, frames: Any, places: Any) -> Any:
-    """The same on NumPy arrays, where one look-up replaces the arithmetic."""
+    """`attends` on NumPy arrays, where one look-up replaces the arithmetic."""
     return places <= _widths_for(bands, frames).dropping[frames]
 
 
 class Widths(NamedTuple):
-    """Tables over the distance of frames.
+    """Tables indexed by the distance of frames.
 
     Attributes:
         dropping: Half width; -1 where the frame is dropped.
@@ -106,8 +106,8 @@ class Widths(NamedTuple):
 
 
 def widths(bands: Bands, count: int) -> Widths:
-    """Tables for at least the distances below `count`."""
-    # A power of two, so that a mask has few tables.
+    """Tables for distances below `count` or more."""
+    # The length is rounded to a power of two, so that a mask has few tables.
     return _widths(bands, 1 << max(count - 1, 1).bit_length())
 
 
@@ -125,7 +125,7 @@ def _widths(bands: Bands, count: int) -> Widths:
     kept = (distance <= 1) | (distance % divisor == 0)
     dropping = np.where(kept, keeping, -1)
     kept_below = np.concatenate([[0], np.cumsum(kept)])
-    # int32 halves the traffic of a map of millions of blocks.
+    # int32 halves the memory traffic of a map of millions of blocks.
     tables = Widths(*(t.astype(np.int32) for t in (dropping, keeping, kept_below)))
     for table in tables:
         table.flags.writeable = False
@@ -133,9 +133,9 @@ def _widths(bands: Bands, count: int) -> Widths:
 
 
 class Segment(NamedTuple):
-    """Places `first` to `last`, ends included, of the frames `low` to `high`.
+    """Places `first` to `last` of the frames `low` to `high`, all ends included.
 
-    More than one frame only if they are whole. Empty where `low > high`.
+    Several frames are always whole frames. The segment is empty if `low > high`.
     """
 
     low: Any
@@ -148,9 +148,9 @@ class Segments(NamedTuple):
     """A range of positions, cut at the borders of frames.
 
     Attributes:
-        ends: The first and the last frame of the range, of one frame each; the second
-            is left out if it is always the first.
-        whole: The frames between; None if there are never any.
+        ends: Segments in the first and in the last frame of the range; only one if no
+            range has a second frame.
+        whole: The frames between; None if no range has any.
     """
 
     ends: tuple[Segment, ...]
@@ -163,7 +163,7 @@ def frame_segments(start: Any, stop: Any, tokens: int) -> Segments:
     head = head._replace(last=np.minimum(stop - 1 - low * tokens, tokens - 1))
     ends = (head,)
     if (low != high).any():
-        # Where there is one frame only, it is that frame again, which changes nothing.
+        # A range of one frame gets the same segment twice, which changes nothing.
         first = np.maximum(start - high * tokens, 0)
         ends = (head, Segment(high, high, first, stop - 1 - high * tokens))
     whole = None
@@ -175,7 +175,7 @@ def frame_segments(start: Any, stop: Any, tokens: int) -> Segments:
 def block_status(
     bands: Bands, query: Segments, key: Segments, sink_frames: int
 ) -> np.ndarray:
-    """Exact: a block holds the pairs of its segments, and each of these is closed."""
+    """Exact status of blocks, by a closed form for each pair of their segments."""
     some, every = np.zeros((), bool), np.ones((), bool)
     for segment in query.ends:
         for other in key.ends:
@@ -190,7 +190,7 @@ def block_status(
 def _end_status(
     bands: Bands, query: Segment, key: Segment, sink_frames: int
 ) -> tuple[Any, Any]:
-    """Does some, does every pair of two parts of a frame attend?"""
+    """Whether some, and whether every pair of two segments of one frame attends."""
     frames = np.abs(query.low - key.low)
     width = _widths_for(bands, frames).dropping[frames]
     if sink_frames:
@@ -218,7 +218,7 @@ def _pairs_with_whole_frames(
 def _whole_status(
     bands: Bands, query: Segment, key: Segment, sink_frames: int
 ) -> tuple[Any, Any]:
-    """The same where one of the two is a run of whole frames, perhaps an empty one."""
+    """Whether some and every pair attends, one segment being whole frames or empty."""
     exists = (query.low <= query.high) & (key.low <= key.high)
     meets_sink = np.maximum(key.low, 0) <= np.minimum(key.high, sink_frames - 1)
     some, every = exists & meets_sink, np.ones((), bool)
@@ -227,15 +227,18 @@ def _whole_status(
         (key.low, np.minimum(key.high, -1)),
         (np.clip(sink_frames, key.low, key.high + 1), key.high),
     ):
-        part = Segment(low, high, key.first, key.last)
-        is_part = exists & (low <= high)
-        found, whole = _run_status(bands, query, part)
-        some, every = some | (is_part & found), every & (whole | ~is_part)
+        run = Segment(low, high, key.first, key.last)
+        run_exists = exists & (low <= high)
+        found, whole = _run_status(bands, query, run)
+        some, every = some | (run_exists & found), every & (whole | ~run_exists)
     return some, every
 
 
 def _run_status(bands: Bands, query: Segment, key: Segment) -> tuple[Any, Any]:
-    """Two runs of frames, one of them of whole frames: all distances between occur."""
+    """Whether some and every pair attends, without sinks; one segment is whole frames.
+
+    All distances of frames from the nearest to the farthest then occur.
+    """
     below, above = key.low - query.high, query.low - key.high
     nearest = np.maximum(np.maximum(below, above), 0)
     farthest = np.maximum(-np.minimum(below, above), nearest)
@@ -249,7 +252,7 @@ def _run_status(bands: Bands, query: Segment, key: Segment) -> tuple[Any, Any]:
 def row_count(
     bands: Bands, query_length: int, key_length: int, tokens: int, sink_frames: int
 ) -> np.ndarray:
-    """Keys per query: per place, sums over the distances of frames."""
+    """Number of keys per query: for each place a sum over the distances of frames."""
     query_frames, key_frames = -(-query_length // tokens), key_length // tokens
     if query_length == 0:
         return np.zeros(0, np.int32)
@@ -275,7 +278,7 @@ def row_count(
 
 
 def _in_band(place: Any, width: Any, stop: int) -> np.ndarray:
-    """Keys among the places [0, stop) at most `width` from a place."""
+    """Number of places in [0, stop) at most `width` from a place."""
     last = np.minimum(place + width, stop - 1)
     return np.maximum(last - np.maximum(place - width, 0) + 1, 0)
 

@@ -1,4 +1,4 @@
-"""The block mask that models tuned with the public code of radial attention expect."""
+"""The block mask of radial attention's public code, for models tuned with that code."""
 
 from typing import Literal
 
@@ -23,13 +23,13 @@ def radial_block_mask(
 ) -> np.ndarray:
     r"""The block mask of radial attention's public code, bit for bit.
 
-    It is not the formula of the paper, and neither above nor below it: of frames
-    $d \ge 2$ apart the pairs of places within
-    $\max(\text{decay} \cdot 2^{a - b}, \text{block})$ count, with $a$ and $b$ the bit
-    lengths of `tokens_per_frame` and $d$, if $\lfloor 128 / 2^{a - b} \rfloor$ divides
-    $d$ or is below 2; a block is kept whole if in more than 60 % of its columns that
-    are not empty more than a third of the rows count. Wrap it as a mask with
-    `Blocks(array, block)`. For new models use {class}`softlib.masks.Radial`.
+    It is neither a subset nor a superset of the paper's formula. For frames $d \ge 2$
+    apart, pairs of places at most $\max(\text{decay} \cdot 2^{a - b}, \text{block})$
+    apart count, with $a$ and $b$ the bit lengths of `tokens_per_frame` and $d$, if
+    $\lfloor 128 / 2^{a - b} \rfloor$ divides $d$ or is below 2. A block is kept, as a
+    whole, if more than a third of the rows count in more than 60 % of those columns
+    that are not empty. Wrap it as a mask with `Blocks(array, block)`. For new models
+    use {class}`softlib.masks.Radial`.
 
     Args:
         frames: Number of frames, at least 1.
@@ -37,15 +37,15 @@ def radial_block_mask(
         block: Size of a block, at least 1.
         decay: Factor of the widths, positive.
         variant: `"wan"` keeps the first frame for every query, `"hunyuan"` does not.
-        text_tokens: Tokens after the video, which see and are seen by everything, as
-            does a block of video that the text completes.
+        text_tokens: Tokens after the video, which see and are seen by everything; so
+            is a block that holds both video and text.
 
     Returns:
         NumPy booleans, shape `(n // block, n // block)` for `n` tokens of video and
-        text: a last block that is not full is absent, as in that code.
+        text: as in that code, a last block that is not full is absent.
 
     Raises:
-        TypeError: A number is of another kind.
+        TypeError: An option has the wrong type.
         ValueError: An option is out of range.
 
     Cost: a few operations per block of a frame pair; 13 million for 128 frames of 3600
@@ -61,7 +61,7 @@ def radial_block_mask(
     """
     name = "radial_block_mask"
     require_at_least(1, name, "frames", frames)
-    # Below, the code drops even neighbouring frames.
+    # With fewer tokens the code drops even neighbouring frames.
     require_at_least(128, name, "tokens_per_frame", tokens_per_frame)
     require_at_least(1, name, "block", block)
     require_at_least(0, name, "text_tokens", text_tokens)
@@ -70,7 +70,7 @@ def radial_block_mask(
 
     video = frames * tokens_per_frame
     blocks = (video + text_tokens) // block
-    # Two spare frames of blocks: a frame pair is cut at its own canvas, not at the end.
+    # Two spare frames of blocks: the canvas of a frame pair may reach past the end.
     spare = -(-tokens_per_frame // block)
     kept = np.zeros((blocks + 2 * spare,) * 2, bool)
     for query_frame in range(frames):
@@ -91,7 +91,7 @@ def radial_block_mask(
 
 
 def _half_width(distance: int, tokens: int, block: int, decay: float) -> int:
-    """Places within this distance count; -1 if the frame is dropped."""
+    """Largest distance of places that count; -1 if the frame is dropped."""
     if distance <= 1:
         return tokens
     run = 2.0 ** (tokens.bit_length() - distance.bit_length())
@@ -103,8 +103,8 @@ def _half_width(distance: int, tokens: int, block: int, decay: float) -> int:
 def _frame_blocks(frame: int, tokens: int, block: int) -> tuple[np.ndarray, int]:
     """Places [start, stop) in each block of a frame's canvas, and its first block.
 
-    The canvas starts at the block in which the frame starts and is as many blocks long
-    as a frame would need that starts with it, so that a last piece may be cut off.
+    The canvas starts at the block in which the frame starts. It has as many blocks as
+    a frame needs that starts at the start of a block, so the end may be cut off.
     """
     first, offset = divmod(frame * tokens, block)
     start = np.arange(-(-tokens // block)) * block - offset
@@ -114,7 +114,7 @@ def _frame_blocks(frame: int, tokens: int, block: int) -> tuple[np.ndarray, int]
 def _is_dense(
     rows: np.ndarray, columns: np.ndarray, width: int, block: int
 ) -> np.ndarray:
-    # More than a third of the rows of a block, and more than 60 % of its columns.
+    # In more than 60 % of the columns, more than a third of the rows.
     third = block // 3 + 1
     high = _columns_with(third, rows, columns, width)
     return 5 * high > 3 * _columns_with(1, rows, columns, width)
@@ -123,11 +123,11 @@ def _is_dense(
 def _columns_with(
     least: int, rows: np.ndarray, columns: np.ndarray, width: int
 ) -> np.ndarray:
-    """Columns l of each block where `least` rows k or more have |k - l| <= width.
+    """Number of columns l of each block with `least` or more rows |k - l| <= width.
 
-    Column l has the rows max(start, l - width) to min(stop - 1, l + width): at least
-    `least` of them in one interval of l. A band is never too narrow for them: its width
-    is a block or more, or all places.
+    Column l has the rows max(start, l - width) to min(stop - 1, l + width). Those are
+    at least `least` in one interval of l, as the width is at least a block or all
+    places.
     """
     (row_start, row_stop), (start, stop) = rows[:, :, None], columns[:, None, :]
     first = np.maximum(start, row_start - width + least - 1)

@@ -58,8 +58,8 @@ class Prefix(Mask):
     """The first `length` keys, for every query.
 
     `Causal() | Prefix(length)` is the mask of a prefix language model: the prefix sees
-    itself in both directions, what follows is causal. For lengths that are data, one
-    per sequence, write `Padding(key=lengths)` in its place.
+    itself in both directions, the rest is causal. For lengths that are data, one per
+    sequence, write `Padding(key=lengths)` instead.
 
     Args:
         length: Static, at least 0.
@@ -186,22 +186,21 @@ class BlockArray:
 class Blocks(Mask):
     """An explicit block mask: `array[query // block_query, key // block_key]`.
 
-    A position outside the array attends to nothing and is attended by nothing. Two
-    masks of equal content are equal, and hash equal.
+    A position outside the array attends to nothing and is attended by nothing. Masks
+    with equal content are equal and have equal hashes.
 
     Args:
         array: NumPy booleans, static, True for the blocks that attend. Copied.
-        block: Static, at least 1: the size of a block, one for both axes or a pair
-            (queries, keys).
+        block: Static, at least 1: block size of both axes, or a pair (queries, keys).
 
     Raises:
-        TypeError: The array is not of booleans, or traced.
-        ValueError: It has not two axes, or a block size is not positive.
+        TypeError: The array does not hold booleans, or is traced.
+        ValueError: It does not have two axes, or a block size is not positive.
 
-    Cost: the status of any range of positions is exact and takes four reads of a table
-        of sums, 4 bytes per block. Where a block of the computation lies across blocks
-        of the mask that differ, the array is a constant of the compiled program and is
-        looked into per pair, which no kernel can do.
+    Cost: the status of any range of positions is exact and takes four reads of a
+        summed-area table, 4 bytes per block. If a block of the computation covers
+        blocks of the mask that differ, the array becomes a constant of the program and
+        is gathered from per pair, which no kernel can do.
 
     Example:
         >>> mask = softlib.masks.Blocks(np.eye(2, dtype=bool), 2)
@@ -272,7 +271,7 @@ class Blocks(Mask):
         found = (counts[bottom, right] - counts[top, right]) - (
             counts[bottom, left] - counts[top, left]
         )
-        # Blocks outside the array are touched and never found.
+        # Blocks outside the array count as touched, never as found.
         return Block.of(some=found > 0, every=found == touched)
 
     def row_count(self, query_length, key_length: Any = None):
@@ -288,7 +287,7 @@ class Blocks(Mask):
 
 
 def _meets(start: Any, stop: Any, first: int, last: int | None) -> tuple[Any, Any]:
-    """Do some, do all of the positions [start, stop) lie in [first, last)?"""
+    """Whether some, and whether all positions [start, stop) lie in [first, last)."""
     if last is None:
         return stop > first, start >= first
     some = (start < last) & (stop > first) & (first < last)
@@ -300,7 +299,7 @@ def _is_numpy(index: Any) -> bool:
 
 
 def _block_of(index: Any, size: int, blocks: int) -> tuple[Any, Any]:
-    """The block of each position, and whether there is one."""
+    """Index of the block of each position, clipped, and whether there is one."""
     block, _ = divide(index, size)
     known = (block >= 0) & (block < blocks)
     return block.clip(0, blocks - 1), known

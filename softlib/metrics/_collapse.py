@@ -1,4 +1,4 @@
-"""Is training stuck in rounding? Numbers to log beside the loss."""
+"""Numbers to log beside the loss, to see whether training is stuck in rounding."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
-r"""How good a ranking of very many labels is, also where a few labels are most of them.
+r"""Metrics of rankings of very many labels, also if a few labels are most of them.
 
-A ranking is a list of ids, the best first, as `softlib.logits.top_k` gives it; the
+A ranking is a list of ids, the best first, as `softlib.logits.top_k` gives it. The
 labels that are right are lists of ids too. Nothing here has the size of rows x labels.
 """
 

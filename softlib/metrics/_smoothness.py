@@ -1,4 +1,4 @@
-"""How far a distribution over bins is from blurred copies of itself."""
+"""Distances of a distribution over bins from blurred copies of itself."""
 
 import math
 

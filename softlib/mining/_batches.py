@@ -109,7 +109,7 @@ def draw_positives(
 def in_batch_positives(
     positives: Integer[Array, "B K"], labels: Integer[Array, " M"]
 ) -> Bool[Array, "B M"]:
-    """Which labels of a batch are positives of which of its points.
+    """True where a label of a batch is a positive of a point of the batch.
 
     Args:
         positives: Ids of all positives of each point; -1 fills a list up.

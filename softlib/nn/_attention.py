@@ -209,7 +209,7 @@ def _refuse(**given: Any) -> None:
 
 
 def _on_pairs(array: Array, query: Array) -> Array:
-    """With the leading axes that broadcasting implies."""
+    """The array with the leading axes that broadcasting implies."""
     missing = (1,) * (query.ndim - array.ndim)
     return array.reshape(*missing, *array.shape)
 
@@ -221,10 +221,10 @@ def _query_offset(
     is_causal: bool,
     input_positions: Array | None,
 ) -> Any:
-    """Where the queries stand among the keys: at the start, or at a place in a cache.
+    """Position of the first query among the keys: 0, or an index in a cache.
 
-    One query and many keys is what a cache gives. Position 0 would be wrong for it, and
-    which entry was written last is not told.
+    One query and many keys come from a cache. Position 0 would then be wrong, and the
+    arguments do not say which entry was written last.
     """
     from_cache = query.shape[-3] == 1 < key.shape[-3]
     if input_positions is not None:

@@ -1,6 +1,6 @@
-r"""Which tokens share a code: by frequency, by k-means, by a learned table.
+r"""Codebooks, which let tokens share a code: by frequency, by k-means, by a table.
 
-All of it is data to the loss: `mapping` has no gradient. A table of embeddings that is
+To the loss a codebook is data: `mapping` has no gradient. A table of embeddings that is
 learned beside a codebook gets its gradient by the straight-through rule.
 """
 

@@ -1,4 +1,4 @@
-"""From tokens to the experts that they selected and back: sorted, or in slots."""
+"""Dispatch of tokens to the experts that they selected: sorted, or in slots."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from ._grouped_product import grouped_product
 
 
 class ExpertRows(NamedTuple):
-    """Whose the rows are that `dropless_experts` hands to the experts.
+    """The experts of the rows that `dropless_experts` hands to them.
 
     Attributes:
         sizes: Rows of each expert, int32; the rows of expert 0 come first.

@@ -176,7 +176,7 @@ def _firsts(sizes: Array) -> Array:
 
 
 def _followed(x: Array, block: int) -> Array:
-    """With as many rows more as the last block may reach over the end."""
+    """Rows followed by `block` zero rows: the last block may reach past the end."""
     return jnp.pad(x, ((0, block), (0, 0)))
 
 

@@ -571,7 +571,7 @@ def _returned(found, project, return_state: bool) -> Array | RecurrentResult:
 
 
 def _softplus(logits: Array) -> Array:
-    """In float32 at least: a step of 1e-3 has few digits in a narrow dtype."""
+    """Softplus in float32 or wider: a step of 1e-3 has few digits in a narrow dtype."""
     return jax.nn.softplus(logits.astype(accumulator_dtype(logits)))
 
 

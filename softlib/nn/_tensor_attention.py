@@ -304,7 +304,7 @@ def _beside_blanks(mask: Any) -> Any:
 
 
 def _joint_beside_blanks(part: Any, axes: int) -> Any:
-    """It is not asked about a blank."""
+    """The joint mask of tokens behind a blank, without a restriction of blanks."""
     if not isinstance(part, masks.Between):
         free = (None,) * axes
         return _JointOfTokens(PerAxis(*free, joint=part).shift(0, *(-1 for _ in free)))

@@ -25,7 +25,7 @@ def similarity_depth(
     max_depth: int | None = None,
     where: Bool[Array, " N"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    r"""How many of the nearest keys agree with a query, and how far the nearest is.
+    r"""Number of nearest keys that agree with a query, and distance of the nearest.
 
     A key agrees if its prediction is right and is that of the query. The depth $q$ is
     the number of keys, from the nearest on (Euclidean distance, of equally distant ones

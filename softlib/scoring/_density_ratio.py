@@ -87,11 +87,11 @@ def density_ratio_reward(
 
 
 class PreferenceAnnotation(NamedTuple):
-    """Which of several responses to each prompt to prefer to which.
+    """The preferred and the rejected one of several responses to each prompt.
 
     Attributes:
-        chosen_index: Of the greatest reward, the first one on ties.
-        rejected_index: Of the least reward, the first one on ties.
+        chosen_index: Index of the greatest reward, the first one on ties.
+        rejected_index: Index of the least reward, the first one on ties.
         margin: The difference of their rewards; 0 where there is no pair.
 
     Derivatives: `margin` with respect to the rewards; the indices have none.

@@ -92,7 +92,7 @@ def calibrated_confidence(
 def identical_groups(
     sequences: Integer[Array, "S T"], *, where: Bool[Array, "S T"] | None = None
 ) -> Int[Array, " S"]:
-    """Which samples are the same sequence: for each the index of its first occurrence.
+    """Index of the first sample that is the same sequence, for each sample.
 
     Args:
         sequences: Tokens of each sample.

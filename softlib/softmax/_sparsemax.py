@@ -102,7 +102,7 @@ def support_size(
     *,
     where: Bool[Array, "..."] | None = None,
 ) -> Int[Array, "..."]:
-    r"""How many entries of a row are not 0.
+    r"""Number of entries of a row that are not 0.
 
     What a sparse map keeps, $|\{i : p_i \neq 0\}|$.
 

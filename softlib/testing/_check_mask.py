@@ -1,4 +1,4 @@
-"""Whether what a mask says of blocks and rows is so: by looking at every pair."""
+"""A check of the block status and row counts of a mask against every pair."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -140,7 +140,7 @@ def _parts(mask: Mask) -> Iterator[Mask]:
 
 # --------------------------------------------------------------------------- the pairs
 def _check_pairs(subject: _Subject) -> np.ndarray:
-    """Which pairs attend, by batch entry; the same in whichever way it is asked."""
+    """The pairs that attend, by batch entry; checks that all ways to ask agree."""
     mask, query, key = subject.mask, subject.query, subject.key
     pairs = subject.asked("attends", "on NumPy positions", lambda: mask(query, key))
     shape = (subject.query_length, subject.key_length)

@@ -392,7 +392,7 @@ def _compare_with_differences(actual, expected) -> None:
 
 # ------------------------------------------------------------------------ many devices
 def _mesh(subject: _Subject, axis_type: AxisType):
-    """As many devices as divide the rows."""
+    """A mesh of as many devices as divide the rows."""
     parts = _parts(subject.arrays[subject.rows[0]].shape[0])
     return jax.make_mesh(
         (parts,), ("rows",), (axis_type,), devices=jax.devices()[:parts]

@@ -31,7 +31,7 @@ OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
 
 
 def why_no_data(mask: Any) -> str | None:
-    """Why a kernel cannot have the arrays of a mask; None if it can."""
+    """The reason why a kernel cannot have the arrays of a mask; None if it can."""
     if any(mask._leaf_ranks()):
         return "it looks into no array of a mask"
     for leaf in jax.tree.leaves(mask):
