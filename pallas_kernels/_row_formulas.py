@@ -13,7 +13,7 @@ class Operands(NamedTuple):
         hidden: (N, D).
         weight: (V, D), or in the layout that the options of the kernel name.
         labels: (N, L) int32, or None; a label outside [0, V) is in no class.
-        per_row: Numbers of every row, (N,) each, by name: `logit_scale`, `temperature`.
+        per_row: Numbers of every row, (N,) each, by name: `scale`, `temperature`.
         per_class: Numbers of every class, (V,) each: `bias`, and `where`, which is 0
             for a class that is not selected.
     """

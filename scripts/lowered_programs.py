@@ -38,8 +38,8 @@ type Program = Callable[[Arrays], Any]
 OF_HEAD = {
     "vocab_axis",
     "bias",
-    "logit_scale",
-    "logit_softcap",
+    "scale",
+    "softcap",
     "temperature",
     "class_where",
     "vocab_chunk",
@@ -49,7 +49,6 @@ OF_HEAD = {
     "precision",
     "implementation",
 }
-RENAMED = {"logit_scale": "scale", "logit_softcap": "softcap"}
 
 # Function of a linear head, its successor for any logits, names of its arguments after
 # the head, options.
@@ -162,7 +161,7 @@ def of_head(
     linear = getattr(softlib.losses, old, None)
     if linear is not None:
         return linear(hidden, weight, *rest, **options)
-    head = {RENAMED.get(n, n): x for n, x in options.items() if n in OF_HEAD}
+    head = {n: x for n, x in options.items() if n in OF_HEAD}
     options = {n: x for n, x in options.items() if n not in OF_HEAD}
     logits = softlib.LinearLogits(hidden, weight, **head)  # type: ignore
     return found(new, new.removeprefix("softmax_"))(logits, *rest, **options)
@@ -196,7 +195,7 @@ def _modified(call: Program, vocab_axis: int, names: tuple[str, ...]) -> Program
         if vocab_axis:
             own["vocab_axis"] = vocab_axis
         if names:
-            own |= {"logit_softcap": 30.0, "temperature": arrays["temperature"]}
+            own |= {"softcap": 30.0, "temperature": arrays["temperature"]}
         only = {"where": arrays["where"]} if names else {}
         return call({**arrays, "modifiers": own, "only": only})
 
@@ -249,7 +248,7 @@ def others() -> Iterator[tuple[str, Program, tuple[str, ...]]]:
     )
     yield (
         "dot_product_attention softcap",
-        on_heads("dot_product_attention", logit_softcap=20.0),
+        on_heads("dot_product_attention", softcap=20.0),
         of_attention,
     )
     yield "softplus_attention", on_heads("softplus_attention"), of_attention

@@ -3,8 +3,7 @@
 `of_head.f(hidden, weight, labels, bias=bias, gamma=2.0)` is `f` of
 `softlib.LinearLogits(hidden, weight, bias=bias)`, and
 `of_stored.f(array, labels, bias=bias, gamma=2.0)` that of `StoredLogits(array,
-bias=bias)`, or of the array itself where nothing modifies it. Options of the logits
-have the names of attention's: `logit_scale`, `logit_softcap`. Functions of two logits
+bias=bias)`, or of the array itself where nothing modifies it. Functions of two logits
 take the arrays of both, and options of the second begin with `target_`; others are of
 both.
 """
@@ -16,30 +15,25 @@ from typing import Any
 
 import softlib
 
-OF_STORED = {
-    "bias": "bias",
-    "logit_scale": "scale",
-    "logit_softcap": "softcap",
-    "temperature": "temperature",
-    "class_where": "class_where",
-    "implementation": "implementation",
-}
-OF_HEAD = {
-    **OF_STORED,
-    **{
-        name: name
-        for name in (
-            "vocab_axis",
-            "vocab_chunk",
-            "token_chunk",
-            "gradient_filter_eps",
-            "axis_name",
-            "precision",
-        )
-    },
-}
+OF_STORED = (
+    "bias",
+    "scale",
+    "softcap",
+    "temperature",
+    "class_where",
+    "implementation",
+)
+OF_HEAD = (
+    *OF_STORED,
+    "vocab_axis",
+    "vocab_chunk",
+    "token_chunk",
+    "gradient_filter_eps",
+    "axis_name",
+    "precision",
+)
 # Of functions of two logits, those that belong to either alone.
-OWN = ("bias", "logit_scale", "logit_softcap", "vocab_axis")
+OWN = ("bias", "scale", "softcap", "vocab_axis")
 
 
 def function_of(name: str) -> Callable[..., Any]:
@@ -63,7 +57,7 @@ def number_before_logits(function: Callable[..., Any]) -> int:
 
 
 def _split(
-    function: Callable[..., Any], options: dict[str, Any], known: dict[str, str]
+    function: Callable[..., Any], options: dict[str, Any], known: tuple[str, ...]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The options of each of the logits, and those of the function."""
     names = logits_of(function)
@@ -75,12 +69,12 @@ def _split(
         if option in own or plain not in known:
             rest[option] = value
         elif option.startswith("target_"):
-            of_each[1][known[plain]] = value
+            of_each[1][plain] = value
         else:
-            of_each[0][known[option]] = value
+            of_each[0][option] = value
             for other in of_each[1:]:
                 if option not in OWN:
-                    other[known[option]] = value
+                    other[option] = value
     return of_each, rest
 
 
@@ -150,6 +144,5 @@ def vq_cross_entropy(
     **options: Any,
 ) -> Any:
     """Cross-entropy of a codebook head, by the arrays that make it."""
-    named = {OF_STORED.get(name, name): value for name, value in options.items()}
-    logits = softlib.logits.VQLogits(hidden, codebook, mapping, **named)
+    logits = softlib.logits.VQLogits(hidden, codebook, mapping, **options)
     return softlib.losses.softmax_cross_entropy(logits, labels, where=where)

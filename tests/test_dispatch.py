@@ -204,7 +204,7 @@ def _marked(implementation: Implementation) -> Implementation:
         return jax.tree.map(mark, found)
 
     def why_not(options, operands):
-        return None if options.logit_softcap is None else "supports no softcap"
+        return None if options.softcap is None else "supports no softcap"
 
     return dataclasses.replace(
         implementation, name="pallas_tpu", call=call, why_not=why_not, platform="tpu"
@@ -225,7 +225,7 @@ def kernels(monkeypatch):
 def _loss(implementation=None, softcap=None):
     def total(h, w, y):
         return softlib.losses.linear_softmax_cross_entropy(
-            h, w, y, logit_softcap=softcap, implementation=implementation
+            h, w, y, softcap=softcap, implementation=implementation
         ).sum()
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))

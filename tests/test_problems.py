@@ -115,7 +115,7 @@ def test_every_option_of_a_decoding_step_changes_its_result():
     for case in pairwise(test_decode.OPTIONS | ONE_DTYPE, test_decode.valid):
         arrays, _, options, _ = test_decode.prepared(case)
         found = decode_problems.oracle(arrays, **options)
-        plain = {"is_causal": False, "logit_softcap": None, "lengths": None}
+        plain = {"is_causal": False, "softcap": None, "lengths": None}
         for name in plain:
             # One query is the last one, with or without a causal mask.
             if options[name] != plain[name] and (name, case["T"]) != ("is_causal", 1):

@@ -46,7 +46,7 @@ _EVERYTHING = {
     "phi": 1.0,
     "valid_range": (-20.0, 20.0),
     "criterion": "elementwise",
-    "logit_softcap": 30.0,
+    "softcap": 30.0,
     "is_causal": True,
 }
 _PROBLEMS = {

@@ -56,7 +56,7 @@ def cases() -> list[Case]:
         *_through_softlib("ragged window", RAGGED),
         *_through_softlib("latent", LATENT),
         *_through_softlib("wide", WIDE),
-        *_through_softlib("softcap", CAUSAL, logit_softcap=50.0),
+        *_through_softlib("softcap", CAUSAL, softcap=50.0),
         *_through_softlib("softplus", CAUSAL, normalizer="softplus"),
         *_through_softlib("stablemax", CAUSAL, normalizer="stablemax"),
         *_with_sinks_and_lengths(),

@@ -107,7 +107,7 @@ def _bare(
     known = [n for n in ("lse", "mean_logit") if n in statistics]
 
     def operands(hidden: Any, weight: Any, labels: Any, row: Any, class_: Any) -> Any:
-        per_row = {"logit_scale": row, "temperature": row} if modified else {}
+        per_row = {"scale": row, "temperature": row} if modified else {}
         per_class = {"bias": class_, "where": class_} if modified else {}
         return kernels.Operands(hidden, weight, labels, per_row, per_class)
 

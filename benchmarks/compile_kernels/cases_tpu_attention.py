@@ -69,7 +69,7 @@ def cases() -> list[Case]:
         *_through_softlib("long", LONG),
         *_through_softlib("float32 causal", WIDE),
         *_through_softlib("float32 ragged window", RAGGED_WIDE),
-        *_through_softlib("softcap", CAUSAL, logit_softcap=50.0),
+        *_through_softlib("softcap", CAUSAL, softcap=50.0),
         *_through_softlib("softplus", CAUSAL, normalizer="softplus"),
         *_through_softlib("stablemax", CAUSAL, normalizer="stablemax"),
         *_with_sinks_and_lengths(),

@@ -52,7 +52,7 @@ def _per_row(name: str, options: Options) -> PerRow:
         key=key,
         num_sampled=options.sampled,
         bias=model.bias[...],
-        logit_scale=SCALE,
+        scale=SCALE,
     )
 
 

@@ -37,7 +37,7 @@ class Form:
 
     Attributes:
         statistics: Names, as in `row_statistics.STATISTICS`.
-        logit_softcap: c; None for none.
+        softcap: c; None for none.
         classes: Number of classes; arrays of numbers per class are longer.
         labels: Number of labels per row.
         per_row: Names of the numbers per row, in the order of their table.
@@ -47,7 +47,7 @@ class Form:
     """
 
     statistics: tuple[str, ...]
-    logit_softcap: float | None
+    softcap: float | None
     classes: int
     labels: int
     per_row: tuple[str, ...]
@@ -156,8 +156,8 @@ class Slice:
 
     def logits(self) -> tuple[Any, Any]:
         """The logits z, and tanh(u / c) or None."""
-        u, saturation, cap = self.raw, None, self.form.logit_softcap
-        scale, bias = self.per_row("logit_scale"), self.per_class("bias")
+        u, saturation, cap = self.raw, None, self.form.softcap
+        scale, bias = self.per_row("scale"), self.per_class("bias")
         temperature = self.per_row("inverse_temperature")
         if scale is not None:
             u = u * scale
@@ -270,7 +270,7 @@ class Cotangents:
     Attributes:
         raw: Of the raw products.
         biased: Of the logits before the softcap, per entry.
-        logit_scale: Sums per row.
+        scale: Sums per row.
         temperature: Sums per row.
         distance: Largest |p - onehot| per row, for the gradient filter; infinite for
             NaN.
@@ -278,7 +278,7 @@ class Cotangents:
 
     raw: Any
     biased: Any
-    logit_scale: Any
+    scale: Any
     temperature: Any
     distance: Any
 
@@ -290,7 +290,7 @@ def cotangents(piece: Slice) -> Cotangents:
     labels = form.labels if "g_label_0" in form.per_row else 0
     du = cotangent_of_logits(piece, z, p, labels)
     dscale, dtemperature, distance = None, None, None
-    inverse, scale = piece.per_row("inverse_temperature"), piece.per_row("logit_scale")
+    inverse, scale = piece.per_row("inverse_temperature"), piece.per_row("scale")
     if inverse is not None:
         du = du * inverse
         dtemperature = -(du * without_inf(z)).sum(1)

@@ -49,7 +49,7 @@ class Form:
             where the lists of tiles say SOME.
         keys: Number of keys, if the arrays are longer; None otherwise.
         scale: Multiplies the products of queries and keys.
-        logit_softcap: c; None for none.
+        softcap: c; None for none.
         weights: exp(z) or softplus(z), relative to the largest of a row; or, summed
             directly, softplus(z), or 1 + z for z >= 0 and 1 / (1 - z) below.
     """
@@ -57,7 +57,7 @@ class Form:
     mask: Mask | None = None
     keys: int | None = None
     scale: float = 1.0
-    logit_softcap: float | None = None
+    softcap: float | None = None
     weights: Literal["softmax", "log_softplus", "softplus", "stablemax"] = "softmax"
 
     @property
@@ -68,12 +68,12 @@ class Form:
     @property
     def is_plain(self) -> bool:
         """Whether weights are 2 to the power of a scaled product, without softcap."""
-        return self.weights == "softmax" and self.logit_softcap is None
+        return self.weights == "softmax" and self.softcap is None
 
     @property
     def is_heavy(self) -> bool:
         """Whether computing weights and slopes takes many registers."""
-        return self.weights == "log_softplus" and self.logit_softcap is not None
+        return self.weights == "log_softplus" and self.softcap is not None
 
     @property
     def unit(self) -> float:
@@ -82,7 +82,7 @@ class Form:
 
     def bits(self, raw: Any) -> Any:
         """The scores Z."""
-        cap = self.logit_softcap
+        cap = self.softcap
         if cap is None:
             return raw * (self.scale * self.unit)
         # tanh x = 1 - 2 / (1 + e^2x), since the hardware's is good to 11 bits. It
@@ -93,7 +93,7 @@ class Form:
 
     def bent(self, slope: Any, bits: Any) -> Any:
         """`slope` times the derivative of z by `scale raw`."""
-        cap = self.logit_softcap
+        cap = self.softcap
         if cap is None:
             return slope
         # Recomputed from Z to save registers. At -inf it is 0.

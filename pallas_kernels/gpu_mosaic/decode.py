@@ -45,13 +45,13 @@ class Form:
     """Options of a call: Python values, each of which makes another kernel.
 
     Attributes:
-        logit_softcap: c in c * tanh(z / c); None for none.
+        softcap: c in c * tanh(z / c); None for none.
         unified: Whether sums are relative to the reference phi.
         elementwise: Whether every score must lie in the valid range.
         falls_back: Whether a block that leaves the range starts again.
     """
 
-    logit_softcap: float | None = None
+    softcap: float | None = None
     unified: bool = False
     elementwise: bool = False
     falls_back: bool = True
@@ -215,8 +215,8 @@ def _kernel(
         plgpu.barrier_wait(k_ready.at[slot])
         z = ring.product(q, ring.transposed(k.at[slot]), KEYS)
         z = z * across(number(0), z.shape)
-        if form.logit_softcap is not None:
-            z = form.logit_softcap * _tanh(z * (1 / form.logit_softcap))
+        if form.softcap is not None:
+            z = form.softcap * _tanh(z * (1 / form.softcap))
         if partial:
             here = across(_per_row(visible_ref.at[batch]) - tile.first, z.shape)
             z = jnp.where(_iota(z.shape, 1) < here, z, -jnp.inf)

@@ -101,7 +101,7 @@ def gradient(
     tiles: BackwardTiles | None = None,
     interpret: Any = None,
 ) -> Gradient:
-    """The gradients of hidden, weight, bias, logit_scale and temperature.
+    """The gradients of hidden, weight, bias, scale and temperature.
 
     Args:
         options: Static.
@@ -206,7 +206,7 @@ def _form(options: Options, operands: Operands, multiple: int) -> Form:
     classes = operands.weight.shape[0]
     return Form(
         options.statistics,
-        options.logit_softcap,
+        options.softcap,
         classes,
         0 if operands.labels is None else operands.labels.shape[1],
         tuple(operands.per_row),

@@ -29,7 +29,7 @@ from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
 from .row_statistics_forward import unpacked
 
-SUMS = ("logit_scale", "inverse_temperature")  # numbers per row that have a gradient
+SUMS = ("scale", "inverse_temperature")  # numbers per row that have a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def chunk_cotangents(
                         at_rows = 2 * block + warpgroup
                         result_refs["bias"][at_rows, place] = found.biased.sum(0)
                     more = {
-                        "logit_scale": found.logit_scale,
+                        "scale": found.scale,
                         "inverse_temperature": found.temperature,
                     }
                     totals = {name: totals[name] + more[name] for name in sums}

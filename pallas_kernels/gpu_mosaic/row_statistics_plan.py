@@ -27,13 +27,13 @@ class Options:
     Attributes:
         statistics: Names of the wanted statistics: `lse`, `label_logits`, `mean_logit`,
             `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
-        logit_softcap: c of z = c tanh(u / c), or None.
+        softcap: c of z = c tanh(u / c), or None.
         filter_eps: Blocks of 128 rows x 128 classes, in which all |p - onehot| are
             below this, give no gradient to hidden and weight, and are not multiplied.
     """
 
     statistics: tuple[str, ...] = ("lse",)
-    logit_softcap: float | None = None
+    softcap: float | None = None
     filter_eps: float | None = None
 
 

@@ -69,7 +69,7 @@ class Call:
         labels = operands.labels
         form = Form(
             options.statistics,
-            options.logit_softcap,
+            options.softcap,
             0 if labels is None else labels.shape[1],
             Columns(tuple(operands.per_row)),
             Columns(tuple(operands.per_class)),

@@ -63,7 +63,7 @@ class Form:
 
     Attributes:
         statistics: Names, in the order of `softlib.logits.RowStatistics`.
-        logit_softcap: c; None for none.
+        softcap: c; None for none.
         labels: Number of labels per row.
         per_row: Columns of the table of numbers per row.
         per_class: Rows of the table of numbers per class.
@@ -71,7 +71,7 @@ class Form:
     """
 
     statistics: tuple[str, ...]
-    logit_softcap: float | None
+    softcap: float | None
     labels: int
     per_row: Columns
     per_class: Columns
@@ -111,8 +111,8 @@ class Slice:
 
     def logits(self) -> tuple[Any, Any]:
         """The logits z, and tanh(u / c) or None."""
-        u, saturation, cap = self.raw, None, self.form.logit_softcap
-        scale, bias = self.per_row("logit_scale"), self.per_class("bias")
+        u, saturation, cap = self.raw, None, self.form.softcap
+        scale, bias = self.per_row("scale"), self.per_class("bias")
         temperature = self.per_row("temperature")
         if scale is not None:
             u = jnp.where(u == -jnp.inf, u, without_inf(u) * scale)
@@ -227,14 +227,14 @@ class Cotangents:
     Attributes:
         raw: Of the products, scale included.
         biased: Of the bias, before the sum over rows.
-        logit_scale: (rows, 1), or None.
+        scale: (rows, 1), or None.
         temperature: (rows, 1), or None.
         distance: |p - onehot| for the gradient filter; -1 in a row without a cotangent.
     """
 
     raw: Any
     biased: Any
-    logit_scale: Any
+    scale: Any
     temperature: Any
     distance: Any
 
@@ -246,7 +246,7 @@ def cotangents(piece: Slice) -> Cotangents:
     p = _probabilities(piece, z) if has_slope else None
     dz = cotangent_of_logits(piece, z, p, form_labels(form))
     du, dscale, dtemperature, distance = dz, None, None, None
-    temperature, scale = piece.per_row("temperature"), piece.per_row("logit_scale")
+    temperature, scale = piece.per_row("temperature"), piece.per_row("scale")
     if temperature is not None:
         terms = dz * without_inf(z) / temperature
         dtemperature = -terms.sum(1, keepdims=True)

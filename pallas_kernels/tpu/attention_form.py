@@ -55,20 +55,20 @@ class Form:
     Attributes:
         weights: The positive function of scores.
         scale: The factor of the products.
-        logit_softcap: None for none.
+        softcap: None for none.
         precision: The precision of float32 products.
         masking: The mask.
     """
 
     weights: Weights
     scale: float
-    logit_softcap: float | None
+    softcap: float | None
     precision: Any
     masking: Masking
 
     def scores(self, products: Any) -> tuple[Any, Any]:
         """The scores, and the slope of the softcap (None without)."""
-        return self.weights.scores(products, self.scale, self.logit_softcap)
+        return self.weights.scores(products, self.scale, self.softcap)
 
 
 def _along(shape: tuple[int, int], axis: int) -> tuple[int, ...]:

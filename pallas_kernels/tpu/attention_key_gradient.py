@@ -157,7 +157,7 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
 
     def visit(partial: bool) -> None:
-        light = form.weights.is_light and form.logit_softcap is None
+        light = form.weights.is_light and form.softcap is None
         straight = tiles.overlapped and light and not partial
 
         def queries_of(ref: Any, part: Any, width: Any = slice(None)) -> Any:

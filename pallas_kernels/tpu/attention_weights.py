@@ -45,14 +45,14 @@ class Weights:
         return LOG2_E if self.name == "softmax" else 1.0
 
     def scores(
-        self, products: Any, scale: float, logit_softcap: float | None
+        self, products: Any, scale: float, softcap: float | None
     ) -> tuple[Any, Any]:
         """Scores (in bits for softmax) from products, and the slope of the softcap."""
-        if logit_softcap is None:
+        if softcap is None:
             factor = scale * self._unit
             return (products if factor == 1 else products * factor), None
-        bent = jnp.tanh(products * (scale / logit_softcap))
-        return bent * (logit_softcap * self._unit), 1 - bent * bent
+        bent = jnp.tanh(products * (scale / softcap))
+        return bent * (softcap * self._unit), 1 - bent * bent
 
     def entries(self, z: Any) -> Any:
         """Entries of the accumulator: log2 f, or f."""

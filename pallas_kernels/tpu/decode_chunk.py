@@ -170,13 +170,13 @@ def _weigh(
     """Turns the scores of some rows into weights and adds these to the sums."""
     column = lambda i: jnp.broadcast_to(numbers[:, i : i + 1], state.top[rows].shape)
     scale, plain = column(0), form.unified and not again
-    is_long = form.elementwise or form.logit_softcap is not None
+    is_long = form.elementwise or form.softcap is not None
     piece = LANES if is_long else _piece(lanes, state.weights.dtype)
 
     def scores(start):
         z = state.scores[rows, pl.ds(start, LANES)] * scale
-        if form.logit_softcap is not None:
-            z = form.logit_softcap * jnp.tanh(z * (1 / form.logit_softcap))
+        if form.softcap is not None:
+            z = form.softcap * jnp.tanh(z * (1 / form.softcap))
         return mask(z, start)
 
     def fold(function, carry):

@@ -41,7 +41,7 @@ class Form:
 
     Attributes:
         heads: Key heads; row `r` of `rows` queries reads head `r // (rows // heads)`.
-        logit_softcap: c in c * tanh(z / c); None for none.
+        softcap: c in c * tanh(z / c); None for none.
         unified: Whether sums are relative to the reference phi.
         elementwise: Whether every score must lie in the valid range, not just the
             largest of a row.
@@ -50,7 +50,7 @@ class Form:
     """
 
     heads: int
-    logit_softcap: float | None = None
+    softcap: float | None = None
     unified: bool = False
     elementwise: bool = False
     falls_back: bool = True

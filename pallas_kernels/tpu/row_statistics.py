@@ -120,7 +120,7 @@ def gradient_of_hidden(
     tiles: Tiles | None = None,
     interpret: Any = False,
 ) -> RowGradient:
-    """The gradient of hidden, and those of logit_scale and temperature per row.
+    """The gradient of hidden, and those of scale and temperature per row.
 
     Args:
         options: Static.
@@ -134,9 +134,7 @@ def gradient_of_hidden(
     operands = _with_known(operands, known, label_cotangents)
     call = Call.of("hidden", options, operands, tiles)
     tiles, hidden = call.tiles, operands.hidden
-    asked = Columns(
-        tuple(n for n in ("logit_scale", "temperature") if n in operands.per_row)
-    )
+    asked = Columns(tuple(n for n in ("scale", "temperature") if n in operands.per_row))
 
     def kernel(step: Step) -> None:
         refs = step.refs

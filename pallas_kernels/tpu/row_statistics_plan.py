@@ -22,7 +22,7 @@ class Options:
     Attributes:
         statistics: Names of the wanted statistics: `lse`, `label_logits`, `mean_logit`,
             `sum_logits`, `sum_squared_logits`, `max_logit`, `argmax`.
-        logit_softcap: c of z = c tanh(u / c), or None.
+        softcap: c of z = c tanh(u / c), or None.
         vocab_axis: The axis of the weight that runs over classes.
         precision: Precision of float32 products; bfloat16 products are exact.
         filter_eps: Blocks of 128 rows x 128 classes, in which all |p - onehot| are
@@ -31,7 +31,7 @@ class Options:
     """
 
     statistics: tuple[str, ...] = ("lse",)
-    logit_softcap: float | None = None
+    softcap: float | None = None
     vocab_axis: int = 0
     precision: Any = lax.Precision.HIGHEST
     filter_eps: float | None = None

@@ -50,7 +50,7 @@ class _Options(TypedDict, total=False):
     key_value_seq_lengths: Array | None
     is_causal: bool
     scale: Scalar | None
-    logit_softcap: float | None
+    softcap: float | None
     sinks: Array | None
     phi: ArrayLike | None
     valid_range: tuple[ArrayLike, ArrayLike]
@@ -103,7 +103,7 @@ def decode_attention(
     key_value_seq_lengths: Integer[Array, "*batch"] | None = None,
     is_causal: bool = False,
     scale: Scalar | None = None,
-    logit_softcap: float | None = None,
+    softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     phi: ArrayLike | None = None,
     valid_range: tuple[ArrayLike, ArrayLike] = (-70.0, 80.0),
@@ -144,7 +144,7 @@ def decode_attention(
             not see what follows them: query `t` sees the first `length - T + 1 + t`
             keys. False: every query sees every key.
         scale: $s$, static or traced. None means `H ** -0.5`.
-        logit_softcap: Static positive number $c$, the bound of the scores; None for
+        softcap: Static positive number $c$, the bound of the scores; None for
             none.
         sinks: A further score per query head, without a value: it takes weight only.
         phi: The unified reference, one number or one per query head, static or traced;
@@ -204,8 +204,8 @@ def decode_attention(
     lengths = _lengths(key_value_seq_lengths, tuple(batch))
     scale = size**-0.5 if scale is None and size else 1.0 if scale is None else scale
     checks.require_scalar(FUNCTION, "scale", scale, -float("inf"), float("inf"))
-    if logit_softcap is not None:
-        checks.require_positive_number(FUNCTION, "logit_softcap", logit_softcap)
+    if softcap is not None:
+        checks.require_positive_number(FUNCTION, "softcap", softcap)
     if num_splits is not None:
         checks.require_positive_integer(FUNCTION, "num_splits", num_splits)
         if num_splits > max(count, 1):
@@ -235,7 +235,7 @@ def decode_attention(
             criterion,
         )
 
-    options = Options(logit_softcap, num_splits, precision)
+    options = Options(softcap, num_splits, precision)
     call = functools.partial(
         _attend, implementation, options, axis_name, bool(is_causal)
     )

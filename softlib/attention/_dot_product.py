@@ -30,7 +30,7 @@ class _Options(TypedDict, total=False):
     mask: Any
     bias: Array | None
     scale: Scalar | None
-    logit_softcap: float | None
+    softcap: float | None
     sinks: Array | None
     query_offset: ArrayLike
     is_causal: bool
@@ -78,7 +78,7 @@ def dot_product_attention(
     | None = None,
     bias: Float[Array, "..."] | None = None,
     scale: Scalar | None = None,
-    logit_softcap: float | None = None,
+    softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     query_offset: ArrayLike = 0,
     is_causal: bool = False,
@@ -115,7 +115,7 @@ def dot_product_attention(
             its shape and is reduced tile by tile.
         scale: Multiplies the products; None for $1/\sqrt H$. A number is static, a
             scalar array is traced and differentiable.
-        logit_softcap: Static positive number c; None for none.
+        softcap: Static positive number c; None for none.
         sinks: One extra score per query head, without a value, in every normaliser.
             Only for `normalizer="softmax"`.
         query_offset: Absolute position of the first query, for masks: an int, or an
@@ -180,8 +180,8 @@ def dot_product_attention(
             f"{function}: `sinks` must be None for normalizer={normalizer!r}, because "
             "a sink is a logarithm of a weight, got an array."
         )
-    if logit_softcap is not None:
-        checks.require_positive_number(function, "logit_softcap", logit_softcap)
+    if softcap is not None:
+        checks.require_positive_number(function, "softcap", softcap)
     if bias is not None:
         bias = shapes.on_pairs(function, "bias", bias)
     mask, dense = values_and_array(function, shapes, mask)
@@ -210,7 +210,7 @@ def dot_product_attention(
     kind = _KINDS[normalizer]
     given = are_given(mask, block_query, block_key)
     options = Options(
-        kind, scale, logit_softcap, precision, out_dtype, has_given_blocks=given
+        kind, scale, softcap, precision, out_dtype, has_given_blocks=given
     )
     found = run(function, implementation, options, operands)
     out = shapes.unflat(found.out)

@@ -133,7 +133,7 @@ class BlockwiseLogits(ModifiedLogits):
             dtype,
             classes,
             bias=bias,
-            logit_scale=scale,
+            scale=scale,
             temperature=temperature,
             class_where=class_where,
         )

@@ -24,7 +24,7 @@ def without_infinite(source: Source) -> Source:
     modifiers = source.modifiers
     if isinstance(source, StoredLogits):
         counts = source.materialize() != -jnp.inf
-    elif modifiers.bias is None or source.options.logit_softcap is not None:
+    elif modifiers.bias is None or source.options.softcap is not None:
         return source
     else:
         counts = modifiers.bias != -jnp.inf
@@ -38,7 +38,7 @@ def centred(source: Source) -> Source:
     """The same source with logits less the mean of their row, up to rounding."""
     classes = jnp.maximum(source.count_classes(), 1)
     linear = isinstance(source, LinearLogits)
-    if not linear or source.options.logit_softcap is not None:
+    if not linear or source.options.softcap is not None:
         total = source.statistics(("sum_logits",)).sum_logits
         assert total is not None
         mean = total / classes

@@ -151,8 +151,8 @@ class LinearLogits(ModifiedLogits):
             weight,
             vocab_axis=vocab_axis,
             bias=bias,
-            logit_scale=scale,
-            logit_softcap=softcap,
+            scale=scale,
+            softcap=softcap,
             temperature=temperature,
             class_where=class_where,
             axis_name=axis_name,
@@ -172,7 +172,7 @@ class LinearLogits(ModifiedLogits):
         weight: ArrayLike,
         *,
         vocab_axis: int = 0,
-        logit_softcap: float | None = None,
+        softcap: float | None = None,
         vocab_chunk: int | None = None,
         token_chunk: int | None = None,
         gradient_filter_eps: GradientFilter = None,
@@ -220,7 +220,7 @@ class LinearLogits(ModifiedLogits):
         batch = hidden.shape[:-1]
         dtype = accumulator_dtype(hidden, weight)
         options = dataclasses.replace(
-            checked_options(function, logit_softcap),
+            checked_options(function, softcap),
             vocab_axis=vocab_axis,
             vocab_chunk=vocab_chunk,
             token_chunk=token_chunk,

@@ -101,12 +101,12 @@ class ModifiedLogits(AbstractLogits):
     @property
     def scale(self) -> Float[Array, "..."] | None:
         """The factor of raw logits, a scalar or one number per row."""
-        return self.modifiers.logit_scale
+        return self.modifiers.scale
 
     @property
     def softcap(self) -> float | None:
         """The bound of the logits before the temperature."""
-        return self.options.logit_softcap
+        return self.options.softcap
 
     @property
     def temperature(self) -> Float[Array, "..."] | None:

@@ -13,8 +13,6 @@ from softlib.typing import Implementations
 from ._engine.tile import Modifiers, Options
 from ._source_rows import Shape
 
-VALUES = ("LinearLogits", "StoredLogits")
-
 
 def require_classes(function: str, name: str, vocabulary: int, shape: Shape) -> None:
     if vocabulary == 0:
@@ -31,7 +29,7 @@ def checked_modifiers(
     classes: Shape,
     *,
     bias: ArrayLike | None = None,
-    logit_scale: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
     class_where: ArrayLike | None = None,
 ) -> Modifiers:
@@ -51,7 +49,7 @@ def checked_modifiers(
     per_row = lambda name, value: checked_per_row(function, name, value, batch, dtype)
     return Modifiers(
         bias,
-        per_row(_name("logit_scale", function), logit_scale),
+        per_row("scale", scale),
         per_row("temperature", temperature),
         where,
     )
@@ -90,25 +88,19 @@ def checked_implementation(
     return tuple(implementation)
 
 
-def checked_options(function: str, logit_softcap: float | None) -> Options:
-    if logit_softcap is not None:
-        name = _name("logit_softcap", function)
-        checks.require_positive_number(function, name, logit_softcap)
-        logit_softcap = float(logit_softcap)
-    return Options((), logit_softcap)
-
-
-def _name(name: str, function: str) -> str:
-    """A modifier as the constructor of a value calls it, or a function of arrays."""
-    return name.removeprefix("logit_") if function in VALUES else name
+def checked_options(function: str, softcap: float | None) -> Options:
+    if softcap is not None:
+        checks.require_positive_number(function, "softcap", softcap)
+        softcap = float(softcap)
+    return Options((), softcap)
 
 
 def shown_modifiers(modifiers: Modifiers, options: Options) -> dict[str, Any]:
     """By the names under which a value is given them."""
     return {
         "bias": modifiers.bias,
-        "scale": modifiers.logit_scale,
-        "softcap": options.logit_softcap,
+        "scale": modifiers.scale,
+        "softcap": options.softcap,
         "temperature": modifiers.temperature,
         "class_where": modifiers.class_where,
     }

@@ -22,8 +22,8 @@ class LinearHeadOptions(TypedDict, total=False):
     """What a head is given besides its arrays: modifiers, and how it is computed."""
 
     bias: Array | None
-    logit_scale: PerRow | None
-    logit_softcap: float | None
+    scale: PerRow | None
+    softcap: float | None
     temperature: PerRow | None
     class_where: Array | None
     vocab_axis: int

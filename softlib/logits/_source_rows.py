@@ -23,7 +23,7 @@ def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
         value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
     )
     return modifiers._replace(
-        logit_scale=ones(modifiers.logit_scale),
+        scale=ones(modifiers.scale),
         temperature=ones(modifiers.temperature),
         centre=ones(modifiers.centre),
     )
@@ -44,7 +44,7 @@ def collapsed_modifiers(modifiers: Modifiers, shape: Shape) -> Modifiers:
     collapse = functools.partial(collapsed, batch=batch)
     return Modifiers(
         modifiers.bias,
-        jax.tree.map(collapse, modifiers.logit_scale),
+        jax.tree.map(collapse, modifiers.scale),
         jax.tree.map(collapse, modifiers.temperature),
         where,
         modifiers.class_log_weights,
@@ -116,7 +116,7 @@ def modifier_specs(modifiers: Modifiers, rows: PartitionSpec) -> Modifiers:
     of_entries: Any = lambda array: rows if array.ndim > 1 else PartitionSpec()
     return Modifiers(
         jax.tree.map(whole, modifiers.bias),
-        jax.tree.map(per_row, modifiers.logit_scale),
+        jax.tree.map(per_row, modifiers.scale),
         jax.tree.map(per_row, modifiers.temperature),
         jax.tree.map(of_entries, modifiers.class_where),
         jax.tree.map(whole, modifiers.class_log_weights),

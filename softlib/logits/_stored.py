@@ -104,8 +104,8 @@ class StoredLogits(ModifiedLogits):
             "StoredLogits",
             logits,
             bias=bias,
-            logit_scale=scale,
-            logit_softcap=softcap,
+            scale=scale,
+            softcap=softcap,
             temperature=temperature,
             class_where=class_where,
             implementation=implementation,
@@ -118,7 +118,7 @@ class StoredLogits(ModifiedLogits):
         function: str,
         logits: ArrayLike,
         *,
-        logit_softcap: float | None = None,
+        softcap: float | None = None,
         implementation: Implementations = None,
         name: str = "logits",
         **modifiers: Any,
@@ -140,7 +140,7 @@ class StoredLogits(ModifiedLogits):
             function=function,
             logits=logits,
             modifiers=checked,
-            options=checked_options(function, logit_softcap),
+            options=checked_options(function, softcap),
             implementation=implementation,
         )
 

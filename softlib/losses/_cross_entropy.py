@@ -141,8 +141,8 @@ def linear_softmax_cross_entropy(
     *,
     vocab_axis: int = ...,
     bias: Array | None = ...,
-    logit_scale: PerRow | None = ...,
-    logit_softcap: float | None = ...,
+    scale: PerRow | None = ...,
+    softcap: float | None = ...,
     temperature: PerRow | None = ...,
     label_smoothing: Scalar = ...,
     logsumexp_penalty: Scalar = ...,
@@ -165,8 +165,8 @@ def linear_softmax_cross_entropy(
     *,
     vocab_axis: int = ...,
     bias: Array | None = ...,
-    logit_scale: PerRow | None = ...,
-    logit_softcap: float | None = ...,
+    scale: PerRow | None = ...,
+    softcap: float | None = ...,
     temperature: PerRow | None = ...,
     label_smoothing: Scalar = ...,
     logsumexp_penalty: Scalar = ...,
@@ -189,8 +189,8 @@ def linear_softmax_cross_entropy(
     *,
     vocab_axis: int = 0,
     bias: Float[Array, " V"] | None = None,
-    logit_scale: PerRow | None = None,
-    logit_softcap: float | None = None,
+    scale: PerRow | None = None,
+    softcap: float | None = None,
     temperature: PerRow | None = None,
     label_smoothing: Scalar = 0.0,
     logsumexp_penalty: Scalar = 0.0,
@@ -219,10 +219,10 @@ def linear_softmax_cross_entropy(
             label of a class that `class_where` excludes costs +inf, without gradient.
         vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
         bias: Added to the scaled products, one number per class; -inf is legal.
-        logit_scale: Multiplies the products; a number, or an array that is a scalar or
+        scale: Multiplies the products; a number, or an array that is a scalar or
             one value per row, differentiable.
-        logit_softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
-        temperature: Divides the capped logits; positive, as `logit_scale` otherwise.
+        softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `scale` otherwise.
         label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
             the label's included. A number is static, an array traced.
         logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
@@ -278,8 +278,8 @@ def linear_softmax_cross_entropy(
         weight,
         vocab_axis=vocab_axis,
         bias=bias,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
+        scale=scale,
+        softcap=softcap,
         temperature=temperature,
         class_where=class_where,
         vocab_chunk=vocab_chunk,

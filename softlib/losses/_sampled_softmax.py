@@ -27,7 +27,7 @@ def sampled_softmax_loss(
     num_sampled: int,
     distribution: str = "log_uniform",
     bias: Float[Array, " L"] | None = None,
-    logit_scale: PerRow | None = None,
+    scale: PerRow | None = None,
     weights: Float[Array, "*batch K"] | None = None,
     where: Bool[Array, "..."] | None = None,
     precision: Precision = None,
@@ -57,7 +57,7 @@ def sampled_softmax_loss(
             $q_j = \log((j + 2) / (j + 1)) / \log(L + 1)$, which fits labels in the
             order of falling frequency.
         bias: Added to the scaled products.
-        logit_scale: A scalar or one per row, differentiable; the reciprocal of a
+        scale: A scalar or one per row, differentiable; the reciprocal of a
             temperature.
         weights: $w_l$, differentiable, in the place of $1 / |P|$; they are not divided
             by their sum.
@@ -76,7 +76,7 @@ def sampled_softmax_loss(
             `distribution` is unknown.
 
     Derivatives: forward and reverse mode, any order, with respect to `hidden`,
-        `label_embeddings`, `bias`, `logit_scale` and `weights`. Labels that were not
+        `label_embeddings`, `bias`, `scale` and `weights`. Labels that were not
         drawn and are no positive have gradient 0.
     Cost: $N (S + K) D$ products and $N (S + K)$ scores in memory for $N$ rows, $N K S$
         comparisons; no pass over all labels, but the gradient of `label_embeddings` is
@@ -101,7 +101,7 @@ def sampled_softmax_loss(
         label_embeddings,
         weight_name="label_embeddings",
         bias=bias,
-        logit_scale=logit_scale,
+        scale=scale,
     )
     rows = Positives.of(source, positives, where, required=True)
     source, ids = source.masked(rows.where), rows.ids
@@ -117,9 +117,9 @@ def sampled_softmax_loss(
             precision=precision,
             preferred_element_type=dtype,
         )
-        if modifiers.logit_scale is not None:
-            scale = modifiers.logit_scale.astype(dtype)
-            products = products * (scale[..., None] if scale.ndim else scale)
+        if modifiers.scale is not None:
+            factor = modifiers.scale.astype(dtype)
+            products = products * (factor[..., None] if factor.ndim else factor)
         if modifiers.bias is None:
             return products
         added = _taken(modifiers.bias.astype(dtype), labels)

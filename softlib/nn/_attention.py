@@ -20,7 +20,7 @@ def attention_fn(
     mask: Mask | None = None,
     *,
     scale: float | None = None,
-    logit_softcap: float | None = None,
+    softcap: float | None = None,
     normalizer: Literal["softmax", "softplus", "stablemax"] = "softmax",
     block_query: int | None = None,
     block_key: int | None = None,
@@ -47,7 +47,7 @@ def attention_fn(
     Args:
         mask: Static mask value on positions, without arrays. None for all pairs.
         scale: Static factor of the products; None for $1/\sqrt H$.
-        logit_softcap: Static positive number; see
+        softcap: Static positive number; see
             `softlib.attention.dot_product_attention`, as for the options that follow.
         normalizer: Static; `softmax`, `softplus` or `stablemax`.
         block_query: Static queries per block; None chooses.
@@ -89,13 +89,13 @@ def attention_fn(
     for name, size in (("block_query", block_query), ("block_key", block_key)):
         if size is not None:
             checks.require_positive_integer("attention_fn", name, size)
-    if logit_softcap is not None:
-        checks.require_positive_number("attention_fn", "logit_softcap", logit_softcap)
+    if softcap is not None:
+        checks.require_positive_number("attention_fn", "softcap", softcap)
     choices = ("softmax", "softplus", "stablemax")
     checks.require_one_of("attention_fn", "normalizer", normalizer, choices)
     options = {
         "scale": scale,
-        "logit_softcap": logit_softcap,
+        "softcap": softcap,
         "normalizer": normalizer,
         "block_query": block_query,
         "block_key": block_key,

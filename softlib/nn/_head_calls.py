@@ -12,8 +12,8 @@ def logits_of(
     hidden: Array,
     table: Array,
     bias: Array | None,
-    logit_scale: float | None,
-    logit_softcap: float | None,
+    scale: float | None,
+    softcap: float | None,
     dtype: Dtype | None,
     **options: Any,
 ) -> LinearLogits:
@@ -23,5 +23,5 @@ def logits_of(
     """
     if dtype is not None:
         hidden, table = hidden.astype(dtype), table.astype(dtype)
-    own = {"scale": logit_scale, "softcap": logit_softcap}
+    own = {"scale": scale, "softcap": softcap}
     return LinearLogits(hidden, table, bias=bias, **own, **options)

@@ -22,8 +22,8 @@ class LinenOutputHead(linen.Module):
         embedding: A `linen.Embed` of the enclosing module to share the table with; None
             gives the head a parameter `kernel` (num_classes, features) of its own.
         use_bias: Whether the logits get a bias per class.
-        logit_scale: Multiplies the products, before the bias.
-        logit_softcap: Static positive number $c$; logits become $c\tanh(u / c)$.
+        scale: Multiplies the products, before the bias.
+        softcap: Static positive number $c$; logits become $c\tanh(u / c)$.
         dtype: Dtype of the products; hidden and table are cast to it, which copies the
             table once a call. None uses the arrays as they are.
         param_dtype: Dtype of the parameters that the head owns.
@@ -50,8 +50,8 @@ class LinenOutputHead(linen.Module):
     num_classes: int
     embedding: linen.Embed | None = None
     use_bias: bool = False
-    logit_scale: float | None = None
-    logit_softcap: float | None = None
+    scale: float | None = None
+    softcap: float | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     kernel_init: Initializer = initializers.variance_scaling(
@@ -106,7 +106,7 @@ class LinenOutputHead(linen.Module):
             implementation: Implementations in the order in which they are tried.
         """
         table = self.kernel if self.embedding is None else self.embedding.embedding
-        own = (self.bias, self.logit_scale, self.logit_softcap, self.dtype)
+        own = (self.bias, self.scale, self.softcap, self.dtype)
         return logits_of(
             hidden,
             table,

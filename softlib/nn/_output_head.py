@@ -30,8 +30,8 @@ class OutputHead(nnx.Module):
         num_classes: Size of the vocabulary.
         embedding: An `nnx.Embed` to share the table (num_classes, features) with.
         use_bias: Whether the logits get a bias per class.
-        logit_scale: Multiplies the products, before the bias.
-        logit_softcap: Static positive number $c$; logits become $c\tanh(u / c)$.
+        scale: Multiplies the products, before the bias.
+        softcap: Static positive number $c$; logits become $c\tanh(u / c)$.
         dtype: Dtype of the products; hidden and table are cast to it, which copies the
             table once a call. None uses the arrays as they are.
         param_dtype: Dtype of the parameters that the head owns.
@@ -67,8 +67,8 @@ class OutputHead(nnx.Module):
         *,
         embedding: nnx.Embed | None = None,
         use_bias: bool = False,
-        logit_scale: float | None = None,
-        logit_softcap: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = initializers.variance_scaling(
@@ -88,8 +88,8 @@ class OutputHead(nnx.Module):
                 "OutputHead: `rngs` must be given to initialise an untied head or a "
                 "bias, got None."
             )
-        self.logit_scale = logit_scale
-        self.logit_softcap = logit_softcap
+        self.scale = scale
+        self.softcap = softcap
         self.dtype = dtype
         self.embedding = embedding
 
@@ -132,7 +132,7 @@ class OutputHead(nnx.Module):
         table = self.kernel if self.embedding is None else self.embedding.embedding
         assert table is not None
         bias = None if self.bias is None else self.bias[...]
-        own = (bias, self.logit_scale, self.logit_softcap, self.dtype)
+        own = (bias, self.scale, self.softcap, self.dtype)
         return logits_of(
             hidden,
             table[...],

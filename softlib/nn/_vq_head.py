@@ -72,8 +72,8 @@ class VQLogitsHead(nnx.Module):
             evenly as possible.
         learn_mapping: Whether a table of embeddings is trained along.
         use_token_bias: Whether the logits get a bias per token, which starts at 0.
-        logit_scale: Multiplies the logits of codes, before the softcap.
-        logit_softcap: Static positive number $c$; logits of codes become
+        scale: Multiplies the logits of codes, before the softcap.
+        softcap: Static positive number $c$; logits of codes become
             $c\tanh(u / c)$.
         dtype: Dtype of the products; hidden and tables are cast to it. None uses the
             arrays as they are.
@@ -116,8 +116,8 @@ class VQLogitsHead(nnx.Module):
         mapping: Integer[Array, " V"] | None = None,
         learn_mapping: bool = False,
         use_token_bias: bool = False,
-        logit_scale: float | None = None,
-        logit_softcap: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         kernel_init: Initializer = initializers.variance_scaling(
@@ -136,8 +136,8 @@ class VQLogitsHead(nnx.Module):
             )
         VQLogits.token_counts(mapping, num_codes)  # raises if out of range
         self.num_codes = num_codes
-        self.logit_scale = logit_scale
-        self.logit_softcap = logit_softcap
+        self.scale = scale
+        self.softcap = softcap
         self.dtype = dtype
         self.mapping = CodebookVariable(mapping)
         bias = jnp.zeros(num_classes, param_dtype)
@@ -235,8 +235,8 @@ class VQLogitsHead(nnx.Module):
             self._cast(self.codebook[...]),
             self.mapping[...],
             token_bias=self._bias(),
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
+            scale=self.scale,
+            softcap=self.softcap,
             **options,
         )
 
@@ -284,8 +284,8 @@ class VQLogitsHead(nnx.Module):
             num_codes,
             mapping=self.mapping[...],
             use_token_bias=self.token_bias is not None,
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
+            scale=self.scale,
+            softcap=self.softcap,
             dtype=self.dtype,
             param_dtype=self.codebook[...].dtype,
             kernel_init=initializers.zeros_init(),
@@ -319,4 +319,4 @@ class VQLogitsHead(nnx.Module):
         return array if self.dtype is None else array.astype(self.dtype)
 
     def _own(self) -> dict[str, Any]:
-        return {"scale": self.logit_scale, "softcap": self.logit_softcap}
+        return {"scale": self.scale, "softcap": self.softcap}

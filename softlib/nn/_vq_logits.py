@@ -83,8 +83,8 @@ def vq_sample(
     mapping: Integer[Array, " V"] | TokenClusters,
     *,
     token_bias: Float[Array, " V"] | None = None,
-    logit_scale: PerRow | None = None,
-    logit_softcap: float | None = None,
+    scale: PerRow | None = None,
+    softcap: float | None = None,
     temperature: PerRow | None = None,
     precision: Precision = None,
 ) -> Int[Array, "*batch"]:
@@ -101,8 +101,8 @@ def vq_sample(
         mapping: Code of each token, in $[0, K)$, or `vq_clusters` of it, which saves a
             sort per call.
         token_bias: One number per token; -inf is never drawn.
-        logit_scale: Multiplies the products: a number, a scalar, or one value per row.
-        logit_softcap: Static positive number $c$: $l$ becomes $c\tanh(l / c)$.
+        scale: Multiplies the products: a number, a scalar, or one value per row.
+        softcap: Static positive number $c$: $l$ becomes $c\tanh(l / c)$.
         temperature: Divides the logits of codes: a number, a scalar, or one value per
             row. It does not divide `token_bias`: for draws from the tempered softmax
             divide that too.
@@ -134,8 +134,8 @@ def vq_sample(
         hidden,
         codebook,
         weight_name="codebook",
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
+        scale=scale,
+        softcap=softcap,
         temperature=temperature,
         precision=precision,
     ).materialize()

@@ -39,7 +39,7 @@ WIDE = {
     "blocks": ((8, 16), (16, 8), (None, None)),
     "dtype": ("float32", "float64", "bfloat16", "float16"),
     "scale": (None, 0.3, "traced"),
-    "logit_softcap": (None, 2.0),
+    "softcap": (None, 2.0),
     "sinks": (False, True),
     "at_once": ("all", "one"),
 }
@@ -68,7 +68,7 @@ def check(case, **more):
     (out, lse), gradients = with_gradients(
         arrays, *g, given.options, **case, **numbers, **more
     )
-    shared = {name: case[name] for name in ("normalizer", "logit_softcap")}
+    shared = {name: case[name] for name in ("normalizer", "softcap")}
     expected = oracle(
         arrays,
         allowed=given.allowed,
@@ -141,7 +141,7 @@ def test_every_mask_with_every_bias(name, bias, normalizer):
             "mask": name,
             "bias": bias,
             "normalizer": normalizer,
-            "logit_softcap": 2.0,
+            "softcap": 2.0,
             "shape": "small",
             "blocks": (8, 8),
             "dtype": "float32",

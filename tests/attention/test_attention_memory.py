@@ -87,7 +87,7 @@ def test_scratch_of_a_window_is_linear(bias):
 @pytest.mark.parametrize("mask", [None, WINDOW, masks.Causal()])
 def test_no_array_of_all_pairs(mask, normalizer):
     n = 1000  # no multiple of a block: padded arrays of all pairs would be larger
-    trace = gradient(mask, None, normalizer=normalizer, logit_softcap=3.0)
+    trace = gradient(mask, None, normalizer=normalizer, softcap=3.0)
     assert largest(trace(n)) < n * n
     # The count itself sees one where there is one.
     reference = gradient(mask, None, normalizer=normalizer, implementation="reference")

@@ -51,7 +51,7 @@ def test_everything_at_once(normalizer, implementation, at_once, later, monkeypa
             bias=bias,
             scale=scale,
             sinks=sinks,
-            logit_softcap=3.0,
+            softcap=3.0,
             normalizer=normalizer,
             return_lse=True,
             block_query=2,

@@ -25,7 +25,7 @@ OPTIONS = {
     "criterion": ("row_max", "elementwise"),
     "T": (1, 3),
     "is_causal": (False, True),
-    "logit_softcap": (None, 2.0),
+    "softcap": (None, 2.0),
     "sinks": (False, True),
     "lengths": (None, LENGTHS),
     "num_splits": (None, 3),
@@ -47,7 +47,7 @@ def prepared(case):
     arrays = problem(dtype, T=case.pop("T"), N=N, K=K, sinks=case.pop("sinks"))
     if case["phi"] == "per head":
         case["phi"] = np.linspace(-2, 2, N, dtype=np.float32)
-    shared = {name: case[name] for name in ("is_causal", "logit_softcap", "lengths")}
+    shared = {name: case[name] for name in ("is_causal", "softcap", "lengths")}
     return arrays, case, shared, dtype
 
 
@@ -70,7 +70,7 @@ GRADIENT_OPTIONS = {
     for name in (
         "implementation",
         "is_causal",
-        "logit_softcap",
+        "softcap",
         "sinks",
         "lengths",
     )

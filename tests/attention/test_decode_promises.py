@@ -310,7 +310,7 @@ def test_transformations(implementation, phi, skip):
             key_value_seq_lengths=lengths,
             scale=scale,
             sinks=sinks,
-            logit_softcap=5.0,
+            softcap=5.0,
             phi=phi,
             valid_range=(low, 80.0),
             num_splits=2 if implementation == "xla" else None,

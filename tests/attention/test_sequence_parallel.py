@@ -250,7 +250,7 @@ def test_explain_shows_what_each_step_runs():
         ({"layout": "zigzag"}, ValueError, "`layout` must be one of"),
         ({"mask": np.ones((4, 4), bool)}, TypeError, "`mask` must be a mask value"),
         ({"sinks": jnp.ones(3)}, ValueError, r"`sinks` must have shape \(6,\)"),
-        ({"logit_softcap": -1.0}, ValueError, "`logit_softcap` must be positive"),
+        ({"softcap": -1.0}, ValueError, "`softcap` must be positive"),
         ({"method": "all_to_all"}, ValueError, "`query` must have a multiple of 4"),
     ],
 )

@@ -99,7 +99,7 @@ def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
         *(np.asarray(x, np.float64) for x in operands[:3]),
         allowed=allowed,
         scale=options.scale,
-        logit_softcap=problem.softcap,
+        softcap=problem.softcap,
         sinks=operands.sinks,
         normalizer=NORMALIZERS[problem.kind],
         g_out=np.asarray(g_out, np.float64),

@@ -72,7 +72,7 @@ def cotangents_of(statistics: RowStatistics) -> RowStatistics:
 
 def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
     bias, scale, temperature, where = head.modifiers[:4]
-    known = {"bias": bias, "logit_scale": scale, "temperature": temperature}
+    known = {"bias": bias, "scale": scale, "temperature": temperature}
     given = {n: x for n, x in cotangents._asdict().items() if x is not None}
     return oracle.row_statistics(
         np.asarray(head.labels),
@@ -81,7 +81,7 @@ def expected_of(problem: Problem, head: Head, cotangents: RowStatistics) -> Any:
         hidden=head.hidden,
         weight=head.weight,
         vocab_axis=problem.vocab_axis,
-        logit_softcap=problem.softcap,
+        softcap=problem.softcap,
         **{name: x for name, x in known.items() if x is not None},
     )
 
@@ -158,7 +158,7 @@ def check_gradient(problem: Problem, gradient: Any, expected: Any) -> None:
         "hidden": gradient.hidden,
         "weight": gradient.weight,
         "bias": gradient.modifiers.bias,
-        "logit_scale": gradient.modifiers.logit_scale,
+        "scale": gradient.modifiers.scale,
         "temperature": gradient.modifiers.temperature,
     }
     for key, value in pairs.items():

@@ -134,9 +134,7 @@ def test_weights_and_slopes_of_a_tile_in_registers(name, softcap):
 
 
 def test_forms_tell_what_is_quick_and_which_tile_is_not_full():
-    forms = [
-        Form(weights=name, logit_softcap=c) for name in FUNCTIONS for c in (None, 1)
-    ]
+    forms = [Form(weights=name, softcap=c) for name in FUNCTIONS for c in (None, 1)]
     where = lambda name: [i for i, form in enumerate(forms) if getattr(form, name)]
     assert where("is_relative") == [0, 1, 2, 3]
     assert where("is_plain") == [0]

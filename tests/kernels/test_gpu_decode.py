@@ -78,7 +78,7 @@ CASES: dict[str, Any] = {
     "no lengths": ({"lengths": None, "S": 128, "B": 1}, {}, {"phi": 0.3}),
     "causal draft, softcap": (
         {"T": 5, "B": 2},
-        {"is_causal": True, "logit_softcap": 2.0},
+        {"is_causal": True, "softcap": 2.0},
         {"phi": 0.0},
     ),
     "features of two spans": ({"B": 1, "H": 128, "Hv": 192}, {}, {"phi": 0.3}),

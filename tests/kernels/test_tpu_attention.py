@@ -312,7 +312,7 @@ ACCEPTED = {
     "blocks of its own": {"mask": masks.Blocks(np.tri(2, dtype=bool), 128)},
     "lengths": {"key_value_seq_lengths": np.array([3, 200])},
     "an offset that is data": {"is_causal": True, "query_offset": np.array([0, 7])},
-    "softcap": {"logit_softcap": 5.0, "sinks": jnp.zeros(4)},
+    "softcap": {"softcap": 5.0, "sinks": jnp.zeros(4)},
     "softplus": {"normalizer": "softplus"},
     "stablemax": {"normalizer": "stablemax", "local_window_size": 10},
     "a traced scale": {"scale": jnp.float32(2)},

@@ -69,10 +69,10 @@ CASES: dict[str, Any] = {
     "causal draft, softcap": (
         {"T": 3, "lengths": (150, 2, 65)},
         Tiles(64, 64),
-        {"is_causal": True, "logit_softcap": 2.0},
+        {"is_causal": True, "softcap": 2.0},
         {"phi": 0.0},
     ),
-    "sinks": ({"sinks": True, "B": 2}, Tiles(128, 64), {"logit_softcap": 2.0}, {}),
+    "sinks": ({"sinks": True, "B": 2}, Tiles(128, 64), {"softcap": 2.0}, {}),
     "bfloat16": ({"dtype": "bfloat16"}, Tiles(64, 64), {}, {"phi": 0.3}),
     "bfloat16, running": (
         {"dtype": "bfloat16", "N": 10, "K": 5, "T": 2},

@@ -16,7 +16,7 @@ from tests.compiled import of_head, of_stored
 from tests.host import jnp
 
 BATCH, FEATURES, CLASSES, IDS = (2, 3), 6, 40, 5
-FLOATING = ("hidden", "weight", "bias", "logit_scale", "temperature")
+FLOATING = ("hidden", "weight", "bias", "scale", "temperature")
 
 
 def problem(dtype="float32"):
@@ -27,7 +27,7 @@ def problem(dtype="float32"):
         "hidden": draw(*BATCH, FEATURES),
         "weight": draw(CLASSES, FEATURES),
         "bias": draw(CLASSES),
-        "logit_scale": np.abs(draw(*BATCH)) + draw(1) * 0 + 1,
+        "scale": np.abs(draw(*BATCH)) + draw(1) * 0 + 1,
         "temperature": np.abs(draw(*BATCH)) + draw(1) * 0 + 1,
     }
     ids = random.integers(0, CLASSES, (*BATCH, IDS))
@@ -44,7 +44,7 @@ def wanted(arrays, ids, where, softcap=5.0):
         row, c = place[:-1], ids[place]
         if not 0 <= c < CLASSES:
             continue
-        u = a["logit_scale"][row] * (a["hidden"][row] @ a["weight"][c]) + a["bias"][c]
+        u = a["scale"][row] * (a["hidden"][row] @ a["weight"][c]) + a["bias"][c]
         z = softcap * np.tanh(u / softcap) / a["temperature"][row]
         found[place] = z if where[c] else -np.inf
     return found
@@ -61,7 +61,7 @@ def test_matches_loops(dtype, vocab_axis):
             **given,
             class_ids=jnp.asarray(ids),
             class_where=where,
-            logit_softcap=5.0,
+            softcap=5.0,
             vocab_axis=vocab_axis,
             token_chunk=token_chunk,
         )
@@ -80,7 +80,7 @@ def test_of_an_array_is_that_of_the_materialized(per_row):
     given = StoredLogits(
         raw,
         bias=jnp.asarray(arrays["bias"]),
-        scale=jnp.asarray(arrays["logit_scale"]),
+        scale=jnp.asarray(arrays["scale"]),
         softcap=5.0,
         temperature=jnp.asarray(arrays["temperature"]),
         class_where=jnp.asarray(

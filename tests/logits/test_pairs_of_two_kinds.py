@@ -36,7 +36,7 @@ def source(kind, seed, dtype, **options) -> tuple[Any, dict[str, Any], dict[str,
     """Logits of arrays, these arrays, and the oracle's further arguments."""
     random = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
-    bias, static = draw(CLASSES), {"logit_softcap": 4.0, "logit_scale": 0.7}
+    bias, static = draw(CLASSES), {"softcap": 4.0, "scale": 0.7}
     own: dict[str, Any] = {"softcap": 4.0, "scale": 0.7, **options}
     if kind == "stored":
         make: Any = lambda bias, logits: StoredLogits(

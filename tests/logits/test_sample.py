@@ -35,12 +35,12 @@ def problem(seed=0):
     bias = draw(CLASSES)
     options = {
         "bias": bias,
-        "logit_scale": 1 + np.abs(draw(*BATCH)),
-        "logit_softcap": 5.0,
+        "scale": 1 + np.abs(draw(*BATCH)),
+        "softcap": 5.0,
         "temperature": 1 + np.abs(draw(*BATCH)),
         "class_where": random.uniform(size=CLASSES) < 0.8,
     }
-    u = options["logit_scale"][..., None] * (hidden.astype(float) @ weight.T) + bias
+    u = options["scale"][..., None] * (hidden.astype(float) @ weight.T) + bias
     z = 5 * np.tanh(u / 5) / options["temperature"][..., None]
     return hidden, weight, options, np.where(options["class_where"], z, -np.inf)
 
@@ -106,8 +106,7 @@ def test_of_an_array_is_that_of_the_head(min_p):
     hidden, weight, options, z = problem()
     products = jnp.asarray(hidden) @ jnp.asarray(weight).T
     assert_drawn(of_stored.sample(KEY, products, min_p=min_p, **options), z, min_p)
-    names = {"logit_scale": "scale", "logit_softcap": "softcap"}
-    modifiers: Any = {names.get(n, n): x for n, x in options.items()}
+    modifiers: Any = options
     head = LinearLogits(jnp.asarray(hidden), jnp.asarray(weight), **modifiers)
     found = of_stored.sample(KEY, head.materialize(), min_p=min_p)
     assert_drawn(found, z, min_p)

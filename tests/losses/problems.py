@@ -19,7 +19,7 @@ OPTIONS = {
     "dtype": ("float64", "float32", "bfloat16", "float16"),
     "source": ("rows", "columns", "logits"),  # weight (V, D), weight (D, V), none
     "bias": (False, True),
-    "logit_scale": (None, "scalar", "row"),
+    "scale": (None, "scalar", "row"),
     "softcap": (None, 5.0),
     "temperature": (None, "scalar", "row"),
     "class_where": (False, True),
@@ -65,13 +65,13 @@ class Problem:
             arrays["logits"] = 2 * random.normal(size=(*self.batch, v))
         if case["bias"]:
             arrays["bias"] = random.normal(size=v)
-        for name in ("logit_scale", "temperature"):
+        for name in ("scale", "temperature"):
             if case[name]:
                 shape = self.batch if case[name] == "row" else ()
                 arrays[name] = random.uniform(0.5, 1.5, shape)
         self.arrays = {name: jnp.asarray(a, dtype) for name, a in arrays.items()}
         if case["softcap"] is not None:
-            self.options["logit_softcap"] = case["softcap"]
+            self.options["softcap"] = case["softcap"]
         self.class_where = None
         if case["class_where"]:
             chosen = random.uniform(size=v) < 0.7
@@ -91,7 +91,7 @@ class Problem:
 
     def length(self, gradient_of: str = "") -> int:
         """Terms of the longest sum on the way to a result."""
-        if gradient_of in ("logit_scale", "temperature"):
+        if gradient_of in ("scale", "temperature"):
             return self.rows * self.classes
         return max(self.rows, self.classes, self.features)
 

@@ -29,7 +29,7 @@ def arrays(seed=0):
 
 
 def source(given, log_weights, **options):
-    head = LinearLogits.of("test", **given, logit_softcap=3.0, **options)
+    head = LinearLogits.of("test", **given, softcap=3.0, **options)
     return head.counting(log_weights)
 
 
@@ -71,7 +71,7 @@ def test_statistics_and_gradients_are_those_of_repeated_classes(implementation, 
             COUNTS.sum() + np.arange(ROWS),
             chosen,
             cotangents=cotangents,
-            logit_softcap=3.0,
+            softcap=3.0,
             **repeated,
         )
         for name in NAMES[:3]:

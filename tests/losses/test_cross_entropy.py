@@ -217,7 +217,7 @@ def test_matches_independent_vectors():
                 "where": jnp.asarray(data["in_labels"] >= 0),
             }
             full: dict[str, Any] = {
-                "logit_softcap": float(data["in_softcap"]),
+                "softcap": float(data["in_softcap"]),
                 "label_smoothing": float(data["in_label_smoothing"]),
                 "logsumexp_penalty": float(data["in_logsumexp_penalty"]),
             }

@@ -319,7 +319,7 @@ def test_metrics_are_what_the_single_functions_give(source):
     hidden, weight = arrays()
     inputs, labels = source.inputs(hidden, weight), np.array([0, 6, -1, 3])
     where = np.array([True, True, True, False])
-    options = {"where": where, "logit_softcap": 3.0}
+    options = {"where": where, "softcap": 3.0}
     more = {"label_smoothing": 0.1, "logsumexp_penalty": 0.2}
     got = source.metrics(**options, **more)(*inputs, labels)
     loss, lse = source("cross_entropy", return_lse=True, **options, **more)(
@@ -410,9 +410,7 @@ def test_the_loss_is_never_negative(softcap):
         best = of_head.row_statistics(
             hidden, weight, statistics=("argmax",), vocab_chunk=16
         ).argmax
-        loss = functools.partial(
-            losses.linear_softmax_cross_entropy, logit_softcap=softcap
-        )
+        loss = functools.partial(losses.linear_softmax_cross_entropy, softcap=softcap)
         for chunk in (16, 50):
             got = jax.jit(functools.partial(loss, vocab_chunk=chunk))(
                 hidden, weight, best

@@ -53,7 +53,7 @@ def problem(case):
         arrays["bias"] = normal(CLASSES)
     if case["scale"]:
         per_row = () if case["scale"] == "scalar" else (rows,)
-        arrays["logit_scale"] = 1 + 0.1 * normal(*per_row)
+        arrays["scale"] = 1 + 0.1 * normal(*per_row)
         arrays["temperature"] = 1 + np.abs(normal(*per_row))
     if case["classes"] == "weights":
         arrays["class_weights"] = np.abs(normal(CLASSES))
@@ -77,7 +77,7 @@ def problem(case):
         others["where"] = random.random(rows) < 0.6
         others["labels"] = np.where(others["where"], others["labels"], -100)
     if case["softcap"]:
-        others["logit_softcap"] = case["softcap"]
+        others["softcap"] = case["softcap"]
     others["vocab_axis"] = case["vocab_axis"]
     arrays = {key: jnp.asarray(array, dtype) for key, array in arrays.items()}
     return arrays, as_jax(others)

@@ -77,12 +77,12 @@ class Pair:
             self.static = {"vocab_axis": axes[0], "target_vocab_axis": axes[1]}
             self.oracle_static = [{"vocab_axis": axis} for axis in axes]
         if modified:
-            self.arrays["target_logit_scale"] = jnp.asarray(0.7, dtype)
+            self.arrays["target_scale"] = jnp.asarray(0.7, dtype)
             self.arrays["temperature"] = jnp.asarray(
                 random.uniform(0.8, 1.5, batch), dtype
             )
-            self.static["logit_softcap"] = 4.0
-            self.oracle_static[0]["logit_softcap"] = 4.0
+            self.static["softcap"] = 4.0
+            self.oracle_static[0]["softcap"] = 4.0
         self.random = random
 
     def oracle(self, function, **options):
@@ -311,7 +311,7 @@ def test_a_row_without_classes_is_zero(name, source):
 def test_a_class_that_only_the_target_has_costs_infinity(source):
     pair = Pair(source)
     arrays = dict(pair.arrays)
-    static = {n: o for n, o in pair.static.items() if n != "logit_softcap"}
+    static = {n: o for n, o in pair.static.items() if n != "softcap"}
     arrays["bias"] = arrays["bias"].at[3].set(-jnp.inf)
     function = function_of("kl", source, **static)
 

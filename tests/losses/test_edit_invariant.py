@@ -151,7 +151,7 @@ def test_both_sources_agree_with_every_option(vocab_axis, implementation):
         draw = lambda *shape: jnp.asarray(random.uniform(0.5, 2, shape))
         more = {
             "bias": draw(CLASSES),
-            "logit_scale": draw(BATCH, LENGTH),
+            "scale": draw(BATCH, LENGTH),
             "temperature": draw(BATCH, LENGTH),
             "weights": draw(2),
             "floor": jnp.asarray(-2.5),
@@ -159,7 +159,7 @@ def test_both_sources_agree_with_every_option(vocab_axis, implementation):
         labels, where, label_where = labels_and_masks()
         options = {
             "ngrams": NGRAMS,
-            "logit_softcap": 3.0,
+            "softcap": 3.0,
             "class_where": jnp.arange(CLASSES) != labels[0, 0],
             "where": jnp.asarray(where),
             "label_where": jnp.asarray(label_where),

@@ -32,13 +32,13 @@ COMMON = [
     ("", "bias", jnp.zeros(CLASSES, int), TypeError, "int32"),
     ("", "bias", jnp.zeros(FEATURES), ValueError, "(3,)"),
     ("", "bias", jnp.zeros(()), ValueError, "()"),
-    ("", "logit_scale", jnp.zeros(FEATURES), ValueError, "(3,)"),
-    ("", "logit_scale", jnp.zeros((ROWS, 1)), ValueError, "(4, 1)"),
-    ("", "logit_scale", jnp.zeros(ROWS, bool), TypeError, "bool"),
-    ("", "logit_softcap", 0.0, ValueError, "0.0"),
-    ("", "logit_softcap", -2.5, ValueError, "-2.5"),
-    ("", "logit_softcap", float("nan"), ValueError, "nan"),
-    ("", "logit_softcap", jnp.ones(()), TypeError, ""),
+    ("", "scale", jnp.zeros(FEATURES), ValueError, "(3,)"),
+    ("", "scale", jnp.zeros((ROWS, 1)), ValueError, "(4, 1)"),
+    ("", "scale", jnp.zeros(ROWS, bool), TypeError, "bool"),
+    ("", "softcap", 0.0, ValueError, "0.0"),
+    ("", "softcap", -2.5, ValueError, "-2.5"),
+    ("", "softcap", float("nan"), ValueError, "nan"),
+    ("", "softcap", jnp.ones(()), TypeError, ""),
     ("", "temperature", jnp.zeros(FEATURES), ValueError, "(3,)"),
     ("", "temperature", jnp.zeros((ROWS, 1)), ValueError, "(4, 1)"),
     ("", "class_where", jnp.ones(CLASSES), TypeError, "float32"),
@@ -90,15 +90,13 @@ def call(function, needs, **changes):
 
 
 def blamed(function, argument):
-    """Who complains of a bad argument, the value or the function; by which name."""
+    """Who complains of a bad argument: the value, or the function."""
     kind, _, name = function.partition(" ")
-    known = {"linear": OF_HEAD, "logits": OF_STORED}[kind]
-    if kind == "linear" and argument in ("hidden", "weight"):
-        return "LinearLogits", argument
-    if argument in known:
-        value = {"linear": "LinearLogits", "logits": "StoredLogits"}[kind]
-        return value, known[argument]
-    return name, argument
+    if kind == "linear" and argument in ("hidden", "weight", *OF_HEAD):
+        return "LinearLogits"
+    if kind == "logits" and argument in OF_STORED:
+        return "StoredLogits"
+    return name
 
 
 def functions():
@@ -129,8 +127,8 @@ def test_error_names_function_argument_condition_and_value(
     with pytest.raises(error) as raised:
         call(function, needs, **{argument: value})
     message = str(raised.value)
-    who, name = blamed(function, argument)
-    pattern = rf"{who}: `{name}` must .*, got .*{re.escape(got)}.*[.?]"
+    who = blamed(function, argument)
+    pattern = rf"{who}: `{argument}` must .*, got .*{re.escape(got)}.*[.?]"
     assert re.fullmatch(pattern, message), message
 
 
@@ -138,7 +136,7 @@ def test_error_names_function_argument_condition_and_value(
 def test_errors_are_the_same_under_jit(function, needs):
     """Shapes and dtypes are known while tracing."""
     bad = jax.jit(lambda bias: call(function, needs, bias=bias))
-    who, _ = blamed(function, "bias")
+    who = blamed(function, "bias")
     with pytest.raises(ValueError, match=rf"^{who}: `bias` must .* got \(3,\)"):
         bad(jnp.zeros(FEATURES))
 

@@ -102,18 +102,18 @@ def differentiated(function, floating):
     return loss, gradients
 
 
-def expected_of(name, floating, ids=IDS, *, logit_scale=1.0, bias=0.0, **options):
+def expected_of(name, floating, ids=IDS, *, scale=1.0, bias=0.0, **options):
     """Losses, and gradients by argument, from the oracle of the rounded arrays."""
     floating = {n: np.asarray(a, np.float64) for n, a in floating.items()}
     options = {**LOSSES[name].options, **options}
     weights = floating.get("weights")
     hidden, table = floating.get("hidden"), floating.get("weight")
     z = floating["logits"] if hidden is None or table is None else hidden @ table.T
-    z = logit_scale * z + bias
+    z = scale * z + bias
     loss, dz, dw = oracle.losses_of(
         LOSSES[name].oracle, z, ids, weights=weights, **options
     )
-    dz = logit_scale * dz
+    dz = scale * dz
     gradients = {"logits": dz}
     if hidden is not None and table is not None:
         gradients = {"hidden": dz @ table, "weight": dz.T @ hidden}
@@ -141,13 +141,13 @@ def test_matches_oracle(name, source):
             random = np.random.default_rng(1)
             floating["weights"] = jnp.asarray(random.uniform(0.5, 2, IDS.shape))
         bias = np.linspace(-1, 1, CLASSES)
-        more = {**options, "bias": jnp.asarray(bias), "logit_scale": 1.5}
+        more = {**options, "bias": jnp.asarray(bias), "scale": 1.5}
         loss, gradients = differentiated(
             function_of(name, source, ids, **more), floating
         )
         floating[rows] = floating[rows].at[4].set(0)  # the oracle multiplies by it
         wanted, slopes = expected_of(
-            name, floating, ids, bias=bias, logit_scale=1.5, **options
+            name, floating, ids, bias=bias, scale=1.5, **options
         )
         assert np.isinf(wanted[[1, 6]]).all()  # positives on the excluded label
         assert np.isnan(wanted[5]) == (source != "mask")
@@ -179,7 +179,7 @@ def test_linear_head_in_both_layouts(name, implementation, vocab_axis):
     floating = arrays("linear")
     scores = LinearLogits(*floating.values()).materialize()
     per_row = jnp.linspace(0.5, 1.5, ROWS)
-    options = {"logit_softcap": 2.0, "temperature": per_row, "logit_scale": 1.5}
+    options = {"softcap": 2.0, "temperature": per_row, "scale": 1.5}
     wanted = function_of(name, "mask", **options)(logits=scores)
     if vocab_axis:
         floating["weight"] = floating["weight"].T

@@ -52,7 +52,7 @@ def test_excluded_classes_do_not_come_back_through_the_softcap():
     hidden, weight = jnp.array([[1.0]]), jnp.full((classes, 1), -11.0)
     for chunk in (32, 128):
         _, lse = streamed(
-            logit_softcap=cap, class_where=chosen, return_lse=True, vocab_chunk=chunk
+            softcap=cap, class_where=chosen, return_lse=True, vocab_chunk=chunk
         )(hidden, weight, jnp.array([0]))
         np.testing.assert_allclose(
             lse, np.log(100) + cap * np.tanh(-11 / cap), atol=1e-5
@@ -203,13 +203,13 @@ def test_a_head_that_scales_its_logits_has_the_gradient_of_the_scaled_logits():
     weight = random.normal(size=(11, 4)).astype(np.float32)
     labels = np.arange(6)
     loss = streamed(vocab_chunk=4)
-    total = lambda scale, w: loss(hidden, w, labels, logit_scale=scale).sum()
+    total = lambda scale, w: loss(hidden, w, labels, scale=scale).sum()
     gradient = jax.jit(jax.grad(total, 1))(0.0625, weight)
     expected = token_metrics(
         labels,
         hidden=hidden,
         weight=weight,
-        logit_scale=0.0625,
+        scale=0.0625,
         cotangents={"loss": np.ones(6)},
     )
     np.testing.assert_allclose(gradient, expected.gradients["weight"], atol=1e-6)

@@ -43,8 +43,8 @@ def statistics(implementation, names, hidden, weight, labels, bias, scale, tempe
         weight,
         labels,
         bias=bias,
-        logit_scale=scale,
-        logit_softcap=4.0,
+        scale=scale,
+        softcap=4.0,
         temperature=temperature,
         vocab_chunk=3,
         statistics=names,
@@ -142,7 +142,7 @@ def test_softmax_token_metrics():
             logits,
             labels,
             where=where,
-            logit_softcap=3.0,
+            softcap=3.0,
             metrics=softlib.logits.TokenMetrics._fields,
         )
         return jax.tree.leaves(got)
@@ -196,7 +196,7 @@ def test_hessian_vector_products_both_ways_equal_the_dense_hessian():
             w,
             LABELS,
             return_lse=True,
-            logit_softcap=2.0,
+            softcap=2.0,
             vocab_chunk=3,
             implementation=implementation,
         )
@@ -216,10 +216,8 @@ def test_hessian_vector_products_both_ways_equal_the_dense_hessian():
 # --------------------------------------------------------------- what users do with it
 def test_partial_application():
     a = arrays()
-    loss = functools.partial(CROSS_ENTROPY, logit_softcap=2.0, vocab_chunk=3)
-    direct = CROSS_ENTROPY(
-        a["hidden"], a["weight"], LABELS, logit_softcap=2.0, vocab_chunk=3
-    )
+    loss = functools.partial(CROSS_ENTROPY, softcap=2.0, vocab_chunk=3)
+    direct = CROSS_ENTROPY(a["hidden"], a["weight"], LABELS, softcap=2.0, vocab_chunk=3)
     got = jax.jit(loss)(a["hidden"], a["weight"], LABELS)
     assert_close(got, direct, dtype=jnp.float32, length=7)
 

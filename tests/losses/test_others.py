@@ -59,7 +59,7 @@ def problem(vocabulary):
 OPTIONS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "smoothing": {"label_smoothing": 0.1, "logsumexp_penalty": 0.01},
-    "scale": {"logit_scale": 0.5, "logit_softcap": 50.0, "temperature": 2.0},
+    "scale": {"scale": 0.5, "softcap": 50.0, "temperature": 2.0},
     "classes": {"class_where": True, "bias": True},
 }
 

@@ -42,7 +42,7 @@ def loss_and_gradients(arrays, labels, cotangent=1.0, *, chunk=5, softcap=None):
             **arrays,
             labels=labels,
             vocab_chunk=chunk,
-            logit_softcap=softcap,
+            softcap=softcap,
             return_lse=True,
         )
         return (cotangent * loss).sum(), (loss, lse)

@@ -431,7 +431,7 @@ def test_the_gradient_of_a_temperature_is_that_of_its_tiles():
                 jnp.asarray(hidden),
                 jnp.asarray(weight),
                 jnp.asarray(labels),
-                logit_scale=jnp.asarray(scale),
+                scale=jnp.asarray(scale),
                 temperature=tau,
                 statistics=names,
                 vocab_chunk=128,
@@ -447,7 +447,7 @@ def test_the_gradient_of_a_temperature_is_that_of_its_tiles():
             cotangents=cotangents,
             hidden=hidden,
             weight=weight,
-            logit_scale=scale,
+            scale=scale,
             temperature=temperature,
         ).gradients["temperature"]
         found = gradient(temperature)

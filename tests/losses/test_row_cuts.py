@@ -21,7 +21,7 @@ def problem(rows, features=FEATURES, classes=CLASSES) -> tuple[dict[str, Any], A
         "hidden": random.normal(size=(rows, features)),
         "weight": random.normal(size=(classes, features)) / features**0.5,
         "bias": random.normal(size=classes),
-        "logit_scale": np.linspace(0.5, 2, rows),
+        "scale": np.linspace(0.5, 2, rows),
         "temperature": 1.5,
     }
     arrays = {name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()}

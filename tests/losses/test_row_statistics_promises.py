@@ -77,8 +77,8 @@ def test_matches_independent_vectors(implementation):
                 chunk=8,
                 vocab_axis=vocab_axis,
                 class_where=data["in_class_where"],
-                logit_softcap=float(data["in_softcap"]),
-                logit_scale=float(data["in_logit_scale"]),
+                softcap=float(data["in_softcap"]),
+                scale=float(data["in_logit_scale"]),
             )
             given = {name: data[f"in_{name}"] for name in ("hidden", "weight", "bias")}
             if vocab_axis:
@@ -186,7 +186,7 @@ def test_mixed_dtypes_give_float32_and_gradients_in_the_dtype_of_their_argument(
         "hidden": jnp.asarray(random.normal(size=(4, 3)), hidden_dtype),
         "weight": jnp.asarray(random.normal(size=(7, 3)), weight_dtype),
         "bias": jnp.asarray(random.normal(size=7), other_dtype),
-        "logit_scale": jnp.asarray(0.7, other_dtype),
+        "scale": jnp.asarray(0.7, other_dtype),
         "temperature": jnp.asarray(random.uniform(0.5, 2, 4), other_dtype),
     }
     cotangents = {n: np.ones(4, np.float32) for n in ("lse", "mean_logit")}
@@ -211,7 +211,7 @@ def test_float32_stays_float32_where_float64_exists(implementation):
         hidden, weight = arrays()
         given = {"hidden": hidden, "weight": weight}
         values, gradients = values_and_gradients(
-            linear(implementation, logit_scale=2.0, temperature=0.5),
+            linear(implementation, scale=2.0, temperature=0.5),
             given,
             {"lse": np.ones(4)},
             labels=np.zeros(4, np.int64),
@@ -224,9 +224,9 @@ def test_float32_stays_float32_where_float64_exists(implementation):
 
 def test_python_numbers_scale_as_arrays_do(implementation):
     hidden, weight = arrays()
-    numbers = linear(implementation, logit_scale=3, temperature=0.5)(hidden, weight)
+    numbers = linear(implementation, scale=3, temperature=0.5)(hidden, weight)
     scale, heat = jnp.float32(3), jnp.float32(0.5)
-    as_arrays = linear(implementation, logit_scale=scale, temperature=heat)
+    as_arrays = linear(implementation, scale=scale, temperature=heat)
     for name, value in as_arrays(hidden, weight).items():
         np.testing.assert_allclose(numbers[name], value, rtol=1e-6)
 
@@ -235,7 +235,7 @@ def test_temperature_divides_after_the_cap_and_scale_acts_before_the_bias(
     implementation,
 ):
     logits, bias = jnp.array([[3.0, -40.0, 0.5]]), jnp.array([1.0, 0.0, -2.0])
-    options = {"logit_scale": 2.0, "logit_softcap": 4.0, "temperature": 0.5}
+    options = {"scale": 2.0, "softcap": 4.0, "temperature": 0.5}
     z = 4 * np.tanh((2 * np.asarray(logits) + np.asarray(bias)) / 4) / 0.5
     got = from_logits(implementation, **options)(logits, bias=bias)
     assert_close(got["max_logit"], z.max(1), dtype=jnp.float32, length=1)
@@ -372,12 +372,12 @@ def test_logits_of_minus_infinity_have_probability_zero(implementation, out, sof
         "hidden": hidden,
         "weight": weight,
         "bias": bias,
-        "logit_scale": jnp.float32(1.5),
+        "scale": jnp.float32(1.5),
         "temperature": jnp.float32(0.7),
     }
     statistics = ("lse", "mean_logit", "max_logit", "argmax")
     cotangents = {n: np.arange(1, 5, dtype=np.float32) for n in statistics[:2]}
-    options = {"logit_softcap": softcap}
+    options = {"softcap": softcap}
     expected = oracle.row_statistics(cotangents=cotangents, **options, **given)
     # The sum is infinite, but no cotangent comes from it: no harm is done.
     function = linear(implementation, statistics=(*statistics, "sum_logits"), **options)
@@ -440,7 +440,7 @@ def test_logits_of_ten_thousand(implementation, sign):
 
 def test_a_saturated_cap_has_no_gradient(implementation):
     given = {"hidden": jnp.array([[1e4]]), "weight": jnp.linspace(1.0, 2.0, 7)[:, None]}
-    function = linear(implementation, logit_softcap=2.0, statistics=("sum_logits",))
+    function = linear(implementation, softcap=2.0, statistics=("sum_logits",))
     values, gradients = values_and_gradients(function, given, {"sum_logits": [1.0]})
     np.testing.assert_array_equal(values["sum_logits"], 14)
     np.testing.assert_array_equal(gradients["hidden"], 0)
@@ -450,7 +450,7 @@ def test_a_saturated_cap_has_no_gradient(implementation):
 def test_a_cap_far_above_the_logits_changes_nothing(implementation):
     hidden, weight = arrays()
     free, capped = (
-        linear(implementation, logit_softcap=cap)(hidden, weight) for cap in (None, 1e6)
+        linear(implementation, softcap=cap)(hidden, weight) for cap in (None, 1e6)
     )
     for name, value in free.items():
         np.testing.assert_allclose(capped[name], value, rtol=1e-4, atol=1e-4)

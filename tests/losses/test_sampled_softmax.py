@@ -58,9 +58,7 @@ def test_matches_loops_over_the_same_draws(distribution, dtype):
     @jax.jit
     def run(floating):
         def total(floating):
-            loss = sampled(
-                **floating, positives=jnp.asarray(IDS), logit_scale=1.5, **options
-            )
+            loss = sampled(**floating, positives=jnp.asarray(IDS), scale=1.5, **options)
             return jnp.where(jnp.isnan(loss), 0, loss).sum(), loss
 
         return jax.grad(total, has_aux=True)(floating)

@@ -82,7 +82,7 @@ def place(mesh, division, vocab_axis, arrays):
         "hidden": P(rows, of_hidden[0] if of_hidden else features),
         "weight": weight,
         "bias": P(classes),
-        "logit_scale": P(),
+        "scale": P(),
         "class_where": P(classes),
         "logits": P(rows, classes),
     }
@@ -100,7 +100,7 @@ def problem(vocab_axis):
         "hidden": draw(ROWS, FEATURES),
         "weight": weight.T if vocab_axis else weight,
         "bias": draw(CLASSES),
-        "logit_scale": np.float32(0.7),
+        "scale": np.float32(0.7),
         "temperature": random.uniform(1, 2, ROWS).astype(np.float32),
     }
 
@@ -192,7 +192,7 @@ def test_row_statistics(source, division, axis_type):
     arrays = problem(0)
     logits = arrays["hidden"] @ arrays["weight"].T
     # Classes in the order of the final logits.
-    order = arrays["logit_scale"] * logits + arrays["bias"]
+    order = arrays["scale"] * logits + arrays["bias"]
     if source == "logits":
         del arrays["hidden"], arrays["weight"]
         arrays["logits"] = logits
@@ -205,7 +205,7 @@ def test_row_statistics(source, division, axis_type):
         found = operation(
             **arrays,
             labels=labels,
-            logit_softcap=5.0,
+            softcap=5.0,
             statistics=(*STATISTICS, "label_rank"),
         )._asdict()
         return {name: leaf.astype(jnp.float32) for name, leaf in found.items()}, weights
@@ -222,7 +222,7 @@ def test_row_statistics(source, division, axis_type):
     expected = row_statistics(
         labels,
         cotangents=dict.fromkeys(STATISTICS[:6], weights),
-        logit_softcap=5.0,
+        softcap=5.0,
         **arrays,
     )
     for name in STATISTICS:

@@ -98,11 +98,11 @@ def test_matches_oracle(name, source, implementation, softcap):
         given = arrays(source, "float64")
         given[rows_of[source]] = given[rows_of[source]].at[3].set(jnp.nan)
         given["temperature"] = jnp.linspace(0.5, 2.0, ROWS)
-        given["logit_scale"] = jnp.asarray(1.5)
+        given["scale"] = jnp.asarray(1.5)
         options: dict[str, Any] = {
             "class_where": np.arange(CLASSES) != 2,
             "where": np.arange(ROWS) != 3,
-            "logit_softcap": softcap,
+            "softcap": softcap,
         }
         labels = np.array([0, 6, 2, -100, -1, CLASSES, 5, 2])
         cotangent = np.random.default_rng(1).normal(size=ROWS)
@@ -234,7 +234,7 @@ def test_a_large_mean_costs_no_digits(source):
         z = hidden.astype(float) @ weight.astype(float).T
         rtol = 2e-4  # the logits themselves are rounded to 6e-5
         if source != "linear":
-            options["logit_softcap"] = 1e4
+            options["softcap"] = 1e4
             z = 1e4 * np.tanh(z / 1e4)
             rtol = 5e-3  # 1e4 times the rounding of a tangent
         options["vocab_chunk"] = 90
@@ -435,7 +435,7 @@ def test_a_divided_vocabulary_gives_the_numbers_of_one_device(name, kind, softca
     }
     labels = jnp.array([0, 15, 8, 3, 4, 7, 12, 1])
     exists = jnp.arange(classes) < 14  # the label 15 is on none
-    options = {**LOSSES[name].parameters, "logit_softcap": softcap, "vocab_chunk": 3}
+    options = {**LOSSES[name].parameters, "softcap": softcap, "vocab_chunk": 3}
     call = function_of(name, "linear", **options)
     finite = lambda loss: jnp.where(jnp.isinf(loss), -1.0, loss)
     wanted = differentiated(

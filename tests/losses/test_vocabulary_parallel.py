@@ -260,12 +260,12 @@ def test_gradients_of_every_loss_with_a_divided_vocabulary(name):
 
 def test_all_statistics_in_float64():
     names = RowStatistics._fields
-    given = ("hidden", "weight", "bias", "temperature", "logit_scale")
+    given = ("hidden", "weight", "bias", "temperature", "scale")
 
     def statistics(axis_name=None, **operands):
         del operands["label_smoothing"], operands["logsumexp_penalty"]
         return of_head.row_statistics(
-            **operands, statistics=names, logit_softcap=3.0, axis_name=axis_name
+            **operands, statistics=names, softcap=3.0, axis_name=axis_name
         )
 
     def differentiated(function):

@@ -93,7 +93,7 @@ def test_matches_oracle(dtype, everything):
             given["token_bias"] = bias(dtype)
             scales = jnp.linspace(0.5, 1.5, ROWS).astype(dtype)
             given["temperature"] = scales
-            options |= {"logit_scale": 1.5, "logit_softcap": 2.0}
+            options |= {"scale": 1.5, "softcap": 2.0}
         wide = jnp.promote_types(dtype, jnp.float32)
         loss, gradients = run_vq(given, jnp.asarray(cotangent, wide), **options)
         assert loss.dtype == wide
@@ -321,7 +321,7 @@ def test_a_traced_mapping_out_of_range_has_no_probability():
 def test_temperature_is_of_codes_and_softcap_does_not_see_the_counts():
     """Against the oracle at the value of one option each; the counts stay the same."""
     given = arrays()
-    for options in ({"temperature": 0.25}, {"logit_softcap": 0.5}):
+    for options in ({"temperature": 0.25}, {"softcap": 0.5}):
         wanted = oracle.cross_entropy(
             **{n: np.asarray(a) for n, a in given.items()},
             cotangent=np.ones(ROWS),
@@ -415,7 +415,7 @@ def test_under_every_transformation():
             labels,
             token_bias=token_bias,
             where=where,
-            logit_softcap=3.0,
+            softcap=3.0,
         )
 
     check_transformations(

@@ -202,7 +202,7 @@ def test_mixed_dtypes_are_promoted_as_flax_does():
 
 def test_options_reach_the_attention():
     query, key, value = (inputs(B, T, N, 3, seed=i) for i in range(3))
-    options: dict[str, Any] = {"scale": 0.3, "logit_softcap": 2.0}
+    options: dict[str, Any] = {"scale": 0.3, "softcap": 2.0}
     options["normalizer"] = "softplus"
     blocks = {"block_query": 8, "block_key": 8}
     attend = attention_fn(WINDOW, **options, **blocks, implementation=["reference"])
@@ -418,8 +418,8 @@ def test_errors_name_what_is_wrong(untyped):
         attention_fn(jnp.ones((T, T), bool))  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match=r"`normalizer` must be one of.*got 'exp'"):
         attention_fn(normalizer="exp")  # pyrefly: ignore[bad-argument-type]
-    with pytest.raises(ValueError, match="`logit_softcap` must be positive"):
-        attention_fn(logit_softcap=0.0)
+    with pytest.raises(ValueError, match="`softcap` must be positive"):
+        attention_fn(softcap=0.0)
     with pytest.raises(TypeError, match="`scale` must be a Python number"):
         attention_fn(scale=jnp.float32(1))  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="`block_key` must be at least 1, got 0"):

@@ -29,7 +29,7 @@ def next_token_loss(logits, tokens):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("options", [{}, {"logit_softcap": 3.0, "logit_scale": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "scale": 0.5}])
 def test_loss_is_the_cross_entropy_of_the_logits(tied, options):
     rngs = nnx.Rngs(0)
     embed = nnx.Embed(CLASSES, FEATURES, rngs=rngs) if tied else None
@@ -138,7 +138,7 @@ def test_errors_say_what_is_missing():
 
 # -------------------------------------------------------------------------------- linen
 def test_linen_loss_is_the_cross_entropy_of_the_logits():
-    head = LinenOutputHead(FEATURES, CLASSES, use_bias=True, logit_softcap=4.0)
+    head = LinenOutputHead(FEATURES, CLASSES, use_bias=True, softcap=4.0)
     hidden, labels = batch()
     variables = head.init(jax.random.key(0), hidden)
     assert set(variables["params"]) == {"kernel", "bias"}

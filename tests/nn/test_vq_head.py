@@ -35,9 +35,7 @@ def head_of(**options):
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_loss_is_the_cross_entropy_of_the_logits(learned, biased):
-    head = head_of(
-        learn_mapping=learned, use_token_bias=biased, logit_softcap=2.0, logit_scale=1.5
-    )
+    head = head_of(learn_mapping=learned, use_token_bias=biased, softcap=2.0, scale=1.5)
     hidden, labels = batch()
 
     @nnx.jit
@@ -144,14 +142,14 @@ def test_weights_of_a_table_make_the_codes_of_frequent_tokens_finer():
 
 # ------------------------------------------------------------------------ learned maps
 def test_the_gradient_goes_straight_through_to_the_embeddings():
-    head = head_of(learn_mapping=True, logit_softcap=3.0)
+    head = head_of(learn_mapping=True, softcap=3.0)
     hidden, labels = batch()
     gradient = nnx.grad(lambda head: loss_of(head, hidden, labels).sum())(head)
     (found,) = jax.tree.leaves(gradient)
     table = head.codebook[...][head.mapping[...]]
     wanted = jax.grad(
         lambda table: losses.linear_softmax_cross_entropy(
-            hidden, table, labels, logit_softcap=3.0
+            hidden, table, labels, softcap=3.0
         ).sum()
     )(table)
     assert_close(found, wanted, dtype="float32", length=CLASSES)

@@ -17,10 +17,9 @@ from tests.oracles import vq_logits as oracle
 DRAWS = 40_000
 
 
-def vq_logits(*operands, logit_scale=None, logit_softcap=None, **options):
+def vq_logits(*operands, **options):
     """The array of logits."""
-    modifiers = {"scale": logit_scale, "softcap": logit_softcap}
-    return VQLogits(*operands, **modifiers, **options).materialize()
+    return VQLogits(*operands, **options).materialize()
 
 
 def operands(dtype="float32", seed=0):
@@ -40,7 +39,7 @@ def test_logits_match_independent_vectors():
 def test_logits_match_oracle_and_are_float32(dtype):
     with jax.enable_x64():
         given = operands(dtype)
-        options = {"logit_scale": 0.5, "logit_softcap": 1.5}
+        options = {"scale": 0.5, "softcap": 1.5}
         logits = vq_logits(*given, token_bias=bias(dtype), **options)
         assert logits.dtype == jnp.promote_types(dtype, jnp.float32)
         hidden, codebook, mapping = map(np.asarray, given)
@@ -59,8 +58,8 @@ def test_logits_match_oracle_and_are_float32(dtype):
 def test_the_loss_is_the_cross_entropy_of_the_logits():
     given = arrays() | {"token_bias": bias()}
     labels = given.pop("labels")
-    logits = vq_logits(**given, logit_softcap=2.0)
-    loss = vq_cross_entropy(labels=labels, **given, logit_softcap=2.0)
+    logits = vq_logits(**given, softcap=2.0)
+    loss = vq_cross_entropy(labels=labels, **given, softcap=2.0)
     wanted = of_stored.softmax_cross_entropy(logits, labels)
     assert_close(loss, wanted, dtype="float32", length=TOKENS)
 
@@ -94,7 +93,7 @@ def test_draws_have_the_probabilities_of_the_logits(biased, prepared):
     hidden, codebook, mapping = operands()
     excluded = 4
     b = 3 * bias().at[excluded].set(-jnp.inf) if biased else None
-    options = {"token_bias": b, "logit_softcap": 2.0}
+    options = {"token_bias": b, "softcap": 2.0}
     p = jax.nn.softmax(vq_logits(hidden[:2], codebook, mapping, **options))
     given = nn.vq_clusters(mapping, CODES) if prepared else mapping
     rows = jnp.repeat(hidden[:2], DRAWS, axis=0)
@@ -150,7 +149,7 @@ def test_shapes_of_draws():
 @pytest.mark.slow  # a gather after the product of every head
 def test_logits_under_every_transformation():
     check_transformations(
-        lambda h, c, m, b: vq_logits(h, c, m, token_bias=b, logit_softcap=2.0),
+        lambda h, c, m, b: vq_logits(h, c, m, token_bias=b, softcap=2.0),
         *operands(),
         bias(),
         rows=(0,),

@@ -29,7 +29,7 @@ def attention(
     allowed=True,
     bias=None,
     scale=None,
-    logit_softcap=None,
+    softcap=None,
     sinks=None,
     normalizer="softmax",
     g_out=None,
@@ -43,9 +43,9 @@ def attention(
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     raw = np.einsum("btnh,bsnh->bnts", q, k)
     z, bent = scale * raw, 1.0
-    if logit_softcap is not None:
-        z = logit_softcap * np.tanh(z / logit_softcap)
-        bent = 1 - (z / logit_softcap) ** 2
+    if softcap is not None:
+        z = softcap * np.tanh(z / softcap)
+        bent = 1 - (z / softcap) ** 2
     if bias is not None:
         z = z + wide(bias)
     z = np.where(allowed, z, -np.inf)

@@ -38,7 +38,7 @@ def decode(
     lengths=None,
     is_causal=False,
     scale=None,
-    logit_softcap=None,
+    softcap=None,
     sinks=None,
     g_out=None,
     g_lse=None,
@@ -65,7 +65,7 @@ def decode(
             continue
         k, v = key[b, :seen, n // shared], value[b, :seen, n // shared]
         raw = k @ query[b, t, n]
-        cap = logit_softcap
+        cap = softcap
         z = scale * raw if cap is None else cap * np.tanh(scale * raw / cap)
         slope = 1 if cap is None else 1 - (z / cap) ** 2
         top[b, t, n], least[b, t, n] = z.max(), z.min()

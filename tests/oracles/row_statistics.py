@@ -3,7 +3,7 @@
 The definition, with all N x V logits in memory (a block of rows at a time, so that the
 largest shapes fit):
 
-    raw = hidden . weight        u = logit_scale * raw + bias
+    raw = hidden . weight        u = scale * raw + bias
     cap = c tanh(u / c)          z = cap / temperature
 
 and, over the columns that `class_where` selects, with p = softmax(z):
@@ -148,8 +148,8 @@ def evaluate(
     logits=None,
     vocab_axis=0,
     bias=None,
-    logit_scale=None,
-    logit_softcap=None,
+    scale=None,
+    softcap=None,
     temperature=None,
 ):
     """Runs `function(z, **per_row) -> (values, dz or None)` on blocks of rows.
@@ -171,13 +171,13 @@ def evaluate(
     classes = source.shape[1] if by_class is None else by_class.shape[0]
     given = {
         "bias": bias,
-        "logit_scale": logit_scale,
+        "scale": scale,
         "temperature": temperature,
         "weight": by_class,
     }
     given = {name: exact(a) for name, a in given.items() if a is not None}
     column = lambda name: np.broadcast_to(given.get(name, 1.0), batch).reshape(-1, 1)
-    scale, heat = column("logit_scale"), column("temperature")
+    scale, heat = column("scale"), column("temperature")
 
     gradients = {name: np.zeros(a.shape) for name, a in given.items()}
     gradients["logits" if by_class is None else "hidden"] = np.zeros(source.shape)
@@ -187,7 +187,7 @@ def evaluate(
         rows = slice(start, start + size)
         raw = source[rows] if by_class is None else source[rows] @ by_class.T
         u = scale[rows] * raw + given.get("bias", 0.0)
-        c = logit_softcap
+        c = softcap
         cap = u if c is None else c * np.tanh(u / c)
         z = cap / heat[rows]
         block = {
@@ -208,7 +208,7 @@ def evaluate(
             gradients["weight"] += (scale[rows] * du).T @ source[rows]
         if "bias" in given:
             gradients["bias"] += du.sum(axis=0)
-        per = {"logit_scale": product(du, raw).sum(axis=1)}
+        per = {"scale": product(du, raw).sum(axis=1)}
         per["temperature"] = -(product(dz, z) / heat[rows]).sum(axis=1)
         for name in per.keys() & given.keys():
             if given[name].ndim:

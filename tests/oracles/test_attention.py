@@ -29,8 +29,8 @@ def test_agrees_with_independent_vectors():
 
 
 @pytest.mark.parametrize("normalizer", ["softmax", "softplus", "stablemax"])
-@pytest.mark.parametrize("logit_softcap", [None, 2.0])
-def test_gradients_are_those_of_differences(normalizer, logit_softcap):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_are_those_of_differences(normalizer, softcap):
     random = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {
         "query": (2, 5, 4, 3),
@@ -50,7 +50,7 @@ def test_gradients_are_those_of_differences(normalizer, logit_softcap):
     options = {
         "allowed": allowed,
         "normalizer": normalizer,
-        "logit_softcap": logit_softcap,
+        "softcap": softcap,
     }
     g_out, g_lse = random.normal(size=(2, 5, 4, 7)), random.normal(size=(2, 5, 4))
 

@@ -30,9 +30,9 @@ def test_agrees_with_independent_vectors():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("logit_softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_sinks", [False, True])
-def test_gradients_are_those_of_differences(is_causal, logit_softcap, with_sinks):
+def test_gradients_are_those_of_differences(is_causal, softcap, with_sinks):
     random = np.random.default_rng(0)
     shapes = {"query": (3, 2, 4, 5), "key": (3, 6, 2, 5), "value": (3, 6, 2, 3)}
     arrays = {name: random.normal(size=shape) for name, shape in shapes.items()}
@@ -43,7 +43,7 @@ def test_gradients_are_those_of_differences(is_causal, logit_softcap, with_sinks
     options = {
         "lengths": [6, 1, 0],
         "is_causal": is_causal,
-        "logit_softcap": logit_softcap,
+        "softcap": softcap,
     }
 
     def total(**arrays):

@@ -24,7 +24,7 @@ def problem(source, *, per_row, seed=0):
     shape = batch if per_row else ()
     arrays = {
         "bias": random.normal(size=v),
-        "logit_scale": random.uniform(0.5, 2, shape),
+        "scale": random.uniform(0.5, 2, shape),
         "temperature": random.uniform(0.5, 2, shape),
     }
     if source == "linear":
@@ -60,7 +60,7 @@ def test_row_statistics_gradients(source, per_row, softcap):
     options = {
         "labels": labels,
         "class_where": class_where,
-        "logit_softcap": softcap,
+        "softcap": softcap,
     }
     call = lambda **a: row_statistics(**options, **a)
     names = (*DIFFERENTIABLE, "sum_softplus")
@@ -91,7 +91,7 @@ def test_cross_entropy_gradients(source, kind, softcap):
         "where": where,
         "label_smoothing": 0.2,
         "logsumexp_penalty": 0.3,
-        "logit_softcap": softcap,
+        "softcap": softcap,
     }
     call = lambda **a: token_metrics(**options, **a)
     names = ("loss", "log_prob", "entropy", "lse")
@@ -125,8 +125,8 @@ def test_row_statistics_vectors():
         "hidden": data["in_hidden"],
         "weight": data["in_weight"],
         "bias": data["in_bias"],
-        "logit_scale": data["in_logit_scale"],
-        "logit_softcap": float(data["in_softcap"]),
+        "scale": data["in_logit_scale"],
+        "softcap": float(data["in_softcap"]),
     }
     cotangents = {name: data[f"in_ct_{name}"] for name in DIFFERENTIABLE}
     values, gradients = row_statistics(
@@ -142,7 +142,7 @@ def test_cross_entropy_vectors():
     data = np.load(DATA / "cut_cross_entropy_case0.npz")
     where = data["in_labels"] >= 0
     plain = {"hidden": data["in_hidden"], "weight": data["in_weight"]}
-    full = plain | {"bias": data["in_bias"], "logit_softcap": float(data["in_softcap"])}
+    full = plain | {"bias": data["in_bias"], "softcap": float(data["in_softcap"])}
     options = {"labels": data["in_labels"], "where": where}
     cotangents = {"loss": data["in_cotangent"]}
     values, gradients = token_metrics(**options, **plain, cotangents=cotangents)

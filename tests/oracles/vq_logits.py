@@ -24,8 +24,8 @@ def cross_entropy(
     cotangent,
     *,
     token_bias=None,
-    logit_scale=1.0,
-    logit_softcap=None,
+    scale=1.0,
+    softcap=None,
     temperature=1.0,
     where=None,
 ) -> Result:
@@ -44,11 +44,11 @@ def cross_entropy(
             continue
         z, slope, du = np.empty(tokens), np.empty(tokens), np.empty(tokens)
         for i, code in enumerate(mapping):
-            u = logit_scale * (h[r] @ c[code])
+            u = scale * (h[r] @ c[code])
             cap, slope[i] = u, 1.0
-            if logit_softcap is not None:
-                cap = logit_softcap * np.tanh(u / logit_softcap)
-                slope[i] = 1 - np.tanh(u / logit_softcap) ** 2
+            if softcap is not None:
+                cap = softcap * np.tanh(u / softcap)
+                slope[i] = 1 - np.tanh(u / softcap) ** 2
             du[i], z[i] = cap, cap / t[r] + bias[i]
         logits[r] = z
         y = labels[r]
@@ -62,7 +62,7 @@ def cross_entropy(
         gradients["token_bias"] += dz
         gradients["temperature"][r] = -(dz * du).sum() / t[r] ** 2
         for i, code in enumerate(mapping):
-            step = logit_scale * slope[i] * dz[i] / t[r]
+            step = scale * slope[i] * dz[i] / t[r]
             gradients["hidden"][r] += step * c[code]
             gradients["codebook"][code] += step * h[r]
     return Result(loss, logits, gradients)

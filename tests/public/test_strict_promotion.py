@@ -33,7 +33,7 @@ OPTIONS = {
     "bias": jnp.bfloat16,
     "class_weights": jnp.bfloat16,
     "label_weights": jnp.bfloat16,
-    "logit_scale": jnp.bfloat16,
+    "scale": jnp.bfloat16,
     "temperature": jnp.bfloat16,
     "weights": jnp.bfloat16,
     "excluded_labels": jnp.int32,

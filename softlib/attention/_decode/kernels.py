@@ -87,7 +87,7 @@ def _on_tpu(options: Options, operands: Operands, *, falls_back: bool) -> Any:
     ]
     form = tpu.Form(
         operands.key.shape[2],
-        options.logit_softcap,
+        options.softcap,
         unified is not None,
         unified is not None and unified.criterion == "elementwise",
         falls_back,
@@ -161,7 +161,7 @@ def _on_gpu(options: Options, operands: Operands, *, falls_back: bool) -> Any:
         rows.visible[:, : shared[1]],
         kernels.Numbers(*numbers),
         form=kernels.Form(
-            options.logit_softcap,
+            options.softcap,
             unified is not None,
             unified is not None and unified.criterion == "elementwise",
             falls_back,

@@ -31,7 +31,7 @@ type State = RunningMaxState | UnifiedMaxState
 class Options:
     """The static options of the operation."""
 
-    logit_softcap: float | None = None
+    softcap: float | None = None
     num_splits: int | None = None
     precision: Precision = None
 
@@ -100,7 +100,7 @@ def scores(
         preferred_element_type=scale.dtype,
     )
     z = z * scale
-    cap = options.logit_softcap
+    cap = options.softcap
     return z if cap is None else cap * jnp.tanh(z / cap)
 
 

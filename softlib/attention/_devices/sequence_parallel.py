@@ -38,7 +38,7 @@ def sequence_parallel_attention(
     layout: Layout = "contiguous",
     mask: Mask | None = None,
     scale: Scalar | None = None,
-    logit_softcap: float | None = None,
+    softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     block_query: int | None = None,
@@ -70,7 +70,7 @@ def sequence_parallel_attention(
         mask: A mask value on positions in the whole sequence; its arrays are whole too,
             the same on each device of the axis. None for all pairs.
         scale: As in `dot_product_attention`.
-        logit_softcap: Static positive number; None for none.
+        softcap: Static positive number; None for none.
         sinks: One extra score per query head.
         return_lse: Static; whether to return the logsumexp too.
         block_query: Static queries per block.
@@ -119,8 +119,8 @@ def sequence_parallel_attention(
         )
     checks.require_floating(function, sinks=sinks)
     checks.require_shape(function, "sinks", sinks, (shapes.heads,), "one per head")
-    if logit_softcap is not None:
-        checks.require_positive_number(function, "logit_softcap", logit_softcap)
+    if softcap is not None:
+        checks.require_positive_number(function, "softcap", softcap)
     devices = lax.axis_size(axis_name)
     for name, length in (("query", shapes.query_length), ("key", shapes.key_length)):
         if length == 0 or (layout == "paired" and length % 2):
@@ -133,7 +133,7 @@ def sequence_parallel_attention(
             *(query, key, value, shapes, devices, axis_name, layout, return_lse),
             mask=mask,
             scale=scale,
-            logit_softcap=logit_softcap,
+            softcap=softcap,
             sinks=sinks,
             block_query=block_query,
             block_key=block_key,
@@ -151,7 +151,7 @@ def sequence_parallel_attention(
     query, key, value = shapes.flat(query, key, value)
     out_dtype = query.dtype
     query, scale = scaled(function, query, scale)
-    options = Options(Softmax(), scale, logit_softcap, precision, out_dtype)
+    options = Options(Softmax(), scale, softcap, precision, out_dtype)
     call = Call(implementation, options, ring, axis_name)
     arrays = match_varying((query, key, value, sinks, mask))
     out, lse = _ring_attention(call, *arrays)

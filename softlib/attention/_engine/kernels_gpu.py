@@ -143,7 +143,7 @@ def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
         attends,
         operands.plan.lengths[1],
         options.scale,
-        options.logit_softcap,
+        options.softcap,
         _WEIGHTS[options.kind],
     )
     return form, scalars

@@ -119,7 +119,7 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
     form = Form(
         _KINDS[options.kind],
         options.scale,
-        options.logit_softcap,
+        options.softcap,
         limits.PRECISIONS[options.precision],
         masking,
     )

@@ -96,8 +96,8 @@ def _reference(options: Options, operands: Operands) -> Result:
     heads = lambda x: jnp.repeat(jnp.moveaxis(x.astype(dtype), 2, 1), groups, axis=1)
     query = jnp.moveaxis(operands.query.astype(dtype), 2, 1)
     z = product(query, heads(_tuples(keys)).swapaxes(-1, -2), options) * options.scale
-    if options.logit_softcap is not None:
-        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
+    if options.softcap is not None:
+        z = options.softcap * jnp.tanh(z / options.softcap)
     if operands.bias is not None:
         z = z + operands.bias.astype(dtype)
     ok = jnp.asarray(mask.materialize(t, *lengths))

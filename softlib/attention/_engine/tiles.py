@@ -55,7 +55,7 @@ class Options:
 
     kind: Kind
     scale: float
-    logit_softcap: float | None
+    softcap: float | None
     precision: Precision
     out_dtype: Any
     wide_gradients: bool = False
@@ -307,9 +307,9 @@ def scores(
     batch, heads, rows, block_key = z.shape
     z = z.reshape(batch, heads, outer, rows // outer, block_key)
     slope = None
-    if options.logit_softcap is not None:
-        bent = jnp.tanh(z / options.logit_softcap)
-        z, slope = options.logit_softcap * bent, 1 - bent * bent
+    if options.softcap is not None:
+        bent = jnp.tanh(z / options.softcap)
+        z, slope = options.softcap * bent, 1 - bent * bent
     if pairs.bias is not None:
         z = z + pairs.bias_of(at).astype(z.dtype)
     ok = pairs.mask(at) if partial else None

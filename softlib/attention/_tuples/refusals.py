@@ -19,7 +19,7 @@ def why_no_options(options: Options, operands: Operands) -> str | None:
         return "it computes no statistics without values"
     if options.kind != Softmax():
         return f"it has no weights of kind {type(options.kind).__name__}"
-    if options.logit_softcap is not None:
+    if options.softcap is not None:
         return "it has no softcap"
     if operands.bias is not None or operands.dense is not None:
         return "it takes no array over tuples"

@@ -58,7 +58,7 @@ def modifier_layout(modifiers: Modifiers) -> Modifiers:
 
     return Modifiers(
         of(modifiers.bias, rows=0, classes=1),
-        of(modifiers.logit_scale, rows=1),
+        of(modifiers.scale, rows=1),
         of(modifiers.temperature, rows=1),
         of(modifiers.class_where, rows=2, classes=1),
         of(modifiers.class_log_weights, rows=0, classes=1),
@@ -94,7 +94,7 @@ class BlockRowSums(NamedTuple):
     """Sums of the backward pass, one per row."""
 
     arrays: tuple[Array, ...]
-    logit_scale: Float[Array, " rows"] | None
+    scale: Float[Array, " rows"] | None
     temperature: Float[Array, " rows"] | None
 
 
@@ -244,7 +244,7 @@ class Blocks(NamedTuple):
         per_row = lambda operand: None if operand is None else self.zeros(rows)
         return BlockRowSums(
             tuple(self.zeros(rows, *a.shape[1:]) for a in self._learned("row")),
-            per_row(self.modifiers.logit_scale),
+            per_row(self.modifiers.scale),
             per_row(self.modifiers.temperature),
         )
 
@@ -299,7 +299,7 @@ class Blocks(NamedTuple):
             for layout, gradient in zip(layouts, gradients, strict=True)
             if layout.kind == kind
         )
-        of_rows = BlockRowSums(of("row"), found.logit_scale, found.temperature)
+        of_rows = BlockRowSums(of("row"), found.scale, found.temperature)
         of_classes = BlockClassSums(
             of("class"), of("shared"), (), found.bias, found.class_log_weights
         )
@@ -354,7 +354,7 @@ class Blocks(NamedTuple):
         modifiers = tile_gradient.modifiers_like(
             self.modifiers,
             classes.bias,
-            sums.logit_scale,
+            sums.scale,
             sums.temperature,
             classes.class_log_weights,
         )

@@ -43,7 +43,7 @@ class RowSums(NamedTuple):
     """Sums of the backward pass, one per row."""
 
     hidden: Float[Array, "rows D"] | Float[Array, "D rows"]
-    logit_scale: Float[Array, " rows"] | None
+    scale: Float[Array, " rows"] | None
     # None also where it follows from the gradient of hidden.
     temperature: Float[Array, " rows"] | None
 
@@ -146,7 +146,7 @@ class Head(NamedTuple):
         temperature = self.modifiers.temperature
         return RowSums(
             self.zeros(features, rows) if across else self.zeros(rows, features),
-            per_row(self.modifiers.logit_scale),
+            per_row(self.modifiers.scale),
             None if self._follows(options) else per_row(temperature),
         )
 
@@ -183,7 +183,7 @@ class Head(NamedTuple):
             dhidden = product(draw, self.weight, contract, options, self.dtype)
             dweight = product(columns, draw, (1, 0), options, self.dtype)
         dtemperature = None if self._follows(options) else found.temperature
-        of_rows = RowSums(dhidden, found.logit_scale, dtemperature)
+        of_rows = RowSums(dhidden, found.scale, dtemperature)
         return of_rows, ClassSums(dweight, found.bias, found.class_log_weights), ()
 
     def written(
@@ -222,7 +222,7 @@ class Head(NamedTuple):
             tile_gradient.modifiers_like(
                 self.modifiers,
                 classes.bias,
-                sums.logit_scale,
+                sums.scale,
                 dtemperature,
                 classes.class_log_weights,
             ),
@@ -242,7 +242,7 @@ class Head(NamedTuple):
         return (
             options.hidden_is_learned
             and self.modifiers.bias is None
-            and options.logit_softcap is None
+            and options.softcap is None
             and options.gradient_filter_eps is None
             and self._product_dtype == self.dtype
         )

@@ -39,7 +39,7 @@ def tables_of(head: Head) -> tuple[dict[str, Array], dict[str, Array]]:
     every = lambda x: jnp.broadcast_to(x, head.hidden.shape[:1])
     wide = lambda x: x.astype(jnp.float32)
     present = lambda table: {k: v for k, v in table.items() if v is not None}
-    per_row = present({"logit_scale": scale, "temperature": temperature})
+    per_row = present({"scale": scale, "temperature": temperature})
     per_class = present({"bias": bias, "where": where})
     return (
         {name: wide(every(x)) for name, x in per_row.items()},
@@ -57,9 +57,7 @@ def gradient_of(
     """Results of kernels in the shapes and dtypes of the operands."""
     modifiers = Modifiers(
         tile_gradient.cast_like(head.modifiers.bias, bias),
-        tile_gradient.summed_like(
-            head.modifiers.logit_scale, per_row.get("logit_scale")
-        ),
+        tile_gradient.summed_like(head.modifiers.scale, per_row.get("scale")),
         tile_gradient.summed_like(
             head.modifiers.temperature, per_row.get("temperature")
         ),

@@ -57,7 +57,7 @@ def _differentiable(head: Head) -> tuple[Any, ...]:
 
 def _options(options: Options) -> plans.Options:
     return plans.Options(
-        options.statistics, options.logit_softcap, options.gradient_filter_eps
+        options.statistics, options.softcap, options.gradient_filter_eps
     )
 
 
@@ -118,7 +118,7 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
 def _shapes(head: Head) -> plans.Operands:
     """Enough to choose tiles: nothing is computed with it."""
     given = {n: x for n, x in head.modifiers._asdict().items() if x is not None}
-    per_row = {n: x for n, x in given.items() if n in ("logit_scale", "temperature")}
+    per_row = {n: x for n, x in given.items() if n in ("scale", "temperature")}
     per_class = {n: x for n, x in given.items() if n not in per_row}
     return plans.Operands(head.hidden, head.weight, head.labels, per_row, per_class)
 

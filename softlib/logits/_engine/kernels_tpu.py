@@ -39,7 +39,7 @@ def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
 def _options(options: Options) -> plans.Options:
     return plans.Options(
         options.statistics,
-        options.logit_softcap,
+        options.softcap,
         options.vocab_axis,
         limits.PRECISIONS[options.precision],
         options.gradient_filter_eps,

@@ -90,7 +90,7 @@ class Options:
     """What is static in a row-statistics operation."""
 
     statistics: tuple[str, ...]
-    logit_softcap: float | None = None
+    softcap: float | None = None
     vocab_axis: int = 0
     vocab_chunk: int | None = None
     token_chunk: int | None = None
@@ -120,7 +120,7 @@ class Modifiers(NamedTuple):
     """What turns raw products into logits, besides the softcap."""
 
     bias: Array | None  # (V,)
-    logit_scale: Array | None  # () or (rows,)
+    scale: Array | None  # () or (rows,)
     temperature: Array | None  # () or (rows,)
     class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
     class_log_weights: Array | None = None  # (V,)
@@ -146,7 +146,7 @@ class Modifiers(NamedTuple):
         where = self.class_where
         per_entry = where is not None and where.ndim > 1
         return self._replace(
-            logit_scale=take(self.logit_scale),
+            scale=take(self.scale),
             temperature=take(self.temperature),
             class_where=take(where) if per_entry else where,
             centre=take(self.centre),
@@ -174,15 +174,15 @@ def logits_of(
     raw: Array, options: Options, modifiers: Modifiers, class_axis: int = 1
 ) -> Tile:
     u = raw
-    if modifiers.logit_scale is not None:
-        scale = over_rows(modifiers.logit_scale.astype(raw.dtype), class_axis)
+    if modifiers.scale is not None:
+        scale = over_rows(modifiers.scale.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u * scale)
     if modifiers.bias is not None:
         u = u + over_classes(modifiers.bias.astype(raw.dtype), class_axis)
     saturation = None
-    if options.logit_softcap is not None:
-        saturation = jnp.tanh(u / options.logit_softcap)
-        u = options.logit_softcap * saturation
+    if options.softcap is not None:
+        saturation = jnp.tanh(u / options.softcap)
+        u = options.softcap * saturation
     if modifiers.temperature is not None:
         temperature = over_rows(modifiers.temperature.astype(raw.dtype), class_axis)
         u = _of_finite(u, lambda u: u / temperature)

@@ -38,7 +38,7 @@ class RawCotangents(NamedTuple):
 
     raw: Float[Array, "rows classes"]  # of the raw products, scale included
     bias: Array | None  # (classes,)
-    logit_scale: Array | None  # (rows,)
+    scale: Array | None  # (rows,)
     temperature: Array | None  # (rows,)
     class_log_weights: Array | None = None  # (classes,)
 
@@ -79,9 +79,9 @@ def through_modifiers(tile: Tile, dz: Array, modifiers: Modifiers) -> RawCotange
         du = du * (1 - tile.saturation * tile.saturation)
     dbias = None if modifiers.bias is None else du.sum(1 - axis)
     dscale, draw = None, du
-    if modifiers.logit_scale is not None:
+    if modifiers.scale is not None:
         dscale = (du * without_inf(tile.raw)).sum(axis)
-        draw = du * over_rows(modifiers.logit_scale.astype(dtype), axis)
+        draw = du * over_rows(modifiers.scale.astype(dtype), axis)
     return RawCotangents(draw, dbias, dscale, dtemperature)
 
 
@@ -247,14 +247,14 @@ def summed_like(operand: Any, per_row: Array | None) -> Array | None:
 def modifiers_like(
     modifiers: Modifiers,
     bias: Array | None,
-    logit_scale: Array | None,
+    scale: Array | None,
     temperature: Array | None,
     class_log_weights: Array | None,
 ) -> Modifiers:
     """The gradients per class and per row in the shapes and dtypes of the modifiers."""
     return Modifiers(
         cast_like(modifiers.bias, bias),
-        summed_like(modifiers.logit_scale, logit_scale),
+        summed_like(modifiers.scale, scale),
         summed_like(modifiers.temperature, temperature),
         None,
         cast_like(modifiers.class_log_weights, class_log_weights),
