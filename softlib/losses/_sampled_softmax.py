@@ -20,7 +20,7 @@ DISTRIBUTIONS = ("log_uniform", "uniform")
 @array_arguments
 def sampled_softmax_loss(
     hidden: Float[Array, "*batch D"],
-    label_embeddings: Float[Array, "L D"],
+    weight: Float[Array, "L D"],
     positives: Integer[Array, "*batch K"],
     *,
     key: Array,
@@ -48,7 +48,7 @@ def sampled_softmax_loss(
 
     Args:
         hidden: Embeddings of the queries.
-        label_embeddings: One row per label.
+        weight: One row per label.
         positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up.
             Another id out of range makes the loss NaN, and the row has no gradient.
         key: PRNG key; the same key draws the same labels.
@@ -76,10 +76,10 @@ def sampled_softmax_loss(
             `distribution` is unknown.
 
     Derivatives: forward and reverse mode, any order, with respect to `hidden`,
-        `label_embeddings`, `bias`, `scale` and `weights`. Labels that were not
+        `weight`, `bias`, `scale` and `weights`. Labels that were not
         drawn and are no positive have gradient 0.
     Cost: $N (S + K) D$ products and $N (S + K)$ scores in memory for $N$ rows, $N K S$
-        comparisons; no pass over all labels, but the gradient of `label_embeddings` is
+        comparisons; no pass over all labels, but the gradient of `weight` is
         an array of its size.
     Source: "On Using Very Large Target Vocabulary for Neural Machine Translation", with
         the positives of "Dual-Encoders for Extreme Multi-Label Classification". A
@@ -98,8 +98,7 @@ def sampled_softmax_loss(
     source = LinearLogits.of(
         function,
         hidden,
-        label_embeddings,
-        weight_name="label_embeddings",
+        weight,
         bias=bias,
         scale=scale,
     )

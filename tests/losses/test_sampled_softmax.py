@@ -24,7 +24,7 @@ def arrays(dtype="float32", classes=CLASSES) -> dict[str, Any]:
     draw = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)
     return {
         "hidden": draw(ROWS, FEATURES),
-        "label_embeddings": draw(classes, FEATURES),
+        "weight": draw(classes, FEATURES),
         "bias": draw(classes),
     }
 
@@ -70,7 +70,7 @@ def test_matches_loops_over_the_same_draws(distribution, dtype):
     assert_close(loss, wanted, dtype=jnp.float32, length=CLASSES)
     used = set(np.asarray(drawn).tolist()) | set(IDS[:7].ravel().tolist())
     for j in set(range(CLASSES)) - used:
-        np.testing.assert_array_equal(gradients["label_embeddings"][j], 0)
+        np.testing.assert_array_equal(gradients["weight"][j], 0)
     for name, gradient in gradients.items():
         assert gradient.dtype == jnp.dtype(dtype), name
         assert np.isfinite(gradient).all()
@@ -139,10 +139,8 @@ def test_where_and_weights():
     floating["hidden"] = floating["hidden"].at[0].set(jnp.nan)
     where = jnp.arange(ROWS) > 0
     gradient = jax.jit(
-        jax.grad(
-            lambda w: call(**{**floating, "label_embeddings": w}, where=where).sum()
-        )
-    )(floating["label_embeddings"])
+        jax.grad(lambda w: call(**{**floating, "weight": w}, where=where).sum())
+    )(floating["weight"])
     assert np.isfinite(gradient).all()
     kept = call(**floating, where=where)
     assert kept[0] == 0
