@@ -40,14 +40,17 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
         return functools.partial(array_arguments, as_given=as_given)
     name = function.__qualname__.removesuffix(".__call__").removesuffix(".__init__")
 
-    def converted(*args: Any, **options: Any) -> Any:
+    def convert(args: Any, options: dict[str, Any]) -> list[Any]:
         kinds = argument_kinds(function)
         given = list(args)
         for place, kind in enumerate([*kinds.values()][: len(args)]):
             given[place] = _converted(name, kind, args[place], as_given)
         for key, value in options.items():
             options[key] = _converted(name, kinds.get(key), value, as_given)
-        return function(*given, **options)
+        return given
+
+    def converted(*args: Any, **options: Any) -> Any:
+        return function(*convert(args, options), **options)
 
     is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
 
@@ -56,7 +59,7 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
         # A module may change its own state, which must not happen inside a program.
         if not is_method and transfers_are_refused():
             return as_one_program(converted, args, options)
-        return converted(*args, **options)
+        return function(*convert(args, options), **options)
 
     return call
 

@@ -82,7 +82,7 @@ def in_auto_mode(
 
 def per_shard(
     function: Callable[..., Any],
-    in_specs: Callable[[PartitionSpec], Sequence[Any]],
+    in_specs: Callable[[PartitionSpec], Sequence[Any] | None],
     out_specs: Callable[[PartitionSpec], Any],
     first: Array,
     *rest: Any,
@@ -98,7 +98,8 @@ def per_shard(
         function: Takes arrays and pytrees, and the sizes of axes from these.
         in_specs: Maps the spec of `first`, with one entry per axis, to specs of the
             arguments, each a pytree with a spec for every array. They name only mesh
-            axes of the given spec, and only at batch axes of the function.
+            axes of the given spec, and only at batch axes of the function. None leaves
+            the call to the compiler.
         out_specs: Maps it likewise to the specs of the results.
         first: The array whose sharding decides.
         *rest: The other arguments.
@@ -106,12 +107,17 @@ def per_shard(
     arguments = (first, *rest)
     leaves, structure = jax.tree.flatten(arguments)
     types = [jax.typeof(leaf) for leaf in leaves]
+    if not any(each.sharding.mesh.axis_names for each in types):
+        return function(*arguments)
     mesh = jax.typeof(first).sharding.mesh
     if not mesh.axis_names or set(mesh.explicit_axes) != set(mesh.axis_names):
         return in_auto_mode(function, out_specs, *arguments)
     whole = _whole(jax.typeof(first).sharding.spec, first.ndim)
+    specs = in_specs(whole)
+    if specs is None:
+        return in_auto_mode(function, out_specs, *arguments)
     is_spec = lambda tree: isinstance(tree, PartitionSpec)
-    wanted = jax.tree.leaves(in_specs(whole), is_leaf=is_spec)
+    wanted = jax.tree.leaves(specs, is_leaf=is_spec)
     wanted = [_whole(spec, leaf.ndim) for spec, leaf in zip(wanted, types, strict=True)]
     given = [_whole(leaf.sharding.spec, leaf.ndim) for leaf in types]
     dividing = _names(wanted[0])

@@ -219,12 +219,10 @@ class BlockwiseLogits(ModifiedLogits):
         return with_layout(bare, of).replaced(modifiers=modifiers)
 
     def statistics(
-        self, names: Sequence[str], labels: Array | None = None
-    ) -> RowStatistics:
-        return self.statistics_by(self._own_statistics, names, labels)
-
-    def _own_statistics(
-        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
+        self,
+        names: Sequence[str],
+        labels: Array | None = None,
+        label_logits: Array | None = None,
     ) -> RowStatistics:
         options = self.options.including(*names)
         value = self.prepared()

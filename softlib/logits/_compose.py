@@ -19,7 +19,7 @@ from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib.typing import Scalar
 
-from ._labelled_rows import Rows, prepare, prepare_in_turn
+from ._labelled_rows import Rows, prepare, prepare_chained
 from ._sources import Source, StoredLogits
 
 METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
@@ -103,11 +103,11 @@ def log_probability_of_labels(
     return log_probability(prepare(source, names, labels, where, distributions=False))
 
 
-def log_probability_in_turn(
+def chained_log_probability(
     source: Source, labels: Array, where: Array | None
 ) -> tuple[Float[Array, "*batch"], Source]:
     """`log_probability_of_labels`, and the source for the loss' next term."""
-    rows, then = prepare_in_turn(source, labels, where)
+    rows, then = prepare_chained(source, labels, where)
     return log_probability(rows), then
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Int, Integer
 from softlib._array_arguments import array_arguments
 
 from . import _labelled_rows
-from ._row_statistics import checked_labels
+from ._row_statistics import checked_labels, statistics_and_ranks
 from ._sources import Logits, source_of
 
 
@@ -51,7 +51,8 @@ def label_rank(
     source = source_of("label_rank", logits)
     labels = checked_labels(source, labels)
     where = _labelled_rows.rows_that_count(source, where)
-    rank = source.masked(where).statistics(("label_rank",), labels).label_rank
+    masked = source.masked(where)
+    rank = statistics_and_ranks(masked, ("label_rank",), labels).label_rank
     assert rank is not None
     if where is None:
         return rank

@@ -19,7 +19,7 @@ from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 
 from ._engine.tile import RowStatistics
-from ._sources import Source, StoredLogits, require_per_class
+from ._sources import LinearLogits, Source, StoredLogits, require_per_class
 
 
 @jax.tree_util.register_dataclass
@@ -97,22 +97,21 @@ def prepare(
     return with_statistics(marked, statistics, uniform, log_prob, empty)
 
 
-def prepare_in_turn(
+def prepare_chained(
     source: Source, labels: Array, where: Array | None
 ) -> tuple[Rows, Source]:
-    """`prepare` for log p of class ids, and the source for the next term of the loss.
-
-    Terms of linear heads that take turns share one gradient of the weight.
-    """
+    """`prepare` for log p of ids, and the source for the next term of the loss."""
     names = ("lse", "label_logits")
     if isinstance(source, StoredLogits):
         return prepare(source, names, labels, where, distributions=False), source
     where = rows_that_count(source, where)
     masked = source.masked(where)
     marked = mark(masked, labels, where, None)
-    statistics, then = masked.statistics_in_turn(names, marked.labels)
+    statistics, then = masked.chained_statistics(names, marked.labels)
     rows = with_statistics(marked, statistics, None, None)
-    return rows, source.in_turn_after(then)
+    if isinstance(source, LinearLogits):
+        source = source.replaced(weight=then.weight)
+    return rows, source
 
 
 class Marked(NamedTuple):

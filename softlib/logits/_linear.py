@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype, common_dtype
+from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying, per_shard
 from softlib._symbolic import is_symbolic
 from softlib.typing import (
@@ -47,7 +48,6 @@ from ._source_rows import (
     label_rows,
     masked_modifiers,
     modifier_specs,
-    of_rows_with_classes,
     ranked_rows,
     row_specs,
     shaped,
@@ -292,10 +292,13 @@ class LinearLogits(ModifiedLogits):
         self, labels: Array | None = None, label_logits: Array | None = None
     ) -> Head:
         batch, classes = self.batch_shape, self.own_classes
+        own = labels
+        if labels is not None and self.axis_name is not None:
+            own = labels_in_range(labels, classes)  # others are another device's
         return Head(
             collapsed(self.hidden, batch),
             self.weight,
-            label_rows(labels, batch, classes),
+            label_rows(own, batch),
             collapsed_modifiers(self.modifiers, (*batch, classes)),
             ranked_rows(labels, label_logits, batch),
         )
@@ -319,60 +322,79 @@ class LinearLogits(ModifiedLogits):
         )
 
     def statistics(
-        self, names: Sequence[str], labels: Array | None = None
-    ) -> RowStatistics:
-        return self.statistics_in_turn(names, labels, in_turn=False)[0]
-
-    def statistics_in_turn(
-        self, names: Sequence[str], labels: Array | None = None, *, in_turn: bool = True
-    ) -> tuple[RowStatistics, "LinearLogits"]:
-        """The statistics, and the same head for the next term of a loss.
-
-        Terms that use the returned head share one gradient of the weight with this one.
-        """
-        _check_filtered(self.function, names, self.options)
-        weight = self.weight
-
-        def stream(
-            names: Sequence[str], labels: Array | None, label_logits: Array | None
-        ) -> RowStatistics:
-            nonlocal weight
-            found, weight = self._merged_statistics(
-                names, labels, label_logits, in_turn
-            )
-            return found
-
-        found = self.statistics_by(stream, names, labels)
-        return found, self.replaced(weight=weight)
-
-    def in_turn_after(self, other: Any) -> "LinearLogits":
-        return self.replaced(weight=other.weight)
-
-    def _merged_statistics(
         self,
         names: Sequence[str],
-        labels: Array | None,
-        label_logits: Array | None,
-        in_turn: bool,
-    ) -> tuple[RowStatistics, Array]:
+        labels: Array | None = None,
+        label_logits: Array | None = None,
+    ) -> RowStatistics:
+        options, labels = self._asked_of_device(names, labels)
+        arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
+
+        def engine(hidden, weight, labels, label_logits, modifiers):
+            own = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
+            head = match_varying(own.operand(labels, label_logits))
+            found = operations.linear(self.implementation, options, head)
+            return shaped(found, hidden.shape[:-1], labels)
+
+        def of_rows(spec: PartitionSpec) -> tuple[Any, ...] | None:
+            if any(jax.typeof(self.weight).sharding.spec[1 - options.vocab_axis :][:1]):
+                # The features are divided: the compiler gathers slices of the weight,
+                # and no device ever holds all of it.
+                return None
+            return _of_own_rows(arrays, spec)
+
+        specs = functools.partial(row_specs, options, self.batch_shape, labels)
+        found = per_shard(engine, of_rows, specs, *arrays)
+        return self._of_all_devices(found, names)
+
+    def chained_statistics(
+        self, names: Sequence[str], labels: Array | None = None
+    ) -> tuple[RowStatistics, "LinearLogits"]:
+        options, labels = self._asked_of_device(names, labels)
+
+        def engine(hidden, weight, labels, modifiers):
+            own = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
+            head = match_varying(own.operand(labels))
+            found, weight = operations.chained_linear(
+                self.implementation, options, head
+            )
+            return shaped(found, hidden.shape[:-1], labels), weight
+
+        def specs(spec: PartitionSpec) -> Any:
+            of_weight = jax.typeof(self.weight).sharding.spec
+            return row_specs(options, self.batch_shape, labels, spec), of_weight
+
+        # The weight is a result for all devices, not for the rows of one.
+        arrays = (self.hidden, self.weight, labels, self.modifiers)
+        found, weight = in_auto_mode(engine, specs, *arrays)
+        return self._of_all_devices(found, names), self.replaced(weight=weight)
+
+    def _asked_of_device(
+        self, names: Sequence[str], labels: Array | None
+    ) -> tuple[Options, Array | None]:
+        """What a device's own classes are asked, and the labels as ids among these."""
+        _check_filtered(self.function, names, self.options)
         if self.axis_name is None:
-            return self._own_statistics(names, labels, label_logits, in_turn)
+            return self.options.including(*names), labels
         local = set(names)
         if "mean_logit" in names:
             local.add("lse")
         if "argmax" in names:
             local.add("max_logit")
+        labels = None if labels is None else self.local_labels(labels)
+        return self.options.including(*sorted(local)), labels
+
+    def _of_all_devices(
+        self, found: RowStatistics, names: Sequence[str]
+    ) -> RowStatistics:
+        if self.axis_name is None:
+            return found
         offset = first_class(self.axis_name, self.own_classes)
-        if labels is not None:
-            labels = self.local_labels(labels)
-        found, weight = self._own_statistics(
-            sorted(local), labels, label_logits, in_turn
-        )
         found = merged(found, self.axis_name, offset)
-        return only(found, self.options.including(*names)), weight
+        return only(found, self.options.including(*names))
 
     def local_labels(self, labels: Array) -> Array:
-        """Ids among this device's classes; one of another device is out of range."""
+        """The labels as ids among this device's classes, or outside their range."""
         if self.axis_name is None:
             return labels
         return labels - first_class(self.axis_name, self.own_classes)
@@ -390,41 +412,6 @@ class LinearLogits(ModifiedLogits):
     def over_devices(self, sums: Array) -> Array:
         return sums if self.axis_name is None else lax.psum(sums, self.axis_name)
 
-    def _own_statistics(
-        self,
-        names: Sequence[str],
-        labels: Array | None,
-        label_logits: Array | None,
-        in_turn: bool,
-    ) -> tuple[RowStatistics, Array]:
-        options = self.options.including(*names)
-
-        def engine(hidden, weight, labels, label_logits, modifiers):
-            batch = hidden.shape[:-1]  # of the device's own part
-            part = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
-            head = match_varying(part.operand(labels, label_logits))
-            names = self.implementation
-            if in_turn:
-                found, weight = operations.linear_in_turn(names, options, head)
-                return shaped(found, batch, labels), weight
-            return shaped(operations.linear(names, options, head), batch, labels), None
-
-        of_weight = jax.typeof(self.weight).sharding.spec if in_turn else None
-        specs = lambda spec: (
-            row_specs(options, self.batch_shape, labels, spec),
-            of_weight,
-        )
-        arrays = (self.hidden, self.weight, labels, label_logits, self.modifiers)
-        features = jax.typeof(self.weight).sharding.spec[1 - options.vocab_axis :][:1]
-        if in_turn or any(features):
-            # The weight is a result, for all devices; or its features are divided: then
-            # the compiler gathers slices, and no device ever holds all of it.
-            found, weight = in_auto_mode(engine, specs, *arrays)
-        else:
-            of_arrays = functools.partial(_of_own_rows, arrays)
-            found, weight = per_shard(engine, of_arrays, specs, *arrays)
-        return found, self.weight if weight is None else weight
-
     def total(
         self,
         names: Sequence[str],
@@ -438,9 +425,6 @@ class LinearLogits(ModifiedLogits):
         more.
         """
         _check_filtered(self.function, names, self.options)
-        known = of_rows_with_classes(
-            labels, self.count_classes(), self.batch_shape, self.num_classes
-        )
         batch, options = self.batch_shape, self.options.including(*names)
 
         def engine(hidden, weight, labels, modifiers, terms):
@@ -457,7 +441,7 @@ class LinearLogits(ModifiedLogits):
                 self.implementation, options, loss, operands
             )
 
-        arrays = (self.hidden, self.weight, known, self.modifiers, terms)
+        arrays = (self.hidden, self.weight, labels, self.modifiers, terms)
         return in_auto_mode(engine, lambda spec: PartitionSpec(), *arrays)
 
     def materialize(self) -> Array:

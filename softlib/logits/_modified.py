@@ -15,12 +15,11 @@ from softlib.typing import AxisName, Implementations
 
 from ._engine import stream
 from ._engine.blocks import Blocks, arrays_of, with_layout
-from ._engine.tile import NO_MODIFIERS, Modifiers, Options, RowStatistics, only
+from ._engine.tile import NO_MODIFIERS, Modifiers, Options, RowStatistics
 from ._source_rows import (
     collapsed,
     collapsed_modifiers,
     label_rows,
-    of_rows_with_classes,
     ranked_rows,
 )
 from ._value import AbstractLogits
@@ -69,15 +68,14 @@ class ModifiedLogits(AbstractLogits):
     def batch_axes[L](self: L, of_rows: Any = 0, of_all: Any = None) -> L:
         return _batch_axes(self, of_rows, of_all)
 
-    def statistics_in_turn[L](
+    def chained_statistics[L](
         self: L, names: Sequence[str], labels: Array | None = None
     ) -> tuple[RowStatistics, L]:
-        """The statistics, and the same logits for the next term of a loss."""
-        return _statistics_and_value(self, names, labels)
+        """The statistics, and the same logits for the next term of a loss.
 
-    def in_turn_after[L](self: L, other: Any) -> L:
-        """The same, as the next reader of what `other` has read."""
-        return self
+        Terms that are chained so share one gradient of a weight, which each adds to.
+        """
+        return _statistics_and_value(self, names, labels)
 
     def top_classes(self, count: int) -> tuple[Array, Array]:
         """The greatest logits of this device's classes, and these; no gradient."""
@@ -121,36 +119,6 @@ class ModifiedLogits(AbstractLogits):
         """The same, but lse, mean_logit and sum_softplus leave the labels out."""
         return _without_labels(self)
 
-    def statistics_by(
-        self,
-        stream: Callable[[Sequence[str], Array | None, Array | None], RowStatistics],
-        names: Sequence[str],
-        labels: Array | None,
-    ) -> RowStatistics:
-        """Asks `stream` for the statistics: twice if the rank of a label is among them.
-
-        `stream` takes names, labels and, for ranks, the logits of these.
-        """
-        labels = of_rows_with_classes(
-            labels, self.count_classes(), self.batch_shape, self.num_classes
-        )
-        if "label_rank" not in names:
-            return stream(names, labels, None)
-        # To count what comes before a label, a second stream must know its logit.
-        assert labels is not None
-        others = [name for name in names if name != "label_rank"]
-        found = stream([*others, "label_logits"], labels, None)
-        assert found.label_logits is not None
-        logits = lax.stop_gradient(found.label_logits)
-        rank = stream(["label_rank"], labels, logits).label_rank
-        assert rank is not None
-        selected = labels >= 0
-        if self.modifiers.class_where is not None:
-            at = self.at_labels(self.modifiers.class_where, labels) != 0
-            selected = selected & at
-        found = found._replace(label_rank=jnp.where(selected, rank, self.num_classes))
-        return only(found, self.options.including(*names))
-
 
 def _without_labels(value: Any) -> Any:
     options = dataclasses.replace(value.options, exclude_labels=True)
@@ -186,7 +154,7 @@ def blocks_of(value: Any, labels: Array | None, label_logits: Array | None) -> B
     )
     return Blocks(
         rows,
-        label_rows(labels, batch, shape[-1]),
+        label_rows(labels, batch),
         collapsed_modifiers(value.modifiers, shape),
         ranked_rows(labels, label_logits, batch),
     )

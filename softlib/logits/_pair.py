@@ -134,7 +134,7 @@ def _call(
             def given(logits, modifiers):
                 return Given(
                     collapsed(logits, batch),
-                    label_rows(labels, batch, first.num_classes),
+                    label_rows(labels, batch),
                     collapsed_modifiers(modifiers, logits.shape),
                 )
 

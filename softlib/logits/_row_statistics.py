@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
+from softlib._ids import labels_in_range
 
 from . import _compose
-from ._engine.tile import STATISTICS, RowStatistics
+from ._engine.tile import STATISTICS, RowStatistics, only
+from ._labelled_rows import without_classes
 from ._sources import Logits, Source, source_of
 
 
@@ -98,6 +101,8 @@ def row_statistics(
                 f"{source.function}: `labels` must be given for the statistic {name}, "
                 "got None."
             )
+    if labels is not None and "label_rank" in statistics:
+        return statistics_and_ranks(source, statistics, labels)
     return source.statistics(statistics, labels)
 
 
@@ -174,8 +179,28 @@ def entropy(
     )
 
 
-def checked_labels(source: Source, labels: ArrayLike) -> Integer[Array, "..."]:
-    """Class ids, one or several per row."""
+def statistics_and_ranks(
+    source: Source, names: Sequence[str], labels: Int[Array, "..."]
+) -> RowStatistics:
+    """The statistics with label_rank, in two streams.
+
+    To count the classes before a label, the second must know the label's logit.
+    """
+    others = [name for name in names if name != "label_rank"]
+    found = source.statistics([*others, "label_logits"], labels)
+    assert found.label_logits is not None
+    logits = lax.stop_gradient(found.label_logits)
+    rank = source.statistics(("label_rank",), labels, logits).label_rank
+    assert rank is not None
+    selected = labels >= 0
+    if source.class_where is not None:
+        selected = selected & (source.at_labels(source.class_where, labels) != 0)
+    found = found._replace(label_rank=jnp.where(selected, rank, source.num_classes))
+    return only(found, source.options.including(*names))
+
+
+def checked_labels(source: Source, labels: ArrayLike) -> Int[Array, "..."]:
+    """Class ids, one or several per row; -1 out of range, and in a row of no class."""
     function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)
@@ -189,4 +214,10 @@ def checked_labels(source: Source, labels: ArrayLike) -> Integer[Array, "..."]:
             f"{function}: `labels` must have at most one axis more than the batch "
             f"shape {batch}, got {labels.shape}."
         )
-    return labels
+    labels = labels_in_range(labels, source.num_classes)
+    empty = without_classes(source)
+    if empty is None:
+        return labels
+    if empty.ndim and labels.ndim > len(batch):
+        empty = empty[..., None]
+    return jnp.where(empty, -1, labels)

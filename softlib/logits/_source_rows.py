@@ -7,10 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike
 from jaxtyping import Array
-
-from softlib._ids import labels_in_range
 
 from ._engine.tile import Modifiers, Options, Ranked, RowStatistics, logits_of, select
 
@@ -60,26 +57,11 @@ def final_logits(
     return select(z, modifiers.class_where, -jnp.inf).reshape(raw.shape)
 
 
-def of_rows_with_classes(
-    labels: Array | None, classes: ArrayLike, batch: Shape, vocabulary: int
-) -> Array | None:
-    """The labels in range; -1 in a row without a class, where every number is 0."""
+def label_rows(labels: Array | None, batch: Shape) -> Array | None:
+    """Labels of shape (rows, L)."""
     if labels is None:
         return None
-    labels = labels_in_range(labels, vocabulary)
-    if isinstance(classes, int):
-        return labels  # all of them
-    some = jnp.asarray(classes) > 0
-    if some.ndim and labels.ndim > len(batch):
-        some = some[..., None]
-    return jnp.where(some, labels, -1)
-
-
-def label_rows(labels: Array | None, batch: Shape, vocabulary: int) -> Array | None:
-    """(rows, L) int32, with -1, which no class has, for every id out of range."""
-    if labels is None:
-        return None
-    rows = collapsed(labels_in_range(labels, vocabulary), batch)
+    rows = collapsed(labels, batch)
     return rows if labels.ndim > len(batch) else rows.reshape(-1, 1)
 
 

@@ -183,20 +183,18 @@ class StoredLogits(ModifiedLogits):
         )
 
     def statistics(
-        self, names: Sequence[str], labels: Array | None = None
+        self,
+        names: Sequence[str],
+        labels: Array | None = None,
+        label_logits: Array | None = None,
     ) -> RowStatistics:
-        return self.statistics_by(self._own_statistics, names, labels)
-
-    def _own_statistics(
-        self, names: Sequence[str], labels: Array | None, label_logits: Array | None
-    ) -> RowStatistics:
-        batch, vocabulary = self.batch_shape, self.num_classes
+        batch = self.batch_shape
         options = self.options.including(*names)
 
         def engine(logits, labels, label_logits, modifiers):
             given = operations.Given(
                 collapsed(logits, batch),
-                label_rows(labels, batch, vocabulary),
+                label_rows(labels, batch),
                 collapsed_modifiers(modifiers, logits.shape),
                 ranked_rows(labels, label_logits, batch),
             )

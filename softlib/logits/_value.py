@@ -80,9 +80,18 @@ class AbstractLogits(abc.ABC):
     # ------------------------------------------------------------- what is asked of it
     @abc.abstractmethod
     def statistics(
-        self, names: Sequence[str], labels: Array | None = None
+        self,
+        names: Sequence[str],
+        labels: Array | None = None,
+        label_logits: Array | None = None,
     ) -> RowStatistics:
-        """Numbers per row; `names` are fields of `RowStatistics`."""
+        """Numbers per row.
+
+        Args:
+            names: Fields of `RowStatistics`.
+            labels: Class ids, int32, one or several per row; -1 is no class.
+            label_logits: The logits of the labels, which `label_rank` compares with.
+        """
 
     @abc.abstractmethod
     def masked(self, where: Bool[Array, "*batch"] | None) -> "AbstractLogits":

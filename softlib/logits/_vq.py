@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from softlib import _checks as checks, _codes
 from softlib._array_arguments import array_arguments
+from softlib._ids import labels_in_range
 from softlib.typing import Implementations, PerRow, Precision
 
 from ._blockwise import BlockwiseLogits
 from ._engine.blocks import Layout, with_layout
 from ._engine.tile import NO_MODIFIERS, Options, RowStatistics, logits_of
 from ._linear import LinearLogits
-from ._source_rows import Shape, of_rows_with_classes
+from ._source_rows import Shape
 
 
 class VQLogits(BlockwiseLogits):
@@ -231,11 +232,14 @@ class VQLogits(BlockwiseLogits):
         return z + self.token_bias[None].astype(z.dtype)
 
     def statistics(
-        self, names: Sequence[str], labels: Array | None = None
+        self,
+        names: Sequence[str],
+        labels: Array | None = None,
+        label_logits: Array | None = None,
     ) -> RowStatistics:
         if self._codes_suffice(names):
             return self._statistics_of_codes(names, labels)
-        return super().statistics(names, labels)
+        return super().statistics(names, labels, label_logits)
 
     def _codes_suffice(self, names: Sequence[str]) -> bool:
         """Whether the numbers follow from logits of codes and counts of tokens."""
@@ -261,13 +265,9 @@ class VQLogits(BlockwiseLogits):
         source = self.codes.counting(log_weights)
         if labels is None:
             return source.statistics(names)
-        labels = of_rows_with_classes(
-            labels, self.count_classes(), self.batch_shape, self.num_classes
-        )
-        assert labels is not None
         at_labels = functools.partial(self.at_labels, labels=labels)
         codes = jnp.where(labels < 0, -1, at_labels(self.mapping))
-        found = source.statistics(names, codes)
+        found = source.statistics(names, labels_in_range(codes, num_codes))
         if found.label_logits is None:
             return found
         logits = found.label_logits

@@ -6,7 +6,12 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib._array_arguments import array_arguments
 from softlib.logits import LinearLogits, Logits
-from softlib.logits._compose import token_metrics
+from softlib.logits._compose import (
+    cross_entropy,
+    cross_entropy_statistics,
+    logsumexp,
+    prepare,
+)
 from softlib.logits._sources import Source, source_of
 from softlib.typing import (
     AxisName,
@@ -302,17 +307,8 @@ def _cross_entropy(
     where: Array | None,
     return_lse: bool,
 ) -> Array | tuple[Array, Array]:
-    found = token_metrics(
-        source,
-        labels,
-        metrics=("loss", "lse") if return_lse else ("loss",),
-        label_smoothing=label_smoothing,
-        logsumexp_penalty=logsumexp_penalty,
-        class_weights=class_weights,
-        where=where,
-    )
-    assert found.loss is not None
-    if not return_lse:
-        return found.loss
-    assert found.lse is not None
-    return found.loss, found.lse
+    smoothing = (label_smoothing, logsumexp_penalty)
+    names = cross_entropy_statistics(source, *smoothing, class_weights)
+    rows = prepare(source, sorted(names), labels, where, class_weights=class_weights)
+    loss = cross_entropy(rows, *smoothing)
+    return (loss, logsumexp(rows)) if return_lse else loss

@@ -1,6 +1,5 @@
 r"""Knowledge distillation: a teacher's whole prediction in the place of a label."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from softlib._expm1 import expm1
 from softlib._ids import labels_in_range
 from softlib.logits import Logits
 from softlib.logits._compose import (
-    log_probability_in_turn,
+    chained_log_probability,
     log_probability_of_labels,
 )
 from softlib.logits._engine import pair_terms
@@ -141,8 +140,17 @@ def normalized_distillation_loss(
     function = "normalized_distillation_loss"
     _check_temperature(function, temperature)
     pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
-    heated = pair.at_temperature(temperature)
-    return _normalized(pair, heated, labels, temperature, gamma, where)
+    checks.require_scalar(function, "gamma", gamma, 0, math.inf)
+    labels, where, outside = _valid(pair, labels, where)
+    pair = pair.with_constant_target()
+    confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
+    log_prob, own = chained_log_probability(pair.own, labels, where)
+    target = weigh(confidence, 0 - log_prob)
+    heated = SourcePair(own, pair.target).at_temperature(temperature)
+    heated = heated.with_constant_target()
+    others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
+    factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
+    return _with_outside(target + factor * others, outside)
 
 
 @array_arguments
@@ -223,26 +231,6 @@ def _knowledge_distillation(
 ) -> Array:
     divergence = pair.with_constant_target().divergence("kl", where=where)
     return jnp.square(_wide(temperature, divergence)) * divergence
-
-
-def _normalized(
-    pair: SourcePair,
-    heated: SourcePair,
-    labels: Array,
-    temperature: Scalar,
-    gamma: Scalar,
-    where: Array | None,
-) -> Array:
-    checks.require_scalar(pair.function, "gamma", gamma, 0, math.inf)
-    labels, where, outside = _valid(pair, labels, where)
-    pair, heated = pair.with_constant_target(), heated.with_constant_target()
-    confidence = jnp.exp(log_probability_of_labels(pair.target, labels, where))
-    log_prob, own = log_probability_in_turn(pair.own, labels, where)
-    target = weigh(confidence, 0 - log_prob)
-    heated = dataclasses.replace(heated, own=heated.own.in_turn_after(own))
-    others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
-    factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
-    return _with_outside(target + factor * others, outside)
 
 
 def _valid(

@@ -77,7 +77,7 @@ def linear(names: Implementations, options: Options, head: Head) -> RowStatistic
     return _linear(made, names, options, head)
 
 
-def linear_in_turn(
+def chained_linear(
     names: Implementations, options: Options, head: Head
 ) -> tuple[RowStatistics, Array]:
     """`linear`, and the weight for what reads it next.
@@ -88,7 +88,7 @@ def linear_in_turn(
     made = _dispatch.plan(LINEAR, names, options, head)
     if made.is_reference:
         return _dispatch.execute(made, options, head), head.weight
-    return _in_turn(made, names, options, head)
+    return _chained(made, names, options, head)
 
 
 def blockwise(
@@ -256,12 +256,12 @@ def _statistics_and_weight(
     return _dispatch.execute(made, options, head), head.weight
 
 
-def _in_turn_forward(made: Plan, names: Implementations, options: Options, head: Head):
+def _chained_forward(made: Plan, names: Implementations, options: Options, head: Head):
     found, residuals = _linear_forward(made, names, options, head)
     return (found, _values(head.weight)), residuals
 
 
-def _in_turn_backward(
+def _chained_backward(
     made: Plan,
     names: Implementations,
     options: Options,
@@ -274,7 +274,7 @@ def _in_turn_backward(
     return _gradient(made, names, options, residuals, statistics, further)
 
 
-_in_turn = _with_rule(_statistics_and_weight, _in_turn_forward, _in_turn_backward)
+_chained = _with_rule(_statistics_and_weight, _chained_forward, _chained_backward)
 
 
 def _linear_reference(options: Options, head: Operand) -> RowStatistics:
