@@ -1,9 +1,9 @@
-"""Losses of logits, of a linear head as of an array: one function each.
+"""Losses of logits: one function each, for arrays and for linear heads.
 
-Of an array of logits or of a value such as `softlib.LinearLogits`:
+Losses of an array of logits or of a value such as `softlib.LinearLogits`:
 
 - `softmax_cross_entropy`; `linear_softmax_cross_entropy`: of hidden and a weight
-- `softmax_cross_entropy_sum`: its sum over rows, of a head three products for four
+- `softmax_cross_entropy_sum`: its sum over rows; of a head, one product less
 - `softmax_focal_loss`
 - `comp_sum_loss`, and two of its members by name: `generalized_cross_entropy_loss`,
   `mean_absolute_error_loss`
@@ -12,22 +12,22 @@ Of an array of logits or of a value such as `softlib.LinearLogits`:
 From log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 
-The spherical family, of sums and sums of squares:
+The spherical family, losses of sums and sums of squares:
 
 - `z_loss`, `log_spherical_softmax_loss`, `log_taylor_softmax_loss`,
   `spherical_squared_error`
-- `SphericalStatistics`: what they see of a row, with the losses as methods
+- `SphericalStatistics`: statistics of a row, with the losses as methods
 - `FactoredSphericalState`, `FactoredSphericalStep`: a head in factors; the cost of its
   steps does not depend on the number of classes
 
-Several labels a row, and very many labels:
+Several labels per row, and very many labels:
 
 - `multi_label_cross_entropy`: the mean over them, their sum, or with weights
 - `decoupled_softmax_loss`, `one_versus_all_loss`
 - `soft_top_k_loss`, `sampled_softmax_loss`
-- `in_batch_triplet_loss`: of batches that `softlib.mining` makes
+- `in_batch_triplet_loss`: for batches that `softlib.mining` makes
 
-Two predictions at once:
+Two predictions:
 
 - `softmax_kl_divergence`, in either direction; `softmax_jensen_shannon_divergence`,
   `softmax_soft_target_cross_entropy`
@@ -40,7 +40,7 @@ Two predictions at once:
 Log-probabilities of sequences:
 
 - `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
-- `negative_preference_loss`, `gradient_ascent_loss`: what is to be forgotten
+- `negative_preference_loss`, `gradient_ascent_loss`: unlearning
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
 - `edit_invariant_sequence_loss`
 - `smoothed_token_loss`: the worst tokens weigh more
@@ -52,15 +52,15 @@ A temperature per row:
 - `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
   `GlobalContrastiveUpdate`: running means over a data set
 
-Of logits, with other maps in the place of softmax:
+Losses of logits with another map than softmax:
 
 - `stablemax_cross_entropy`
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
-Against adversaries: `smooth_adversarial_comp_sum_loss`.
+Adversarial training: `smooth_adversarial_comp_sum_loss`.
 
-Of routers of experts:
+Routers of experts:
 
 - `load_balancing_loss`, `router_z_loss`, `importance_loss`, `cv_squared`
 """

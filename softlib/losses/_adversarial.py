@@ -37,19 +37,19 @@ def smooth_adversarial_comp_sum_loss(
     $$L = \Phi^\tau\left(\sum_{k \neq y} e^{-\Delta_k(x) / \rho}\right) +
       \nu\, \lVert \Delta(x') - \Delta(x) \rVert_2 ,$$
 
-    the comp-sum loss of $z / \rho$ at the clean input, and how far the adversary moves
-    the margins. For $\nu \geq \sqrt{n - 1} / \rho$ and the $x'$ of the ball that
-    maximises the second term it bounds the worst comp-sum loss of the margins, each cut
-    off beyond $\rho$, over the ball. The adversary thus maximises the norm, without
-    regard to the label's loss: see `softlib.optim.projected_gradient_ascent`.
+    the comp-sum loss of $z / \rho$ at the clean input, and the distance by which the
+    adversary moves the margins. For $\nu \geq \sqrt{n - 1} / \rho$ and the $x'$ of a
+    ball that maximises the second term, it bounds the worst comp-sum loss over the
+    ball, of margins clipped at $\rho$. So the adversary maximises the norm and not the
+    label's loss: see `softlib.optim.projected_gradient_ascent`.
 
     Args:
         logits: At the clean inputs: an array, or `softlib.logits.StoredLogits`.
         adversarial_logits: At the adversaries, of the same kind; a constant added to a
             row changes nothing.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs the limit of the comp-sum
-            loss for $p_y = 0$.
+            gradient. For the label of an excluded class the loss is its limit for
+            $p_y = 0$.
         tau: $\tau \geq 0$ of the comp-sum loss, 1 for cross-entropy; a number is
             static, an array traced and differentiable.
         rho: $\rho > 0$, the margin; a number or a traced scalar.
@@ -106,7 +106,7 @@ def smooth_adversarial_comp_sum_loss(
         each.masked(counts).materialize() for each in (source, other)
     )
     moved = _margin_distance(clean_logits, moved_logits, labels)
-    # What has no finite loss keeps it, and has no slope.
+    # A row without a finite loss keeps it and has no gradient.
     usual = jnp.isfinite(clean)
     clean, moved, nu = promoted(clean, moved, nu)
     loss = jnp.where(usual, clean + nu * jnp.where(usual, moved, 0), clean)
@@ -114,7 +114,7 @@ def smooth_adversarial_comp_sum_loss(
 
 
 def _margin_distance(clean: Array, moved: Array, labels: ArrayLike) -> Array:
-    """The l2 norm of the changes of z_y - z_k, without n - 1 differences in memory."""
+    """The l2 norm of the changes of z_y - z_k; stores no n - 1 differences."""
     labels = labels_in_range(jnp.asarray(labels), clean.shape[-1])
     there = (clean > -jnp.inf) & (moved > -jnp.inf)
     change = jnp.where(there, moved, 0) - jnp.where(there, clean, 0)

@@ -92,8 +92,8 @@ def generalized_cross_entropy_loss(
     $$L = \frac{1 - p_y^q}{q}$$
 
     The comp-sum loss of $\tau = 1 + q$: cross-entropy for $q \to 0$, mean absolute
-    error for $q = 1$, and between them a compromise of the speed of the one and the
-    other's tolerance of wrong labels.
+    error for $q = 1$. In between it learns faster than the latter and tolerates wrong
+    labels better than the former.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -231,7 +231,7 @@ def _power_loss(log_prob: Array, exponent: Scalar) -> Array:
 def _box_cox(nll: Array, exponent: Scalar) -> Array:
     """-expm1(-a x) / a; as (1 - exp(-a x)) / a it would lose x for a small a."""
     # The derivative of the quotient with respect to a cancels where a x is small, and
-    # at a = 0 there is no quotient: there x (1 - e^-u) / u with u = a x, by a series.
+    # at a = 0 there is no quotient: use x (1 - e^-u) / u with u = a x, by a series.
     u = exponent * nll
     near = jnp.abs(u) < 0.5
     by_series = nll * _mean_of_exponential(jnp.where(near, u, 0))

@@ -32,15 +32,17 @@ def robust_contrastive_loss(
     $$L_i = \tau_i \log \frac{1}{B - 1} \sum_{j \neq i} e^{(s_{ij} - s_{ii}) / \tau_i}
         + \rho\, \tau_i,$$
 
-    and the same of the transpose with temperatures of its own. Here the matching pair
-    is not among the negatives, unlike in `robust_softmax_cross_entropy`. Gradients in
-    $\tau$ are $\rho$ minus the divergence of the negatives' weights from uniform ones:
-    an example with many near negatives asks for a larger temperature.
+    and the same of the transpose with its own temperatures. Unlike in
+    `robust_softmax_cross_entropy` the matching pair is not among the negatives. The
+    gradient in $\tau$ is $\rho$ minus the divergence of the negatives' weights from
+    uniform ones, so that an example with concentrated weights gets a larger
+    temperature.
 
     Args:
-        similarity: Of every row's item with every column's; matches on the diagonal.
+        similarity: Similarity of every row's item with every column's; matching pairs
+            are on the diagonal.
         row_temperature: $\tau > 0$ per row, a number, a scalar or (B,); differentiable.
-        col_temperature: The same per column.
+        col_temperature: $\tau > 0$ per column, of the same kinds.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
         where: True for the pairs that count; the others are no negatives either, and
             their losses and gradients are 0, whatever the arrays hold.
@@ -94,7 +96,7 @@ def robust_contrastive_loss(
         some = count > 0
         tau = jnp.where(some, tau, 1)
         h = (s - jnp.diagonal(s)[:, None]) / tau[:, None]
-        # A row without negatives keeps one, whose loss is dropped below.
+        # A row without negatives keeps one entry; its loss is dropped below.
         h = jnp.where(negatives | ~some[:, None], h, -jnp.inf)
         mean = jax.nn.logsumexp(h, axis=-1) - jnp.log(jnp.maximum(count, 1))
         return jnp.where(some, tau * (mean + own_rho), 0)
@@ -122,7 +124,7 @@ class GlobalContrastiveState(NamedTuple):
 
 
 class GlobalContrastiveUpdate(NamedTuple):
-    r"""What a batch says about its examples, with the data set's normaliser.
+    r"""Weights and running means of a batch, normalised over the data set.
 
     Attributes:
         state: The state with the examples of the batch brought up to date.
@@ -163,18 +165,19 @@ def global_contrastive_update(
     $$s_i \leftarrow (1 - \gamma)\, s_i + \gamma\, \mathrm{mean}_j\, e^{h_{ij} /
       \tau_i}$$
 
-    A batch's own mean would make the gradient of $\log$ of the mean biased by the
-    batch's size; the mean over all batches does not. The first time an example is seen
-    its mean is that of the batch. Kept as logarithms, so that nothing overflows.
+    With the mean of one batch the gradient of its logarithm would be biased, the more
+    the smaller the batch; with the mean over all batches it is not. When an example is
+    first seen, its mean is that of the batch. Means are stored as logarithms, so that
+    nothing overflows.
 
     Args:
         state: The state, one entry per example of the data set; start from
             `GlobalContrastiveState(jnp.full(examples, -jnp.inf))`.
-        ids: Places of the batch's examples in the state, each once. Outside, the
-            example's numbers are NaN and the state is not touched.
+        ids: Indices of the batch's examples in the state, each once. Outside, the
+            example's numbers are NaN and the state does not change.
         h: $s_{ij} - s_{ii}$ of the K negatives of each example.
         temperature: $\tau > 0$, a number, a scalar or (B,).
-        gamma: Part of the new value, in [0, 1]; a number or a traced scalar.
+        gamma: Weight of the new value, in [0, 1]; a number or a traced scalar.
         where: True for the negatives that count. An example without any keeps its
             entry and has weights 0.
 

@@ -1,4 +1,4 @@
-"""Cross-entropy, of logits as values and of a linear head by its arrays."""
+"""Cross-entropy of logits, and of a linear head given by its arrays."""
 
 from typing import Literal, overload
 
@@ -23,8 +23,8 @@ from softlib.typing import (
 )
 
 
-# The overloads tell type checkers what `return_lse` returns; the signatures that count
-# are those of the functions below.
+# The overloads tell type checkers what `return_lse` returns. The signatures in full are
+# those of the functions below.
 @overload
 def softmax_cross_entropy(
     logits: Logits,
@@ -67,20 +67,19 @@ def softmax_cross_entropy(
         + \epsilon \Bigl(\mathrm{lse} - \frac{1}{V} \sum_j z_j\Bigr)
         + \lambda\, \mathrm{lse}^2, \qquad \mathrm{lse} = \log \sum_j e^{z_j} .$$
 
-    Of `softlib.LinearLogits` it replaces
-    `optax.softmax_cross_entropy_with_integer_labels` on `hidden @ weight.T` wherever
-    rows x classes is large, at a small fraction of the memory. Reduce it with
-    `softlib.masked_mean`. The next token is a slice: `logits[:, :-1]` with
-    `tokens[:, 1:]`. For a label that is a distribution $q$ the label's logit becomes
-    $\sum_j q_j z_j$, and lse in the first two terms and the mean of the logits are
-    weighted by $\sum_j q_j$.
+    With `softlib.LinearLogits` it replaces
+    `optax.softmax_cross_entropy_with_integer_labels` on `hidden @ weight.T` and takes a
+    small fraction of the memory. Reduce it with `softlib.masked_mean`. The next token
+    is a slice: `logits[:, :-1]` with `tokens[:, 1:]`. For a label that is a
+    distribution $q$ the label's logit becomes $\sum_j q_j z_j$, and lse in the first
+    two terms and the mean of the logits are weighted by $\sum_j q_j$.
 
     In float32 $\mathrm{lse} - z_y$ rounds to 0 once the label is 17 nats above all
-    others, and with it the gradient, $p_y - 1$: training stops. For class ids and
-    stored logits that term, of weight $1 - \epsilon$, is computed from the logsumexp of
-    the *other* classes as $\log(1 + e^{\mathrm{lse}_{j \neq y} - z_y})$: it and its
-    gradient are accurate until the exponential underflows, at 87 nats. The terms of
-    smoothing and penalty, of all classes, do not vanish and are as they stand above.
+    others, and so does its gradient, $p_y - 1$: training stops. For class ids and
+    stored logits this term, of weight $1 - \epsilon$, is computed from the logsumexp of
+    the *other* classes as $\log(1 + e^{\mathrm{lse}_{j \neq y} - z_y})$. Then it and
+    its gradient are accurate until the exponential underflows, at 87 nats. The terms of
+    smoothing and penalty do not vanish and are computed as written above.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -96,9 +95,10 @@ def softmax_cross_entropy(
             the loss `z_loss`, which is another. A number is static, an array traced.
         class_weights: Factors $a_j$, one number per class, differentiable: the loss is
             $\sum_j a_j t_j (\mathrm{lse} - z_j) + \lambda\, \mathrm{lse}^2$, with $t$
-            the label (or $q$) after smoothing, as in PyTorch. The penalty is no class's
-            term, and nothing is divided by a sum of weights. A label of weight 0 costs
-            0, on an excluded class too. Of a linear head not with `label_smoothing`.
+            the label (or $q$) after smoothing, as in PyTorch. The penalty has no such
+            factor, and nothing is divided by a sum of weights. A label of weight 0
+            costs 0, on an excluded class too. A linear head does not combine them with
+            `label_smoothing`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `logits` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
@@ -212,8 +212,8 @@ def linear_softmax_cross_entropy(
 ) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
     r"""Cross-entropy of a linear head, in nats per row, without forming its logits.
 
-    `softmax_cross_entropy` of `softlib.LinearLogits`, for those who look for a function
-    of hidden features and a weight. The value itself serves every other loss as well.
+    It is `softmax_cross_entropy` of `softlib.LinearLogits`, under the name that many
+    look for. `softlib.LinearLogits` itself can be given to every other loss, too.
 
     Args:
         hidden: Inputs of the head.
@@ -234,9 +234,9 @@ def linear_softmax_cross_entropy(
             logits from drifting; often called z-loss, a name this library keeps for
             the loss `z_loss`, which is another. A number is static, an array traced.
         class_weights: A factor $a_y$ of the first term, one number per class,
-            differentiable. The penalty is no class's term and keeps its size, and
-            nothing is divided by a sum of weights. A label of weight 0 costs 0, on an
-            excluded class too. Not with `label_smoothing`.
+            differentiable. The penalty has no such factor, and nothing is divided by a
+            sum of weights. A label of weight 0 costs 0, on an excluded class too. Not
+            with `label_smoothing`.
         class_where: True for the classes that exist.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `hidden` and `labels`

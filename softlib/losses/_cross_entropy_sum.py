@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head summed over rows, three products instead of four."""
+"""Cross-entropy summed over rows: three products of a linear head instead of four."""
 
 import dataclasses
 
@@ -25,19 +25,17 @@ def softmax_cross_entropy_sum(
     class_weights: Float[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
-    r"""The weighted sum of `softmax_cross_entropy`; of a head with a product less.
+    r"""Weighted sum of `softmax_cross_entropy`, with one product of a head less.
 
-    $\sum_n w_n L_n$, in nats. A loss per row leaves open what it will be multiplied by,
-    so its backward pass computes the logits of a linear head again. A sum is multiplied
-    by one number at the end: its gradients are computed along with it, while the logits
-    of a block of rows exist, in three matrix products instead of four. That saves time
-    with many rows of many features, where products are nearly all of the work. With
-    fewer than 256 features a product takes less time than to keep its result: there,
-    unless `token_chunk` is given, the loss per row is taken and summed, so that the sum
-    is never the slower of the two. For the mean over the rows that count let
-    `row_weights` be 1 / their number. What needs the loss of each row, or another
-    function of it, needs `softmax_cross_entropy`. Of stored logits this is the plain
-    sum.
+    $\sum_n w_n L_n$, in nats. The cotangents of a loss per row are unknown in the
+    forward pass, so its backward pass computes the logits of a linear head again. A sum
+    has one cotangent, a factor of all gradients: they are computed in the forward pass,
+    from the logits of one block of rows at a time, in three matrix products instead of
+    four. That saves time with many rows of many features, where products are nearly all
+    of the work. With fewer than 256 features it would be slower: unless `token_chunk`
+    is given, the loss per row is computed and summed. For the mean over the rows that
+    count let `row_weights` be 1 / their number. For a function of the loss of each row
+    use `softmax_cross_entropy`. Stored logits get the plain sum.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`, whose
@@ -45,8 +43,8 @@ def softmax_cross_entropy_sum(
             whose `axis_name` must be None.
         labels: Class ids in $[0, V)$; one outside makes the sum NaN, unless `where`
             drops its row. Exceptions are those of `softmax_cross_entropy`.
-        row_weights: $w_n$, a number or one per row, differentiable. Of a row that
-            `where` drops it is ignored.
+        row_weights: $w_n$, a number or one per row, differentiable; ignored for rows
+            that `where` drops.
         label_smoothing: As in `softmax_cross_entropy`.
         logsumexp_penalty: As in `softmax_cross_entropy`.
         class_weights: As in `softmax_cross_entropy`.
@@ -65,11 +63,11 @@ def softmax_cross_entropy_sum(
     Derivatives: reverse mode, with respect to every floating array in the
         logits, `row_weights`, `class_weights` and traced options;
         forward over reverse; plain forward mode with `implementation="reference"`.
-    Cost: with N rows 6 N V D flop with gradients, 2 N V D without; scratch of a block
-        of logits, at most 128 MiB or that of 128 rows, and where the rows are several
-        blocks and the weight is narrower than float32, its gradient in float32. Kept
-        for the backward pass: the gradients, and nothing else. With fewer than 256
-        features and more than 8 MiB of logits, that of `row_statistics`.
+    Cost: for N rows 6 N V D flop with gradients, 2 N V D without; scratch of a block
+        of logits, at most 128 MiB or that of 128 rows; for several blocks and a weight
+        narrower than float32 also its gradient in float32. Only the gradients are kept
+        for the backward pass. With fewer than 256 features and more than 8 MiB of
+        logits: as `row_statistics`.
     Source: the gradient in the forward pass of "Liger Kernel: Efficient Triton Kernels
         for LLM Training". Deviations: a scalar by construction (there a loss per row
         is accepted and its gradients are wrong), sums in float32, blocks by memory.
@@ -136,7 +134,7 @@ def softmax_cross_entropy_sum(
 
 @dataclasses.dataclass(frozen=True)
 class _LossOfRows:
-    """The weighted loss of each row; equal ones share a compiled program.
+    """The weighted loss of each row, hashable: equal ones share a compiled program.
 
     Attributes:
         fixed: The options of the loss that are Python numbers, with their names.

@@ -1,4 +1,4 @@
-r"""Knowledge distillation: a teacher's whole prediction in the place of a label."""
+r"""Knowledge distillation: a teacher's whole prediction instead of a label."""
 
 import math
 from typing import Any
@@ -36,8 +36,9 @@ def knowledge_distillation_loss(
 
     $$L = T^2\, \mathrm{KL}(P_T \,\|\, S_T) .$$
 
-    The factor keeps the gradient's size for any temperature: for large $T$ it tends to
-    that of half the squared distance of the centred logits, over the number of classes.
+    The factor keeps the size of the gradient at any temperature. For large $T$ the loss
+    tends to half the squared distance of the centred logits, over the number of
+    classes.
 
     Args:
         logits: The student's: an array, or a value such as `softlib.LinearLogits`.
@@ -96,10 +97,10 @@ def normalized_distillation_loss(
     $$L = -P_y \log S_y
         - \gamma \lambda^2 \sum_{j \neq y} \hat P_j \log \hat S_j .$$
 
-    Among the other classes both distributions sum to 1, so that the student's can meet
-    the teacher's; without the normalisation it cannot unless $S_y = P_y$. It is added
-    to cross-entropy with the label. Its minimum is not 0 but $\gamma \lambda^2$ times
-    the entropy of $\hat P$.
+    Among the other classes both distributions sum to 1, so that the student's can equal
+    the teacher's; without the normalisation it can only if $S_y = P_y$. Add the loss to
+    cross-entropy with the label. The minimum of the second term is $\gamma \lambda^2$
+    times the entropy of $\hat P$, not 0.
 
     Args:
         logits: The student's: an array, or a value such as `softlib.LinearLogits`.
@@ -171,8 +172,8 @@ def decoupled_knowledge_distillation_loss(
 
     with all distributions at temperature $T$ and $\hat P$, $\hat S$ those among the
     classes other than the label. Plain distillation is $\alpha = 1$ and
-    $\beta = 1 - P_y$: what a teacher knows of the other classes counts least where it
-    is sure. Cross-entropy with the label is added to it.
+    $\beta = 1 - P_y$, so that the other classes count least where the teacher is sure
+    of the label. Add the loss to cross-entropy with the label.
 
     Args:
         logits: The student's: an array, or a value such as `softlib.LinearLogits`.
@@ -236,7 +237,7 @@ def _knowledge_distillation(
 def _valid(
     pair: SourcePair, labels: Any, where: Array | None
 ) -> tuple[Array, Bool[Array, "*batch"], Bool[Array, "*batch"]]:
-    """Labels, the rows that count and have one, and those that count and have none."""
+    """Labels, the rows that count with a label in range, and those with one outside."""
     source = pair.own
     labels = jnp.asarray(labels)
     checks.require_integer(source.function, labels=labels)
@@ -253,10 +254,10 @@ def _with_outside(loss: Array, outside: Bool[Array, "*batch"]) -> Array:
 
 
 def _label_and_rest(log_prob: Float[Array, "*batch"]) -> Float[Array, "*batch 2"]:
-    """Of p, the pair (log p, log(1 - p)); the rest of a certain label is -inf."""
+    """The pairs (log p, log(1 - p)); log(1 - p) is -inf for p = 1."""
     certain = log_prob == 0
     x = jnp.where(certain, -1, log_prob)
-    # log(1 - e^x), by the form that does not cancel.
+    # log(1 - e^x), by whichever of two forms does not cancel.
     near = x > -math.log(2)
     of_near = jnp.log(-expm1(jnp.where(near, x, -1)))
     of_far = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
@@ -265,7 +266,7 @@ def _label_and_rest(log_prob: Float[Array, "*batch"]) -> Float[Array, "*batch 2"
 
 
 def _wide(number: Scalar, like: Array) -> Array:
-    """In the dtype of the loss, before it is squared."""
+    """The number in the dtype of the loss, so that its square is too."""
     return jnp.asarray(number, like.dtype)
 
 

@@ -24,11 +24,11 @@ def softmax_kl_divergence(
 
     $$\mathrm{KL}(p \,\|\, q) = \sum_j p_j \log \frac{p_j}{q_j},$$
 
-    the forward direction: the prediction must cover whatever the target does.
-    Reversed, $\mathrm{KL}(q \,\|\, p)$, it may keep to a part of that. The sum runs
-    over terms $p\,\phi(\log q - \log p) \geq 0$ with $\phi(d) = e^d - 1 - d$, so that
-    nothing cancels where the distributions are close. Logits of heads are
-    never formed.
+    the forward direction: the prediction must have mass wherever the target has some.
+    In the reverse direction, $\mathrm{KL}(q \,\|\, p)$, it may leave out classes of the
+    target. The terms of the sum are $p\,\phi(\log q - \log p) \geq 0$ with
+    $\phi(d) = e^d - 1 - d$, so that nothing cancels where the distributions are close.
+    Logits of heads are never formed.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -43,9 +43,9 @@ def softmax_kl_divergence(
 
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64). A
-        row without classes has 0 and gradient 0; one whose logits are all -inf costs
-        +inf, one of a target whose logits are costs 0 (with `reverse` the other way
-        round), both with gradient 0.
+        row without classes has 0 and gradient 0. It is +inf if `logits` are all -inf,
+        and 0 if `target_logits` are (with `reverse` the other way round), both with
+        gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -97,11 +97,10 @@ def softmax_jensen_shannon_divergence(
     $$\mathrm{JS}_\beta = \beta\, \mathrm{KL}(p \,\|\, m)
         + (1 - \beta)\, \mathrm{KL}(q \,\|\, m) .$$
 
-    Bounded by the entropy of $(\beta, 1 - \beta)$, $\log 2$ for equal weights, finite
-    also where one distribution has no mass; divided by $\beta$ it tends to
-    $\mathrm{KL}(p \,\|\, q)$ for $\beta \to 0$, and by $1 - \beta$ to the reverse for
-    $\beta \to 1$. Logits of heads are
-    never formed.
+    It is at most the entropy of $(\beta, 1 - \beta)$, $\log 2$ for equal weights, also
+    where one distribution has no mass. Divided by $\beta$ it tends to
+    $\mathrm{KL}(p \,\|\, q)$ for $\beta \to 0$; divided by $1 - \beta$ it tends to the
+    reverse for $\beta \to 1$. Logits of heads are never formed.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -171,9 +170,8 @@ def softmax_soft_target_cross_entropy(
 
     $$H(p, q) = -\sum_j p_j \log q_j = H(p) + \mathrm{KL}(p \,\|\, q) .$$
 
-    For a constant target its gradient is that of the divergence; its minimum is the
-    target's entropy, not 0. Logits of heads are
-    never formed.
+    For a constant target its gradient is that of the divergence. Its minimum is the
+    target's entropy, not 0. Logits of heads are never formed.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.

@@ -1,4 +1,4 @@
-"""A sequence loss that asks for n-grams, wherever they stand."""
+"""A sequence loss of n-grams at any position."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,9 +39,9 @@ def edit_invariant_sequence_loss(
     where: Bool[Array, "..."] | None = None,
     label_where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""Edit-invariant sequence loss: n-grams of the target, wherever they stand.
+    r"""Edit-invariant sequence loss: n-grams of the target at any position.
 
-    The target need not stand where the model writes it. With $p_i$ the prediction at
+    The output may contain the target at other positions. With $p_i$ the prediction at
     position $i$, every n-gram $j$ of the target is compared with every window:
 
     $$g_{ij} = \frac{1}{n} \sum_{k < n} \log p_{i + k}(y_{j + k}), \qquad
@@ -64,20 +64,20 @@ def edit_invariant_sequence_loss(
         mode: Static; `"softmax"` is the formula. `"gumbel"` draws $w$ from the
             Gumbel-softmax distribution with temperature 1, as the paper does, which
             also visits windows that are unlikely. `"logsumexp"` has the terms $\log
-            \sum_i e^{g_{ij}}$: that the n-gram stands somewhere.
-        key: Of `jax.random`, for `"gumbel"`.
-        floor: Log-probabilities below it count as this, without gradient; negative and
-            finite; a number or a scalar array.
+            \sum_i e^{g_{ij}}$, which do not depend on the position.
+        key: PRNG key for `"gumbel"`.
+        floor: Lower bound of log-probabilities, which have no gradient below it;
+            negative and finite; a number or a scalar array.
         stop_weight_gradient: Static; whether $w$ is held fixed. Otherwise a window with
             $g_{ij}$ more than 1 below $\sum_i w_{ij} g_{ij}$ is pushed further down.
         where: True for the positions of the output that count; broadcasts to the
-            batch shape of `logits`. What others hold does not matter.
+            batch shape of `logits`. The others may hold anything.
         label_where: True for the tokens of the target that count. An n-gram counts if
             all its tokens do, in a window of positions that all do.
 
     Returns:
-        The loss per example, float32 (float64 if an argument is float64); 0 for one in
-        which no n-gram counts.
+        The loss per example, float32 (float64 if an argument is float64); 0 for an
+        example in which no n-gram counts.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, a keyword is unknown, or
@@ -88,8 +88,8 @@ def edit_invariant_sequence_loss(
     Derivatives: as `row_statistics`, and with respect to `weights` and `floor`.
     Cost: the stream of `row_statistics`, a product of $T$ by $S$ by $D$ for each
         example, and for each length a few passes over $T \times S$ numbers, of which
-        some three arrays are kept for the backward pass. Nothing of the size of the
-        weight beside its gradient.
+        some three arrays are kept for the backward pass. Nothing but its gradient has
+        the size of the weight.
     Source: "Don't Take It Literally: An Edit-Invariant Sequence Loss for Text
         Generation". Padded n-grams do not enter its mean here; a length below 1, in its
         code relative to $T$, is an error.
@@ -231,7 +231,7 @@ def _found(
     key: Array | None,
     stop_weight_gradient: bool,
 ) -> Float[Array, "*batch J"]:
-    """How likely each n-gram is somewhere, in nats per token."""
+    """Log-probability per token of each n-gram, combined over all windows."""
     if mode == "logsumexp":
         return logsumexp(g, -2, where=counts)
     if mode == "gumbel":
@@ -247,9 +247,9 @@ def _found(
 def _over_windows(
     array: Array, n: int, axes: int, combine: Callable[[Array, Array], Array]
 ) -> Array:
-    """Combines n entries that follow each other along the last axes together.
+    """Combines windows of n entries, along the diagonal of the last `axes` axes.
 
-    Windows of 1, 2, 4, ... are doubled and joined: about 2 log n passes and no
+    Windows of 1, 2, 4, ... entries are doubled and joined: about 2 log n passes, and no
     subtraction.
     """
     found, length, power, size = None, 0, array, 1
@@ -273,7 +273,7 @@ def _joined(
     axes: int,
     combine: Callable[[Array, Array], Array],
 ) -> Array:
-    """The first with the second that starts `shift` later, where both are whole."""
+    """Combines windows of `first` with those of `second` that start `shift` later."""
     moved = second[(..., *(slice(shift, None),) * axes)]
     sizes = [
         min(one, two)

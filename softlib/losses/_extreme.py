@@ -1,8 +1,8 @@
 r"""Losses of rows with many positives among very many labels.
 
-Decoupled softmax lets each positive of a row compete with the negatives alone; soft
-top-k asks for all of them to be among the first k. One-versus-all, and the softmax in
-which the positives compete with each other, are in files of their own.
+In decoupled softmax each positive of a row competes with the negatives alone; soft
+top-k wants all positives among the first k. Other files hold one-versus-all, and the
+softmax in which positives compete with each other.
 """
 
 import jax
@@ -34,18 +34,18 @@ def decoupled_softmax_loss(
     $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{N - z_l}\bigr) :$$
 
     each positive is classified among itself and the negatives. In the sum of ordinary
-    cross-entropies over the positives (`multi_label_cross_entropy`) they compete
-    with each other: the optimum has equal scores for all of them, and a positive that
-    is more certain than $1 / |P|$ is pushed down. Here the gradient of a positive is
-    never positive, and with one positive the loss is cross-entropy.
+    cross-entropies over the positives (`multi_label_cross_entropy`) the positives
+    compete with each other: at the optimum all have the same score, and a positive more
+    certain than $1 / |P|$ is pushed down. Here no positive is pushed down. With one
+    positive the loss is cross-entropy.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. Of
-            stored logits a mask over the labels, too. Another id out of range makes the
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. For
+            stored logits also a mask over the labels. Another id out of range makes the
             loss NaN, a positive on an excluded label +inf; such a row has no gradient.
-        weights: $w_l$, differentiable, in the place of $1 / |P|$: how relevant a
-            positive is. They are not divided by their sum.
+        weights: Relevances $w_l$ instead of $1 / |P|$, differentiable. They are not
+            divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -62,8 +62,8 @@ def decoupled_softmax_loss(
     Cost: as `softmax_cross_entropy`; each tile of scores is compared with all
         $K$ ids of its rows, forward and backward.
     Source: "Dual-Encoders for Extreme Multi-Label Classification". The negatives are
-        summed without the positives; they are not found as a difference, which leaves
-        no digit where a positive stands out, nor by writing a low score.
+        summed without the positives: a difference of sums would have no accurate digit
+        where one positive dominates.
 
     Example:
         >>> hidden, table = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -77,7 +77,7 @@ def decoupled_softmax_loss(
     others, own = rows.statistics(source, ("lse",))
     assert others.lse is not None
     lse = others.lse[..., None]
-    # Without a competitor a positive costs nothing, unless it cannot be itself.
+    # Without negatives a positive costs nothing, unless its own logit is -inf.
     impossible = rows.of_some_class(source) & (own == -jnp.inf)
     possible = rows.present & (lse != -jnp.inf) & ~impossible
     margin = jnp.where(possible, lse - jnp.where(possible, own, 0), 0)
@@ -96,7 +96,7 @@ def soft_top_k_loss(
     weights: Float[Array, "*batch M"] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""Soft top-k loss: how far the positives are from being among the first k labels.
+    r"""Soft top-k loss, which is near 0 if all positives are among the first k labels.
 
     With $\sigma$ the logistic function and a threshold $t$ per row that makes the $z$
     sum to $k$ (`softlib.softmax.soft_top_k`),
@@ -104,22 +104,20 @@ def soft_top_k_loss(
     $$L = -\frac{1}{|P|} \sum_{l \in P} \log z_l, \qquad
     z_l = \sigma(\alpha (x_l + t)), \qquad \sum_j z_j = k .$$
 
-    The loss of a metric that looks at the first $k$, such as recall at $k$: it is near
-    0 as soon as all positives are among them, in whatever order. Choose $k$ at least
-    the number of positives, or not all of them can be chosen.
+    It goes with metrics of the first $k$ labels, such as recall at $k$; their order
+    does not matter. Choose $k$ at least the number of positives.
 
     Args:
-        logits: $x$, an array, -inf for a label that cannot be, or
+        logits: $x$, an array, -inf for an impossible label, or
             `softlib.logits.StoredLogits`; NaN or +inf make their row NaN.
         positives: A mask over the labels, or ids in $[0, L)$ that -1 fills up. Another
             id out of range makes the loss NaN, a positive on an excluded label +inf;
             such a row has no gradient.
-        k: What $z$ sums to: a number (static) or an array with a value per row
-            (traced), positive, not necessarily whole. None: as many as the row has
-            positives.
+        k: Sum of $z$: a number (static) or an array with a value per row (traced),
+            positive, not necessarily whole. None: the number of positives of the row.
         alpha: Sharpness, positive: a number (static) or an array (traced).
-        weights: $w_l$, differentiable, of the shape of `positives`, in the place of
-            $1 / |P|$; they are not divided by their sum.
+        weights: $w_l$ instead of $1 / |P|$, differentiable, of the shape of
+            `positives`; they are not divided by their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -133,8 +131,8 @@ def soft_top_k_loss(
 
     Derivatives: forward and reverse mode, any order, with respect to `logits`, `k` and
         `alpha` too; see `soft_top_k`.
-    Cost: that of `soft_top_k`: dozens of passes over `logits`. There is no form on a
-        linear head, whose scores would have to be computed anew in each pass.
+    Cost: that of `soft_top_k`: dozens of passes over `logits`. A linear head is not
+        supported: its scores would be computed again in each pass.
     Source: "Dual-Encoders for Extreme Multi-Label Classification", which trains with
         $\alpha$ from the temperature of the scores and with $k$ or $|P|$.
 

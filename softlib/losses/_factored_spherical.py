@@ -1,4 +1,4 @@
-r"""A linear head in factors, for losses that need no logit but the label's.
+r"""A linear head in factors, for losses of the label's logit and sums of all logits.
 
 For a loss of the spherical family and plain gradient descent the step of a head
 $W \in \mathbb{R}^{n \times D}$ is
@@ -6,12 +6,13 @@ $W \in \mathbb{R}^{n \times D}$ is
 $$W \leftarrow W M - 1 r^\top - P$$
 
 with a $D \times D$ matrix $M$, one row $r$ for all classes, and rows of $P$ that are 0
-but for the labels of the batch. So $W$ is kept as a product with a $D \times D$ matrix,
-which takes $M$, plus one row; a step touches the rows of the labels only.
+except for labels of the batch. So $W$ is stored as a product with a $D \times D$
+matrix, into which $M$ is multiplied, plus one row. A step writes only the rows of the
+labels.
 
-Everything is kept less the mean row: deviations are `rows[j] @ mixing + offset`, and
-the class's own row of the head is that plus `mean`. The Gram matrix of deviations
-gives the sum of squared deviations of the logits without cancellation.
+The mean row is stored apart: deviations from it are `rows[j] @ mixing + offset`, and
+row j of the head is that plus `mean`. The Gram matrix of deviations gives the sum of
+squared deviations of the logits without cancellation.
 
 With cotangents $\alpha_i$ of the label's deviation, $\beta_i$ of the mean logit and
 $\nu_i$ of the sum of squared deviations, learning rate $e$, and $w_j$ the row of class
@@ -46,11 +47,11 @@ from ._spherical_family import SphericalStatistics
 class FactoredSphericalState(NamedTuple):
     r"""A head $W$ of $n$ classes and $D$ features as $1 m^\top + 1 o^\top + R U$.
 
-    Its exact step of SGD costs $O(D^2)$ a row whatever the classes, for the losses of
+    An exact step of SGD costs $O(D^2)$ per row for any number of classes, for losses of
     the spherical family, which are methods of `SphericalStatistics`. The state is the
-    head; its weight exists when `weight` asks for it. Only plain SGD has such a step,
-    with weight decay if wanted: no momentum, no Adam, no clipping by row. What is below
-    the head is free to use any optimiser.
+    head; its weight is formed by `weight` only. Only plain SGD has such a step, perhaps
+    with weight decay: no momentum, no Adam, no clipping by row. The layers below the
+    head may use any optimiser.
 
     ```python
     state = losses.FactoredSphericalState.init(weight)
@@ -67,12 +68,12 @@ class FactoredSphericalState(NamedTuple):
         return network, optimizer_state, step.state, step.loss
     ```
 
-    Now and then, in a jitted function of its own that donates the state,
-    `state = state.rebase()`.
+    Now and then call `state = state.rebase()`, in another jitted function that donates
+    the state.
 
-    A pytree: donate it to the function that updates it (`jax.jit(...,
-    donate_argnums=...)`). Otherwise every step copies the $n \times D$ rows, and takes
-    time in proportion to the classes.
+    The state is a pytree: donate it to the function that updates it (`jax.jit(...,
+    donate_argnums=...)`). Otherwise every step copies the $n \times D$ rows, which
+    takes time in proportion to the classes.
 
     Attributes:
         rows: $R$, in the basis of the last `rebase`.
@@ -81,14 +82,14 @@ class FactoredSphericalState(NamedTuple):
         mean: $m$, the mean row of $W$.
         gram: $(W - 1 m^\top)^\top (W - 1 m^\top)$.
 
-    Derivatives: none are meant through steps; `statistics` has those of `hidden`, and
-        `weight` has all.
+    Derivatives: `statistics` has those with respect to `hidden`, `weight` has all;
+        steps are not meant to be differentiated.
     Cost: the head, and $2 D^2$ numbers.
     Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
-        Sparse Targets". Kept here are deviations from the mean row, so that large means
-        cost no digits, and no inverse, which is solved for in each step. Its public
-        code moves single singular values and keeps the Gram matrix as it is, where
-        `rebase` computes all anew.
+        Sparse Targets". Deviations: rows are stored less their mean, so that large
+        means cost no digits, and no inverse is stored, each step solves instead. Its
+        public code corrects single singular values and keeps the Gram matrix, while
+        `rebase` computes everything again.
 
     Example:
         >>> weight = jax.random.normal(jax.random.key(0), (1000, 8))
@@ -113,8 +114,8 @@ class FactoredSphericalState(NamedTuple):
         It costs $2 n D^2$ flop, once, and a copy of the weight.
 
         Args:
-            weight: One row per class, not all equal: with no deviations at all a Z-loss
-                has no slope, or one of $1 / \sqrt\epsilon$.
+            weight: One row per class, not all equal: without deviations the slope of a
+                Z-loss is 0 or $1 / \sqrt\epsilon$.
         """
         function = "FactoredSphericalState.init"
         checks.require_floating(function, weight=weight)
@@ -129,7 +130,7 @@ class FactoredSphericalState(NamedTuple):
         identity = jnp.eye(features, dtype=weight.dtype)
         offset = jnp.zeros(features, weight.dtype)
         rows = weight - mean[None]
-        # A rebase takes out what rounding left of the mean, and has the Gram matrix.
+        # A rebase subtracts what rounding left of the mean and forms the Gram matrix.
         return cls(rows, identity, offset, mean, identity).rebase()
 
     def weight(self) -> Float[Array, "V D"]:
@@ -147,18 +148,19 @@ class FactoredSphericalState(NamedTuple):
         *,
         where: Bool[Array, "..."] | None = None,
     ) -> SphericalStatistics:
-        r"""Computes what the losses of the spherical family see of each row.
+        r"""Computes the statistics of each row that spherical losses take.
 
-        Differentiable with respect to `hidden`, any order; the state is a constant,
-        since the gradient of its rows would be as large as they. $4 D^2$ flop per row.
+        Differentiable with respect to `hidden`, any order. The state is a constant,
+        because the gradient of its rows would be as large as the rows. It costs
+        $4 D^2$ flop per row.
 
         Args:
             hidden: Inputs of the head.
             labels: Class ids in $[0, V)$. Outside, the deviation of the label, hence
                 the loss, is NaN, and the row has no gradient.
             where: True for the rows that count; broadcasts to the batch shape.
-                Elsewhere the numbers are those of `hidden` of zeros: leave such rows
-                out of the loss, as `softlib.masked_mean` does.
+                Elsewhere `hidden` counts as zeros: leave such rows out of the loss, as
+                `softlib.masked_mean` does.
         """
         function = "FactoredSphericalState.statistics"
         return _statistics(function, self, hidden, labels, where)
@@ -174,17 +176,18 @@ class FactoredSphericalState(NamedTuple):
         weight_decay: Scalar = 0.0,
         where: Bool[Array, "..."] | None = None,
     ) -> "FactoredSphericalStep":
-        r"""Takes an exact step of SGD, with the gradient for what is below the head.
+        r"""Takes an exact step of SGD, and returns the gradient for the layers below.
 
-        What `statistics`, the derivative of `loss` and `sgd_update` give one after the
-        other. The head takes plain SGD and nothing else; any optimiser may take
-        `hidden_cotangents` further down.
+        It calls `statistics`, differentiates `loss` and calls `sgd_update`. The head
+        takes plain SGD; the layers below may use `hidden_cotangents` with any
+        optimiser.
 
         Args:
             hidden: Inputs of the head.
             labels: Class ids in $[0, V)$. Outside, the statistics of the row hold NaN,
-                and nothing of it reaches head or cotangents.
-            loss: From `SphericalStatistics` to a scalar, such as the mean of a Z-loss.
+                and the row changes neither head nor cotangents.
+            loss: Function of `SphericalStatistics` that returns a scalar, such as the
+                mean of a Z-loss.
             learning_rate: $e$, static or traced, the same for all classes. A schedule
                 is called by the user.
             weight_decay: $\lambda$ of $W \leftarrow W - e\,(\nabla L + \lambda W)$;
@@ -197,7 +200,7 @@ class FactoredSphericalState(NamedTuple):
 
         def value(hidden: Array, cotangents: SphericalStatistics) -> Array:
             found = _statistics(function, self, hidden, labels, where)
-            # Added zeros, whose cotangents are those of the statistics.
+            # The cotangents of these added zeros are those of the statistics.
             found = jax.tree.map(jnp.add, found, cotangents)
             total = loss(found)
             shape = jnp.shape(total)
@@ -235,25 +238,24 @@ class FactoredSphericalState(NamedTuple):
         weight_decay: Scalar = 0.0,
         where: Bool[Array, "..."] | None = None,
     ) -> "FactoredSphericalState":
-        r"""Takes the step of which the cotangents of the statistics are known.
+        r"""Takes a step of SGD with given cotangents of the statistics.
 
-        The same numbers, up to rounding, as the step of a stored weight, although only
-        the rows of the labels are touched. A label that occurs several times is moved
-        by the sum. About $14 D^2$ flop per row and $8 D^3$ for the batch; no time or
-        memory that grows with the classes if the state is donated, else a copy of its
-        rows. A step that makes $I - 2 e \sum_i \nu_i h_i
-        h_i^\top$ singular has no such form: it gives infinities or NaN, and rows lose
-        digits close to it.
+        The result is that of a stored weight up to rounding, although only the rows of
+        the labels are written. A label that occurs several times is moved by the sum.
+        It costs about $14 D^2$ flop per row and $8 D^3$ for the batch. If the state is
+        donated, neither time nor memory grows with the classes; otherwise its rows are
+        copied. A step that makes $I - 2 e \sum_i \nu_i h_i h_i^\top$ singular gives
+        infinities or NaN, and near that rows lose digits.
 
         Args:
             hidden: Inputs of the head.
-            labels: Class ids in $[0, V)$. Rows with others move nothing.
-            cotangents: Of the loss with respect to the statistics of these rows; that
-                of `classes` is not used.
+            labels: Class ids in $[0, V)$. Rows with other labels change nothing.
+            cotangents: Cotangents of the statistics of these rows; that of `classes` is
+                not used.
             learning_rate: $e$, static or traced, the same for all classes.
             weight_decay: $\lambda$, static or traced.
             where: True for the rows that count; broadcasts to the batch shape. Others
-                move nothing, whatever they hold.
+                change nothing, whatever they hold.
         """
         function = "FactoredSphericalState.sgd_update"
         _require_plain_sgd(function, learning_rate, weight_decay)
@@ -266,7 +268,7 @@ class FactoredSphericalState(NamedTuple):
         flat = lambda x: jnp.where(counts, x, 0).astype(dtype).reshape(-1)
         h = jnp.where(counts[..., None], hidden, 0).astype(dtype).reshape(-1, features)
         of_label, of_mean, of_squares = map(flat, cotangents[:3])
-        labels = jnp.where(counts, labels, classes).reshape(-1)  # that is dropped
+        labels = jnp.where(counts, labels, classes).reshape(-1)  # `classes` is dropped
 
         e = jnp.asarray(learning_rate, dtype)
         keep = 1 - e * jnp.asarray(weight_decay, dtype)
@@ -295,31 +297,31 @@ class FactoredSphericalState(NamedTuple):
         )
 
     def rebase(self) -> "FactoredSphericalState":
-        r"""Gives the same head the identity as its mixing matrix, and fresh sums.
+        r"""Returns the same head with the identity as mixing matrix, and fresh sums.
 
-        Steps multiply the mixing matrix, whose small singular values cost digits when
-        rows are updated through its inverse, and add rounding errors to the Gram
-        matrix. This writes the rows out in the basis of the head and computes mean and
-        Gram matrix from them. A step of learning rate e moves the mixing matrix by
+        Steps shrink singular values of the mixing matrix, so that rows updated through
+        its inverse lose digits, and add rounding errors to the Gram matrix. A rebase
+        multiplies the rows by the mixing matrix and computes mean and Gram matrix from
+        them. A step with learning rate e changes the mixing matrix by
         $2 e \sum_i \nu_i h_i h_i^\top$, where $\nu$ is the cotangent of a row's
-        `sum_squared_deviations`. In a Z-loss that is in proportion to $1 / n$, and so
-        may the rebases be rare: every $\max(1000, n / 16)$ steps keep float32 to about
-        five digits, and their share of the time does not grow with the classes. In the
-        other losses it is not: every 100 steps, or fewer for learning rates near the
-        largest at which training is stable.
+        `sum_squared_deviations`. For a Z-loss that is proportional to $1 / n$ and
+        rebases may be rare: one in $\max(1000, n / 16)$ steps keeps float32 to about
+        five digits, and its share of the time does not grow with the classes. For the
+        other losses it is not: rebase every 100 steps, more often with learning rates
+        near the largest at which training is stable.
 
-        It costs $4 n D^2$ flop, and scratch of 2,048 rows where the state is donated.
+        It costs $4 n D^2$ flop, and scratch of 2,048 rows if the state is donated.
         """
         return _rebased(self)
 
 
 class FactoredSphericalStep(NamedTuple):
-    """What a step of a head in factors leaves.
+    """The result of a step of a head in factors.
 
     Attributes:
-        loss: Before the step.
-        hidden_cotangents: Of the loss with respect to `hidden`, before the step too.
-        state: The head after it.
+        loss: The loss before the step.
+        hidden_cotangents: Gradient of this loss with respect to `hidden`.
+        state: The head after the step.
 
     Derivatives: none.
     Cost: the state, and an array like `hidden`.
@@ -355,7 +357,7 @@ def _statistics(
     own = _label_deviations(state, labels).astype(hidden.dtype)
     deviation = jnp.where(outside, jnp.nan, (own * hidden).sum(-1))
     squares = (_product(hidden, state.gram) * hidden).sum(-1)
-    # Not negative but for rounding; its slope is right then, too.
+    # Only rounding makes it negative; keep the slope where it is clipped.
     squares = squares + lax.stop_gradient(jnp.maximum(squares, 0) - squares)
     classes = jnp.asarray(state.rows.shape[0], squares.dtype)
     return SphericalStatistics(
@@ -370,20 +372,20 @@ def _rebased(state: FactoredSphericalState) -> FactoredSphericalState:
 
     def step(carry, start, size):
         rows, total, gram = carry
-        part = lax.dynamic_slice_in_dim(rows, start, size)
-        part = _product(part, state.mixing) + state.offset[None]
-        rows = lax.dynamic_update_slice_in_dim(rows, part, start, 0)
-        return rows, total + part.sum(0), gram + _product(part.T, part)
+        block = lax.dynamic_slice_in_dim(rows, start, size)
+        block = _product(block, state.mixing) + state.offset[None]
+        rows = lax.dynamic_update_slice_in_dim(rows, block, start, 0)
+        return rows, total + block.sum(0), gram + _product(block.T, block)
 
     zeros = jnp.zeros_like
     carry = (state.rows, zeros(state.mean), zeros(state.gram))
-    # The short part first, as everywhere: padding would be classes.
+    # A short block comes first: padding would count as classes.
     rest = classes % size
     if rest:
         carry = step(carry, 0, rest)
     whole = lambda i, carry: step(carry, rest + i * size, size)
     rows, total, gram = lax.fori_loop(0, classes // size, whole, carry)
-    # What has gathered of a mean is of the size of rounding errors.
+    # The mean of the deviations is 0 but for rounding errors.
     drift = total / classes
     return FactoredSphericalState(
         rows,
@@ -401,7 +403,7 @@ def _checked(
     labels: Array,
     where: Array | None,
 ) -> tuple[Array, Array, Array | None]:
-    """Arguments in the dtype of the sums, labels with -1 outside the vocabulary."""
+    """Arguments in the dtype of the sums, and labels: -1 outside the vocabulary."""
     checks.require_floating(function, hidden=hidden)
     checks.require_integer(function, labels=labels)
     checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
@@ -422,7 +424,7 @@ def _checked(
 def _label_deviations(
     state: FactoredSphericalState, labels: Array
 ) -> Float[Array, "*batch D"]:
-    """Rows of the head less its mean row; anything for a label of -1."""
+    """Rows of the head less its mean row; arbitrary for a label of -1."""
     rows = state.rows[jnp.maximum(labels, 0)]
     deviations = _product(rows, state.mixing)
     offset = state.offset.astype(deviations.dtype)
@@ -434,7 +436,7 @@ def _product(x: Array, y: Array) -> Array:
 
 
 def _sum_by_label(values: Array, labels: Array) -> Array:
-    """Rows of one label added up; as many rows as before, the rest of them 0."""
+    """Sums of the rows of each label; as many rows as before, the others 0."""
     order = jnp.argsort(labels)
     values, labels = values[order], labels[order]
     first = jnp.concatenate([jnp.zeros(1, bool), labels[1:] != labels[:-1]])

@@ -5,7 +5,7 @@ All are Bregman divergences of a negative Tsallis entropy, with $s = \alpha - 1$
 $$D(q, p) = \sum_i \frac{q_i^\alpha - p_i^\alpha - \alpha p_i^s (q_i - p_i)}
     {\alpha s},$$
 
-a sum of terms that are not negative. Each is computed without cancellation from the
+whose terms are not negative. Each term is computed without cancellation from the
 logarithms of p and q, for every s, 0 included.
 """
 
@@ -46,8 +46,8 @@ def sparsemax_loss(
     $$L = \tfrac12 |q|^2 - \tfrac12 |p|^2 + \langle p - q, z \rangle, \qquad
     \frac{\partial L}{\partial z} = p - q .$$
 
-    It is 0, with gradient 0, as soon as the label's logit is above all others by 1: a
-    margin that cross-entropy never reaches. `entmax_loss` with $\alpha = 2$.
+    It is 0, with gradient 0, once the label's logit exceeds all others by 1; the
+    cross-entropy never is. It is `entmax_loss` with $\alpha = 2$.
 
     Args:
         logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
@@ -107,10 +107,10 @@ def entmax_loss(
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
             numbers of the shape of `logits` are distributions; a mass on an excluded
-            class costs +inf. Of a label with another sum than 1 it is the loss in which
-            $z$ counts from the level $z_i - (p_i^{\alpha - 1} - 1) / (\alpha - 1)$ of
-            the support: the Bregman divergence of $q$ from $p$, which is 0 at $q = p$
-            alone.
+            class costs +inf. For a label with another sum than 1 the level
+            $z_i - (p_i^{\alpha - 1} - 1) / (\alpha - 1)$ of the support is subtracted
+            from $z$: the loss is the Bregman divergence of $q$ from $p$, 0 only at
+            $q = p$.
         alpha: $\alpha > 0$: a number (static), or an array that is a scalar or one
             value per row; traced and differentiable.
         class_where: True for the classes that exist; broadcasts to `logits`.
@@ -241,14 +241,14 @@ def _fenchel_young(
 # --------------------------------------------------------------------------------- rows
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Checked arguments, with what decides about exceptions."""
+    """Checked arguments, and masks of rows with special values."""
 
     function: str
     z: Float[Array, "*batch V"]  # in the dtype of the sums; -inf for no class
     labels: Array  # ids, -1 for one outside; or distributions
     where: Bool[Array, "*batch"] | None
     infinite: Bool[Array, "*batch"]  # mass on a class whose logit is -inf
-    no_classes: Bool[Array, "..."] | None  # of each row or of all
+    no_classes: Bool[Array, "..."] | None  # per row, or one for all rows
 
     @classmethod
     def of(
@@ -300,7 +300,7 @@ class _Rows:
         return value if self.where is None else jnp.where(self.where, value, 1)
 
     def with_exceptions(self, loss: Array) -> Array:
-        """In the order of precedence of all losses of logits."""
+        """The loss with its special values, in the same order as all losses."""
         loss = jnp.where((self.z == -jnp.inf).all(-1), 0, loss)
         loss = jnp.where(self.infinite, jnp.inf, loss)
         if self.no_classes is not None:
@@ -311,15 +311,15 @@ class _Rows:
 
 
 def _at(labels: Integer[Array, "*batch"], z: Array) -> Bool[Array, "*batch V"]:
-    """Where the label is; a comparison and no gather, which shards as the logits do."""
+    """True at the label: a comparison shards like the logits, a gather does not."""
     classes = lax.broadcasted_iota(labels.dtype, z.shape, z.ndim - 1)
     return classes == labels[..., None]
 
 
 # ----------------------------------------------------------------- Fenchel-Young losses
-# The loss is a minimum over the threshold and p, so that their derivatives have no part
-# in its own: p - q in the logits, that of the entropies in alpha. The rules say so; a
-# sum of terms differentiated one by one would leave rounding where they cancel.
+# The loss is a minimum over the threshold and p, so that their derivatives cancel: its
+# derivative is p - q in the logits and that of the entropies in alpha. The rules below
+# use that; differentiating term by term would leave rounding errors.
 @jax.custom_jvp
 def _of_ids(z: Array, labels: Array, s: Array, p: Array, log_top: Array) -> Array:
     is_label = _at(labels, z)
@@ -355,21 +355,21 @@ _of_ids.defjvp(_of_ids_jvp, symbolic_zeros=True)
 @jax.custom_jvp
 def _of_distributions(z: Array, q: Array, s: Array, p: Array, log_top: Array) -> Array:
     d, wide = z - top_score(z), s[..., None]
-    # Not log(p), which is -inf where p underflows.
+    # Not jnp.log(p): that is -inf where p underflows.
     log_p, on, _ = log_probability(d, wide, log_top[..., None])
-    # Off the support the label also pays for the distance to its edge.
+    # Outside the support the distance to its edge is added.
     beyond = (q > 0) & ~on & (d > -jnp.inf)
     edge = 1 / jnp.where(wide > 0, wide, 1)
     distance = _threshold(s, log_top)[..., None] - jnp.where(beyond, d, 0) - edge
     terms = _terms(q, log_p, on, wide) + jnp.where(beyond, q * distance, 0)
-    # A bad row is on no support.
+    # A row with NaN has no support.
     return jnp.where(jnp.isnan(p).any(-1), jnp.nan, terms.sum(-1))
 
 
 def _of_distributions_jvp(primals, tangents):
     z, q, s, p, _ = primals
     dz, dq, ds, _, _ = tangents
-    # Of a label with another sum than 1 only what is beyond the level of the row costs.
+    # For a label with another sum than 1 logits count less the level of the row.
     excess = q.sum(-1) - 1
     share, level = _level(z, p, s)
     slope = p - q + excess[..., None] * share
@@ -389,7 +389,7 @@ _of_distributions.defjvp(_of_distributions_jvp, symbolic_zeros=True)
 
 
 def _moved(z: Array, s: Array, p: Array, slope: Array, dz: Any, ds: Any) -> Array:
-    """By a change of the logits with this slope, and of alpha in the entropy of p."""
+    """Tangent of the loss: slope times that of the logits, and of alpha's entropy."""
     tangent = jnp.zeros_like(s)
     if not isinstance(dz, SymbolicZero):
         tangent = tangent + jnp.where(z == -jnp.inf, 0, slope * dz).sum(-1)
@@ -399,13 +399,13 @@ def _moved(z: Array, s: Array, p: Array, slope: Array, dz: Any, ds: Any) -> Arra
 
 
 def _level(z: Array, p: Array, s: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """How a row's level follows its logits, and the level itself as a function of s.
+    """Derivative of a row's level in its logits, and the level as a function of s.
 
     On the support the deformed logarithm of p is z less the level.
     """
     wide, on = s[..., None], p > 0
     log_p = jnp.log(jnp.where(on, p, 1))
-    # Relative to the largest entry, which for alpha > 2 is the one of the least p.
+    # Relative to the largest power, which for alpha > 2 is that of the smallest p.
     power = jnp.where(on, (1 - wide) * log_p, -jnp.inf)
     most = lax.stop_gradient(power.max(-1, keepdims=True, initial=-jnp.inf))
     power = jnp.exp(power - jnp.where(most == -jnp.inf, 0, most))
@@ -414,7 +414,7 @@ def _level(z: Array, p: Array, s: Array) -> tuple[Array, Callable[[Array], Array
 
     def level(s: Array) -> Array:
         above = jnp.where(on, z, 0) - _deformed_log(jnp.where(on, p, 1), s[..., None])
-        # The share is constant here: what p changes by adds nothing.
+        # The share is constant: its derivative cancels.
         return (lax.stop_gradient(share) * jnp.where(on, above, 0)).sum(-1)
 
     return share, level
@@ -440,7 +440,7 @@ def _divergence_jvp(primals, tangents):
     on, wide = p > 0, s[..., None]
     tangent = jnp.zeros_like(s)
     if not isinstance(dp, SymbolicZero):
-        # p^(s - 1) (p - q), which has no bound as p falls to 0.
+        # p^(s - 1) (p - q), unbounded as p falls to 0.
         log_p = jnp.log(jnp.where(on, p, 1))
         most = math.log(float(jnp.finfo(p.dtype).max)) / 2
         of_label = q * jnp.exp(jnp.minimum((wide - 1) * log_p, most))
@@ -466,7 +466,7 @@ _divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
 
 
 def _terms(q: Array, log_p: Array, on: Array, s: Array) -> Array:
-    """The terms of the divergence; `on` says where p is not 0."""
+    """The terms of the divergence; `on` is True where p is not 0."""
     alpha, has = 1 + s, q > 0
     log_q = jnp.log(jnp.where(has, q, 1))
     log_p = jnp.where(on, log_p, 0)
@@ -475,13 +475,13 @@ def _terms(q: Array, log_p: Array, on: Array, s: Array) -> Array:
     v = jnp.where(has & on, log_p - log_q, 0)
     near = jnp.abs(v) * jnp.maximum(alpha, 1) < 0.5
 
-    # Relative to the larger of p and q, of which a power is in front.
+    # Relative to the larger of p and q, a power of which is a factor.
     down, up = jnp.where(v < 0, v, 0), jnp.where(v < 0, 0, -v)
     from_q = jnp.exp(s * down) * jnp.expm1(down) - down * _mean_exp(s * down)
     from_p = jnp.exp(up) * (up * _mean_exp(s * up) - 1) + 1
     far = jnp.where(v < 0, of_q * from_q, of_p * from_p) / alpha
 
-    # Both cancel where p and q are near each other. The series in log(q / p) has the
+    # Both forms cancel where p and q are close. The series in log(q / p) has the
     # coefficients (1 + alpha + ... + alpha^(k - 2)) / k!.
     u, series, factor = jnp.where(near, -v, 0), jnp.zeros_like(v), jnp.zeros_like(alpha)
     power = u
@@ -496,7 +496,7 @@ def _terms(q: Array, log_p: Array, on: Array, s: Array) -> Array:
 
 
 def _threshold(s: Array, log_top: Array) -> Array:
-    """How far the threshold of the deformed logarithm lies above the largest score."""
+    """Threshold of the deformed logarithm, less the largest score."""
     return -log_top * _mean_exp(s * log_top)
 
 
@@ -509,7 +509,7 @@ def _deformed_log(x: Array, s: Array) -> Array:
 
 
 def _power(x: Array, exponent: Array) -> Array:
-    """For a positive exponent and x >= 0, with derivatives at 0."""
+    """x^exponent for a positive exponent and x >= 0, with derivatives at 0."""
     some = x > 0
     return jnp.where(some, jnp.exp(exponent * jnp.log(jnp.where(some, x, 1))), 0)
 

@@ -1,4 +1,4 @@
-"""Focal loss: cross-entropy that cares less about what is already right."""
+"""Focal loss: cross-entropy with less weight on rows that are already right."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
@@ -29,10 +29,10 @@ def softmax_focal_loss(
 
     $$L = -a_y (1 - p_y)^\gamma \log p_y .$$
 
-    A row of probability near 1 adds almost nothing, so that many easy rows do not drown
-    a few hard ones; $\gamma = 0$ is cross-entropy. Compared with that, the gradient of
-    a row is multiplied by $(1 - p)^\gamma - \gamma\, p \log p\, (1 - p)^{\gamma - 1}$.
-    (The sigmoid form, a binary decision per class, is `optax.sigmoid_focal_loss`.)
+    A row with $p_y$ near 1 adds almost nothing, so that a few hard rows outweigh many
+    easy ones. $\gamma = 0$ is cross-entropy; otherwise its gradient is multiplied by
+    $(1 - p)^\gamma - \gamma\, p \log p\, (1 - p)^{\gamma - 1}$. (The sigmoid form, a
+    binary decision per class, is `optax.sigmoid_focal_loss`.)
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.

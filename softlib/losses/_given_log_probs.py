@@ -1,4 +1,4 @@
-"""Log-probabilities of whole sequences as arguments of losses: checked, made finite."""
+"""Log-probabilities of whole sequences as arguments of losses: checks, finite parts."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,12 +26,12 @@ def log_probs_of_sequences(
 
 
 def counted(where: Array | None, values: Array) -> Array:
-    """0 where `where` is False."""
+    """The values, 0 where `where` is False."""
     return values if where is None else jnp.where(where, values, 0)
 
 
 def finite_part(values: Array) -> tuple[Array, Array]:
-    """The values with 0 for what is not finite, and without a gradient the rest."""
+    """The finite values, 0 elsewhere; and the others without gradient, 0 elsewhere."""
     finite = jnp.isfinite(values)
     rest = lax.stop_gradient(values)
     return jnp.where(finite, values, 0), jnp.where(finite, 0, rest)

@@ -1,4 +1,4 @@
-"""How far a policy has moved from its reference: the regulariser of fine-tuning."""
+"""Divergence of a policy from its reference: the regulariser of fine-tuning."""
 
 from jaxtyping import Array, Bool, Float
 
@@ -21,8 +21,7 @@ def kl_to_reference(
         \mathrm{KL}(\pi(\cdot | s_t) \,\|\, \pi_\mathrm{ref}(\cdot | s_t))$$
 
     over the $n$ tokens that count, in nats, over the whole vocabulary. Unlike estimates
-    from the tokens that were drawn it needs no sample from $\pi$: data may be
-    off-policy.
+    from drawn tokens it needs no sample from $\pi$: data may be off-policy.
 
     Args:
         logits: The policy's, one row per token: an array, or a value such as

@@ -30,8 +30,8 @@ def trice_weights(
     Args:
         proposal_correct: $\tilde c_m$: the proposal ends in the right answer, so that
             the chain has moved to it.
-        chain_correct: The rationale in memory does, after the update. A question
-            without a correct rationale so far has weight 0.
+        chain_correct: The rationale in memory ends in the right answer, after the
+            update. A question without a correct rationale so far has weight 0.
 
     Returns:
         Weights of the remembered rationales, $1 / N$, and of the proposals, $-\beta_m /
@@ -63,16 +63,16 @@ def trice_loss(
 ) -> Float[Array, " M"]:
     r"""Summands whose gradient is that of the negative marginal log-likelihood.
 
-    $-w_m \log p(z_m) - \tilde w_m \log p(\tilde z_m)$ with `trice_weights`. Their sum
-    is trained on; the mean over questions is already in the weights. Its value is no
+    $-w_m \log p(z_m) - \tilde w_m \log p(\tilde z_m)$ with `trice_weights`. Train on
+    their sum; the mean over questions is already in the weights. Its value is not a
     likelihood and need not fall: watch the mean of `proposal_correct` instead.
 
     Args:
         chain_log_prob: $\log p(z_m | x_m)$ of the remembered rationale with its answer,
             summed over tokens, in nats.
-        proposal_log_prob: The same of the proposal.
+        proposal_log_prob: $\log p(\tilde z_m | x_m)$ of the proposal, summed likewise.
         proposal_correct: The proposal ends in the right answer.
-        chain_correct: The remembered rationale does, after the update.
+        chain_correct: The remembered rationale does so, after the update.
 
     Returns:
         A summand for each question, float32 (float64 if an argument is float64). 0 with

@@ -1,4 +1,4 @@
-r"""Training a teacher whose predictions say more than the label: MCMI."""
+r"""MCMI: training of a teacher whose predictions carry more than the label."""
 
 import math
 
@@ -28,18 +28,18 @@ def mcmi_loss(
     $$L = -\log P_y - \lambda\, \mathrm{KL}(P \,\|\, Q^y)$$
 
     with $P$ the softmax of the logits and $Q^y$ the centroid of the label's class.
-    Minimised, it keeps predictions right and makes those of one class differ, as the
-    true conditional distribution does: what a student learns from a teacher beyond
-    labels. A teacher trained by cross-entropy is tuned by it for a few epochs at a
-    smaller rate. The second term is at most $\lambda \max_j (-\log Q^y_j)$, and with a
-    large $\lambda$ it outweighs the first.
+    Training with it keeps predictions right and makes those within one class differ, as
+    the true conditional distribution does. A student learns these differences. Tune a
+    teacher, trained by cross-entropy, with it for a few epochs at a smaller rate. The
+    second term is at most $\lambda \max_j (-\log Q^y_j)$ and outweighs the first for a
+    large $\lambda$.
 
     Args:
         logits: Unnormalised log-probabilities.
         labels: Class ids in $[0, C)$. Outside, the loss is NaN and the row has no
             gradient.
-        centroids: Of `softlib.information.class_centroids`, taken anew after every
-            epoch or followed by `centroid_update`. Constants.
+        centroids: Result of `softlib.information.class_centroids`, computed again after
+            every epoch or updated by `centroid_update`. Constants.
         weight: $\lambda \geq 0$; a number is static, an array traced and
             differentiable.
         where: True for the rows that count. Elsewhere loss and gradient are 0.

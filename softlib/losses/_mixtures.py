@@ -91,7 +91,7 @@ def symmetric_cross_entropy(
 
     $$L = \alpha (-\log p_y) - \beta A (1 - p_y)$$
 
-    The second term is bounded and so tolerates wrong labels; the first learns fast.
+    The first term learns fast; the second is bounded and so tolerates wrong labels.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -99,8 +99,8 @@ def symmetric_cross_entropy(
             gradient. The label of an excluded class costs +inf ($-\beta A$ if $\alpha$
             is 0), without gradient of the logits.
         alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
-        beta: $\beta \geq 0$, likewise.
-        log_zero: $A \leq 0$, finite, likewise.
+        beta: $\beta \geq 0$; static or traced, as `alpha`.
+        log_zero: $A \leq 0$, finite; static or traced, as `alpha`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
@@ -186,8 +186,8 @@ def symmetric_from_log_prob(
         log_prob: $\log p \leq 0$; NaN gives NaN, -inf gives +inf ($-\beta A$ if
             $\alpha$ is 0), both with gradient 0.
         alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
-        beta: $\beta \geq 0$, likewise.
-        log_zero: $A \leq 0$, finite, likewise.
+        beta: $\beta \geq 0$; static or traced, as `alpha`.
+        log_zero: $A \leq 0$, finite; static or traced, as `alpha`.
 
     Returns:
         A loss for each, float32 or float64.
@@ -233,7 +233,7 @@ def _symmetric(log_prob: Array, alpha: Scalar, beta: Scalar, log_zero: Scalar) -
 
 
 def _mixture(log_prob: Array, of_entropy: Scalar, of_error: Scalar) -> Array:
-    """The sum of -log p and 1 - p with these coefficients."""
+    """Sum of -log p and 1 - p with these coefficients."""
     log_prob, of_entropy, of_error = promoted(log_prob, of_entropy, of_error)
     loss = lambda nll: of_entropy * nll + of_error * -expm1(-nll)
     # Without its first term the loss is bounded.

@@ -36,24 +36,22 @@ def multi_label_cross_entropy(
         + \epsilon\, W \Bigl(\mathrm{lse} - \frac{1}{V} \sum_j z_j\Bigr)
         + \lambda\, \mathrm{lse}^2 .$$
 
-    It is `softmax_cross_entropy` of the distribution that has mass $w_l$ on class
-    $y_l$, for a vocabulary in which only the few classes with mass can be listed: tags
-    of an item, products bought together, the top of a teacher's distribution.
+    It is `softmax_cross_entropy` of the distribution with mass $w_l$ on class $y_l$,
+    for a vocabulary so large that only the few classes with mass can be listed: tags of
+    an item, products bought together, the top of a teacher's distribution.
 
-    The labels compete with each other: with equal weights the optimum gives all of them
-    the same score, and one more certain than its share of the mass is pushed down.
-    `decoupled_softmax_loss` lets each compete with the other classes alone.
+    The labels compete with each other: with equal weights all have the same score at
+    the optimum, and one more certain than its share of the mass is pushed down. In
+    `decoupled_softmax_loss` each label competes with the negatives alone.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$; one that occurs twice counts twice. Outside, if
             `label_where` keeps it, the loss is NaN and the row has no gradient. A label
             with a weight on an excluded class costs +inf, without gradient.
-        label_weights: $w_l$, differentiable, taken as they are. None: by
-            `normalization`.
-        label_where: True for the labels that count, so that lists may be padded; what
-            stands elsewhere does not matter. A row that keeps no label does not count:
-            loss and gradient are 0.
+        label_weights: $w_l$, differentiable, used as given. None: by `normalization`.
+        label_where: True for the labels that count, so that lists may be padded with
+            anything. A row without labels that count has loss 0 and gradient 0.
         normalization: Static: `"mean"` over the $n$ labels that are kept, $w_l = 1 /
             n$, or their `"sum"`, $w_l = 1$. Only without `label_weights`.
         label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes.

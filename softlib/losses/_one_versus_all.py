@@ -1,4 +1,4 @@
-r"""One-versus-all: every label is a yes-or-no question of its own."""
+r"""One-versus-all: a binary cross-entropy for every label."""
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,15 @@ def one_versus_all_loss(
 
     $$L = \sum_{l \in P} \log(1 + e^{-z_l}) + \sum_{j \notin P} \log(1 + e^{z_j}) .$$
 
-    Labels do not compete, so that $\sigma(z_l)$ is a probability of each. The slope of
-    a negative is $\sigma(z_j)$ however many there are: among very many labels start
-    with scores far below 0 (a bias near $-\log L$), or the negatives drown the
+    Labels do not compete: $\sigma(z_l)$ is the probability of each. The slope of every
+    negative is $\sigma(z_j)$, however many there are. So start with scores far below 0
+    (a bias near $-\log L$) among very many labels, or the negatives outweigh the
     positives.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. Of
-            stored logits a mask over the labels, too. Another id out of range makes the
+        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. For
+            stored logits also a mask over the labels. Another id out of range makes the
             loss NaN, a positive on an excluded label +inf; such a row has no gradient.
         weights: Factors of the positives' terms, differentiable. None: 1 each.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere

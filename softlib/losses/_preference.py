@@ -27,7 +27,7 @@ def preference_margin(
     beta: Scalar = 0.1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""By how much the implicit reward prefers the chosen sequence, per pair.
+    r"""Margin of the implicit reward between the chosen and the rejected sequence.
 
     $$h = \beta \Bigl[\log \frac{\pi(y_w)}{\pi_\mathrm{ref}(y_w)}
         - \log \frac{\pi(y_l)}{\pi_\mathrm{ref}(y_l)}\Bigr]$$
@@ -103,17 +103,17 @@ def dpo_loss(
       L_\mathrm{robust} = -\log \sigma(h) - \frac{\epsilon}{1 - 2 \epsilon} h, \qquad
       L_\mathrm{conservative} = -\log \sigma(h) + s\, h .$$
 
-    If a share $\epsilon$ of the pairs is in the wrong order, the robust loss has the
-    expectation that the plain one has on the right order,
-    $(1 - \epsilon) L(h) + \epsilon L(-h) = -\log \sigma(h)$, and restores the scale of
-    the reward. It is the quotient $[(1 - \epsilon) \ell(h) - \epsilon \ell(-h)] /
+    If a share $\epsilon$ of the pairs is in the wrong order, the expectation of the
+    robust loss is the plain loss of the right order,
+    $(1 - \epsilon) L(h) + \epsilon L(-h) = -\log \sigma(h)$, which restores the scale
+    of the reward. It is the quotient $[(1 - \epsilon) \ell(h) - \epsilon \ell(-h)] /
     (1 - 2 \epsilon)$ of the paper, without its cancellation near $\epsilon = 1/2$. The
     conservative loss is cross-entropy with smoothed labels, least at
-    $\sigma(h) = 1 - s$: it makes the margin smaller still.
+    $\sigma(h) = 1 - s$: it makes the margin even smaller.
 
-    The robust loss may be negative, and has no lower bound: where fewer pairs than
-    $\epsilon$ contradict a direction of the parameters, it falls along that direction
-    for ever. `flip_rate` must not exceed the true rate.
+    The robust loss may be negative and has no lower bound: it falls without end along a
+    direction of the parameters that a share of pairs below $\epsilon$ contradicts.
+    `flip_rate` must not exceed the true rate.
 
     Args:
         chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
@@ -124,8 +124,8 @@ def dpo_loss(
         reference_rejected_log_prob: $\log \pi_\mathrm{ref}(y_l)$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
         flip_rate: $0 \leq \epsilon < 1/2$ (rDPO); a number is static, an array traced.
-        label_smoothing: $0 \leq s \leq 1/2$ (cDPO); likewise. Not both: a traced number
-            counts as set. (Elsewhere one name, `label_smoothing`, means either.)
+        label_smoothing: $0 \leq s \leq 1/2$ (cDPO); static or traced. Not both: a
+            traced number counts as set. (Other libraries use the name for either.)
         where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -194,8 +194,8 @@ def simpo_loss(
     $$L = -\log \sigma\Bigl(\beta \Bigl[\frac{\log \pi(y_w)}{|y_w|}
         - \frac{\log \pi(y_l)}{|y_l|}\Bigr] - \gamma\Bigr)$$
 
-    The division takes away the advantage of short sequences; the target margin
-    $\gamma$ asks for more than the right order.
+    The division removes the advantage of short sequences; the loss is small only if the
+    margin exceeds the target margin $\gamma$.
 
     Args:
         chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
@@ -205,7 +205,7 @@ def simpo_loss(
             length 0 has mean 0 without gradient; a negative length gives NaN.
         rejected_lengths: $|y_l|$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
-        gamma: $\gamma \geq 0$; likewise.
+        gamma: $\gamma \geq 0$; static or traced, as `beta`.
         where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -258,7 +258,7 @@ def _difference(
 
 
 def _logistic(h: Array, slope: Scalar, limit: Array) -> Array:
-    """softplus(-h) + slope * h; its limit where `limit` is not 0.
+    """softplus(-h) + slope * h, or its limit where `limit` is not 0.
 
     Both smoothed forms, a softplus(-h) + b softplus(h), are of this form because
     softplus(h) = softplus(-h) + h.

@@ -1,7 +1,7 @@
 """Cross-entropy that is robust against reweighted classes.
 
-A row of logits with its label is judged by the worst distribution over classes near the
-uniform one; the dual variable of "near" is a temperature per row.
+The loss of a row is that of the worst distribution over classes within some divergence
+of the uniform one. The dual variable of this constraint is a temperature per row.
 """
 
 import math
@@ -35,14 +35,14 @@ def robust_softmax_cross_entropy(
     $$L = \tau\, \mathrm{CE}(z / \tau, y) + (\rho - \log V)\, \tau
         = \tau \log \frac{1}{V} \sum_j e^{(z_j - z_y) / \tau} + \rho\, \tau$$
 
-    For the best $\tau \geq \tau_0$ this is, up to the constant $\rho \tau_0$, the worst
-    mean of $z_j - z_y$ over distributions of classes whose KL divergence from the
-    uniform one is at most $\rho$, minus $\tau_0$ times that divergence. The gradient in
-    the logits is $w - e_y$ with $w = \mathrm{softmax}(z / \tau)$, without a factor
-    $1 / \tau$; that in $\tau$ is $\rho - \mathrm{KL}(w \,\|\, u)$: a row flatter than
-    $\rho$ asks for a smaller temperature, a peaked one for a larger. $L$ is convex in
-    $\tau$, and at its minimum the divergence is $\rho$. $\rho = \log V$ and $\tau = 1$
-    make it cross-entropy.
+    For the best $\tau \geq \tau_0$ this is, up to the constant $\rho \tau_0$, the
+    largest mean of $z_j - z_y$ minus $\tau_0$ times the KL divergence from the uniform
+    distribution, over all distributions of classes whose divergence is at most $\rho$.
+    The gradient in the logits is $w - e_y$ with $w = \mathrm{softmax}(z / \tau)$,
+    without a factor $1 / \tau$. That in $\tau$ is $\rho - \mathrm{KL}(w \,\|\, u)$: it
+    lowers the temperature of flat rows and raises that of peaked ones. $L$ is convex in
+    $\tau$, and at its minimum the divergence is $\rho$. With $\rho = \log V$ and
+    $\tau = 1$ it is cross-entropy.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -50,8 +50,7 @@ def robust_softmax_cross_entropy(
             gradient. The label of an excluded class costs +inf, without gradient.
         temperature: $\tau > 0$; a number or an array that is a scalar or one value per
             row, differentiable. Divides the logits after bias and softcap.
-            `softlib.nn.TempNet` predicts it, `optimal_temperature` finds the
-            best.
+            `softlib.nn.TempNet` predicts it, `optimal_temperature` finds the best.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever `logits`, `labels` and
@@ -92,6 +91,6 @@ def robust_softmax_cross_entropy(
     cost, tau, rho = promoted(cost, rows.counted(tau, 1), rho)
     finite = jnp.isfinite(cost)
     loss = tau * (jnp.where(finite, cost, 0) + rho - log_classes(source))
-    # An infinite cost, and NaN of a bad label, have no slope; without classes it is 0.
+    # Infinite costs and NaN of bad labels have no gradient; without classes it is 0.
     loss = jnp.where(finite & ~rows.massless, loss, lax.stop_gradient(cost))
     return rows.counted(loss)

@@ -35,8 +35,8 @@ def load_balancing_loss(
             an expert named twice by a token counts once.
         where: True for the tokens that count, False for padding; broadcasts to the
             batch shape. Other tokens may hold anything, NaN included.
-        axis: Static; the axes of the batch that are averaged over, None for all. What
-            is left are groups, each with a loss of its own.
+        axis: Static; the axes of the batch that are averaged over, None for all. The
+            other axes index groups, each with its own loss.
         axis_name: Static; mapped axes over which the tokens are divided. Both means are
             taken over all of their tokens, so that the loss is that of the whole batch.
 
@@ -50,7 +50,7 @@ def load_balancing_loss(
         ValueError: Shapes do not fit together, or `axis` is no axis of the batch.
 
     Derivatives: forward and reverse mode with respect to `router_probs`, in which it is
-        linear: $f$ counts and has no derivative.
+        linear; the counts $f$ have none.
     Cost: one pass over E booleans per slot of a token, and one over `router_probs`.
     Source: "Switch Transformers: Scaling to Trillion Parameter Models with Simple and
         Efficient Sparsity", there with K = 1.
@@ -95,7 +95,7 @@ def router_z_loss(
     usual weight is 0.001.
 
     Args:
-        logits: Of the router. -inf, an expert that a token cannot have, does not count.
+        logits: Logits of the router; -inf for an expert that a token cannot have.
         where: True for the tokens that count; broadcasts to the batch shape. Elsewhere
             the loss is 0 with gradient 0, whatever `logits` holds.
 
@@ -148,8 +148,7 @@ def importance_loss(
             over all of their tokens.
 
     Returns:
-        One loss per group of tokens that is left, float32 (float64 for float64). 0
-        without tokens.
+        One loss per group of tokens, float32 (float64 for float64). 0 without tokens.
 
     Raises:
         TypeError: `gates` is not floating, or `where` is not boolean.
@@ -227,7 +226,7 @@ def cv_squared(
     x = jnp.where(counts, x, 0)
     mean = jnp.expand_dims(masked_mean(x, counts, axes), axes)
     flat = mean == 0
-    # The difference first: its square by the square of the mean may overflow.
+    # Divided before it is squared: the squares may overflow.
     relative = jnp.where(counts, x - mean, 0) / jnp.where(flat, 1, mean)
     found = masked_mean(relative**2, counts, axes)
     varies = jnp.where((x != 0).any(axes), jnp.inf, 0)
@@ -247,7 +246,7 @@ def _token_axes(
 def _over_experts(
     function: str, where: Array | None, batch: tuple[int, ...]
 ) -> Array | None:
-    """`where` in the rank of (*batch, E)."""
+    """`where` reshaped to broadcast to (*batch, E)."""
     if where is None:
         return None
     checks.require_boolean(function, where=where)

@@ -1,4 +1,4 @@
-r"""Softmax against a sample of the labels, where a pass over all is too much."""
+r"""Softmax against a sample of the labels, if a pass over all takes too long."""
 
 import math
 
@@ -32,19 +32,19 @@ def sampled_softmax_loss(
     where: Bool[Array, "..."] | None = None,
     precision: Precision = None,
 ) -> Float[Array, "*batch"]:
-    r"""Decoupled softmax loss against negatives that are drawn, the same for all rows.
+    r"""Decoupled softmax loss against drawn negatives, the same for all rows.
 
-    Of $S$ labels $j$ drawn with replacement from $q$, those that are positives of the
-    row (accidental hits) are left out, and the others stand for all negatives:
+    $S$ labels $j$ are drawn with replacement from $q$. Those that are positives of the
+    row (accidental hits) are left out; the others represent all negatives:
 
     $$L = \frac{1}{|P|} \sum_{l \in P} \log\bigl(1 + e^{\hat N - z_l}\bigr), \qquad
     e^{\hat N} = \sum_{j \text{ drawn}, j \notin P} \frac{e^{z_j}}{S\, q_j} .$$
 
     The sum $e^{\hat N}$ has the mean of `decoupled_softmax_loss`, and its
-    variance falls as $1 / S$. **Bias:** its logarithm is not linear: on average the
-    loss is too low (by up to $\mathrm{Var} / 2$ of the relative error of the sum), and
-    so are the slopes of the negatives; both vanish as $S$ grows. It is a loss to train
-    with; measure with the exact one.
+    variance falls as $1 / S$. **Bias:** the logarithm makes the loss too low on average
+    (by up to half the variance of the relative error of the sum), and the slopes of the
+    negatives as well; both errors vanish as $S$ grows. Train with it, but evaluate with
+    the exact loss.
 
     Args:
         hidden: Embeddings of the queries.
@@ -59,8 +59,8 @@ def sampled_softmax_loss(
         bias: Added to the scaled products.
         scale: A scalar or one per row, differentiable; the reciprocal of a
             temperature.
-        weights: $w_l$, differentiable, in the place of $1 / |P|$; they are not divided
-            by their sum.
+        weights: $w_l$ instead of $1 / |P|$, differentiable; they are not divided by
+            their sum.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
@@ -140,7 +140,7 @@ def sampled_softmax_loss(
 
 
 def _taken(table: Array, labels: Array) -> Array:
-    """Rows of a table, divided as the labels are."""
+    """Rows of a table, sharded like the labels."""
     rest = (None,) * (table.ndim - 1)
     specs = lambda spec: PartitionSpec(*spec, *rest)
     return in_auto_mode(lambda ids, table: table[ids], specs, labels, table)
@@ -155,7 +155,7 @@ def _draw(
         return drawn, jnp.full(count, -math.log(labels), jnp.float32)
     uniform = jax.random.uniform(key, (count,), jnp.float32)
     # The inverse of log(j + 1) / log(L + 1); rounding must not reach label L.
-    place = jnp.exp(uniform * math.log(labels + 1)).astype(jnp.int32) - 1
-    drawn = jnp.clip(place, 0, labels - 1)
+    index = jnp.exp(uniform * math.log(labels + 1)).astype(jnp.int32) - 1
+    drawn = jnp.clip(index, 0, labels - 1)
     share = jnp.log1p(1 / (drawn.astype(jnp.float32) + 1)) / math.log(labels + 1)
     return drawn, jnp.log(share)

@@ -26,9 +26,9 @@ def sdm_loss(
     $$L = -\log_{2 + q} \operatorname{sdm}(z)_y = -d z_y + \frac{\operatorname{lse}(d
     \log(2 + q) z)}{\log(2 + q)}$$
 
-    With $q = e - 2$ and $d = 1$ it is cross-entropy, which trains the first epoch;
-    then $q$ and $d$ are estimated anew after each. A row out of distribution,
-    $d = 0$, costs $\log_{2 + q} V$ and teaches nothing.
+    With $q = e - 2$ and $d = 1$ it is cross-entropy: train the first epoch so, then
+    estimate $q$ and $d$ again after each epoch. A row out of distribution, $d = 0$,
+    costs $\log_{2 + q} V$ and has gradient 0.
 
     Args:
         logits: Magnitudes $z$.

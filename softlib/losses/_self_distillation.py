@@ -1,4 +1,4 @@
-r"""Distillation without a teacher: soft labels made of the student's own outputs."""
+r"""Distillation without a teacher: soft labels from the student's own outputs."""
 
 import math
 from typing import NamedTuple
@@ -20,9 +20,9 @@ class USKDTerms(NamedTuple):
     """The terms of `universal_self_distillation_loss`, weighted, one number per row.
 
     Attributes:
-        target: Of the label's class (for mixed labels of both), in nats.
-        non_target: Of the other classes, in nats.
-        weak: Of the weak classifier, in nats.
+        target: Term of the label's class (of both for mixed labels), in nats.
+        non_target: Term of the other classes, in nats.
+        weak: Term of the weak classifier, in nats.
 
     Derivatives: see `universal_self_distillation_loss`.
     Cost: three numbers per row.
@@ -76,9 +76,9 @@ def universal_self_distillation_loss(
         beta: Factor of the second term, $\geq 0$; an array is traced, differentiable.
         mu: Factor of the third term, $\geq 0$; an array is traced, differentiable.
         label_smoothing: $\epsilon \in [0, 1]$ of the third term.
-        mean_square_target: $\overline{S_y^2}$, from elsewhere: a mean over devices, or
-            a running one. A scalar; for floating labels one of each of the two targets.
-            None takes the mean of this batch, which couples its rows.
+        mean_square_target: $\overline{S_y^2}$, such as a mean over devices or a running
+            mean. A scalar; for floating labels one for each of the two targets. None
+            takes the mean of this batch, which couples its rows.
         where: True for the rows that count. Elsewhere the terms and all gradients are
             exactly 0, and the mean leaves the row out.
 
@@ -94,8 +94,8 @@ def universal_self_distillation_loss(
     Cost: a sort of C numbers per row, and a few passes over both logits.
     Source: "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
         Approach with Normalized Loss and Customized Soft Labels". Its public code ranks
-        by the logarithm of $S$ in the place of $S$; here the formula is followed. A
-        class of value 0 is no target here, there the second largest always is.
+        by the logarithm of $S$ instead of $S$, unlike its formula, which is followed
+        here. There the second largest label is always a target, here only if not 0.
 
     Example:
         >>> logits, labels = jnp.array([[2.0, 1.0, 0.0]]), jnp.array([0])
@@ -166,8 +166,8 @@ def zipf_soft_labels(
 ) -> Float[Array, "N C"]:
     r"""Zipf's law over the classes other than the label, in the order of their scores.
 
-    The class of rank $r$ among all, the highest score first, has $1 / r$; the label is
-    taken out, and the rest is divided by its sum.
+    The class of rank $r$, the highest score first, gets $1 / r$. Then the label is set
+    to 0, and the row is divided by its sum.
 
     Args:
         scores: One per class; the lower class comes first on ties.
@@ -252,7 +252,7 @@ def _log_softmax(
     *,
     everywhere: bool = False,
 ) -> Float[Array, "N C"]:
-    """Normalised over some classes; -inf at the others, or relative to these."""
+    """Log-softmax over the classes of `where`; -inf elsewhere, unless `everywhere`."""
     among = z if where is None else jnp.where(where, z, -jnp.inf)
     top = lax.stop_gradient(among.max(1, keepdims=True))
     empty = top == -jnp.inf

@@ -1,4 +1,4 @@
-"""Token losses whose largest few weigh more: a smoother curve along the sequence."""
+"""The mean token loss with extra weight on the largest token losses."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -18,13 +18,13 @@ def smoothed_token_loss(
     alpha: Scalar = 0.7,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""Mean loss of the tokens of a sequence, and $\alpha$ times that of the worst.
+    r"""Mean loss of a sequence's tokens, plus $\alpha$ times that of the worst tokens.
 
     $$L = \frac{1}{T} \sum_t l_t + \frac{\alpha}{N} \sum_{t \in \mathrm{top}_N} l_t$$
 
-    A sequence is recited only if no token fails, so those of the largest loss get
-    $\alpha T / N$ times as much more gradient than the others. Made for recovering
-    memorised text with a soft prompt; $\alpha = 0$ is the mean.
+    It is made for recovering memorised text with a soft prompt. A sequence is recited
+    only if no token fails, so the tokens with the largest losses get $1 + \alpha T / N$
+    times the gradient of the others. $\alpha = 0$ is the mean.
 
     Args:
         token_nll: $l_t$, negative log-probabilities in nats.

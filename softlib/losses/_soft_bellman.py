@@ -27,12 +27,12 @@ def soft_bellman_residual(
     beta: Scalar,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch T"]:
-    r"""How far a trajectory is from the soft Bellman equation, at each token.
+    r"""Residual of the soft Bellman equation at each token of a trajectory.
 
     $$\delta_t = V_t - \sum_{i \geq t} r_i + \beta \sum_{i \geq t}
         \log \frac{\pi(a_i | s_i)}{\pi_{ref}(a_i | s_i)}$$
 
-    It is 0 on every trajectory, drawn from whatever policy, exactly for the policy that
+    It is 0 on all trajectories, drawn from any policy, exactly for the policy that
     maximises reward $- \beta\, \mathrm{KL}(\pi \| \pi_{ref})$ and its value.
 
     Args:
@@ -144,7 +144,7 @@ def oreo_policy_loss(
     segment_ids: Integer[Array, "*batch T"] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""OREO's loss of a policy: each action answers for the residual at its own state.
+    r"""OREO's loss of a policy: each action is trained by the residual at its state.
 
     With $l$ the log-ratio of policy and reference, $A_t$ the tokens of the action that
     starts at $t$ and $R_t$ the rewards from $t$ on,
@@ -163,7 +163,7 @@ def oreo_policy_loss(
         values: $V_t$, the value of the state before token $t$.
         rewards: $r_t$ after each token, or one number for the whole trajectory.
         beta: $\beta \geq 0$; a number or a scalar array.
-        level: Static; what an action is: a `"token"`, a `"step"` of reasoning, or the
+        level: Static; unit of an action: a `"token"`, a `"step"` of reasoning, or the
             whole `"response"`, whose only state is the first.
         segment_ids: The step of each token, for `level="step"`: a step is a run of
             equal ids among the tokens that count.
@@ -205,7 +205,7 @@ def oreo_policy_loss(
         own = _sum_to_end_of_action(steps.ratios, starts)
     else:
         own = _suffix_sum(steps.ratios)
-    # `own` is no difference of suffix sums: its gradient must reach no other action.
+    # No difference of suffix sums makes `own`: gradients must not reach other actions.
     later = lax.stop_gradient(_suffix_sum(steps.ratios) - own)
     later = jnp.where(jnp.isinf(own), 0, later)  # not inf - inf
     return masked_mean(steps.residual(own + later) ** 2, starts, -1)
@@ -262,7 +262,7 @@ class _Trajectory:
 def _starts(
     function: str, steps: _Trajectory, level: str, segment_ids: Array | None
 ) -> Bool[Array, "*batch T"]:
-    """Where an action starts."""
+    """True for the first token of each action."""
     checks.require_one_of(function, "level", level, LEVELS)
     if (segment_ids is not None) != (level == "step"):
         raise ValueError(
@@ -285,7 +285,7 @@ def _starts(
     def latest(one, two):
         return jnp.where(two[1], two[0], one[0]), one[1] | two[1]
 
-    # The id of the last token that counts, up to each token; then before it.
+    # The id of the last token that counts: up to each token, then before it.
     known = _scan(latest, (ids, where))[0]
     before = jnp.concatenate([ids[..., :1], known[..., :-1]], -1)
     return first | (where & (ids != before))
@@ -314,5 +314,5 @@ def _scan(
 
 
 def _suffix_sum(values: Float[Array, "*batch T"]) -> Float[Array, "*batch T"]:
-    """Of the own element and all after it."""
+    """Sum of each element and all after it."""
     return lax.cumsum(values, axis=values.ndim - 1, reverse=True)

@@ -1,4 +1,4 @@
-"""Losses of the spherical family beside the Z-loss: squares, second order, distance."""
+"""Log-spherical softmax, log-Taylor softmax and squared error: spherical losses."""
 
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -31,15 +31,15 @@ def log_spherical_softmax_loss(
 
     $$L = -\log \frac{o_y^2 + \epsilon}{\sum_j (o_j^2 + \epsilon)}$$
 
-    Cross-entropy with `softlib.softmax.spherical_softmax` in the place of softmax. It
-    does not see the sign of a logit, nor (up to $\epsilon$) their common scale, but a
-    shift of them.
+    It is cross-entropy with `softlib.softmax.spherical_softmax` instead of softmax. It
+    depends neither on the signs of logits nor (up to $\epsilon$) on their common scale,
+    but on a shift of them.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
-        epsilon: $\epsilon > 0$, what makes a row of zeros uniform; a number is static,
+        epsilon: $\epsilon > 0$, which makes a row of zeros uniform; a number is static,
             an array traced and differentiable.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever `logits` and `labels`
@@ -90,9 +90,9 @@ def log_taylor_softmax_loss(
 
     $$L = -\log \frac{1 + o_y + o_y^2 / 2}{\sum_j (1 + o_j + o_j^2 / 2)}$$
 
-    Cross-entropy with `softlib.softmax.taylor_softmax` of order 2, the largest that is
-    spherical, in the place of softmax. It is finite for every logit, and grows again
-    for logits of the other classes below -1.
+    It is cross-entropy with `softlib.softmax.taylor_softmax` of order 2, the largest
+    spherical order, instead of softmax. It is finite for all logits, and grows again if
+    logits of other classes fall below -1.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -146,7 +146,7 @@ def spherical_squared_error(
 
     $$L = \sum_j (o_j - [j = y])^2 = \sum_j o_j^2 - 2 o_y + 1$$
 
-    The sum over the classes, not their mean. Convex, and the simplest loss of the
+    It is the sum over classes, not the mean. It is convex, and the simplest loss of the
     spherical family.
 
     Args:

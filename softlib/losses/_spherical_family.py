@@ -1,8 +1,8 @@
-r"""The spherical family: losses of a logit and the sums of all and of their squares.
+r"""The spherical family: losses of the label's logit, and of sums over all logits.
 
-Each loss is written once, on these numbers, whatever they come from: a linear head or
-logits by the row-statistics engine, or a factored head. Deviations from the mean come
-apart from it, because differences of large sums have no digits left.
+Each loss is written once, as a function of these numbers. They come from the
+row-statistics engine or from a factored head. Deviations from the mean are separate
+numbers, because differences of large sums have no accurate digits.
 """
 
 import math
@@ -27,7 +27,7 @@ STATISTICS = ("label_logits", "sum_logits", "sum_squared_logits")
 
 
 class SphericalStatistics(NamedTuple):
-    r"""What a loss of the spherical family sees of a row of logits $o_1, \dots, o_n$.
+    r"""Statistics of a row of logits $o_1, \dots, o_n$ that spherical losses take.
 
     With the mean $\mu = \frac{1}{n} \sum_j o_j$:
 
@@ -37,9 +37,8 @@ class SphericalStatistics(NamedTuple):
         sum_squared_deviations: $\sum_j (o_j - \mu)^2$.
         classes: $n$, a floating scalar so that cotangents of all have one dtype.
 
-    The methods are the losses of `z_loss` and its siblings, per row and in the dtype of
-    the statistics, whatever these come from: `FactoredSphericalState.statistics`, or
-    other means.
+    The methods are the losses of the family, per row and in the dtype of the
+    statistics. These come from `FactoredSphericalState.statistics` or elsewhere.
 
     Derivatives: any order, with respect to the statistics and the parameters.
     Cost: four numbers per row; a few operations for a loss.
@@ -110,7 +109,7 @@ def z_loss_of(
     b: Scalar,
     epsilon: Scalar,
 ) -> Array:
-    """Of the label's deviation from the mean and the sum of squared deviations."""
+    """Z-loss of the label's deviation and the sum of squared deviations."""
     deviation, squares, classes, a, b, epsilon = promoted(
         deviation, squares, classes, a, b, epsilon
     )
@@ -142,13 +141,13 @@ def squared_error_of(label: Array, squares: Array) -> Array:
 
 
 def _at_least_zero(values: Array) -> Array:
-    """What is not negative but for rounding, with the slope that it has anyway."""
+    """The values clipped at 0, below which only rounding takes them; same slope."""
     return values + lax.stop_gradient(jnp.maximum(values, 0) - values)
 
 
 # ------------------------------------------------------------------------------ sources
 class Sums(NamedTuple):
-    """Of a row of logits: numbers that a formula above may be applied to."""
+    """Sums over a row of logits, to which the formulas above are applied."""
 
     label: Array
     total: Array
@@ -164,9 +163,9 @@ def loss_of_sums(
     *,
     deviations: bool = False,
 ) -> Float[Array, "*batch"]:
-    """The loss per row with the exceptions that every loss makes.
+    """The loss per row, with the special values of all losses.
 
-    With `deviations` the logits are taken less the mean of their row.
+    With `deviations` the mean of each row is subtracted from its logits.
     """
     function = source.function
     where = rows_that_count(source, where)
@@ -196,10 +195,10 @@ def loss_of_sums(
     total = jnp.where(usual, found.sum_logits, 0)
     squares = jnp.where(usual, found.sum_squared_logits, 1)
     if deviations:
-        mean = total / classes  # of what centring left: rounding errors
+        mean = total / classes  # rounding errors that centring left
         label, total = label - mean, jnp.zeros_like(total)
         squares = _at_least_zero(squares - classes * mean * mean)
-    # What overflows, or came from +inf, is no number.
+    # Sums that overflow, or hold +inf, are NaN.
     squares = jnp.where(squares == jnp.inf, jnp.nan, squares)
     loss = formula(Sums(label, total, squares, classes))
     loss = jnp.where(impossible, jnp.inf, jnp.where(usual, loss, 0))

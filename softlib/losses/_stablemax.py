@@ -41,9 +41,9 @@ def stablemax_cross_entropy(
         L = -\sum_k q_k \log \frac{s(z_k)}{\sum_j s(z_j)} .$$
 
     The loss falls like the inverse of the label's logit, not like its exponential, so
-    that a network that fits its data goes on learning. As $\log(s(z_y) / \sum s)$ it
-    would round to 0 in float32 all the same, with logits of about $10^5$; written
-    without the label in the sum, neither loss nor gradient does.
+    that a network that fits its data goes on learning. Computed as
+    $\log(s(z_y) / \sum s)$ it would round to 0 in float32 for logits of about $10^5$.
+    The sum above leaves the label out, so that neither loss nor gradient does.
 
     Args:
         logits: Scores of the classes, of any floating dtype; arithmetic is in float32
@@ -115,10 +115,10 @@ def _of_ids(source: StoredLogits, labels: Array, where: Array | None) -> Rows:
     )
 
 
-# Of itself JAX would keep several arrays, and square the sum of s.
+# Without this rule JAX keeps several arrays and squares the sum of s.
 @jax.custom_jvp
 def _cost(x: Array, labels: Array) -> Array:
-    """log(1 + rest / s(x_y)), 0 in a row without entries."""
+    """log(1 + rest / s(x_y)); 0 in a row without entries."""
     own, rest = _sums(x, labels)
     ratio = rest / jnp.where(own == 0, 1, own)
     # Where the ratio overflows the 1 does not count.
@@ -136,15 +136,15 @@ def _(primals, tangents):
     total = own + rest
     total = jnp.where(total == 0, 1, total)[..., None]
     u = distance(x)
-    # s / u is 1 or 1 / u^2. The label has -rest / sum, not p_y - 1, which rounds to 0
-    # when the loss is still far from it.
+    # s / u is 1 or 1 / u^2. The label's is -rest / sum: p_y - 1 would round to 0 while
+    # the loss is still far from 0.
     others = jnp.where(x < 0, 1 / u / u, 1)
     slope = jnp.where(_is_label(x, labels), -rest[..., None] / u, others) / total
     return _cost(x, labels), (slope * dx).sum(-1)
 
 
 def _sums(x: Array, labels: Array) -> tuple[Array, Array]:
-    """The s of the label, and the sum of all others; NaN if they overflow."""
+    """Values of s: the label's, and the sum of all others; NaN if they overflow."""
     is_label = _is_label(x, labels)
     of_label = jnp.where(is_label, x, 0).sum(-1)
     own = jnp.where(labels < 0, 0, stable_weight(of_label))
@@ -172,7 +172,7 @@ def _of_distributions(source: StoredLogits, labels: Array, where: Array | None) 
     x = source.materialize()
     total = _no_overflow(stable_weight(x).sum(-1, keepdims=True))
     total = jnp.where(total == 0, 1, total)
-    # Not `labels != 0` alone: the derivative in a mass of 0 is the cost.
+    # `labels != 0` alone would lose the derivative in a mass of 0: the cost.
     asked = (labels != 0) | (x != -jnp.inf)
     cost = jnp.log(total) - log_stable_weight(jnp.where(asked, x, 0))
     return Rows(
@@ -186,7 +186,7 @@ def _of_distributions(source: StoredLogits, labels: Array, where: Array | None) 
 
 
 def _statistics(source: StoredLogits) -> RowStatistics:
-    """What tells a row without entries: a logarithm of 0."""
+    """Statistics that mark rows without entries by lse -inf, other rows by 0."""
     some = (source.materialize() > -jnp.inf).any(-1)
     return RowStatistics(lse=jnp.where(some, 0.0, -jnp.inf))
 

@@ -33,12 +33,11 @@ def in_batch_triplet_loss(
     Args:
         similarity: Scores of the points (rows) and of the labels drawn for them, in the
             same order; further columns are further labels.
-        positives: Which labels are positives of which points: those of the diagonal,
-            and every other label of the batch that happens to be one
-            (`softlib.mining.in_batch_positives`), which must not be pushed away.
+        positives: True where the column's label is a positive of the row's point: the
+            diagonal, and other labels of the batch that happen to be positives
+            (`softlib.mining.in_batch_positives`) and must not be pushed away.
         margin: $m$; a number is static, an array traced.
-        num_negatives: $k$, static, at least 1. A row with fewer has what it has, and
-            their mean.
+        num_negatives: $k$, static, at least 1. A row with fewer negatives uses all.
         weight_temperature: $\tau > 0$, static or traced: harder negatives count more.
             None: the mean.
         where: True for the rows that count. Elsewhere the loss and the gradients of the
@@ -55,9 +54,9 @@ def in_batch_triplet_loss(
     Derivatives: forward and reverse mode; the weights have a derivative too.
     Cost: a sort of each row for its greatest `num_negatives` entries.
     Source: "NGAME: Negative Mining-aware Mini-batching for Extreme Classification". Its
-        public code gives negatives with $l_j = 0$ the exponent 0 in the softmax, so
-        that they take weight, and divides by $k$; here they have the weight 0, and $L$
-        is the weighted mean.
+        public code gives negatives with $l_j = 0$ the exponent 0 in the softmax, hence
+        some weight, and divides by $k$; here their weight is 0, and $L$ is the weighted
+        mean.
 
     Example:
         >>> similarity = jnp.array([[0.9, 0.8], [0.1, 0.5]])

@@ -28,11 +28,11 @@ def negative_preference_loss(
         = \frac{2}{\beta} \log\Bigl(1 + \Bigl(\frac{\pi(y)}{\pi_\mathrm{ref}(y)}
         \Bigr)^\beta\Bigr)$$
 
-    The half of the loss of `dpo_loss` that rejects, without a chosen sequence. Its
-    slope in $\log \pi$ is $2 \sigma(\beta \log (\pi / \pi_\mathrm{ref}))$: 1 at the
-    start, where it is `gradient_ascent_loss`, and falling to 0 as the sequence is
-    forgotten, so that the model diverges with the logarithm of time and not linearly.
-    Usually added to a loss that retains the rest, such as cross-entropy on other text.
+    It is `dpo_loss` of the rejected sequence alone. Its slope in $\log \pi$ is
+    $2 \sigma(\beta \log (\pi / \pi_\mathrm{ref}))$: 1 at the start, as that of
+    `gradient_ascent_loss`, and falling to 0 as the sequence is forgotten. So the model
+    diverges logarithmically in time, not linearly. Usually it is added to a loss that
+    retains the rest, such as cross-entropy on other text.
 
     Args:
         log_prob: $\log \pi(y)$, sums over tokens as from `sequence_log_probs` (a
@@ -40,7 +40,7 @@ def negative_preference_loss(
         reference_log_prob: $\log \pi_\mathrm{ref}(y)$, of the model before unlearning.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
             $\beta \to 0$ is gradient ascent up to the constant $2 \log 2 / \beta$,
-            which takes the digits of a float32 value, but not of its gradient;
+            which costs digits of a float32 value, but not of its gradient;
             $\beta \to \infty$ the hinge $2 \max(\log (\pi / \pi_\mathrm{ref}), 0)$.
         where: True for the sequences that count; broadcasts to the batch shape.
             Elsewhere the loss and all gradients are exactly 0, whatever the arguments
@@ -48,8 +48,8 @@ def negative_preference_loss(
 
     Returns:
         The loss per sequence, positive, float32 (float64 if an argument is float64). A
-        sequence without tokens costs $2 \log 2 / \beta$, one that is impossible already
-        0; without a gradient where the log-ratio is infinite or NaN.
+        sequence without tokens costs $2 \log 2 / \beta$, an impossible one 0. There is
+        no gradient where the log-ratio is infinite or NaN.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -76,7 +76,7 @@ def negative_preference_loss(
     log_ratio, limit = finite_part(log_prob - lax.stop_gradient(reference_log_prob))
     log_ratio, beta = promoted(log_ratio, beta)
     value = 2 / beta * jax.nn.softplus(beta * log_ratio)
-    # -inf, a sequence that is impossible already, costs nothing.
+    # A sequence that is already impossible, with -inf, costs nothing.
     return counted(where, jnp.where(limit == 0, value, jnp.maximum(limit, 0)))
 
 
@@ -84,11 +84,11 @@ def negative_preference_loss(
 def gradient_ascent_loss(
     log_prob: Float[Array, "*batch"], *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
-    r"""$\log \pi(y)$ itself, per sequence to be forgotten: the loss without a brake.
+    r"""$\log \pi(y)$ per sequence to be forgotten, without a lower bound.
 
-    Descending on it ascends on cross-entropy. It has no lower bound and a slope of 1
-    however unlikely the sequence has become, so that a model which is trained on it
-    long enough loses everything else: the baseline of `negative_preference_loss`.
+    Descending on it ascends on cross-entropy. Its slope is 1 however unlikely the
+    sequence has become, so that long training destroys everything else the model has
+    learned. It is the baseline of `negative_preference_loss`.
 
     Args:
         log_prob: $\log \pi(y)$, sums over tokens as from `sequence_log_probs`.

@@ -1,4 +1,4 @@
-"""The Z-loss: how far the label's standard score is below a wanted one."""
+"""The Z-loss: a softplus of a wanted score less the label's standard score."""
 
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -27,15 +27,14 @@ def z_loss(
     $$L = \frac{1}{a} \log\bigl(1 + e^{a (b - z)}\bigr), \qquad
         z = \frac{o_y - \mu}{\sqrt{\sigma^2 + \epsilon}} .$$
 
-    Standardised logits are what is compared, so that neither a shift nor a positive
-    scale of the logits changes the loss. Once the label's score $z$ is above $b$ the
-    row has hardly any gradient, which makes $b$ the knob for what is trained: a large
-    one the first place, a small one a place among the first k. Scores are at most
-    $\sqrt{n - 1}$, which is reached when all other logits are equal, and $b$ is chosen
-    against that: 3 for 10 classes, 890 for 793,471.
+    Logits are standardised, so that neither a shift nor a positive scale of the logits
+    changes the loss. Once the label's score $z$ is above $b$ the row has hardly any
+    gradient. A large $b$ trains the label to be first, a small one to be among the
+    first k. Scores are at most $\sqrt{n - 1}$, reached when all other logits are equal.
+    Choose $b$ relative to that: 3 for 10 classes, 890 for 793,471.
 
-    This is the loss of the paper below. What other libraries call z-loss, a multiple of
-    the square of the logsumexp, is `logsumexp_penalty` of the cross-entropies here.
+    This is the loss of the paper below. Other libraries call a multiple of the square
+    of the logsumexp z-loss; here that is `logsumexp_penalty` of the cross-entropies.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -45,9 +44,9 @@ def z_loss(
             static, an array traced and differentiable.
         b: The score that the label is to reach. Static or traced, as `a`.
         epsilon: $\epsilon \geq 0$, static or traced. The slope of the score is at most
-            $1 / \sqrt\epsilon$: at a head of zeros, where all logits are equal, that is
-            finite but large, so start from random weights. With 0 the gradient of such
-            a row is 0.
+            $1 / \sqrt\epsilon$: finite but large at a head of zeros, where all logits
+            are equal, so start from random weights. With 0 the gradient of such a row
+            is 0.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever `logits` and `labels`
             hold.
@@ -64,9 +63,9 @@ def z_loss(
 
     Derivatives: as `row_statistics`, and with respect to `a`, `b` and `epsilon`.
     Cost: as `softmax_cross_entropy` without exponentials, in plain JAX on every
-        platform. The logits are squared less their mean, which comes from the sum of
-        the weights; with a softcap it takes another stream. For a head whose step does
-        not grow with the vocabulary see `FactoredSphericalState`.
+        platform. The mean is subtracted from the logits before they are squared; it
+        comes from the sum of the weights, with a softcap from another stream. For a
+        head whose step does not grow with the vocabulary see `FactoredSphericalState`.
     Source: "The Z-loss: a shift and scale invariant classification loss belonging to
         the Spherical Family". It has no $\epsilon$.
 
