@@ -26,8 +26,6 @@ EXAMPLE_LINES = 6
 PREPOSITIONS = ("As", "By", "For", "From", "If", "In", "Into", "Of", "With", "Without")
 QUESTIONS = ("Are", "Do", "Does", "How", "Is", "What", "Where", "Which", "Whose", "Why")
 RIDDLES = (*PREPOSITIONS, *QUESTIONS, "It", "Likewise", "Those")
-# Folders of softlib that have still to be gone through. Nothing is ever added.
-STILL_TO_COME = ("logits",)
 
 
 def sections(docstring: str) -> dict[str, str]:
@@ -95,11 +93,9 @@ def riddles(source: str) -> list[str]:
 
 
 def files_without_riddles(repository: pathlib.Path) -> list[pathlib.Path]:
-    """The files of softlib and of the kernels whose docstrings were gone through."""
-    library = repository / "softlib"
-    files = [*library.rglob("*.py"), *(repository / "pallas_kernels").rglob("*.py")]
-    left = [library / folder for folder in STILL_TO_COME]
-    return [file for file in files if not any(map(file.is_relative_to, left))]
+    """The files of softlib and of the kernels."""
+    folders = (repository / "softlib", repository / "pallas_kernels")
+    return [file for folder in folders for file in folder.rglob("*.py")]
 
 
 def _summary_complaints(docstring: str) -> list[str]:

@@ -72,11 +72,6 @@ def test_docstrings_begin_with_a_verb_or_a_noun(repository: pathlib.Path):
     assert {file: lines for file, lines in found.items() if lines} == {}
 
 
-def test_folders_that_are_still_to_come_exist(repository: pathlib.Path):
-    for folder in docstring_rules.STILL_TO_COME:
-        assert (repository / "softlib" / folder).is_dir()
-
-
 # ---------------------------------------------------------------- the rules themselves
 @pytest.mark.parametrize("word", docstring_rules.RIDDLES)
 def test_a_docstring_that_begins_as_none_should_is_found(word: str):

@@ -1,19 +1,19 @@
-"""Logits and what one asks of them: numbers per row, whether or not they are formed.
+"""Logits as values, formed or not, and numbers per row computed from them.
 
-- `LinearLogits`: those of a linear head, never formed; `StoredLogits`: an array with
-  what turns it into final logits; `AbstractLogits`: what both offer; `Logits`: what
-  losses accept, one of these or an array.
-- `VQLogits`: of a codebook; `LoRALogits`: of a linear head with a low-rank change;
-  `BlockwiseLogits`: the base of heads of one's own.
-- `row_statistics`, `RowStatistics`: what a stream over the vocabulary gives.
-- `logsumexp`, `entropy`, `moments`: of each row.
-- `token_log_probs`, `top1_correct`, `label_rank`: of each label;
+- `LinearLogits`: logits of a linear head, never formed; `StoredLogits`: an array with
+  bias, scale, softcap and temperature; `AbstractLogits`: their base; `Logits`: the type
+  that losses accept, one of these or an array.
+- `VQLogits`: logits of a codebook; `LoRALogits`: of a linear head with a low-rank
+  change; `BlockwiseLogits`: the base of user-defined heads.
+- `row_statistics`, `RowStatistics`: statistics from one stream over the vocabulary.
+- `logsumexp`, `entropy`, `moments`: numbers of each row.
+- `token_log_probs`, `top1_correct`, `label_rank`: numbers of each label;
   `token_metrics`, `TokenMetrics`: several of them from one pass;
   `sequence_log_probs`: their sum over tokens.
-- `labelled_rows`, `LabelledRows`: for a loss of one's own.
-- `top_k`, `TopK`: the best classes of each row; `sample`: one drawn for each;
+- `labelled_rows`, `LabelledRows`: rows for a user-defined loss.
+- `top_k`, `TopK`: the best classes of each row; `sample`: one drawn class;
   `gather`: the logits at given classes.
-- `optimal_temperature`: what the robust loss asks for.
+- `optimal_temperature`: the temperature that minimises the robust loss.
 """
 
 from ._blockwise import BlockwiseLogits as BlockwiseLogits

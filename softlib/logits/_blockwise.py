@@ -1,4 +1,4 @@
-"""Logits of one's own: whatever can be computed for some rows and some classes."""
+"""User-defined logits, computed for some rows and some classes at a time."""
 
 import abc
 import dataclasses
@@ -31,16 +31,16 @@ from ._source_rows import Shape, final_logits, masked_modifiers, row_specs, shap
 
 
 class BlockwiseLogits(ModifiedLogits):
-    r"""Base of logits of one's own, which are computed block by block.
+    r"""Base of user-defined logits, which are computed block by block.
 
-    A subclass names its arrays by what they belong to, and computes the logits of
-    whatever rows and classes these have been cut down to. It is then a value as
-    `LinearLogits` is: every loss that streams and every function of `softlib.logits`
-    takes it, no array of rows x classes is formed, and gradients reach every floating
-    array in it. JAX differentiates `block`, one block at a time.
+    A subclass declares which of its arrays have rows, classes, both or none. Its
+    `block` computes the logits of arrays that are sliced to some rows and classes. It
+    is then a value like `LinearLogits`: every loss that streams and every function of
+    `softlib.logits` takes it, no array of rows x classes is formed, and every floating
+    array in it has a gradient. JAX differentiates `block`, one block at a time.
 
-    A subclass sets the attributes below, writes `block`, and overrides `class_axis`
-    where the classes are not the first axis of an array.
+    A subclass sets the attributes below, writes `block`, and overrides `class_axis` if
+    the classes are not the first axis of an array.
 
     Rows that do not count become rows of ones (0 in arrays of integers) before any
     arithmetic. Logits of a block must be finite: exclude a class by `class_where`.
@@ -66,8 +66,8 @@ class BlockwiseLogits(ModifiedLogits):
         of_rows: Names of arrays (*batch, features), one entry per row.
         of_classes: Names of arrays (V, ...), one entry per class.
         of_entries: Names of arrays (*batch, V), one number for each row and class.
-        of_all: Names of arrays that belong to all rows and classes alike.
-        static_fields: Names of what is hashable and no array.
+        of_all: Names of arrays without rows and classes.
+        static_fields: Names of the other fields, which are static and hashable.
 
     Derivatives: as `row_statistics`, with respect to every floating array.
     Cost: that of `block` once per visit of a row and class, and once more with its
@@ -142,20 +142,20 @@ class BlockwiseLogits(ModifiedLogits):
     def block(self) -> Float[Array, "rows classes"]:
         """Computes the logits of the rows and classes that the fields hold.
 
-        The batch is one axis of rows here; arrays of `of_rows` hold some of them,
-        those of `of_classes` some of the classes, and those of `of_entries` both.
-        Products of narrow arrays are best accumulated in `self.dtype`.
+        Here the batch is one axis of rows. Arrays of `of_rows` hold some rows, those of
+        `of_classes` some classes, and those of `of_entries` both. Accumulate products
+        of narrow arrays in `self.dtype`.
         """
 
     def class_axis(self, name: str) -> int:
-        """The axis of the array of `of_classes` of this name that is the classes."""
+        """The axis of classes of the named array of `of_classes`."""
         return 0
 
     def prepared(self) -> Any:
-        """The value whose blocks are visited.
+        """The value whose blocks are visited; this value by default.
 
-        Override it to compute once per row what `block` would compute again for every
-        block of classes. It is differentiated by JAX as a whole.
+        Override it to compute numbers per row once that `block` would otherwise compute
+        for every block of classes. JAX differentiates it as a whole.
         """
         return self
 
@@ -268,7 +268,7 @@ def _checked_fields(name: str, cls: Any, fields: dict[str, Any]) -> dict[str, An
 
 
 def _require_shapes(name: str, value: BlockwiseLogits) -> None:
-    """Arrays of rows and entries have one batch, those of classes as many of them."""
+    """Requires one batch shape, and one number of classes, of all arrays."""
     if not (value.of_rows or value.of_entries):
         raise TypeError(f"{name}: `of_rows` must name an array.")
     if not (value.of_classes or value.of_entries):

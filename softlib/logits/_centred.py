@@ -1,9 +1,9 @@
-"""Logits of a source less their mean, for losses that only see deviations from it.
+"""Logits less the mean of their row, for losses of deviations from the mean.
 
-The variance from a sum of squares loses digits when the mean is large: logits of mean
-1000 and standard deviation 1 give 1.09 in float32. The engine therefore subtracts a
-number per row from each logit before it is squared. That number may be any: what is
-computed from deviations does not change with it, so it has no derivative.
+A variance from sums of squares loses digits if the mean is large: logits with mean 1000
+and standard deviation 1 give 1.09 in float32. So the engine subtracts a number per row
+from each logit before it is squared. Losses of deviations do not depend on this number,
+so it has no derivative.
 """
 
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from ._sources import LinearLogits, Source, StoredLogits
 
 
 def without_infinite(source: Source) -> Source:
-    """The same source, of whose classes those with a final logit of -inf are excluded.
+    """The source with classes excluded whose final logit is -inf.
 
-    Of a linear head a logit is -inf by the bias only, and not after a softcap.
+    A logit of a linear head is -inf only by the bias, and never after a softcap.
     """
     modifiers = source.modifiers
     if isinstance(source, StoredLogits):
@@ -35,7 +35,7 @@ def without_infinite(source: Source) -> Source:
 
 
 def centred(source: Source) -> Source:
-    """The same source with logits less the mean of their row, up to rounding."""
+    """The source with logits less the mean of their row, up to rounding."""
     classes = jnp.maximum(source.count_classes(), 1)
     linear = isinstance(source, LinearLogits)
     if not linear or source.options.softcap is not None:
@@ -43,15 +43,15 @@ def centred(source: Source) -> Source:
         assert total is not None
         mean = total / classes
     else:
-        mean = _mean_of_linear_head(source) / classes
-    # A row that is NaN or infinite stays so without it.
+        mean = _sum_of_linear_head(source) / classes
+    # A row with NaN or infinities is not centred.
     mean = lax.stop_gradient(jnp.where(jnp.isfinite(mean), mean, 0))
     modifiers = source.modifiers._replace(centre=mean)
     return source.replaced(modifiers=modifiers)
 
 
-def _mean_of_linear_head(source: LinearLogits) -> Float[Array, "*batch"]:
-    """Times the number of classes: from the sum of the weights, without a stream."""
+def _sum_of_linear_head(source: LinearLogits) -> Float[Array, "*batch"]:
+    """Sum of each row's logits: from the sum of the weight, without a stream."""
     batch, dtype, axis = source.batch_shape, source.dtype, source.options.vocab_axis
 
     def total(hidden, weight, modifiers):

@@ -1,10 +1,9 @@
-"""Losses as compositions of row statistics, from either source.
+"""Losses as compositions of row statistics, for all sources of logits.
 
-Each public loss builds a source, asks `prepare` for its rows, and composes numbers per
-row here. The order of the selections is the order of precedence: a row that `where`
-drops is 0, then a label outside the vocabulary is NaN, then a row without classes is
-0, then a label on an excluded class, or in a row whose logits are all -inf, is
-infinitely unlikely.
+A public loss builds a source, gets its rows from `prepare`, and composes their numbers
+here. Special values take precedence in this order: 0 for a row that `where` drops, NaN
+for a label outside the vocabulary, 0 for a row without classes, and probability 0 for a
+label on an excluded class or in a row whose logits are all -inf.
 """
 
 import math
@@ -73,7 +72,7 @@ def cross_entropy_statistics(
     logsumexp_penalty: Scalar,
     class_weights: ArrayLike | None,
 ) -> set[str]:
-    """Checks the options of `cross_entropy`; which statistics it needs."""
+    """Checks the options of `cross_entropy` and returns the statistics it needs."""
     function = source.function
     checks.require_scalar(function, "label_smoothing", label_smoothing, 0, 1)
     checks.require_scalar(function, "logsumexp_penalty", logsumexp_penalty, 0, math.inf)
@@ -98,7 +97,7 @@ def log_probability(rows: Rows) -> Float[Array, "*batch"]:
 def log_probability_of_labels(
     source: Source, labels: ArrayLike, where: ArrayLike | None
 ) -> Float[Array, "*batch"]:
-    """Of ids; 0 where `where` is False, NaN, or -inf for a label on no class."""
+    """Log-probabilities of class ids, with the special values of all losses."""
     names = ("lse", "label_logits")
     return log_probability(prepare(source, names, labels, where, distributions=False))
 
@@ -116,9 +115,9 @@ def of_log_prob(
     loss: Callable[[Array], Array],
     impossible: ArrayLike,
 ) -> Float[Array, "*shape"]:
-    """`loss` of -log p; `impossible` for p = 0 and NaN for NaN, without a slope there.
+    """`loss` of -log p; `impossible` for p = 0, NaN for NaN, neither with a gradient.
 
-    What is 0 for p = 1, with all the exceptions of `log_probability`, is a loss.
+    If `loss` is 0 at 0, the special values of `log_probability` become those of losses.
     """
     possible = log_prob > -jnp.inf  # False for NaN
     # 0 - x instead of -x: the loss of a certain label is 0, not -0.
@@ -159,7 +158,7 @@ def token_metrics(
     where: ArrayLike | None,
     class_weights: ArrayLike | None = None,
 ) -> TokenMetrics:
-    """Several compositions of the same statistics; `class_weights` is of the loss."""
+    """Several compositions of the same statistics; `class_weights` are of the loss."""
     checks.require_names(source.function, "metrics", metrics, METRICS)
     smoothing = (label_smoothing, logsumexp_penalty, class_weights)
     of_loss = cross_entropy_statistics(source, *smoothing)
@@ -186,7 +185,7 @@ def token_metrics(
 def with_exceptions(
     rows: Rows, impossible: Array | None, values: Array, limit: float
 ) -> Array:
-    """The values, but for the rows that have another by their order of precedence."""
+    """The values, replaced in rows with special values, in order of precedence."""
     if impossible is not None:
         values = jnp.where(impossible, limit, values)
     if rows.no_classes is not None:
@@ -197,5 +196,5 @@ def with_exceptions(
 
 
 def is_zero(value: Scalar) -> bool:
-    """Whether an option is statically off; a traced one is never off."""
+    """Whether an option is the Python number 0; a traced one is not."""
     return isinstance(value, int | float) and value == 0

@@ -22,13 +22,13 @@ def gather(
 ) -> Float[Array, "*batch L"]:
     r"""The final logits of each row at its own classes.
 
-    `jnp.take_along_axis(logits.materialize(), class_ids, -1)`, for candidates of a
-    row, contrasts with negatives, or a few probabilities (less `logsumexp`). Of a
-    linear head only these logits are computed.
+    It is `jnp.take_along_axis(logits.materialize(), class_ids, -1)`. Use it for
+    candidates of a row, contrasts with negatives, or a few probabilities (less
+    `logsumexp`). A linear head computes only these logits.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`; its
-            `implementation` and `gradient_filter_eps` mean nothing here.
+            `implementation` and `gradient_filter_eps` are ignored.
         class_ids: L ids in $[0, V)$ for each row, in any order, also repeated.
 
     Returns:
@@ -43,11 +43,10 @@ def gather(
         array in the logits.
     Cost: 2 N L D flop forward, 4 N L D backward, for N rows of D features, and the N L
         gathered rows of the weight, in blocks of at most 128 MiB. A weight narrower
-        than float32 takes a float32 array of its size where its gradient is summed, and
-        where there are several blocks.
-        `row_statistics` of several labels per row takes a pass over the vocabulary: it
-        is for label logits beside a logsumexp from the same products, and what is done
-        here for values other than those of a linear head or an array.
+        than float32 takes a float32 array of its size if its gradient is summed, or if
+        there are several blocks. Values other than those of a linear head or an array
+        take a pass of `row_statistics` over the vocabulary; use that for label logits
+        and the logsumexp of the same products.
     Source: the definition.
 
     Example:

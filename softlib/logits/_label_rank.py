@@ -1,4 +1,4 @@
-"""The place of a label among all classes, for recall at k and mean reciprocal rank."""
+"""The rank of a label among all classes, for recall at k and mean reciprocal rank."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Integer
@@ -17,7 +17,7 @@ def label_rank(
     *,
     where: Bool[Array, "..."] | None = None,
 ) -> Int[Array, "*batch"] | Int[Array, "*batch L"]:
-    """Counts the classes that come before the label: 0 for the most likely one.
+    """Number of classes that come before the label: 0 for the most likely one.
 
     Classes are ordered by descending logit, the lower class first on ties, so that rank
     0 is the class of `top1_correct`. The label is among the first k if its rank is
@@ -29,8 +29,8 @@ def label_rank(
         where: True for the rows that count; broadcasts to the batch shape.
 
     Returns:
-        int32 of the shape of `labels`: the rank; V, behind every class, for a label
-        outside $[0, V)$ or excluded by `class_where`; 0 where `where` is False.
+        The rank, int32 of the shape of `labels`; V for a label outside $[0, V)$ or
+        excluded by `class_where`; 0 where `where` is False.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.

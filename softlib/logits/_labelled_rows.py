@@ -1,7 +1,7 @@
-"""Rows of a source with their labels: what the compositions of losses compute with.
+"""Rows of a source with their labels: the numbers from which losses are composed.
 
-Here labels of every kind (an id, a distribution, several ids) become the same numbers
-per row, and rows that do not count are masked before any arithmetic.
+Labels of every kind (an id, a distribution, several ids) become the same numbers per
+row, and rows that do not count are masked before any arithmetic.
 """
 
 import dataclasses
@@ -25,21 +25,21 @@ from ._sources import LinearLogits, Source, StoredLogits, require_per_class
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Numbers per row of the source, with all that decides about exceptions."""
+    """Numbers per row of the source, and masks of rows with special values."""
 
     statistics: RowStatistics
     where: Bool[Array, "*batch"] | None
     labels: Int[Array, "*batch"] | None = None  # -1: outside the vocabulary
     outside: Bool[Array, "*batch"] | None = None  # a label outside the vocabulary
-    no_classes: Bool[Array, "..."] | None = None  # of each row or of all
-    # Where the label has probability 0 whatever the logits do: it is on an excluded
-    # class, or no class has a probability.
+    no_classes: Bool[Array, "..."] | None = None  # per row, or one for all rows
+    # The label has probability 0: it is on an excluded class, or no class of the row
+    # has a probability.
     impossible: Bool[Array, "*batch"] | None = None
-    infinite: Bool[Array, "*batch"] | None = None  # and it has a weight
+    infinite: Bool[Array, "*batch"] | None = None  # impossible, with a weight not 0
     class_weight: Float[Array, "*batch"] | None = None  # of the one label
     log_prob: Float[Array, "*batch"] | None = None  # of the one label, if it counts
-    # Sums of c_j (lse - z_j) over the classes: with what the labels ask of class j, and
-    # with the same for all classes (None without the statistic sum_logits).
+    # Sums of c_j (lse - z_j) over the classes: with the labels' masses c, and with the
+    # same mass for all classes (None without the statistic sum_logits).
     label_cost: Float[Array, "*batch"] | None = None
     uniform_cost: Float[Array, "*batch"] | None = None
 
@@ -49,11 +49,11 @@ class Rows:
 
     @property
     def massless(self) -> Bool[Array, "*batch"]:
-        """Marks rows in which no class has a probability, those without classes too."""
+        """True for rows in which no class has a probability, also without classes."""
         return massless(self.statistics)
 
     def counted(self, values: Array, bad: ArrayLike = 0) -> Array:
-        """0 where `where` is False."""
+        """The values, `bad` where `where` is False."""
         return values if self.where is None else jnp.where(self.where, values, bad)
 
 
@@ -66,10 +66,10 @@ def prepare(
     class_weights: ArrayLike | None = None,
     distributions: bool = True,
 ) -> Rows:
-    """Checks labels and `where`, masks the rows and takes the statistics of the rest.
+    """Checks labels and `where`, masks rows, and computes statistics of the others.
 
-    `names` must hold lse, and what the compositions below read beside it. With
-    `distributions` the labels may be floating if the logits are given.
+    `names` must hold lse and all other statistics that the loss reads. With
+    `distributions` the labels may be floating if the logits are stored.
     """
     function = source.function
     where = rows_that_count(source, where)
@@ -120,7 +120,7 @@ class Marked(NamedTuple):
     labels: Int[Array, "*batch"]  # -1: outside the vocabulary
     where: Bool[Array, "*batch"] | None
     excluded: Bool[Array, "*batch"] | None  # a label on an excluded class
-    no_classes: Bool[Array, "..."] | None  # of each row or of all
+    no_classes: Bool[Array, "..."] | None  # per row, or one for all rows
     class_weight: Float[Array, "*batch"] | None  # of the label
 
 
@@ -142,7 +142,7 @@ def mark(
 
 
 def without_classes(source: Source) -> Bool[Array, "..."] | None:
-    """The rows of which no class is selected; None: there is none."""
+    """True for rows without selected classes; None if there are no such rows."""
     if source.modifiers.class_where is None:
         return None
     return jnp.asarray(source.count_classes()) == 0
@@ -151,28 +151,26 @@ def without_classes(source: Source) -> Bool[Array, "..."] | None:
 def _with_label(
     others: RowStatistics, marked: Marked
 ) -> tuple[RowStatistics, Float[Array, "*batch"], Bool[Array, "*batch"]]:
-    """Statistics of all classes, from those without the label, and log p of the label.
+    """Statistics of all classes from those of the others, log p, and empty rows.
 
-    With the rows in which no class has a probability, known before the logarithm.
-
-    The difference lse - z_y is 0 as soon as the label is 17 nats above the others in
-    float32, and so is p_y - 1, its slope. softplus(lse of the others - z_y) is the same
-    number without cancellation: it and its slope, the others' probability, decay until
-    exp underflows.
+    In float32 lse - z_y is 0 once the label is 17 nats above the others, and so is its
+    slope, p_y - 1. softplus(lse of the others - z_y) is the same number without
+    cancellation: it and its slope, the others' probability, decay until exp underflows.
+    In an empty row no class has a probability; that is known before the logarithm.
     """
     assert others.lse is not None
     assert others.label_logits is not None
     counts = marked.labels >= 0
     if marked.excluded is not None:
         counts = counts & ~marked.excluded
-    # +inf makes its row NaN, in whatever class it is.
+    # A logit of +inf makes its row NaN, that of the label as any other.
     own = jnp.where(others.label_logits == jnp.inf, jnp.nan, others.label_logits)
     own = jnp.where(counts, own, -jnp.inf)
     empty = (others.lse == -jnp.inf) & (own == -jnp.inf)
     of_others, own = jnp.where(empty, 0, others.lse), jnp.where(empty, 0, own)
     # One logarithm for both: lse = max + rest and softplus(excess) = excess^+ + rest.
-    # The sides of each selection have the same value and slope at excess = 0, unlike
-    # those of a maximum and an absolute value: derivatives of any order are right.
+    # Both sides of each selection have the same value and slope at excess = 0, unlike
+    # those of a maximum or an absolute value: derivatives of any order are right.
     excess = jnp.where(counts, of_others - jnp.where(counts, own, 0), 0)
     ahead = excess > 0
     rest = _log1p_exp(jnp.where(ahead, -excess, excess))
@@ -188,8 +186,8 @@ def _with_label(
     return others._replace(lse=lse, mean_logit=mean), log_prob, empty
 
 
-# The rule spares programs with a gradient the exponential as a number that two kernels
-# share: the slope is one function of the argument.
+# By this rule the slope is a function of x alone; otherwise two kernels would share the
+# exponential, which XLA would store.
 @jax.custom_jvp
 def _log1p_exp(x: Array) -> Array:
     """log(1 + e^x) for x <= 0."""
@@ -246,9 +244,9 @@ def prepare_several(
     label_where: ArrayLike | None,
     class_weights: ArrayLike | None,
 ) -> Rows:
-    """`prepare` for class ids (*batch, L), whose costs are added with their weights.
+    """`prepare` for class ids (*batch, L), whose weighted costs are summed.
 
-    A row without a label that `label_where` keeps is one that does not count.
+    A row for which `label_where` keeps no label does not count.
     """
     function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
@@ -278,7 +276,7 @@ def prepare_several(
         weights = jnp.asarray(label_weights)
         checks.require_floating(function, label_weights=weights)
         checks.require_shape(function, "label_weights", weights, labels.shape, why)
-    # To the engine a label that is dropped is -1: no logit, no gradient.
+    # The engine ignores a label of -1: logit 0, no gradient.
     weights = jnp.where(kept, weights, 0).astype(_wide(weights))
     labels = jnp.where(kept, labels_in_range(labels, source.num_classes), -1)
     outside = kept & (labels < 0)
@@ -324,7 +322,7 @@ def impossible_labels(
     several: bool = False,
     empty: Bool[Array, "*batch"] | None = None,
 ) -> Bool[Array, "..."]:
-    """The labels on excluded classes, and all of a row without a probability."""
+    """True for labels on excluded classes, and in rows without a probability."""
     found = massless(statistics) if empty is None else empty
     if several:
         found = found[..., None]
@@ -365,7 +363,7 @@ def _uniform_cost(
     mass: Array | int,
     class_weights: Array | None,
 ) -> Float[Array, "*batch"] | None:
-    """The mean of lse - z_j over the selected classes, or of a_j times that."""
+    """Mass times the mean of lse - z_j over selected classes, weighted by a_j."""
     if statistics.sum_logits is None:
         return None
     if class_weights is None:
@@ -386,7 +384,7 @@ def _uniform_cost(
 def mean_cost(
     statistics: RowStatistics, classes: ArrayLike
 ) -> Float[Array, "..."] | None:
-    """The mean of lse - z_j over so many selected classes; 0 in a massless row."""
+    """Mean of lse - z_j over the selected classes; 0 in a massless row."""
     if statistics.sum_logits is None:
         return None
     total = jnp.where(massless(statistics), 0, statistics.sum_logits)
@@ -436,7 +434,7 @@ def impossible_masses(
     massless: Bool[Array, "*batch"],
     outside: Bool[Array, "*batch V"] | None,
 ) -> Bool[Array, "*batch"]:
-    """Rows with a mass on an excluded class, or with any where no class has one."""
+    """True for rows with mass on an excluded class, or with mass if massless."""
     found = massless[..., None]
     found = found if outside is None else found | outside
     return ((masses != 0) & found).any(-1)
@@ -453,7 +451,7 @@ def _summed(
     z: Float[Array, "*batch V"],
     outside: Bool[Array, "*batch V"] | None,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
-    """The sum of the coefficients, and of their products with the selected logits."""
+    """Sums of the coefficients, and of their products with the selected logits."""
     # A class without a coefficient adds 0 even if its logit is -inf.
     ignored = (coefficients == 0) & (z == -jnp.inf)
     if outside is not None:
@@ -468,6 +466,6 @@ def massless(statistics: RowStatistics) -> Bool[Array, "*batch"]:
 
 
 def _lse_to_compute_with(statistics: RowStatistics) -> Float[Array, "*batch"]:
-    """0 in a massless row."""
+    """The logsumexp; 0 in a massless row."""
     assert statistics.lse is not None
     return jnp.where(massless(statistics), 0, statistics.lse)

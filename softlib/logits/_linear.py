@@ -55,19 +55,19 @@ from ._source_rows import (
 
 
 class LinearLogits(ModifiedLogits):
-    r"""Logits of a linear head, a value that losses take and that is never formed.
+    r"""Logits of a linear head as a value for losses, without forming their array.
 
     Row by row, with $h$ the hidden features and $W$ the weight, the final logits are
 
     $$u = s\, h W^\top + b, \qquad z = \frac{c \tanh(u / c)}{T}$$
 
-    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out when it is
-    None. Whatever is asked of them visits $z$ in slices of the vocabulary: memory does
-    not grow with rows x classes, forward or backward. A model that returned logits
-    returns this value instead, and its losses stay as they are.
+    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out if None.
+    Losses and functions visit $z$ in slices of the vocabulary: memory does not grow
+    with rows x classes, forward or backward. A model returns this value instead of an
+    array of logits, and its losses do not change.
 
-    A pytree: arrays are leaves, all else is static. It passes through `jax.jit`,
-    `jax.grad` (whose result holds the gradients of hidden, weight and bias),
+    The value is a pytree: arrays are leaves, all else is static. It passes through
+    `jax.jit`, `jax.grad` (whose result holds the gradients of hidden, weight and bias),
     `jax.checkpoint` and `jax.shard_map`. For `jax.vmap` over rows give
     `in_axes=logits.batch_axes()`, which does not map the weight. Batch axes may be
     indexed and reshaped: `logits[:, :-1]` leaves out the last token. `materialize()`
@@ -107,7 +107,7 @@ class LinearLogits(ModifiedLogits):
         hidden, weight: As given.
         bias, scale, softcap, temperature, class_where: As given, numbers as arrays.
 
-    Derivatives: as what is asked of it; see `row_statistics`.
+    Derivatives: those of the function that takes it; see `row_statistics`.
     Cost: nothing by itself.
     Source: "Cut Your Losses in Large-Vocabulary Language Models".
 
@@ -182,7 +182,7 @@ class LinearLogits(ModifiedLogits):
         weight_name: str = "weight",
         **modifiers: Any,
     ) -> "LinearLogits":
-        """A checked head; errors call the weight what the function's user does."""
+        """Checked logits of a head; errors name `function` and `weight_name`."""
         require_known(function, modifiers, LinearHeadOptions.__optional_keys__)
         hidden, weight = jnp.asarray(hidden), jnp.asarray(weight)
         checks.require_floating(function, **{"hidden": hidden, weight_name: weight})
@@ -250,7 +250,7 @@ class LinearLogits(ModifiedLogits):
         )
 
     def counting(self, class_log_weights: Array) -> "LinearLogits":
-        """The same, with classes that stand for e^w each in every sum over p."""
+        """The logits with each class counted e^w times in every sum over p."""
         modifiers = self.modifiers._replace(class_log_weights=class_log_weights)
         return self.replaced(modifiers=modifiers)
 
@@ -265,7 +265,7 @@ class LinearLogits(ModifiedLogits):
 
     @property
     def own_classes(self) -> int:
-        """The classes of this device."""
+        """Number of classes on this device."""
         if self.weight.ndim != 2:
             raise ValueError(
                 f"{self.function}: `weight` must have 2 axes, got shape "
@@ -313,7 +313,7 @@ class LinearLogits(ModifiedLogits):
         return {**own, **shown_modifiers(self.modifiers, self.options)}
 
     def masked(self, where: Bool[Array, "*batch"] | None) -> "LinearLogits":
-        """Rows that do not count become zeros before any arithmetic: 0 * NaN is NaN."""
+        """The logits with rows of zeros that do not count: 0 * NaN would be NaN."""
         if where is None:
             return self
         return self.replaced(
@@ -338,8 +338,8 @@ class LinearLogits(ModifiedLogits):
 
         def of_rows(spec: PartitionSpec) -> tuple[Any, ...] | None:
             if any(jax.typeof(self.weight).sharding.spec[1 - options.vocab_axis :][:1]):
-                # The features are divided: the compiler gathers slices of the weight,
-                # and no device ever holds all of it.
+                # Features are sharded: the compiler gathers slices of the weight, and
+                # no device holds all of it.
                 return None
             return _of_own_rows(arrays, spec)
 
@@ -364,7 +364,7 @@ class LinearLogits(ModifiedLogits):
             of_weight = jax.typeof(self.weight).sharding.spec
             return row_specs(options, self.batch_shape, labels, spec), of_weight
 
-        # The weight is a result for all devices, not for the rows of one.
+        # The weight is returned for all devices, not for the rows of one.
         arrays = (self.hidden, self.weight, labels, self.modifiers)
         found, weight = in_auto_mode(engine, specs, *arrays)
         return self._of_all_devices(found, names), self.replaced(weight=weight)
@@ -372,7 +372,7 @@ class LinearLogits(ModifiedLogits):
     def _asked_of_device(
         self, names: Sequence[str], labels: Array | None
     ) -> tuple[Options, Array | None]:
-        """What a device's own classes are asked, and the labels as ids among these."""
+        """Options for the classes of this device, and labels as ids among these."""
         _check_filtered(self.function, names, self.options)
         if self.axis_name is None:
             return self.options.including(*names), labels
@@ -394,7 +394,7 @@ class LinearLogits(ModifiedLogits):
         return only(found, self.options.including(*names))
 
     def local_labels(self, labels: Array) -> Array:
-        """The labels as ids among this device's classes, or outside their range."""
+        """Labels as ids among this device's classes; others are out of range."""
         if self.axis_name is None:
             return labels
         return labels - first_class(self.axis_name, self.own_classes)
@@ -419,17 +419,17 @@ class LinearLogits(ModifiedLogits):
         loss: sum_with_gradients.RowLoss,
         terms: sum_with_gradients.RowTerms,
     ) -> Array:
-        """The sum over all rows of a loss, with gradients in the forward pass.
+        """Sum of a loss over all rows, with gradients computed in the forward pass.
 
-        In `loss` and `terms` the batch is one axis of rows, and `label_logits` have one
-        more.
+        In `loss` and `terms` the batch is one axis of rows; `label_logits` have one
+        axis more.
         """
         _check_filtered(self.function, names, self.options)
         batch, options = self.batch_shape, self.options.including(*names)
 
         def engine(hidden, weight, labels, modifiers, terms):
-            part = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
-            head = part.operand(labels)
+            own = self.replaced(hidden=hidden, weight=weight, modifiers=modifiers)
+            head = own.operand(labels)
             flat = lambda tree: jax.tree.map(
                 lambda a: collapsed(jnp.asarray(a), batch), tree
             )
@@ -469,7 +469,7 @@ def _require_axis(function: str, axis_name: AxisName) -> None:
 
 
 def _of_own_rows(arrays: tuple[Any, ...], spec: PartitionSpec) -> tuple[Any, ...]:
-    """Specs that divide hidden, and what there is per row, by rows alone."""
+    """Specs that divide hidden, and arrays per row, by rows only."""
     hidden, _, labels, label_logits, modifiers = arrays
     rows = PartitionSpec(*spec[: hidden.ndim - 1])
     per_row = functools.partial(jax.tree.map, lambda _: rows)

@@ -1,4 +1,4 @@
-"""Logits of a linear head whose weight has a low-rank change, never added to it."""
+"""Logits of a linear head with a low-rank change of its weight, never added to it."""
 
 from typing import Any
 
@@ -24,9 +24,9 @@ class LoRALogits(BlockwiseLogits):
 
     $$h W^\top + a\, (h A) B.$$
 
-    Neither the change $A B$ nor its sum with the weight exists, and $h A$ is computed
-    once for each row. Under a derivative by the factors and the hidden features alone
-    nothing of the weight's size is made: a frozen weight is read, and no more.
+    Neither the change $A B$ nor its sum with the weight is formed, and $h A$ is
+    computed once for each row. If only the factors and the hidden features are
+    differentiated, no array of the weight's size is made: a frozen weight is only read.
 
     Args:
         hidden: Inputs of the head.
@@ -35,7 +35,7 @@ class LoRALogits(BlockwiseLogits):
         lora_b: The second factor (r, V), as `lora_b` of `flax.nnx.LoRA`.
         vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
         lora_scale: Multiplies the change; a number or a scalar array, differentiable.
-            Of an adapter with a number alpha it is alpha / r.
+            For an adapter with a number alpha it is alpha / r.
         bias: Added to the scaled logits, one number per class; -inf is legal.
         scale: Multiplies the sum of both products; a number, or an array that is a
             scalar or one value per row, differentiable.
@@ -58,8 +58,8 @@ class LoRALogits(BlockwiseLogits):
         lora_scale: As given, a number as an array.
         bias, scale, softcap, temperature, class_where: As given, numbers as arrays.
 
-    Derivatives: as what is asked of it, with respect to every floating array; see
-        `row_statistics`.
+    Derivatives: those of the function that takes it, with respect to every floating
+        array; see `row_statistics`.
     Cost: that of `LinearLogits` and of a product with r features; plain JAX on all
         platforms.
     Source: "LoRA: Low-Rank Adaptation of Large Language Models".
@@ -156,7 +156,7 @@ class LoRALogits(BlockwiseLogits):
 
 
 class _Reduced(BlockwiseLogits):
-    """The same logits, where the hidden features have met the first factor."""
+    """`LoRALogits` with the product of hidden and the first factor computed."""
 
     of_rows, of_classes = ("hidden", "reduced"), ("weight", "lora_b")
     static_fields = ("vocab_axis", "precision")
@@ -187,7 +187,7 @@ def _require_factors(
     lora_a: Array,
     lora_b: Array,
 ) -> None:
-    """Two factors whose product has the shape of the weight, seen as (D, V)."""
+    """Requires two factors whose product has the shape (D, V) of the weight."""
     LinearLogits.of(name, hidden, weight, vocab_axis=vocab_axis)  # raises
     checks.require_floating(name, lora_a=lora_a, lora_b=lora_b)
     features = hidden.shape[-1]

@@ -1,4 +1,4 @@
-"""Values that are raw logits and what turns them into final ones."""
+"""The base of values that hold raw logits and modifiers of them."""
 
 import abc
 import dataclasses
@@ -26,7 +26,7 @@ from ._value import AbstractLogits
 
 
 class ModifiedLogits(AbstractLogits):
-    """Raw logits and what turns them into final ones."""
+    """Raw logits, and modifiers that turn them into final logits."""
 
     function: str
     modifiers: Modifiers
@@ -36,7 +36,7 @@ class ModifiedLogits(AbstractLogits):
 
     @abc.abstractmethod
     def layout(self) -> Any:
-        """The same tree with a `Layout` in the place of each array."""
+        """The same tree with a `Layout` instead of each array."""
 
     @abc.abstractmethod
     def block(self) -> Array:
@@ -54,12 +54,12 @@ class ModifiedLogits(AbstractLogits):
 
     @property
     def own_classes(self) -> int:
-        """The classes of this device."""
+        """Number of classes on this device."""
         return self.num_classes
 
     @property
     def per_row(self) -> Array:
-        """One of the arrays that begin with the batch."""
+        """An array whose first axes are the batch."""
         return next(a for layout, a in arrays_of(self) if layout.rows)
 
     def over_rows[L](self: L, function: Callable[[Array], Array]) -> L:
@@ -71,14 +71,14 @@ class ModifiedLogits(AbstractLogits):
     def chained_statistics[L](
         self: L, names: Sequence[str], labels: Array | None = None
     ) -> tuple[RowStatistics, L]:
-        """The statistics, and the same logits for the next term of a loss.
+        """The statistics, and the logits for the next term of a loss.
 
-        Terms that are chained so share one gradient of a weight, which each adds to.
+        Terms that are chained in this way add to one gradient of the weight.
         """
         return _statistics_and_value(self, names, labels)
 
     def top_classes(self, count: int) -> tuple[Array, Array]:
-        """The greatest logits of this device's classes, and these; no gradient."""
+        """The greatest logits of this device's classes, and their ids; no gradient."""
 
         def engine(_, value):
             operand = match_varying(value.operand())
@@ -116,7 +116,7 @@ class ModifiedLogits(AbstractLogits):
         return self.modifiers.class_where
 
     def without_labels[L](self: L) -> L:
-        """The same, but lse, mean_logit and sum_softplus leave the labels out."""
+        """The logits with lse, mean_logit and sum_softplus that leave labels out."""
         return _without_labels(self)
 
 
@@ -143,9 +143,9 @@ def _batch_axes(value: Any, of_rows: Any, of_all: Any) -> Any:
 
 
 def blocks_of(value: Any, labels: Array | None, label_logits: Array | None) -> Blocks:
-    """The operands of any value, which is asked for its logits block by block."""
+    """The operands of a value that computes its logits block by block."""
     batch, shape = value.batch_shape, value.shape
-    # What does not change a block is not part of the key of a compiled program.
+    # Fields that do not change a block are left out of the keys of compiled programs.
     bare = value.replaced(
         function="", modifiers=NO_MODIFIERS, options=Options(()), implementation=None
     )

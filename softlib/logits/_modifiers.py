@@ -1,4 +1,4 @@
-"""Arguments that turn raw logits into final ones: checked, whatever the source is."""
+"""Checks of the arguments of all sources that turn raw logits into final ones."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def checked_modifiers(
 def checked_per_row(
     function: str, name: str, value: ArrayLike | None, batch: Shape, dtype: Any
 ) -> Array | None:
-    """A number for all rows, or one for each; a temperature is positive."""
+    """A checked number for all rows, or one for each; a temperature is positive."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -96,7 +96,7 @@ def checked_options(function: str, softcap: float | None) -> Options:
 
 
 def shown_modifiers(modifiers: Modifiers, options: Options) -> dict[str, Any]:
-    """By the names under which a value is given them."""
+    """The modifiers by the names of the arguments."""
     return {
         "bias": modifiers.bias,
         "scale": modifiers.scale,

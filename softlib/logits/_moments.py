@@ -20,11 +20,11 @@ from ._top_k import require_forward_stream
 
 
 class Moments(NamedTuple):
-    r"""Moments of $-\log p$ per row, in nats; None above the order that was asked for.
+    r"""Moments of $-\log p$ per row, in nats; None above the requested order.
 
     Attributes:
         mean: The entropy of the row.
-        variance: Of $-\log p$ around it.
+        variance: The variance of $-\log p$.
         third: The third central moment.
         fourth: The fourth central moment.
 
@@ -47,14 +47,14 @@ class Moments(NamedTuple):
 def moments(logits: Logits, *, order: int = 2) -> Moments:
     r"""Mean and central moments of $-\log p$ for a class that is drawn from the row.
 
-    What a token costs when it is drawn from the model: its mean is the entropy $H$, and
-    with the variance the log-probability of a whole text can be tested against what
-    the model would write. $\mu_k = \sum_j p_j (-\log p_j - H)^k$.
+    The central moments are $\mu_k = \sum_j p_j (-\log p_j - H)^k$ around the entropy
+    $H$, the mean. With mean and variance, test whether the log-probability of a text is
+    typical of texts that the model writes.
 
-    Nothing cancels: probabilities are relative to the greatest one, whose own share is
-    never subtracted from 1, and sums are taken around a mean known beforehand, so that
-    the rounding of that mean enters squared. A certain row has moments near 0, not
-    near the rounding of its logits; equally likely classes have variance 0.
+    Nothing cancels: probabilities are relative to the greatest one, which is never
+    subtracted from 1. Sums are taken around a mean computed before, so that its
+    rounding enters squared. A certain row has moments near 0, not near the rounding of
+    its logits; equally likely classes have variance 0.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -109,7 +109,7 @@ def moments(logits: Logits, *, order: int = 2) -> Moments:
     rest, *powers = in_auto_mode(summed, specs, value.per_row, value, known, first)
     if axis_name is not None:
         rest, *powers = lax.psum((rest, *powers), axis_name)
-    # About the shift, then about the mean, which is next to it.
+    # Moments about the shift, then about the mean, which is close to it.
     d, *others = (power / (1 + rest) for power in powers)
     mean = jnp.log1p(rest) + (known.shift + d)
     central = [mean]

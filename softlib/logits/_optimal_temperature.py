@@ -1,7 +1,7 @@
-r"""The temperature that a row of logits asks for: that of the robust cross-entropy.
+r"""The temperature of a row of logits that minimises the robust cross-entropy.
 
-It is the root of a divergence from the uniform distribution, found by passes over the
-vocabulary and differentiated by the implicit function theorem.
+It is the root of a function of the divergence from the uniform distribution, found by
+passes over the vocabulary and differentiated by the implicit function theorem.
 """
 
 import functools
@@ -35,38 +35,36 @@ def optimal_temperature(
 ) -> Float[Array, "*batch"]:
     r"""The temperature that minimises the robust loss of each row.
 
-    The root of $\mathrm{KL}(\mathrm{softmax}(z / \tau) \,\|\, u) = \rho$, which falls
-    with $\tau$, or the end of $[\tau_{\min}, \tau_{\max}]$ next to it: $\tau_{\min}$
-    for a row that is flat even there, $\tau_{\max}$ for one that is peaked even there.
-    It does not depend on the label.
+    It is the root of $\mathrm{KL}(\mathrm{softmax}(z / \tau) \,\|\, u) = \rho$, clipped
+    to $[\tau_{\min}, \tau_{\max}]$. The divergence falls with $\tau$: flat rows get
+    $\tau_{\min}$, peaked rows $\tau_{\max}$. It does not depend on the label.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
         temperature_min: The least temperature, positive; a number or a traced scalar.
-        temperature_max: The largest.
-        num_steps: Static number of passes over the vocabulary beside the two ends;
+        temperature_max: The largest temperature; a number or a traced scalar.
+        num_steps: Static number of passes over the vocabulary besides the two ends;
             None: 12 for a linear head, 20 for an array. Convergence is faster than
-            linear: 12 leave nothing to gain in float32 in a range of a factor 10,000.
+            linear: 12 reach float32 rounding in a range of a factor 10,000.
 
     Returns:
         One temperature per row, float32 (float64 if an argument is float64); NaN for a
         row with a NaN, the least for one without classes.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown or
-            `temperature`, which is what is looked for.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together, an option is out of range, or the logits
+            have a temperature.
         NotImplementedError: No implementation that was named can run, or a second
-            derivative is asked for.
+            derivative of a linear head is taken.
 
     Derivatives: by the implicit function theorem: with $x = z / \tau$ and $w$ its
         softmax, $\partial \tau / \partial z_j = w_j (x_j - \mathrm{E}_w x) /
         \mathrm{Var}_w x$ and $\partial \tau / \partial \rho = -\tau / \mathrm{Var}_w
-        x$; at an end of the range that of the end. Of an array in forward and reverse
-        mode, any order. Of a linear head the first, in reverse mode: a second one would
-        differentiate the variance, which is itself read off a backward pass, and hence
-        keep every tile, O(N V); `materialize()` asks for no more.
+        x$; at an end of the range that of the end. For an array in forward and reverse
+        mode, any order. For a linear head the first derivative, in reverse mode: a
+        second one would keep every tile, O(N V), as `materialize()` does.
     Cost: `num_steps` + 3 forward passes of `row_statistics`; with a derivative two
         backward passes.
     Source: "To Cool or not to Cool? Temperature Network Meets Large Foundation Models
@@ -118,7 +116,7 @@ def _of_head(
     ends = lax.stop_gradient((jnp.log(low), jnp.log(high)))
     log_tau, slope = _root(lax.stop_gradient(source), fixed, *ends, num_steps)
     inside = (ends[0] < log_tau) & (log_tau < ends[1])
-    # KL is the variance of the logits near a flat row; no root has a slope of 0.
+    # Near a flat row KL is half the variance of z / tau; a slope of 0 is no root's.
     inside = inside & (slope < -jnp.finfo(slope.dtype).tiny)
     (rho,) = cast(source.dtype, rho)
     found = _implicit(log_tau, _excess(source, rho, log_tau), slope, inside)
@@ -132,17 +130,17 @@ def _of_head(
 def _root(
     source: Source, rho: Array, first: Array, last: Array, num_steps: int
 ) -> tuple[Array, Array]:
-    """The logarithms of the temperatures, and the slopes of the excess there."""
+    """Logarithms of the temperatures, and slopes of the excess there."""
     excess = functools.partial(_excess, source, rho)
     log_tau = decreasing_root(excess, first, last, num_steps)
     return log_tau, jax.grad(lambda log_tau: excess(log_tau).sum())(log_tau)
 
 
 def _excess(source: Source, rho: Scalar, log_tau: Array) -> Array:
-    """KL from the uniform distribution, minus rho."""
+    """KL divergence from the uniform distribution, minus rho."""
     modifiers = source.modifiers._replace(temperature=jnp.exp(log_tau))
-    cooled = source.replaced(modifiers=modifiers)
-    found = cooled.statistics(("lse", "mean_logit"))
+    divided = source.replaced(modifiers=modifiers)
+    found = divided.statistics(("lse", "mean_logit"))
     assert found.lse is not None
     assert found.mean_logit is not None
     divergence = log_classes(source) - (found.lse - found.mean_logit)
@@ -190,7 +188,7 @@ def _temperature_jvp(num_steps, primals, tangents):
 
 
 def _moments(z: Array, tau: Array) -> tuple[Array, Array, Array, Array]:
-    """Softmax, scaled logits, their mean under it, and which entries are there."""
+    """Softmax, scaled logits, their mean under it, and a mask of finite logits."""
     finite = z != -jnp.inf  # NaN counts, and makes its row NaN
     x = jnp.where(finite, z / tau[..., None], -jnp.inf)
     w = jnp.where(finite.any(-1, keepdims=True), jax.nn.softmax(x), 0)
@@ -200,7 +198,7 @@ def _moments(z: Array, tau: Array) -> tuple[Array, Array, Array, Array]:
 
 @jax.custom_vjp
 def _implicit(log_tau: Array, excess: Array, slope: Array, inside: Array) -> Array:
-    """`log_tau` with the slope of the root: minus that of excess over `slope`."""
+    """`log_tau` with the derivative of the root: that of excess over -`slope`."""
     return log_tau
 
 
@@ -219,7 +217,7 @@ _implicit.defvjp(_implicit_forward, _implicit_backward)
 
 @jax.custom_jvp
 def _once(slope: Array, excess: Array) -> Array:
-    """The slope, as long as nobody differentiates what it depends on."""
+    """The slope; differentiating it raises."""
     return slope
 
 

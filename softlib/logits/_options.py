@@ -1,7 +1,6 @@
 """The options of a linear head that a loss passes on: keywords of `LinearLogits.of`.
 
-What each means is written in `linear_softmax_cross_entropy` and, for the layout of the
-stream, in `row_statistics`.
+`linear_softmax_cross_entropy` explains them and `row_statistics` those of the stream.
 """
 
 from collections.abc import Collection, Iterable
@@ -19,7 +18,7 @@ from softlib.typing import (
 
 
 class LinearHeadOptions(TypedDict, total=False):
-    """What a head is given besides its arrays: modifiers, and how it is computed."""
+    """Options of a head besides its arrays: modifiers, and those of the computation."""
 
     bias: Array | None
     scale: PerRow | None
@@ -40,7 +39,7 @@ def require_known(
     names: Iterable[str],
     known: Collection[str],
 ) -> None:
-    """A misspelt keyword of `**options` is an error, as in any other signature."""
+    """Raises for a misspelt keyword of `**options`, as any other signature does."""
     for name in names:
         if name not in known:
             options = ", ".join(sorted(known))

@@ -1,7 +1,6 @@
-"""Two sources over one vocabulary: what divergences are computed from.
+"""Pairs of sources over one vocabulary, from which divergences are computed.
 
-As in `_sources`, arguments are checked here, and nobody else needs to know whether
-logits exist.
+Arguments are checked here. Callers need not know whether the logits are formed.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ from ._stored import StoredLogits
 
 @dataclasses.dataclass(frozen=True)
 class SourcePair:
-    """The second source is the target: the teacher, the reference."""
+    """Two sources; the second is the target: a teacher or a reference."""
 
     own: Source
     target: Source
@@ -47,14 +46,14 @@ class SourcePair:
         target_logits: Logits,
         second: str = "target_logits",
     ) -> "SourcePair":
-        """Checked sources; errors call the second what the function's user does."""
+        """Checked sources; errors name `function`, and the target `second`."""
         own = source_of(function, logits)
         target = source_of(function, target_logits, second)
         _require_alike(own, target, second)
         return cls(own, target)
 
     def at_temperature(self, temperature: ArrayLike) -> "SourcePair":
-        """The pair whose logits, both, are divided by it."""
+        """The pair with the logits of both divided by a temperature."""
         own, target = (
             with_temperature(source, temperature) for source in (self.own, self.target)
         )
@@ -65,9 +64,9 @@ class SourcePair:
         return self.own.function
 
     def with_constant_target(self) -> "SourcePair":
-        """No gradient reaches what the target's logits come from.
+        """The pair with a target that has no gradient.
 
-        The temperature that divides them is no part of the target: it is shared.
+        Its temperature keeps its gradient, because both sources share it.
         """
         constant = lax.stop_gradient(self.target)
         temperature = self.target.modifiers.temperature
@@ -84,9 +83,10 @@ class SourcePair:
         excluded_labels: Integer[Array, "..."] | None = None,
         where: ArrayLike | None = None,
     ) -> Float[Array, "*batch"]:
-        """Of the target from the own distribution, or reversed; 0 where not `where`.
+        """Divergence of the target from the first source, or the reverse, per row.
 
-        Both are normalised over the classes other than the row's `excluded_labels`.
+        Both are normalised over the classes other than the row's `excluded_labels`. It
+        is 0 where `where` is False.
         """
         where = rows_that_count(self.own, where)
         own, target = self.own.masked(where), self.target.masked(where)
@@ -182,7 +182,7 @@ def _require_alike(own: Source, target: Source, name: str) -> None:
 def _checked_exclusions(
     source: Source, labels: ArrayLike
 ) -> Integer[Array, "*batch L"]:
-    """Ids (*batch, L), -1 for one that is no class: nothing to exclude."""
+    """Ids (*batch, L); -1 for one outside the classes, which excludes nothing."""
     function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
     checks.require_integer(function, excluded_labels=labels)

@@ -1,8 +1,8 @@
-"""The labels that a row has among many: a mask over the classes, or a list of ids.
+"""The positives of a row among many classes: a mask over the classes, or ids.
 
-Both become the same numbers per row: logits of the positives with their weights, and
-statistics of the classes that are none. The two are kept apart from the start: what a
-loss near 0 depends on is lost in a sum over all classes.
+Both become the same numbers per row: logits and weights of the positives, and
+statistics of the other classes. These are separate from the start, because a sum over
+all classes would lose the digits on which a loss near 0 depends.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ._sources import Source, StoredLogits
 
 @dataclasses.dataclass(frozen=True)
 class Positives:
-    """One entry per class or per id of a list; `present` says which are positives.
+    """Entries per class or per id of a list; `present` is True for positives.
 
     A row that `where` drops has none.
     """
@@ -43,7 +43,7 @@ class Positives:
         *,
         required: bool,
     ) -> "Positives":
-        """With `required`, a row without positives is one that does not count."""
+        """Checked positives; with `required` rows without positives do not count."""
         function, batch = source.function, source.batch_shape
         positives = jnp.asarray(positives)
         where = rows_that_count(source, where)
@@ -69,7 +69,7 @@ class Positives:
     def weights(
         self, source: Source, weights: ArrayLike | None, *, total: bool = False
     ) -> Float[Array, "*batch M"]:
-        """As given, or equal ones that sum to 1, or are 1; 0 where is no positive."""
+        """The given weights, or equal ones of sum 1 or, if `total`, each 1."""
         if weights is None:
             ones = self.present.astype(source.dtype)
             if total:
@@ -89,10 +89,10 @@ class Positives:
     def statistics(
         self, source: Source, names: Sequence[str]
     ) -> tuple[RowStatistics, Float[Array, "*batch M"]]:
-        """Of the classes that are no positives; and the logits of the positives.
+        """Statistics of the classes that are not positives; logits of the positives.
 
-        The logit of a positive on an excluded class is -inf; that of what is no
-        positive is 0. A positive of +inf is NaN.
+        The logit of a positive on an excluded class is -inf, that of an entry that is
+        not a positive 0. +inf becomes NaN.
         """
         source = source.masked(self.where)
         classes = source.modifiers.class_where
@@ -116,19 +116,19 @@ class Positives:
         return found, jnp.where(logits == jnp.inf, jnp.nan, logits)
 
     def of_some_class(self, source: Source) -> Bool[Array, "*batch M"]:
-        """The positives of the rows that have a class."""
+        """True for positives in rows that have a class."""
         nothing = without_classes(source)
         if nothing is None:
             return self.present
         return self.present & ~(nothing[..., None] if nothing.ndim else nothing)
 
     def sum(self, weights: Array, costs: Array) -> Float[Array, "*batch"]:
-        """The weighted costs of the positives, each finite or +inf or NaN."""
-        # A row of infinite cost has no gradient; without a weight no cost is infinite.
+        """Weighted sum of the positives' costs, which may be +inf or NaN."""
+        # A row of infinite cost has no gradient. An infinite cost of weight 0 is 0.
         infinite = costs == jnp.inf
         used = self.present & (weights != 0)
-        # The derivative in a weight of 0 is the cost, so that it is no reason to drop
-        # one; a NaN has none.
+        # A finite cost of weight 0 is kept: it is the derivative in the weight. A NaN
+        # of weight 0 is dropped.
         finite = self.present & ~infinite & (used | ~jnp.isnan(costs))
         terms = jnp.where(finite, weights, 0) * jnp.where(finite, costs, 0)
         loss = terms.sum(-1)
@@ -137,7 +137,7 @@ class Positives:
         return jnp.where(limit == 0, loss, jnp.copysign(jnp.inf, limit))
 
     def exceptions(self, loss: Array) -> Float[Array, "*batch"]:
-        """NaN for an id that is no class, 0 where `where` is False."""
+        """The loss with NaN for an id outside the classes, 0 where `where` is False."""
         if self.outside is not None:
             loss = jnp.where(self.outside, jnp.nan, loss)
         return loss if self.where is None else jnp.where(self.where, loss, 0)

@@ -1,4 +1,4 @@
-"""Rows of logits reduced to a few numbers: what everything else is composed of."""
+"""Statistics of rows of logits, of which losses and metrics are composed."""
 
 from collections.abc import Sequence
 
@@ -24,21 +24,21 @@ def row_statistics(
     *,
     statistics: Sequence[str] | None = None,
 ) -> RowStatistics:
-    r"""A few numbers per row of logits, whether or not these are formed.
+    r"""A few numbers per row of logits, formed or not.
 
     Logits of a linear head are visited in slices of the vocabulary and reduced to the
-    `statistics` asked for; memory does not grow with rows x vocabulary, forward or
-    backward. Any loss that sees a row of logits only through these numbers is plain JAX
-    on small arrays, and inherits memory and gradients.
+    named `statistics`; memory does not grow with rows x vocabulary, forward or
+    backward. A loss that depends on a row only by these numbers is plain JAX on small
+    arrays; its gradient streams too.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids, one per row or `L` per row, for the statistics of labels
-            (`label_logits`, `label_rank`). In the former an id outside
-            $[0, V)$ gives the label logit 0 and no gradient, so lists may be padded. A
-            label on a class that `class_where` excludes still has its own finite logit.
-        statistics: Static names out of the fields of `RowStatistics`. None asks for
-            `lse`, and for `label_logits` if labels are given.
+            (`label_logits`, `label_rank`). An id outside $[0, V)$ has the label logit 0
+            and no gradient, so lists may be padded. A label on a class that
+            `class_where` excludes still has its own finite logit.
+        statistics: Static names out of the fields of `RowStatistics`. None: `lse`, and
+            `label_logits` if labels are given.
 
     Returns:
         `RowStatistics` of the batch shape (`label_logits`, `label_rank`: the shape of
@@ -49,7 +49,7 @@ def row_statistics(
     Raises:
         TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together, a name is unknown, or a gradient filter
-            meets a statistic in which all classes have a part (mean, sums).
+            meets a statistic to which all classes contribute (mean, sums).
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: reverse mode of any order and forward over reverse (Hessian-vector
@@ -64,23 +64,22 @@ def row_statistics(
         `hidden` is then off by at most $\sum_j |s / T|\, e_j \lVert W_j \rVert$ over
         dropped classes, $e_j = \epsilon |g_\mathrm{lse}|$, for the label's own class
         $\epsilon |g_\mathrm{lse}| + |g_\mathrm{lse} + g_\mathrm{label}|$; those of
-        bias, scale and temperature stay exact. It makes training push rare classes down
-        less: for fine-tuning, not for pretraining.
-    Cost: of an array, one pass forward and one backward that writes its gradient. Of a
-        linear head with N rows 2 N V D flop forward and 6 N V D backward; scratch of a
-        few tiles of at most 8 MiB and, where `hidden` is narrower than float32, its
+        bias, scale and temperature stay exact. Training then pushes rare classes down
+        less: use it for fine-tuning, not for pretraining.
+    Cost: for an array, one pass forward and one backward that writes its gradient. For
+        a linear head with N rows, 2 N V D flop forward and 6 N V D backward; scratch of
+        a few tiles of at most 8 MiB and, if `hidden` is narrower than float32, its
         gradient in float32. The gradient of `scale` adds two tiles, as does that of
         `temperature` for narrow operands, a bias, a softcap or a gradient filter;
-        elsewhere it follows from that of `hidden`. Kept for the backward pass: the
+        otherwise it follows from that of `hidden`. Kept for the backward pass: the
         arguments and O(N) numbers; for up to 2048 rows of 256 features or more also
-        products of the first classes, at most three quarters of them and 96 MiB. Of
-        logits of 8 MiB at most (and for a weight narrower than float32 at most 2^21
-        numbers) all are stored instead, and the backward pass takes 4 N V D flop.
-        `label_rank` costs a second stream. A reverse-over-reverse derivative stores the
-        tiles, O(N V).
-    Source: "Cut Your Losses in Large-Vocabulary Language Models". Here any statistic
-        has a cotangent of its own, label logits come from the tile that enters the
-        logsumexp, and no gradient is filtered unless asked for.
+        products of the first classes, at most three quarters of them and 96 MiB. Logits
+        of at most 8 MiB (for a weight narrower than float32 at most 2^21 numbers) are
+        all stored instead, and the backward pass takes 4 N V D flop. `label_rank` costs
+        a second stream. A reverse-over-reverse derivative stores the tiles, O(N V).
+    Source: "Cut Your Losses in Large-Vocabulary Language Models". Deviations: every
+        statistic has a cotangent, label logits come from the tile that enters the
+        logsumexp, and no gradient is filtered by default.
 
     Example:
         >>> table = jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
@@ -110,7 +109,7 @@ def row_statistics(
 def logsumexp(
     logits: Logits, *, where: Bool[Array, "..."] | None = None
 ) -> Float[Array, "*batch"]:
-    r"""The logarithm of the sum of the exponentials of each row of logits.
+    r"""Logarithm of the sum of exponentials of each row of logits.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -147,8 +146,8 @@ def entropy(
 
     $$H = -\sum_j p_j \log p_j = \mathrm{lse} - \sum_j p_j z_j$$
 
-    Differentiable: an entropy bonus or a confidence penalty is this times a number. A
-    logit of -inf adds 0.
+    An entropy bonus or a confidence penalty is a multiple of it. A logit of -inf adds
+    0.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -182,9 +181,9 @@ def entropy(
 def statistics_and_ranks(
     source: Source, names: Sequence[str], labels: Int[Array, "..."]
 ) -> RowStatistics:
-    """The statistics with label_rank, in two streams.
+    """Statistics with label_rank, in two streams.
 
-    To count the classes before a label, the second must know the label's logit.
+    The second stream counts classes before a label, whose logit the first one finds.
     """
     others = [name for name in names if name != "label_rank"]
     found = source.statistics([*others, "label_logits"], labels)
@@ -200,7 +199,7 @@ def statistics_and_ranks(
 
 
 def checked_labels(source: Source, labels: ArrayLike) -> Int[Array, "..."]:
-    """Class ids, one or several per row; -1 out of range, and in a row of no class."""
+    """Checked class ids; -1 if out of range, or in a row without classes."""
     function, batch = source.function, source.batch_shape
     labels = jnp.asarray(labels)
     checks.require_integer(function, labels=labels)

@@ -1,4 +1,4 @@
-"""Rows with their labels, for a loss of one's own: the edge rules are obeyed here."""
+"""Rows of logits with labels, for user-defined losses that obey all edge rules."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from ._sources import Logits, Source, require_per_class, source_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-    r"""Numbers per row of logits with one label each, and what becomes of exceptions.
+    r"""Numbers per row of logits with one label each, and masks of special rows.
 
-    Compute with the numbers as if every row were usual; `finish` puts in what the rows
-    get that are not. `softlib.logits.labelled_rows` makes it.
+    Compute a loss from the numbers as if every row were usual; `finish` sets the values
+    of special rows. `softlib.logits.labelled_rows` makes it.
 
     Args:
-        log_prob: $\log p_y$; finite, and without a gradient, in a row where it has no
-            meaning.
+        log_prob: $\log p_y$; in a row where it is undefined, finite and without a
+            gradient.
         lse: Logsumexp; 0 in a row without a probability.
-        statistics: The `RowStatistics` that were asked for.
+        statistics: The named `RowStatistics`.
         source: The logits, checked.
-        rows: What decides about exceptions.
+        rows: Masks of the rows with special values.
 
     Derivatives: as `row_statistics`.
     Cost: a few numbers per row.
@@ -51,10 +51,10 @@ class LabelledRows:
 
     @array_arguments
     def at_labels(self, per_class: Float[Array, " V"]) -> Float[Array, "*batch"]:
-        """Looks up a number per class at each label; 1 for a label that is no class.
+        """Looks up a number per class at each label; 1 for a label outside the classes.
 
         Args:
-            per_class: One number per class, of this device's if they are divided.
+            per_class: One number per class; of this device's classes if divided.
         """
         labels = self.rows.labels
         assert labels is not None
@@ -65,11 +65,11 @@ class LabelledRows:
 
     @array_arguments
     def finish(self, values: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        r"""Gives a loss per row its exceptions, the first that applies to a row.
+        r"""Sets the values of special rows in a loss per row.
 
-        0 where `where` is False; NaN for a label outside $[0, V)$; 0 without classes;
-        +inf for a label on an excluded class, or where no class has a probability. Such
-        a row has no gradient.
+        The first of these that applies: 0 where `where` is False; NaN for a label
+        outside $[0, V)$; 0 without classes; +inf for a label on an excluded class, or
+        if no class has a probability. Such rows have no gradient.
 
         Args:
             values: The loss of each row, as computed from the numbers here.
@@ -86,17 +86,17 @@ def labelled_rows(
     where: Bool[Array, "..."] | None = None,
     statistics: Sequence[str] = (),
 ) -> LabelledRows:
-    r"""Prepares rows of logits for a loss of one's own.
+    r"""Prepares rows of logits for a user-defined loss.
 
-    Rows that do not count are masked before any arithmetic, labels are checked and
-    marked, and the numbers come from one pass over the vocabulary: what is composed of
-    them is a loss that obeys every edge rule, on an array and on a head.
+    Rows that do not count are masked before any arithmetic, labels are checked, and the
+    numbers come from one pass over the vocabulary. A loss composed of them obeys every
+    edge rule, for arrays and heads.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$.
         where: True for the rows that count; broadcasts to the batch shape.
-        statistics: Static names out of the fields of `RowStatistics`, beside the
+        statistics: Static names of fields of `RowStatistics`, in addition to the
             logsumexp and the label's logit.
 
     Returns:

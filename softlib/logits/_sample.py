@@ -1,4 +1,4 @@
-"""Exact samples of the classes, without the probabilities of a row."""
+"""Exact samples of classes, drawn without forming the probabilities of a row."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -31,29 +31,29 @@ def sample(
 
     $$\arg\max_j \, (z_j + g_j), \qquad g_j \sim \mathrm{Gumbel}(0, 1)$$
 
-    has the law of `jax.random.categorical`. Of a linear head the maximum is found in a
-    stream over the classes: a token of a vocabulary of 256,000 is drawn without the
-    logits of its row. The noise is a function of the key, the number of the row and the
-    class. So equal keys give equal classes whatever the chunks, of a head and of its
-    `materialize()`, and with the classes divided over devices, but for ties to within
-    rounding; and rows that are added behind others do not change these.
+    has the law of `jax.random.categorical`. A linear head finds the maximum in a stream
+    over the classes: a token of a vocabulary of 256,000 is drawn without the logits of
+    its row. The noise is a function of the key, the index of the row and the class. So
+    equal keys give equal classes (except for ties to within rounding) for chunks of any
+    size, for a head and its `materialize()`, and for classes divided over devices.
+    Appended rows do not change the others.
 
     Args:
-        key: Of `jax.random`, of any generator, typed or raw. `jax.shard_map` counts
-            rows on each device: where it divides them, fold `jax.lax.axis_index` into
-            the key, or devices share their noise.
+        key: PRNG key of any generator, typed or raw. `jax.shard_map` counts rows on
+            each device: if it divides rows, fold `jax.lax.axis_index` into the key, or
+            devices share their noise.
         logits: An array of logits, or a value such as `softlib.LinearLogits`, whose
             `implementation` must be None or "xla" and `gradient_filter_eps` None.
         temperature: Divides the logits; positive, a number or an array that is a scalar
             or one value per row. The logits must have none of their own. For the
             temperature 0 take `top_k` with `k=1`.
-        min_p: In $(0, 1]$, likewise: classes whose probability, at this temperature, is
-            below `min_p` times the largest are not drawn. At 1 the classes that equal
-            the likeliest are left, to within rounding.
+        min_p: In $(0, 1]$, a number or an array as `temperature`. Classes with less
+            than `min_p` times the largest probability, at this temperature, are not
+            drawn. At 1 only the likeliest classes are left, to within rounding.
 
     Returns:
-        Class ids, int32. A class of logit -inf, or that `class_where` excludes, is
-        never drawn; -1 for a row without any other, and for one with a NaN or +inf.
+        Class ids, int32. A class with logit -inf, or that `class_where` excludes, is
+        never drawn; -1 for a row without other classes, or with a NaN or +inf.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -62,10 +62,10 @@ def sample(
             meaning here.
 
     Derivatives: none, the classes are integers.
-    Cost: of a linear head a forward pass of `row_statistics` and its noise, which takes
-        a CPU as long as the products of some 250 features, a quarter of the time of
-        `jax.random.gumbel`; scratch of a few tiles. With `min_p` one more forward pass.
-        Of an array twice its size.
+    Cost: for a linear head a forward pass of `row_statistics` and the noise, which
+        takes a CPU as long as the products of some 250 features, a quarter of the time
+        of `jax.random.gumbel`; scratch of a few tiles. With `min_p` one more forward
+        pass. For an array scratch of twice its size.
     Source: the Gumbel-max trick; noise by counters as in "Parallel Random Numbers: As
         Easy as 1, 2, 3"; "Turning Up the Heat: Min-p Sampling for Creative and Coherent
         LLM Outputs".
@@ -124,7 +124,7 @@ def _of_head(
         kept = None
         if log_share is not None:
             top = _greatest(sampling.max_logits(options, head), axis_name)
-            # The tiles of two streams may differ by a rounding or two.
+            # Logits of two streams may differ by a rounding or two.
             slack = 8 * jnp.finfo(top.dtype).eps * jnp.abs(top)
             kept = Kept(top, collapsed(log_share, batch) - slack)
             kept = match_varying(kept, head.like)
@@ -146,14 +146,14 @@ def _of_head(
 def _greatest(
     values: Float[Array, "*batch"], axis_name: AxisName | None
 ) -> Float[Array, "*batch"]:
-    """The maximum over devices; +inf for NaN, which a collective may lose."""
+    """Maximum over devices; +inf for NaN, which a collective may lose."""
     if axis_name is None:
         return values
     return lax.pmax(jnp.where(jnp.isnan(values), jnp.inf, values), axis_name)
 
 
 def _log_share(source: Source, min_p: PerRow | None) -> Array | None:
-    """The logarithm of `min_p` of each row; NaN stays."""
+    """Logarithm of `min_p` of each row; NaN stays."""
     if min_p is None:
         return None
     if isinstance(min_p, int | float) and not 0 < min_p <= 1:

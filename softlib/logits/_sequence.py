@@ -1,4 +1,4 @@
-"""Log-probabilities of sequences: what preference losses are made of."""
+"""Log-probabilities of sequences, for preference losses."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,17 +21,17 @@ def sequence_log_probs(
 
     $$\log \pi(y \mid x) = \sum_t w_t \log p_{y_t}$$
 
-    the sum of `token_log_probs` over the last axis of the batch. Preference losses want
-    this sum, not a mean over tokens; where lengths matter they take these as well
-    (`simpo_loss`), so that there is no option for it. `labels` are the tokens that the
-    rows predict: the caller has shifted them.
+    It is the sum of `token_log_probs` over the last axis of the batch. There is no
+    option for a mean over tokens: preference losses take the sum, and the lengths too
+    if they matter (`simpo_loss`). `labels` are the tokens that the rows predict, so the
+    caller shifts them.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`; one row
             per token.
         labels: Class ids in $[0, V)$. Outside, the sequence is NaN; a label on an
-            excluded class makes it -inf. Neither has a gradient, for none of its tokens
-            and whatever the loss of it is.
+            excluded class makes it -inf. Such a sequence has no gradient for any of its
+            tokens.
         where: True for the tokens that count ($w_t$: the answer, not the prompt and not
             padding); broadcasts to the shape of `labels`. Other tokens may hold
             anything.
@@ -46,8 +46,7 @@ def sequence_log_probs(
         NotImplementedError: No implementation that was named can run.
 
     Derivatives: as `row_statistics`.
-    Cost: as `token_log_probs`: of a linear head nothing of the size of tokens times
-        classes.
+    Cost: as `token_log_probs`; for a linear head no array of tokens x classes.
     Source: "Cut Your Losses in Large-Vocabulary Language Models", summed.
 
     Example:
@@ -65,8 +64,8 @@ def sequence_log_probs(
             "sequence before the classes, got 1."
         )
     tokens = log_probability_of_labels(source, labels, where)
-    # A sequence is a row here: one bad token takes the gradient of all, so that the
-    # NaN of a loss of it does not reach the weight.
+    # One bad token removes the gradient of the whole sequence, so that a NaN of its
+    # loss does not reach the weight.
     total = lax.stop_gradient(tokens.sum(-1))
     finite = jnp.isfinite(total)
     summed = jnp.where(finite[..., None], tokens, 0).sum(-1)

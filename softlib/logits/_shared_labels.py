@@ -1,7 +1,7 @@
 """Log-probabilities of the same few labels at every position of a sequence.
 
-Not several labels per row of the engine, which compares each class with each label: a
-sequence of S labels reads S rows of the weight, once for all its positions.
+A sequence of S labels reads S rows of the weight, once for all positions. Several
+labels per row would make the engine compare each class with each label.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from ._sources import LinearLogits, Source, StoredLogits
 def log_probs_of_shared_labels(
     source: Source, labels: Int[Array, "*lead S"]
 ) -> tuple[Float[Array, "*lead T S"], Bool[Array, "*lead T"]]:
-    """Log p of every label at every position, and which positions have a class.
+    """Log p of every label at every position, and a mask of positions with a class.
 
-    The batch of `source` is (*lead, T). -inf for a label on an excluded class, and for
-    all where no class has a probability; anything for the label -1 and at a position
+    The batch of `source` is (*lead, T). Log p is -inf for a label on an excluded class,
+    and if no class has a probability; arbitrary for the label -1 and at a position
     without classes.
     """
     if isinstance(source, LinearLogits):
@@ -140,9 +140,9 @@ def _of_blocks(
 def _logits_of_each(
     source_of: Callable[..., Source], arrays: Any, lead: int
 ) -> Float[Array, "*lead T S"]:
-    """Final logits of the source that each sequence has, whose classes are its labels.
+    """Final logits of sources made per sequence, whose classes are its labels.
 
-    An array without an axis belongs to all of them.
+    Scalars belong to all sequences.
     """
     one = lambda *arrays: source_of(*arrays).materialize()
     axes = jax.tree.map(lambda leaf: 0 if leaf.ndim else None, arrays)
@@ -153,16 +153,16 @@ def _logits_of_each(
 
 # ------------------------------------------------------------------- rows of the weight
 def _rows_at(weight: Array, labels: Int[Array, " K"], axis: int) -> Float[Array, "K D"]:
-    """Zeros for a label out of range."""
+    """Rows of the weight at the labels; zeros for a label out of range."""
     inside = (labels >= 0) & (labels < weight.shape[axis])
     rows = jnp.take(weight, jnp.where(inside, labels, 0), axis=axis)
     rows = rows if axis == 0 else rows.T
     return jnp.where(inside[:, None], rows, 0)
 
 
-# Differentiated as written, the gather would give a gradient of the size of the weight
-# beside that of the stream. The weight passes through here on its way to the stream, so
-# that few rows are added to the gradient that comes back.
+# The gather's own derivative would be another array of the weight's size beside the
+# gradient of the stream. The stream gets the weight that this function returns, so that
+# the rule below adds a few rows to the stream's gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_rows_at(
     axis: int, weight: Array, labels: Int[Array, " K"]
@@ -177,7 +177,7 @@ def _with_rows_forward(axis: int, weight: Array, labels: Array):
 def _with_rows_backward(axis: int, labels: Array, cotangents: tuple[Array, Array]):
     of_weight, of_rows = cotangents
     count = of_weight.shape[axis]
-    # A token that occurs often is summed before it is rounded to the weight's dtype.
+    # Gradients of a repeated token are summed before they are rounded.
     order = jnp.argsort(labels)
     ids = labels[order]
     wide = accumulator_dtype(of_rows)
@@ -188,9 +188,9 @@ def _with_rows_backward(axis: int, labels: Array, cotangents: tuple[Array, Array
     )
     # One row for each distinct label; the rest, and labels out of range, are dropped.
     inside = first & (ids >= 0) & (ids < count)
-    places = jnp.where(inside, ids, count)
+    classes = jnp.where(inside, ids, count)
     added = jnp.where(inside[:, None], sums[runs], 0)
-    at = of_weight.at[places] if axis == 0 else of_weight.at[:, places]
+    at = of_weight.at[classes] if axis == 0 else of_weight.at[:, classes]
     added = added if axis == 0 else added.T
     narrow = added.astype(of_weight.dtype)
     return at.add(narrow, mode="drop"), None

@@ -1,4 +1,4 @@
-"""Batches of any shape as rows of the engine, and back."""
+"""Conversions of batches of any shape to rows of the engine, and back."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ type Shape = tuple[int, ...]
 
 
 def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
-    """The modifiers, with 1 in the rows that do not count."""
+    """The modifiers with 1 in rows that do not count."""
     ones = lambda value: (
         value if value is None or value.ndim == 0 else jnp.where(where, value, 1)
     )
@@ -27,7 +27,7 @@ def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
 
 
 def collapsed(array: Array, batch: Shape) -> Array:
-    """Makes the batch axes one axis of rows; a scalar stays one."""
+    """Reshapes the batch axes to one axis of rows; a scalar stays one."""
     if array.ndim == 0 and batch:
         return array
     return array.reshape(math.prod(batch), *array.shape[len(batch) :])
@@ -58,7 +58,7 @@ def final_logits(
 
 
 def label_rows(labels: Array | None, batch: Shape) -> Array | None:
-    """Labels of shape (rows, L)."""
+    """The labels in the shape (rows, L)."""
     if labels is None:
         return None
     rows = collapsed(labels, batch)
@@ -77,7 +77,7 @@ def ranked_rows(
 def shaped(
     statistics: RowStatistics, batch: Shape, labels: Array | None
 ) -> RowStatistics:
-    """Gives the rows their batch shape again, label logits the shape of the labels."""
+    """Reshapes statistics to the batch shape, those of labels to the labels' shape."""
     found = jax.tree.map(
         lambda leaf: leaf.reshape(batch),
         statistics._replace(label_logits=None, label_rank=None),
@@ -92,7 +92,7 @@ def shaped(
 
 
 def modifier_specs(modifiers: Modifiers, rows: PartitionSpec) -> Modifiers:
-    """Specs that divide the modifiers of rows, and leave those of classes whole."""
+    """Specs that divide modifiers per row, and leave those per class whole."""
     per_row = lambda array: rows if array.ndim else PartitionSpec()
     whole = lambda array: PartitionSpec()
     of_entries: Any = lambda array: rows if array.ndim > 1 else PartitionSpec()
@@ -109,7 +109,7 @@ def modifier_specs(modifiers: Modifiers, rows: PartitionSpec) -> Modifiers:
 def row_specs(
     options: Options, batch: Shape, labels: Array | None, spec: PartitionSpec
 ) -> RowStatistics:
-    """Shardings of the statistics: those of the batch axes of hidden or logits."""
+    """Specs of the statistics: those of the batch axes of hidden or logits."""
     rows = PartitionSpec(*spec[: len(batch)])
     specs: dict[str, Any] = dict.fromkeys(options.statistics, rows)
     if labels is not None and labels.ndim > len(batch):

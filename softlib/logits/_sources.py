@@ -19,7 +19,7 @@ type Source = LinearLogits | StoredLogits | BlockwiseLogits
 
 
 def source_of(function: str, logits: Logits, name: str = "logits") -> Source:
-    """Returns the value behind these logits; its messages begin with `function`."""
+    """The logits as a value, whose error messages begin with `function`."""
     if isinstance(logits, LinearLogits | StoredLogits | BlockwiseLogits):
         return logits.replaced(function=function)
     what = "an array, LinearLogits, StoredLogits or BlockwiseLogits"
@@ -32,7 +32,7 @@ def source_of(function: str, logits: Logits, name: str = "logits") -> Source:
 def stored_source_of(
     function: str, logits: Logits, name: str = "logits"
 ) -> StoredLogits:
-    """Returns stored logits, for a loss that needs the whole of each row."""
+    """Stored logits, for a loss that needs the whole of each row."""
     source = source_of(function, logits, name)
     if isinstance(source, StoredLogits):
         return source
@@ -44,20 +44,20 @@ def stored_source_of(
 
 
 def with_temperature(source: Source, temperature: ArrayLike) -> Source:
-    """The source with a temperature that is an argument of the call."""
+    """The source with a temperature given to the function, not to the logits."""
     if source.temperature is not None:
         raise ValueError(
             f"{source.function}: `temperature` of the logits must be None: the call "
             "has one of its own, which divides them."
         )
-    cooled = checked_per_row(
+    checked = checked_per_row(
         source.function, "temperature", temperature, source.batch_shape, source.dtype
     )
-    return source.replaced(modifiers=source.modifiers._replace(temperature=cooled))
+    return source.replaced(modifiers=source.modifiers._replace(temperature=checked))
 
 
 def require_per_class(source: Source, name: str, array: Array | None) -> None:
-    """One floating number per class, of this device's classes if they are divided."""
+    """Requires a floating number per class, of this device's classes if divided."""
     checks.require_floating(source.function, **{name: array})
     shape, why = (source.own_classes,), "one per class"
     checks.require_shape(source.function, name, array, shape, why)

@@ -1,4 +1,4 @@
-"""Logits that exist as an array."""
+"""Logits that are stored as an array."""
 
 import functools
 from collections.abc import Sequence
@@ -42,15 +42,15 @@ from ._source_rows import (
 
 
 class StoredLogits(ModifiedLogits):
-    r"""Logits that exist as an array, with what turns them into final ones.
+    r"""Logits that are stored as an array, with options that turn them into final ones.
 
-    Where an array of logits is legal this value is, too: it carries the options that an
-    array cannot. With $x$ the array, in float32 or wider,
+    Give it to any function that takes an array of logits: it carries the options that
+    an array cannot. With $x$ the array, in float32 or wider,
 
     $$u = s\, x + b, \qquad z = \frac{c \tanh(u / c)}{T}$$
 
-    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out when it is
-    None. A pytree, as `LinearLogits`.
+    with scale $s$, bias $b$, softcap $c$ and temperature $T$, each left out if None. It
+    is a pytree, as `LinearLogits`.
 
     Args:
         logits: Unnormalised log-probabilities, of any floating dtype; -inf is legal.
@@ -71,9 +71,9 @@ class StoredLogits(ModifiedLogits):
         logits: As given.
         bias, scale, softcap, temperature, class_where: As given, numbers as arrays.
 
-    Derivatives: as what is asked of it; see `row_statistics`.
+    Derivatives: those of the function that takes it; see `row_statistics`.
     Cost: nothing by itself.
-    Source: the final logits of `LinearLogits`, of logits that exist.
+    Source: the final logits of `LinearLogits`, for an array.
 
     Example:
         >>> array = jnp.array([[2.0, 0.0]])
@@ -123,7 +123,7 @@ class StoredLogits(ModifiedLogits):
         name: str = "logits",
         **modifiers: Any,
     ) -> "StoredLogits":
-        """Checked logits; errors call them what the function's user does."""
+        """Checked logits; errors name `function`, and the logits `name`."""
         logits = jnp.asarray(logits)
         checks.require_floating(function, **{name: logits})
         checks.require_rank(function, name, logits, 1, "(..., V)")

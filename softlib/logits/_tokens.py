@@ -23,7 +23,7 @@ def token_log_probs(
 
     $$\log p_y = z_y - \mathrm{lse}$$
 
-    What preference losses, importance ratios and perplexities are made of.
+    Preference losses, importance ratios and perplexities are made of it.
     `sequence_log_probs` is its sum over the tokens of a sequence.
 
     Args:
@@ -68,8 +68,8 @@ def top1_correct(
 ) -> Bool[Array, "*batch"]:
     r"""Whether each label is the likeliest class of its row.
 
-    `softlib.masked_mean` of it is the top-1 accuracy. For the loss and this from one
-    pass over the vocabulary see `token_metrics`.
+    Its `softlib.masked_mean` is the top-1 accuracy. `token_metrics` computes it and the
+    loss in one pass over the vocabulary.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -112,8 +112,8 @@ def token_metrics(
 ) -> TokenMetrics:
     r"""Loss, accuracy and other numbers per token from one pass over the vocabulary.
 
-    What a training loop differentiates and what it logs, for the price of the loss:
-    every field is a composition of the same row statistics.
+    A training loop gets the loss it differentiates and the numbers it logs at the cost
+    of the loss: every field is a composition of the same row statistics.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
@@ -132,8 +132,8 @@ def token_metrics(
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
 
     Returns:
-        `TokenMetrics`; each field as the function of that name returns it, None if it
-        was not asked for.
+        `TokenMetrics`; each field as the function of that name returns it, None if not
+        in `metrics`.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a

@@ -1,4 +1,4 @@
-"""The best classes of each row, where there may be very many."""
+"""The best of very many classes of each row."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ class TopK(NamedTuple):
         classes: Their ids, int32, the lower first on ties; -1 where there is none.
 
     Derivatives: none; the logits are constant to differentiation.
-    Cost: two numbers per row and place.
+    Cost: 2 k numbers per row.
 
     Example:
         >>> logits = jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
@@ -35,10 +35,10 @@ class TopK(NamedTuple):
 
 @array_arguments
 def top_k(logits: Logits, *, k: int) -> TopK:
-    """The k classes that each row puts first, and their logits.
+    """The k classes with the greatest logits of each row, and these logits.
 
-    The ranking that `softlib.metrics.precision_at_k` and its relatives look at. Of a
-    linear head an exact search among all labels, without the logits of its rows.
+    It is the ranking for `softlib.metrics.precision_at_k` and related metrics. A linear
+    head is searched exactly, without forming its logits.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`, whose
@@ -53,9 +53,9 @@ def top_k(logits: Logits, *, k: int) -> TopK:
         ValueError: `k` is out of range, or an option of the logits has no meaning here.
 
     Derivatives: none; the logits are constant to differentiation.
-    Cost: of an array, a search in it; of a linear head the forward pass of
-        `row_statistics`, in tiles of 16 MiB, and per tile a search for its greatest k
-        logits, which for small D takes longer than the products.
+    Cost: for an array, a search in it; for a linear head, the forward pass of
+        `row_statistics` in tiles of 16 MiB, and a search for the greatest k logits of
+        each tile, which takes longer than the products for small D.
     Source: exact maximum inner product search.
 
     Example:
@@ -81,7 +81,7 @@ def top_k(logits: Logits, *, k: int) -> TopK:
 
 
 def require_forward_stream(source: Source) -> None:
-    """No option that asks for a kernel, or for a gradient where there is none."""
+    """Raises if an option names a kernel, or a gradient filter where none is used."""
     function = source.function
     if source.implementation not in (None, "xla"):
         raise ValueError(
@@ -96,16 +96,16 @@ def require_forward_stream(source: Source) -> None:
 
 
 def _merged(found: TopK, axis_name: str | tuple[str, ...], own: int) -> TopK:
-    """The best of all devices, the same on each."""
+    """The best classes of all devices, the same on each."""
     device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
     classes = jnp.where(found.classes < 0, -1, found.classes + device * own)
 
     def gathered(array: Array) -> Array:
-        # A sum of what each device puts into its own place, zeros elsewhere: unlike
-        # that of an all-gather its result is known to be the same on all devices.
+        # A sum of arrays that are zero outside each device's slot: unlike the result of
+        # an all-gather, JAX knows that it is the same on all devices.
         mine = jnp.arange(devices)[:, None] == device
         spread = jnp.where(mine, array[..., None, :], 0)
         return lax.psum(spread, axis_name).reshape(*array.shape[:-1], -1)
 
-    logits, places = lax.top_k(gathered(found.logits), found.logits.shape[-1])
-    return TopK(logits, jnp.take_along_axis(gathered(classes), places, axis=-1))
+    logits, indices = lax.top_k(gathered(found.logits), found.logits.shape[-1])
+    return TopK(logits, jnp.take_along_axis(gathered(classes), indices, axis=-1))

@@ -1,4 +1,4 @@
-"""Logits as values: what all of them offer, however they come by their numbers."""
+"""The base of logits as values."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -16,19 +16,18 @@ from ._engine.tile import RowStatistics
 
 
 class AbstractLogits(abc.ABC):
-    """Logits of each row over the classes, which may never be formed.
+    """Logits of each row over the classes, as a value without their array.
 
-    The base of all values that losses and `softlib.logits` accept where an array of
-    logits is legal. A subclass says how many rows and classes there are, what is known
-    of each row, and how to make the array where it is small. It becomes a pytree by
-    naming its fields:
+    The base of all values that losses and `softlib.logits` accept besides arrays. A
+    subclass defines the numbers of rows and classes, the statistics of rows, and how to
+    form a small array. It becomes a pytree by naming its fields:
 
     Attributes:
         array_fields: Names of the attributes that hold arrays, or trees of them.
         static_fields: Names of the others, which are hashable.
 
-    Unflattening checks nothing, so that transformations may put anything in the place
-    of an array.
+    Unflattening checks nothing, so that transformations may put any object instead of
+    an array.
 
     Example:
         >>> logits = softlib.LinearLogits(jnp.ones((2, 3)), jnp.ones((8, 3)))
@@ -39,7 +38,7 @@ class AbstractLogits(abc.ABC):
     array_fields: ClassVar[tuple[str, ...]] = ()
     static_fields: ClassVar[tuple[str, ...]] = ()
 
-    # The function that was called with it: messages begin with its name.
+    # Name of the function that was called with it, with which messages begin.
     function: str
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -55,26 +54,26 @@ class AbstractLogits(abc.ABC):
     @property
     @abc.abstractmethod
     def batch_shape(self) -> tuple[int, ...]:
-        """The shape of the rows, which labels and losses have."""
+        """Shape of the rows, which is that of labels and losses."""
 
     @property
     @abc.abstractmethod
     def num_classes(self) -> int:
-        """All classes, on whatever device; excluded ones are among them."""
+        """Number of classes on all devices, excluded ones too."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
-        """The dtype of numbers per row: float32, or float64 if an array is float64."""
+        """Dtype of numbers per row: float32, or float64 if an array is float64."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array of logits."""
+        """Shape of the array of logits."""
         return (*self.batch_shape, self.num_classes)
 
     @property
     def ndim(self) -> int:
-        """The number of axes, that of the classes included."""
+        """Number of axes, that of the classes included."""
         return len(self.batch_shape) + 1
 
     # ------------------------------------------------------------- what is asked of it
@@ -85,44 +84,44 @@ class AbstractLogits(abc.ABC):
         labels: Array | None = None,
         label_logits: Array | None = None,
     ) -> RowStatistics:
-        """Numbers per row.
+        """Computes statistics of the rows.
 
         Args:
             names: Fields of `RowStatistics`.
             labels: Class ids, int32, one or several per row; -1 is no class.
-            label_logits: The logits of the labels, which `label_rank` compares with.
+            label_logits: The logits of the labels, needed for `label_rank`.
         """
 
     @abc.abstractmethod
     def masked(self, where: Bool[Array, "*batch"] | None) -> "AbstractLogits":
-        """The same with rows of zeros where `where` is False, before any arithmetic."""
+        """The value with zero rows where `where` is False, before other arithmetic."""
 
     @abc.abstractmethod
     def materialize(self) -> Array:
-        """The array of logits, for what needs all of them; rows x classes numbers."""
+        """The array of logits: rows x classes numbers in memory."""
 
     @property
     def class_where(self) -> Bool[Array, "..."] | None:
-        """The classes that exist, of all rows or of each; None: all do."""
+        """True for the classes that exist, for all rows or per row; None: all do."""
         return None
 
     def count_classes(self) -> ArrayLike:
-        """Counts the classes that exist, for all rows or for each."""
+        """Counts the classes that exist, for all rows or per row."""
         where = self.class_where
         if where is None:
             return self.num_classes
         if where.ndim > 1:
             where = jnp.broadcast_to(where, self.shape)
-        # Exact, unlike a sum of floats.
+        # An integer sum is exact, a sum of floats is not.
         count = where.sum(-1, dtype=jnp.int32)
         return self.over_devices(count).astype(self.dtype)
 
     def over_devices(self, sums: Array) -> Array:
-        """Adds up what each device has summed over its own classes."""
+        """Adds sums that each device has taken over its own classes."""
         return sums
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
-        """Looks up a number per class at each label; anything for one out of range."""
+        """Looks up a number per class at each label; arbitrary if out of range."""
 
         def look_up(labels, per_class):
             labels = jnp.where(labels < 0, 0, labels)
@@ -138,26 +137,26 @@ class AbstractLogits(abc.ABC):
     # ------------------------------------------------------------------ rows of it
     @abc.abstractmethod
     def over_rows(self, function: Callable[[Array], Array]) -> "AbstractLogits":
-        """The same, with `function` of every array whose first axes are the batch."""
+        """Applies `function` to every array whose first axes are the batch."""
 
     @abc.abstractmethod
     def batch_axes(self, of_rows: Any = 0, of_all: Any = None) -> "AbstractLogits":
         """Makes `in_axes` of `jax.vmap`, or `in_specs` of `jax.shard_map`, for it.
 
         Args:
-            of_rows: What stands for an array per row: an axis, or a `PartitionSpec`.
-            of_all: What stands for an array of all rows, such as a weight.
+            of_rows: Axis or `PartitionSpec` of arrays per row.
+            of_all: Axis or `PartitionSpec` of arrays without rows, such as a weight.
 
         Returns:
-            A tree like this value, with these in the place of arrays.
+            A tree like this value, with these instead of arrays.
         """
 
     def __getitem__[L](self: L, index: Any) -> L:
-        """Rows by indices of the batch axes: `logits[:, :-1]` drops the last tokens."""
+        """Indexes the batch axes: `logits[:, :-1]` drops the last tokens."""
         return _rows_at(self, index)
 
     def reshape[L](self: L, *batch_shape: int) -> L:
-        """The same rows in batch axes of another shape; one may be -1."""
+        """Reshapes the batch axes; one size may be -1."""
         return _reshaped(self, batch_shape)
 
     # ----------------------------------------------------------------- what it is not
@@ -196,7 +195,7 @@ class AbstractLogits(abc.ABC):
         )
 
     def shown(self) -> dict[str, Any]:
-        """The arguments that it prints; those that are None are left out."""
+        """The arguments to print; those that are None are left out."""
         return {name: getattr(self, name) for name in self.array_fields}
 
     def __repr__(self) -> str:
@@ -205,7 +204,7 @@ class AbstractLogits(abc.ABC):
 
     # ---------------------------------------------------------------------- for us
     def replaced[L](self: L, **fields: Any) -> L:
-        """A copy with other fields, which nobody checks."""
+        """A copy with other fields, without checks."""
         new: Any = object.__new__(type(self))
         new.__dict__.update(self.__dict__, **fields)
         return new
@@ -238,7 +237,7 @@ def _reshaped(value: Any, batch_shape: tuple[int, ...]) -> Any:
 
 
 def _of_batch(index: Any, axes: int, name: str) -> tuple[Any, ...]:
-    """The index as one of the batch axes alone, without an ellipsis."""
+    """The index as one of the batch axes only, without an ellipsis."""
     index = index if isinstance(index, tuple) else (index,)
 
     def width(each: Any) -> int:
@@ -253,9 +252,9 @@ def _of_batch(index: Any, axes: int, name: str) -> tuple[Any, ...]:
             f"{name}: an index must be of the {axes} batch axes, got one of {used}: "
             "the axis of the classes is whole. `materialize()` is an array."
         )
-    places = [place for place, each in enumerate(index) if each is Ellipsis]
-    if not places:
+    ellipses = [i for i, each in enumerate(index) if each is Ellipsis]
+    if not ellipses:
         return index
-    (place,) = places
+    (ellipsis,) = ellipses
     rest = (slice(None),) * (axes - used)
-    return (*index[:place], *rest, *index[place + 1 :])
+    return (*index[:ellipsis], *rest, *index[ellipsis + 1 :])

@@ -21,20 +21,19 @@ from ._source_rows import Shape
 
 
 class VQLogits(BlockwiseLogits):
-    r"""Logits of V tokens that share K codes, a value that losses take.
+    r"""Logits of V tokens that share K codes, as a value for losses.
 
     Token $i$ has the final logit $z_i = l_{M(i)} + b_i$, with $M$ the `mapping`, $b$
     the `token_bias` and $l$ the final logits of `hidden` and `codebook`, as in
-    `LinearLogits`. Cross-entropy, and all that asks for the logsumexp and for logits of
-    labels, costs a softmax over codes, each counted as often as it has tokens,
-    $\log \sum_j n_j e^{l_j}$: exactly the softmax over all tokens, of which no array is
-    formed. Every other loss streams over tokens.
+    `LinearLogits`. Cross-entropy, and every loss of only the logsumexp and label
+    logits, costs a softmax over codes, each counted as often as it has tokens,
+    $\log \sum_j n_j e^{l_j}$: exactly the softmax over all tokens, without their array.
+    Every other loss streams over tokens.
 
-    The tokens of a code are equally likely without `token_bias`, hence the
-    cross-entropy of token $y$ is at least $\log n_{M(y)}$ whatever is learned: with
-    50,257 tokens spread evenly over 1,024 codes no less than 3.89 nats. A bias learns
-    the frequencies within the codes; what the context says about the tokens of one code
-    is lost either way.
+    Without `token_bias` the tokens of a code are equally likely, so that the
+    cross-entropy of token $y$ is at least $\log n_{M(y)}$: with 50,257 tokens spread
+    evenly over 1,024 codes at least 3.89 nats. A bias learns the frequencies within the
+    codes. The model cannot tell tokens of one code apart by their context.
 
     Args:
         hidden: Inputs of the head.
@@ -45,9 +44,9 @@ class VQLogits(BlockwiseLogits):
         token_bias: One number per token, added after softcap and temperature. -inf
             excludes a token from the cross-entropy: as a label it costs +inf.
         counts: `VQLogits.token_counts(mapping, K)`, to save counting in every step.
-            Data, without a gradient; must be those of `mapping`, which nobody checks.
-            Not together with `token_bias` or `class_where`.
-        vocab_axis: Static; the axis of `codebook` that is the codes, 0 or 1.
+            Data, without a gradient; must be the counts of `mapping`, unchecked. Not
+            together with `token_bias` or `class_where`.
+        vocab_axis: Static; the axis of codes of `codebook`, 0 or 1.
         scale: Multiplies the products; a number, or an array that is a scalar or one
             value per row, differentiable.
         softcap: Static positive number $c$: logits of codes become $c\tanh(u / c)$.
@@ -70,9 +69,9 @@ class VQLogits(BlockwiseLogits):
 
     Derivatives: as `row_statistics`, and with respect to `token_bias`. `mapping` and
         `counts` have none. A code without tokens has gradient 0.
-    Cost: the cross-entropy as that of K classes, and a count over V integers without
+    Cost: cross-entropy as that of K classes, and a count over V integers without
         `counts`; with `token_bias` a few arrays of V numbers. Other statistics as a
-        head of V classes whose rows are looked up, with a product by K more for the
+        head of V classes whose rows are gathered, and one more product with K for the
         gradient of the codebook.
     Source: "VQ-Logits: Compressing the Output Bottleneck of Large Language Models via
         Vector Quantized Logits". The bias per token is softlib's addition.
@@ -156,7 +155,7 @@ class VQLogits(BlockwiseLogits):
 
     @staticmethod
     def token_counts(mapping: Integer[Array, " V"], num_codes: int) -> Int[Array, " K"]:
-        """Counts the tokens that each code stands for.
+        """Counts the tokens of each code.
 
         Args:
             mapping: Code of each token; an entry outside [0, num_codes) raises where
@@ -195,7 +194,7 @@ class VQLogits(BlockwiseLogits):
         return self.codes.temperature
 
     def layout(self) -> "VQLogits":
-        # A class needs the code that its mapping names: all codes belong to each.
+        # A class may have any code, so that every block gets all codes.
         rows = jax.tree.map(lambda each: Layout(rows=each.rows), self.codes.layout())
         bare = self.replaced(codes=None)
         others: Any = BlockwiseLogits.layout(bare)
@@ -208,7 +207,7 @@ class VQLogits(BlockwiseLogits):
         return {**codes, **{name: getattr(self, name) for name in names}}
 
     def prepared(self) -> "VQLogits":
-        """The same, without the tokens whose code does not exist."""
+        """The logits with tokens excluded whose code is out of range."""
         num_codes = self.codes.num_classes
         where = _codes.in_range(self.mapping, num_codes) < num_codes
         if self.modifiers.class_where is not None:
@@ -242,7 +241,7 @@ class VQLogits(BlockwiseLogits):
         return super().statistics(names, labels, label_logits)
 
     def _codes_suffice(self, names: Sequence[str]) -> bool:
-        """Whether the numbers follow from logits of codes and counts of tokens."""
+        """Whether the statistics follow from logits of codes and counts of tokens."""
         changed = (*self.modifiers.floating, self.modifiers.centre)
         if self.options.exclude_labels or any(x is not None for x in changed):
             return False

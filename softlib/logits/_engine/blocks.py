@@ -1,8 +1,8 @@
-"""The operands of logits that are made block by block, and their part in the loops.
+"""Operands of the engine whose logits are computed block by block by a user's value.
 
-Any value that says which of its arrays belong to rows, to classes, to both or to all,
-and how to compute the raw logits of whatever rows and classes it is cut down to. JAX
-differentiates that computation, one block at a time.
+The value declares which of its arrays have axes of rows, of classes, of both or none,
+and computes the raw logits of its arrays sliced to any rows and classes. JAX
+differentiates this computation, one block at a time.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Layout:
 
     Attributes:
         rows: Whether the first axes are the batch.
-        class_axis: The axis that is the classes; None: there is none.
+        class_axis: The axis of classes; None if there is none.
     """
 
     rows: bool = False
@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def kind(self) -> Kind:
-        """Whose its numbers are: of a row, a class, both, or shared by all."""
+        """Kind of the array's numbers: per row, per class, per entry, or shared."""
         if self.class_axis is None:
             return "row" if self.rows else "shared"
         return "entry" if self.rows else "class"
@@ -50,7 +50,7 @@ def modifier_layout(modifiers: Modifiers) -> Modifiers:
     """The layout of each modifier."""
 
     def of(value: Array | None, *, rows: int, classes: int = 0) -> Any:
-        """Of an array that has rows, and classes, from so many axes on; 0 for never."""
+        """Layout of an array with rows, and classes, from these ranks on; 0: never."""
         if value is None:
             return None
         axis = -1 if classes and value.ndim >= classes else None
@@ -73,7 +73,7 @@ def arrays_of(value: Any) -> list[tuple[Layout, Array]]:
 
 
 def with_layout(value: Any, function: Callable[[Layout, Array], Any]) -> Any:
-    """The value with `function` of each array and its layout in the array's place."""
+    """The value with each array replaced by `function(layout, array)`."""
     structure = jax.tree.structure(value)
     return structure.unflatten(function(*pair) for pair in arrays_of(value))
 
@@ -82,7 +82,7 @@ class Value(Protocol):
     """A pytree of arrays that are slices of rows and classes."""
 
     def layout(self) -> Any:
-        """The same tree with a `Layout` in the place of each array."""
+        """The same tree with a `Layout` instead of each array."""
         ...
 
     def block(self) -> Array:
@@ -91,7 +91,7 @@ class Value(Protocol):
 
 
 class BlockRowSums(NamedTuple):
-    """Sums of the backward pass, one per row."""
+    """Gradients per row, in the dtype of sums."""
 
     arrays: tuple[Array, ...]
     scale: Float[Array, " rows"] | None
@@ -99,7 +99,7 @@ class BlockRowSums(NamedTuple):
 
 
 class BlockClassSums(NamedTuple):
-    """Its sums per class and for all classes alike, and its entries."""
+    """Gradients per class, of shared arrays, and of arrays with rows and classes."""
 
     arrays: tuple[Array, ...]
     shared: tuple[Array, ...]
@@ -111,14 +111,14 @@ class BlockClassSums(NamedTuple):
 class Blocks(NamedTuple):
     """The operands of a row-statistics operation on blocks; rows are one axis."""
 
-    value: Any  # a Value, whose arrays have rows in the place of the batch
+    value: Any  # a Value, whose arrays have one axis of rows instead of the batch
     labels: Int[Array, "rows L"] | None  # -1 for a label outside the vocabulary
     modifiers: Modifiers
     ranked: Ranked | None = None
-    # The group of rows that entries are still to be cut down to, together with a slice
-    # of the classes: the rows of a group with all classes would be a copy of its size.
+    # The group of rows to which arrays with rows and classes are not cut yet: they are
+    # cut together with the classes, because cutting rows alone would copy all classes.
     deferred: tuple[RowCut, Index | None] | None = None
-    # In the structure, because it is static: None of a slice of the classes.
+    # Static, hence in the tree's structure: None once the classes are cut.
     all_classes: tuple[()] | None = ()
 
     @property
@@ -135,7 +135,7 @@ class Blocks(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Numbers per row, and per class, that a step reads: for the cost model."""
+        """Numbers that a step reads per row, and per class: for the cost model."""
         sizes = [
             array.size // max(array.shape[layout.class_axis or 0], 1)
             for layout, array in arrays_of(self.value)
@@ -156,7 +156,7 @@ class Blocks(NamedTuple):
         return next(sizes)
 
     def is_one_tile(self, options: Options, rows: int) -> bool:
-        """Whether the logits are few."""
+        """Whether all logits are few enough to be one tile."""
         if is_symbolic(rows):
             return False
         return rows * self.vocabulary(options) <= _chunks.WHOLE
@@ -215,13 +215,13 @@ class Blocks(NamedTuple):
         )
 
     def raw(self, options: Options, class_axis: int = 1) -> Array:
-        """The logits before what modifies them."""
+        """The logits before modifiers are applied."""
         assert class_axis == 1
         return self.value.block().astype(self.dtype)
 
     # ----------------------------------------------------------------------- gradients
     def class_buffers(self) -> BlockClassSums:
-        """The gradients of all but rows, before any row has added to them."""
+        """Zero buffers of all gradients but those per row."""
         one_each = lambda x: None if x is None else jnp.zeros(x.shape, self.dtype)
         as_given = lambda kind: tuple(
             jnp.zeros(array.shape, array.dtype) for array in self._learned(kind)
@@ -240,7 +240,7 @@ class Blocks(NamedTuple):
         return match_varying(jnp.zeros(shape, self.dtype), self.like)
 
     def no_row_sums(self, options: Options, rows: int, across: bool) -> BlockRowSums:
-        """Nothing yet per row of a group."""
+        """Zero sums per row of a group."""
         per_row = lambda operand: None if operand is None else self.zeros(rows)
         return BlockRowSums(
             tuple(self.zeros(rows, *a.shape[1:]) for a in self._learned("row")),
@@ -249,7 +249,7 @@ class Blocks(NamedTuple):
         )
 
     def no_class_sums(self, size: int) -> BlockClassSums:
-        """Nothing yet per class of a step."""
+        """Zero sums per class of a step."""
 
         def of_classes(layout: Layout, array: Array) -> Array:
             shape = list(array.shape)
@@ -267,7 +267,7 @@ class Blocks(NamedTuple):
         )
 
     def no_entries(self, rows: int) -> tuple[Array, ...]:
-        """Nothing yet for each row of a group and class of a step."""
+        """Zero gradients per entry, for the rows of a group and classes of a step."""
         entries = self._learned("entry")
         return tuple(self.zeros(rows, *entry.shape[1:]) for entry in entries)
 
@@ -278,7 +278,7 @@ class Blocks(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> tuple[BlockRowSums, BlockClassSums, tuple[Array, ...]]:
-        """The share of a block in the sums per row and per class, and its entries."""
+        """Gradients of a block: its sums per row and per class, and its entries."""
         leaves, structure = jax.tree.flatten(self.value)
         learned = [_is_floating(leaf) for leaf in leaves]
 
@@ -315,7 +315,7 @@ class Blocks(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> BlockClassSums:
-        """The buffers with the sums of a step's classes, and its entries."""
+        """The buffers with the sums and entries of a step's classes written."""
 
         def all_written(kind: Kind, olds: Sequence[Array], news: Sequence[Array]):
             layouts = (each for each, _ in self._floating if each.kind == kind)
@@ -338,7 +338,7 @@ class Blocks(NamedTuple):
         return sums
 
     def gradient(self, sums: BlockRowSums, classes: BlockClassSums) -> "Blocks":
-        """The sums in the dtypes and shapes of the operands."""
+        """The gradients in the shapes and dtypes of the operands."""
         found = {
             "row": iter(sums.arrays),
             "class": iter(classes.arrays),

@@ -1,19 +1,19 @@
-"""How a stream over (rows, vocabulary) is cut, and the loops that visit the pieces.
+"""Sizes of the tiles of a stream over (rows, vocabulary), and the loops over tiles.
 
 Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
 
 - scratch: a few (R, C) tiles, the (C, D) weight slice with its float32 gradient and, if
   rows are cut, the (R, D) hidden slice with its float32 gradient;
-- beside the products (6 R C D flop a backward step) a step reads and writes about
-  4 (R + C) D numbers, so both R and C should be large against the flop/byte ratio of
-  the machine, and the tile should stay in its last-level cache.
+- besides the products (6 R C D flop per backward step) a step reads and writes about
+  4 (R + C) D numbers, so both R and C should be large compared with the flop/byte ratio
+  of the machine, and the tile should stay in its last-level cache.
 
-So a tile holds about `TILE` numbers, C is a multiple of 128 from 1024 to 4096, R is at
-most 2048, and rows are cut as soon as their float32 gradient would need more than
-`ROWS` numbers of scratch for the sum of one step. (On a CPU, C = 1024 is within 2 % of
-the best of 512 to 4096, for 1024 and 2048 rows.)
+So a tile holds about `TILE` numbers, C is a multiple of 128 from 1024 to 4096, and R is
+at most 2048. Rows are cut if their float32 gradient would need more than `ROWS` numbers
+of scratch for the sum of one step. (On a CPU, C = 1024 is within 2 % of the best of 512
+to 4096, for 1024 and 2048 rows.)
 
-Logits of `WHOLE` numbers at most are one tile, kept for the backward pass: the tiles of
+Logits of at most `WHOLE` numbers are one tile, kept for the backward pass: the tiles of
 a stream would need as much scratch, and be computed twice.
 """
 
@@ -33,22 +33,22 @@ from softlib._symbolic import is_symbolic
 
 TILE = 2**20
 WHOLE = 2**21
-# Of the tiles of a search, which keeps nothing for a backward pass.
+# Numbers of a tile of a search, which keeps nothing for a backward pass.
 SEARCH = 2**22
 ROWS = 2**21
 # Logits of one block of rows that the one-pass form of a loss holds: 128 MiB.
 BLOCK = 2**25
-# Raw products that the backward pass finds stored, where they cost more to compute than
-# to keep: 96 MiB, of three quarters of the classes at most. With the scratch of a step,
-# some six tiles, they are smaller than the logits.
+# Raw products that are kept for the backward pass if storing them takes less time than
+# computing them: 96 MiB, of at most three quarters of the classes. With the scratch of
+# a step, some six tiles, they are smaller than the logits.
 KEPT = 3 * 2**23
-# Of fewer features a product takes less time than writing and reading it.
+# A product of fewer features takes less time than writing and reading its result.
 KEPT_FEATURES = 256
 _LANES = 128
 
 type Index = int | Int[Array, ""]
 
-# Slices whose start is never negative: nothing is added to it, in no loop.
+# Slices whose start is never negative, so that no step of a loop adds the length to it.
 slice_of = functools.partial(lax.dynamic_slice_in_dim, allow_negative_indices=False)
 with_slice = functools.partial(
     lax.dynamic_update_slice_in_dim, allow_negative_indices=False
@@ -58,12 +58,12 @@ with_slice = functools.partial(
 # -------------------------------------------------------------------------- vocabulary
 def vocab_chunk(rows: int, features: int, vocabulary: int) -> int:
     """Classes per step, for the given number of rows per step."""
-    # Where products are kept, smaller tiles leave room for them.
+    # Smaller tiles leave room for products that are kept.
     tile = TILE if features < KEPT_FEATURES else TILE // 4
-    # As for many rows where their number is not known.
+    # An unknown number of rows counts as a large one.
     fitting = 0 if is_symbolic(rows) else tile // max(rows, features, 1)
     chunk = min(max(_round_up(fitting, _LANES), 1024), 4096)
-    # Two slices at least, or the tile would be the logits that are not to be stored.
+    # At least two slices, or the one tile would be the logits themselves.
     half = _round_up(math.ceil(vocabulary / 2), _LANES)
     return min(chunk, max(half, 512), vocabulary)
 
@@ -77,12 +77,12 @@ def search_chunk(rows: int, features: int, vocabulary: int) -> int:
 
 
 def halved(size: int) -> int:
-    """Classes per step where two tiles take the place of one."""
+    """Classes per step if two tiles are live instead of one."""
     return max(_round_up(size // 2, _LANES), min(size, 512))
 
 
 def kept_classes(rows: int, features: int, vocabulary: int, size: int) -> int:
-    """How many classes, in whole steps, the forward pass keeps for the backward one."""
+    """Number of classes, in whole steps, that are kept for the backward pass."""
     if features < KEPT_FEATURES or is_symbolic(rows):
         return 0
     below = max(vocabulary - 6 * size, 0)
@@ -97,17 +97,17 @@ def fold[Carry](
     size: int,
     first: int = 0,
 ) -> Carry:
-    """Runs `step(carry, start, size)` from `first` to `length`, the short rest last.
+    """Runs `step(carry, start, size)` from `first` to `length`, a shorter rest last.
 
-    A loop of the compiler, not of Python: an unrolled loop lets XLA keep the scratch of
-    all steps at once. Nothing is padded, and no slice reaches beyond the end.
+    The loop is not unrolled: XLA might keep the scratch of all unrolled steps at once.
+    Nothing is padded, and no slice reaches beyond the end.
     """
     whole = (length - first) // size
     if whole == 1:
         carry = step(carry, first, size)
     elif whole:
-        # The loop carries the start, so that no kernel computes it: those of loops over
-        # other parts of the axis are equal, and equal kernels are compiled once.
+        # The loop carries the start, so that no kernel computes it: then kernels of
+        # loops over other ranges of the axis are equal, and are compiled once.
         def body(_: Index, both: tuple[Array, Carry]) -> tuple[Array, Carry]:
             start, carry = both
             after = barrier_on_cpu(start + size)
@@ -123,7 +123,7 @@ def fold[Carry](
 
 # -------------------------------------------------------------------------------- rows
 class Total(NamedTuple):
-    """Arrays over all rows in the making: those of the groups, those of the rest."""
+    """Buffers of arrays over all rows: those of the groups, and those of the rest."""
 
     grouped: Any
     rest: Any
@@ -133,10 +133,9 @@ class Total(NamedTuple):
 class RowCut:
     """Rows divided into `groups` groups of `size` and a shorter rest.
 
-    Groups are strided (row i belongs to group i mod groups): the leading part of the
-    row axis keeps its meaning, so that a program whose rows are sharded over devices
-    works on each device's own rows in every step. Where tiles have a meaning beyond
-    speed, groups are contiguous.
+    Groups are strided (row i belongs to group i mod groups), so that every group has
+    rows of each device if rows are sharded: all devices work in every step. Groups are
+    contiguous if results depend on the tiles, as with a gradient filter.
     """
 
     groups: int
@@ -149,7 +148,7 @@ class RowCut:
         return self.groups == 1 and self.rest == 0
 
     def take(self, tree: Any, group: Index | None) -> Any:
-        """The rows of one group, or for None of the rest; scalars are for all rows."""
+        """The rows of one group, or of the rest for None; scalars stay."""
         count = self.groups * self.size
 
         def of(array: Any) -> Any:
@@ -163,7 +162,7 @@ class RowCut:
         return jax.tree.map(of, tree)
 
     def zeros(self, piece: Any) -> Total:
-        """Nothing yet, for arrays like those of one group (structs will do)."""
+        """Zero buffers for arrays like those of one group (structs suffice)."""
         grouped = lambda a: jnp.zeros((*self._shape, *a.shape[1:]), a.dtype)
         rest = lambda a: jnp.zeros((self.rest, *a.shape[1:]), a.dtype)
         if self.whole:
@@ -174,7 +173,7 @@ class RowCut:
         )
 
     def add(self, total: Total, piece: Any, group: Index | None) -> Total:
-        """Adds the numbers of one group, or for None of the rest."""
+        """Adds the numbers of one group, or of the rest for None."""
         if self.whole or group is None:
             old = total.grouped if self.whole else total.rest
         else:
@@ -183,7 +182,7 @@ class RowCut:
         return self.put(total, jax.tree.map(jnp.add, old, piece), group)
 
     def put(self, total: Total, piece: Any, group: Index | None) -> Total:
-        """Writes the numbers of one group, or for None of the rest."""
+        """Writes the numbers of one group, or of the rest for None."""
         if self.whole:
             return Total(piece, ())
         if group is None:
@@ -194,7 +193,7 @@ class RowCut:
         return total._replace(grouped=jax.tree.map(write, total.grouped, piece))
 
     def joined(self, total: Total) -> Any:
-        """The total as arrays over all rows."""
+        """The buffers as arrays over all rows."""
         if self.whole:
             return total.grouped
         flat = lambda a: a.reshape(self.groups * self.size, *a.shape[2:])
@@ -207,7 +206,7 @@ class RowCut:
     def fold[Carry](
         self, visit: Callable[[Carry, Index | None], Carry], carry: Carry
     ) -> Carry:
-        """Runs `visit(carry, group)` over the groups, then over the rest as None."""
+        """Runs `visit(carry, group)` over the groups, then with None for the rest."""
         if self.groups == 1:
             carry = visit(carry, 0)
         else:
@@ -227,7 +226,7 @@ class RowCut:
 def row_cut(
     rows: int, features: int, token_chunk: int | None = None, *, strided: bool = True
 ) -> RowCut:
-    """Rows per step: what was asked for, else by the cost model.
+    """Groups of `token_chunk` rows, or by the cost model.
 
     Without a suitable divisor of the number of rows there is a shorter rest. Contiguous
     groups are multiples of 128 rows.
@@ -241,7 +240,7 @@ def row_cut(
 def row_blocks(
     rows: int, vocabulary: int, token_chunk: int | None = None, *, strided: bool = True
 ) -> RowCut:
-    """Rows per block of stored logits: `BLOCK` numbers, or 128 rows."""
+    """Groups of rows whose logits are stored: `BLOCK` numbers, or 128 rows."""
     if token_chunk is not None:
         return _of_size(rows, token_chunk, strided)
     limit = max(BLOCK // max(vocabulary, 1) // _LANES * _LANES, _LANES)
@@ -249,7 +248,7 @@ def row_blocks(
 
 
 def _at_most(rows: int, limit: int, strided: bool) -> RowCut:
-    # The length of a shorter rest must be known.
+    # Cutting needs a known number of rows.
     if is_symbolic(rows) or rows <= limit:
         return RowCut(1, rows, 0, strided)
     if strided:

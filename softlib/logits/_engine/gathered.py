@@ -1,7 +1,7 @@
 """Final logits at some classes of each row: products of gathered rows of the weight.
 
-That is one product per class that is asked for, forward and backward, where a stream
-takes one per class of the vocabulary.
+It computes one logit per wanted class, forward and backward, where a stream computes
+one per class of the vocabulary.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from .tile import Modifiers, Options
 def of_head(
     options: Options, head: Head, ids: Int[Array, "rows L"]
 ) -> Float[Array, "rows L"]:
-    """-inf at a class that is excluded; the ids are in range."""
+    """Logits at ids in range; -inf at a class that is excluded."""
     rows, features = head.hidden.shape
     most = max(_chunks.BLOCK // max(ids.shape[1] * features, 1), 1)
     cut = _chunks.row_cut(rows, features, options.token_chunk or most)
@@ -32,23 +32,23 @@ def of_head(
         mine = stream.rows_of(head, cut, group)
 
         def of_row(hidden, modifiers, ids):
-            # Wide before it is gathered: the gradient of a class that several rows ask
-            # for is summed in float32.
+            # Widened before it is gathered, so that gradients of a class that several
+            # rows gather are summed in float32.
             weight = head.weight.astype(head.dtype)
-            part = Head(
+            row = Head(
                 hidden[None],
                 jnp.take(weight, ids, options.vocab_axis),
                 None,
                 _modifiers_at(modifiers, ids),
             )
-            z = stream.tile_of(part, options).z
-            return _tile.select(z, part.modifiers.class_where, -jnp.inf)[0]
+            z = stream.tile_of(row, options).z
+            return _tile.select(z, row.modifiers.class_where, -jnp.inf)[0]
 
         axes = (0, _axes_of_rows(mine.modifiers), 0)
         operands = (mine.hidden, mine.modifiers, cut.take(ids, group))
         return jax.vmap(of_row, in_axes=axes)(*operands)
 
-    # In a loop, the gathered rows of all steps would be kept for the backward pass.
+    # A loop would keep the gathered rows of all steps for the backward pass.
     visit = of if cut.whole else jax.checkpoint(of)
     return stream.by_rows(cut, visit, head.hidden)
 
@@ -60,7 +60,7 @@ def of_array(
     modifiers: Modifiers,
     ids: Int[Array, "rows L"],
 ) -> Float[Array, "rows L"]:
-    """`of_head` of logits that exist."""
+    """`of_head` for an array of logits."""
 
     def of_row(raw, modifiers, ids):
         modifiers = _modifiers_at(modifiers, ids)
@@ -72,11 +72,11 @@ def of_array(
 
 
 def _axes_of_rows(modifiers: Modifiers) -> Any:
-    """Maps modifiers that have rows over these; None for the others."""
+    """Axes for `vmap`: 0 for modifiers that have rows, None for the others."""
     layouts = modifier_layout(modifiers)
     return jax.tree.map(lambda layout: 0 if layout.rows else None, layouts)
 
 
 def _modifiers_at(modifiers: Modifiers, ids: Int[Array, " L"]) -> Modifiers:
-    """The modifiers of one row, with those per class at these classes."""
+    """The modifiers of one row, gathered at these classes."""
     return modifiers.of_classes(lambda array, axis: jnp.take(array, ids, axis=axis))

@@ -1,8 +1,7 @@
-"""The operands of a linear head, and its part in the loops over rows and classes.
+"""The operands of a linear head, as the loops over rows and classes use them.
 
-The loops of `stream` ask an operand for a slice of itself, for the raw logits of a
-slice, and for what the cotangent of these adds to its gradient. `blocks` answers the
-same questions for logits of any other kind.
+The loops of `stream` slice an operand, compute the raw logits of a slice, and add their
+pulled-back cotangents to gradients. `blocks` does the same for all other logits.
 """
 
 from typing import Any, NamedTuple
@@ -24,32 +23,32 @@ from .tile_gradient import RawCotangents
 
 
 class HeadGradient(NamedTuple):
-    """The gradient of a head in the dtypes of its operands."""
+    """The gradient of a head, in the dtypes of its operands."""
 
     hidden: Array
     weight: Array
     modifiers: Modifiers  # without class_where
 
     def added_to(self, weight: Array | None) -> "HeadGradient":
-        """With a gradient of the weight that exists already."""
+        """The gradient plus an existing gradient of the weight."""
         return self if weight is None else self._replace(weight=weight + self.weight)
 
     def as_operands(self) -> "Head":
-        """In the structure of what it is the gradient of."""
+        """The gradient in the structure of the operands."""
         return Head(self.hidden, self.weight, None, self.modifiers)
 
 
 class RowSums(NamedTuple):
-    """Sums of the backward pass, one per row."""
+    """Gradients per row, in the dtype of sums."""
 
     hidden: Float[Array, "rows D"] | Float[Array, "D rows"]
     scale: Float[Array, " rows"] | None
-    # None also where it follows from the gradient of hidden.
+    # None also if it follows from the gradient of hidden.
     temperature: Float[Array, " rows"] | None
 
 
 class ClassSums(NamedTuple):
-    """Sums of the backward pass, one per class."""
+    """Gradients per class, in the dtype of sums."""
 
     weight: Array
     bias: Float[Array, " classes"] | None
@@ -75,19 +74,19 @@ class Head(NamedTuple):
 
     @property
     def features(self) -> int:
-        """Numbers per row, and per class, that a step reads: for the cost model."""
+        """Numbers that a step reads per row, and per class: for the cost model."""
         return self.hidden.shape[1]
 
     @property
     def like(self) -> Array:
-        """An array that varies over as many mesh axes as all others do."""
+        """An array that varies over the same mesh axes as all others."""
         return self.hidden
 
     def vocabulary(self, options: Options) -> int:
         return self.weight.shape[options.vocab_axis]
 
     def is_one_tile(self, options: Options, rows: int) -> bool:
-        """Whether logits, and the weight's gradient before it is rounded, are small."""
+        """Whether all logits, and the unrounded gradient of the weight, are small."""
         if is_symbolic(rows):
             return False
         rounded = self.weight.dtype != self.dtype
@@ -95,7 +94,7 @@ class Head(NamedTuple):
         return of_class * self.vocabulary(options) <= _chunks.WHOLE
 
     def lies_across(self, options: Options) -> bool:
-        """Whether tiles of many rows are best laid out as (classes, rows)."""
+        """Whether tiles of many rows are fastest in the layout (classes, rows)."""
         return options.vocab_axis == 0
 
     # ------------------------------------------------------------------------- slices
@@ -118,7 +117,7 @@ class Head(NamedTuple):
         )
 
     def raw(self, options: Options, class_axis: int = 1) -> Array:
-        """The products of hidden and the weight."""
+        """The product of hidden and the weight."""
         operands = (self.hidden, self.weight)
         contract = (1, 1 - options.vocab_axis)
         if class_axis == 0:
@@ -127,7 +126,7 @@ class Head(NamedTuple):
 
     # ----------------------------------------------------------------------- gradients
     def class_buffers(self, weight_dtype: DTypeLike | None = None) -> ClassSums:
-        """The gradients per class, before any row has added to them."""
+        """Zero buffers of the gradients per class."""
         one_each = lambda x: None if x is None else jnp.zeros(x.shape, self.dtype)
         zeros = ClassSums(
             jnp.zeros(self.weight.shape, weight_dtype or self.weight.dtype),
@@ -140,7 +139,7 @@ class Head(NamedTuple):
         return match_varying(jnp.zeros(shape, self.dtype), self.hidden)
 
     def no_row_sums(self, options: Options, rows: int, across: bool) -> RowSums:
-        """Nothing yet per row of a group."""
+        """Zero sums per row of a group."""
         features = self.hidden.shape[1]
         per_row = lambda operand: None if operand is None else self.zeros(rows)
         temperature = self.modifiers.temperature
@@ -151,7 +150,7 @@ class Head(NamedTuple):
         )
 
     def no_class_sums(self, size: int) -> ClassSums:
-        """Nothing yet per class of a step."""
+        """Zero sums per class of a step."""
         one_each = lambda x: None if x is None else self.zeros(size)
         return ClassSums(
             self.zeros(self.hidden.shape[1], size),
@@ -160,7 +159,7 @@ class Head(NamedTuple):
         )
 
     def no_entries(self, rows: int) -> tuple[()]:
-        """Nothing yet for each row of a group and class of a step."""
+        """An empty tuple: a head has no array with both rows and classes."""
         return ()
 
     def pull(
@@ -170,8 +169,8 @@ class Head(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> tuple[RowSums, ClassSums, tuple[()]]:
-        """The share of a tile in the sums per row and per class; it has no entries."""
-        # Products in the dtype of the operands, as forward; their sums are wider.
+        """Gradients of a tile: its sums per row and per class; there are no entries."""
+        # Products in the dtype of the operands, as forward; sums are wider.
         draw = found.raw.astype(self._product_dtype)
         if across:
             columns = copied(self.weight.T)
@@ -196,7 +195,7 @@ class Head(NamedTuple):
         across: bool,
         copied: Copied,
     ) -> ClassSums:
-        """The buffers with the sums of a step's classes."""
+        """The buffers with the sums of a step's classes written."""
         slice_ = found.weight.astype(buffers.weight.dtype)
         if options.vocab_axis == 0 and not across:
             slice_ = copied(slice_).T
@@ -205,11 +204,11 @@ class Head(NamedTuple):
         return ClassSums(write(buffers.weight, slice_, options.vocab_axis), *per_class)
 
     def turned(self, sums: RowSums) -> RowSums:
-        """Sums of tiles that lay across, with rows first."""
+        """Sums of tiles (classes, rows), transposed to rows first."""
         return sums._replace(hidden=sums.hidden.T)
 
     def gradient(self, sums: RowSums, classes: ClassSums) -> HeadGradient:
-        """The sums in the dtypes and shapes of the operands."""
+        """The gradients in the shapes and dtypes of the operands."""
         temperature = self.modifiers.temperature
         dtemperature = sums.temperature
         if temperature is not None and dtemperature is None:
@@ -235,9 +234,9 @@ class Head(NamedTuple):
     def _follows(self, options: Options) -> bool:
         """Whether the gradient of the temperature follows from that of `hidden`.
 
-        From tiles it takes a sum over each, which keeps one or two more of them at a
-        time. It needs that where the gradient of `hidden` is of rounded tiles, or not
-        of all, or would be another product that nobody asks for.
+        Otherwise it is summed over every tile, which keeps one or two more tiles. The
+        sums are needed if the gradient of `hidden` is that of rounded or filtered
+        tiles, or is not computed.
         """
         return (
             options.hidden_is_learned

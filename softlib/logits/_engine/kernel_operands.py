@@ -1,4 +1,4 @@
-"""What the adapters of the row-statistics kernels have in common."""
+"""Operands and limits that the adapters of the row-statistics kernels share."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -11,16 +11,16 @@ from .head import Head, HeadGradient
 from .tile import Modifiers, Options
 from .tile_gradient import RowCotangents
 
-# Smaller problems do not fill a tile, and a program of plain JAX is made faster.
+# Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_ROWS, LEAST_CLASSES, LEAST_FEATURES = 64, 2048, 64
 # Every label costs a comparison per logit.
 MOST_LABELS = 8
-# Numbers of classes are kept in float32 while the largest logit is looked for.
+# The search for the largest logit holds class ids in float32.
 MOST_CLASSES = 1 << 24
 
 
 def known_of(rows: RowCotangents) -> dict[str, Array]:
-    """What the backward pass knows of each row, by name; not of labels."""
+    """Residuals and cotangents per row by name, but those of label logits."""
     g = rows.cotangents
     known = {
         "lse": rows.lse,
@@ -34,7 +34,7 @@ def known_of(rows: RowCotangents) -> dict[str, Array]:
 
 
 def tables_of(head: Head) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Float32 numbers of every row, and of every class, by name."""
+    """Float32 numbers per row, and per class, by name."""
     bias, scale, temperature, where = head.modifiers[:4]
     every = lambda x: jnp.broadcast_to(x, head.hidden.shape[:1])
     wide = lambda x: x.astype(jnp.float32)

@@ -37,7 +37,7 @@ def _backward(options: Options, given: BackwardOperands) -> HeadGradient:
     head, rows, _, further = given
     known, of_labels = _known(rows)
     if of_labels is None and not any(name.startswith("g_") for name in known):
-        # Only numbers without a gradient were asked for.
+        # Only statistics without a gradient were computed.
         zeros = HeadGradient(*jax.tree.map(jnp.zeros_like, _differentiable(head)))
         return zeros.added_to(further)
     found = kernels.gradient(_options(options), _operands(head), known, of_labels)
@@ -116,7 +116,7 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
 
 
 def _shapes(head: Head) -> plans.Operands:
-    """Enough to choose tiles: nothing is computed with it."""
+    """Operands for the choice of tiles only, which reads their shapes."""
     given = {n: x for n, x in head.modifiers._asdict().items() if x is not None}
     per_row = {n: x for n, x in given.items() if n in ("scale", "temperature")}
     per_class = {n: x for n, x in given.items() if n not in per_row}

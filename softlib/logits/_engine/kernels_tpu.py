@@ -86,7 +86,7 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
 
 
 def _shapes(head: Head) -> plans.Operands:
-    """Enough to choose tiles: nothing is computed with it."""
+    """Operands for the choice of tiles only, which reads their shapes."""
     empty: dict[str, Array] = {}
     return plans.Operands(head.hidden, head.weight, head.labels, empty, empty)
 

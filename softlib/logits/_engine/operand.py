@@ -1,6 +1,6 @@
-"""The questions that the loops over rows and classes ask of operands of logits.
+"""The protocol by which the loops over rows and classes use operands.
 
-`head` answers for a linear head, `blocks` for logits that are made block by block.
+`head` implements it for a linear head, `blocks` for logits made block by block.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .tile_gradient import RawCotangents
 
 # (buffer, values of the classes of a step, axis of the classes) -> the buffer
 type Write = Callable[[Array, Array, int], Array]
-# The array, laid out in memory as it stands before a product or a transpose.
+# The array with a barrier, so that a transpose of it is a copy in memory.
 type Copied = Callable[[Array], Array]
 
 
@@ -35,22 +35,22 @@ class Operand(Protocol):
 
     @property
     def features(self) -> int:
-        """Numbers per row, and per class, that a step reads: for the cost model."""
+        """Numbers that a step reads per row, and per class: for the cost model."""
         ...
 
     @property
     def like(self) -> Array:
-        """An array that varies over as many mesh axes as all others do."""
+        """An array that varies over the same mesh axes as all others."""
         ...
 
     def vocabulary(self, options: Options, /) -> int: ...
 
     def is_one_tile(self, options: Options, rows: int, /) -> bool:
-        """Whether the logits of so many rows are few enough to be one tile."""
+        """Whether all logits of this number of rows are few enough to be one tile."""
         ...
 
     def lies_across(self, options: Options, /) -> bool:
-        """Whether tiles of many rows are best laid out as (classes, rows)."""
+        """Whether tiles of many rows are fastest in the layout (classes, rows)."""
         ...
 
     def rows_of(self, cut: RowCut, group: Index | None, /) -> Any: ...
@@ -58,31 +58,31 @@ class Operand(Protocol):
     def classes_of(self, start: Any, size: int, options: Options, /) -> Any: ...
 
     def raw(self, options: Options, class_axis: int = 1, /) -> Array:
-        """The logits before what modifies them."""
+        """The logits before modifiers are applied."""
         ...
 
     def class_buffers(self) -> Any:
-        """The gradients of all but rows, before any row has added to them."""
+        """Zero buffers of all gradients but those per row."""
         ...
 
     def zeros(self, *shape: int) -> Array: ...
 
     def no_row_sums(self, options: Options, rows: int, across: bool, /) -> Any:
-        """Nothing yet per row of a group."""
+        """Zero sums per row of a group."""
         ...
 
     def no_class_sums(self, size: int, /) -> Any:
-        """Nothing yet per class of a step."""
+        """Zero sums per class of a step."""
         ...
 
     def no_entries(self, rows: int, /) -> tuple[Array, ...]:
-        """Nothing yet for each row of a group and class of a step."""
+        """Zero gradients per entry, for the rows of a group and classes of a step."""
         ...
 
     def pull(
         self, options: Options, found: RawCotangents, across: bool, copied: Copied, /
     ) -> tuple[Any, Any, tuple[Array, ...]]:
-        """The share of a tile in the sums per row and per class, and its entries."""
+        """Gradients of a tile: its sums per row and per class, and its entries."""
         ...
 
     def written(
@@ -96,16 +96,16 @@ class Operand(Protocol):
         copied: Copied,
         /,
     ) -> Any:
-        """The buffers with the sums of a step's classes, and with its entries."""
+        """The buffers with the sums and entries of a step's classes written."""
         ...
 
     def turned(self, sums: Any, /) -> Any:
-        """Sums of tiles that lay across, with rows first."""
+        """Sums of tiles (classes, rows), transposed to rows first."""
         ...
 
     def gradient(self, sums: Any, classes: Any, /) -> Any:
-        """The sums in the dtypes and shapes of the operands.
+        """The gradients in the shapes and dtypes of the operands.
 
-        `as_operands()` of it has their structure.
+        Its `as_operands()` has the structure of the operands.
         """
         ...

@@ -1,8 +1,8 @@
-"""The two operations of the row-statistics engine and their one derivative rule each.
+"""The operations of the row-statistics engine and their derivative rules.
 
 A `custom_vjp` is needed because the transpose of a loop would store every tile. The
-rules call what is *inside* the decorated functions, never these themselves: otherwise
-forward mode over the rule, hence every Hessian-vector product, would be an error.
+rules call the computation *inside* the decorated functions, never the functions
+themselves: forward mode over the rule, hence every Hessian-vector product, would raise.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from .tile_gradient import RowCotangents
 
 
 class Given(NamedTuple):
-    """The operands of a row-statistics operation on logits that exist."""
+    """The operands of a row-statistics operation on an array of logits."""
 
     logits: Float[Array, "rows V"]
     labels: Int[Array, "rows L"] | None
@@ -51,13 +51,13 @@ class Given(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass of a head finds stored."""
+    """Residuals of a head for its backward pass."""
 
     head: Head
     lse: Float[Array, " rows"] | None
     mean: Float[Array, " rows"] | None
     kept: Array | None  # raw products of the first classes
-    # In the structure, because it is static: () if hidden is learned, else None.
+    # Static, hence in the tree's structure: () if hidden is learned, else None.
     learned: tuple[()] | None
 
 
@@ -66,7 +66,7 @@ class GivenGradient(NamedTuple):
     modifiers: Modifiers  # without class_where
 
     def as_operands(self) -> Given:
-        """In the structure of what it is the gradient of."""
+        """The gradient in the structure of the operands."""
         return Given(self.logits, None, self.modifiers)
 
 
@@ -80,10 +80,11 @@ def linear(names: Implementations, options: Options, head: Head) -> RowStatistic
 def chained_linear(
     names: Implementations, options: Options, head: Head
 ) -> tuple[RowStatistics, Array]:
-    """`linear`, and the weight for what reads it next.
+    """`linear`, and the weight to give to the next operation on the same head.
 
-    Two readers of one weight have a gradient of its size each, and their sum. One that
-    reads the result of this has its gradient made first; this adds to it in place.
+    Two operations on one weight would each make a gradient of its size, and their sum.
+    If the second gets the weight that this one returns, its gradient is computed first
+    and this one adds to it in place.
     """
     made = _dispatch.plan(LINEAR, names, options, head)
     if made.is_reference:
@@ -109,8 +110,8 @@ def _with_rule(
 ) -> Callable[..., Any]:
     """A function of (plan, names, options, head) with its derivative rule.
 
-    Symbolic zeros tell the rule whether `hidden` is learned. `shard_map` has none:
-    inside it counts as learned.
+    Symbolic zeros tell the rule whether `hidden` is learned. `shard_map` has none, so
+    inside it `hidden` counts as learned.
     """
 
     def rule(symbolic_zeros: bool) -> Any:
@@ -151,15 +152,15 @@ def _values(tree: Any) -> Any:
     return jax.tree.map(of, tree, is_leaf=is_primal)
 
 
-# What stands for products that a platform does not keep; nothing reads it.
+# Fills the array of kept products on platforms that keep none; it is never read.
 _PLACEHOLDER = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class _WithPlaceholder:
-    """A forward pass that keeps nothing, with results as of one that does.
+    """A forward pass that keeps no products and returns a placeholder for them.
 
-    Compared by value: it is part of the key under which programs are found again.
+    It is compared by value, because it belongs to the key of compiled programs.
     """
 
     forward: Callable[[Options, Head], RowStatistics]
@@ -177,9 +178,9 @@ class _WithPlaceholder:
 def _keeping(made: Plan) -> Plan:
     """The plan of a forward pass that keeps products where it is plain JAX.
 
-    Residuals have one structure on all platforms. One with a kernel keeps nothing,
-    whether the kernel runs or the program is divided over devices, and its backward
-    pass is planned by `_reading_kept`.
+    Residuals have the same structure on all platforms. A platform with a kernel keeps
+    no products, whether the kernel runs or the program is divided over devices.
+    `_reading_kept` plans its backward pass.
     """
     of_kernels = [
         (
@@ -200,7 +201,7 @@ def _keeping(made: Plan) -> Plan:
 
 
 def _reading_kept(forward: Plan, backward: Plan) -> Plan:
-    """The backward plan, computing products again where the forward pass kept none."""
+    """The backward plan, which recomputes products where the forward pass kept none."""
     kernels = dict(backward.kernels)
     for platform, _ in forward.kernels:
         own = kernels.get(platform, _RECOMPUTING)
@@ -304,7 +305,7 @@ def _linear_gradient_reference(
 def _recomputed_statistics(
     operation: Operation, names: Implementations, options: Options, operands: Any
 ) -> RowStatistics:
-    """The statistics of logits whose backward pass finds nothing but their rows'."""
+    """Statistics whose backward pass gets the operands, lse and mean, no products."""
     made = _dispatch.plan(operation, names, options, operands)
     if made.is_reference:
         return _dispatch.execute(made, options, operands)
@@ -418,7 +419,7 @@ def _reference(
     ranked: Ranked | None,
     modifiers: Modifiers,
 ) -> RowStatistics:
-    """The definitions, one after the other, of the whole row at once."""
+    """The statistics by their definitions, of whole rows."""
     z = _tile.logits_of(raw, options, modifiers).z
     where = modifiers.class_where
     present = _tile.select(z, where, -jnp.inf)
@@ -436,7 +437,7 @@ def _reference(
     empty = top == -jnp.inf
     shift = jnp.where(empty, 0, top)
     exponentials = jnp.exp(weighed - shift[:, None])
-    # Selected before the logarithm as well: 0 * inf in a derivative is NaN.
+    # Selected before the logarithm too: 0 * inf in a derivative is NaN.
     total = jnp.where(empty, 1, exponentials.sum(1))
     lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
     p = exponentials / total[:, None]
@@ -467,7 +468,7 @@ def _reference(
 
 
 def with_residuals(options: Options) -> Options:
-    """What the backward pass needs is computed too."""
+    """Options that include the statistics which the backward pass needs."""
     if options.gradient_filter_eps is not None:
         return options.including("lse")
     if options.wants("mean_logit"):
@@ -476,7 +477,7 @@ def with_residuals(options: Options) -> Options:
 
 
 def differentiable(statistics: RowStatistics) -> RowStatistics:
-    """Those statistics that have a gradient."""
+    """The statistics without those that have no gradient."""
     return statistics._replace(max_logit=None, argmax=None, label_rank=None)
 
 
@@ -518,7 +519,7 @@ LINEAR = Operation(
         Implementation("reference", _linear_reference, _no_filter),
     ),
 )
-# In the place of a kernel, where the forward pass is one and the backward pass is not.
+# Backward pass on platforms where only the forward pass is a kernel.
 _RECOMPUTING = Implementation("xla", _recomputed)
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",

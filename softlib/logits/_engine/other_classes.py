@@ -1,10 +1,10 @@
-"""Sums over the classes other than a row's one label, of logits that exist.
+"""Sums over the classes other than a row's one label, of an array of logits.
 
-Neither of the plain ways is good. The sum of all classes less the label's term cancels
-where the label has nearly all of the probability, and a copy of the logits with -inf at
-the labels costs their memory and two passes over it. So a row is cut into pieces, each
-summed as it lies; the label's piece alone is copied without the label and summed again,
-and that takes its place before the sums of the pieces are merged.
+The sum over all classes less the label's term cancels where the label has nearly all of
+the probability. A copy of the logits with -inf at the labels costs their memory and two
+passes over it. So a row is cut into pieces, which are summed in place. Only the label's
+piece is copied without the label and summed again; this sum replaces the piece's first
+sum before the sums are merged.
 """
 
 import math
@@ -21,25 +21,25 @@ from softlib.numerics import RunningMaxState
 from . import tile as _tile
 from .tile import Modifiers, Options, Tile
 
-# A copy of one piece of this many is small, and so is a number per piece; the loop over
-# fewer classes than these is slower than one over all.
+# With this many pieces, a copy of one is small, and so is an array of their sums.
 _PIECES = 32
+# A loop over pieces of fewer classes is slower than one over all classes.
 _SMALLEST = 64
-# The statistics that are made of `Sums`.
+# The statistics that follow from `Sums`.
 SUMS = ("lse", "mean_logit", "sum_softplus")
 
 
 class Sums(NamedTuple):
-    """Of the classes other than the label; a part that nobody needs is None."""
+    """Sums over the classes other than the label; None if not needed."""
 
     exponentials: RunningMaxState | None
     sum_softplus: Array | None
 
 
 def pieces_of(vocabulary: int) -> int:
-    """Into how many equal pieces a row is cut; 1 if there is no good number.
+    """Number of equal pieces of a row; 1 if there is no good number.
 
-    Where classes may be divided by up to 16 devices, so are the pieces.
+    If up to 16 devices can divide the classes, they can divide the pieces too.
     """
     shared = math.gcd(vocabulary, 16)
     counts = [
@@ -58,14 +58,14 @@ def sums(
     modifiers: Modifiers,
     pieces: int,
 ) -> Sums:
-    """What `update` of a tile that holds whole rows adds up without the labels."""
+    """Sums of a tile of whole rows, as by `tile.update` with `exclude_labels`."""
     present = _tile.select(tile.z, modifiers.class_where, -jnp.inf)
     rows, vocabulary = present.shape
     size = vocabulary // pieces
     shape = (rows, pieces, size)
 
-    # A label outside the vocabulary is -1; then every piece stays as it is.
-    # Several kernels read the number of the label's piece, which a division makes.
+    # A label outside the vocabulary is -1; then no class of a piece is the label.
+    # The barrier: several kernels read the piece's index, the result of a division.
     at = lax.div(jnp.maximum(labels, 0), jnp.full_like(labels, size))
     at = lax.optimization_barrier(at)
     ids = at * size + lax.broadcasted_iota(labels.dtype, (rows, size), 1)
@@ -89,8 +89,8 @@ def sums(
         tops = lax.stop_gradient(all_weighted).max(-1)
         tops_of_others = replaced(tops, lax.stop_gradient(own_weighted).max(-1))
         top = at_least_finite(tops_of_others).max(-1, keepdims=True)
-        # The sum over the label's piece as it lies is replaced, but must not overflow:
-        # in derivatives of this its cotangent is 0, and 0 * inf is NaN.
+        # The first sum of the label's piece is replaced, but must not overflow: its
+        # cotangent in derivatives is 0, and 0 * inf is NaN.
         shift = replaced(top, jnp.maximum(top, tops))
         of_all = jnp.exp(all_weighted - shift[..., None])
         of_own = jnp.exp(own_weighted - top[..., None])

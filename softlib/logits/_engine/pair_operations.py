@@ -1,12 +1,11 @@
-"""The operation of two heads at once, and its one derivative rule.
+"""The divergence of two heads as an operation with a derivative rule.
 
-Two passes over the vocabulary: the logsumexp of each head by the row-statistics engine,
-then the sums over classes of both. One pass would have to subtract logits of one head
-from those of the other under the exponentials of a maximum not yet known, and lose
-what distinguishes distributions that are close.
+It takes two passes over the vocabulary: the row-statistics engine computes the
+logsumexp of each head, then the terms of both are summed over classes. One pass would
+not know the logsumexps, and rounding would hide small differences of distributions.
 
-As in `_engine`, the rules call what is inside the decorated function, so that they can
-be differentiated themselves.
+As in `operations`, the rules call the computation inside the decorated function, so
+that they can be differentiated themselves.
 """
 
 import functools
@@ -40,7 +39,7 @@ from .vocabulary_parallel import first_class, merged
 
 
 class GivenPair(NamedTuple):
-    """The operands of a divergence on logits that exist."""
+    """The operands of a divergence of arrays of logits."""
 
     target: Given
     other: Given
@@ -50,7 +49,7 @@ class GivenPair(NamedTuple):
 def linear(
     names: Implementations, options: PairOptions, pair: Pair
 ) -> Float[Array, " rows"]:
-    """The divergence per row; of the own classes if the vocabulary is divided."""
+    """The divergence per row; that of the shard's classes if these are divided."""
     made = _dispatch.plan(PAIR, names, options, pair)
     if made.is_reference:
         lse = tuple(
@@ -81,7 +80,7 @@ def _linear_forward(
 ):
     known, (value, slopes) = _sums(made, names, options, pair)
     if options.axis_name is not None:
-        # A device's own classes have the derivatives of a sum over all classes.
+        # Classes of one device have the derivatives of a sum over all classes.
         slopes = lax.psum(slopes, options.axis_name)
         slopes = match_varying(slopes, pair.target.like)
     return value, (known, slopes)
@@ -110,7 +109,7 @@ _linear.defvjp(_linear_forward, _linear_backward)
 def _lse(
     names: Implementations, options: PairOptions, own: Options, head: Operand
 ) -> Float[Array, " rows"]:
-    """Of all classes, by the row-statistics engine without its derivative rule."""
+    """Logsumexp over all classes, without the derivative rule of the engine."""
     own = own.including("lse")
     is_linear = isinstance(head, Head)
     operation = operations.LINEAR if is_linear else operations.BLOCKWISE
@@ -128,9 +127,9 @@ def _lse(
 def _with_exceptions(
     options: PairOptions, value: Array, lse: tuple[Array, ...]
 ) -> Array:
-    """0 where the target asks for nothing, without slope where one has no probability.
+    """The value with 0 for an empty target, and no gradient if either row is empty.
 
-    Jensen-Shannon's terms need no exception: what has no probability has no share.
+    Jensen-Shannon divergences need no exception: the terms of an empty row are 0.
     """
     if options.divergence == "jensen_shannon":
         return value
@@ -146,7 +145,7 @@ def _massless(lse: tuple[Array, ...]) -> Array:
 def given(
     names: Implementations, options: PairOptions, operands: GivenPair
 ) -> Float[Array, " rows"]:
-    """The divergence per row, of logits; a composition that JAX differentiates."""
+    """The divergence per row of two arrays of logits; JAX differentiates it."""
 
     def lse(own: Options, logits: Given) -> Array:
         found = operations.given(names, own.including("lse"), logits).lse

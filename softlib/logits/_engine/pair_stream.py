@@ -1,8 +1,8 @@
-"""Two linear heads over one vocabulary in lockstep: sums over the classes of both.
+"""Divergences of two heads over one vocabulary, streamed in lockstep.
 
-A second use of the loops of `_stream`: every step takes the same slice of both weights,
-and a tile of log-probabilities of either head gives the sums per row, backward the
-cotangents of both tiles. Neither head's logits exist beyond a tile.
+It uses the loops of `stream`. Every step takes the same classes of both heads. From one
+tile of log-probabilities of each it computes sums per row, and backward the cotangents
+of both tiles. Neither head's logits exist beyond a tile.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from .tile_gradient import RawCotangents
 
 @dataclasses.dataclass(frozen=True)
 class PairOptions:
-    """What is static in a divergence of two heads."""
+    """Static options of a divergence of two heads."""
 
     divergence: Divergence
     target: Options
@@ -57,12 +57,12 @@ class Pair(NamedTuple):
 
     @property
     def weight(self) -> Array | None:
-        """The mixing weight, an array also where JAX has taken it for a constant."""
+        """The mixing weight as an array, even if JAX made it a Python number."""
         return None if self.mixture is None else jnp.asarray(self.mixture)
 
 
 class KnownPair(NamedTuple):
-    """With the logsumexp of every row, of all classes: target, other."""
+    """A pair, and the logsumexp of every row over all classes: target, other."""
 
     pair: Pair
     lse: tuple[Float[Array, " rows"], ...]
@@ -81,7 +81,7 @@ class PairBackwardOperands(NamedTuple):
 
 
 def forward(options: PairOptions, known: KnownPair) -> Terms:
-    """The sums over classes of `_pair_terms.terms`."""
+    """Sums over classes of `pair_terms.terms`."""
     pair = known.pair
     cut, size = _pieces(options, pair)
     vocabulary = pair.target.vocabulary(options.target)
@@ -91,12 +91,12 @@ def forward(options: PairOptions, known: KnownPair) -> Terms:
         lse = cut.take(known.lse, group)
 
         def step(sums, start, size):
-            parts = tuple(
+            slices = tuple(
                 _stream.classes_of(head, start, size, own)
                 for head, own in zip(mine, options.both, strict=True)
             )
-            tiles = tuple(map(_stream.tile_of, parts, options.both))
-            s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
+            tiles = tuple(map(_stream.tile_of, slices, options.both))
+            s, t = _log_probabilities(tiles, slices, lse, start, options, pair)
             found = pair_terms.terms(options.divergence, s, t, pair.weight)
             return jax.tree.map(lambda sum_, term: sum_ + term.sum(1), sums, found)
 
@@ -114,22 +114,22 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
     cut, size = _pieces(options, pair)
     rows = (lse, sums, cotangent)
 
-    def cotangents(tiles, parts, start, group):
+    def cotangents(tiles, slices, start, group):
         axis = tiles[0].class_axis
         lse, sums, g = cut.take(rows, group)
-        s, t = _log_probabilities(tiles, parts, lse, start, options, pair)
+        s, t = _log_probabilities(tiles, slices, lse, start, options, pair)
         found = pair_terms.terms(options.divergence, s, t, pair.weight).slopes
         per_row = lambda values: jnp.expand_dims(values, axis)
 
-        def of(tile: Tile, part: Operand, log_p, slope, total) -> RawCotangents:
+        def of(tile: Tile, sliced: Operand, log_p, slope, total) -> RawCotangents:
             # log p = z - lse: the cotangent of z is the slope less p times its sum.
             dz = per_row(g) * (slope - jnp.exp(log_p) * per_row(total))
             dz = dz.astype(tile.z.dtype)
-            return tile_gradient.through_modifiers(tile, dz, part.modifiers)
+            return tile_gradient.through_modifiers(tile, dz, sliced.modifiers)
 
         return (
-            of(tiles[0], parts[0], s, found.target, sums.target),
-            of(tiles[1], parts[1], t, found.other, sums.other),
+            of(tiles[0], slices[0], s, found.target, sums.target),
+            of(tiles[1], slices[1], t, found.other, sums.other),
         )
 
     classes = tuple(operand.class_buffers() for operand in pair.both)
@@ -149,27 +149,27 @@ def backward(options: PairOptions, operands: PairBackwardOperands) -> PairGradie
 
 def _log_probabilities(
     tiles: tuple[Tile, ...],
-    parts: tuple[Operand, ...],
+    slices: tuple[Operand, ...],
     lse: tuple[Array, ...],
     start: _chunks.Index,
     options: PairOptions,
     pair: Pair,
 ) -> tuple[Array, Array]:
-    def of(tile: Tile, part: Operand, lse: Array, own: Options) -> Array:
-        labels = part.labels if own.exclude_labels else None
+    def of(tile: Tile, sliced: Operand, lse: Array, own: Options) -> Array:
+        labels = sliced.labels if own.exclude_labels else None
         found = tile_gradient.log_probabilities(
-            tile, lse, part.modifiers, start, labels
+            tile, lse, sliced.modifiers, start, labels
         )
         return found.astype(pair.dtype)
 
-    target, other = map(of, tiles, parts, lse, options.both)
+    target, other = map(of, tiles, slices, lse, options.both)
     return target, other
 
 
 def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
-    """Rows per step as the head with more features alone, and half its classes.
+    """Rows and classes per step: those of the wider head, with half its classes.
 
-    So both heads' tiles take the place of one.
+    Two tiles of half the size take the memory of one.
     """
     of_each = map(_stream.pieces, options.both, pair.both)
     cut, size = min(of_each, key=lambda pieces: pieces[0].size)

@@ -1,9 +1,9 @@
-r"""Divergences of two distributions as sums over classes, one class at a time.
+r"""Divergences of two distributions: terms to be summed over classes.
 
-For log-probabilities $s = \log p$ and $t = \log q$ of a class. Sums of
-$p \log(p / q)$ cancel where the distributions are close: every term is of the order of
-the difference, the sum of its square. Since both distributions sum to 1, adding
-$q - p$ to each term changes nothing but makes it positive,
+Terms are functions of $s = \log p$ and $t = \log q$ of a class. The sum of
+$p \log(p / q)$ cancels where the distributions are close: its terms are of the order of
+the difference, the sum of the order of its square. Both distributions sum to 1, so
+adding $q - p$ to each term does not change the sum, but makes every term positive,
 
     p log(p / q) - p + q = p phi(t - s),   phi(d) = e^d - 1 - d >= 0,
 
@@ -26,7 +26,7 @@ type Divergence = Literal["kl", "jensen_shannon", "cross_entropy"]
 class Slopes(NamedTuple):
     """Derivatives of a divergence with respect to log p, log q and the mixing weight.
 
-    Up to terms that vanish in a sum over all classes.
+    Terms that vanish in a sum over all classes are left out.
     """
 
     target: Array
@@ -35,7 +35,7 @@ class Slopes(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """One class' share of a divergence of p, the target, and q."""
+    """A class's term of a divergence of p, the target, and q; and its derivatives."""
 
     value: Array
     slopes: Slopes
@@ -44,9 +44,9 @@ class Terms(NamedTuple):
 def terms(
     divergence: Divergence, s: Array, t: Array, mixture: Float[Array, ""] | None
 ) -> Terms:
-    """Of every class; one with p = q = 0 has none, one with q = 0 may cost +inf.
+    """Terms of all classes: 0 for p = q = 0, perhaps +inf for q = 0.
 
-    Where that happens the derivatives are those of the finite terms.
+    In a row with an infinite term the derivatives are those of the finite terms.
     """
     if divergence == "kl":
         return _kl(s, t)
@@ -60,7 +60,7 @@ def terms(
 def values(
     divergence: Divergence, s: Array, t: Array, mixture: Float[Array, ""] | None
 ) -> Array:
-    """The values of `terms`, differentiable by its derivatives."""
+    """The values of `terms`, with its slopes as derivatives."""
     return terms(divergence, s, t, mixture).value
 
 
@@ -96,7 +96,7 @@ def _jensen_shannon(s: Array, t: Array, w: Float[Array, ""]) -> Terms:
     p, q = jnp.exp(s), jnp.exp(t)
     m = w * p + (1 - w) * q
     d, both = _difference(s, t)
-    # Of log m: its distances x from s and y from t, the smaller one first.
+    # x = log m - s and y = log m - t, the smaller one computed first.
     below = d <= 0
     of_p = jnp.log1p((1 - w) * expm1(jnp.where(below, d, 0)))
     of_q = jnp.log1p(w * expm1(jnp.where(below, 0, -d)))
@@ -115,7 +115,7 @@ def _jensen_shannon(s: Array, t: Array, w: Float[Array, ""]) -> Terms:
 
 
 def _difference(s: Array, t: Array) -> tuple[Array, Array]:
-    """`t - s`, 0 where either is -inf; and where neither is."""
+    """`t - s`, or 0 where either is -inf; and a mask that is True where neither is."""
     both = (s != -jnp.inf) & (t != -jnp.inf)
     return jnp.where(both, t, 0) - jnp.where(both, s, 0), both
 
@@ -125,22 +125,22 @@ def _impossible(s: Array, t: Array) -> Array:
 
 
 def _infinite_unless_zero(p: Array) -> Array:
-    """NaN for NaN."""
+    """0 for 0, +inf for positive numbers, NaN for NaN."""
     return jnp.where(p == 0, 0, p * jnp.inf)
 
 
 def _bregman(p: Array, q: Array, d: Array, near: Array) -> Array:
-    """`p phi(d)` for q = p e^d, which is q where p is 0."""
+    """`p phi(d)` for q = p e^d; q where p is 0."""
     return jnp.where(near, p * _phi(jnp.where(near, d, 0)), q - p - p * d)
 
 
-# Below this |d| the difference in phi would cost accuracy.
+# For smaller |d| the difference in phi cancels: use its series.
 _NEAR = 0.5
 
 
 def _phi(d: Array) -> Array:
     """e^d - 1 - d for |d| < 0.5: d^2 (1/2! + d/3! + d^2/4! + ...)."""
-    # The first term that is left out is below half a unit of the last place.
+    # The first omitted term is below half an ulp.
     count = 15 if d.dtype == jnp.float64 else 8
     total = jnp.zeros_like(d)
     for k in reversed(range(count)):

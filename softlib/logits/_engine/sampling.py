@@ -1,17 +1,17 @@
 r"""Gumbel-max: the class of greatest $z + g$ per row, found in a stream over classes.
 
-The noise $g$ of an entry is a function of the key, the row and the class. Hence tiles
-of any size and order, or devices that hold some of the classes, find the same class.
+The noise $g$ of an entry is a function of the key, the row and the class. So the result
+depends neither on size and order of tiles nor on a division of classes over devices.
 
 - Bits: Threefry-2x32 of 20 rounds with one key per row and the class as its counter;
-  the bits of `jax.random.fold_in(key of the row, class)`. The operation that JAX has
-  for it runs on a CPU as a loop over stored words; these adds and shifts fuse with all
-  that follows, in a twentieth of its time.
+  the bits of `jax.random.fold_in(key of the row, class)`. JAX's operation for it runs
+  on a CPU as a loop over stored words; the adds and shifts below fuse with all that
+  follows, and take a twentieth of its time.
 - Noise: $g = -\log E$ with $E$ exponential. The largest of 256,000 draws has $E$ near
   $4 \cdot 10^{-6}$, and a class of probability $10^{-9}$ must be drawn once in $10^9$
-  rows. So a small $E$ must be fine: of 23 bits, as `jax.random.gumbel` takes, the
-  largest of 256,000 has an equal in 1 row of 30, where the lower class would win. By
-  the exponential's lack of memory $E = k \log 2 - \log(1 - w)$, with $k$ geometric
+  rows, so a small $E$ needs a fine resolution. With the 23 bits of `jax.random.gumbel`
+  the largest of 256,000 draws has a tie in 1 row of 30, which the lower class would
+  win. The exponential has no memory: $E = k \log 2 - \log(1 - w)$, with $k$ geometric
   (the leading zeros of a word) and $w$ uniform in (0, 1/2) (the other word, and 24 bits
   of the first below it).
 """
@@ -40,7 +40,7 @@ _PARITY = 0x1BD11BDA
 
 
 class Kept(NamedTuple):
-    """The logits of each row that count: those of at least `top + log_share`."""
+    """Threshold of the logits that can be drawn: at least `top + log_share`."""
 
     top: Float[Array, " rows"]
     log_share: Float[Array, " rows"]
@@ -84,7 +84,7 @@ def drawn_of_array(
     key: UInt32[Array, "2"],
     kept: Kept | None,
 ) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
-    """`drawn_of_head`, of logits that exist: one tile, which XLA may partition."""
+    """`drawn_of_head` for an array of logits: one tile, which XLA may partition."""
     keys = _keys_of_rows(key, z.shape[0])
     top, classes = _best(z, keys, jnp.zeros((), jnp.int32), kept)
     return top, jnp.where(top == -jnp.inf, -1, classes)
@@ -96,15 +96,15 @@ def _best(
     first: Int[Array, ""],
     kept: Kept | None,
 ) -> tuple[Array, Array]:
-    """The greatest sum of a tile per row, and its class; NaN where one is NaN."""
+    """The greatest sum per row of a tile, and its class; NaN if the row has a NaN."""
     classes = first + lax.broadcasted_iota(jnp.int32, z.shape, 1)
     counters = (jnp.zeros((), jnp.uint32), classes.astype(jnp.uint32))
     scores = z + gumbel(*threefry((keys[:, :1], keys[:, 1:]), counters), z.dtype)
     if kept is not None:
-        # NaN is not below anything, and stays.
+        # NaN is not below the threshold, and stays.
         below = z - kept.top[:, None] < kept.log_share[:, None]
         scores = jnp.where(below, -jnp.inf, scores)
-    # Two reductions read them, and the noise should be computed once.
+    # Two reductions read them: without the barrier noise would be computed twice.
     scores = lax.optimization_barrier(scores)
     top = scores.max(1)
     none = jnp.iinfo(jnp.int32).max
@@ -112,7 +112,7 @@ def _best(
 
 
 def _better(best: tuple[Array, Array], other: tuple[Array, Array]) -> Any:
-    """The greater per row; of equal ones that of the lower class. NaN is greatest."""
+    """The greater sum per row, of the lower class if equal. NaN is greatest."""
     exceeds = (other[0] > best[0]) | jnp.isnan(other[0])
     return jnp.maximum(best[0], other[0]), jnp.where(exceeds, other[1], best[1])
 
@@ -126,7 +126,7 @@ def key_words(key: Array) -> UInt32[Array, "2"]:
 def _keys_of_rows(key: UInt32[Array, "2"], rows: int) -> UInt32[Array, "rows 2"]:
     counters = jnp.zeros((), jnp.uint32), jnp.arange(rows, dtype=jnp.uint32)
     keys = jnp.stack(threefry((key[0], key[1]), counters), axis=-1)
-    # Fused with the noise, the key of a row would be made again for each class.
+    # Fused with the noise, the key of a row would be computed again for each class.
     return lax.optimization_barrier(keys)
 
 
@@ -150,10 +150,10 @@ def threefry(
 
 
 def gumbel(first: Words, second: Words, dtype: Any) -> Float[Array, "..."]:
-    """Standard Gumbel noise of two words each, from -3.1 to 40."""
+    """Standard Gumbel noise from two words each, between -3.1 and 40."""
     of = lambda words: words.astype(dtype)
-    # The second word is read twice: its last bits are far below the rounding of E where
-    # its leading zeros reach into them.
+    # The second word is used twice. Where its leading zeros reach into its last bits,
+    # these are far below the rounding of E.
     low = second & jnp.uint32(2**24 - 1)
     w = of(first) * 2.0**-33 + (of(low) + 0.5) * 2.0**-57
     k = of(lax.clz(second))
@@ -166,11 +166,11 @@ def gumbel(first: Words, second: Words, dtype: Any) -> Float[Array, "..."]:
 def _log_series(w: Float[Array, "..."]) -> Float[Array, "..."]:
     """-log(1 - w) / w for w in (0, 1/2), by interpolation at Chebyshev points.
 
-    Without a division, before which XLA would end the fusion and compute the bits for
-    each half again; with the relative accuracy that log1p of a CPU lacks.
+    It has no division, at which XLA would split the fusion and compute the bits twice,
+    and the relative accuracy that a CPU's log1p lacks.
     """
     function = lambda w: -np.log1p(-w) / w
-    # An ellipse through the pole at 1 says how fast the coefficients fall.
+    # Coefficients fall as powers of 3 + sqrt(8), by the ellipse through the pole at 1.
     degree = math.ceil(-math.log(np.finfo(w.dtype).eps) / math.log(3 + 8**0.5)) + 1
     fitted = Chebyshev.interpolate(function, degree, domain=(0, 0.5))
     *rest, last = fitted.convert(kind=Polynomial, domain=(-1, 1)).coef

@@ -1,14 +1,13 @@
 """Row statistics of logits in plain JAX: two streams over the vocabulary.
 
-The logits exist one (rows, classes) tile at a time. Forward, a fold of the statistics;
-backward, every tile is computed again and gives its slice of the weight's gradient,
-finished within the step, and its share of the hidden gradient. The weight is sliced,
-never padded, transposed or copied; the loop order (vocabulary outside, row groups
-inside) keeps every sum in float32 without a float32 buffer of the weight's size.
+The logits exist one (rows, classes) tile at a time. The forward stream folds the
+statistics. The backward stream computes every tile again; a step finishes its slice of
+the weight's gradient and adds to the gradient of hidden. The weight is sliced, never
+padded, transposed or copied. The loop order (vocabulary outside, groups of rows inside)
+keeps every sum in float32 without a float32 buffer of the weight's size.
 
-For few rows, where one more product costs more than memory, the forward stream keeps
-the raw products of its first classes and the backward one finds them there: of all
-classes where these are one tile.
+With few rows the forward stream keeps the raw products of the first classes for the
+backward stream, which saves a product: of all classes if they are one tile.
 """
 
 from collections.abc import Callable
@@ -32,13 +31,13 @@ from .tile_gradient import RawCotangents, RowCotangents
 
 
 class BackwardOperands(NamedTuple):
-    """The operands of a gradient, with what is known of their rows."""
+    """The operands of a gradient: head, residuals and cotangents."""
 
     head: Any  # Operand
     rows: RowCotangents
-    # Raw products of the first classes, as the forward pass laid them.
+    # Raw products of the first classes, in the layout of the forward pass.
     kept: Float[Array, "rows K"] | Float[Array, "K rows"] | None = None
-    # A gradient of the weight that exists already; what is found is added to it.
+    # An existing gradient of the weight, to which that of this head is added.
     further: Float[Array, "V D"] | Float[Array, "D V"] | None = None
 
 
@@ -54,7 +53,7 @@ def forward(options: Options, head: Operand) -> RowStatistics:
 
 
 def by_rows(cut: RowCut, of: Callable[[Index | None], Any], like: Array) -> Any:
-    """What `of` finds for each group of rows, as arrays over all rows."""
+    """Results of `of(group)` for all groups of rows, as arrays over all rows."""
     if cut.whole:
         return of(0)
     piece = jax.eval_shape(of, 0)
@@ -72,9 +71,9 @@ def fold_logits[Carry](
 ) -> Carry:
     """Folds `step(carry, z, start, of_rows)` over tiles of the final logits.
 
-    `z` are those of a group of rows and of the classes from `start` on, -inf where a
-    class is not selected; `of_rows` the numbers of these rows. `begin` makes the carry
-    of so many rows, which the result holds for all of them.
+    `z` are the logits of a group of rows and of the classes from `start` on, -inf where
+    a class is not selected. `step` gets `of_rows`, numbers per row, of these rows only.
+    `begin(rows)` makes the carry of a group. The result holds the carries of all rows.
     """
     cut, size = pieces(options, head)
 
@@ -82,9 +81,9 @@ def fold_logits[Carry](
         mine, own = rows_of(head, cut, group), cut.take(of_rows, group)
 
         def visit(carry: Carry, start: Index, size: int) -> Carry:
-            part = classes_of(mine, start, size, options)
-            z = tile_of(part, options).z
-            z = _tile.select(z, part.modifiers.class_where, -jnp.inf)
+            sliced = classes_of(mine, start, size, options)
+            z = tile_of(sliced, options).z
+            z = _tile.select(z, sliced.modifiers.class_where, -jnp.inf)
             return step(carry, z, start, own)
 
         return _chunks.fold(visit, begin(mine.rows), head.vocabulary(options), size)
@@ -95,7 +94,7 @@ def fold_logits[Carry](
 def forward_keeping(
     options: Options, head: Operand
 ) -> tuple[RowStatistics, Array | None]:
-    """The statistics, with what the backward pass should find stored."""
+    """The statistics, and raw products to keep for the backward pass."""
     size, keep = _kept_classes(options, head)
     if keep == 0:
         return forward(options, head), None
@@ -103,7 +102,7 @@ def forward_keeping(
 
 
 def kept_shape(options: Options, head: Operand) -> tuple[int, int] | None:
-    """Shape of the array that `forward_keeping` adds to the statistics, if it does."""
+    """Shape of the products that `forward_keeping` keeps; None if it keeps none."""
     size, keep = _kept_classes(options, head)
     rows = head.rows
     if keep == 0:
@@ -112,7 +111,7 @@ def kept_shape(options: Options, head: Operand) -> tuple[int, int] | None:
 
 
 def _kept_classes(options: Options, head: Operand) -> tuple[int, int]:
-    """Classes of one step, and how many of the first classes keep their products."""
+    """Classes per step, and the number of first classes whose products are kept."""
     cut, size = pieces(options, head)
     rows, vocabulary = head.rows, head.vocabulary(options)
     if not cut.whole:
@@ -125,21 +124,21 @@ def _kept_classes(options: Options, head: Operand) -> tuple[int, int]:
 def statistics(
     options: Options, head: Operand, size: int, keep: int = 0
 ) -> tuple[RowStatistics, Array | None]:
-    """Of rows that are one piece; with the raw products of the first `keep` classes."""
+    """Statistics of one group of rows, and raw products of the first `keep` classes."""
     rows = head.rows
     vocabulary = head.vocabulary(options)
     axis = 0 if keep and _across(options, head, rows, size) else 1
 
     def update(state, start, size):
-        part = classes_of(head, start, size, options)
-        tile = tile_of(part, options, axis)
+        sliced = classes_of(head, start, size, options)
+        tile = tile_of(sliced, options, axis)
         state = _tile.update(
             state,
             tile,
             start,
             head.labels,
             head.ranked,
-            part.modifiers,
+            sliced.modifiers,
             exclude_labels=options.exclude_labels,
         )
         return state, tile.raw
@@ -166,7 +165,7 @@ def top_classes(
 ) -> tuple[Float[Array, "rows k"], Int[Array, "rows k"]]:
     """The greatest logits of each row and their classes, the lower first on ties.
 
-    -inf and -1 where a row has fewer selected classes than `count`.
+    Logits -inf and classes -1 fill up rows with fewer selected classes than `count`.
     """
     cut, size = pieces(options, head)
     inf = jnp.inf
@@ -181,23 +180,23 @@ def top_classes(
         mine = rows_of(head, cut, group)
 
         def found_in(start, size, least=None):
-            part = classes_of(mine, start, size, options)
-            z = tile_of(part, options).z
-            z = _tile.select(z, part.modifiers.class_where, -inf)
+            sliced = classes_of(mine, start, size, options)
+            z = tile_of(sliced, options).z
+            z = _tile.select(z, sliced.modifiers.class_where, -inf)
             if least is not None:
-                # The search passes over what cannot be among the best.
+                # The search skips entries that cannot be among the best.
                 z = jnp.where(z <= least, -inf, z)
-            values, places = largest(z, min(count, size))
-            return values, start + places
+            values, columns = largest(z, min(count, size))
+            return values, start + columns
 
         def step(best, start, size):
             values, ids = found_in(start, size, best[0][:, -1:])
             ids = jnp.concatenate([best[1], ids], axis=1)
             both = jnp.concatenate([best[0], values], axis=1)
-            values, places = largest(both, count)
-            return values, jnp.take_along_axis(ids, places, axis=1)
+            values, columns = largest(both, count)
+            return values, jnp.take_along_axis(ids, columns, axis=1)
 
-        # The first tile begins, with as many as are asked for.
+        # The first tile starts the search and has at least `count` classes.
         first = min(max(size, count), vocabulary)
         best = found_in(0, first)
         values, ids = _chunks.fold(step, best, vocabulary, size, first)
@@ -208,7 +207,7 @@ def top_classes(
 
 # ----------------------------------------------------------------------------- backward
 def backward(options: Options, operands: BackwardOperands) -> Any:
-    """The gradient of the operands in their own dtypes."""
+    """The gradient of the operands, in their dtypes."""
     head, further = operands.head, operands.further
     cut, size = pieces(options, head)
     classes = head.class_buffers()
@@ -228,17 +227,17 @@ def gradient_sums(
     *,
     add: bool = False,
 ) -> tuple[Any, Any]:
-    """Sums over rows and classes; those over classes are written, or added, in place.
+    """Gradients per row, and the buffers per class, written or added to in place.
 
-    `classes` are the operand's `class_buffers`, or what others have added to them.
+    `classes` are the operand's `class_buffers`, perhaps with other sums in them.
     """
     head, known, kept, _ = operands
 
-    def cotangents(tiles, parts, start, group):
-        (tile,), (part,) = tiles, parts
+    def cotangents(tiles, slices, start, group):
+        (tile,), (sliced,) = tiles, slices
         rows = cut.take(known, group)
         found = tile_gradient.cotangent_of_raw(
-            tile, start, part.labels, rows, options, part.modifiers
+            tile, start, sliced.labels, rows, options, sliced.modifiers
         )
         return (found,)
 
@@ -248,7 +247,7 @@ def gradient_sums(
     return sums, classes
 
 
-# (tile, rows and classes of each head; first class; group of rows) -> of each tile
+# (tiles, slices of the heads, first class, group of rows) -> cotangents of each tile
 type TileCotangents = Callable[
     [tuple[Tile, ...], tuple[Operand, ...], Index, Index | None],
     tuple[RawCotangents, ...],
@@ -266,10 +265,10 @@ def gradient_sums_of_heads(
     kept: Array | None = None,
     add: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """`gradient_sums` of operands with the same classes, visited together.
+    """`gradient_sums` of several operands over the same classes, in one stream.
 
-    The cotangents of a tile of one may depend on the tiles of all. `kept` are the raw
-    products of the first classes of a single head.
+    Cotangents of a tile may depend on the tiles of all operands. `kept` are the raw
+    products of the first classes, of a single head only.
     """
     vocabulary = heads[0].vocabulary(options[0])
     lies_across = lambda own, head: _across(own, head, cut.size, size)
@@ -278,9 +277,9 @@ def gradient_sums_of_heads(
     copies = size < vocabulary and _are_many(cut.size)
     copied = _copied_on_cpu if copies else lambda array: array
 
-    def of_tile(total, parts, start, group, raw):
-        """One tile's share of the sums per row and per class, and its entries."""
-        mine = tuple(part.rows_of(cut, group) for part in parts)
+    def of_tile(total, slices, start, group, raw):
+        """Adds a tile to the sums per row; its sums per class, and its entries."""
+        mine = tuple(sliced.rows_of(cut, group) for sliced in slices)
         if raw is None:
             tiles = tuple(map(lambda m, o: tile_of(m, o, class_axis), mine, options))
         else:
@@ -288,27 +287,29 @@ def gradient_sums_of_heads(
             tiles = (_tile.logits_of(raw, own, modifiers, class_axis),)
         found = cotangents(tiles, mine, start, group)
         pulled = [
-            part.pull(own, cotangent, across, copied)
-            for part, own, cotangent in zip(mine, options, found, strict=True)
+            sliced.pull(own, cotangent, across, copied)
+            for sliced, own, cotangent in zip(mine, options, found, strict=True)
         ]
         of_rows, of_classes, entries = zip(*pulled, strict=True)
         return cut.add(total, of_rows, group), of_classes, entries
 
     def step(carry, start, size, raw=None):
         total, buffers = carry
-        parts = tuple(map(lambda h, o: classes_of(h, start, size, o), heads, options))
+        slices = tuple(map(lambda h, o: classes_of(h, start, size, o), heads, options))
         if cut.whole:
-            total, found, entries = of_tile(total, parts, start, 0, raw)
+            total, found, entries = of_tile(total, slices, start, 0, raw)
         else:
 
             def visit(both, group):
                 total, found, entries = both
-                total, more, own = of_tile(total, parts, start, group, None)
+                total, more, own = of_tile(total, slices, start, group, None)
                 entries = cut.put(entries, own, group)
                 return total, jax.tree.map(jnp.add, found, more), entries
 
             none = tuple(head.no_class_sums(size) for head in heads)
-            no_entries = cut.zeros(tuple(part.no_entries(cut.size) for part in parts))
+            no_entries = cut.zeros(
+                tuple(sliced.no_entries(cut.size) for sliced in slices)
+            )
             no_entries = match_varying(no_entries, heads[0].like)
             total, found, entries = cut.fold(visit, (total, none, no_entries))
             entries = cut.joined(entries)
@@ -350,7 +351,7 @@ def gradient_sums_of_heads(
 
 
 # ------------------------------------------------------------------------------- pieces
-# Fewer rows are bound by reading the weight: there a copy of its slice does not pay.
+# With fewer rows, reading the weight takes longest: a copy of its slice does not pay.
 _MANY = 256
 
 
@@ -359,19 +360,19 @@ def _are_many(rows: int) -> bool:
 
 
 def _across(options: Options, head: Operand, rows: int, size: int) -> bool:
-    """Whether a tile of `size` classes of rows that are one piece is (classes, rows).
+    """Whether tiles of `size` classes have shape (classes, rows), for uncut rows.
 
-    Which way it lies decides which operands of the products are transposed. Over a
-    table (V, D) it lies best across, and the gradient of hidden as (D, rows); turning
-    that costs a copy, so this is done only where all rows are one piece. The one tile
-    of all classes is quicker as (rows, classes), without any copy.
+    The layout decides which operands of the products are transposed. For a table (V, D)
+    tiles (classes, rows) are fastest, with the gradient of hidden as (D, rows). Its
+    transpose costs a copy, so rows must be one group. A single tile of all classes is
+    faster as (rows, classes), without any copy.
     """
     several = size < head.vocabulary(options)
     return head.lies_across(options) and several and _are_many(rows)
 
 
 def pieces(options: Options, head: Operand) -> tuple[RowCut, int]:
-    """How the rows are cut, and the number of classes per step."""
+    """The groups of rows, and the number of classes per step."""
     strided = options.gradient_filter_eps is None
     cut = _chunks.row_cut(
         head.rows, head.features, options.token_chunk, strided=strided
@@ -392,25 +393,25 @@ def classes_per_step(options: Options, head: Operand, rows: int) -> int:
 
 
 def classes_of(operand: Operand, start: Any, size: int, options: Options) -> Any:
-    """The operands of a slice of the classes."""
+    """The operand of a slice of the classes."""
     return operand.classes_of(start, size, options)
 
 
 def rows_of(operand: Operand, cut: RowCut, group: Index | None) -> Any:
-    """The operands of a group of rows."""
+    """The operand of a group of rows."""
     return operand.rows_of(cut, group)
 
 
 def tile_of(operand: Operand, options: Options, class_axis: int = 1) -> Tile:
-    """The logits of a slice of rows and classes."""
+    """The tile of logits of an operand sliced to rows and classes."""
     raw = operand.raw(options, class_axis)
     return _tile.logits_of(raw, options, operand.modifiers, class_axis)
 
 
 def _copied_on_cpu(array: Array) -> Array:
-    """The array, laid out in memory as it stands before a product or a transpose.
+    """The array with a barrier on CPUs, so that a transpose of it is a copy in memory.
 
     XLA folds a transpose into the product next to it. On a CPU a product of transposed
-    operands takes up to a quarter longer, more than the copy; elsewhere it does not.
+    operands takes up to a quarter longer, which is more than the copy takes.
     """
     return barrier_on_cpu(array)

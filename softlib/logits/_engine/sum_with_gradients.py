@@ -1,13 +1,13 @@
 """The sum of a loss over rows, with its gradients computed in the forward pass.
 
-A loss per row must wait for the cotangent of every row before it can start on
-gradients, and multiplies once more for the logits it did not keep: four products. A sum
-has one cotangent, a scalar that multiplies the finished gradients, so nothing has to
-wait: a block of rows keeps its logits, takes their statistics, and pulls the loss back
-at once: three products.
+The gradients of a loss per row need the cotangents of all rows. They are known only in
+the backward pass, which has to compute the logits again: four products. A sum has one
+cotangent, a scalar factor of the gradients. So the forward pass forms the logits of a
+block of rows, computes their statistics and pulls the loss back at once: three
+products.
 
-The price is memory, of a block of logits and of gradients that wait for the backward
-pass; where several blocks add to it, the weight's gradient is summed in float32.
+It takes memory for a block of logits, and for the gradients until the backward pass. If
+there are several blocks, the weight's gradient is summed in float32.
 """
 
 import functools
@@ -33,10 +33,10 @@ from .tile_gradient import RowCotangents
 
 
 class RowTerms(NamedTuple):
-    """What a loss reads per row besides statistics, and for all rows alike.
+    """Arguments of a loss besides the statistics, per row or for all rows.
 
-    Differentiable: `factors` (pytree, rows first) and `scalars` (pytree of scalars).
-    Not: `marks` (pytree, rows first).
+    `factors` (pytree, rows first) and `scalars` (pytree of scalars) have gradients,
+    `marks` (pytree, rows first) have none.
     """
 
     factors: Any
@@ -59,9 +59,9 @@ def total(
     loss: RowLoss,
     operands: SumOperands,
 ) -> Float[Array, ""]:
-    """The sum of `loss` over all rows; its statistics all have gradients."""
+    """Sum of `loss` over all rows; all statistics that it reads have gradients."""
     made = _dispatch.plan(operations.LINEAR, names, options, operands.head)
-    # JAX differentiates the plain form, which streams: a block of rows needs a size.
+    # Blocks of rows need a known size; the plain form streams without.
     if made.is_reference or has_symbolic_shape(operands.head.hidden):
         return _plain(names, options, loss, operands)
     if not _is_quicker(options, operands.head):
@@ -72,9 +72,9 @@ def total(
 def _is_quicker(options: Options, head: Head) -> bool:
     """Whether gradients in the forward pass take less time than a loss per row.
 
-    They keep all logits where that streams: a gain where a product takes longer than
-    to keep its result, and where the logits are so few that both keep them. A number
-    of rows whose logits are to exist asks for it.
+    They store the logits of a block, which a stream does not. That is faster if a
+    product takes longer than storing its result, or if the logits are so few that both
+    store them. A given `token_chunk` always chooses it.
     """
     rows, features = head.hidden.shape
     few = rows * head.weight.shape[options.vocab_axis] <= _chunks.WHOLE
@@ -127,7 +127,7 @@ def _note(options: tuple[Options, RowLoss], operands: SumOperands) -> str | None
 
 
 class _Sums(NamedTuple):
-    """What the blocks of rows add up."""
+    """Sums over blocks of rows."""
 
     value: Float[Array, ""]
     classes: ClassSums
@@ -190,7 +190,7 @@ def _value_and_gradients(
             cut.put(sums.rows, per_row, group),
         )
 
-    # Several blocks add to the weight's gradient: not in a narrower dtype.
+    # Several blocks add to the weight's gradient, which must not be narrow then.
     wide = head.weight.dtype if cut.whole else head.dtype
     classes = head.class_buffers(wide)
     value, scalars, per_row, _ = jax.eval_shape(of_block, 0, classes)

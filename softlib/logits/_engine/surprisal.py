@@ -14,7 +14,7 @@ from .tile import Options
 
 
 class Known(NamedTuple):
-    """Numbers of each row from a pass before: its greatest logit and a shift."""
+    """Numbers of each row from an earlier pass: its greatest logit and a shift."""
 
     top: Float[Array, " rows"]
     argmax: Int[Array, " rows"]
@@ -22,7 +22,7 @@ class Known(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over classes with weights exp(z - top); `rest` leaves out the argmax."""
+    """Sums over classes with weights exp(z - top); `rest` leaves the argmax out."""
 
     rest: Float[Array, " rows"]
     powers: tuple[Float[Array, " rows"], ...]  # of (top - z - shift)
@@ -44,7 +44,7 @@ def sums(
         weights = jnp.exp(-below)
         classes = first + start + jnp.arange(z.shape[1], dtype=jnp.int32)[None]
         others = jnp.where(classes == argmax, 0, weights)
-        # A class of probability 0 adds nothing, however surprising.
+        # A class of probability 0 adds nothing, though its surprisal is infinite.
         centred = jnp.where(below == jnp.inf, 0, below - shift)
         power, powers = weights, []
         for _ in range(order):

@@ -1,16 +1,15 @@
-r"""The mathematics of one tile of logits: (rows, classes) of a longer row.
+r"""The mathematics of one tile of logits, shape (rows, classes).
 
-Everything an implementation needs between two matrix products, written once:
+Everything between the matrix products, written once for all implementations:
 
     raw -> u = scale * raw + bias -> cap = c * tanh(u / c) -> z = cap / temperature - m,
     z -> the statistics of its rows, and cotangents of the statistics -> those of raw.
 
-Where a class stands for several, `class_log_weights` w counts it as often as e^w says:
-lse is that of z + w and the mean is over its softmax; z itself and what is read off it
-stay as they are.
+`class_log_weights` w count a class e^w times: lse is the logsumexp of z + w, and the
+mean is over the softmax of z + w. Other statistics of z do not depend on w.
 
-An array per row is (rows,), an array per class (classes,), a scalar (). A tile may also
-lie the other way, (classes, rows): `class_axis` says which of its axes is the classes.
+Arrays per row have shape (rows,), arrays per class (classes,), scalars (). A tile may
+also be transposed, (classes, rows): `class_axis` is its axis of classes.
 """
 
 import dataclasses
@@ -59,11 +58,11 @@ class RowStatistics(NamedTuple):
         sum_squared_logits: $\sum_j z_j^2$.
         max_logit: $\max_j z_j$, without a gradient; -inf if no class is selected.
         argmax: The lowest class that attains it, int32; 0 if no class is selected.
-        label_rank: How many selected classes come before the label in descending order
-            of $z$, the lower class first on ties, int32: 0 for the argmax. $V$ for a
-            label that is outside $[0, V)$ or not selected.
-        sum_softplus: $\sum_j \log(1 + e^{z_j})$: what the classes cost, each a question
-            of its own, if the row has none of them.
+        label_rank: Number of selected classes before the label in descending order of
+            $z$, the lower class first on ties, int32: 0 for the argmax. $V$ for a label
+            that is outside $[0, V)$ or not selected.
+        sum_softplus: $\sum_j \log(1 + e^{z_j})$: the sum of the classes' binary
+            cross-entropies if none is a positive.
 
     Derivatives: see `row_statistics`.
     Cost: a handful of numbers per row.
@@ -87,7 +86,7 @@ class RowStatistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is static in a row-statistics operation."""
+    """Static options of a row-statistics operation."""
 
     statistics: tuple[str, ...]
     softcap: float | None = None
@@ -96,12 +95,11 @@ class Options:
     token_chunk: int | None = None
     gradient_filter_eps: float | None = None
     precision: Precision = None
-    # Whether lse, mean_logit and sum_softplus are those of the classes other than the
-    # labels, from which a loss near 0 follows without cancellation: lse - z_y rounds to
-    # 0 early.
+    # Whether lse, mean_logit and sum_softplus leave the labels out. A loss near 0 is
+    # computed from them without cancellation, while lse - z_y rounds to 0.
     exclude_labels: bool = False
-    # Whether the gradient of hidden is asked for: what is cheap beside it may be dear
-    # without it.
+    # Whether the gradient of hidden is computed. Then that of the temperature follows
+    # from it at little cost.
     hidden_is_learned: bool = True
 
     def wants(self, *names: str) -> bool:
@@ -117,15 +115,15 @@ class Options:
 
 
 class Modifiers(NamedTuple):
-    """What turns raw products into logits, besides the softcap."""
+    """Arrays that turn raw products into logits; the softcap is in `Options`."""
 
     bias: Array | None  # (V,)
     scale: Array | None  # () or (rows,)
     temperature: Array | None  # () or (rows,)
     class_where: Bool[Array, "..."] | None  # (V,), or (rows, V) for given logits
     class_log_weights: Array | None = None  # (V,)
-    # (rows,), subtracted from the final logits; a constant. A loss that does not change
-    # with it takes the mean of the row, and sums of squares are those of deviations.
+    # (rows,), subtracted from the final logits; a constant. With the mean of each row,
+    # sums of squares become sums of squared deviations.
     centre: Array | None = None
 
     @property
@@ -157,9 +155,9 @@ NO_MODIFIERS = Modifiers(None, None, None, None)
 
 
 class Ranked(NamedTuple):
-    """The labels whose rank is asked for, with their logits, known beforehand."""
+    """Labels whose rank is computed, with their logits, which must be known."""
 
-    labels: Int[Array, "rows L"]  # of any value: also those of another device
+    labels: Int[Array, "rows L"]  # any ids, also those of another device
     logits: Float[Array, "rows L"]
 
 
@@ -193,7 +191,7 @@ def logits_of(
 
 # ------------------------------------------------------------------------------ forward
 class State(NamedTuple):
-    """Statistics of the classes seen so far; a part that nobody needs is None."""
+    """Statistics of the classes so far; fields that are not needed are None."""
 
     exponentials: RunningMaxState | None
     label_logits: Array | None
@@ -266,13 +264,13 @@ def update(
 
     label_logits = state.label_logits
     if label_logits is not None:
-        # From this very tile: by another product z_y could exceed lse by rounding.
+        # Read from this tile: z_y of another product could exceed lse by rounding.
         assert labels is not None
         local = labels - start
         inside = (local >= 0) & (local < z.shape[axis])
-        places = jnp.where(inside, local, 0)
+        columns = jnp.where(inside, local, 0)
         at = functools.partial(jnp.take_along_axis, z, mode="promise_in_bounds")
-        found = at(places.T, axis=0).T if axis == 0 else at(places, axis=1)
+        found = at(columns.T, axis=0).T if axis == 0 else at(columns, axis=1)
         label_logits = jnp.where(inside, found, label_logits)
 
     label_rank = state.label_rank
@@ -290,8 +288,8 @@ def update(
             # indices together, which XLA does not vectorise on a CPU.)
             ids = lax.broadcasted_iota(jnp.int32, z.shape, axis)
             attained = present == over_rows(top, axis)
-            place = jnp.where(attained, ids, z.shape[axis]).min(axis)
-            argmax = jnp.where(top > max_logit, start + place, argmax)
+            first = jnp.where(attained, ids, z.shape[axis]).min(axis)
+            argmax = jnp.where(top > max_logit, start + first, argmax)
         max_logit = jnp.maximum(max_logit, top)
     return State(
         exponentials,
@@ -311,7 +309,7 @@ def _count_before(
     ranked: Ranked,
     class_where: Bool[Array, "..."] | None,
 ) -> Int[Array, "rows L"]:
-    """How many classes of a tile come before each of the labels."""
+    """Number of classes of a tile that come before each label."""
     z, axis = tile.z, tile.class_axis
     ids = start + lax.broadcasted_iota(jnp.int32, z.shape, axis)
 
@@ -340,13 +338,13 @@ def finalize(state: State, options: Options) -> RowStatistics:
         state.label_rank,
         state.sum_softplus,
     )
-    # Many read them: what is merged with its readers is computed in each, and keeps the
-    # tile alive until then.
+    # Without the barrier, XLA computes them again in each of their many readers, and
+    # keeps the tile until then.
     return lax.optimization_barrier(only(found, options))
 
 
 def only(statistics: RowStatistics, options: Options) -> RowStatistics:
-    """Drops what was computed for the backward pass but not asked for."""
+    """The statistics in `options`, without those added for the backward pass."""
     return RowStatistics(
         **{name: getattr(statistics, name) for name in options.statistics}
     )
@@ -359,7 +357,7 @@ def select(
     other: Any,
     class_axis: int = 1,
 ) -> Array:
-    """The entries of the selected classes, `other` elsewhere."""
+    """The logits of selected classes, `other` elsewhere."""
     if class_where is None:
         return z
     where = class_where
@@ -369,7 +367,7 @@ def select(
 
 
 def weighted(present: Array, modifiers: Modifiers, class_axis: int) -> Array:
-    """Logits whose exponentials count as often as the weights of the classes say."""
+    """Logits plus the logarithmic weights of their classes."""
     weights = modifiers.class_log_weights
     if weights is None:
         return present
@@ -377,17 +375,17 @@ def weighted(present: Array, modifiers: Modifiers, class_axis: int) -> Array:
 
 
 def without_inf(z: Array) -> Array:
-    """0 for -inf: what a class of probability 0 adds to a sum over p."""
+    """Logits with 0 for -inf: a class of probability 0 adds 0 to a sum over p."""
     return jnp.where(z == -jnp.inf, 0, z)
 
 
 def _of_finite(u: Array, function: Callable[[Array], Array]) -> Array:
-    """-inf stays -inf; its derivatives are 0 times a number, not 0 times infinity."""
+    """function(u), but -inf where u is -inf: there derivatives are 0, not 0 * inf."""
     return jnp.where(u == -jnp.inf, u, function(without_inf(u)))
 
 
 def over_rows(value: Any, class_axis: int) -> Any:
-    """One number per row, or one for all, as something to combine with a tile."""
+    """A number per row, or one for all, in a shape that broadcasts to a tile."""
     return jnp.expand_dims(value, class_axis) if value.ndim else value
 
 
@@ -401,7 +399,7 @@ def without_labels(
     start: int | Int[Array, ""],
     tile: Tile,
 ) -> Array:
-    """-inf at the labels."""
+    """The tile with -inf at the labels."""
     assert labels is not None
     ones = jnp.ones(labels.shape, present.dtype)
     return jnp.where(scattered(ones, labels - start, tile) > 0, -jnp.inf, present)
@@ -410,8 +408,8 @@ def without_labels(
 def scattered(
     values: Float[Array, "rows L"], columns: Int[Array, "rows L"], tile: Tile
 ) -> Array:
-    # Comparisons instead of a scatter: they fuse, and they add in a fixed order, while
-    # a scatter with repeated labels uses atomics on a GPU.
+    # Comparisons fuse and add in a fixed order; a scatter with repeated labels uses
+    # atomics on a GPU.
     z, axis = tile.z, tile.class_axis
     ids = lax.broadcasted_iota(columns.dtype, z.shape, axis)
 

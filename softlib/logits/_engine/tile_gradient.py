@@ -1,6 +1,6 @@
-"""Cotangents of a tile of logits: from those of the statistics to those of its parts.
+"""Cotangents of a tile: from those of statistics to those of products and modifiers.
 
-What is static and how logits are made is in `_tile`.
+Options, modifiers and the forward computation are in `tile`.
 """
 
 import functools
@@ -26,7 +26,7 @@ from .tile import (
 
 
 class RowCotangents(NamedTuple):
-    """Per row: what the backward pass knows besides the operands."""
+    """Numbers per row that the backward pass needs besides the operands."""
 
     lse: Array | None  # of the forward pass; None if no exponential is needed
     mean_logit: Array | None  # of the forward pass
@@ -34,7 +34,7 @@ class RowCotangents(NamedTuple):
 
 
 class RawCotangents(NamedTuple):
-    """Cotangents of one tile, with respect to what made it."""
+    """Cotangents of a tile with respect to raw products and modifiers."""
 
     raw: Float[Array, "rows classes"]  # of the raw products, scale included
     bias: Array | None  # (classes,)
@@ -58,13 +58,13 @@ def cotangent_of_raw(
         found = found._replace(class_log_weights=dweights)
     if options.gradient_filter_eps is None:
         return found
-    # Only the products are spared: sums per class and per row stay exact.
+    # Only products are skipped: sums per class and per row stay exact.
     kept = _not_negligible(tile, start, labels, rows, options, modifiers)
     return found._replace(raw=jnp.where(kept, found.raw, 0))
 
 
 def through_modifiers(tile: Tile, dz: Array, modifiers: Modifiers) -> RawCotangents:
-    """From the cotangent of the final logits to those of what made them."""
+    """Cotangents of raw products and modifiers from that of the final logits."""
     axis, dtype = tile.class_axis, dz.dtype
     dtemperature = None
     du = dz
@@ -110,8 +110,7 @@ def _cotangent_of_logits(
             assert rows.mean_logit is not None
             deviation = 1 + without_inf(z) - per_row(rows.mean_logit)
             factors.append(per_row(g.mean_logit) * deviation)
-        # The deviation is garbage where a class is excluded; p is an exact 0 there, but
-        # 0 * inf would be NaN.
+        # p is exactly 0 where a class is excluded, but the deviation may be infinite.
         dz = select(p * sum(factors), class_where, 0, axis)
     of_sums = None
     if g.sum_logits is not None:
@@ -141,9 +140,9 @@ def _cotangent_of_weights(
     options: Options,
     modifiers: Modifiers,
 ) -> Array:
-    """Per class, that of its logarithmic weight: the sum of p (g_lse + g_mean (z - m)).
+    """Cotangents of logarithmic class weights: sums of p (g_lse + g_mean (z - m)).
 
-    Unlike a change of z it moves only the distribution over which the mean is taken.
+    Unlike a change of z, one of a weight changes only the distribution of the mean.
     """
     z, axis, g = tile.z, tile.class_axis, rows.cotangents
     if g.lse is None and g.mean_logit is None:
@@ -165,7 +164,7 @@ def _probabilities(
     start: int | Int[Array, ""] = 0,
     excluded_labels: Int[Array, "rows L"] | None = None,
 ) -> Array:
-    """Of a tile's classes, among all; an exact 0 where a class is excluded."""
+    """Probabilities of a tile's classes; exactly 0 where a class is excluded."""
     assert rows.lse is not None
     return jnp.exp(log_probabilities(tile, rows.lse, modifiers, start, excluded_labels))
 
@@ -177,7 +176,7 @@ def log_probabilities(
     start: int | Int[Array, ""] = 0,
     excluded_labels: Int[Array, "rows L"] | None = None,
 ) -> Array:
-    """Of a tile's classes, for the lse of all; -inf where a class is excluded."""
+    """Log-probabilities of a tile's classes; -inf where a class is excluded."""
     # An empty row has lse = -inf: there p must be 0, not exp(-inf + inf).
     offset = jnp.where(lse == -jnp.inf, 0, lse)
     present = select(tile.z, modifiers.class_where, -jnp.inf, tile.class_axis)
@@ -195,11 +194,11 @@ def _not_negligible(
     options: Options,
     modifiers: Modifiers,
 ) -> Bool[Array, "..."]:
-    """Where a gradient filter keeps the cotangents: in blocks of 128 x 128.
+    """Mask of the cotangents that a gradient filter keeps, in blocks of 128 x 128.
 
-    A block is negligible if |p - onehot| < eps in all of its rows that have a
-    cotangent, with onehot 1 at each of the row's labels. Rows and classes of the tile
-    start at multiples of 128, so that every way to cut the whole drops the same blocks.
+    A block is negligible if |p - onehot| < eps in all of its rows with a cotangent,
+    where onehot is 1 at each of the row's labels. Tiles start at multiples of 128 in
+    rows and classes, so that tiles of all sizes drop the same blocks.
     """
     z, axis = tile.z, tile.class_axis
     assert options.gradient_filter_eps is not None
@@ -214,7 +213,7 @@ def _not_negligible(
         some = cotangent != 0
         active = active | (some.any(1) if some.ndim > 1 else some)
     large = (distance >= options.gradient_filter_eps) & over_rows(active, axis)
-    # A NaN is not small.
+    # NaN is kept.
     large = large | jnp.isnan(distance)
 
     first, second = (-(-length // FILTER_BLOCK) for length in z.shape)
@@ -238,7 +237,7 @@ def cast_like(operand: Any, gradient: Array | None) -> Array | None:
 
 
 def summed_like(operand: Any, per_row: Array | None) -> Array | None:
-    """The gradient of an operand that is a scalar or one per row; None for None."""
+    """The gradient of a scalar, or of an array per row; None for None."""
     if operand is None or per_row is None:
         return None
     return cast_like(operand, per_row if operand.ndim else per_row.sum())
@@ -251,7 +250,7 @@ def modifiers_like(
     temperature: Array | None,
     class_log_weights: Array | None,
 ) -> Modifiers:
-    """The gradients per class and per row in the shapes and dtypes of the modifiers."""
+    """Gradients per class and per row in the shapes and dtypes of the modifiers."""
     return Modifiers(
         cast_like(modifiers.bias, bias),
         summed_like(modifiers.scale, scale),

@@ -1,10 +1,10 @@
-"""Statistics of a vocabulary divided over devices, from the statistics of its parts.
+"""Statistics of a vocabulary divided over devices, from those of its shards.
 
-Inside `jax.shard_map` every device holds some classes, in the order of the axis. Each
-reduces its own; the numbers per row are merged by collectives. The merge is plain JAX,
-so its transpose is right for either setting of `check_vma`: a cotangent of the merged
-logsumexp reaches a device multiplied by its share of the exponentials, which turns the
-probabilities among its own classes into those among all.
+Inside `jax.shard_map` every device holds a shard of the classes, in the order of the
+axis. Each device reduces its shard; collectives merge the numbers per row. The merge is
+plain JAX, so its transpose is right for either setting of `check_vma`: the cotangent of
+the merged logsumexp reaches a device multiplied by its shard's share of the
+exponentials, which turns probabilities within the shard into those among all classes.
 """
 
 import jax.numpy as jnp
@@ -19,12 +19,12 @@ from .tile import RowStatistics
 def merged(
     local: RowStatistics, axis_name: AxisName, offset: Int[Array, ""]
 ) -> RowStatistics:
-    """The statistics of all classes; `offset` is the global id of the first own class.
+    """Statistics of all classes; `offset` is the global id of the shard's first class.
 
-    `local` must hold lse beside a mean, and the maximum beside an argmax.
+    `local` must hold lse along with a mean, and the maximum along with an argmax.
     """
     found = RowStatistics(
-        # Of this, all but one device hold 0.
+        # All devices but one hold 0.
         label_logits=_sum(local.label_logits, axis_name),
         sum_logits=_sum(local.sum_logits, axis_name),
         sum_squared_logits=_sum(local.sum_squared_logits, axis_name),
@@ -47,16 +47,16 @@ def merged(
         top = lax.pmax(lax.stop_gradient(local.max_logit), axis_name)
         found = found._replace(max_logit=top)
         if local.argmax is not None:
-            # A NaN equals nothing; its row says class 0, as on one device.
+            # NaN equals nothing: the argmax of its row is 0, as on one device.
             none = jnp.iinfo(jnp.int32).max
             here = jnp.where(local.max_logit == top, offset + local.argmax, none)
-            place = lax.pmin(here, axis_name)
-            found = found._replace(argmax=jnp.where(place == none, 0, place))
+            first = lax.pmin(here, axis_name)
+            found = found._replace(argmax=jnp.where(first == none, 0, first))
     return found
 
 
 def first_class(axis_name: AxisName, classes: int) -> Int[Array, ""]:
-    """The global id of this device's first class, each device holding `classes`."""
+    """Global id of this device's first class, if each device holds `classes`."""
     return lax.axis_index(axis_name) * classes
 
 
