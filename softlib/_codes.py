@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import linear_call
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks
-from softlib._dtypes import accumulator_dtype, common_dtype
+from softlib._dtypes import common_dtype
 from softlib._ids import labels_in_range
 
 
@@ -91,23 +90,3 @@ def checked_counts(function: str, counts: Any, num_codes: int) -> Array:
         checks.require_floating(function, counts=counts)
     checks.require_shape(function, "counts", counts, (num_codes,), "one per code")
     return counts
-
-
-def entries_of(per_code: Array, codes: Integer[Array, " classes"], axis: int) -> Array:
-    """The entries of an array per code at the codes of some classes."""
-    if not jnp.issubdtype(per_code.dtype, jnp.floating):
-        return jnp.take(per_code, codes, axis=axis)
-    size = per_code.shape[axis]
-
-    def look_up(codes: Array, per_code: Array) -> Array:
-        return jnp.take(per_code, codes, axis=axis, mode="clip")
-
-    def transposed(codes: Array, cotangent: Array) -> Array:
-        # A product in the place of a scatter, which adds in any order on a GPU.
-        is_code = jax.nn.one_hot(codes, size, dtype=cotangent.dtype)
-        rows = jnp.moveaxis(cotangent, axis, 0)
-        wide = accumulator_dtype(cotangent)
-        found = jnp.tensordot(is_code.T, rows, 1, preferred_element_type=wide)
-        return jnp.moveaxis(found, 0, axis).astype(cotangent.dtype)
-
-    return linear_call(look_up, transposed, codes, per_code)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from softlib import _checks as checks, _codes
 from softlib._array_arguments import array_arguments
 from softlib._ids import labels_in_range
+from softlib._look_up import look_up
 from softlib.typing import Implementations, PerRow, Precision
 
 from ._blockwise import BlockwiseLogits
@@ -221,7 +222,7 @@ class VQLogits(BlockwiseLogits):
 
         def at_codes(layout: Layout, array: Array) -> Array:
             axis = layout.class_axis
-            return array if axis is None else _codes.entries_of(array, codes, axis)
+            return array if axis is None else look_up(array, codes, axis)
 
         few = with_layout(self.codes, at_codes)
         operand = few.operand()
