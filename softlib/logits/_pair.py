@@ -66,13 +66,9 @@ class SourcePair:
     def with_constant_target(self) -> "SourcePair":
         """The pair with a target that has no gradient.
 
-        Its temperature keeps its gradient, because both sources share it.
+        A temperature that `at_temperature` sets afterwards has one: both share it.
         """
-        constant = lax.stop_gradient(self.target)
-        temperature = self.target.modifiers.temperature
-        modifiers = constant.modifiers._replace(temperature=temperature)
-        constant = constant.replaced(modifiers=modifiers)
-        return dataclasses.replace(self, target=constant)
+        return dataclasses.replace(self, target=lax.stop_gradient(self.target))
 
     def divergence(
         self,

@@ -74,8 +74,9 @@ def knowledge_distillation_loss(
     function = "knowledge_distillation_loss"
     _check_temperature(function, temperature)
     pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
-    pair = pair.at_temperature(temperature)
-    return _knowledge_distillation(pair, temperature, where)
+    pair = pair.with_constant_target().at_temperature(temperature)
+    divergence = pair.divergence("kl", where=where)
+    return jnp.square(_wide(temperature, divergence)) * divergence
 
 
 @array_arguments
@@ -148,7 +149,6 @@ def normalized_distillation_loss(
     log_prob, own = chained_log_probability(pair.own, labels, where)
     target = weigh(confidence, 0 - log_prob)
     heated = SourcePair(own, pair.target).at_temperature(temperature)
-    heated = heated.with_constant_target()
     others = heated.divergence("cross_entropy", excluded_labels=labels, where=where)
     factor = _wide(gamma, others) * jnp.square(_wide(temperature, others))
     return _with_outside(target + factor * others, outside)
@@ -213,7 +213,7 @@ def decoupled_knowledge_distillation_loss(
     checks.require_scalar(function, "alpha", alpha, 0, math.inf)
     checks.require_scalar(function, "beta", beta, 0, math.inf)
     pair = SourcePair.of(function, logits, teacher_logits, "teacher_logits")
-    pair = pair.at_temperature(temperature).with_constant_target()
+    pair = pair.with_constant_target().at_temperature(temperature)
     labels, where, outside = _valid(pair, labels, where)
     student, teacher = (
         _label_and_rest(log_probability_of_labels(source, labels, where))
@@ -227,13 +227,6 @@ def decoupled_knowledge_distillation_loss(
 
 
 # ------------------------------------------------------------------------- compositions
-def _knowledge_distillation(
-    pair: SourcePair, temperature: Scalar, where: Array | None
-) -> Array:
-    divergence = pair.with_constant_target().divergence("kl", where=where)
-    return jnp.square(_wide(temperature, divergence)) * divergence
-
-
 def _valid(
     pair: SourcePair, labels: Any, where: Array | None
 ) -> tuple[Array, Bool[Array, "*batch"], Bool[Array, "*batch"]]:
