@@ -125,44 +125,6 @@ def test_normalized_distillation_matches_independent_vectors(vectors):
         assert_agrees(gradient, data["out_nkd_grad"], jnp.float64, 9)
 
 
-@pytest.mark.parametrize("name", ["normalized", "plain"])
-def test_linear_heads_give_the_loss_of_their_logits(name):
-    hidden, weight = draw(ROWS, 4), draw(23, 4, seed=1) / 2
-    others = draw(ROWS, 3, seed=2), draw(23, 3, seed=3) / 2
-    labels = jnp.asarray(LABELS)
-    options = {"temperature": 1.5}
-    where = jnp.arange(ROWS) != 2
-    if name == "plain":
-        linear = of_head.knowledge_distillation_loss
-        stored = of_stored.knowledge_distillation_loss
-        more = ()
-    else:
-        linear = of_head.normalized_distillation_loss
-        stored = of_stored.normalized_distillation_loss
-        more = (labels,)
-
-    def streamed(hidden, weight, g, u):
-        chunks = {"vocab_chunk": 5}
-        return linear(hidden, weight, g, u, *more, where=where, **options, **chunks)
-
-    def dense(hidden, weight, g, u):
-        z, t = hidden @ weight.T, g @ u.T
-        return stored(z, t, *more, where=where, **options)
-
-    results = []
-    for function in (streamed, dense):
-        total = lambda *a, f=function: (f(*a).sum(), f(*a))
-        run = jax.jit(jax.grad(total, (0, 1, 2, 3), has_aux=True))
-        results.append(run(hidden, weight, *others))
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        assert_close(a, b, dtype=jnp.float32, length=23 * ROWS)
-    gradients, value = results[0]
-    assert value[2] == 0
-    # The teacher is constant.
-    for gradient in gradients[2:]:
-        np.testing.assert_array_equal(gradient, 0)
-
-
 @every
 def test_the_teacher_gets_no_gradient_and_labels_outside_are_nan(name):
     function, _, parameters = WITH_TEACHER[name]

@@ -110,51 +110,6 @@ def differentiated(function, floating, **others):
 
 
 # ----------------------------------------------------------------------------- oracles
-@every_loss
-@pytest.mark.parametrize(
-    ("source", "implementation"),
-    [("linear", "xla"), ("linear", "reference"), ("logits", "xla")],
-)
-def test_matches_oracle(name, source, implementation):
-    """Every exception in one batch, and gradients of every argument and parameter."""
-    with jax.enable_x64():
-        given = arrays(source, "float64")
-        rows = "hidden" if source == "linear" else "logits"
-        given[rows] = given[rows].at[3].set(jnp.nan)
-        given["temperature"] = jnp.asarray(1.5)
-        options = {
-            "class_where": np.arange(CLASSES) != 2,
-            "where": np.arange(ROWS) != 3,
-        }
-        labels = np.array([0, 6, 2, -100, -1, CLASSES, 5, 2])
-        parameters = {n: jnp.asarray(p) for n, p in LOSSES[name].parameters.items()}
-        weights = {}
-        if name == "focal":
-            weights = {"class_weights": jnp.linspace(0.5, 2.0, CLASSES)}
-        cotangent = np.random.default_rng(1).normal(size=ROWS)
-        call = function_of(name, source, implementation=implementation, **options)
-
-        @jax.jit
-        def run(floating, labels, cotangent):
-            loss, pull = jax.vjp(lambda f: call(**f, labels=labels), floating)
-            return loss, pull(cotangent)[0]
-
-        loss, gradients = run(given | parameters | weights, labels, cotangent)
-        wanted = oracle.label_loss(
-            LOSSES[name].oracle,
-            labels,
-            LOSSES[name].parameters,
-            cotangent=cotangent,
-            **weights,
-            **options,
-            **given,
-        )
-        assert_agrees(loss, wanted.values["loss"], jnp.float64, 0)
-        assert gradients.keys() == wanted.gradients.keys()
-        for argument, gradient in gradients.items():
-            assert_agrees(gradient, wanted.gradients[argument], jnp.float64, 0)
-
-
 def test_matches_independent_vectors():
     with jax.enable_x64():
         data = np.load(DATA / "classification_losses_case0.npz")

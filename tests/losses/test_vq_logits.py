@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import softlib
 from softlib import losses
 from softlib.logits import VQLogits
 from softlib.testing import assert_close, check_transformations
@@ -126,41 +125,6 @@ def test_shapes(batch, tokens, codes):
         rows, codebook, np.asarray(mapping), labels.reshape(-1), np.ones(len(rows))
     )
     assert_close(loss.reshape(-1), wanted.loss, dtype="float32", length=tokens)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("name", ["focal", "smoothed", "entropy", "kl", "comp-sum"])
-def test_every_loss_takes_a_codebook(name, biased):
-    """Statistics that do not follow from the codes stream over the tokens."""
-    given = arrays()
-    labels, mapping = given.pop("labels"), given.pop("mapping")
-    others = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, TOKENS)))
-    function: Any = {
-        "focal": lambda z: losses.softmax_focal_loss(z, labels, gamma=2.0),
-        "smoothed": lambda z: losses.softmax_cross_entropy(
-            z, labels, label_smoothing=0.1
-        ),
-        "entropy": softlib.logits.entropy,
-        "kl": lambda z: losses.softmax_kl_divergence(z, others),
-        "comp-sum": lambda z: losses.comp_sum_loss(z, labels, tau=0.5),
-    }[name]
-    if biased:
-        given["token_bias"] = bias()
-
-    def total(given, stored):
-        options = {"softcap": 2.0, "temperature": 0.8}
-        cut: Any = {} if stored else {"vocab_chunk": 8, "token_chunk": 3}
-        logits = VQLogits(mapping=mapping, **given, **options, **cut)
-        loss = function(logits.materialize() if stored else logits)
-        return (loss * jnp.cos(jnp.arange(ROWS))).sum()
-
-    run = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    (ours, found), (theirs, wanted) = (run(given, stored) for stored in (False, True))
-    assert_close(ours, theirs, dtype="float32", length=ROWS * TOKENS)
-    for field, gradient in found.items():
-        np.testing.assert_allclose(
-            gradient, wanted[field], atol=3e-6 * np.abs(wanted[field]).max(), rtol=0
-        )
 
 
 # ----------------------------------------------------------------------------- promises

@@ -58,6 +58,22 @@ def symmetric(p, r, alpha, beta, log_zero):
     return value, alpha - beta * log_zero * p, slopes
 
 
+def smooth_adversarial(z, moved, labels, tau, rho, nu):
+    """The comp-sum loss of z / rho, and nu times how far the margins are moved.
+
+    Of matrices; row by row, margin by margin.
+    """
+    found = np.zeros(len(z), np.result_type(z, moved, *map(np.asarray, (tau, rho, nu))))
+    for row, label in enumerate(labels):
+        others = np.arange(z.shape[1]) != label
+        margins = z[row, label] - z[row, others]
+        change = moved[row, label] - moved[row, others] - margins
+        total, power = np.exp(-margins / rho).sum(), 1 - tau
+        loss = np.log1p(total) if power == 0 else ((1 + total) ** power - 1) / power
+        found[row] = loss + nu * np.sqrt((change**2).sum())
+    return found
+
+
 def limit(loss, parameters):
     """What p_y = 0 costs, and the slopes of that in the parameters."""
     if loss is absolute:

@@ -52,6 +52,15 @@ def best(logits, rho, low, high):
     return np.array(found)
 
 
+def best_slopes(logits, tau):
+    """Of the best temperatures, by the implicit function: in logits, and in rho."""
+    x = np.asarray(logits, np.float64) / tau[:, None]
+    w = np.array([_row(row, 1.0)[0] for row in x])
+    mean = (w * x).sum(1, keepdims=True)
+    variance = (w * (x - mean) ** 2).sum(1, keepdims=True)
+    return w * (x - mean) / variance, -tau / variance[:, 0]
+
+
 def contrastive(similarity, row_tau, col_tau, rho, where=None):
     s = np.asarray(similarity, np.float64)
     pairs = len(s)
