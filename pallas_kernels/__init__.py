@@ -2,8 +2,8 @@
 
 A kernel computes a forward or a backward pass. It has no derivative rule, no defaults
 from the environment and no dtype policy: those belong to `softlib`, which calls a
-kernel where its `why_not` has no objection. So this package imports only jax and NumPy,
-and a kernel can be used, tested and measured without softlib. `pallas_kernels.tpu`
+kernel if its `why_not` gives no reason. So this package imports only jax and NumPy, and
+a kernel can be used, tested and measured without softlib. `pallas_kernels.tpu`
 holds kernels for Mosaic TPU, `pallas_kernels.gpu_mosaic` those for Mosaic GPU.
 
 Sizes, lists of blocks and static options (`*_tiles`, `*_lists`, `*_plan`) are in

@@ -20,7 +20,7 @@ class Tpu:
         name: The compiler's name.
         vmem_bytes: Vector memory that one kernel can use.
         matrix_unit: Rows and columns of the systolic array.
-        flops: Per second, of bfloat16 products with sums in float32.
+        flops: Operations per second of bfloat16 products with sums in float32.
         bytes_per_second: Bandwidth of its share of high-bandwidth memory.
         cores: Cores of a chip, which one program sees as one device.
     """
@@ -43,7 +43,7 @@ class Gpu:
         multiprocessors: Number of multiprocessors.
         smem_bytes: Shared memory that one block of threads can use.
         registers: 32-bit registers per multiprocessor.
-        flops: Per second, of bfloat16 products with sums in float32.
+        flops: Operations per second of bfloat16 products with sums in float32.
         bytes_per_second: Bandwidth of its memory.
     """
 
@@ -88,7 +88,7 @@ def tpu() -> Tpu:
 def gpu() -> Gpu | None:
     """The GPU for which a program is being traced, if it is one with kernels."""
     kind = _device_kind("gpu")
-    found = (d for d, parts in _GPU_KINDS.items() if any(p in kind for p in parts))
+    found = (d for d, names in _GPU_KINDS.items() if any(n in kind for n in names))
     return next(found, None)
 
 

@@ -1,4 +1,4 @@
-"""The operations that a mask takes, of which each kind of kernel knows some.
+"""The operations of a mask, of which each kind of kernel supports some.
 
 Masks are arithmetic on indices, written for any array: by this library or its users.
 """
@@ -15,7 +15,7 @@ type Mask = Callable[..., Any]
 def missing(mask: Mask, scalars: int, operations: AbstractSet[str]) -> list[str]:
     """Names of the operations of the mask that are not among those given.
 
-    `mask` takes two arrays of indices and so many numbers. A choice between booleans is
+    `mask` takes two arrays of indices and some `scalars`. A choice between booleans is
     called `select_n of booleans`.
     """
     return sorted(_names(traced(mask, scalars).jaxpr) - operations)

@@ -80,15 +80,15 @@ def axis(
     """
     block = tile * count
     grid = (-(-lengths[0] // query), -(-lengths[1] // block))
-    parts = [np.zeros((2, 0), np.int64)]
+    listed = [np.zeros((2, 0), np.int64)]
     step = max(1, _AT_ONCE // max(grid[1], 1))
     for start in range(0, grid[0], step):
         row = np.arange(start, min(start + step, grid[0]))[:, None]
         column = np.arange(grid[1])[None]
         kinds = _kinds(status, lengths, (row, query), (column, block))
         found = np.stack(np.nonzero(kinds != NONE))
-        parts.append(found + np.array([[start], [0]]))
-    rows, blocks = np.concatenate(parts, 1)
+        listed.append(found + np.array([[start], [0]]))
+    rows, blocks = np.concatenate(listed, 1)
     tiles = blocks[:, None] * count + np.arange(count)
     kinds = _kinds(status, lengths, (rows[:, None], query), (tiles, tile))
     some = (kinds != NONE).any(1)

@@ -41,7 +41,7 @@ class Form:
         classes: Number of classes; arrays of numbers per class are longer.
         labels: Number of labels per row.
         per_row: Names of the numbers per row, in the order of their table.
-        per_class: Names of the numbers per class, likewise.
+        per_class: Names of the numbers per class, in the order of their table.
         overhang: Whether a tile may reach beyond the last class.
         filter: Whether the gradient filter needs the distances of p to the labels.
     """
@@ -268,10 +268,10 @@ class Cotangents:
     """Cotangents of a slice.
 
     Attributes:
-        raw: Of the raw products.
-        biased: Of the logits before the softcap, per entry.
-        scale: Sums per row.
-        temperature: Sums per row.
+        raw: Cotangent of the raw products.
+        biased: Cotangent of the logits before the softcap, per entry.
+        scale: Cotangent of the scale, summed per row.
+        temperature: Cotangent of the temperature, summed per row.
         distance: Largest |p - onehot| per row, for the gradient filter; infinite for
             NaN.
     """

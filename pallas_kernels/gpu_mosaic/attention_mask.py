@@ -46,7 +46,7 @@ class Index(NamedTuple):
 
     Attributes:
         shape: Shape of the indices.
-        form: Returns them, int32.
+        form: Function that returns them, int32.
     """
 
     shape: tuple[int, ...]

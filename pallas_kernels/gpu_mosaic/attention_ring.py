@@ -176,10 +176,10 @@ def transposed(ref: Any) -> Any:
 
 
 def anew(index: Any) -> Any:
-    """The same index, opaque to the compiler.
+    """The index, made opaque to the compiler.
 
-    Otherwise it keeps the addresses of all slices of an operand in registers, across a
-    loop.
+    Otherwise the compiler keeps the addresses of all slices of an operand in registers,
+    across a loop.
     """
     return lax.optimization_barrier(index)
 
@@ -195,16 +195,16 @@ def product(left: Any, right: Any, columns: int) -> Any:
 
 
 def by_columns(function: Callable[..., Any], tile: Any, width: int = 32) -> Any:
-    """Applies `function(columns, part)` to slices of a tile, one after the other.
+    """Applies `function(columns, piece)` to slices of a tile, one after the other.
 
     All at once, intermediate values would exceed the registers.
     """
     found = []
     for first in range(0, tile.shape[1], width):
-        part = lax.slice(tile, (0, first), (tile.shape[0], first + width))
-        results = function(pl.ds(first, width), part)
+        piece = lax.slice(tile, (0, first), (tile.shape[0], first + width))
+        results = function(pl.ds(first, width), piece)
         found.append(lax.optimization_barrier(results))
-    return tuple(lax.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    return tuple(lax.concatenate(pieces, 1) for pieces in zip(*found, strict=True))
 
 
 def at_once(function: Callable[..., Any], tile: Any) -> Any:

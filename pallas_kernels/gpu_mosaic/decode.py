@@ -353,9 +353,9 @@ def _unless_empty(phi, top):
 def _clear(values, end) -> None:
     """Sets the rows from `end` on to zero."""
     for first in range(0, values.shape[1], FEATURES):
-        part = values.at[:, pl.ds(first, FEATURES)]
-        old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-        part[...] = jnp.where(_iota(old.shape, 0) < end, old, jnp.zeros_like(old))
+        columns = values.at[:, pl.ds(first, FEATURES)]
+        old = plgpu.load(columns, layout=plgpu.Layout.WGMMA)
+        columns[...] = jnp.where(_iota(old.shape, 0) < end, old, jnp.zeros_like(old))
     plgpu.commit_smem()
 
 

@@ -133,26 +133,26 @@ def chunk_cotangents(
                 for at, column in enumerate(range(0, classes, columns)):
                     # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
-                    part = Slice.load(
+                    piece = Slice.load(
                         form,
                         raw[:, column : column + columns],
                         numbers,
                         class_ref,
                         start + first + column,
                     )
-                    found = _row_slice.cotangents(part)
-                    place = pl.ds(first + column, columns)
+                    found = _row_slice.cotangents(piece)
+                    at_columns = pl.ds(first + column, columns)
                     slot = staging.at[warpgroup, at % 2]
                     # Waits for the slot's previous copy, two slices ago.
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     slot[...] = found.raw.astype(slot.dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        slot, result_refs["raw"].at[pl.ds(own_rows, ROWS), place]
+                        slot, result_refs["raw"].at[pl.ds(own_rows, ROWS), at_columns]
                     )
                     if biased:
                         at_rows = 2 * block + warpgroup
-                        result_refs["bias"][at_rows, place] = found.biased.sum(0)
+                        result_refs["bias"][at_rows, at_columns] = found.biased.sum(0)
                     more = {
                         "scale": found.scale,
                         "inverse_temperature": found.temperature,
@@ -204,7 +204,7 @@ def chunk_cotangents(
 
 
 def _take_turn(turn: Any, warpgroup: Any, tile: Any) -> None:
-    """Waits for the other warpgroup's turn to end; the first warpgroup begins."""
+    """Waits until the other warpgroup's turn ends; the first warpgroup begins."""
 
     @pl.when(warpgroup == 1)
     def _():

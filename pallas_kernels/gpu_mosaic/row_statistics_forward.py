@@ -88,14 +88,14 @@ def partial_states(
                 for column in range(0, classes, columns):
                     # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
-                    part = Slice.load(
+                    piece = Slice.load(
                         form,
                         raw[:, column : column + columns],
                         numbers,
                         class_ref,
                         first + column,
                     )
-                    state = _row_slice.updated(state, part)
+                    state = _row_slice.updated(state, piece)
                 return state
 
             state = lax.fori_loop(0, count, fold, _row_slice.start(form, ROWS))

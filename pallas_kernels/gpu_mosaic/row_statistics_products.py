@@ -124,13 +124,13 @@ def _multiply(
             plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
 
             def copy(step, slot):
-                place = step * SPAN
+                position = step * SPAN
                 if list_refs:
                     at = list_refs[0][block, lax.div(step, per_block)]
-                    place = at * BLOCK + lax.rem(step, per_block) * SPAN
+                    position = at * BLOCK + lax.rem(step, per_block) * SPAN
                 own = block * BLOCK
-                left = (own, place) if over_classes else (place, own)
-                right = first + place if over_classes else place
+                left = (own, position) if over_classes else (position, own)
+                right = first + position if over_classes else position
                 of_left.fetch(left_written, slot, left_ref, *left, ready)
                 of_right.fetch(right_written, slot, right_ref, right, feature, ready)
 
@@ -163,24 +163,24 @@ def _multiply(
             own = block * BLOCK + warpgroup * ROWS
             for at in range(features // SPAN):
                 box, column = divmod(at * SPAN, of_right.width)
-                part = totals[box][:, column : column + SPAN]
-                part = plgpu.layout_cast(part, plgpu.Layout.WGMMA)
+                found = totals[box][:, column : column + SPAN]
+                found = plgpu.layout_cast(found, plgpu.Layout.WGMMA)
                 columns = pl.ds(feature + at * SPAN, SPAN)
                 if over_classes:
-                    place = pl.ds(own, ROWS)
-                    owned_ref = result_ref.at[place, columns]
+                    rows = pl.ds(own, ROWS)
+                    owned_ref = result_ref.at[rows, columns]
                     before = _ring.read(owned_ref, plgpu.Layout.WGMMA)
-                    result_ref[place, columns] = before + part
+                    result_ref[rows, columns] = before + found
                 else:
-                    place = pl.ds(first + own, ROWS)
+                    rows = pl.ds(first + own, ROWS)
                     copied, written = out.views(staging, interpret)
                     slot = 2 * warpgroup + at % 2
                     # Waits for the slot's previous copy, two columns ago.
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    written[slot, 0] = part.astype(dtype)
+                    written[slot, 0] = found.astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        copied.at[slot, 0], result_ref.at[place, columns]
+                        copied.at[slot, 0], result_ref.at[rows, columns]
                     )
             if not over_classes:
                 plgpu.wait_smem_to_gmem(0)

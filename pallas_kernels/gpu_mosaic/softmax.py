@@ -101,28 +101,28 @@ def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
     count, rest = pl.cdiv(columns, piece), columns % piece
     groups = (columns // piece) // tiles.group
 
-    def place(i):
-        """The start of a piece, and True for elements that are not repeated."""
+    def start_of(i):
+        """Start of a piece, and True for elements that are not repeated; None: all."""
         if not rest or not isinstance(i, int) or i < count - 1:
             return i * piece, None
         index = plgpu.broadcasted_iota(jnp.int32, (piece,), 0, layout=layout)
         return columns - piece, index >= piece - rest
 
     def read(i):
-        start, _ = place(i)
+        start, _ = start_of(i)
         return plgpu.load(x_ref.at[row, pl.ds(start, piece)], layout=layout)
 
     def fold(pieces, state):
         top, total = state
-        parts = []
+        scores = []
         for i, x in zip(pieces, [read(i) for i in pieces], strict=True):
             if kept_ref is not None:
                 kept_ref[pl.ds(i * piece, piece)] = x
-            z, (_, is_new) = x.astype(jnp.float32), place(i)
-            parts.append(z if is_new is None else jnp.where(is_new, z, -jnp.inf))
-        new = functools.reduce(jnp.maximum, parts, top)
+            z, (_, is_new) = x.astype(jnp.float32), start_of(i)
+            scores.append(z if is_new is None else jnp.where(is_new, z, -jnp.inf))
+        new = functools.reduce(jnp.maximum, scores, top)
         total = total * jnp.exp(top - new)
-        for z in parts:
+        for z in scores:
             total = total + jnp.exp(z - new)
         return new, total
 
@@ -134,7 +134,7 @@ def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
             found = [plgpu.load(kept_ref.at[at], layout=layout) for at in spans]
         for i, x in zip(pieces, found, strict=True):
             y = jnp.exp(x.astype(jnp.float32) - top) * inverse
-            out_ref[row, pl.ds(place(i)[0], piece)] = y.astype(out_ref.dtype)
+            out_ref[row, pl.ds(start_of(i)[0], piece)] = y.astype(out_ref.dtype)
 
     def visit_all(visit, carry):
         group = tiles.group

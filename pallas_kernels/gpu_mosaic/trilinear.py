@@ -13,7 +13,7 @@ its own: for one key j
 
 with a maximum and a sum per row and warpgroup, which are merged at the end. A third
 warpgroup copies; tiles that are not listed are never read. Lists, masks and common
-code: `trilinear_lists`, `trilinear_parts`.
+code: `trilinear_lists`, `trilinear_common`.
 
 Shared memory: the queries, a ring of tiles of the second axis, eight pairs of keys of
 the first, and the sums of one warpgroup. Registers per thread: half a row of the
@@ -31,12 +31,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._results import result
 
-from . import attention_ring as ring, trilinear_parts as parts
+from . import attention_ring as ring, trilinear_common as common
 from .attention_ring import Channel
 from .attention_scores import LN2, LOG2E, Axis, across
 from .attention_tiles import ROWS, WARPGROUPS
+from .trilinear_common import Form, Pair, Walk
 from .trilinear_lists import Runs
-from .trilinear_parts import Form, Pair, Walk
 from .trilinear_tiles import PAIR
 
 
@@ -78,8 +78,8 @@ def forward(
         else None,
         "k2": ring.swizzled((tiles.stages, tiles.keys, features), dtype),
         "v2": ring.swizzled((tiles.stages, tiles.keys, value_features), dtype),
-        **parts.pair_scratch((features, value_features), dtype),
-        **parts.sums_scratch(value_features),
+        **common.pair_scratch((features, value_features), dtype),
+        **common.sums_scratch(value_features),
         "rows": plgpu.SMEM((2, ROWS), jnp.float32),
         "staged_left": ring.staging(features, dtype, interpret),
         "staged_weights": ring.staging(tiles.keys, dtype, interpret),
@@ -111,27 +111,27 @@ def _forward_kernel(*refs, form, **scratch):
     warpgroup = lax.axis_index("warpgroup")
     tiles, walk = form.tiles, Walk(Runs(*lists), at)
     q, k2, v2, rows = (scratch[name] for name in ("q", "k2", "v2", "rows"))
-    pairs = parts.pairs(scratch)
+    pairs = common.pairs(scratch)
     seconds = Channel((k2, v2), scratch["ready"], scratch["free"])
     head = own_head * tiles.groups
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
-        place = batch, walk.tile * tiles.queries, head
-        for source, slot in parts.copies(query_ref, q, tiles, place):
+        plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
+        origin = batch, walk.tile * tiles.queries, head
+        for source, slot in common.copies(query_ref, q, tiles, origin):
             plgpu.copy_gmem_to_smem(source, slot, scratch["q_ready"])
         of_keys = batch, lax.div(head, query_ref.shape[2] // k1_ref.shape[2])
         first, second = (k1_ref, v1_ref), (k2_ref, v2_ref)
-        parts.feed_keys(walk, pairs, first, seconds, second, of_keys, tiles.keys)
+        common.feed_keys(walk, pairs, first, seconds, second, of_keys, tiles.keys)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
         seconds.open()
         pairs.open()
         plgpu.barrier_wait(scratch["q_ready"])
-        left, weights = parts.staged(scratch, warpgroup, "left", "weights")
+        left, weights = common.staged(scratch, warpgroup, "left", "weights")
 
         def run(partial, number, carry):
             key, value = seconds.wait(number)
@@ -143,7 +143,7 @@ def _forward_kernel(*refs, form, **scratch):
                 query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
                 own = walk.pair(at) * PAIR + warpgroup
                 keys, values = (slot.at[warpgroup] for slot in pairs.wait(at))
-                a = parts.spread(q, keys, form.scale * LOG2E)
+                a = common.spread(q, keys, form.scale * LOG2E)
                 bits = ring.product(
                     ring.operand(a, left), ring.transposed(key), tiles.keys
                 )
@@ -154,7 +154,7 @@ def _forward_kernel(*refs, form, **scratch):
                 if ok is not None:
                     highest = jnp.where(ok, highest, -jnp.inf)
                 before, top = top, jnp.maximum(top, highest)
-                shift = parts.finite(top)
+                shift = common.finite(top)
                 decay = jnp.exp2(before - shift)
                 # A row that does not attend to this key has weights of 0.
                 off = shift if ok is None else jnp.where(ok, shift, jnp.inf)
@@ -162,9 +162,9 @@ def _forward_kernel(*refs, form, **scratch):
                 weight = weight * decay + p.sum(1)
                 p = ring.operand(p.astype(v2.dtype), weights)
                 found = ring.product(p, value, v2.shape[2])
-                found = found * across(parts.per_feature(values), found.shape, 1)
+                found = found * across(common.per_feature(values), found.shape, 1)
                 total = total * across(decay, total.shape) + found
-                parts.leave(pairs, at)
+                common.leave(pairs, at)
                 return total, top, weight
 
             carry = lax.fori_loop(*walk.span(number), step, carry)
@@ -191,7 +191,7 @@ def _forward_kernel(*refs, form, **scratch):
             row = lambda i: plgpu.load(rows.at[i], layout=plgpu.Layout.WGMMA.reduce(1))
             other_top, other_weight = row(0), row(1)
             highest = jnp.maximum(top, other_top)
-            shift = parts.finite(highest)
+            shift = common.finite(highest)
             own, other = jnp.exp2(top - shift), jnp.exp2(other_top - shift)
             both = weight * own + other_weight * other
             empty = both == 0
@@ -202,8 +202,8 @@ def _forward_kernel(*refs, form, **scratch):
             out = total * across(own * inverse, total.shape)
             out = out + others * across(other * inverse, total.shape)
             slot = q if scratch["out"] is None else scratch["out"]
-            place = batch, walk.tile * tiles.queries, head
-            parts.store(out, slot, out_ref, tiles, place)
+            origin = batch, walk.tile * tiles.queries, head
+            common.store(out, slot, out_ref, tiles, origin)
             plgpu.copy_smem_to_gmem(rows.at[0], lse_ref.at[batch, own_head, walk.tile])
             plgpu.wait_smem_to_gmem(0)
 

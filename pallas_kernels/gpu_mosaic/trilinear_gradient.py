@@ -27,12 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._results import result
 
-from . import attention_ring as ring, trilinear_parts as parts
+from . import attention_ring as ring, trilinear_common as common
 from .attention_ring import Channel
 from .attention_scores import LOG2E, Axis, across
 from .attention_tiles import ROWS, WARPGROUPS
+from .trilinear_common import Form, Pair, Walk
 from .trilinear_lists import Runs
-from .trilinear_parts import Form, Pair, Walk
 from .trilinear_tiles import PAIR
 
 
@@ -76,8 +76,8 @@ def query_gradient(
         "rows": plgpu.SMEM((2, ROWS), jnp.float32),
         "k2": ring.swizzled((tiles.stages, tiles.keys, features), dtype),
         "v2": ring.swizzled((tiles.stages, tiles.keys, value_features), dtype),
-        **parts.pair_scratch((features, value_features), dtype),
-        **parts.sums_scratch(features),
+        **common.pair_scratch((features, value_features), dtype),
+        **common.sums_scratch(features),
         "staged_left": ring.staging(features, dtype, interpret),
         "staged_values": ring.staging(value_features, dtype, interpret),
         "staged_weights": ring.staging(tiles.keys, dtype, interpret),
@@ -107,33 +107,33 @@ def _query_kernel(*refs, form, **scratch):
     warpgroup = lax.axis_index("warpgroup")
     tiles, walk = form.tiles, Walk(Runs(*lists), at)
     q, do, k2, v2, rows = (scratch[name] for name in ("q", "do", "k2", "v2", "rows"))
-    pairs = parts.pairs(scratch)
+    pairs = common.pairs(scratch)
     seconds = Channel((k2, v2), scratch["ready"], scratch["free"])
     head = own_head * tiles.groups
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
         own_rows = batch, own_head, walk.tile
-        place = batch, walk.tile * tiles.queries, head
+        origin = batch, walk.tile * tiles.queries, head
         for source, slot in (
-            *parts.copies(query_ref, q, tiles, place),
-            *parts.copies(cotangent_ref, do, tiles, place),
+            *common.copies(query_ref, q, tiles, origin),
+            *common.copies(cotangent_ref, do, tiles, origin),
             (norm_ref.at[own_rows], rows.at[0]),
             (delta_ref.at[own_rows], rows.at[1]),
         ):
             plgpu.copy_gmem_to_smem(source, slot, scratch["owned"])
         of_keys = batch, lax.div(head, query_ref.shape[2] // k1_ref.shape[2])
         first, second = (k1_ref, v1_ref), (k2_ref, v2_ref)
-        parts.feed_keys(walk, pairs, first, seconds, second, of_keys, tiles.keys)
+        common.feed_keys(walk, pairs, first, seconds, second, of_keys, tiles.keys)
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
         seconds.open()
         pairs.open()
         plgpu.barrier_wait(scratch["owned"])
-        left, right, weights = parts.staged(
+        left, right, weights = common.staged(
             scratch, warpgroup, "left", "values", "weights"
         )
         norm, delta = (
@@ -150,7 +150,7 @@ def _query_kernel(*refs, form, **scratch):
                 query, second = tile * tiles.queries, Axis(1, other * tiles.keys)
                 own = walk.pair(at) * PAIR + warpgroup
                 keys, values = (slot.at[warpgroup] for slot in pairs.wait(at))
-                a = parts.spread(q, keys, form.scale * LOG2E)
+                a = common.spread(q, keys, form.scale * LOG2E)
                 bits = ring.product(
                     ring.operand(a, left), ring.transposed(key), tiles.keys
                 )
@@ -158,14 +158,14 @@ def _query_kernel(*refs, form, **scratch):
                     bits = form.selected(bits, Axis(0, query), own, second, 0)
                 ok = form.attending(query, own, 0, ROWS, 0)
                 off = norm if ok is None else jnp.where(ok, norm, jnp.inf)
-                p = parts.normalised(bits, across(off, bits.shape))
-                g = ring.operand(parts.spread(do, values), right)
+                p = common.normalised(bits, across(off, bits.shape))
+                g = ring.operand(common.spread(do, values), right)
                 answer = across(-delta, p.shape)
                 answer = ring.added(answer, g, ring.transposed(value), right)
                 dz = ring.operand((p * answer).astype(k2.dtype), weights)
                 found = ring.product(dz, key, k2.shape[2])
-                total = total + found * across(parts.per_feature(keys), found.shape, 1)
-                parts.leave(pairs, at)
+                total = total + found * across(common.per_feature(keys), found.shape, 1)
+                common.leave(pairs, at)
                 return total
 
             total = lax.fori_loop(*walk.span(number), step, total)
@@ -175,8 +175,8 @@ def _query_kernel(*refs, form, **scratch):
         total = walk.fold(run, ring.zeros(k2.shape[2])) * form.scale
 
         def use(total):
-            place = batch, walk.tile * tiles.queries, head
-            parts.store(total, q, dq_ref, tiles, place)
+            origin = batch, walk.tile * tiles.queries, head
+            common.store(total, q, dq_ref, tiles, origin)
             plgpu.wait_smem_to_gmem(0)
 
-        parts.summed(total, scratch, warpgroup, use)
+        common.summed(total, scratch, warpgroup, use)

@@ -27,12 +27,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._results import result
 
-from . import attention_ring as ring, trilinear_parts as parts
+from . import attention_ring as ring, trilinear_common as common
 from .attention_ring import Channel
 from .attention_scores import LN2, LOG2E, Axis, across
 from .attention_tiles import ROWS, WARPGROUPS
+from .trilinear_common import Form, Pair, Walk
 from .trilinear_lists import Runs
-from .trilinear_parts import Form, Pair, Walk
 from .trilinear_tiles import PAIR
 
 
@@ -77,10 +77,10 @@ def key_gradients(
         "do": ring.swizzled((stages, ROWS, value_features), dtype),
         "norms": per_row,
         "deltas": per_row,
-        **parts.pair_scratch((features, value_features), dtype),
+        **common.pair_scratch((features, value_features), dtype),
         "spread_q": ring.swizzled((WARPGROUPS, ROWS, features), dtype),
         "spread_do": ring.swizzled((WARPGROUPS, ROWS, value_features), dtype),
-        **parts.sums_scratch(max(features, value_features)),
+        **common.sums_scratch(max(features, value_features)),
         "staged_weights": ring.staging(ROWS, dtype, interpret),
         "owned": plgpu.Barrier(num_arrivals=2),
         "ready": plgpu.Barrier(num_arrivals=2 * tiles.groups + 2, num_barriers=stages),
@@ -111,7 +111,7 @@ def _key_kernel(*refs, form, **scratch):
     queries = Channel(
         tuple(scratch[name] for name in names), scratch["ready"], scratch["free"]
     )
-    pairs = parts.pairs(scratch)
+    pairs = common.pairs(scratch)
     k2, v2 = scratch["k2"].at[0], scratch["v2"].at[0]
     rounds = query_ref.shape[2] // k2_ref.shape[2] // tiles.groups
     # Computed just before it is used, to save registers.
@@ -119,7 +119,7 @@ def _key_kernel(*refs, form, **scratch):
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(k2_ref.at[own()], k2, scratch["owned"])
         plgpu.copy_gmem_to_smem(v2_ref.at[own()], v2, scratch["owned"])
 
@@ -127,31 +127,31 @@ def _key_kernel(*refs, form, **scratch):
             (q, do, norm, delta), ready = queries.vacated(number)
             own_head = key_head * rounds + turn
             own_rows = batch, own_head, tile
-            place = batch, tile * tiles.queries, own_head * tiles.groups
+            origin = batch, tile * tiles.queries, own_head * tiles.groups
             for source, slot in (
-                *parts.copies(query_ref, q, tiles, place),
-                *parts.copies(cotangent_ref, do, tiles, place),
+                *common.copies(query_ref, q, tiles, origin),
+                *common.copies(cotangent_ref, do, tiles, origin),
                 (norm_ref.at[own_rows], norm),
                 (delta_ref.at[own_rows], delta),
             ):
                 plgpu.copy_gmem_to_smem(source, slot, ready)
 
-        fetch = parts.fetching(pairs, (k1_ref, v1_ref), (batch, key_head))
-        parts.feed(walk, stream, pairs, fetch, rounds=rounds)
+        fetch = common.fetching(pairs, (k1_ref, v1_ref), (batch, key_head))
+        common.feed(walk, stream, pairs, fetch, rounds=rounds)
         queries.close()
         pairs.close()
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(parts.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
         queries.open()
         pairs.open()
         plgpu.barrier_wait(scratch["owned"])
-        (weights,) = parts.staged(scratch, warpgroup, "weights")
+        (weights,) = common.staged(scratch, warpgroup, "weights")
 
         def run(turn, partial, number, totals):
-            place = turn * walk.count + number
-            queries.wait(place)
+            visit = turn * walk.count + number
+            queries.wait(visit)
 
             def step(at, totals):
                 dk, dv = totals
@@ -161,13 +161,13 @@ def _key_kernel(*refs, form, **scratch):
                     ring.anew(x) for x in (warpgroup, walk.streamed(number), walk.tile)
                 )
                 query = query * tiles.queries
-                q, do, norm, delta = queries.filled(place)
+                q, do, norm, delta = queries.filled(visit)
                 a, g = (scratch[name].at[own] for name in ("spread_q", "spread_do"))
                 key = walk.pair(at) * PAIR + own
                 keys, values = (slot.at[own] for slot in pairs.wait(now))
-                parts.spread_into(a, q, keys, form.scale * LOG2E)
-                parts.spread_into(g, do, values)
-                parts.leave(pairs, now)
+                common.spread_into(a, q, keys, form.scale * LOG2E)
+                common.spread_into(g, do, values)
+                common.leave(pairs, now)
                 whole = ring.anew(0)
                 left_k, left_v = (scratch[name].at[whole] for name in ("k2", "v2"))
                 raw = ring.product(left_k, ring.transposed(a), ROWS)
@@ -180,18 +180,18 @@ def _key_kernel(*refs, form, **scratch):
                     norms = ring.per_column(norm, columns)
                     ok = form.attending(query, key, 1, size, first)
                     norms = norms if ok is None else jnp.where(ok, norms, jnp.inf)
-                    return (parts.normalised(bits, across(norms, bits.shape, 1)),)
+                    return (common.normalised(bits, across(norms, bits.shape, 1)),)
 
                 (p,) = ring.by_columns(weigh, raw, 16)
                 rounded = ring.operand(p.astype(v2.dtype), weights)
                 dv = ring.added(dv, rounded, g, weights)
-                answer = across(-ring.per_column(delta, pl.ds(0, ROWS)), p.shape, 1)
-                answer = ring.added(answer, left_v, ring.transposed(g), weights)
-                dz = ring.operand((p * answer).astype(k2.dtype), weights)
+                dp = across(-ring.per_column(delta, pl.ds(0, ROWS)), p.shape, 1)
+                dp = ring.added(dp, left_v, ring.transposed(g), weights)
+                dz = ring.operand((p * dp).astype(k2.dtype), weights)
                 return ring.added(dk, dz, a, weights), dv
 
             totals = lax.fori_loop(*walk.span(number), step, totals)
-            parts.leave(queries, place)
+            common.leave(queries, visit)
             return totals
 
         def round_(turn, totals):
@@ -206,6 +206,6 @@ def _key_kernel(*refs, form, **scratch):
         # A held the scale, in bits.
         into_dk = lambda total: ring.store(total, k2, dk_ref.at[own()])
         into_dv = lambda total: ring.store(total, v2, dv_ref.at[own()])
-        parts.summed(dk * LN2, scratch, warpgroup, into_dk)
-        parts.summed(dv, scratch, warpgroup, into_dv)
+        common.summed(dk * LN2, scratch, warpgroup, into_dk)
+        common.summed(dv, scratch, warpgroup, into_dv)
         plgpu.wait_smem_to_gmem(0)

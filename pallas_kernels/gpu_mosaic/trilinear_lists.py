@@ -43,8 +43,8 @@ def runs(visits: Visits, count: int, owner: int, owners: int) -> Runs:
     """
     kinds = visits.words[:, None] >> (KINDS + 2 * np.arange(count + 1)) & 3
     firsts, second = kinds[:, :count], kinds[:, count]
-    block, place = np.nonzero((firsts != NONE) & (second != NONE)[:, None])
-    pair = visits.firsts[block] * count + place
+    block, offset = np.nonzero((firsts != NONE) & (second != NONE)[:, None])
+    pair = visits.firsts[block] * count + offset
     own, streamed = visits.rows[block], visits.seconds[block]
     if owner == 2:
         own, streamed = streamed, own

@@ -114,5 +114,5 @@ def seconds(
     )
     work = 2 * PAIR * ROWS * tiles.keys * features
     products = work * device.multiprocessors / (_EFFICIENCY * device.flops)
-    parts = problem.groups // tiles.groups
-    return steps * parts * (products + _STEP) / device.multiprocessors
+    head_groups = problem.groups // tiles.groups
+    return steps * head_groups * (products + _STEP) / device.multiprocessors

@@ -30,7 +30,7 @@ class Step(NamedTuple):
         refs: References by name.
         outer: Index of the tile that stays for all steps of the second grid axis.
         inner: Index of the tile that changes from step to step.
-        part: Index of the part of the features; the backward pass counts them twice.
+        span: Index of the span of features; the backward pass visits all spans twice.
         is_first: Whether this step is the first one of its outer tile.
         is_last: Whether this step is the last one of its outer tile.
     """
@@ -38,18 +38,18 @@ class Step(NamedTuple):
     refs: dict[str, Any]
     outer: Any
     inner: Any
-    part: Any
+    span: Any
     is_first: Any
     is_last: Any
 
     @classmethod
     def of(cls, refs: dict[str, Any]) -> "Step":
         # All read here: the interpreter does not know them inside `pl.when`.
-        outer, inner, part = map(pl.program_id, range(3))
-        inner_end, part_end = pl.num_programs(1) - 1, pl.num_programs(2) - 1
-        is_first = (inner == 0) & (part == 0)
-        is_last = (inner == inner_end) & (part == part_end)
-        return cls(refs, outer, inner, part, is_first, is_last)
+        outer, inner, span = map(pl.program_id, range(3))
+        inner_end, span_end = pl.num_programs(1) - 1, pl.num_programs(2) - 1
+        is_first = (inner == 0) & (span == 0)
+        is_last = (inner == inner_end) & (span == span_end)
+        return cls(refs, outer, inner, span, is_first, is_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Call:
         return cls(kind, options, operands, form, tiles)
 
     @property
-    def parts(self) -> int:
-        """The number of parts that the features are cut into."""
+    def spans(self) -> int:
+        """Number of spans into which the features are cut."""
         return self.operands.hidden.shape[1] // self.tiles.features
 
     @property
@@ -99,14 +99,14 @@ class Call:
         inner = pl.cdiv(self.classes, self.tiles.classes)
         if self.kind == "weight":
             outer, inner = inner, outer
-        # The backward pass needs parts of D for the logits, then for the gradient.
-        again = 2 if self.kind != "forward" and self.parts > 1 else 1
-        return outer, inner, self.parts * again
+        # The backward pass visits the spans for the logits, then for the gradient.
+        again = 2 if self.kind != "forward" and self.spans > 1 else 1
+        return outer, inner, self.spans * again
 
     # ------------------------------------------------------------------ inside a kernel
     def multiply(self, step: Step) -> None:
-        """Adds the product over one part of the features to the logits of the tile."""
-        part, axis = step.part, self.options.vocab_axis
+        """Adds the product over one span of features to the logits of the tile."""
+        span, axis = step.span, self.options.vocab_axis
         turn = lambda *at: at if axis == 0 else at[::-1]
 
         def add(first: bool) -> None:
@@ -120,10 +120,10 @@ class Call:
                 step, "raw", (), ("hidden", "weight"), (1, 1 - axis), at, fresh=first
             )
 
-        if self.parts == 1:
+        if self.spans == 1:
             return add(first=True)
-        pl.when(part == 0)(functools.partial(add, first=True))
-        pl.when((part > 0) & (part < self.parts))(functools.partial(add, first=False))
+        pl.when(span == 0)(functools.partial(add, first=True))
+        pl.when((span > 0) & (span < self.spans))(functools.partial(add, first=False))
         return None
 
     def divide(self, step: Step, name: str) -> None:
@@ -143,19 +143,19 @@ class Call:
         self,
         step: Step,
         to: str,
-        part: tuple[Any, ...],
+        into: tuple[Any, ...],
         names: tuple[str, str],
         contract: tuple[int, int],
         at: Callable[[Any, Any], tuple[Any, Any]],
         *,
         fresh: bool = False,
     ) -> None:
-        """Adds the product of two references, by their names, to `refs[to][part]`.
+        """Adds the product of two references, by their names, to `refs[to][into]`.
 
         `at` gives, for rows and columns of the product, the indices of each factor.
         """
-        shape, ref = step.refs[to].shape[len(part) :], step.refs[to]
-        # Products of parts one after the other: together they would spill.
+        shape, ref = step.refs[to].shape[len(into) :], step.refs[to]
+        # Products of bfloat16 parts one by one: together they would spill.
         for which in pairs((self._count(names[0]), self._count(names[1]))):
             factors = [
                 self._factor(step, name, i, to)
@@ -165,7 +165,7 @@ class Call:
             def block(
                 rows: Any, columns: Any, factors: Any = factors, fresh: bool = fresh
             ) -> None:
-                index, indices = (*part, rows, columns), at(rows, columns)
+                index, indices = (*into, rows, columns), at(rows, columns)
                 first, second = (f(x) for f, x in zip(factors, indices, strict=True))
                 found = product(first, second, contract)
                 ref[index] = found if fresh else ref[index] + found
@@ -209,10 +209,10 @@ class Call:
                 raw = refs["raw"][at, :]
                 if real is not None:
                     raw = jnp.where(real, raw, 0)  # padding may hold anything
-                part = Slice(
+                piece = Slice(
                     self.form, raw, take("rows"), classes, take("labels"), ids, real
                 )
-                body(at, part)
+                body(at, piece)
 
             lax.fori_loop(0, self.tiles.rows // size, visit, None)
 
@@ -277,25 +277,25 @@ class Call:
         """Turns logits into cotangents and adds their contribution to a gradient.
 
         `turn` does so for a slice of complete logits; `add` adds the product of the
-        cotangents and the given part of an operand.
+        cotangents and the given span of an operand.
         """
-        refs, part = step.refs, step.part
+        refs, span = step.refs, step.span
 
-        @pl.when(part == self.parts - 1)
+        @pl.when(span == self.spans - 1)
         def _():
             self.visit(step, turn)
             if self.form.filter_eps is not None:
                 filter_.drop_negligible(refs, self.tiles, self.form.filter_eps)
 
         def add_all(at: Any) -> None:
-            if self.parts > 1:
+            if self.spans > 1:
                 self.divide(step, self._streamed_operand)
             add(at)
 
-        due = True if self.parts == 1 else part >= self.parts
+        due = True if self.spans == 1 else span >= self.spans
         if self.form.filter_eps is not None:
             due = jnp.logical_and(due, refs["kept"][0] > 0)
-        at = 0 if self.parts == 1 else part - self.parts
+        at = 0 if self.spans == 1 else span - self.spans
         if due is True:
             add_all(at)
         else:
@@ -309,10 +309,10 @@ class Call:
 
     def write_sum(self, refs: dict[str, Any], axis: int) -> None:
         size = self.tiles.features
-        for part in range(self.parts):
+        for span in range(self.spans):
             at = [slice(None), slice(None)]
-            at[axis] = slice(part * size, (part + 1) * size)
-            refs["out"][tuple(at)] = refs["sum"][part].astype(refs["out"].dtype)
+            at[axis] = slice(span * size, (span + 1) * size)
+            refs["out"][tuple(at)] = refs["sum"][span].astype(refs["out"].dtype)
 
     # --------------------------------------------------------------- around a kernel
     def raw_scratch(self) -> tuple[int, int]:
@@ -332,12 +332,12 @@ class Call:
                 found[f"{name}_parts"] = pltpu.VMEM(shape, jnp.bfloat16)
         return found
 
-    def backward_scratch(self, part: tuple[int, ...]) -> dict[str, Any]:
+    def backward_scratch(self, shape: tuple[int, ...]) -> dict[str, Any]:
         draw = (self._count("draw"), *self.raw_scratch())
         scratch: dict[str, Any] = {
             "raw": self.raw_scratch(),
             "draw": pltpu.VMEM(draw, jnp.bfloat16),
-            "sum": (self.parts, *part),
+            "sum": (self.spans, *shape),
         }
         if self.form.filter_eps is not None:
             scratch["distance"] = (self.tiles.rows, LANES)
@@ -386,14 +386,14 @@ class Call:
         return dict(zip(results, call(*arrays), strict=True))
 
     def _operands(self) -> dict[str, tuple[Array, pl.BlockSpec]]:
-        given, tiles, parts = self.operands, self.tiles, self.parts
+        given, tiles, spans = self.operands, self.tiles, self.spans
         by_class = self.kind == "weight"
         row = lambda a, b: b if by_class else a
         column = lambda a, b: a if by_class else b
-        # The parts of D of the logits, then those of the gradient. An operand that the
-        # gradient does not need is not fetched again.
-        again = lambda k: jnp.where(k < parts, k, k - parts) if parts > 1 else 0
-        stays = lambda k: jnp.minimum(k, parts - 1) if parts > 1 else 0
+        # The spans of features for the logits, then for the gradient. An operand that
+        # the gradient does not need is not fetched again.
+        again = lambda k: jnp.where(k < spans, k, k - spans) if spans > 1 else 0
+        stays = lambda k: jnp.minimum(k, spans - 1) if spans > 1 else 0
         of_hidden, of_weight = (again, stays) if by_class else (stays, again)
         if self.kind == "forward":
             of_hidden = of_weight = lambda k: k

@@ -17,14 +17,14 @@ FILTER_BLOCK = 128
 
 
 def note_distance(refs: dict[str, Any], at: Any, found: Cotangents) -> None:
-    """Keeps each row's largest distance in each block of classes: one lane a block."""
+    """Stores each row's largest distance per block of classes, one lane each."""
     if found.distance is None:
         return
     table = jnp.full((found.distance.shape[0], LANES), -1.0, jnp.float32)
     lane = lax.broadcasted_iota(jnp.int32, table.shape, 1)
     for block in range(found.distance.shape[1] // FILTER_BLOCK):
-        part = found.distance[:, block * FILTER_BLOCK : (block + 1) * FILTER_BLOCK]
-        table = jnp.where(lane == block, part.max(1, keepdims=True), table)
+        of_block = found.distance[:, block * FILTER_BLOCK : (block + 1) * FILTER_BLOCK]
+        table = jnp.where(lane == block, of_block.max(1, keepdims=True), table)
     refs["distance"][at, :] = table
 
 

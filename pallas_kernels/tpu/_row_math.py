@@ -225,8 +225,8 @@ class Cotangents:
     """Cotangents of a slice.
 
     Attributes:
-        raw: Of the products, scale included.
-        biased: Of the bias, before the sum over rows.
+        raw: Cotangent of the products, scale included.
+        biased: Cotangent of the bias, before the sum over rows.
         scale: (rows, 1), or None.
         temperature: (rows, 1), or None.
         distance: |p - onehot| for the gradient filter; -1 in a row without a cotangent.

@@ -69,8 +69,8 @@ def split(
 def cut(length: int, size: int) -> list[tuple[int, int, int]]:
     """(start, size, number) of the whole blocks and of the remainder."""
     whole, rest = divmod(length, size)
-    parts = [(0, size, whole)] if whole else []
-    return [*parts, (whole * size, rest, 1)] if rest else parts
+    blocks = [(0, size, whole)] if whole else []
+    return [*blocks, (whole * size, rest, 1)] if rest else blocks
 
 
 def span(start: int, offset: Any, size: int) -> Any:

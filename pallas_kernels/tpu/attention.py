@@ -38,7 +38,7 @@ from .attention_blocks import (
 )
 from .attention_form import Form
 from .attention_lists import ALL, SOME, Entry
-from .attention_pieces import by_buffer, over_pieces, over_slices, part_of
+from .attention_pieces import by_buffer, chunk_of, over_pieces, over_slices
 from .attention_tiles import LANES, Tiles
 from .attention_weights import LOG2_E
 from .bfloat16_parts import product
@@ -135,7 +135,7 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
     query_ref, key_ref, value_ref, out_ref, normalizer_ref = refs[:5]
     top_ref, sum_ref, out_sum_ref = refs[5:8]
     scores_refs, weights_refs, factor_refs = by_buffer(refs[8:], tiles.buffers)
-    parts = tiles.keys // tiles.part
+    chunks = tiles.keys // tiles.chunk
     batch, head, step = (pl.program_id(axis) for axis in range(3))
     entry = Entry(entries_ref[step])
     weights, masking = form.weights, form.masking
@@ -160,8 +160,8 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
             take: Any, fresh: bool, buffer: int, at: tuple[Any, Any], i: Any
         ) -> None:
             q = take(0, query_ref[pl.ds(at[0], tiles.rows), :])
-            k = take(1, key_ref[part_of(at[1], i, tiles.part), :])
-            here = (slice(None), part_of(0, i, tiles.part))
+            k = take(1, key_ref[chunk_of(at[1], i, tiles.chunk), :])
+            here = (slice(None), chunk_of(0, i, tiles.chunk))
             add(scores_refs[buffer], here, product(q, k, (1, 1)), fresh)
 
         def weigh(buffer: int, at: tuple[Any, Any], i: Any) -> None:
@@ -188,7 +188,7 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
                 sum_ref[rows, :] = total + _by_lanes(p)
                 weights_refs[buffer][here, :] = p.astype(value_ref.dtype)
 
-            over_slices((tiles.rows, tiles.keys), parts, at[0], i, straight, one)
+            over_slices((tiles.rows, tiles.keys), chunks, at[0], i, straight, one)
 
         def shrink(buffer: int, at: tuple[Any, Any], i: Any) -> None:
             def one(_: Any, here: Any, rows: Any) -> None:
@@ -196,24 +196,24 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
                 factor = lanes(factor_refs[buffer][here, :], kept.shape[1])
                 out_sum_ref[rows, :] = kept * factor
 
-            over_slices((tiles.rows, tiles.keys), parts, at[0], i, straight, one)
+            over_slices((tiles.rows, tiles.keys), chunks, at[0], i, straight, one)
 
         def gather(
             take: Any, _: bool, buffer: int, at: tuple[Any, Any], i: Any
         ) -> None:
-            rows, part = pl.ds(at[0], tiles.rows), part_of(at[1], i, tiles.part)
-            p = take(0, weights_refs[buffer][:, part_of(0, i, tiles.part)])
+            rows, chunk = pl.ds(at[0], tiles.rows), chunk_of(at[1], i, tiles.chunk)
+            p = take(0, weights_refs[buffer][:, chunk_of(0, i, tiles.chunk)])
             for width in widths(value_ref.shape[1]):
-                v = value_ref[part, width]
+                v = value_ref[chunk, width]
                 if partial:
-                    start = entry.column * tiles.key + part.start
+                    start = entry.column * tiles.key + chunk.start
                     v = zero_beyond(v, start, masking.key_length, tiles.key)
                 out_sum_ref[rows, width] += product(p, take(1, v), (1, 0))
 
         over_pieces(
             (tiles.query, tiles.key),
             (tiles.rows, tiles.keys),
-            parts,
+            chunks,
             straight,
             (
                 passes((query_ref.dtype, key_ref.dtype), form.precision, multiply),
@@ -229,7 +229,7 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
     @pl.when(entry.is_last)
     def _():
         def finish(i: Any, _: None) -> None:
-            rows = part_of(0, i, LANES)
+            rows = chunk_of(0, i, LANES)
             sums = sum_ref[rows, :]
             total = sums.sum(1, keepdims=True)
             empty = total == 0
@@ -247,5 +247,5 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
 
 def _by_lanes(x: Any) -> Any:
     """Sums (rows, columns) to (rows, 128), by additions of registers only."""
-    parts = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
-    return functools.reduce(jnp.add, parts)
+    registers = [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)]
+    return functools.reduce(jnp.add, registers)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .attention_form import Form
-from .attention_pieces import part_of
+from .attention_pieces import chunk_of
 from .attention_tiles import LANES
 from .attention_weights import LOG2_E
 
@@ -34,11 +34,11 @@ def inputs(
 
 
 def store(out_ref: Any, sum_ref: Any, factor: float) -> None:
-    def part(i: Any, _: None) -> None:
-        rows = part_of(0, i, LANES)
+    def store_rows(i: Any, _: None) -> None:
+        rows = chunk_of(0, i, LANES)
         out_ref[rows, :] = (sum_ref[rows, :] * factor).astype(out_ref.dtype)
 
-    lax.fori_loop(0, sum_ref.shape[0] // LANES, part, None)
+    lax.fori_loop(0, sum_ref.shape[0] // LANES, store_rows, None)
 
 
 def weights_and_slopes(form: Form, z: Any, ok: Any, inverse: Any) -> tuple[Any, Any]:

@@ -31,7 +31,7 @@ from .attention_blocks import (
 from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_lists import ALL, SOME, Entry
-from .attention_pieces import Stage, by_buffer, over_pieces, over_slices, part_of
+from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
 from .attention_tiles import LANES, Tiles
 from .bfloat16_parts import product
 
@@ -146,7 +146,7 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
     scores_refs, answers_refs, weights_refs, slopes_refs = by_buffer(
         refs[10:], tiles.buffers
     )
-    parts = tiles.rows // tiles.part
+    chunks = tiles.rows // tiles.chunk
     batch, step, group = (pl.program_id(axis) for axis in (0, 2, 3))
     entry = Entry(entries_ref[step])
     weights, masking = form.weights, form.masking
@@ -160,21 +160,21 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
         light = form.weights.is_light and form.softcap is None
         straight = tiles.overlapped and light and not partial
 
-        def queries_of(ref: Any, part: Any, width: Any = slice(None)) -> Any:
-            x = ref[part, width]
+        def queries_of(ref: Any, chunk: Any, width: Any = slice(None)) -> Any:
+            x = ref[chunk, width]
             if not partial:
                 return x
-            start = entry.column * tiles.query + part.start
+            start = entry.column * tiles.query + chunk.start
             return zero_beyond(x, start, query_length, tiles.query)
 
         def multiply(left_ref: Any, right_ref: Any, out_refs: Any) -> list[Stage]:
             def one(
                 take: Any, fresh: bool, buffer: int, at: tuple[Any, Any], i: Any
             ) -> None:
-                rows, part = pl.ds(at[0], tiles.keys), part_of(at[1], i, tiles.part)
+                rows, chunk = pl.ds(at[0], tiles.keys), chunk_of(at[1], i, tiles.chunk)
                 left = take(0, left_ref[rows, :])
-                right = take(1, queries_of(right_ref, part))
-                here = (slice(None), part_of(0, i, tiles.part))
+                right = take(1, queries_of(right_ref, chunk))
+                here = (slice(None), chunk_of(0, i, tiles.chunk))
                 add(out_refs[buffer], here, product(left, right, (1, 1)), fresh)
 
             return passes((left_ref.dtype, right_ref.dtype), form.precision, one)
@@ -204,17 +204,17 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
             # Rows are not summed: fewer columns at a time take fewer registers.
             width = tiles.rows if straight else min(tiles.rows, 2 * LANES)
             over_slices(
-                (tiles.keys, tiles.rows), parts, at[0], i, straight, group, width
+                (tiles.keys, tiles.rows), chunks, at[0], i, straight, group, width
             )
 
         def gather(ref: Any, pairs_refs: Any, total_ref: Any) -> list[Stage]:
             def one(
                 take: Any, _: bool, buffer: int, at: tuple[Any, Any], i: Any
             ) -> None:
-                rows, part = pl.ds(at[0], tiles.keys), part_of(at[1], i, tiles.part)
-                here = take(0, pairs_refs[buffer][:, part_of(0, i, tiles.part)])
+                rows, chunk = pl.ds(at[0], tiles.keys), chunk_of(at[1], i, tiles.chunk)
+                here = take(0, pairs_refs[buffer][:, chunk_of(0, i, tiles.chunk)])
                 for width in widths(ref.shape[1]):
-                    x = take(1, queries_of(ref, part, width))
+                    x = take(1, queries_of(ref, chunk, width))
                     total_ref[rows, width] += product(here, x, (1, 0))
 
             return passes((ref.dtype,) * 2, form.precision, one)
@@ -222,7 +222,7 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
         over_pieces(
             (tiles.key, tiles.query),
             (tiles.keys, tiles.rows),
-            parts,
+            chunks,
             straight,
             (
                 [

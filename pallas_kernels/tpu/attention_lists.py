@@ -56,18 +56,18 @@ def lists(
 
     # Each list takes as many whole rows as fit.
     stops = np.flatnonzero(last) + 1
-    parts, start = [], 0
+    divided, start = [], 0
     while start < len(entries):
         fitting = stops[(stops > start) & (stops <= start + most_entries)]
         stop = int(fitting[-1])
-        parts.append(entries[start:stop])
+        divided.append(entries[start:stop])
         start = stop
-    length = max(map(len, parts))
-    found = np.empty((len(parts), length), np.int32)
-    for out, part in zip(found, parts, strict=True):
-        out[: len(part)] = part
+    length = max(map(len, divided))
+    found = np.empty((len(divided), length), np.int32)
+    for out, one in zip(found, divided, strict=True):
+        out[: len(one)] = one
         # Padding repeats the blocks of the last entry, which need no copy.
-        out[len(part) :] = part[-1] & ~_FLAGS
+        out[len(one) :] = one[-1] & ~_FLAGS
     return found
 
 

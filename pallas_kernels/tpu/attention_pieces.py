@@ -3,11 +3,11 @@
 A piece is some rows of a tile of scores by some of its columns. It goes through three
 stages: products compute its scores, vector instructions turn these into weights, and
 products sum the weighted values. Results of a stage lie in vector memory, because the
-scores of a piece exceed the registers. Each stage is cut into as many parts as the
-piece has groups of columns. An iteration of the loop does a part of the third stage of
-one piece, of the second stage of the next, and of the first stage of the one after: so
-matrix units and vector units work at the same time. Unrolled, a piece would be
-scheduled with more live values than there are registers.
+scores of a piece exceed the registers. Each stage is cut into chunks, as many as the
+piece has groups of columns. An iteration of the loop computes a chunk of the third
+stage of one piece, of the second stage of the next, and of the first stage of the one
+after: so matrix units and vector units work at the same time. Unrolled, a piece would
+be scheduled with more live values than there are registers.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from jax.experimental import pallas as pl
 # Rows that are turned into weights at a time: those of a register of bfloat16.
 SLICE = 16
 
-# Takes a buffer (0 or 1), the first row and column of a piece, and the part's index.
+# Takes a buffer (0 or 1), the first row and column of a piece, and the chunk's index.
 type Stage = Callable[[int, tuple[Any, Any], Any], None]
 
 
 def over_pieces(
     block: tuple[int, int],
     piece: tuple[int, int],
-    parts: int,
+    chunks: int,
     overlapped: bool,
     stages: Sequence[Sequence[Stage]],
     before_last: Stage | None = None,
@@ -36,22 +36,22 @@ def over_pieces(
     Args:
         block: Rows and columns.
         piece: Rows and columns of a piece; divides `block`.
-        parts: Number of parts of each stage.
+        chunks: Number of chunks of each stage.
         overlapped: Whether successive pieces are in successive stages at the same time,
             with two buffers; else one piece is finished before the next.
-        stages: In order, each of one function or of several independent ones; these
-            share a loop only where pieces overlap.
-        before_last: Run with all its parts before the last stage of the same piece.
+        stages: In order, each of one function or of several independent ones, which
+            share a loop only if pieces overlap.
+        before_last: Run with all its chunks before the last stage of the same piece.
     """
-    counts = tuple(whole // part for whole, part in zip(block, piece, strict=True))
+    counts = tuple(whole // size for whole, size in zip(block, piece, strict=True))
     pieces = counts[0] * counts[1]
 
     def run(work: list[tuple[Stage, int, tuple[Any, Any]]]) -> None:
-        def part(i: Any, _: None) -> None:
+        def chunk(i: Any, _: None) -> None:
             for stage, buffer, at in work:
                 stage(buffer, at, i)
 
-        lax.fori_loop(0, parts, part, None)
+        lax.fori_loop(0, chunks, chunk, None)
 
     if not overlapped:
 
@@ -90,37 +90,37 @@ def aligned(start: Any, size: int) -> Any:
     return start if isinstance(start, int) else pl.multiple_of(start, size)
 
 
-def part_of(start: Any, i: Any, size: int) -> Any:
+def chunk_of(start: Any, i: Any, size: int) -> Any:
     """The i-th slice of `size` from `start` on, which is a multiple of `size`."""
     return pl.ds(aligned(start + i * size, size), size)
 
 
 def over_slices(
     piece: tuple[int, int],
-    parts: int,
+    chunks: int,
     start: Any,
     i: Any,
     straight: bool,
     body: Callable[[Any, Any, Any], None],
     width: int | None = None,
 ) -> None:
-    """Calls `body` for every slice of the i-th part of the rows of a piece.
+    """Calls `body` for every slice of the i-th chunk of the rows of a piece.
 
-    It gets the columns, and the rows in the piece and in the block, where the piece
-    starts at `start`. `straight` unrolls: the compiler may interleave the slices; in a
-    loop only the values of one slice are live. `width`: columns of a slice, None for
-    all.
+    Its arguments are the columns, and the rows in the piece and in the block, in which
+    the piece starts at `start`. `straight` unrolls, so that the compiler may interleave
+    slices; in a loop only the values of one slice are live. `width`: columns of a
+    slice, None for all.
     """
-    share, width = piece[0] // parts, width or piece[1]
-    size, groups = min(SLICE, share), piece[1] // width
+    length, width = piece[0] // chunks, width or piece[1]
+    size, groups = min(SLICE, length), piece[1] // width
 
     def one(n: Any, _: None = None) -> None:
         row, group = (n, 0) if groups == 1 else (lax.div(n, groups), lax.rem(n, groups))
-        offset = aligned(i * share + row * size, size)
+        offset = aligned(i * length + row * size, size)
         rows = pl.ds(offset, size), pl.ds(aligned(start + offset, size), size)
-        body(part_of(0, group, width), *rows)
+        body(chunk_of(0, group, width), *rows)
 
-    count = share // size * groups
+    count = length // size * groups
     if straight:
         for n in range(count):
             one(n)

@@ -36,7 +36,7 @@ from .attention_blocks import (
 from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_lists import ALL, SOME, Entry
-from .attention_pieces import Stage, by_buffer, over_pieces, over_slices, part_of
+from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
 from .attention_tiles import LANES, Tiles
 from .bfloat16_parts import product
 
@@ -126,7 +126,7 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
     query_ref, key_ref, value_ref, cotangent_ref, inverse_ref, delta_ref = refs[:6]
     out_ref, inverse_column_ref, delta_column_ref, sum_ref = refs[6:10]
     scores_refs, answers_refs, slopes_refs = by_buffer(refs[10:], tiles.buffers)
-    parts = tiles.keys // tiles.part
+    chunks = tiles.keys // tiles.chunk
     batch, step = pl.program_id(0), pl.program_id(2)
     entry = Entry(entries_ref[step])
     masking = form.masking
@@ -134,7 +134,7 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
     @pl.when(entry.is_first)
     def _():
         def start(i: Any, _: None) -> None:
-            rows = part_of(0, i, LANES)
+            rows = chunk_of(0, i, LANES)
             inverse_column_ref[rows, :] = column(inverse_ref[:, rows])
             delta_column_ref[rows, :] = column(delta_ref[:, rows])
 
@@ -144,21 +144,21 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
     def visit(partial: bool) -> None:
         straight = tiles.overlapped and form.weights.is_light and not partial
 
-        def keys_of(ref: Any, part: Any, width: Any = slice(None)) -> Any:
-            x = ref[part, width]
+        def keys_of(ref: Any, chunk: Any, width: Any = slice(None)) -> Any:
+            x = ref[chunk, width]
             if not partial:
                 return x
-            start = entry.column * tiles.key + part.start
+            start = entry.column * tiles.key + chunk.start
             return zero_beyond(x, start, masking.key_length, tiles.key)
 
         def multiply(left_ref: Any, right_ref: Any, out_refs: Any) -> list[Stage]:
             def one(
                 take: Any, fresh: bool, buffer: int, at: tuple[Any, Any], i: Any
             ) -> None:
-                rows, part = pl.ds(at[0], tiles.rows), part_of(at[1], i, tiles.part)
+                rows, chunk = pl.ds(at[0], tiles.rows), chunk_of(at[1], i, tiles.chunk)
                 left = take(0, left_ref[rows, :])
-                right = take(1, keys_of(right_ref, part))
-                here = (slice(None), part_of(0, i, tiles.part))
+                right = take(1, keys_of(right_ref, chunk))
+                here = (slice(None), chunk_of(0, i, tiles.chunk))
                 add(out_refs[buffer], here, product(left, right, (1, 1)), fresh)
 
             return passes((left_ref.dtype, right_ref.dtype), form.precision, one)
@@ -185,22 +185,22 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
                 slopes_refs[buffer][here, columns] = ds.astype(key_ref.dtype)
 
             over_slices(
-                (tiles.rows, tiles.keys), parts, at[0], i, straight, group, width
+                (tiles.rows, tiles.keys), chunks, at[0], i, straight, group, width
             )
 
         def gather(
             take: Any, _: bool, buffer: int, at: tuple[Any, Any], i: Any
         ) -> None:
-            rows, part = pl.ds(at[0], tiles.rows), part_of(at[1], i, tiles.part)
-            ds = take(0, slopes_refs[buffer][:, part_of(0, i, tiles.part)])
+            rows, chunk = pl.ds(at[0], tiles.rows), chunk_of(at[1], i, tiles.chunk)
+            ds = take(0, slopes_refs[buffer][:, chunk_of(0, i, tiles.chunk)])
             for width in widths(key_ref.shape[1]):
-                k = take(1, keys_of(key_ref, part, width))
+                k = take(1, keys_of(key_ref, chunk, width))
                 sum_ref[rows, width] += product(ds, k, (1, 0))
 
         over_pieces(
             (tiles.query, tiles.key),
             (tiles.rows, tiles.keys),
-            parts,
+            chunks,
             straight,
             (
                 [

@@ -24,7 +24,7 @@ _STEP_SECONDS = 0.35e-6
 _PAIR_SECONDS = {"forward": 4e-12, "query": 4e-12, "key": 5e-12}
 # Evaluating the mask costs this fraction of it.
 _MASK = 0.4
-# Fraction of the peak that such short products reach.
+# Fraction of the peak that these short products reach.
 _EFFICIENCY = 0.75
 # Passes of the matrix unit for a float32 product.
 _FLOAT32_PASSES = 6
@@ -39,7 +39,7 @@ class Tiles:
         key: Keys of a block.
         rows: Queries of a piece; divides `query`. See `attention_pieces.py`.
         keys: Keys of a piece; divides `key`.
-        part: Columns of a piece per product: keys, or queries where the rows of a piece
+        chunk: Columns of a piece per product: keys, or queries if the rows of a piece
             are keys.
         overlapped: Whether stages of successive pieces overlap.
     """
@@ -48,7 +48,7 @@ class Tiles:
     key: int
     rows: int
     keys: int
-    part: int = LANES
+    chunk: int = LANES
     overlapped: bool = True
 
     @property
@@ -95,33 +95,33 @@ def candidates(
 
 
 def _pieces(which: Pass, dtype: Any, device: Tpu, light: bool) -> Tiles:
-    """The largest pieces whose parts do not spill registers in any compiled case.
+    """The largest pieces whose chunks do not spill registers in any compiled case.
 
-    A part is as wide as the matrix unit where registers allow it: fewer columns leave
+    A chunk is as wide as the matrix unit where registers allow it: fewer columns leave
     some of the unit idle.
     """
     wide = jnp.dtype(dtype).itemsize > 2
     if wide:
         # float32 products are several bfloat16 products, which occupy registers.
-        rows, columns, part = 128, 256, LANES
+        rows, columns, chunk = 128, 256, LANES
     elif not light:
-        rows, columns, part = 256, 256, LANES
+        rows, columns, chunk = 256, 256, LANES
     elif device.matrix_unit > LANES:
-        rows, columns, part = 128, 512, 256
+        rows, columns, chunk = 128, 512, 256
     else:
-        rows, columns, part = 256, 512, LANES
+        rows, columns, chunk = 256, 512, LANES
     # Where the rows of a piece are keys, its columns are queries.
     query, key = (columns, rows) if which == "key" else (rows, columns)
-    return Tiles(query, key, query, key, part, overlapped=light and not wide)
+    return Tiles(query, key, query, key, chunk, overlapped=light and not wide)
 
 
 def _fitted(pieces: Tiles, which: Pass, query: int, key: int) -> Tiles:
-    """Pieces that divide these blocks, with at least two parts if they overlap."""
+    """Pieces that divide these blocks, with at least two chunks if they overlap."""
     rows, keys = min(query, pieces.rows), min(key, pieces.keys)
     columns = rows if which == "key" else keys
-    part = max(LANES, min(pieces.part, columns // 2))
+    chunk = max(LANES, min(pieces.chunk, columns // 2))
     overlapped = pieces.overlapped and columns > LANES
-    return Tiles(query, key, rows, keys, part, overlapped)
+    return Tiles(query, key, rows, keys, chunk, overlapped)
 
 
 def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any) -> int:

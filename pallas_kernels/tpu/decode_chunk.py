@@ -113,7 +113,7 @@ def visit_chunk(
             counts = counts & (head == which)
         return jnp.where(counts, value, 0)
 
-    def part(i, _):
+    def add_values(i, _):
         at = pl.multiple_of(i * LANES, LANES)
         weights = lambda: state.weights[:, pl.ds(at, LANES)]
         if not again:
@@ -129,7 +129,7 @@ def visit_chunk(
 
         lax.fori_loop(0, form.heads, of_head, None)
 
-    lax.fori_loop(0, lanes // LANES, part, None)
+    lax.fori_loop(0, lanes // LANES, add_values, None)
 
 
 def _products(

@@ -2,7 +2,7 @@ r"""Statistics of the logits `hidden @ weight` per row, and their gradients, on 
 
 Logits live in vector memory only, a tile of rows x classes at a time:
 
-- `forward`: grid (tiles of rows, tiles of classes[, parts of D]). A table of running
+- `forward`: grid (tiles of rows, tiles of classes[, spans of D]). A table of running
   numbers per row stays in scratch while the classes go by, and is finished at the last.
 - `gradient_of_hidden`: the same grid. Each tile of logits is recomputed, turned into
   its cotangent, and multiplied by the tile of the weight; the sum over classes stays in
@@ -86,10 +86,10 @@ def forward(
 
         call.multiply(step)
 
-        def fold(at: Any, part: Slice) -> None:
-            state[at, :] = rows_of.updated(state[at, :], carried, part)
+        def fold(at: Any, piece: Slice) -> None:
+            state[at, :] = rows_of.updated(state[at, :], carried, piece)
 
-        @pl.when(step.part == call.parts - 1)
+        @pl.when(step.span == call.spans - 1)
         def _():
             call.visit(step, fold)
 
@@ -147,8 +147,8 @@ def gradient_of_hidden(
 
         call.multiply(step)
 
-        def turn(at: Any, part: Slice) -> None:
-            found = rows_of.cotangents(part)
+        def turn(at: Any, piece: Slice) -> None:
+            found = rows_of.cotangents(piece)
             call.note_cotangents(step, at, found.raw)
             filter_.note_distance(refs, at, found)
             if len(asked):
@@ -158,14 +158,14 @@ def gradient_of_hidden(
                 }
                 refs["row_sums"][at, :] = asked.replaced(table, more)
 
-        def add(part: Any) -> None:
+        def add(index: Any) -> None:
             axis, every = options.vocab_axis, slice(None)
 
             def at(rows: Any, features: Any) -> Any:
                 weight = (every, features) if axis == 0 else (features, every)
                 return (rows, every), weight
 
-            call.add_product(step, "sum", (part,), ("draw", "weight"), (1, axis), at)
+            call.add_product(step, "sum", (index,), ("draw", "weight"), (1, axis), at)
 
         call.turn_and_add(step, turn, add)
 
@@ -220,20 +220,20 @@ def gradient_of_weight(
 
         call.multiply(step)
 
-        def turn(at: Any, part: Slice) -> None:
-            found = rows_of.cotangents(part)
+        def turn(at: Any, piece: Slice) -> None:
+            found = rows_of.cotangents(piece)
             call.note_cotangents(step, at, found.raw)
             filter_.note_distance(refs, at, found)
             if has_bias:
                 summed = found.biased.reshape(-1, 8, tiles.classes).sum(0)
                 refs["class_sums"][...] += summed
 
-        def add(part: Any) -> None:
+        def add(index: Any) -> None:
             names = (
                 ("draw", "hidden") if options.vocab_axis == 0 else ("hidden", "draw")
             )
             at = lambda first, second: ((slice(None), first), (slice(None), second))
-            call.add_product(step, "sum", (part,), names, (0, 0), at)
+            call.add_product(step, "sum", (index,), names, (0, 0), at)
 
         call.turn_and_add(step, turn, add)
 
@@ -247,9 +247,9 @@ def gradient_of_weight(
     block = [tiles.classes, tiles.classes]
     block[1 - options.vocab_axis] = weight.shape[1 - options.vocab_axis]
     results: dict[str, Block] = {"out": (weight.shape, weight.dtype, tuple(block))}
-    part = [tiles.classes, tiles.classes]
-    part[1 - options.vocab_axis] = tiles.features
-    scratch = call.backward_scratch(tuple(part))
+    shape = [tiles.classes, tiles.classes]
+    shape[1 - options.vocab_axis] = tiles.features
+    scratch = call.backward_scratch(tuple(shape))
     if has_bias:
         classes = weight.shape[options.vocab_axis]
         results["bias_out"] = ((1, classes), jnp.dtype(jnp.float32), (1, tiles.classes))

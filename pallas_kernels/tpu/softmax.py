@@ -245,9 +245,9 @@ def _for_strips(tiles: Tiles):
 def _folded(state, z):
     """Maximum and sum per lane, with more columns added."""
     top, total = state
-    parts = _parts(z)
-    new = functools.reduce(jnp.maximum, parts, top)
-    terms = [jnp.exp(part - new) for part in parts]
+    registers = _registers(z)
+    new = functools.reduce(jnp.maximum, registers, top)
+    terms = [jnp.exp(register - new) for register in registers]
     return new, total * jnp.exp(top - new) + _tree_sum(terms)
 
 
@@ -271,8 +271,8 @@ def _over_lanes(top, total):
 
 
 def _write(out_ref, rows, start, z, top, inverse):
-    for i, part in enumerate(_parts(z)):
-        y = jnp.exp(part - top) * inverse
+    for i, register in enumerate(_registers(z)):
+        y = jnp.exp(register - top) * inverse
         out_ref[rows, pl.ds(start + i * LANES, LANES)] = y.astype(out_ref.dtype)
 
 
@@ -292,7 +292,7 @@ def _write_along_lanes(out_ref, per_row_ref):
         out_ref[0, :, pl.ds(start, LANES)] = own.sum(0, keepdims=True)
 
 
-def _parts(z):
+def _registers(z):
     return [z[:, i : i + LANES] for i in range(0, z.shape[1], LANES)]
 
 

@@ -37,8 +37,8 @@ from .trilinear_math import (
     contract,
     gather,
     load,
-    parts,
     product,
+    row_blocks,
     spread,
     store,
 )
@@ -71,8 +71,8 @@ def forward(
         heads: Key heads.
         groups: Query heads per key head.
         tiles: See `trilinear_tiles.choose_tiles`.
-        pieces: Of bfloat16, 1 to 3, into which left operands of products, and keys and
-            values of the second axis, are divided. Three hold float32.
+        pieces: Numbers of bfloat16 arrays, 1 to 3, into which are split left operands
+            of products, and keys and values of the second axis. Three hold float32.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -81,7 +81,7 @@ def forward(
     """
     s = shape_of(query, first, second, masks, scale, heads, groups, pieces, tiles)
     batch, length = query.shape[:2]
-    own, count = heads * s.parts, pl.cdiv(length, tiles.query)
+    own, count = heads * s.head_groups, pl.cdiv(length, tiles.query)
     wide_rows = (tiles.rows, LANES)
     out, lse = call(
         _forward_kernel,
@@ -130,15 +130,15 @@ def _forward_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
     def visit(own: Any, other: Any, tile: Tile) -> None:
         z = contract(load(spread_q), load(k2, other))
         z, before = tile.select(z, -jnp.inf), top[...]
-        highest = parts(z.max(1, keepdims=True), s.rows)
+        highest = row_blocks(z.max(1, keepdims=True), s.rows)
         new = functools.reduce(jnp.maximum, highest, before)
         shift = jnp.where(new == -jnp.inf, 0.0, new)
         p = jnp.exp(z - jnp.concatenate([along(shift, z)] * s.tiles.combined, 0))
         decay = jnp.exp(before - shift)
-        added = functools.reduce(jnp.add, parts(p.sum(1, keepdims=True), s.rows))
+        added = functools.reduce(jnp.add, row_blocks(p.sum(1, keepdims=True), s.rows))
         total[...] = total[...] * decay + added
         top[...] = new
-        found = parts(product(s.divided(p), load(v2, other)), s.rows)
+        found = row_blocks(product(s.divided(p), load(v2, other)), s.rows)
         before = weighted[...] * along(decay, weighted)
         weighted[...] = before + gather(found, v1[own])
 

@@ -1,10 +1,10 @@
 """Blocks of (query, key, key) tuples in the grid of a kernel.
 
-The grid is (batch, key heads, visited blocks, parts). A block is a tile of queries,
-some tiles of keys of the first axis and some of the second. Lists in scalar memory say
-which blocks and which of their tiles are visited (`pallas_kernels._trilinear`). Rows of
-a tile are the queries of all heads that share a key head, times `combined` keys of the
-first axis. Masks are evaluated where a tile is not whole.
+The grid is (batch, key heads, visited blocks, groups of heads). A block is a tile of
+queries, some tiles of keys of the first axis and some of the second. Lists in scalar
+memory name the blocks and their tiles that are visited (`pallas_kernels._trilinear`).
+Rows of a tile are the queries of all heads that share a key head, times `combined` keys
+of the first axis. Masks are evaluated in tiles that are not whole.
 
 Arrays are (batch, length, heads * features): heads are slices of lanes and no operand
 is transposed, which needs features in whole lanes.
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels._results import result
 from pallas_kernels._trilinear import ALL, FIRST, KINDS, LAST, NONE, Masks, Visits
 
-from .trilinear_math import divided, parts, quotient, zeroed
+from .trilinear_math import divided, quotient, row_blocks, zeroed
 from .trilinear_tiles import Tiles
 
 # Keys that are read from a block at once: a whole block would exceed the registers.
@@ -35,14 +35,14 @@ type Pair = tuple[jax.Array, jax.Array]
 class Shape(NamedTuple):
     """The static facts of a call.
 
-    `parts` is the number of groups of `tiles.groups` query heads that share a key head.
+    `head_groups` is the number of groups of `tiles.groups` query heads of a key head.
     `pieces` holds the numbers of bfloat16 arrays whose sum is a float32 one: for left
     operands of products, and for keys and values of the second axis.
     """
 
     lengths: tuple[int, int, int]
     heads: int
-    parts: int
+    head_groups: int
     features: int
     values: int
     scale: float
@@ -98,8 +98,8 @@ class Block(NamedTuple):
         """Fills the scratch with keys and values of both axes, 0 beyond the ends."""
         for ref, own in zip(refs[:2], scratch[:2], strict=True):
             x = self._inside(ref[0], 1, self.starts[1])
-            for t, part in enumerate(parts(x, self.shape.tiles.combined)):
-                own[t] = part
+            for t, block in enumerate(row_blocks(x, self.shape.tiles.combined)):
+                own[t] = block
 
         def some(t: Any, _: None) -> None:
             rows = pl.ds(pl.multiple_of(t * STEP, STEP), STEP)
@@ -148,8 +148,8 @@ class Block(NamedTuple):
 
         def inner(t: Any, kind: Any, u: Any, _: None) -> None:
             other_kind = self.kind(firsts + u)
-            start = pl.multiple_of(u * tiles.lanes, tiles.lanes)
-            other = pl.ds(start, tiles.lanes)
+            start = pl.multiple_of(u * tiles.keys, tiles.keys)
+            other = pl.ds(start, tiles.keys)
             query, first, second = self.starts
             starts = (query, first + t * tiles.combined, second + start)
             whole = other_kind == ALL
@@ -186,9 +186,9 @@ class Tile(NamedTuple):
         i = query + lax.broadcasted_iota(jnp.int32, (s.tiles.query, 1), 0)
         l = self._second_line(1)
         found = []
-        for step, part in enumerate(parts(x, s.rows)):
+        for step, block in enumerate(row_blocks(x, s.rows)):
             ok = self._allowed(i, first + step, l)
-            for own in parts(part, s.tiles.query):
+            for own in row_blocks(block, s.tiles.query):
                 found.append(own if ok is None else jnp.where(ok, own, fill))
         return jnp.concatenate(found, 0)
 
@@ -221,7 +221,7 @@ class Tile(NamedTuple):
         return query + row - head * s.tiles.query, first + step
 
     def _second_line(self, axis: int) -> Any:
-        shape = (1, self.shape.tiles.lanes)
+        shape = (1, self.shape.tiles.keys)
         shape = shape if axis else shape[::-1]
         return self.starts[2] + lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -257,13 +257,15 @@ def call(
     interpret: Any,
     name: str,
 ) -> Any:
-    """Runs a kernel over (batch, heads, visits, parts); `kinds` name an array's axis.
+    """Runs a kernel over (batch, heads, visits, groups of heads).
 
-    If results belong to queries, each part of the query heads of a key head is treated
-    as a head. Otherwise parts are later steps of the same block and enter its sum.
+    `kinds` name the axis of each array.
+
+    If results belong to queries, each group of the query heads of a key head is treated
+    as a head. Otherwise groups are later steps of the same block and enter its sum.
     """
     batch, entries = operands[0].shape[0], visits.rows.size
-    tiles, heads, inner = shape.tiles, shape.heads, shape.parts
+    tiles, heads, inner = shape.tiles, shape.heads, shape.head_groups
     sizes = {"query": tiles.query, "first": tiles.first, "second": tiles.second}
     if "query" in out_kinds:
         heads, inner = heads * inner, 1
@@ -275,11 +277,11 @@ def call(
                 return b, h * inner + n, where, 0, 0
             if kind == "query":
                 return b, where, h * inner + n
-            return b, where, h if inner > 1 else lax.div(h, shape.parts)
+            return b, where, h if inner > 1 else lax.div(h, shape.head_groups)
 
         if kind == "rows":
             return pl.BlockSpec((1, 1, 1, *array.shape[3:]), at)
-        count = shape.heads * (shape.parts if kind == "query" else 1)
+        count = shape.heads * (shape.head_groups if kind == "query" else 1)
         return pl.BlockSpec((1, sizes[kind], array.shape[2] // count), at)
 
     def body(rows, firsts, seconds, words, *refs):
@@ -323,8 +325,8 @@ def call(
 def unstack(ref: Any, x: jax.Array, groups: int) -> None:
     """Writes the rows of a tile of queries; undoes `Block.queries`."""
     features = x.shape[1]
-    for g, part in enumerate(parts(x, x.shape[0] // groups)):
-        ref[0, :, g * features : (g + 1) * features] = part.astype(ref.dtype)
+    for g, block in enumerate(row_blocks(x, x.shape[0] // groups)):
+        ref[0, :, g * features : (g + 1) * features] = block.astype(ref.dtype)
 
 
 def vmem(*shape: int, dtype: Any = jnp.float32) -> Any:

@@ -42,8 +42,8 @@ from .trilinear_math import (
     contract,
     gather,
     load,
-    parts,
     product,
+    row_blocks,
     spread,
     store,
 )
@@ -171,7 +171,7 @@ def _query_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
         t[...] += product(dz, load(k2, other))
 
     def leave(own: Any) -> None:
-        total[...] += gather(parts(t[...], s.rows), k1[own])
+        total[...] += gather(row_blocks(t[...], s.rows), k1[own])
 
     at.loop(enter, visit, leave)
 
@@ -206,8 +206,8 @@ def _first_kernel(s: Shape, at: Block, refs: Sequence[Any]) -> None:
         u[...] += product(p, load(v2, other))
 
     def leave(own: Any) -> None:
-        dk[own] += _summed(parts(t[...], s.rows), q[...])
-        dv[own] += _summed(parts(u[...], s.rows), g[...])
+        dk[own] += _summed(row_blocks(t[...], s.rows), q[...])
+        dv[own] += _summed(row_blocks(u[...], s.rows), g[...])
 
     at.loop(enter, visit, leave)
 

@@ -27,7 +27,8 @@ def gather(found: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, pieces)
 
 
-def parts(x: jax.Array, rows: int) -> list[jax.Array]:
+def row_blocks(x: jax.Array, rows: int) -> list[jax.Array]:
+    """Blocks of so many rows."""
     return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
 
 

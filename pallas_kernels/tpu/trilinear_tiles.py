@@ -36,22 +36,22 @@ class Tiles:
         query: Queries of a tile.
         groups: Query heads of a tile, a divisor of those that share a key head.
         combined: Keys of the first axis multiplied into the queries at once.
-        lanes: Keys of the second axis per product.
+        keys: Keys of the second axis per product.
         first: Keys of the first axis in a block, a multiple of `combined`.
-        second: Keys of the second axis in a block, a multiple of `lanes`.
+        second: Keys of the second axis in a block, a multiple of `keys`.
     """
 
     query: int
     groups: int
     combined: int
-    lanes: int
+    keys: int
     first: int
     second: int
 
     @property
     def counts(self) -> tuple[int, int]:
         """Numbers of tiles of either key axis in a block."""
-        return self.first // self.combined, self.second // self.lanes
+        return self.first // self.combined, self.second // self.keys
 
     @property
     def rows(self) -> int:
@@ -64,7 +64,7 @@ class Tiles:
         return self.rows * self.combined
 
     def __str__(self) -> str:
-        return f"tiles of {self.query} queries x {self.combined} x {self.lanes} keys"
+        return f"tiles of {self.query} queries x {self.combined} x {self.keys} keys"
 
 
 class Problem(NamedTuple):
@@ -88,14 +88,14 @@ class Problem(NamedTuple):
 def choose_tiles(which: Pass, problem: Problem, device: Tpu) -> Tiles | None:
     """Tiles of the forward pass or of a gradient; None if none fits vector memory."""
     query, groups = 16, problem.groups
-    rows, lanes = _limits(which, problem, device)
+    rows, keys = _limits(which, problem, device)
     own = max(n for n in range(1, rows // query + 1) if groups % n == 0)
     combined = 1 << ((rows // (query * own)).bit_length() - 1)
     length = problem.lengths[2]
-    lanes = min(lanes, -(-length // LANES) * LANES)
+    keys = min(keys, -(-length // LANES) * LANES)
     for second in (512, 256, 128):
-        second = min(second, 4 * lanes, -(-length // lanes) * lanes)
-        tiles = Tiles(query, own, combined, lanes, 8 * combined, second)
+        second = min(second, 4 * keys, -(-length // keys) * keys)
+        tiles = Tiles(query, own, combined, keys, 8 * combined, second)
         if vmem_bytes(which, tiles, problem) <= _VMEM_BYTES:
             return tiles
     return None
@@ -127,7 +127,7 @@ def vmem_bytes(which: Pass, tiles: Tiles, problem: Problem) -> int:
     scratch = features * (4 * tiles.first + 2 * right * tiles.second)
     scratch += features * (4 * (tiles.rows + owned) + (2 * left + 4) * tiles.scores)
     per_row = 4 * 4 * LANES * tiles.scores
-    scores = 4 * tiles.scores * max(tiles.lanes, LANES) * (3 + 3 * left)
+    scores = 4 * tiles.scores * max(tiles.keys, LANES) * (3 + 3 * left)
     return blocks + scratch + per_row + scores
 
 
@@ -140,7 +140,7 @@ def seconds(
     )
     left, right = problem.pieces
     passes = (left * right + max(left, right)) // 2
-    parts = problem.groups // tiles.groups
-    pairs = float(visited) * tiles.scores * tiles.lanes * parts
+    head_groups = problem.groups // tiles.groups
+    pairs = float(visited) * tiles.scores * tiles.keys * head_groups
     work = 2 * pairs * products * passes
-    return work / (_EFFICIENCY * device.flops) + blocks * parts * _STEP
+    return work / (_EFFICIENCY * device.flops) + blocks * head_groups * _STEP

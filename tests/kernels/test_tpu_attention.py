@@ -27,7 +27,7 @@ from tests.host import jnp
 from tests.kernels import attention_problems as problems
 
 SIMULATED = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
-# Two pieces of each kind, so that buffers are used again, and two parts.
+# Two pieces of each kind, so that buffers are used again, and two chunks.
 SMALL = Tiles(128, 256, 64, 256)
 
 
@@ -227,7 +227,7 @@ def test_tiles_fit_and_are_divided_by_their_pieces(device, which):
                 assert size <= device.vmem_bytes
                 assert tiles.query % tiles.rows == tiles.key % tiles.keys == 0
                 columns = tiles.rows if which == "key" else tiles.keys
-                assert columns % tiles.part == tiles.part % 128 == 0
+                assert columns % tiles.chunk == tiles.chunk % 128 == 0
 
 
 def test_a_narrow_band_gets_smaller_tiles_than_a_full_square():

@@ -35,7 +35,7 @@ PROBLEMS = {
     "aligned": Problem(32, 256, 256, tiles=(16, 128, 256)),
     "ragged": Problem(37, 72, 300, "float32"),
     "one tile": Problem(5, 40, 100, "float32", tiles=(16, 128, 40)),
-    "parts of D": Problem(37, 384, 300, tiles=(16, 128, 128)),
+    "spans of D": Problem(37, 384, 300, tiles=(16, 128, 128)),
     "columns": Problem(20, 256, 300, "float32", vocab_axis=1, tiles=(16, 256, 128)),
     "all": Problem(
         *(20, 64, 300, "float32"),
@@ -83,7 +83,7 @@ def interpreted(call: Any, mode: Any, *arguments: Any) -> Any:
 
 
 # This with races: it is ragged too, and has the most axes of a grid.
-SIMULATED_PROBLEMS = ("parts of D",)
+SIMULATED_PROBLEMS = ("spans of D",)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -275,7 +275,7 @@ def test_tiles_fit(which, device):
                 assert tiles is not None
                 assert groups % tiles.groups == 0
                 assert sum(tiles.counts) <= lists.TILES
-                assert tiles.first % tiles.combined == tiles.second % tiles.lanes == 0
+                assert tiles.first % tiles.combined == tiles.second % tiles.keys == 0
                 assert tiles.first % 8 == tiles.second % 32 == 0
                 memory = trilinear_tiles.vmem_bytes(which, tiles, problem)
                 assert memory <= device.vmem_bytes

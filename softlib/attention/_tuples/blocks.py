@@ -135,7 +135,7 @@ def _listed(
 def _axes(
     skeleton: Skeleton, lengths: tuple[int, int, int], swapped: bool, tiles: Tiles
 ) -> list[lists.Axis]:
-    sizes = (tiles.combined, tiles.lanes)
+    sizes = (tiles.combined, tiles.keys)
     return axes(skeleton, lengths, swapped, tiles.query, sizes, tiles.counts)
 
 

@@ -118,7 +118,7 @@ def _sides(operands: Operands, swapped: bool) -> list[tuple[Array, Array]]:
 
 
 def _form(options: Options, operands: Operands, order: Order) -> Any:
-    from pallas_kernels.gpu_mosaic.trilinear_parts import Form
+    from pallas_kernels.gpu_mosaic.trilinear_common import Form
 
     lengths = lengths_of(operands, order.swapped)
     own = masks_of(operands.plan.mask, lengths, order.swapped)

@@ -247,12 +247,12 @@ def leave(channel: Channel, step: Any) -> None:
     channel.release(step)
 
 
-def copies(ref: Any, slot: Any, tiles: Tiles, place: tuple[Any, Any, Any]) -> Any:
+def copies(ref: Any, slot: Any, tiles: Tiles, origin: tuple[Any, Any, Any]) -> Any:
     """Yields the queries of each head of a tile, and their slice of `slot`.
 
-    `place`: batch entry, first query, first head.
+    `origin`: batch entry, first query, first head.
     """
-    batch, start, head = place
+    batch, start, head = origin
     for group in range(tiles.groups):
         rows = pl.ds(group * tiles.queries, tiles.queries)
         source = ref.at[batch, pl.ds(start, tiles.queries), head + group]
@@ -260,12 +260,12 @@ def copies(ref: Any, slot: Any, tiles: Tiles, place: tuple[Any, Any, Any]) -> An
 
 
 def store(
-    total: Any, slot: Any, ref: Any, tiles: Tiles, place: tuple[Any, Any, Any]
+    total: Any, slot: Any, ref: Any, tiles: Tiles, origin: tuple[Any, Any, Any]
 ) -> None:
     """Stores through shared memory to the queries of all heads of a tile."""
     slot[...] = total.astype(slot.dtype)
     plgpu.commit_smem()
-    for target, source in copies(ref, slot, tiles, place):
+    for target, source in copies(ref, slot, tiles, origin):
         plgpu.copy_smem_to_gmem(source, target)
 
 
@@ -292,10 +292,10 @@ def normalised(bits: Any, norm: Any) -> Any:
 def spread(rows: Any, factors: Any, factor: float = 1.0) -> Any:
     """Rows times the features of one key, computed in float32 and rounded once."""
 
-    def some(columns: Any, part: Any) -> tuple[Any]:
+    def some(columns: Any, piece: Any) -> tuple[Any]:
         own = per_feature(factors, columns) * factor
-        found = part.astype(jnp.float32) * across(own, part.shape, 1)
-        return (found.astype(part.dtype),)
+        found = piece.astype(jnp.float32) * across(own, piece.shape, 1)
+        return (found.astype(piece.dtype),)
 
     (found,) = ring.by_columns(some, plgpu.load(rows, layout=plgpu.Layout.WGMMA))
     return found
