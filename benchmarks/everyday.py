@@ -188,14 +188,14 @@ _DISPATCHES = ("capacity", "dropless")
 _EXPERTS = ((2048, 256, 512, 8), (1024, 512, 2048, 8), (512, 256, 512, 64))
 
 CASES = (
-    _filter("top-p filter", _top_p, lambda x: softmax.top_p_logits(x, _MASS)),
-    _filter("top-k filter", _top_k, lambda x: softmax.top_k_logits(x, _KEPT)),
+    _filter("top-p filter", _top_p, lambda x: softmax.top_p_logits(x, p=_MASS)),
+    _filter("top-k filter", _top_k, lambda x: softmax.top_k_logits(x, k=_KEPT)),
     _filter(
         "top-k softmax",
         lambda x: jax.nn.softmax(_top_k(x), -1),
-        lambda x: softmax.top_k_softmax(x, _KEPT),
+        lambda x: softmax.top_k_softmax(x, k=_KEPT),
     ),
-    _filter("soft top-k", _soft_top_k, lambda x: softmax.soft_top_k(x, _KEPT)),
+    _filter("soft top-k", _soft_top_k, lambda x: softmax.soft_top_k(x, k=_KEPT)),
     Case(
         "top-k of a linear head",
         {

@@ -13,8 +13,8 @@ from ._dtypes import accumulator_dtype
 def masked_mean(
     values: Num[Array, "*shape"] | Bool[Array, "*shape"],
     where: Bool[Array, "..."] | None = None,
-    axis: int | tuple[int, ...] | None = None,
     *,
+    axis: int | tuple[int, ...] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
     r"""Mean of the values that count: $\sum_i w_i x_i / \max(1, \sum_i w_i)$.

@@ -32,7 +32,7 @@ FUNCTIONS = {
         PROBS, ids, num_classes=CLASSES
     ),
     "contrastive": lambda ids: losses.global_contrastive_update(
-        STATE, ids, LOGITS[:, :7], 0.5, gamma=0.5
+        STATE, ids, LOGITS[:, :7], temperature=0.5, gamma=0.5
     ),
     "propensity": lambda ids: metrics.propensity_scored_precision_at_k(
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3

@@ -41,7 +41,7 @@ def test_matches_oracle(dtype, axis, masked):
 
         @jax.jit
         def run(values):
-            mean = softlib.masked_mean(values, where, axis)
+            mean = softlib.masked_mean(values, where, axis=axis)
             return mean.sum(), mean
 
         gradient, mean = jax.grad(run, has_aux=True)(values)
@@ -58,7 +58,7 @@ def test_where_is_broadcast_to_the_values(shape):
     where = np.arange(np.prod(shape)).reshape(shape) % 2 == 0
     for axis in (None, 0, 1):
         wanted = oracle(values, where, axis)
-        got = softlib.masked_mean(values, jnp.asarray(where), axis)
+        got = softlib.masked_mean(values, jnp.asarray(where), axis=axis)
         assert_close(got, wanted, dtype=jnp.float32, length=15)
 
 
@@ -82,7 +82,7 @@ def test_all_masked_is_zero_with_gradient_zero(fill):
     values = jnp.full((3, 4), fill)
     for axis in (None, 0, 1):
         total = lambda v, axis=axis: softlib.masked_mean(
-            v, jnp.zeros((3, 4), bool), axis
+            v, jnp.zeros((3, 4), bool), axis=axis
         ).sum()
         value, gradient = jax.jit(jax.value_and_grad(total))(values)
         assert value == 0
@@ -93,7 +93,7 @@ def test_some_slices_masked():
     values = jnp.array([[1.0, np.nan], [2.0, 3.0]])
     where = jnp.array([[False, False], [True, True]])
     got, gradient = jax.jit(
-        jax.value_and_grad(lambda v: softlib.masked_mean(v, where, 1).sum())
+        jax.value_and_grad(lambda v: softlib.masked_mean(v, where, axis=1).sum())
     )(values)
     assert got == 2.5
     np.testing.assert_array_equal(gradient, [[0, 0], [0.5, 0.5]])
@@ -237,21 +237,22 @@ def test_without_a_mask_the_devices_count_all_values():
 # ------------------------------------------------------------------------------ errors
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("arguments", "axis", "error", "message"),
     [
-        ((jnp.ones(3), jnp.ones(3)), TypeError, "`where` must .*got float32"),
-        ((jnp.ones(3), jnp.ones(3, int)), TypeError, "`where` must .*got int32"),
-        ((jnp.ones(3), jnp.ones(2, bool)), ValueError, r"`where` must .*got \(2,\)"),
+        ((jnp.ones(3), jnp.ones(3)), None, TypeError, "`where` must .*got float32"),
+        ((jnp.ones(3), jnp.ones(3, int)), None, TypeError, "`where` must .*got int32"),
+        ((jnp.ones(3), jnp.ones(2, bool)), None, ValueError, r"`where` .*got \(2,\)"),
         (
             (jnp.ones(3), jnp.ones((2, 3), bool)),
+            None,
             ValueError,
             r"`where` must .*got \(2, 3\)",
         ),
-        ((jnp.ones(3), None, 1), ValueError, "`axis` must .*got 1"),
-        ((jnp.ones(3), None, (0, 0)), ValueError, r"`axis` must .*got \(0, 0\)"),
-        ((jnp.ones(3, complex),), TypeError, "`values` must .*got complex64"),
+        ((jnp.ones(3),), 1, ValueError, "`axis` must .*got 1"),
+        ((jnp.ones(3),), (0, 0), ValueError, r"`axis` must .*got \(0, 0\)"),
+        ((jnp.ones(3, complex),), None, TypeError, "`values` must .*got complex64"),
     ],
 )
-def test_error_names_argument_condition_and_value(arguments, error, message):
+def test_error_names_argument_condition_and_value(arguments, axis, error, message):
     with pytest.raises(error, match="^masked_mean: " + message):
-        softlib.masked_mean(*arguments)
+        softlib.masked_mean(*arguments, axis=axis)

@@ -34,7 +34,7 @@ def denoiser(sites: Sites, options: Options) -> Callable[[Array, Array], Array]:
         def log_density(letter: Array) -> Array:
             """Of each point if the clean letter is this one, (B, 9)."""
             logits = jnp.broadcast_to(options.beta * letter, x.shape)
-            return concrete_log_prob(log_x, logits, options.beta * tau)
+            return concrete_log_prob(log_x, logits, temperature=options.beta * tau)
 
         evidence = jax.vmap(log_density, out_axes=-1)(jnp.eye(len(LETTERS)))
         evidence = evidence.reshape(len(x), -1)

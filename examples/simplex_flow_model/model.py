@@ -153,7 +153,7 @@ def _sampler(
             key,
             denoiser,
             (chunk, *SHAPE),
-            options.flow_steps,
+            num_steps=options.flow_steps,
             guidance=guidance,
             guidance_scale=strength,
             num_guidance_samples=options.guidance_samples,

@@ -70,7 +70,7 @@ def posterior(x: Array, t: Array) -> Array:
     log_x = jnp.log(jnp.maximum(x, 1e-30))
     tau = BETA * exponential_temperature(t)
     density = lambda e: concrete_log_prob(
-        log_x, jnp.broadcast_to(BETA * e, x.shape), tau
+        log_x, jnp.broadcast_to(BETA * e, x.shape), temperature=tau
     )
     evidence = jax.vmap(density, out_axes=-1)(jnp.eye(3))
     return softmax(evidence + jnp.log(jnp.array(PRIOR))[None])

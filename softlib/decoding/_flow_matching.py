@@ -276,8 +276,8 @@ def sample_gumbel_flow(
     key: Array,
     denoiser: Callable[[Array, Array], Array],
     shape: Sequence[int],
-    num_steps: int,
     *,
+    num_steps: int,
     guidance: Callable[[Array], Array] | None = None,
     guidance_scale: Scalar = 0.0,
     num_guidance_samples: int = 10,
@@ -347,8 +347,9 @@ def sample_gumbel_flow(
 
     Example:
         >>> denoiser = lambda x, t: jnp.array([[0.0, 90.0, 0.0]] * 2)
-        >>> draw = softlib.decoding.sample_gumbel_flow
-        >>> print(draw(jax.random.key(0), denoiser, (2, 3), 4).tokens)
+        >>> sample = softlib.decoding.sample_gumbel_flow
+        >>> draw = sample(jax.random.key(0), denoiser, (2, 3), num_steps=4)
+        >>> print(draw.tokens)
         [1 1]
     """
     function = "sample_gumbel_flow"
@@ -434,7 +435,7 @@ def _straight_through_gradient(
     top_k: int | None,
 ) -> Array:
     """The gradient of the score by `probs`, averaged over drawn sequences."""
-    drawn_from = logits if top_k is None else top_k_logits(logits, top_k)
+    drawn_from = logits if top_k is None else top_k_logits(logits, k=top_k)
     index = jax.random.categorical(key, drawn_from, shape=(samples, *logits.shape[:-1]))
 
     def mean_score(probs: Array) -> Array:

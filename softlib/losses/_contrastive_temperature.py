@@ -19,9 +19,9 @@ from softlib.typing import PerRow, Scalar
 @array_arguments
 def robust_contrastive_loss(
     similarity: Float[Array, "B B"],
-    row_temperature: PerRow,
-    col_temperature: PerRow,
     *,
+    row_temperature: PerRow,
+    column_temperature: PerRow,
     rho: Scalar,
     where: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
@@ -42,7 +42,7 @@ def robust_contrastive_loss(
         similarity: Similarity of every row's item with every column's; matching pairs
             are on the diagonal.
         row_temperature: $\tau > 0$ per row, a number, a scalar or (B,); differentiable.
-        col_temperature: $\tau > 0$ per column, of the same kinds.
+        column_temperature: $\tau > 0$ per column, of the same kinds.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
         where: True for the pairs that count; the others are no negatives either, and
             their losses and gradients are 0, whatever the arrays hold.
@@ -63,7 +63,9 @@ def robust_contrastive_loss(
     Example:
         >>> similarity = jnp.array([[0.9, 0.1], [0.5, 0.8]])
         >>> loss = softlib.losses.robust_contrastive_loss
-        >>> rows, columns = loss(similarity, 0.1, 0.2, rho=1.0)
+        >>> rows, columns = loss(
+        ...     similarity, row_temperature=0.1, column_temperature=0.2, rho=1.0
+        ... )
         >>> print(rows.round(2) + 1, columns.round(2) + 1)
         [0.3 0.8] [0.8 0.5]
     """
@@ -83,7 +85,7 @@ def robust_contrastive_loss(
         _per_item(function, name, value, pairs, similarity)
         for name, value in (
             ("row_temperature", row_temperature),
-            ("col_temperature", col_temperature),
+            ("column_temperature", column_temperature),
         )
     ]
     negatives = keep[:, None] & keep[None, :] & ~jnp.eye(pairs, dtype=bool)
@@ -140,7 +142,7 @@ class GlobalContrastiveUpdate(NamedTuple):
         >>> state = softlib.losses.GlobalContrastiveState(jnp.full(3, -jnp.inf))
         >>> update = softlib.losses.global_contrastive_update
         >>> h = jnp.array([[0.0, -0.1]])
-        >>> found = update(state, jnp.array([1]), h, 0.1, gamma=0.9)
+        >>> found = update(state, jnp.array([1]), h, temperature=0.1, gamma=0.9)
         >>> print((100 * found.weights).round())
         [[73. 27.]]
     """
@@ -155,8 +157,8 @@ def global_contrastive_update(
     state: GlobalContrastiveState,
     ids: Integer[Array, " B"],
     h: Float[Array, "B K"],
-    temperature: PerRow,
     *,
+    temperature: PerRow,
     gamma: Scalar,
     where: Bool[Array, "B K"] | None = None,
 ) -> GlobalContrastiveUpdate:
@@ -199,7 +201,7 @@ def global_contrastive_update(
         >>> state = softlib.losses.GlobalContrastiveState(jnp.zeros(2))
         >>> update = softlib.losses.global_contrastive_update
         >>> h = jnp.log(jnp.array([[3.0]]))
-        >>> new = update(state, jnp.array([0]), h, 1.0, gamma=0.5)
+        >>> new = update(state, jnp.array([0]), h, temperature=1.0, gamma=0.5)
         >>> print(jnp.exp(new.state.log_mean).round(3))
         [2. 1.]
     """

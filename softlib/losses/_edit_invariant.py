@@ -221,7 +221,7 @@ def _of_length(
     counts = window[..., :, None] & n_gram[..., None, :]
     found = _found(g, counts, mode, key, stop_weight_gradient)
     n_gram = n_gram & window.any(-1, keepdims=True)
-    return 0 - masked_mean(found, n_gram, -1)
+    return 0 - masked_mean(found, n_gram, axis=-1)
 
 
 def _found(

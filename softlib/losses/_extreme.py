@@ -149,7 +149,7 @@ def soft_top_k_loss(
         k = jnp.maximum(rows.count, 1).astype(source.dtype)
     masked = source.masked(rows.where)
     with checks.under_name(source.function, "log_soft_top_k"):
-        log_z = log_soft_top_k(masked.materialize(), k, alpha=alpha)
+        log_z = log_soft_top_k(masked.materialize(), k=k, alpha=alpha)
     if rows.ids is not None:
         log_z = masked.at_labels(log_z, rows.ids)
     costs = jnp.where(rows.of_some_class(source), 0 - log_z, 0)

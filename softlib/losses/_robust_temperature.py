@@ -25,8 +25,8 @@ from softlib.typing import PerRow, Scalar
 def robust_softmax_cross_entropy(
     logits: Logits,
     labels: Integer[Array, "*batch"],
-    temperature: PerRow,
     *,
+    temperature: PerRow,
     rho: Scalar,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
@@ -76,7 +76,8 @@ def robust_softmax_cross_entropy(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> robust = softlib.losses.robust_softmax_cross_entropy
         >>> logits = softlib.LinearLogits(hidden, weight)
-        >>> print(robust(logits, jnp.array([0, 1]), 0.5, rho=0.1).round(4))
+        >>> loss = robust(logits, jnp.array([0, 1]), temperature=0.5, rho=0.1)
+        >>> print(loss.round(4))
         [-0.3795 -0.4813]
     """
     function = "robust_softmax_cross_entropy"

@@ -81,7 +81,7 @@ def load_balancing_loss(
         bad = bad & (expert_indices != -1)  # an unsigned -1 is the largest number
     bad = bad.any(-1)[..., None]
     fractions = jnp.where(bad, jnp.nan, chosen.astype(accumulator_dtype(router_probs)))
-    mean = lambda y: masked_mean(y, counts, axes, axis_name=axis_name)
+    mean = lambda y: masked_mean(y, counts, axis=axes, axis_name=axis_name)
     return experts * (mean(fractions) * mean(router_probs)).sum(-1)
 
 
@@ -224,11 +224,11 @@ def cv_squared(
     x = x.astype(accumulator_dtype(x))
     counts = jnp.ones((1,) * x.ndim, bool) if where is None else where
     x = jnp.where(counts, x, 0)
-    mean = jnp.expand_dims(masked_mean(x, counts, axes), axes)
+    mean = jnp.expand_dims(masked_mean(x, counts, axis=axes), axes)
     flat = mean == 0
     # Divided before it is squared: the squares may overflow.
     relative = jnp.where(counts, x - mean, 0) / jnp.where(flat, 1, mean)
-    found = masked_mean(relative**2, counts, axes)
+    found = masked_mean(relative**2, counts, axis=axes)
     varies = jnp.where((x != 0).any(axes), jnp.inf, 0)
     return jnp.where(flat.reshape(found.shape), varies, found)
 

@@ -61,4 +61,6 @@ def smoothed_token_loss(
     shape, why = token_nll.shape, "that of `token_nll`"
     where = checks.checked_where(function, where, shape, why)
     worst = top_k_mean(token_nll, k=num_largest, where=where)
-    return masked_mean(token_nll, where, -1) + jnp.asarray(alpha, worst.dtype) * worst
+    return (
+        masked_mean(token_nll, where, axis=-1) + jnp.asarray(alpha, worst.dtype) * worst
+    )

@@ -129,7 +129,7 @@ def oreo_value_loss(
         function, log_prob, reference_log_prob, values, rewards, beta, where
     )
     starts = _starts(function, steps, level, segment_ids)
-    return masked_mean(steps.residual(_suffix_sum(steps.ratios)) ** 2, starts, -1)
+    return masked_mean(steps.residual(_suffix_sum(steps.ratios)) ** 2, starts, axis=-1)
 
 
 @array_arguments(as_given=("segment_ids",))
@@ -208,7 +208,7 @@ def oreo_policy_loss(
     # No difference of suffix sums makes `own`: gradients must not reach other actions.
     later = lax.stop_gradient(_suffix_sum(steps.ratios) - own)
     later = jnp.where(jnp.isinf(own), 0, later)  # not inf - inf
-    return masked_mean(steps.residual(own + later) ** 2, starts, -1)
+    return masked_mean(steps.residual(own + later) ** 2, starts, axis=-1)
 
 
 class _Trajectory:

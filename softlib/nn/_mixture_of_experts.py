@@ -375,7 +375,7 @@ class MixtureOfExperts(nnx.Module):
                 noise_key,
                 logits,
                 product(self.noise),
-                self.k,
+                k=self.k,
                 noise_floor=self.noise_floor,
                 renormalize=self.renormalize,
                 where=counts,
@@ -383,7 +383,7 @@ class MixtureOfExperts(nnx.Module):
             return _Routing(logits, probs, *found)
         weights, indices = top_k_gating(
             logits,
-            self.k,
+            k=self.k,
             bias=bias,
             bias_in="weights" if self.bias_in is None else self.bias_in,
             renormalize=self.renormalize,
@@ -395,7 +395,11 @@ class MixtureOfExperts(nnx.Module):
         self, scores: Array, bias: Array | None, counts: Array | None, tau: Any
     ) -> "_Routing":
         gates = dense_to_sparse_gate(
-            scores, tau, bias=bias, activation=self.gate_activation, where=counts
+            scores,
+            temperature=tau,
+            bias=bias,
+            activation=self.gate_activation,
+            where=counts,
         )
         kept = gates
         if self.threshold is not None:

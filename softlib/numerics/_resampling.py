@@ -12,19 +12,19 @@ from softlib._dtypes import accumulator_dtype
 
 @array_arguments
 def systematic_resample(
-    key: Array, weights: Float[Array, " M"], num: int
-) -> tuple[Int[Array, " num"], Float[Array, " num"]]:
-    r"""Draws `num` indices and weights that keep every weighted sum in expectation.
+    key: Array, weights: Float[Array, " M"], *, num_samples: int
+) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+    r"""Draws indices and weights that keep every weighted sum in expectation.
 
     $\mathbb{E} \sum_k w'_k f(i_k) = \sum_m w_m f(m)$ for every $f$. Index $m$ is drawn
-    in proportion to $|w_m|$, at `num` evenly spaced quantiles with one random offset,
+    in proportion to $|w_m|$, at $n$ evenly spaced quantiles with one random offset,
     hence $\lfloor n p_m \rfloor$ or $\lceil n p_m \rceil$ times: the variance is below
     that of independent draws. Use it to differentiate fewer terms of a weighted sum.
 
     Args:
         key: Of `jax.random`.
         weights: Of any sign; one of 0 is never drawn.
-        num: Static number of draws, at least 1.
+        num_samples: Static number $n$ of draws, at least 1.
 
     Returns:
         Indices (int32), in ascending order, and their weights $\operatorname{sign}(w_m)
@@ -32,17 +32,18 @@ def systematic_resample(
         weights 0; a weight that is NaN or infinite makes all of them NaN.
 
     Raises:
-        TypeError: `weights` is not floating, or `num` no Python int.
-        ValueError: `weights` has not exactly one axis or is empty, or `num` is below 1.
+        TypeError: `weights` is not floating, or `num_samples` no Python int.
+        ValueError: `weights` has not exactly one axis or is empty, or `num_samples` is
+            below 1.
 
     Derivatives: none are meant; stop the gradient of `weights` before.
-    Cost: O(M + num log M).
+    Cost: O(M + N log M).
     Source: "Training Chain-of-Thought via Latent-Variable Inference", its subsampled
         gradient; the scheme is that of particle filters.
 
     Example:
         >>> weights = jnp.array([0.5, -0.5, 0.0, 0.0])
-        >>> print(*systematic_resample(jax.random.key(0), weights, 2))
+        >>> print(*systematic_resample(jax.random.key(0), weights, num_samples=2))
         [0 1] [ 0.5 -0.5]
     """
     function = "systematic_resample"
@@ -53,7 +54,7 @@ def systematic_resample(
             f"{function}: `weights` must have one axis with an entry at least, got "
             f"shape {weights.shape}."
         )
-    checks.require_positive_integer(function, "num", num)
+    checks.require_positive_integer(function, "num_samples", num_samples)
     weights = weights.astype(accumulator_dtype(weights))
     size = jnp.abs(weights)
     # Rounding in a parallel scan may make sums fall, or rise at a weight of 0.
@@ -62,11 +63,11 @@ def systematic_resample(
     # Divided, so that the cumulative size ends at exactly 1.
     cumulative = cumulative / jnp.where(total > 0, total, 1)
     offset = jax.random.uniform(key, (), weights.dtype)
-    points = (jnp.arange(num, dtype=weights.dtype) + offset) / num
+    points = (jnp.arange(num_samples, dtype=weights.dtype) + offset) / num_samples
     below_one = 1 - jnp.finfo(weights.dtype).epsneg
     points = jnp.minimum(points, below_one)
     # The first index whose cumulative size exceeds the point: its own size is not 0.
     indices = jnp.searchsorted(cumulative, points, side="right").astype(jnp.int32)
     indices = jnp.minimum(indices, len(weights) - 1)
-    share = jnp.where(jnp.isfinite(total), total, jnp.nan) / num
+    share = jnp.where(jnp.isfinite(total), total, jnp.nan) / num_samples
     return indices, jnp.sign(weights[indices]) * share

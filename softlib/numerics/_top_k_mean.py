@@ -61,4 +61,6 @@ def top_k_mean(
     count = where.sum(-1, dtype=jnp.int32)
     # The largest come first, so what does not count is behind what does.
     rank = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), largest.shape)
-    return jnp.where(broken, jnp.nan, masked_mean(largest, rank < count[..., None], -1))
+    return jnp.where(
+        broken, jnp.nan, masked_mean(largest, rank < count[..., None], axis=-1)
+    )

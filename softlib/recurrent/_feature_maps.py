@@ -24,7 +24,7 @@ type FeatureMap = str | Callable[[Array], Array]
 
 @array_arguments
 def taylor_feature_map(
-    x: Float[Array, "*batch H"], order: int
+    x: Float[Array, "*batch H"], *, order: int
 ) -> Float[Array, "*batch features"]:
     r"""Features whose inner product is the Taylor polynomial of the exponential.
 
@@ -60,7 +60,7 @@ def taylor_feature_map(
     Example:
         >>> query, key = jnp.array([0.5, 1.0]), jnp.array([1.0, 0.5])
         >>> for order in (1, 2, 8):
-        ...     phi = lambda x: softlib.recurrent.taylor_feature_map(x, order)
+        ...     phi = lambda x: softlib.recurrent.taylor_feature_map(x, order=order)
         ...     print(phi(query).size, f"{phi(query) @ phi(key):.4f}")
         3 2.0000
         6 2.5000

@@ -23,9 +23,9 @@ from ._softmax import softmax
 @array_arguments
 def dense_to_sparse_gate(
     x: Float[Array, "*shape"],
-    temperature: PerRow,
     axis: Axis = -1,
     *,
+    temperature: PerRow,
     bias: Float[Array, "..."] | None = None,
     activation: Callable[[Array], Array] | None = None,
     bias_scaled_by_temperature: bool = True,
@@ -70,7 +70,7 @@ def dense_to_sparse_gate(
     Example:
         >>> gate = softlib.softmax.dense_to_sparse_gate
         >>> x = jnp.array([0.0, 1.0])
-        >>> print(gate(x, 1e6).round(3), gate(x, 1e-3))
+        >>> print(gate(x, temperature=1e6).round(3), gate(x, temperature=1e-3))
         [0.5 0.5] [0. 1.]
     """
     function = "dense_to_sparse_gate"
@@ -180,20 +180,20 @@ def sparsify_gates(
 def temperature_schedule(
     initial: float,
     final: float,
-    steps: int,
     *,
+    num_steps: int,
     kind: Literal["exponential", "linear"] = "exponential",
 ) -> Callable[[ArrayLike], Float[Array, "..."]]:
     r"""A temperature for each step of a training, from `initial` to `final`.
 
     $\tau_0 (\tau_1 / \tau_0)^{s}$ or $\tau_0 + s (\tau_1 - \tau_0)$ with $s$ the step
-    divided by `steps`, from 0 to 1. What it returns is a schedule as optax has them,
-    and needs no optax.
+    divided by `num_steps`, from 0 to 1. What it returns is a schedule as optax has
+    them, and needs no optax.
 
     Args:
         initial: Static, positive.
         final: Static, positive; usually below `initial`.
-        steps: Static, at least 1: after so many `final` is reached.
+        num_steps: Static, at least 1: after so many `final` is reached.
         kind: Static; "exponential" falls by the same factor in each step, "linear" by
             the same amount.
 
@@ -202,7 +202,7 @@ def temperature_schedule(
         float32. Steps below 0 count as 0.
 
     Raises:
-        TypeError: A temperature is no number, or `steps` no int.
+        TypeError: A temperature is no number, or `num_steps` no int.
         ValueError: One of them is not positive, or `kind` is unknown.
 
     Derivatives: steps are counts and have none.
@@ -211,18 +211,18 @@ def temperature_schedule(
         on annealing.
 
     Example:
-        >>> temperature = softlib.softmax.temperature_schedule(4.0, 1.0, 2)
+        >>> temperature = softlib.softmax.temperature_schedule(4.0, 1.0, num_steps=2)
         >>> print(temperature(jnp.arange(4)))
         [4. 2. 1. 1.]
     """
     function = "temperature_schedule"
     checks.require_positive_number(function, "initial", initial)
     checks.require_positive_number(function, "final", final)
-    checks.require_positive_integer(function, "steps", steps)
+    checks.require_positive_integer(function, "num_steps", num_steps)
     checks.require_one_of(function, "kind", kind, ("exponential", "linear"))
 
     def temperature(step: ArrayLike) -> Array:
-        share = jnp.clip(jnp.asarray(step) / steps, 0, 1).astype(jnp.float32)
+        share = jnp.clip(jnp.asarray(step) / num_steps, 0, 1).astype(jnp.float32)
         if kind == "linear":
             value = initial * (1 - share) + final * share
         else:

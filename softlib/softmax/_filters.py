@@ -17,16 +17,16 @@ from ._entries import Axis, Entries
 @array_arguments
 def top_k_logits(
     x: Float[Array, "*shape"],
-    k: PerRow,
     axis: Axis = -1,
     *,
+    k: PerRow,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The $k$ largest logits of a row as they are, -inf elsewhere.
 
     Filters compose: softmax of filtered logits is renormalised, so that
-    `min_p_logits(top_p_logits(top_k_logits(x / temperature, 30), 0.95), 0.02)` filters
-    as samplers of language models do, each on what the one before left.
+    `min_p_logits(top_p_logits(top_k_logits(x / temperature, k=30), p=0.95), p=0.02)`
+    filters as samplers of language models do, each on what the one before left.
 
     Args:
         x: Logits. -inf never counts; NaN or +inf make their row NaN.
@@ -52,7 +52,7 @@ def top_k_logits(
         float64).
 
     Example:
-        >>> print(softlib.softmax.top_k_logits(jnp.array([1.0, 3.0, 1.0, 1.0]), 2))
+        >>> print(softlib.softmax.top_k_logits(jnp.array([1.0, 3.0, 1.0, 1.0]), k=2))
         [  1.   3. -inf -inf]
     """
     function = "top_k_logits"
@@ -72,9 +72,9 @@ def top_k_logits(
 @array_arguments
 def top_p_logits(
     x: Float[Array, "*shape"],
-    p: PerRow,
     axis: Axis = -1,
     *,
+    p: PerRow,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The largest logits that together have the probability $p$, -inf elsewhere.
@@ -108,7 +108,7 @@ def top_p_logits(
 
     Example:
         >>> x = jnp.log(jnp.array([0.5, 0.125, 0.25, 0.125]))
-        >>> print(softlib.softmax.top_p_logits(x, 0.7) > -jnp.inf)
+        >>> print(softlib.softmax.top_p_logits(x, p=0.7) > -jnp.inf)
         [ True False  True False]
     """
     function = "top_p_logits"
@@ -149,9 +149,9 @@ def _of_weight(
 @array_arguments
 def min_p_logits(
     x: Float[Array, "*shape"],
-    p: PerRow,
     axis: Axis = -1,
     *,
+    p: PerRow,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The logits whose probability is at least $p$ times the largest, -inf elsewhere.
@@ -179,7 +179,8 @@ def min_p_logits(
     Source: "Turning Up the Heat: Min-p Sampling for Creative and Coherent LLM Outputs".
 
     Example:
-        >>> print(softlib.softmax.min_p_logits(jnp.array([0.0, -1.0, -4.0]), 0.1))
+        >>> x = jnp.array([0.0, -1.0, -4.0])
+        >>> print(softlib.softmax.min_p_logits(x, p=0.1))
         [  0.  -1. -inf]
     """
     filtered = _Filtered("min_p_logits", x, axis, where)

@@ -75,7 +75,7 @@ def gumbel_softmax(
     y = softmax(tempered(entries, scores, tau), entries.axes)
     if hard and logits.shape[axis]:
         # Not the argmax of y, whose entries may be equal at a high temperature.
-        y = straight_through_one_hot(y, jnp.argmax(scores, axis), axis)
+        y = straight_through_one_hot(y, jnp.argmax(scores, axis), axis=axis)
         y = jnp.where((scores != -jnp.inf).any(axis, keepdims=True), y, 0)
     return entries.result(y)
 
@@ -84,6 +84,7 @@ def gumbel_softmax(
 def straight_through_one_hot(
     probs: Float[Array, "*shape"],
     index: Integer[Array, "..."] | None = None,
+    *,
     axis: int = -1,
 ) -> Float[Array, "*shape"]:
     r"""A one-hot forward, `probs` to derivatives.
@@ -151,9 +152,9 @@ def _(primals, tangents):
 def concrete_log_prob(
     log_x: Float[Array, "*shape"],
     logits: Float[Array, "*shape"],
+    *,
     temperature: PerRow,
     axis: Axis = -1,
-    *,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     r"""Log-density of `gumbel_softmax` at a point of the simplex, in nats per row.
@@ -195,7 +196,8 @@ def concrete_log_prob(
 
     Example:
         >>> log_x = jnp.log(jnp.array([0.5, 0.5]))
-        >>> density = softlib.softmax.concrete_log_prob(log_x, jnp.zeros(2), 1.0)
+        >>> log_prob = softlib.softmax.concrete_log_prob
+        >>> density = log_prob(log_x, jnp.zeros(2), temperature=1.0)
         >>> print(jnp.exp(density).round(3))
         1.0
     """
@@ -221,9 +223,9 @@ def concrete_log_prob(
 def concrete_score(
     log_x: Float[Array, "*shape"],
     logits: Float[Array, "*shape"],
+    *,
     temperature: PerRow,
     axis: Axis = -1,
-    *,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The gradient of `concrete_log_prob` with respect to `log_x`.
@@ -255,7 +257,8 @@ def concrete_score(
 
     Example:
         >>> log_x = jnp.log(jnp.array([0.5, 0.5]))
-        >>> print(softlib.softmax.concrete_score(log_x, jnp.zeros(2), 1.0))
+        >>> score = softlib.softmax.concrete_score
+        >>> print(score(log_x, jnp.zeros(2), temperature=1.0))
         [-1. -1.]
     """
     axes, counts, x, z, tau, bad = _concrete(

@@ -36,9 +36,9 @@ def noisy_top_k_gating(
     key: Array | None,
     logits: Float[Array, "*shape"],
     noise_logits: Float[Array, "*shape"],
+    *,
     k: int,
     axis: int = -1,
-    *,
     noise_floor: float = 0.0,
     renormalize: bool = True,
     where: Bool[Array, "..."] | None = None,
@@ -89,7 +89,8 @@ def noisy_top_k_gating(
 
     Example:
         >>> key, v = jax.random.key(0), jnp.array([0.0, 2.0, 1.0])
-        >>> found = softlib.softmax.noisy_top_k_gating(key, v, jnp.full(3, -jnp.inf), 1)
+        >>> quiet = jnp.full(3, -jnp.inf)
+        >>> found = softlib.softmax.noisy_top_k_gating(key, v, quiet, k=1)
         >>> print(found.weights, found.indices, found.load)
         [1.] [1] [0. 1. 0.]
     """
@@ -119,7 +120,7 @@ def noisy_top_k_gating(
         noise = last(jax.random.normal(key, logits.shape, v.dtype))
     noisy = jnp.where(counts, v if noise is None else v + scale * noise, -jnp.inf)
     bad_or_noisy = nan_where(bad, noisy)
-    weights, indices = top_k_gating(bad_or_noisy, k, renormalize=renormalize)
+    weights, indices = top_k_gating(bad_or_noisy, k=k, renormalize=renormalize)
     chosen = jax.nn.one_hot(indices, v.shape[-1], dtype=bool).any(-2)
     if noise is None:
         load = chosen.astype(v.dtype)

@@ -19,8 +19,8 @@ def sdm(
     x: Float[Array, "*shape"],
     similarity: ArrayLike,
     distance: ArrayLike,
-    axis: Axis = -1,
     *,
+    axis: Axis = -1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Softmax to a base that grows with similarity, of logits scaled by distance.
@@ -74,8 +74,8 @@ def log_sdm(
     x: Float[Array, "*shape"],
     similarity: ArrayLike,
     distance: ArrayLike,
-    axis: Axis = -1,
     *,
+    axis: Axis = -1,
     base: Literal["natural", "similarity"] = "natural",
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:

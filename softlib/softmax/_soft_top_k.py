@@ -22,9 +22,9 @@ from ._softmax import softmax
 @array_arguments
 def soft_top_k(
     x: Float[Array, "*shape"],
-    k: PerRow,
     axis: Axis = -1,
     *,
+    k: PerRow,
     alpha: PerRow = 1.0,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
@@ -69,7 +69,7 @@ def soft_top_k(
 
     Example:
         >>> x = jnp.array([3.0, 1.0, 1.0, -jnp.inf])
-        >>> print(softlib.softmax.soft_top_k(x, 2, alpha=100.0).round(3))
+        >>> print(softlib.softmax.soft_top_k(x, k=2, alpha=100.0).round(3))
         [1.  0.5 0.5 0. ]
     """
     entries, solved = _solve("soft_top_k", x, k, axis, alpha, where)
@@ -80,9 +80,9 @@ def soft_top_k(
 @array_arguments
 def log_soft_top_k(
     x: Float[Array, "*shape"],
-    k: PerRow,
     axis: Axis = -1,
     *,
+    k: PerRow,
     alpha: PerRow = 1.0,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*shape"]:
@@ -111,7 +111,7 @@ def log_soft_top_k(
 
     Example:
         >>> x = jnp.array([400.0, 0.0])
-        >>> print(-softlib.softmax.log_soft_top_k(x, 1))
+        >>> print(-softlib.softmax.log_soft_top_k(x, k=1))
         [  0. 200.]
     """
     entries, solved = _solve("log_soft_top_k", x, k, axis, alpha, where)

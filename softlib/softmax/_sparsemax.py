@@ -97,7 +97,7 @@ def entmax15(
 
 @array_arguments
 def support_size(
-    p: Float[Array, "*shape"],
+    probs: Float[Array, "*shape"],
     axis: Axis = -1,
     *,
     where: Bool[Array, "..."] | None = None,
@@ -107,27 +107,27 @@ def support_size(
     What a sparse map keeps, $|\{i : p_i \neq 0\}|$.
 
     Args:
-        p: Probabilities, of any map.
+        probs: Of any map.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `p`.
+        where: True for the entries that count; broadcasts to `probs`.
 
     Returns:
-        int32, in the shape of `p` without `axis`. NaN counts as not 0.
+        int32, in the shape of `probs` without `axis`. NaN counts as not 0.
 
     Raises:
-        TypeError: `p` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `p`, or `where` does not broadcast.
+        TypeError: `probs` is no floating array, or `where` is not boolean.
+        ValueError: `axis` is no axis of `probs`, or `where` does not broadcast.
 
     Derivatives: none; the result is an integer.
-    Cost: one pass over `p`.
+    Cost: one pass over `probs`.
 
     Example:
-        >>> p = softlib.softmax.sparsemax(jnp.array([1.5, 1.0, 0.25]))
-        >>> print(softlib.softmax.support_size(p))
+        >>> probs = softlib.softmax.sparsemax(jnp.array([1.5, 1.0, 0.25]))
+        >>> print(softlib.softmax.support_size(probs))
         2
     """
-    entries = Entries.of("support_size", p, axis, where, "p")
-    counts = p != 0
+    entries = Entries.of("support_size", probs, axis, where, "probs")
+    counts = probs != 0
     if entries.where is not None:
         counts = counts & entries.where
     return counts.sum(entries.axes, dtype=jnp.int32)

@@ -20,9 +20,9 @@ type BiasIn = Literal["weights", "selection", "both"]
 @array_arguments
 def top_k_softmax(
     x: Float[Array, "*shape"],
-    k: int,
     axis: Axis = -1,
     *,
+    k: int,
     bias: Float[Array, "..."] | None = None,
     bias_in: BiasIn = "weights",
     renormalize: bool = True,
@@ -73,7 +73,7 @@ def top_k_softmax(
 
     Example:
         >>> x, bias = jnp.array([2.0, 2.0, 1.0]), jnp.array([0.0, 0.0, 9.0])
-        >>> print(softlib.softmax.top_k_softmax(x, 2, bias=bias))
+        >>> print(softlib.softmax.top_k_softmax(x, k=2, bias=bias))
         [0.5 0.5 0. ]
     """
     gates = _Gates.of("top_k_softmax", x, k, axis, bias, bias_in, where)
@@ -89,9 +89,9 @@ def top_k_softmax(
 @array_arguments
 def top_k_gating(
     x: Float[Array, "*shape"],
-    k: int,
     axis: int = -1,
     *,
+    k: int,
     bias: Float[Array, "..."] | None = None,
     bias_in: BiasIn = "weights",
     renormalize: bool = True,
@@ -126,7 +126,7 @@ def top_k_gating(
 
     Example:
         >>> x = jnp.array([1.0, 3.0, 3.0, -jnp.inf])
-        >>> weights, indices = softlib.softmax.top_k_gating(x, 2)
+        >>> weights, indices = softlib.softmax.top_k_gating(x, k=2)
         >>> print(weights, indices)
         [0.5 0.5] [1 2]
     """

@@ -145,7 +145,7 @@ def denoise_exactly(x, t, beta=2.0):
     hot = jnp.eye(5)[WORDS]
     logits = jnp.broadcast_to(beta * hot[:, None], (2, *x.shape))
     log_x = jnp.broadcast_to(jnp.log(jnp.maximum(x, 1e-30))[None], logits.shape)
-    density = concrete_log_prob(log_x, logits, beta * tau).sum(-1)
+    density = concrete_log_prob(log_x, logits, temperature=beta * tau).sum(-1)
     weight = softmax(density, axis=0)
     return jnp.log(jnp.einsum("wb,wlv->blv", weight, hot) + 1e-9)
 
@@ -161,7 +161,7 @@ def drawn():
             KEY,
             denoise_exactly,
             (200, 8, 5),
-            20,
+            num_steps=20,
             guidance=score if guided else None,
             guidance_scale=scale,
             guidance_top_k=4,
@@ -194,9 +194,9 @@ def test_samples_are_the_words_of_the_denoiser_and_guidance_chooses(drawn, space
 def test_both_spaces_agree_in_the_limit_of_many_steps():
     fixed = jnp.log(jnp.array([[0.7, 0.2, 0.1]]))
     draw = functools.partial(sample, KEY, lambda x, t: fixed, (1, 3))
-    exact = draw(1).state
+    exact = draw(num_steps=1).state
     for space, steps, error in (("logit", 50, 1e-6), ("simplex", 500, 3e-3)):
-        state = draw(steps, space=space).state
+        state = draw(num_steps=steps, space=space).state
         np.testing.assert_allclose(state, exact, atol=error)
     gain = (np.exp(3) - 1) / 10
     noise = jax.random.gumbel(jax.random.split(KEY, 3)[0], (1, 3)) / 20
@@ -211,7 +211,7 @@ def test_simplex_is_kept_for_many_steps_of_strong_guidance():
             KEY,
             lambda x, t: 30 * (x - 0.3),
             (5, 4),
-            200,
+            num_steps=200,
             guidance=score,
             guidance_scale=1e4,
             num_guidance_samples=2,
@@ -231,7 +231,7 @@ def test_step_noise_changes_with_the_key_and_beta_infinite_starts_at_the_centre(
         return jnp.zeros((2, 3), "bfloat16")
 
     draw = lambda key, **options: decoding.sample_gumbel_flow(
-        key, denoiser, (2, 3), 4, beta=INF, **options
+        key, denoiser, (2, 3), num_steps=4, beta=INF, **options
     )
     plain = draw(KEY)
     jax.effects_barrier()
@@ -286,7 +286,7 @@ def test_a_trained_denoiser_draws_its_motifs_and_guidance_chooses_one():
         KEY,
         lambda x, t: denoiser(params, x, jnp.full(len(x), t)),
         (500, 8, 5),
-        40,
+        num_steps=40,
     )
     free = draw().tokens
     assert sum(shares(free)) > 0.9
@@ -325,17 +325,21 @@ def test_a_trained_denoiser_draws_its_motifs_and_guidance_chooses_one():
             "`labels` must have shape",
         ),
         (
-            lambda: decoding.sample_gumbel_flow(KEY, lambda x, t: x[0], (2, 3), 1),
+            lambda: decoding.sample_gumbel_flow(
+                KEY, lambda x, t: x[0], (2, 3), num_steps=1
+            ),
             ValueError,
             r"`denoiser\(x, t\)` must have shape \(2, 3\)",
         ),
         (
-            lambda: decoding.sample_gumbel_flow(KEY, lambda x, t: x, (2, 3), 0),
+            lambda: decoding.sample_gumbel_flow(
+                KEY, lambda x, t: x, (2, 3), num_steps=0
+            ),
             ValueError,
             "`num_steps` must be at least 1",
         ),
         (
-            lambda: decoding.sample_gumbel_flow(KEY, lambda x, t: x, (), 1),
+            lambda: decoding.sample_gumbel_flow(KEY, lambda x, t: x, (), num_steps=1),
             ValueError,
             "`shape` must hold sizes",
         ),

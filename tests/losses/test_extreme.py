@@ -210,7 +210,7 @@ def test_matches_independent_vectors():
             top = functools.partial(
                 of_stored.soft_top_k_loss, positives=positives, alpha=alpha
             )
-            z, pull = jax.vjp(lambda x: soft_top_k(x, k, alpha=alpha), x)
+            z, pull = jax.vjp(lambda x: soft_top_k(x, k=k, alpha=alpha), x)
             slope = lambda f: jax.grad(lambda x: f(x).sum())(x)
             decoupled = lambda x: of_stored.decoupled_softmax_loss(x, positives)
             return {

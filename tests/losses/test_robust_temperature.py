@@ -135,11 +135,11 @@ def test_matches_independent_vectors():
 
         @jax.jit
         def run(logits, labels, tau):
-            total = lambda logits, tau: of(logits, labels, tau).sum()
+            total = lambda z, tau: of(z, labels, temperature=tau).sum()
             best = of_stored.optimal_temperature(logits, rho=data["in_rho"], **ends)
             slope = jax.grad(total, 1)(logits, best)
             return (
-                of(logits, labels, tau),
+                of(logits, labels, temperature=tau),
                 *jax.grad(total, (0, 1))(logits, tau),
                 best,
                 slope,
@@ -154,8 +154,8 @@ def test_matches_independent_vectors():
         np.testing.assert_allclose(slope[inside], 0, atol=1e-12)
         found = jax.jit(losses.robust_contrastive_loss)(
             data["in_similarity"],
-            data["in_tau_row"],
-            data["in_tau_col"],
+            row_temperature=data["in_tau_row"],
+            column_temperature=data["in_tau_col"],
             rho=data["in_rho_contrastive"],
         )
         for actual, name in zip(found, ("row", "col"), strict=True):
@@ -191,7 +191,7 @@ def test_no_distribution_near_the_uniform_one_is_worse():
         )(jnp.asarray(z))
         dual = jax.jit(
             functools.partial(of_stored.robust_softmax_cross_entropy, rho=rho)
-        )(jnp.asarray(z), jnp.asarray(label), tau)
+        )(jnp.asarray(z), jnp.asarray(label), temperature=tau)
     dual = float(dual) - tau_min * rho
     divergence = lambda p: (p * np.log(p * classes)).sum()
     primal = lambda p: (p * h).sum() - tau_min * divergence(p)
@@ -348,7 +348,8 @@ def test_no_array_of_logits_in_the_program():
         head = {"vocab_chunk": 512, "token_chunk": 32}
         tau = of_head.optimal_temperature(hidden, weight, rho=0.5, **RANGE, **head)
         robust = of_head.robust_softmax_cross_entropy
-        return robust(hidden, weight, labels, tau, rho=0.5, **head).mean()
+        loss = robust(hidden, weight, labels, temperature=tau, rho=0.5, **head)
+        return loss.mean()
 
     shapes = [(rows, features), (vocabulary, features)]
     operands = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -384,7 +385,7 @@ def test_memory_is_that_of_cross_entropy_without_a_temperature(
 
     def robust(hidden, weight, labels, tau):
         loss = of_head.robust_softmax_cross_entropy
-        return loss(hidden, weight, labels, tau, rho=1.0).mean()
+        return loss(hidden, weight, labels, temperature=tau, rho=1.0).mean()
 
     wanted = temporary(plain, (0, 1))
     assert temporary(robust, arguments) <= 1.2 * wanted
@@ -402,7 +403,8 @@ def test_a_temperature_alone_costs_no_product_for_the_gradient_of_hidden():
 
     def total(hidden, weight, labels, tau):
         loss = of_head.robust_softmax_cross_entropy
-        return loss(hidden, weight, labels, tau, rho=1.0, vocab_chunk=512).sum()
+        options = {"temperature": tau, "rho": 1.0, "vocab_chunk": 512}
+        return loss(hidden, weight, labels, **options).sum()
 
     def products(function):
         return (jax.jit(function).lower(*operands).compile().as_text() or "").count(
@@ -469,7 +471,13 @@ def test_contrastive_loss_matches_oracle_and_ignores_dropped_pairs(masked):
 
         @jax.jit
         def run(s, row, col):
-            of = lambda *a: losses.robust_contrastive_loss(*a, rho=0.7, where=mask)
+            of = lambda s, row, column: losses.robust_contrastive_loss(
+                s,
+                row_temperature=row,
+                column_temperature=column,
+                rho=0.7,
+                where=mask,
+            )
             found = of(s, row, col)
             return found, jax.grad(lambda *a: sum(map(jnp.sum, of(*a))), (0, 1, 2))(
                 s, row, col
@@ -490,7 +498,9 @@ def test_a_pair_without_negatives_has_loss_zero_and_gradient_zero():
         loss = lambda s, where=where: sum(
             map(
                 jnp.sum,
-                losses.robust_contrastive_loss(s, 0.1, 0.1, rho=1.0, where=where),
+                losses.robust_contrastive_loss(
+                    s, row_temperature=0.1, column_temperature=0.1, rho=1.0, where=where
+                ),
             )
         )
         value, slope = jax.jit(jax.value_and_grad(loss))(s)
@@ -503,7 +513,9 @@ def test_best_temperature_of_negatives_is_where_the_contrastive_loss_is_flat():
     others = ~jnp.eye(6, dtype=bool)
     best = functools.partial(of_stored.optimal_temperature, class_where=others, **RANGE)
     tau = jax.jit(best)(s, rho=0.5)
-    loss = lambda tau: losses.robust_contrastive_loss(s, tau, 1.0, rho=0.5)[0].sum()
+    loss = lambda tau: losses.robust_contrastive_loss(
+        s, row_temperature=tau, column_temperature=1.0, rho=0.5
+    )[0].sum()
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(tau), 0, atol=1e-5)
 
 
@@ -517,7 +529,7 @@ def test_state_of_a_data_set_makes_small_batches_unbiased():
     def run(h):
         def step(state, batch):
             update = losses.global_contrastive_update
-            found = update(state, ids, batch, tau, gamma=0.01)
+            found = update(state, ids, batch, temperature=tau, gamma=0.01)
             return found.state, found.log_mean
 
         start = losses.GlobalContrastiveState(jnp.full(5, -jnp.inf))
@@ -537,7 +549,7 @@ def test_the_first_update_is_the_batch_and_huge_scores_do_not_overflow():
     ids = jnp.array([0, 7, 2])
     where = jnp.array([[True, True], [True, True], [False, False]])
     found = losses.global_contrastive_update(
-        state, ids, h, 0.01, gamma=0.5, where=where
+        state, ids, h, temperature=0.01, gamma=0.5, where=where
     )
     # The exponent 1e4 has an error of 5e-4.
     np.testing.assert_allclose(found.weights[0], [1, 0], atol=2e-3)
@@ -555,7 +567,7 @@ def test_linear_robust_loss_under_every_transformation():
 
     def function(hidden, weight, labels, tau, rho, where):
         return of_head.robust_softmax_cross_entropy(
-            hidden, weight, labels, tau, rho=rho, where=where, vocab_chunk=3
+            hidden, weight, labels, temperature=tau, rho=rho, where=where, vocab_chunk=3
         )
 
     check_transformations(
@@ -623,16 +635,22 @@ def test_the_search_in_given_logits_has_one_implementation():
 
 @pytest.mark.usefixtures("untyped")
 def test_errors_of_contrastive_functions():
-    loss, square = losses.robust_contrastive_loss, jnp.ones((3, 3))
+    square = jnp.ones((3, 3))
+
+    def loss(similarity, row, column):
+        return losses.robust_contrastive_loss(
+            similarity, row_temperature=row, column_temperature=column, rho=0.1
+        )
+
     with pytest.raises(ValueError, match=r"`similarity` must have shape \(B, B\)"):
-        loss(jnp.ones((3, 2)), 1.0, 1.0, rho=0.1)
+        loss(jnp.ones((3, 2)), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"`row_temperature` must have shape \(\) or"):
-        loss(square, jnp.ones(2), 1.0, rho=0.1)
-    with pytest.raises(ValueError, match="`col_temperature` must be positive"):
-        loss(square, 1.0, -1.0, rho=0.1)
+        loss(square, jnp.ones(2), 1.0)
+    with pytest.raises(ValueError, match="`column_temperature` must be positive"):
+        loss(square, 1.0, -1.0)
     state = losses.GlobalContrastiveState(jnp.zeros(3))
     update = losses.global_contrastive_update
     with pytest.raises(ValueError, match=r"`h` must have shape \(B, K\)"):
-        update(state, jnp.arange(2), square, 1.0, gamma=0.5)
+        update(state, jnp.arange(2), square, temperature=1.0, gamma=0.5)
     with pytest.raises(ValueError, match=r"`gamma` must be in \[0, 1\], got 2"):
-        update(state, jnp.arange(3), square, 1.0, gamma=2)
+        update(state, jnp.arange(3), square, temperature=1.0, gamma=2)

@@ -179,7 +179,7 @@ CALLS: dict[str, Any] = {
         z, rho=0.5, temperature_min=0.1, temperature_max=5.0
     ),
     "robust_softmax_cross_entropy": lambda f, z, y, other: f(
-        z, y, 1 + z.hidden[..., 0] ** 2, rho=0.5
+        z, y, temperature=1 + z.hidden[..., 0] ** 2, rho=0.5
     ),
     "normalized_distillation_loss": lambda f, z, y, other: f(z, other, y),
     "decoupled_knowledge_distillation_loss": lambda f, z, y, other: f(z, other, y),

@@ -273,7 +273,7 @@ def test_report_is_that_of_the_losses_and_does_not_see_padding():
 
     @jax.jit
     def by_hand(logits):
-        weights, indices = softmax.top_k_gating(logits, 2)
+        weights, indices = softmax.top_k_gating(logits, k=2)
         gates = (jax.nn.one_hot(indices, E) * weights[..., None]).sum(-2)
         load = jax.nn.one_hot(indices, E).sum(-2)
         return RouterReport(
@@ -340,7 +340,7 @@ def test_noise_and_jitter_are_drawn_with_a_key_only():
     @jax.jit
     def load_loss(key):
         return losses.importance_loss(
-            softmax.noisy_top_k_gating(key, logits, noise, 2).load
+            softmax.noisy_top_k_gating(key, logits, noise, k=2).load
         )
 
     load = load_loss(jax.random.split(key)[1])

@@ -150,7 +150,7 @@ LOOPS: dict[str, tuple[Callable[..., Any], tuple[jax.Array, ...]]] = {
     ),
     "sparsemax": (softmax.sparsemax, (LOGITS,)),
     "entmax": (lambda z: softmax.entmax(z, alpha=1.7), (LOGITS,)),
-    "soft top k": (lambda z: softmax.soft_top_k(z, 5), (LOGITS,)),
+    "soft top k": (lambda z: softmax.soft_top_k(z, k=5), (LOGITS,)),
 }
 
 
@@ -165,9 +165,9 @@ def test_loops_compile_once(case, count):
 def test_searches_compile_once(count):
     search = lambda: of_head.top_k(HIDDEN, HEAD, k=5)
     assert compilations(count, search) == 0
-    assert compilations(count, lambda: softmax.top_k_logits(LOGITS, 500)) == 0
-    assert compilations(count, lambda: softmax.soft_top_k(LOGITS, 500)) == 0
-    assert compilations(count, lambda: softmax.top_p_logits(LOGITS, 0.9)) == 0
+    assert compilations(count, lambda: softmax.top_k_logits(LOGITS, k=500)) == 0
+    assert compilations(count, lambda: softmax.soft_top_k(LOGITS, k=500)) == 0
+    assert compilations(count, lambda: softmax.top_p_logits(LOGITS, p=0.9)) == 0
     cluster = lambda: nn.kmeans(HIDDEN, 4, key=jax.random.key(0))
     assert compilations(count, cluster) == 0
 

@@ -68,7 +68,7 @@ def test_equal_calls_share_a_program_and_unequal_ones_do_not():
         for power in (1, 1.0, True):
             found = softmax.tempered_softmax(x, t=power)
             assert found.shape == x.shape
-        large, small = (softmax.top_k_logits(x, k) for k in (2, 1))
+        large, small = (softmax.top_k_logits(x, k=k) for k in (2, 1))
     assert jnp.isfinite(large).all()
     assert not jnp.isfinite(small).all()
 

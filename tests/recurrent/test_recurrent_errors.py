@@ -168,8 +168,8 @@ def test_matrices_steps_and_features():
     with pytest.raises(ValueError, match=says("quasi_lstm_matrix", "`o`", "(3,)")):
         quasi_lstm_matrix(U, U, ones(3))
     with pytest.raises(TypeError, match=says("taylor_feature_map", "`order`", "float")):
-        taylor_feature_map(U, 2.0)  # pyrefly: ignore[bad-argument-type]
+        taylor_feature_map(U, order=2.0)  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match=says("taylor_feature_map", "`order`", "-1")):
-        taylor_feature_map(U, -1)
+        taylor_feature_map(U, order=-1)
     with pytest.raises(TypeError, match=says("taylor_feature_map", "`x`", "int32")):
-        taylor_feature_map(ones(3, int), 2)
+        taylor_feature_map(ones(3, int), order=2)

@@ -21,7 +21,7 @@ DATA = pathlib.Path(__file__).parent.parent / "data"
 def test_taylor_features_are_the_monomials_of_the_polynomial(size, order):
     random = np.random.default_rng(order)
     q, k = random.normal(size=(2, 4, size)).astype(np.float32)
-    phi = jax.jit(lambda x: taylor_feature_map(x, order))
+    phi = jax.jit(lambda x: taylor_feature_map(x, order=order))
     of_q, of_k = np.asarray(phi(q)), np.asarray(phi(k))
     assert of_q.shape == (4, math.comb(size + order, order))
     score = recurrent.taylor(order)
@@ -35,10 +35,10 @@ def test_taylor_features_are_ordered_by_degree():
     x = jnp.array([2.0, 3.0])
     degree = {1: 2.0, 2: 3.0, 3: 4.0 / 2**0.5, 4: 6.0, 5: 9.0 / 2**0.5}
     np.testing.assert_allclose(
-        taylor_feature_map(x, 2), [1.0, *degree.values()], rtol=1e-6
+        taylor_feature_map(x, order=2), [1.0, *degree.values()], rtol=1e-6
     )
     np.testing.assert_array_equal(
-        taylor_feature_map(x, 1), taylor_feature_map(x, 2)[:3]
+        taylor_feature_map(x, order=1), taylor_feature_map(x, order=2)[:3]
     )
 
 
@@ -66,7 +66,8 @@ def test_taylor_attention_approaches_softmax_attention():
 
         def attention(kept):
             phi = lambda x: (
-                taylor_feature_map(x, 12) * kept.reshape((1,) * (x.ndim - 1) + (-1,))
+                taylor_feature_map(x, order=12)
+                * kept.reshape((1,) * (x.ndim - 1) + (-1,))
             )
             return linear_attention(*batched, feature_map=phi)[0, :, 0]
 

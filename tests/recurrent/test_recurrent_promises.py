@@ -218,7 +218,9 @@ def linear(length):
     call = functools.partial(linear_attention, feature_map="taylor2")
     call = lambda q, k, v, a, call=call: call(q, k, v, log_decay=a)
     scratch = temporary(call, shape, shape, shape, (length, 2), argnums=(0, 1, 2, 3))
-    features = jax.eval_shape(lambda x: taylor_feature_map(x, 2), jnp.ones(8)).size
+    features = jax.eval_shape(
+        lambda x: taylor_feature_map(x, order=2), jnp.ones(8)
+    ).size
     of_a_sequence = 4 * length * 2 * features  # queries or keys
     return scratch, {"scores": 4 * 2 * length**2, "features": 2 * of_a_sequence}
 

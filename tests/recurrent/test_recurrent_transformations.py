@@ -139,7 +139,7 @@ def lstm():
 
 
 def taylor():
-    return lambda x: taylor_feature_map(x, 3), (draw(0, ROWS, 3),), (0,)
+    return lambda x: taylor_feature_map(x, order=3), (draw(0, ROWS, 3),), (0,)
 
 
 CASES = [

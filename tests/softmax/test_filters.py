@@ -17,7 +17,11 @@ from tests.oracles import gates as oracle
 top_k_logits = computed(library.top_k_logits)
 top_p_logits = computed(library.top_p_logits)
 min_p_logits = computed(library.min_p_logits)
-FILTERS = {"top_k": top_k_logits, "top_p": top_p_logits, "min_p": min_p_logits}
+FILTERS = {
+    "top_k": lambda x, k, **options: top_k_logits(x, k=k, **options),
+    "top_p": lambda x, p, **options: top_p_logits(x, p=p, **options),
+    "min_p": lambda x, p, **options: min_p_logits(x, p=p, **options),
+}
 INF, NAN = jnp.inf, jnp.nan
 softmax = computed(library.softmax)
 STATIC = {"top_k": (1, 3, 20), "top_p": (0.0, 0.3, 0.9, 1.0), "min_p": (0.0, 0.2, 1.0)}
@@ -67,11 +71,11 @@ def test_matches_oracle_for_static_and_traced_values(kind, dtype):
 def test_ties_at_the_cut():
     x = np.log(np.full(5, 0.2, np.float32))
     kept = lambda y: np.flatnonzero(y > -INF).tolist()
-    assert kept(top_k_logits(x, 2)) == [0, 1]
-    assert kept(top_k_logits(x, jnp.int32(2))) == [0, 1]
-    assert kept(top_p_logits(x, 0.3)) == [0, 1]
-    assert kept(min_p_logits(x, 1.0)) == [0, 1, 2, 3, 4]
-    assert kept(top_k_logits(f32([-0.0, 0.0, -0.0]), 1)) == [0]
+    assert kept(top_k_logits(x, k=2)) == [0, 1]
+    assert kept(top_k_logits(x, k=jnp.int32(2))) == [0, 1]
+    assert kept(top_p_logits(x, p=0.3)) == [0, 1]
+    assert kept(min_p_logits(x, p=1.0)) == [0, 1, 2, 3, 4]
+    assert kept(top_k_logits(f32([-0.0, 0.0, -0.0]), k=1)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_filters_compose_as_samplers_renormalise():
     rng = np.random.default_rng(3)
     logits = f32(rng.normal(size=(4, 30)) * 2)
     x = logits / f32(0.6)
-    x = min_p_logits(top_p_logits(top_k_logits(x, 10), 0.95), 0.02)
+    x = min_p_logits(top_p_logits(top_k_logits(x, k=10), p=0.95), p=0.02)
     for row, p in enumerate(softmax(logits / f32(0.6)).astype(float)):
         order = np.argsort(-p, kind="stable")
         p[order[10:]] = 0
@@ -170,11 +174,11 @@ def test_errors(kind, value, error, message):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: library.top_p_logits(x, 0.9),
-        lambda x: library.top_k_logits(x, 50),
-        lambda x: library.top_k_logits(x, jnp.array([50])),
-        lambda x: library.top_k_softmax(x, 50),
-        lambda x: library.soft_top_k(x, 50),
+        lambda x: library.top_p_logits(x, p=0.9),
+        lambda x: library.top_k_logits(x, k=50),
+        lambda x: library.top_k_logits(x, k=jnp.array([50])),
+        lambda x: library.top_k_softmax(x, k=50),
+        lambda x: library.soft_top_k(x, k=50),
     ],
     ids=["top_p", "top_k", "traced top_k", "top_k_softmax", "soft_top_k"],
 )
@@ -190,7 +194,7 @@ def test_nothing_is_sorted(function):
 def test_zeros_of_either_sign_are_equal(k, traced):
     x = f32([-0.0, 0.0, -1.0, 0.0, -0.0])
     number = np.array(k) if traced else k
-    kept = top_k_logits(x, number) > -np.inf
+    kept = top_k_logits(x, k=number) > -np.inf
     order = np.array([0, 1, 3, 4, 2])  # by value, then by index
     expected = np.isin(np.arange(5), order[:k])
     np.testing.assert_array_equal(kept, expected)
@@ -202,6 +206,6 @@ def test_nan_anywhere_in_a_long_row_is_found():
     rows[::2] = np.random.default_rng(0).normal(size=(6, 1000))
     for row in range(0, 12, 3):
         rows[row, 977 * row % 1000] = -np.nan if row % 2 else np.nan
-    kept = top_k_logits(rows, 3)
+    kept = top_k_logits(rows, k=3)
     bad = np.isnan(kept).all(-1)
     np.testing.assert_array_equal(bad, np.arange(12) % 3 == 0)

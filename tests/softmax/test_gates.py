@@ -30,7 +30,9 @@ def vectors():
 
 def gate_of(beta1, beta0, tau, x, activation=None):
     scores = jnp.dot(x, beta1.T, precision="highest")
-    return dense_to_sparse_gate(scores, tau, bias=beta0, activation=activation)
+    return dense_to_sparse_gate(
+        scores, temperature=tau, bias=beta0, activation=activation
+    )
 
 
 def test_vectors(vectors):
@@ -75,15 +77,21 @@ def test_gradients_of_a_mixture_are_those_of_the_vectors_and_of_its_redundancy(v
 def test_limits_of_the_temperature():
     x = f32([[0.0, 1.0, 3.0], [2.0, 2.0, 0.0]])
     assert_close(
-        dense_to_sparse_gate(x, 1e6), np.full((2, 3), 1 / 3), dtype="f4", length=3, c=64
+        dense_to_sparse_gate(x, temperature=1e6),
+        np.full((2, 3), 1 / 3),
+        dtype="f4",
+        length=3,
+        c=64,
     )
     cold = [[0, 0, 1], [0.5, 0.5, 0]]
     for tau in (1e-4, 1e-30, np.array(1e-37, np.float32)):
-        np.testing.assert_array_equal(dense_to_sparse_gate(x, tau), cold)
-    by_row = dense_to_sparse_gate(x, f32([1e-4, 1.0]))
+        np.testing.assert_array_equal(dense_to_sparse_gate(x, temperature=tau), cold)
+    by_row = dense_to_sparse_gate(x, temperature=f32([1e-4, 1.0]))
     np.testing.assert_array_equal(by_row[0], cold[0])
     assert_close(by_row[1], softmax(x[1]), dtype="float32", length=3)
-    slopes = jax.jit(jax.grad(lambda x, t: dense_to_sparse_gate(x, t)[0, 1], (0, 1)))
+    slopes = jax.jit(
+        jax.grad(lambda x, t: dense_to_sparse_gate(x, temperature=t)[0, 1], (0, 1))
+    )
     for tau in (1e-37, 1e-20, 1e-3):
         for gradient in slopes(f32(1e4) * x, f32(tau)):
             assert not np.any(gradient)  # saturated, not NaN
@@ -100,7 +108,7 @@ def test_bias_inside_and_outside_the_temperature(scaled, dtype):
     gate = jax.jit(
         lambda x, t: dense_to_sparse_gate(
             x,
-            t,
+            temperature=t,
             bias=bias,
             bias_scaled_by_temperature=scaled,
             activation=jnp.tanh,
@@ -116,10 +124,12 @@ def test_bias_inside_and_outside_the_temperature(scaled, dtype):
 
 def test_nan_and_inf_make_their_row_nan_even_through_a_bounded_activation():
     x = f32([[INF, 0.0], [NAN, 0.0], [1.0, 0.0]])
-    gate = dense_to_sparse_gate(x, 1.0, activation=jax.nn.sigmoid)
+    gate = dense_to_sparse_gate(x, temperature=1.0, activation=jax.nn.sigmoid)
     assert np.isnan(gate[:2]).all()
     assert np.isfinite(gate[2]).all()
-    assert np.isnan(dense_to_sparse_gate(x[2:], np.array(0, np.float32))).all()
+    assert np.isnan(
+        dense_to_sparse_gate(x[2:], temperature=np.array(0, np.float32))
+    ).all()
 
 
 def test_derivatives_by_scores_bias_and_temperature():
@@ -127,7 +137,9 @@ def test_derivatives_by_scores_bias_and_temperature():
         rng = np.random.default_rng(1)
         x, bias = rng.normal(size=(2, 3)), rng.normal(size=3)
         call = jax.jit(
-            lambda x, b, t: dense_to_sparse_gate(x, t, bias=b, activation=jnp.tanh)
+            lambda x, b, t: dense_to_sparse_gate(
+                x, temperature=t, bias=b, activation=jnp.tanh
+            )
         )
         check_grads(
             call, (x, bias, np.array([0.5, 2.0])), order=2, modes=["rev"], rtol=1e-5
@@ -181,7 +193,7 @@ def test_cut_of_masked_and_nan_gates_and_its_gradient():
     ("kind", "middle"), [("exponential", np.sqrt(2 * 0.1)), ("linear", 1.05)]
 )
 def test_schedule_goes_from_the_first_to_the_last_and_stays(kind, middle):
-    schedule: Any = temperature_schedule(2.0, 0.1, 10, kind=kind)
+    schedule: Any = temperature_schedule(2.0, 0.1, num_steps=10, kind=kind)
     values = np.asarray(jax.jit(schedule)(np.array([-3, 0, 5, 10, 11, 1_000_000])))
     assert values.dtype == jnp.float32
     assert_close(values, [2, 2, middle, 0.1, 0.1, 0.1], dtype="float32", length=1)
@@ -195,14 +207,22 @@ def test_schedule_goes_from_the_first_to_the_last_and_stays(kind, middle):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: dense_to_sparse_gate(jnp.zeros(3), 0.0), ValueError, "`temperature`"),
         (
-            lambda: dense_to_sparse_gate(jnp.zeros(3), 1.0, bias=jnp.zeros(2)),
+            lambda: dense_to_sparse_gate(jnp.zeros(3), temperature=0.0),
+            ValueError,
+            "`temperature`",
+        ),
+        (
+            lambda: dense_to_sparse_gate(
+                jnp.zeros(3), temperature=1.0, bias=jnp.zeros(2)
+            ),
             ValueError,
             "`bias` must broadcast",
         ),
         (
-            lambda: dense_to_sparse_gate(jnp.zeros(3), 1.0, activation=jnp.sum),
+            lambda: dense_to_sparse_gate(
+                jnp.zeros(3), temperature=1.0, activation=jnp.sum
+            ),
             ValueError,
             r"`activation\(x\)` must have shape",
         ),
@@ -214,12 +234,12 @@ def test_schedule_goes_from_the_first_to_the_last_and_stays(kind, middle):
         ),
         (lambda: sparsify_gates(jnp.zeros(3), top_k=0), ValueError, "`top_k` must be"),
         (
-            lambda: temperature_schedule(1.0, 0.0, 3),
+            lambda: temperature_schedule(1.0, 0.0, num_steps=3),
             ValueError,
             "temperature_schedule: `final` must be positive",
         ),
         (
-            lambda: temperature_schedule(1.0, 0.5, 3, kind="cosine"),  # type: ignore
+            lambda: temperature_schedule(1.0, 0.5, num_steps=3, kind="cosine"),  # type: ignore
             ValueError,
             "`kind` must be one of",
         ),

@@ -138,7 +138,7 @@ def test_density_is_that_of_the_perturbed_logits():
     with jax.enable_x64(True):
         log_x, logits = simplex_point()
         for temperature in (0.3, 2.0):
-            found = concrete_log_prob(log_x, logits, temperature)
+            found = concrete_log_prob(log_x, logits, temperature=temperature)
             expected = oracle.concrete_log_prob(log_x, logits, temperature)
             np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -147,7 +147,9 @@ def test_density_integrates_to_one():
     x = (np.arange(4000) + 0.5) / 4000
     log_x = f32(np.log(np.stack([x, 1 - x], -1)))
     logits = np.tile(f32([0.5, -0.3]), (4000, 1))
-    density = np.exp(concrete_log_prob(log_x, logits, np.array(0.8, np.float32)))
+    density = np.exp(
+        concrete_log_prob(log_x, logits, temperature=np.array(0.8, np.float32))
+    )
     np.testing.assert_allclose(density.mean(), 1, atol=2e-3)
 
 
@@ -156,16 +158,16 @@ def test_score_is_the_gradient_and_logits_have_no_scale():
         log_x, logits = simplex_point()
         logits[1, 2], log_x[1, 2] = -np.inf, np.nan
         tau = np.array([0.5, 1.0, 3.0])
-        call = jax.jit(lambda x, z, t: concrete_log_prob(x, z, t).sum())
+        call = jax.jit(lambda x, z, t: concrete_log_prob(x, z, temperature=t).sum())
         slopes = jax.jit(jax.grad(call, (0, 1)))
         by_x, by_z = jax.device_get(slopes(log_x, logits, tau))
-        score = concrete_score(log_x, logits, tau)
+        score = concrete_score(log_x, logits, temperature=tau)
         np.testing.assert_allclose(by_x, score, atol=1e-12)
         assert score[1, 2] == 0
         np.testing.assert_allclose(by_z.sum(-1), 0, atol=1e-12)
-        shifted = concrete_log_prob(log_x, logits + 7, tau)
+        shifted = concrete_log_prob(log_x, logits + 7, temperature=tau)
         np.testing.assert_allclose(
-            shifted, concrete_log_prob(log_x, logits, tau), atol=1e-12
+            shifted, concrete_log_prob(log_x, logits, temperature=tau), atol=1e-12
         )
         arguments = log_x[::2], logits[::2], tau[::2]
         check_grads(
@@ -176,15 +178,15 @@ def test_score_is_the_gradient_and_logits_have_no_scale():
 def test_density_near_a_vertex_and_of_rows_that_lack_entries():
     log_x = f32([[0, -300.0, -400.0], [0.0, -INF, 0], [0.0, 1, 2], [NAN] * 3])
     logits = f32([[1.0, 0, 0], [0.0, 0, 0], [0.0, -INF, -INF], [-INF] * 3])
-    density = concrete_log_prob(log_x, logits, 0.5)
-    score = concrete_score(log_x, logits, 0.5)
+    density = concrete_log_prob(log_x, logits, temperature=0.5)
+    score = concrete_score(log_x, logits, temperature=0.5)
     assert np.isfinite(density[0])
     assert np.isfinite(score[0]).all()
     assert np.isnan(density[1])
     assert np.isnan(score[1]).all()
     np.testing.assert_allclose(density[2:], 0, atol=1e-6)
     np.testing.assert_allclose(score[2:], [[-1, 0, 0], [0, 0, 0]], atol=1e-6)
-    assert concrete_log_prob(log_x.T, logits.T, 0.5, axis=0).shape == (4,)
+    assert concrete_log_prob(log_x.T, logits.T, temperature=0.5, axis=0).shape == (4,)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -212,7 +214,7 @@ def test_density_near_a_vertex_and_of_rows_that_lack_entries():
             r"`index` must have shape \(2,\)",
         ),
         (
-            lambda: concrete_log_prob(jnp.zeros(3), jnp.zeros(2), 1.0),
+            lambda: concrete_log_prob(jnp.zeros(3), jnp.zeros(2), temperature=1.0),
             ValueError,
             r"`logits` must have shape \(3,\)",
         ),

@@ -20,7 +20,7 @@ gating, normal = computed(top_k_gating), computed(jax.random.normal)
 @computed
 def draw(key, logits, noise_logits, k, axis=-1, where=None, noise_floor=0.0):
     return noisy_top_k_gating(
-        key, logits, noise_logits, k, axis, where=where, noise_floor=noise_floor
+        key, logits, noise_logits, k=k, axis=axis, where=where, noise_floor=noise_floor
     )
 
 
@@ -86,7 +86,7 @@ def test_loads_are_the_frequencies_of_selection_and_sum_to_k():
 
     @jax.jit
     def averages(keys):
-        draw = lambda key: noisy_top_k_gating(key, logits, noise_logits, k)
+        draw = lambda key: noisy_top_k_gating(key, logits, noise_logits, k=k)
         found = jax.vmap(draw)(keys)
         counts = jax.nn.one_hot(found.indices, 5).sum(-2)
         return found.load.mean(0), counts.mean(0)
@@ -118,7 +118,7 @@ def test_gradients_are_the_finite_differences_and_reach_the_noise():
         by_load, dv, du = rng.normal(size=(3, 2, 5))
 
         def call(v, u):
-            found = noisy_top_k_gating(KEY, v, u, 2)
+            found = noisy_top_k_gating(KEY, v, u, k=2)
             return (found.weights * by_weight).sum() + (found.load * by_load).sum()
 
         gv, gu = jax.device_get(jax.jit(jax.grad(call, (0, 1)))(logits, noise_logits))
@@ -138,7 +138,7 @@ def test_small_scales_and_missing_entries_make_no_nan():
     @jax.jit
     def slopes(v, u):
         def total(v, u):
-            found = noisy_top_k_gating(KEY, v, u, 2, where=where)
+            found = noisy_top_k_gating(KEY, v, u, k=2, where=where)
             return found.load.sum() + found.weights[:, 0].sum(), found.load
 
         return jax.grad(total, (0, 1), has_aux=True)(v, u)
@@ -194,4 +194,4 @@ def test_any_axis_and_empty_batches():
 )
 def test_errors(noise_logits, k, options, error, message):
     with pytest.raises(error, match=f"noisy_top_k_gating: .*{message}"):
-        noisy_top_k_gating(KEY, jnp.zeros(3), noise_logits, k, **options)
+        noisy_top_k_gating(KEY, jnp.zeros(3), noise_logits, k=k, **options)

@@ -85,7 +85,7 @@ def test_vectors():
         ):
             dense, *_ = both(x, bias, None, k=k, bias_in=bias_in)
             np.testing.assert_allclose(dense, data[name], rtol=1e-13)
-        pull = lambda x, g: jax.vjp(lambda x: top_k_softmax(x, k, bias=bias), x)[1](g)
+        pull = lambda x, g: jax.vjp(lambda x: top_k_softmax(x, k=k, bias=bias), x)[1](g)
         (by_x,) = jax.jit(pull)(x, of("in_cotangent"))
         np.testing.assert_allclose(by_x, data["out_gate_paper_vjp_logits"], atol=1e-14)
         tied, *_ = both(of("in_tied_logits"), None, None, k=k)
@@ -101,19 +101,19 @@ def test_exactly_k_of_tied_entries_the_lower_index_first():
 
 def test_k_of_one_is_one_hot_without_gradient_and_k_of_all_is_softmax():
     x = np.asarray(np.random.default_rng(1).normal(size=(3, 5)), np.float32)
-    first = lambda x: top_k_softmax(x, 1)
+    first = lambda x: top_k_softmax(x, k=1)
     np.testing.assert_array_equal(first(x), np.eye(5)[x.argmax(-1)])
     assert not np.any(jax.jit(jax.jacobian(first))(x))
     for k in (5, 9):
-        np.testing.assert_array_equal(top_k_softmax(x, k), softmax(x))
+        np.testing.assert_array_equal(top_k_softmax(x, k=k), softmax(x))
 
 
 def test_softmax_of_the_selected_is_softmax_of_all_divided_by_its_sum():
     x = np.asarray(np.random.default_rng(2).normal(size=(8, 6)), np.float32)
-    part = top_k_softmax(x, 3, renormalize=False)
+    part = top_k_softmax(x, k=3, renormalize=False)
     assert_close(part, np.where(part > 0, softmax(x), 0), dtype=x.dtype, length=6)
     whole = part / part.sum(-1, keepdims=True)
-    assert_close(top_k_softmax(x, 3), whole, dtype=x.dtype, length=6)
+    assert_close(top_k_softmax(x, k=3), whole, dtype=x.dtype, length=6)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -139,7 +139,7 @@ def test_entries_that_do_not_count_have_no_gradient_and_make_no_nan():
 
     def call(x, bias, renormalize):
         options: Any = {"bias": bias, "where": where, "renormalize": renormalize}
-        gates = top_k_softmax(x, 3, **options)
+        gates = top_k_softmax(x, k=3, **options)
         return (gates * jnp.arange(5.0)[None]).sum(), gates
 
     for renormalize in (True, False):
@@ -157,14 +157,14 @@ def test_entries_that_do_not_count_have_no_gradient_and_make_no_nan():
 
 def test_axes_of_a_row():
     x = np.asarray(np.random.default_rng(3).normal(size=(2, 3, 4)), np.float32)
-    moved = np.moveaxis(top_k_softmax(np.moveaxis(x, 1, -1), 2), -1, 1)
-    np.testing.assert_array_equal(top_k_softmax(x, 2, axis=1), moved)
-    flat = top_k_softmax(x.reshape(-1), 5).reshape(x.shape)
-    np.testing.assert_array_equal(top_k_softmax(x, 5, axis=None), flat)
-    np.testing.assert_array_equal(top_k_softmax(x, 5, axis=(0, 1, 2)), flat)
-    weights, indices = top_k_gating(x, 2, axis=1)
+    moved = np.moveaxis(top_k_softmax(np.moveaxis(x, 1, -1), k=2), -1, 1)
+    np.testing.assert_array_equal(top_k_softmax(x, k=2, axis=1), moved)
+    flat = top_k_softmax(x.reshape(-1), k=5).reshape(x.shape)
+    np.testing.assert_array_equal(top_k_softmax(x, k=5, axis=None), flat)
+    np.testing.assert_array_equal(top_k_softmax(x, k=5, axis=(0, 1, 2)), flat)
+    weights, indices = top_k_gating(x, k=2, axis=1)
     assert weights.shape == indices.shape == (2, 2, 4)
-    taken = np.take_along_axis(top_k_softmax(x, 2, axis=1), indices, axis=1)
+    taken = np.take_along_axis(top_k_softmax(x, k=2, axis=1), indices, axis=1)
     assert_close(weights, taken, dtype=x.dtype, length=3)
 
 
@@ -175,15 +175,15 @@ def test_empty_batches_and_rows_of_one(shape):
     assert dense.shape == x.shape
     assert weights.shape == indices.shape == (*shape[:-1], 1)
     assert (dense == 1).all() or x.size == 0
-    assert top_k_softmax(np.zeros((2, 0), np.float32), 3).shape == (2, 0)
+    assert top_k_softmax(np.zeros((2, 0), np.float32), k=3).shape == (2, 0)
 
 
 @pytest.mark.slow
 def test_transformations():
     bias = problem("float32")[1]
     call = lambda x, bias: (
-        top_k_softmax(x, 3, bias=bias, bias_in="both"),
-        top_k_gating(x, 2, bias=bias, renormalize=False)[0],
+        top_k_softmax(x, k=3, bias=bias, bias_in="both"),
+        top_k_gating(x, k=2, bias=bias, renormalize=False)[0],
     )
     x = np.asarray(np.random.default_rng(4).normal(size=(4, 5)), np.float32)
     check_transformations(call, x, bias[:5])
@@ -200,18 +200,18 @@ def test_array_k_has_a_value_per_row():
 
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
+    ("x", "options", "error", "message"),
     [
-        ((jnp.zeros(3, int), 1), {}, TypeError, "`x` must have a floating dtype"),
-        ((jnp.zeros(3), 0), {}, ValueError, "`k` must be at least 1, got 0"),
-        ((jnp.zeros(3), 1.0), {}, TypeError, "`k` must be a Python int"),
-        ((jnp.zeros(3), 4), {}, ValueError, "at most the size of `axis`, 3, got 4"),
-        ((jnp.zeros(3), 1), {"bias_in": "x"}, ValueError, "'both', got 'x'"),
-        ((jnp.zeros(3), 1), {"bias": jnp.zeros(2)}, ValueError, "`bias` must broad"),
-        ((jnp.zeros(3), 1), {"where": jnp.ones(3)}, TypeError, "`where` must have"),
-        ((jnp.zeros(3), 1, 1), {}, ValueError, "`axis` must hold axes"),
+        (jnp.zeros(3, int), {"k": 1}, TypeError, "`x` must have a floating dtype"),
+        (jnp.zeros(3), {"k": 0}, ValueError, "`k` must be at least 1, got 0"),
+        (jnp.zeros(3), {"k": 1.0}, TypeError, "`k` must be a Python int"),
+        (jnp.zeros(3), {"k": 4}, ValueError, "at most the size of `axis`, 3, got 4"),
+        (jnp.zeros(3), {"k": 1, "bias_in": "x"}, ValueError, "'both', got 'x'"),
+        (jnp.zeros(3), {"k": 1, "bias": jnp.zeros(2)}, ValueError, "`bias` must broad"),
+        (jnp.zeros(3), {"k": 1, "where": jnp.ones(3)}, TypeError, "`where` must have"),
+        (jnp.zeros(3), {"k": 1, "axis": 1}, ValueError, "`axis` must hold axes"),
     ],
 )
-def test_errors(arguments, options, error, message):
+def test_errors(x, options, error, message):
     with pytest.raises(error, match=f"top_k_gating: .*{message}"):
-        top_k_gating(*arguments, **options)
+        top_k_gating(x, **options)

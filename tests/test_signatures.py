@@ -1,0 +1,94 @@
+"""Rules over the parameters of everything public: one word and one place for a thing.
+
+A user who knows one function can call the next. Constructors of dataclasses and named
+tuples list fields, which have an order, and are not asked for theirs.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tests.public_names import public_methods, public_names
+
+# Numbers whose meaning a call does not show without the name.
+KEYWORD_ONLY = {
+    "epsilon",
+    "implementation",
+    "is_causal",
+    "k",
+    "num_samples",
+    "num_steps",
+    "order",
+    "p",
+    "precision",
+    "scale",
+    "softcap",
+    "temperature",
+    "top_k",
+}
+
+
+# Where `jax.nn` and `jax.random` have it: after an array, or after a key and an array.
+AXIS_AFTER = ([], ["key"])
+
+
+def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Public functions, methods, and constructors that are written out."""
+    for public in public_names():
+        if inspect.isfunction(public.value):
+            yield public.address, public.value
+        elif isinstance(public.value, type):
+            members = dict(public_methods(public.value))
+            if "__init__" in vars(public.value) and is_written(public.value.__init__):
+                members["__init__"] = public.value.__init__
+            for name, member in members.items():
+                if not isinstance(member, property):
+                    function = getattr(member, "__func__", member)
+                    yield f"{public.address}.{name}", function
+
+
+def is_written(function: Callable[..., Any]) -> bool:
+    """Whether it stands in a file, and was not made by `dataclasses`."""
+    return inspect.unwrap(function).__code__.co_filename.endswith(".py")
+
+
+def positional(function: Callable[..., Any]) -> list[str]:
+    """Parameters that a call may give by their place."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in ("self", "cls") and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+
+
+FUNCTIONS = dict(functions())
+
+
+def test_functions_methods_and_constructors_are_found():
+    names = ("softmax.softmax", "LinearLogits.__init__", "nn.OutputHead.__init__")
+    assert {f"softlib.{name}" for name in names} <= FUNCTIONS.keys()
+    assert "softlib.losses.FactoredSphericalState.sgd_step" in FUNCTIONS
+    assert "softlib.masks.Causal.__init__" not in FUNCTIONS
+
+
+def test_options_whose_meaning_a_call_does_not_show_are_keywords():
+    found = {
+        name: sorted(unnamed)
+        for name, function in FUNCTIONS.items()
+        if (unnamed := {p for p in positional(function) if is_option(p)})
+    }
+    assert not found, "must be keyword-only"
+
+
+def is_option(parameter: str) -> bool:
+    return parameter in KEYWORD_ONLY or parameter.endswith("_temperature")
+
+
+def test_the_axis_is_a_keyword_or_the_last_after_the_array():
+    found = {
+        name: given
+        for name, function in FUNCTIONS.items()
+        if "axis" in (given := positional(function))
+        and (given[-1] != "axis" or given[:-2] not in AXIS_AFTER)
+    }
+    assert not found, "`axis` must be keyword-only"
