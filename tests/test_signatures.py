@@ -92,3 +92,20 @@ def test_the_axis_is_a_keyword_or_the_last_after_the_array():
         and (given[-1] != "axis" or given[:-2] not in AXIS_AFTER)
     }
     assert not found, "`axis` must be keyword-only"
+
+
+# What a thing is called elsewhere, and its word here.
+OTHER_WORDS = {
+    "causal": "is_causal",
+    "logit_scale": "scale",
+    "logit_softcap": "softcap",
+}
+
+
+def test_a_thing_has_one_word():
+    found = {
+        name: {p: OTHER_WORDS[p] for p in inspect.signature(function).parameters}
+        for name, function in FUNCTIONS.items()
+        if OTHER_WORDS.keys() & inspect.signature(function).parameters.keys()
+    }
+    assert not found

@@ -32,7 +32,7 @@ class _Options(TypedDict, total=False):
     rtol: float | None
     degree: int | None
     basis: Basis
-    causal: bool
+    is_causal: bool
     precision: Precision
 
 
@@ -67,7 +67,7 @@ def kronecker_attention_polynomial(
     rtol: float | None = None,
     degree: int | None = None,
     basis: Basis = "chebyshev",
-    causal: bool = False,
+    is_causal: bool = False,
     return_bound: bool = False,
     precision: Precision = None,
 ) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
@@ -107,7 +107,7 @@ def kronecker_attention_polynomial(
             `exp_polynomial_error` of the bound and the degree is the $\varepsilon$ of
             the row. The Taylor polynomial does not depend on the bound.
         basis: Static; "chebyshev" or "taylor", see `exp_polynomial`.
-        causal: Static; True lets query i see key i of each axis and those before it.
+        is_causal: Static; True lets query i see key i of each axis and those before it.
             All lengths must be that of the query.
         return_bound: Static; whether to return the bound of every row too.
         precision: Of the matrix products, as in `jax.lax.dot_general`. Accelerators
@@ -161,10 +161,10 @@ def kronecker_attention_polynomial(
     function = "kronecker_attention_polynomial"
     shapes = tuple_shapes(function, query, keys, values)
     for axis, own in enumerate(shapes):
-        if causal and own.key_length != own.query_length:
+        if is_causal and own.key_length != own.query_length:
             raise ValueError(
                 f"{function}: `keys[{axis}]` must be as long as `query` "
-                f"({own.query_length}) if `causal`, got {own.key_length}."
+                f"({own.query_length}) if `is_causal`, got {own.key_length}."
             )
     width = query.shape[-1]
     polynomial = _polynomial(function, logit_bound, rtol, degree, basis, width)
@@ -178,7 +178,7 @@ def kronecker_attention_polynomial(
     def call(query: Array, factor: Array, arrays: Any) -> tuple[Array, Array]:
         query, factor, (keys, values) = match_varying((query, factor, arrays))
         query = query.astype(dtype) * factor
-        return _attend(query, keys, values, polynomial, causal, precision)
+        return _attend(query, keys, values, polynomial, is_causal, precision)
 
     specs = lambda spec: (spec, PartitionSpec(*spec[:3]))
     (flat,) = shapes[0].flat(query)
@@ -198,7 +198,7 @@ def _attend(
     keys: tuple[Array, ...],
     values: tuple[Array, ...],
     polynomial: _Polynomial,
-    causal: bool,
+    is_causal: bool,
     precision: Precision,
 ) -> tuple[Array, Array]:
     """The output and the bounds of rows; one batch axis, one dtype, scaled queries."""
@@ -207,7 +207,7 @@ def _attend(
     dtype = query.dtype
     per_key = heads // key_heads
     query = query.reshape(batch, length, key_heads, per_key, width)
-    bound = _bound(lax.stop_gradient(query), lax.stop_gradient(keys), causal)
+    bound = _bound(lax.stop_gradient(query), lax.stop_gradient(keys), is_causal)
     by_head = lambda row: row.reshape(batch, length, heads, *row.shape[4:])
     if 0 in (batch, length, heads, *(key.shape[1] for key in keys)):
         out = jnp.zeros((batch, length, heads, features), dtype)
@@ -227,7 +227,7 @@ def _attend(
         key.transpose(0, 2, 3, 1).reshape(groups, width, key.shape[1]) for key in keys
     ]
     for t, key in enumerate(key_columns):
-        unit = _unit(lax.stop_gradient(key), causal)
+        unit = _unit(lax.stop_gradient(key), is_causal)
         query_columns, key_columns[t] = query_columns * unit, key / unit
     with_ones = tuple(
         jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
@@ -244,7 +244,7 @@ def _attend(
         tuple(key_columns),
         with_ones,
         factors,
-        causal=causal,
+        is_causal=is_causal,
         precision=precision,
     )
     numerator, denominator = sums[:, :-1], sums[:, -1:]
@@ -256,11 +256,11 @@ def _attend(
     return by_head(out.transpose(0, 3, 1, 4, 2)), by_head(bound)
 
 
-def _bound(query: Array, keys: tuple[Array, ...], causal: bool) -> Array:
+def _bound(query: Array, keys: tuple[Array, ...], is_causal: bool) -> Array:
     """An upper bound of every |score| of a row, (b, T, K, N/K); keys (b, S, K, H)."""
 
     def largest(array: Array) -> Array:
-        if causal:
+        if is_causal:
             return lax.cummax(array, axis=1)
         # Starts from 0, the bound where there are no keys.
         return array.max(1, keepdims=True, initial=0)
@@ -292,15 +292,15 @@ def _norms(size: Array) -> list[Array]:
     return [size.sum(-1), top * jnp.sqrt(jnp.square(size / safe).sum(-1)), top]
 
 
-def _unit(key: Array, causal: bool) -> Array:
+def _unit(key: Array, is_causal: bool) -> Array:
     """Powers of two by which keys are divided to be near 1, per group (and feature).
 
     The query is multiplied by them instead: so no product of powers leaves the range of
     floats if scores are moderate. For causal attention only the first token decides,
     since results must not depend on later tokens.
     """
-    seen = jnp.abs(key[..., :1] if causal else key)
-    top = seen.max((1, 2) if causal else 2, keepdims=True, initial=0)
+    seen = jnp.abs(key[..., :1] if is_causal else key)
+    top = seen.max((1, 2) if is_causal else 2, keepdims=True, initial=0)
     top = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
     return jnp.ldexp(jnp.ones_like(top), jnp.frexp(top)[1])
 

@@ -274,7 +274,7 @@ class TensorAttention(nnx.Module):
             rtol=self.rtol,
             degree=self.degree,
             basis=self.basis,
-            causal=is_causal,
+            is_causal=is_causal,
             **shared,
         )
         return found[..., 1:, :, :] if extra else found

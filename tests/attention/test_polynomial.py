@@ -107,15 +107,17 @@ def test_matches_oracle(case):
             heads=case["heads"],
             dtype=jnp.float64,
         )
-        causal = lengths == "causal"
-        call = program(basis=case["basis"], causal=causal, return_bound=True, **options)
+        is_causal = lengths == "causal"
+        call = program(
+            basis=case["basis"], is_causal=is_causal, return_bound=True, **options
+        )
         out, bound = call(*arrays)
     if given == "rtol":
         degree = len(exp_polynomial(1.0, 0.03, basis=case["basis"])) - 1
     function = oracle.polynomial(case["basis"], degree, options.get("logit_bound"))
     bounds = bound.reshape(-1, *bound.shape[-2:])
     expected = oracle.attention(
-        *with_batch_axis(arrays), function=function, causal=causal, bound=bounds
+        *with_batch_axis(arrays), function=function, is_causal=is_causal, bound=bounds
     )
     assert_close(out, expected.reshape(out.shape), dtype=jnp.float64, length=1000, c=8)
 
@@ -129,8 +131,10 @@ def test_independent_vectors():
         arrays = (*get("q"), get("k1", "k2"), get("v1", "v2"))
         bound, rtol = (data[f"in_poly_{name}"].item() for name in ("R", "eps"))
         close = functools.partial(assert_close, dtype=jnp.float64, length=16)
-        for causal, name in ((False, "taylor"), (True, "taylor_causal")):
-            call = program(logit_bound=bound, rtol=rtol, basis="taylor", causal=causal)
+        for is_causal, name in ((False, "taylor"), (True, "taylor_causal")):
+            call = program(
+                logit_bound=bound, rtol=rtol, basis="taylor", is_causal=is_causal
+            )
             close(call(*arrays)[:, 0], data[f"out_poly_{name}"])
         call = program(logit_bound=bound, rtol=rtol)
         error = call(*arrays)[:, 0] - data["out_poly_exact"]
@@ -139,19 +143,19 @@ def test_independent_vectors():
     assert abs(error).max() < 1e-6
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
-def test_dtypes(dtype, causal):
+def test_dtypes(dtype, is_causal):
     with jax.enable_x64(dtype == "float64"):
         arrays = problem(dtype=jnp.dtype(dtype))
-        out, bound = program(degree=3, causal=causal, return_bound=True)(*arrays)
+        out, bound = program(degree=3, is_causal=is_causal, return_bound=True)(*arrays)
         assert out.dtype == jnp.dtype(dtype)
         assert bound.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
     function = oracle.polynomial("chebyshev", 3)
     expected = oracle.attention(
         *with_batch_axis(arrays),
         function=function,
-        causal=causal,
+        is_causal=is_causal,
         bound=bound,
     )
     assert_close(out, expected, dtype=dtype, length=25)
@@ -226,20 +230,20 @@ CERTIFIED = [
 
 
 @functools.cache
-def certified(basis, degree, causal):
+def certified(basis, degree, is_causal):
     return jax.jit(
         functools.partial(
             kronecker_attention_polynomial,
             basis=basis,
             degree=degree,
-            causal=causal,
+            is_causal=is_causal,
             return_bound=True,
         )
     )
 
 
 @pytest.mark.parametrize(
-    ("order", "basis", "degree", "causal"),
+    ("order", "basis", "degree", "is_causal"),
     [*((*case, False) for case in CERTIFIED), (2, "chebyshev", 3, True)],
 )
 @hypothesis.settings(max_examples=15)
@@ -247,7 +251,7 @@ def certified(basis, degree, causal):
     seed=st.integers(0, 2**31), bound=st.floats(1e-3, 4.0), corner=st.booleans()
 )
 def test_error_is_at_most_the_certificate(
-    order, basis, degree, causal, seed, bound, corner
+    order, basis, degree, is_causal, seed, bound, corner
 ):
     with jax.enable_x64():
         arrays = problem(order, bound=bound, dtype=jnp.float64, seed=seed)
@@ -255,9 +259,9 @@ def test_error_is_at_most_the_certificate(
             top = bound ** (1 / (order + 1))
             at_end = lambda x: top * np.sign(x)
             arrays = jax.tree.map(at_end, arrays[:2]) + arrays[2:]
-        found = certified(basis, degree, causal)(*arrays)
+        found = certified(basis, degree, is_causal)(*arrays)
         out, bounds = map(np.asarray, found)
-        exact = exact_attention(*arrays, causal=causal)
+        exact = exact_attention(*arrays, is_causal=is_causal)
     assert bounds.max() <= bound * (1 + 1e-12)
     largest = np.prod([np.abs(value).max() for value in arrays[2]])
     for place in np.ndindex(bounds.shape):
@@ -269,11 +273,11 @@ def test_error_is_at_most_the_certificate(
 
 
 @functools.cache
-def bounds_alone(causal, scale):
+def bounds_alone(is_causal, scale):
     call = functools.partial(
         kronecker_attention_polynomial,
         degree=0,
-        causal=causal,
+        is_causal=is_causal,
         scale=scale,
         return_bound=True,
     )
@@ -281,14 +285,14 @@ def bounds_alone(causal, scale):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
 @hypothesis.settings(max_examples=15)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
     spread=st.sampled_from([0, 2, 20, -20]),
     scale=st.sampled_from([1.0, -0.3]),
 )
-def test_no_score_exceeds_the_bound(order, causal, seed, spread, scale):
+def test_no_score_exceeds_the_bound(order, is_causal, seed, spread, scale):
     random = np.random.default_rng(seed)
     query, keys, values = problem(order, heads=(2, 1), seed=seed)
     # Entries of very different sizes, and zeros.
@@ -298,12 +302,12 @@ def test_no_score_exceeds_the_bound(order, causal, seed, spread, scale):
         * (random.uniform(size=x.shape) < 0.8)
     )
     query, keys = vary(query), tuple(map(vary, keys))
-    bound = np.asarray(bounds_alone(causal, scale)(query, keys, values), np.float64)
+    bound = np.asarray(bounds_alone(is_causal, scale)(query, keys, values), np.float64)
     assert not np.isnan(bound).any()
     q, ks = with_batch_axis((query, keys))
     least = np.zeros_like(bound)
     for b, i, n in np.ndindex(bound.shape):
-        seen = slice(0, i + 1 if causal else None)
+        seen = slice(0, i + 1 if is_causal else None)
         scores = abs(oracle.outer([k[b, seen, 0] for k in ks], q[b, i, n]))
         least[b, i, n] = abs(scale) * scores.max()
     assert (least <= bound * (1 + 20 * 2.0**-23) + 1e-37).all()
@@ -394,7 +398,7 @@ def test_gradient_of_rows_that_are_nan_is_0():
 @pytest.mark.parametrize("options", [{"degree": 3}, {"logit_bound": 1.0}])
 def test_the_future_changes_no_row(options):
     query, keys, values = problem(length=9)
-    call = program(causal=True, return_bound=True, **options)
+    call = program(is_causal=True, return_bound=True, **options)
     expected = call(query, keys, values)
     for bad in (2.0, 1e30, np.inf, np.nan):
         later = lambda x, bad=bad: planted(x, np.s_[:, 6:], bad)
@@ -434,29 +438,29 @@ def test_an_axis_without_keys_gives_0(lengths):
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_no_queries(causal):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_queries(is_causal):
     query, keys, values = problem(length=0)
-    call = program(degree=2, causal=causal, return_bound=True)
+    call = program(degree=2, is_causal=is_causal, return_bound=True)
     out, bound = call(query, keys, values)
     assert out.shape == (1, 0, 2, 2)
     assert bound.shape == (1, 0, 2)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_large_keys_and_small_queries_are_moderate_scores(causal):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_large_keys_and_small_queries_are_moderate_scores(is_causal):
     query, (k1, k2), values = problem()
-    call = program(degree=8, causal=causal)
+    call = program(degree=8, is_causal=is_causal)
     expected = call(query, (k1, k2), values)
     found = call(query * 2.0**-70, (k1 * 2.0**40, k2 * 2.0**30), values)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    if not causal:  # features of different sizes
+    if not is_causal:  # features of different sizes
         sizes = f32([2**30, 2**-30, 1]).reshape(1, 1, 1, 3)
         found = call(query * sizes, (k1 / sizes, k2), values)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def dense(query, keys, values, scale, coefficients, causal):
+def dense(query, keys, values, scale, coefficients, is_causal):
     """Every score; differentiable."""
     axes = "jkl"[: len(keys)]
     n, k = query.shape[-2], keys[0].shape[-2]
@@ -466,7 +470,7 @@ def dense(query, keys, values, scale, coefficients, causal):
     terms = ",".join(["bihc", *(f"b{a}hc" for a in axes)])
     x = scale * jnp.einsum(f"{terms}->bhi{axes}", query, *keys)
     p = jnp.polyval(jnp.asarray(coefficients[::-1]), x)
-    if causal:
+    if is_causal:
         for a in range(len(axes)):
             shape = [1] * p.ndim
             shape[2], shape[3 + a] = p.shape[2], p.shape[3 + a]
@@ -479,17 +483,19 @@ def dense(query, keys, values, scale, coefficients, causal):
 
 @pytest.mark.usefixtures("many_blocks")
 @pytest.mark.parametrize(
-    ("order", "causal"), [(1, True), (2, False), (2, True), (3, False)]
+    ("order", "is_causal"), [(1, True), (2, False), (2, True), (3, False)]
 )
-def test_gradients_are_those_of_the_dense_polynomial(order, causal):
+def test_gradients_are_those_of_the_dense_polynomial(order, is_causal):
     with jax.enable_x64():
         arrays = problem(order, heads=(4, 2), dtype=jnp.float64)
         coefficients = exp_polynomial(1.5, 0.05)
         cotangent = problem(order, width=2, heads=(4, 2), dtype=jnp.float64)[0]
         call = lambda *a: kronecker_attention_polynomial(
-            *a[:3], scale=a[3], logit_bound=1.5, rtol=0.05, causal=causal
+            *a[:3], scale=a[3], logit_bound=1.5, rtol=0.05, is_causal=is_causal
         )
-        plain = lambda q, ks, vs, scale: dense(q, ks, vs, scale, coefficients, causal)
+        plain = lambda q, ks, vs, scale: dense(
+            q, ks, vs, scale, coefficients, is_causal
+        )
         gradient = lambda f: jax.jit(
             jax.value_and_grad(
                 lambda *a: (f(*a) * cotangent).sum(), argnums=(0, 1, 2, 3)
@@ -514,7 +520,7 @@ def test_the_bound_is_a_constant():
     assert not np.any(of_bound)
 
 
-def temporary(n, degree, *, causal, gradient):
+def temporary(n, degree, *, is_causal, gradient):
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     arrays = (
         struct(n, 1, 4),
@@ -522,7 +528,7 @@ def temporary(n, degree, *, causal, gradient):
         (struct(n, 1, 4), struct(n, 1, 4)),
     )
     call = lambda query, keys, values: kronecker_attention_polynomial(
-        query, keys, values, degree=degree, logit_bound=1.0, causal=causal
+        query, keys, values, degree=degree, logit_bound=1.0, is_causal=is_causal
     )
     total = lambda *arrays: call(*arrays).sum()
     function = jax.grad(total, argnums=(0, 1, 2)) if gradient else call
@@ -532,7 +538,7 @@ def temporary(n, degree, *, causal, gradient):
 
 
 @pytest.mark.parametrize(
-    ("causal", "gradient"),
+    ("is_causal", "gradient"),
     [
         (False, False),
         (False, True),
@@ -540,8 +546,8 @@ def temporary(n, degree, *, causal, gradient):
         pytest.param(True, True, marks=pytest.mark.slow),
     ],
 )
-def test_memory_is_linear_and_does_not_depend_on_the_rank(causal, gradient):
-    size = functools.partial(temporary, causal=causal, gradient=gradient)
+def test_memory_is_linear_and_does_not_depend_on_the_rank(is_causal, gradient):
+    size = functools.partial(temporary, is_causal=is_causal, gradient=gradient)
     middle, large = size(2**16, 4), size(2**17, 4)
     assert gradient or middle < 2.05 * size(2**15, 4)
     assert large < 2.05 * middle
@@ -553,9 +559,12 @@ def test_memory_is_linear_and_does_not_depend_on_the_rank(causal, gradient):
 
 def test_vmap_is_a_loop():
     query, keys, values = problem(batch=(3,))
-    for causal in (False, True):
+    for is_causal in (False, True):
         call = functools.partial(
-            kronecker_attention_polynomial, degree=3, causal=causal, return_bound=True
+            kronecker_attention_polynomial,
+            degree=3,
+            is_causal=is_causal,
+            return_bound=True,
         )
         found = jax.jit(jax.vmap(call))(query, keys, values)
         expected = jax.jit(call)(query, keys, values)
@@ -563,8 +572,8 @@ def test_vmap_is_a_loop():
             np.testing.assert_allclose(one, two, atol=1e-6)
 
 
-@pytest.mark.parametrize(("causal", "of"), [(False, jax.jacrev), (True, jax.jacfwd)])
-def test_derivatives_of_second_order(causal, of):
+@pytest.mark.parametrize(("is_causal", "of"), [(False, jax.jacrev), (True, jax.jacfwd)])
+def test_derivatives_of_second_order(is_causal, of):
     with jax.enable_x64():
         arrays = problem(length=3, heads=(1, 1), width=2, dtype=jnp.float64)
         query, keys, values = jax.device_put(arrays)
@@ -576,9 +585,11 @@ def test_derivatives_of_second_order(causal, of):
             return lambda q, k: jnp.sin(3 * call(q, k)).sum()
 
         found = total(
-            lambda *a: kronecker_attention_polynomial(*a, causal=causal, **fixed)
+            lambda *a: kronecker_attention_polynomial(*a, is_causal=is_causal, **fixed)
         )
-        plain = total(lambda q, ks, vs: dense(q, ks, vs, 1 / 2, coefficients, causal))
+        plain = total(
+            lambda q, ks, vs: dense(q, ks, vs, 1 / 2, coefficients, is_causal)
+        )
         second = lambda f: jax.jit(of(jax.grad(f, (0, 1)), (0, 1)))(query, keys[0])
         pairs = zip(*map(jax.tree.leaves, (second(found), second(plain))), strict=True)
         for one, two in pairs:
@@ -586,12 +597,14 @@ def test_derivatives_of_second_order(causal, of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("causal", "basis"), [(True, "taylor"), (False, "chebyshev")])
-def test_transformations(causal, basis):
+@pytest.mark.parametrize(
+    ("is_causal", "basis"), [(True, "taylor"), (False, "chebyshev")]
+)
+def test_transformations(is_causal, basis):
     query, keys, values = problem(batch=(8,), length=3, heads=(2, 1), width=2)
     check_transformations(
         lambda q, k1, k2, v1, v2: kronecker_attention_polynomial(
-            q, (k1, k2), (v1, v2), causal=causal, degree=3, basis=basis
+            q, (k1, k2), (v1, v2), is_causal=is_causal, degree=3, basis=basis
         ),
         *(query, *keys, *values),
         rows=range(5),
@@ -638,9 +651,9 @@ ERRORS = [
         r"`values\[1\]` must have a floating",
     ),
     (
-        {"query": jnp.ones((4, 2, 3)), "causal": True},
+        {"query": jnp.ones((4, 2, 3)), "is_causal": True},
         ValueError,
-        r"`keys\[0\]` must be as long as `query` \(4\) if `causal`, got 5",
+        r"`keys\[0\]` must be as long as `query` \(4\) if `is_causal`, got 5",
     ),
     ({"logit_bound": None}, ValueError, "`logit_bound` or `degree` must be given"),
     ({"logit_bound": 0.0}, ValueError, "`logit_bound` must be positive"),

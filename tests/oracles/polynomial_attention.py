@@ -6,7 +6,9 @@ import string
 import numpy as np
 
 
-def attention(query, keys, values, function, *, scale=None, causal=False, bound=None):
+def attention(
+    query, keys, values, function, *, scale=None, is_causal=False, bound=None
+):
     """Layout (B, T, N, H); `function(scores, bound of the row)` replaces exp."""
     query = np.asarray(query, np.float64)
     keys, values = ([np.asarray(x, np.float64) for x in xs] for xs in (keys, values))
@@ -15,7 +17,7 @@ def attention(query, keys, values, function, *, scale=None, causal=False, bound=
     scale = 1 / width if scale is None else scale
     out = np.zeros((batch, length, heads, values[0].shape[-1]))
     for b, i, n in np.ndindex(batch, length, heads):
-        seen = slice(0, i + 1 if causal else None)
+        seen = slice(0, i + 1 if is_causal else None)
         scores = scale * outer([x[b, seen, n // per_key] for x in keys], query[b, i, n])
         weights = function(scores, None if bound is None else bound[b, i, n])
         products = [x[b, seen, n // per_key] for x in values]

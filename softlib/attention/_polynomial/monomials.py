@@ -89,7 +89,7 @@ def attend(
     values: tuple[Array, ...],
     factors: np.ndarray | Array,
     *,
-    causal: bool,
+    is_causal: bool,
     precision: Precision,
 ) -> Array:
     """Sums over keys of P times the values, (groups, E, columns of the query).
@@ -101,13 +101,13 @@ def attend(
     """
     if isinstance(factors, np.ndarray):
         known = tuple(factors.tolist())  # compares by value
-        return _attend(causal, precision, known, query, keys, values, None)
-    return _attend(causal, precision, None, query, keys, values, factors)
+        return _attend(is_causal, precision, known, query, keys, values, None)
+    return _attend(is_causal, precision, None, query, keys, values, factors)
 
 
 @compiled_once(0, 1, 2)
 def _attend(
-    causal: bool,
+    is_causal: bool,
     precision: Precision,
     known: tuple[float, ...] | None,
     query: Array,
@@ -125,7 +125,7 @@ def _attend(
         degree = traced.shape[1] - 1
     table = monomials(width, degree, CHUNK)
     size = table.rows.shape[1]
-    if causal:
+    if is_causal:
         length = keys[0].shape[-1]
         per_key = columns // length
         block = _block(length, groups * size * (features + per_key))
@@ -194,7 +194,7 @@ def _attend(
         blocks = (query_blocks, key_blocks)
         return lax.scan(recomputed(step), [zeros] * len(keys), blocks)[1]
 
-    contribution = recomputed(over_the_past if causal else over_all)
+    contribution = recomputed(over_the_past if is_causal else over_all)
     total = (query_blocks[0].shape[0], groups, features, query_blocks[0].shape[-1])
     chunks = (table.rows, query_rows, weights.astype(dtype))
     total, _ = lax.scan(
