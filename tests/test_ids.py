@@ -31,8 +31,8 @@ FUNCTIONS = {
     "centroids": lambda ids: information.class_centroids(
         PROBS, ids, num_classes=CLASSES
     ),
-    "contrastive": lambda ids: losses.global_contrastive_update(
-        STATE, ids, LOGITS[:, :7], temperature=0.5, gamma=0.5
+    "contrastive": lambda ids: STATE.update(
+        ids, LOGITS[:, :7], temperature=0.5, gamma=0.5
     ),
     "propensity": lambda ids: metrics.propensity_scored_precision_at_k(
         ORDER, ids[:, None], jnp.full(CLASSES, 0.5), k=3

@@ -5,10 +5,12 @@ tuples list fields, which have an order, and are not asked for theirs.
 """
 
 import inspect
+import types
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.public_names import public_methods, public_names
+from tests import public_names
 
 # Numbers whose meaning a call does not show without the name.
 KEYWORD_ONLY = {
@@ -34,11 +36,11 @@ AXIS_AFTER = ([], ["key"])
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:
     """Public functions, methods, and constructors that are written out."""
-    for public in public_names():
+    for public in public_names.public_names():
         if inspect.isfunction(public.value):
             yield public.address, public.value
         elif isinstance(public.value, type):
-            members = dict(public_methods(public.value))
+            members = dict(public_names.public_methods(public.value))
             if "__init__" in vars(public.value) and is_written(public.value.__init__):
                 members["__init__"] = public.value.__init__
             for name, member in members.items():
@@ -109,3 +111,48 @@ def test_a_thing_has_one_word():
         if OTHER_WORDS.keys() & inspect.signature(function).parameters.keys()
     }
     assert not found
+
+
+# What `softlib.logits` asks values for; users have `row_statistics` and `top_k`.
+ASKED_BY_FUNCTIONS = ("chained_statistics", "top_classes")
+
+
+def results(function: Callable[..., Any]) -> list[Any]:
+    """The types of which the annotation of the result is a union, or its only one."""
+    annotation = inspect.signature(function).return_annotation
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return list(typing.get_args(annotation)) if is_union else [annotation]
+
+
+def test_several_results_have_names():
+    found = [
+        name
+        for name, function in FUNCTIONS.items()
+        if any(typing.get_origin(result) is tuple for result in results(function))
+        and not name.endswith(ASKED_BY_FUNCTIONS)
+    ]
+    assert not found, "must return a NamedTuple"
+
+
+def test_a_flag_is_called_after_the_field_that_it_adds():
+    """`return_lse` adds `lse`; `return_statistics` adds more than one field."""
+    found, flags = {}, 0
+    for name, function in FUNCTIONS.items():
+        added = [result._fields for result in results(function) if is_fields(result)]
+        for parameter in inspect.signature(function).parameters:
+            if parameter.startswith("return_"):
+                flags += 1
+                field = parameter.removeprefix("return_")
+                more = 3 if field == "statistics" else 2
+                if not any(len(own) >= more and is_in(field, own) for own in added):
+                    found[name] = parameter
+    assert not found
+    assert flags > 15
+
+
+def is_fields(result: Any) -> bool:
+    return isinstance(result, type) and public_names.is_named_tuple(result)
+
+
+def is_in(field: str, fields: tuple[str, ...]) -> bool:
+    return fields[0] in ("output", "loss") and field in ("statistics", *fields[1:])

@@ -2,13 +2,14 @@
 
 - `dot_product_attention`: attention that visits only the blocks its mask leaves.
 - `kronecker_attention`, `two_simplicial_attention`: attention over tuples of keys.
-- `kronecker_attention_polynomial`, `exp_polynomial`, `exp_polynomial_error`: the same
-  in nearly linear time where scores are bounded, with a certified error.
-- `softplus_attention`, `SoftplusStatistics`, `softplus_weights`, `length_log_scale`:
+- `kronecker_attention_polynomial`, `PolynomialAttentionResult`, `exp_polynomial`,
+  `exp_polynomial_error`: the same in nearly linear time where scores are bounded, with
+  a certified error.
+- `softplus_attention`, `SoftplusResult`, `softplus_weights`, `length_log_scale`:
   softplus weights, plain and re-weighted.
-- `decode_attention`, `DecodeStatistics`: few queries against a long cache.
+- `decode_attention`, `DecodeResult`: few queries against a long cache.
 - `calibrate_unified_max`, `UnifiedMaxCalibration`: a maximum known beforehand for it.
-- `merge_partials`: results over parts of the keys, put together.
+- `AttentionResult`, `merge_partials`: results over parts of the keys, put together.
 - `sequence_parallel_attention`, `sequence_order`: a sequence divided over devices.
 - `block_plan`, `BlockPlan`: which blocks a mask leaves.
 """
@@ -18,7 +19,7 @@ from ._decode.calibration import (
     calibrate_unified_max as calibrate_unified_max,
 )
 from ._decode_attention import (
-    DecodeStatistics as DecodeStatistics,
+    DecodeResult as DecodeResult,
     decode_attention as decode_attention,
 )
 from ._devices.ring import (
@@ -39,24 +40,30 @@ from ._kronecker import (
     two_simplicial_attention as two_simplicial_attention,
 )
 from ._kronecker_polynomial import (
+    PolynomialAttentionResult as PolynomialAttentionResult,
     kronecker_attention_polynomial as kronecker_attention_polynomial,
 )
-from ._partials import merge_partials as merge_partials
+from ._partials import (
+    AttentionResult as AttentionResult,
+    merge_partials as merge_partials,
+)
 from ._polynomial.exp_polynomial import (
     exp_polynomial as exp_polynomial,
     exp_polynomial_error as exp_polynomial_error,
 )
 from ._softplus import (
-    SoftplusStatistics as SoftplusStatistics,
+    SoftplusResult as SoftplusResult,
     length_log_scale as length_log_scale,
     softplus_attention as softplus_attention,
     softplus_weights as softplus_weights,
 )
 
 __all__ = [
+    "AttentionResult",
     "BlockPlan",
-    "DecodeStatistics",
-    "SoftplusStatistics",
+    "DecodeResult",
+    "PolynomialAttentionResult",
+    "SoftplusResult",
     "UnifiedMaxCalibration",
     "block_plan",
     "calibrate_unified_max",

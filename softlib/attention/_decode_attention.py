@@ -20,18 +20,21 @@ from softlib._unified_range import require_ordered
 from softlib.numerics import UnifiedMax
 from softlib.typing import AxisName, Implementations, Precision, Scalar
 
-from . import _partials as partials
 from ._decode import operations as engine
 from ._decode.stream import Operands, Options
+from ._partials import AttentionResult, merge
 
 FUNCTION = "decode_attention"
 CRITERIA = ("row_max", "elementwise")
 
 
-class DecodeStatistics(NamedTuple):
-    """Statistics of every query of `decode_attention`, in the dtype of the sums.
+class DecodeResult(NamedTuple):
+    """Attention of every query of `decode_attention`, and statistics of its scores.
+
+    Statistics have the dtype of the sums.
 
     Attributes:
+        output: What the call without `return_statistics` returns.
         lse: Logsumexp of the scores, the sink included, in nats; -inf for none.
         max_score: Largest score of the keys (the sink is not one), or -inf. A constant
             to differentiation. `calibrate_unified_max` takes these.
@@ -40,6 +43,7 @@ class DecodeStatistics(NamedTuple):
     """
 
     # Any: the fields may also be shardings.
+    output: Any  # Float[Array, "*batch T N Hv"]
     lse: Any  # Float[Array, "*batch T N"]
     max_score: Any  # Float[Array, "*batch T N"]
     needs_recompute: Any  # Bool[Array, "*batch T N"]
@@ -71,7 +75,7 @@ def decode_attention(
     return_lse: Literal[True],
     return_statistics: Literal[False] = False,
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> AttentionResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def decode_attention(
@@ -82,7 +86,7 @@ def decode_attention(
     return_lse: Literal[False] = False,
     return_statistics: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, DecodeStatistics]: ...
+) -> DecodeResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def decode_attention(
@@ -114,11 +118,7 @@ def decode_attention(
     implementation: Implementations = None,
     return_lse: bool = False,
     return_statistics: bool = False,
-) -> (
-    Float[Array, "*batch T N Hv"]
-    | tuple[Float[Array, "*batch T N Hv"], Float[Array, "*batch T N"]]
-    | tuple[Float[Array, "*batch T N Hv"], DecodeStatistics]
-):
+) -> Float[Array, "*batch T N Hv"] | AttentionResult | DecodeResult:
     r"""Softmax attention of one or a few new tokens to the keys in a cache.
 
     $$o = \frac{\sum_j e^{z_j - \varphi} v_j}{\sum_j e^{z_j - \varphi}},
@@ -163,8 +163,8 @@ def decode_attention(
         precision: Of the matrix products, as in `jax.lax.dot_general`. The default is
             not float32 on every device.
         implementation: None chooses; see `softlib.explain`.
-        return_lse: Static. Returns `(out, lse)`.
-        return_statistics: Static. Returns `(out, DecodeStatistics)`, which hold lse.
+        return_lse: Static; returns `AttentionResult`, with the logsumexp.
+        return_statistics: Static; returns `DecodeResult`, which holds lse too.
 
     Returns:
         The attention in the dtype of `query`; 0 for a query that sees no keys. lse is
@@ -217,7 +217,7 @@ def decode_attention(
     if return_lse and return_statistics:
         raise ValueError(
             f"{FUNCTION}: `return_lse` must be False with `return_statistics`, which "
-            "hold lse, got True."
+            "returns lse, got True."
         )
     if sinks is not None:
         sinks = jnp.asarray(sinks)
@@ -241,10 +241,10 @@ def decode_attention(
     )
     arrays = (key, value, lengths, jnp.asarray(scale), sinks, unified)
     shared = functools.partial(_by_batch_and_heads, arrays)
-    out, statistics = per_shard(call, shared, _specs, query, *arrays)
+    found = per_shard(call, shared, _specs, query, *arrays)
     if return_statistics:
-        return out, statistics
-    return (out, statistics.lse) if return_lse else out
+        return found
+    return AttentionResult(found.output, found.lse) if return_lse else found.output
 
 
 def _by_batch_and_heads(
@@ -267,10 +267,10 @@ def _by_batch_and_heads(
     )
 
 
-def _specs(spec: PartitionSpec) -> tuple[PartitionSpec, Any]:
+def _specs(spec: PartitionSpec) -> DecodeResult:
     per_query = PartitionSpec(*spec[:-1])
-    specs: Any = DecodeStatistics
-    return PartitionSpec(*spec[:-1], None), specs(per_query, per_query, per_query)
+    output = PartitionSpec(*spec[:-1], None)
+    return DecodeResult(output, per_query, per_query, per_query)
 
 
 def _attend(
@@ -285,7 +285,7 @@ def _attend(
     scale: Array,
     sinks: Array | None,
     unified: UnifiedMax | None,
-) -> tuple[Array, DecodeStatistics]:
+) -> DecodeResult:
     *batch, queries, heads, _ = query.shape
     count, groups = key.shape[-3], key.shape[-2]
     # No -1 in a shape: an axis may have no elements.
@@ -329,15 +329,13 @@ def _attend(
     if sinks is not None:
         # Added after the merge over devices, so that a sink counts once.
         sink = jnp.broadcast_to(sinks.astype(dtype), lse.shape)
-        out, lse = partials.merge(
-            jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sink])
-        )
+        out, lse = merge(jnp.stack([out, jnp.zeros_like(out)]), jnp.stack([lse, sink]))
     top, again = unpack(found.max_score), unpack(found.recomputed) != 0
     if lengths is not None:
         bad = ((lengths < 0) | (lengths > everything))[..., None, None]
         out = jnp.where(bad[..., None], jnp.nan, out)
         lse, top = jnp.where(bad, jnp.nan, lse), jnp.where(bad, jnp.nan, top)
-    return out.astype(query.dtype), DecodeStatistics(lse, top, again)
+    return DecodeResult(out.astype(query.dtype), lse, top, again)
 
 
 def _packed(

@@ -16,6 +16,7 @@ from ._arguments import Shapes, are_given, planned, run, scaled, values_and_arra
 from ._engine.plan import BlockPlan
 from ._engine.scores import Kind, LogSoftplus, Softmax, StableMax
 from ._engine.tiles import Operands, Options
+from ._partials import AttentionResult
 
 _KINDS: dict[str, Kind] = {
     "softmax": Softmax(),
@@ -53,7 +54,7 @@ def dot_product_attention(
     *,
     return_lse: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> AttentionResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def dot_product_attention(
@@ -91,7 +92,7 @@ def dot_product_attention(
     block_key: int | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
+) -> Float[Array, "*batch T N E"] | AttentionResult:
     r"""Attention that visits only the blocks of keys that its mask leaves.
 
     $\mathrm{out}_i = \sum_j f(z_{ij})\, v_j / \sum_j f(z_{ij})$ over the keys $j$ that
@@ -130,7 +131,8 @@ def dot_product_attention(
             not read and may hold anything.
         normalizer: Static; the positive function f: `softmax` exp, `softplus`
             $\log(1 + e^z)$, `stablemax` $1 + z$ for $z \ge 0$ and $1/(1 - z)$ below.
-        return_lse: Static; whether to return the logarithm of $\sum_j f(z_{ij})$ too.
+        return_lse: Static; returns `AttentionResult`, with the logarithm of $\sum_j
+            f(z_{ij})$.
         block_query: Static queries per block; None chooses by mask and shape. Kernels
             have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
         block_key: Static keys per block, likewise.
@@ -217,7 +219,7 @@ def dot_product_attention(
     if not return_lse:
         return out
     lse = found.normalizer if kind.is_log else _log_sum(found.normalizer)
-    return out, shapes.unflat(lse)
+    return AttentionResult(out, shapes.unflat(lse))
 
 
 def _log_sum(total: Array) -> Array:

@@ -24,6 +24,7 @@ from ._arguments import (
 from ._engine.plan import BlockPlan, block_sizes, cheapest_last_axis, per_axis, plan_of
 from ._engine.scores import Softmax
 from ._engine.tiles import Operands, Options
+from ._partials import AttentionResult
 
 
 class _Options(TypedDict, total=False):
@@ -47,7 +48,7 @@ def kronecker_attention(
     *,
     return_lse: Literal[True],
     **options: Unpack[_KroneckerOptions],
-) -> tuple[Array, Array]: ...
+) -> AttentionResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def kronecker_attention(
@@ -71,7 +72,7 @@ def kronecker_attention(
     block_keys: tuple[int | None, ...] | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
+) -> Float[Array, "*batch T N E"] | AttentionResult:
     r"""Attention in which every query attends to tuples of keys, in linear memory.
 
     With two key axes, order 3, $z_{ijk} = a \sum_c q_{ic}\, k^1_{jc}\, k^2_{kc}$,
@@ -168,7 +169,7 @@ def two_simplicial_attention(
     value2_bias: Scalar = 0.0,
     return_lse: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> AttentionResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def two_simplicial_attention(
@@ -201,7 +202,7 @@ def two_simplicial_attention(
     return_lse: bool = False,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
+) -> Float[Array, "*batch T N E"] | AttentionResult:
     r"""Causal attention over pairs of keys in two sliding windows.
 
     `kronecker_attention` of order 3 with the scale $1/\sqrt H$, in which query i
@@ -220,7 +221,7 @@ def two_simplicial_attention(
         key2_bias: Added to every entry of `key2`; a number or a scalar array.
         value2_bias: Added to every entry of `value2`.
         scale: Multiplies the products; None for $1/\sqrt H$.
-        return_lse: Static; whether to return the log-sum of the scores too.
+        return_lse: Static; returns `AttentionResult`, with the log-sum of the scores.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`.
 
@@ -284,7 +285,7 @@ def _attention(
     blocks: dict[str, Any],
     precision: Precision,
     implementation: Implementations,
-) -> Any:
+) -> Array | AttentionResult:
     """The common body of both functions; the default scale is H to the `power`."""
     shapes = tuple_shapes(function, query, keys, values, names)
     last = shapes[-1]
@@ -304,7 +305,9 @@ def _attention(
     )
     found = run(function, implementation, options, operands)
     out = last.unflat(found.out)
-    return (out, last.unflat(found.normalizer)) if return_lse else out
+    if not return_lse:
+        return out
+    return AttentionResult(out, last.unflat(found.normalizer))
 
 
 def _planned(

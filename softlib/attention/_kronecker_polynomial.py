@@ -25,6 +25,18 @@ from ._polynomial.exp_polynomial import Basis
 LARGEST_DEGREE = 100
 
 
+class PolynomialAttentionResult(NamedTuple):
+    """Attention by a polynomial, and how far its scores may be from 0.
+
+    Attributes:
+        output: What the call without `return_bound` returns.
+        bound: An upper bound of the absolute scores of a row, float32 (or float64).
+    """
+
+    output: Float[Array, "*batch T N E"]
+    bound: Float[Array, "*batch T N"]
+
+
 # For type checkers, as in `dot_product_attention`.
 class _Options(TypedDict, total=False):
     scale: Scalar | None
@@ -45,7 +57,7 @@ def kronecker_attention_polynomial(
     *,
     return_bound: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> PolynomialAttentionResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def kronecker_attention_polynomial(
@@ -70,7 +82,7 @@ def kronecker_attention_polynomial(
     is_causal: bool = False,
     return_bound: bool = False,
     precision: Precision = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
+) -> Float[Array, "*batch T N E"] | PolynomialAttentionResult:
     r"""Kronecker attention with bounded scores, in time linear in the length.
 
     Attention to tuples of keys, one of each of m axes, in which a polynomial $P$ of
@@ -109,7 +121,8 @@ def kronecker_attention_polynomial(
         basis: Static; "chebyshev" or "taylor", see `exp_polynomial`.
         is_causal: Static; True lets query i see key i of each axis and those before it.
             All lengths must be that of the query.
-        return_bound: Static; whether to return the bound of every row too.
+        return_bound: Static; returns `PolynomialAttentionResult`, with the bound of
+            every row.
         precision: Of the matrix products, as in `jax.lax.dot_general`. Accelerators
             round float32 factors by default; the error below is then larger.
 
@@ -184,7 +197,9 @@ def kronecker_attention_polynomial(
     (flat,) = shapes[0].flat(query)
     out, bound = in_auto_mode(call, specs, flat, factor, arrays)
     out = shapes[0].unflat(out).astype(query.dtype)
-    return (out, shapes[0].unflat(bound)) if return_bound else out
+    if not return_bound:
+        return out
+    return PolynomialAttentionResult(out, shapes[0].unflat(bound))
 
 
 class _Polynomial(NamedTuple):

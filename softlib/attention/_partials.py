@@ -1,6 +1,7 @@
 """Merges results of attention over disjoint sets of keys."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,11 +12,25 @@ from softlib._dtypes import accumulator_dtype
 from softlib.numerics import RunningMax
 
 
+class AttentionResult(NamedTuple):
+    r"""Attention of every query, and the sum that its weights were divided by.
+
+    Attributes:
+        output: What the call without `return_lse` returns.
+        lse: The logarithm of the sum of the weights before division, in nats: for
+            softmax $\log \sum_j e^{z_{ij}}$, a sink included. float32, or float64 if an
+            argument is; -inf for a query without keys, whose output is 0.
+    """
+
+    output: Float[Array, "*rows H"]
+    lse: Float[Array, "*rows"]
+
+
 @array_arguments
 def merge_partials(
     outs: Float[Array, "P *rows H"] | Sequence[Float[Array, "*rows H"]],
     lses: Float[Array, "P ..."] | Sequence[Float[Array, "*rows"]],
-) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"]]:
+) -> AttentionResult:
     r"""Attention over all keys, from results over disjoint sets of them.
 
     $$\ell = \log \sum_p e^{\ell_p}, \qquad o = \sum_p e^{\ell_p - \ell} o_p$$
@@ -32,8 +47,8 @@ def merge_partials(
             no keys for that row, and whatever its result holds is ignored.
 
     Returns:
-        `(out, lse)` in the dtypes of `outs` and of the sums (float32, float64 if an
-        argument is). 0 and -inf where every part is empty, and for no parts.
+        `AttentionResult`, in the dtypes of `outs` and of the sums (float32, float64 if
+        an argument is). 0 and -inf where every part is empty, and for no parts.
 
     Raises:
         TypeError: An argument is not floating.
@@ -62,7 +77,7 @@ def merge_partials(
         "merge_partials", "lses", lses, outs.shape[:-1], "that of `outs` without H"
     )
     out, lse = merge(outs, lses)
-    return out.astype(outs.dtype), lse
+    return AttentionResult(out.astype(outs.dtype), lse)
 
 
 def merge(

@@ -21,16 +21,20 @@ from ._engine.scores import LogSoftplus, Reweighted, Softplus, SoftplusMoments
 from ._engine.tiles import Operands, Options
 
 
-class SoftplusStatistics(NamedTuple):
-    r"""Statistics of each row of softplus attention; `*batch T N`, float32 or wider.
+class SoftplusResult(NamedTuple):
+    r"""Softplus attention of every query, and statistics of its row.
+
+    Statistics are float32 or wider.
 
     Attributes:
+        output: What the call without `return_statistics` returns.
         mean: Mean of $\varphi = \log(1 + e^s)$ over the keys of the row; 0 without any.
         max: Largest $\varphi$ of the row; a constant to differentiation.
         normalizer: The divisor of the weights: the sum of $\varphi$, or of the
             re-weighted entries, which are relative to their maximum.
     """
 
+    output: Float[Array, "*batch T N E"]
     mean: Float[Array, "*batch T N"]
     max: Float[Array, "*batch T N"]
     normalizer: Float[Array, "*batch T N"]
@@ -59,9 +63,9 @@ def softplus_attention(
     key: Array,
     value: Array,
     *,
-    return_stats: Literal[True],
+    return_statistics: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, SoftplusStatistics]: ...
+) -> SoftplusResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def softplus_attention(
@@ -69,7 +73,7 @@ def softplus_attention(
     key: Array,
     value: Array,
     *,
-    return_stats: Literal[False] = False,
+    return_statistics: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
 @array_arguments
@@ -91,12 +95,12 @@ def softplus_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     normalize_qk: bool = True,
     scale: ArrayLike | None = None,
-    return_stats: bool = False,
+    return_statistics: bool = False,
     block_query: int | None = None,
     block_key: int | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, SoftplusStatistics]:
+) -> Float[Array, "*batch T N E"] | SoftplusResult:
     r"""Softplus attention with a length scale, optionally re-weighted (LSSA, LSSAR).
 
     With $\hat q, \hat k$ of norm 1, $N_i$ the number of keys that query $i$ may attend
@@ -124,7 +128,7 @@ def softplus_attention(
         normalize_qk: Static; whether to divide queries and keys by their norms.
         scale: Replaces $\log H \log N_i$: a number, or an array that broadcasts to
             `*batch T N`; traced and differentiable.
-        return_stats: Static; whether to return `SoftplusStatistics` too.
+        return_statistics: Static; returns `SoftplusResult`.
         block_query: Static queries per block; None chooses by mask and shape. Kernels
             have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
         block_key: Static keys per block.
@@ -212,7 +216,7 @@ def softplus_attention(
     if power is None:
         found = call(plain, value)
         out, normalizer = found.out, found.normalizer
-        if not return_stats:
+        if not return_statistics:
             return shapes.unflat(out)
         moments = call(SoftplusMoments(), None)
         normalizer = jnp.exp(normalizer) if plain.is_log else normalizer
@@ -225,11 +229,10 @@ def softplus_attention(
         inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
         found = call(Reweighted(float(power)), value, (offset, inverse))
         out, normalizer = found.out, found.normalizer
-        if not return_stats:
+        if not return_statistics:
             return shapes.unflat(out)
     top = lax.stop_gradient(moments.max)
-    statistics = SoftplusStatistics(*map(shapes.unflat, (mean, top, normalizer)))
-    return shapes.unflat(out), statistics
+    return SoftplusResult(*map(shapes.unflat, (out, mean, top, normalizer)))
 
 
 @array_arguments

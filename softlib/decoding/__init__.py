@@ -9,7 +9,8 @@ Gumbel-softmax flow matching, from noise on the simplex to symbols, with guidanc
 Search and sampling with a judge:
 
 - `value_guided_search`, `ValueGuidedBeam`: beams ranked by a value function
-- `independence_chain_update`: memories of samples that were judged correct
+- `independence_chain_update`, `IndependenceChain`: memories of samples that were judged
+  correct
 
 The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits`,
 `min_p_logits`.
@@ -24,6 +25,7 @@ from ._flow_matching import (
     sample_gumbel_flow as sample_gumbel_flow,
 )
 from ._independence_chain import (
+    IndependenceChain as IndependenceChain,
     independence_chain_update as independence_chain_update,
 )
 from ._value_guided import (
@@ -33,6 +35,7 @@ from ._value_guided import (
 
 __all__ = [
     "FlowSample",
+    "IndependenceChain",
     "ValueGuidedBeam",
     "exponential_temperature",
     "gumbel_flow_loss",

@@ -1,5 +1,7 @@
 """A Markov chain over remembered samples, moved by proposals from a model."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -8,13 +10,25 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 
 
+class IndependenceChain(NamedTuple):
+    """The memories of a chain, one per question.
+
+    Attributes:
+        memory: The remembered rationales: an array, or a pytree of arrays.
+        memory_correct: Whether each ends in the right answer.
+    """
+
+    memory: Any
+    memory_correct: Bool[Array, " M"]
+
+
 @array_arguments
 def independence_chain_update[T](
     memory: T,
     proposal: T,
     memory_correct: Bool[Array, " M"],
     proposal_correct: Bool[Array, " M"],
-) -> tuple[T, Bool[Array, " M"]]:
+) -> IndependenceChain:
     r"""Moves the memory of each question to its proposal if that is correct.
 
     With proposals drawn from $p(z | x)$ this is an independence sampler: the move from
@@ -63,4 +77,4 @@ def independence_chain_update[T](
         checks.require_shape(function, "memory_correct", was, questions, why)
         return jnp.where(found.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    return jax.tree.map(move, memory, proposal), was | found
+    return IndependenceChain(jax.tree.map(move, memory, proposal), was | found)

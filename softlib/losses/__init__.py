@@ -2,7 +2,8 @@
 
 Losses of an array of logits or of a value such as `softlib.LinearLogits`:
 
-- `softmax_cross_entropy`; `linear_softmax_cross_entropy`: of hidden and a weight
+- `softmax_cross_entropy`, `CrossEntropyResult`; `linear_softmax_cross_entropy`: of
+  hidden and a weight
 - `softmax_cross_entropy_sum`: its sum over rows; of a head, one product less
 - `softmax_focal_loss`
 - `comp_sum_loss`, and two of its members by name: `generalized_cross_entropy_loss`,
@@ -44,12 +45,12 @@ Log-probabilities of sequences:
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
 - `edit_invariant_sequence_loss`
 - `smoothed_token_loss`: the worst tokens weigh more
-- `trice_loss`, `trice_weights`: latent rationales
+- `trice_loss`, `trice_weights`, `TriceWeights`: latent rationales
 
 A temperature per row:
 
 - `robust_softmax_cross_entropy`
-- `robust_contrastive_loss`; `global_contrastive_update`, `GlobalContrastiveState`,
+- `robust_contrastive_loss`, `ContrastiveLosses`; `GlobalContrastiveState`,
   `GlobalContrastiveUpdate`: running means over a data set
 
 Losses of logits with another map than softmax:
@@ -75,12 +76,13 @@ from ._comp_sum import (
     mean_absolute_error_loss as mean_absolute_error_loss,
 )
 from ._contrastive_temperature import (
+    ContrastiveLosses as ContrastiveLosses,
     GlobalContrastiveState as GlobalContrastiveState,
     GlobalContrastiveUpdate as GlobalContrastiveUpdate,
-    global_contrastive_update as global_contrastive_update,
     robust_contrastive_loss as robust_contrastive_loss,
 )
 from ._cross_entropy import (
+    CrossEntropyResult as CrossEntropyResult,
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
     softmax_cross_entropy as softmax_cross_entropy,
 )
@@ -121,6 +123,7 @@ from ._kl_to_reference import (
     kl_to_reference as kl_to_reference,
 )
 from ._latent_rationale import (
+    TriceWeights as TriceWeights,
     trice_loss as trice_loss,
     trice_weights as trice_weights,
 )
@@ -195,11 +198,14 @@ from ._z_loss import (
 )
 
 __all__ = [
+    "ContrastiveLosses",
+    "CrossEntropyResult",
     "FactoredSphericalState",
     "FactoredSphericalStep",
     "GlobalContrastiveState",
     "GlobalContrastiveUpdate",
     "SphericalStatistics",
+    "TriceWeights",
     "USKDTerms",
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
@@ -212,7 +218,6 @@ __all__ = [
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
-    "global_contrastive_update",
     "gradient_ascent_loss",
     "importance_loss",
     "in_batch_triplet_loss",

@@ -16,6 +16,18 @@ from softlib._ids import labels_in_range
 from softlib.typing import PerRow, Scalar
 
 
+class ContrastiveLosses(NamedTuple):
+    """Losses of pairs in both directions, one per pair.
+
+    Attributes:
+        row: Each row's item among the columns.
+        column: Each column's item among the rows.
+    """
+
+    row: Float[Array, " B"]
+    column: Float[Array, " B"]
+
+
 @array_arguments
 def robust_contrastive_loss(
     similarity: Float[Array, "B B"],
@@ -24,7 +36,7 @@ def robust_contrastive_loss(
     column_temperature: PerRow,
     rho: Scalar,
     where: Bool[Array, " B"] | None = None,
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+) -> ContrastiveLosses:
     r"""Robust contrastive losses of pairs, in both directions.
 
     With the similarities $s$ of B pairs (images by row, texts by column),
@@ -63,10 +75,10 @@ def robust_contrastive_loss(
     Example:
         >>> similarity = jnp.array([[0.9, 0.1], [0.5, 0.8]])
         >>> loss = softlib.losses.robust_contrastive_loss
-        >>> rows, columns = loss(
+        >>> found = loss(
         ...     similarity, row_temperature=0.1, column_temperature=0.2, rho=1.0
         ... )
-        >>> print(rows.round(2) + 1, columns.round(2) + 1)
+        >>> print(found.row.round(2) + 1, found.column.round(2) + 1)
         [0.3 0.8] [0.8 0.5]
     """
     function = "robust_contrastive_loss"
@@ -103,11 +115,14 @@ def robust_contrastive_loss(
         mean = jax.nn.logsumexp(h, axis=-1) - jnp.log(jnp.maximum(count, 1))
         return jnp.where(some, tau * (mean + own_rho), 0)
 
-    return direction(s, temperatures[0]), direction(s.T, temperatures[1])
+    row, column = temperatures
+    return ContrastiveLosses(direction(s, row), direction(s.T, column))
 
 
 class GlobalContrastiveState(NamedTuple):
     r"""Running means over the data set's negatives, one per example.
+
+    Start from `GlobalContrastiveState(jnp.full(examples, -jnp.inf))`.
 
     Attributes:
         log_mean: $\log s_i$ of the moving average of $\mathrm{mean}_j\, e^{h_{ij} /
@@ -123,6 +138,97 @@ class GlobalContrastiveState(NamedTuple):
     """
 
     log_mean: Float[Array, " examples"]
+
+    @array_arguments
+    def update(
+        self,
+        ids: Integer[Array, " B"],
+        h: Float[Array, "B K"],
+        *,
+        temperature: PerRow,
+        gamma: Scalar,
+        where: Bool[Array, "B K"] | None = None,
+    ) -> "GlobalContrastiveUpdate":
+        r"""Moves the running mean of each example's negatives by those of a batch.
+
+        $$s_i \leftarrow (1 - \gamma)\, s_i + \gamma\, \mathrm{mean}_j\, e^{h_{ij} /
+          \tau_i}$$
+
+        With the mean of one batch the gradient of its logarithm would be biased, the
+        more the smaller the batch; with the mean over all batches it is not. When an
+        example is first seen, its mean is that of the batch. Means are stored as
+        logarithms, so that nothing overflows.
+
+        Args:
+            ids: Indices of the batch's examples in the state, each once. Outside, the
+                example's numbers are NaN and the state does not change.
+            h: $s_{ij} - s_{ii}$ of the K negatives of each example.
+            temperature: $\tau > 0$, a number, a scalar or (B,).
+            gamma: Weight of the new value, in [0, 1]; a number or a traced scalar.
+            where: True for the negatives that count. An example without any keeps its
+                entry and has weights 0.
+
+        Returns:
+            `GlobalContrastiveUpdate`, float32 (float64 if an argument is float64).
+
+        Raises:
+            TypeError: An array has the wrong kind of dtype.
+            ValueError: Shapes do not fit together, or `gamma` is out of range.
+
+        Derivatives: 0 in everything; the results are coefficients of a gradient.
+        Cost: one pass over `h` and a scatter of B numbers.
+        Source: "Provable Stochastic Optimization for Global Contrastive Learning: Small
+            Batch Does Not Harm Performance"; as "To Cool or not to Cool? Temperature
+            Network Meets Large Foundation Models via DRO" uses it, with a mean instead
+            of a sum and a logarithm instead of a running maximum.
+
+        Example:
+            >>> state = softlib.losses.GlobalContrastiveState(jnp.zeros(2))
+            >>> h = jnp.log(jnp.array([[3.0]]))
+            >>> new = state.update(jnp.array([0]), h, temperature=1.0, gamma=0.5)
+            >>> print(jnp.exp(new.state.log_mean).round(3))
+            [2. 1.]
+        """
+        function = "GlobalContrastiveState.update"
+        ids, h, before = jnp.asarray(ids), jnp.asarray(h), jnp.asarray(self.log_mean)
+        checks.require_integer(function, ids=ids)
+        checks.require_floating(function, h=h, state=before)
+        if h.ndim != 2 or ids.shape != h.shape[:1]:
+            raise ValueError(
+                f"{function}: `h` must have shape (B, K) with `ids` of shape (B,), got "
+                f"{h.shape} and {ids.shape}."
+            )
+        checks.require_scalar(function, "gamma", gamma, 0, 1)
+        keep = jnp.ones(h.shape, bool) if where is None else jnp.asarray(where)
+        checks.require_boolean(function, where=keep)
+        checks.require_shape(function, "where", keep, h.shape, "the shape of `h`")
+        tau = _per_item(function, "temperature", temperature, len(ids), h)
+        before, h, tau = lax.stop_gradient((before, h, tau))
+        dtype = accumulator_dtype(before, h)
+        scaled = jnp.where(keep, h, 0).astype(dtype) / tau[:, None]
+
+        ids = labels_in_range(ids, before.shape[0])
+        known = ids >= 0
+        old = before.astype(dtype)[jnp.where(known, ids, 0)]
+        count = keep.sum(-1, dtype=dtype)
+        some = count > 0
+        total = jax.nn.logsumexp(
+            jnp.where(keep | ~some[:, None], scaled, -jnp.inf), axis=-1
+        )
+        own = total - jnp.log(jnp.maximum(count, 1))
+        gamma = lax.stop_gradient(jnp.asarray(gamma, dtype))
+        mixed = jnp.logaddexp(old + jnp.log1p(-gamma), own + jnp.log(gamma))
+        new = jnp.where(old == -jnp.inf, own, mixed)
+        new = jnp.where(some, new, old)
+        target = jnp.where(known, ids, before.shape[0])
+        log_mean = before.at[target].set(new.astype(before.dtype), mode="drop")
+        weights = jnp.exp(scaled - jnp.where(some, new, 0)[:, None])
+        weights = jnp.where(keep, weights / jnp.maximum(count, 1)[:, None], 0)
+        return GlobalContrastiveUpdate(
+            GlobalContrastiveState(log_mean),
+            jnp.where(known, new, jnp.nan),
+            jnp.where(known[:, None], weights, jnp.nan),
+        )
 
 
 class GlobalContrastiveUpdate(NamedTuple):
@@ -140,9 +246,8 @@ class GlobalContrastiveUpdate(NamedTuple):
 
     Example:
         >>> state = softlib.losses.GlobalContrastiveState(jnp.full(3, -jnp.inf))
-        >>> update = softlib.losses.global_contrastive_update
         >>> h = jnp.array([[0.0, -0.1]])
-        >>> found = update(state, jnp.array([1]), h, temperature=0.1, gamma=0.9)
+        >>> found = state.update(jnp.array([1]), h, temperature=0.1, gamma=0.9)
         >>> print((100 * found.weights).round())
         [[73. 27.]]
     """
@@ -150,101 +255,6 @@ class GlobalContrastiveUpdate(NamedTuple):
     state: GlobalContrastiveState
     log_mean: Float[Array, " B"]
     weights: Float[Array, "B K"]
-
-
-@array_arguments
-def global_contrastive_update(
-    state: GlobalContrastiveState,
-    ids: Integer[Array, " B"],
-    h: Float[Array, "B K"],
-    *,
-    temperature: PerRow,
-    gamma: Scalar,
-    where: Bool[Array, "B K"] | None = None,
-) -> GlobalContrastiveUpdate:
-    r"""Moves the running mean of each example's negatives by those of a batch.
-
-    $$s_i \leftarrow (1 - \gamma)\, s_i + \gamma\, \mathrm{mean}_j\, e^{h_{ij} /
-      \tau_i}$$
-
-    With the mean of one batch the gradient of its logarithm would be biased, the more
-    the smaller the batch; with the mean over all batches it is not. When an example is
-    first seen, its mean is that of the batch. Means are stored as logarithms, so that
-    nothing overflows.
-
-    Args:
-        state: The state, one entry per example of the data set; start from
-            `GlobalContrastiveState(jnp.full(examples, -jnp.inf))`.
-        ids: Indices of the batch's examples in the state, each once. Outside, the
-            example's numbers are NaN and the state does not change.
-        h: $s_{ij} - s_{ii}$ of the K negatives of each example.
-        temperature: $\tau > 0$, a number, a scalar or (B,).
-        gamma: Weight of the new value, in [0, 1]; a number or a traced scalar.
-        where: True for the negatives that count. An example without any keeps its
-            entry and has weights 0.
-
-    Returns:
-        `GlobalContrastiveUpdate`, float32 (float64 if an argument is float64).
-
-    Raises:
-        TypeError: An array has the wrong kind of dtype.  ValueError: Shapes do not fit
-            together, or `gamma` is out of range.
-
-    Derivatives: 0 in everything; the results are coefficients of a gradient.
-    Cost: one pass over `h` and a scatter of B numbers.
-    Source: "Provable Stochastic Optimization for Global Contrastive Learning: Small
-        Batch Does Not Harm Performance"; as "To Cool or not to Cool? Temperature
-        Network Meets Large Foundation Models via DRO" uses it, with a mean instead of a
-        sum and a logarithm instead of a running maximum.
-
-    Example:
-        >>> state = softlib.losses.GlobalContrastiveState(jnp.zeros(2))
-        >>> update = softlib.losses.global_contrastive_update
-        >>> h = jnp.log(jnp.array([[3.0]]))
-        >>> new = update(state, jnp.array([0]), h, temperature=1.0, gamma=0.5)
-        >>> print(jnp.exp(new.state.log_mean).round(3))
-        [2. 1.]
-    """
-    function = "global_contrastive_update"
-    ids, h, before = jnp.asarray(ids), jnp.asarray(h), jnp.asarray(state.log_mean)
-    checks.require_integer(function, ids=ids)
-    checks.require_floating(function, h=h, state=before)
-    if h.ndim != 2 or ids.shape != h.shape[:1]:
-        raise ValueError(
-            f"{function}: `h` must have shape (B, K) with `ids` of shape (B,), got "
-            f"{h.shape} and {ids.shape}."
-        )
-    checks.require_scalar(function, "gamma", gamma, 0, 1)
-    keep = jnp.ones(h.shape, bool) if where is None else jnp.asarray(where)
-    checks.require_boolean(function, where=keep)
-    checks.require_shape(function, "where", keep, h.shape, "the shape of `h`")
-    tau = _per_item(function, "temperature", temperature, len(ids), h)
-    before, h, tau = lax.stop_gradient((before, h, tau))
-    dtype = accumulator_dtype(before, h)
-    scaled = jnp.where(keep, h, 0).astype(dtype) / tau[:, None]
-
-    ids = labels_in_range(ids, before.shape[0])
-    known = ids >= 0
-    old = before.astype(dtype)[jnp.where(known, ids, 0)]
-    count = keep.sum(-1, dtype=dtype)
-    some = count > 0
-    total = jax.nn.logsumexp(
-        jnp.where(keep | ~some[:, None], scaled, -jnp.inf), axis=-1
-    )
-    own = total - jnp.log(jnp.maximum(count, 1))
-    gamma = lax.stop_gradient(jnp.asarray(gamma, dtype))
-    mixed = jnp.logaddexp(old + jnp.log1p(-gamma), own + jnp.log(gamma))
-    new = jnp.where(old == -jnp.inf, own, mixed)
-    new = jnp.where(some, new, old)
-    target = jnp.where(known, ids, before.shape[0])
-    log_mean = before.at[target].set(new.astype(before.dtype), mode="drop")
-    weights = jnp.exp(scaled - jnp.where(some, new, 0)[:, None])
-    weights = jnp.where(keep, weights / jnp.maximum(count, 1)[:, None], 0)
-    return GlobalContrastiveUpdate(
-        GlobalContrastiveState(log_mean),
-        jnp.where(known, new, jnp.nan),
-        jnp.where(known[:, None], weights, jnp.nan),
-    )
 
 
 def _per_item(

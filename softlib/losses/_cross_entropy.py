@@ -1,6 +1,6 @@
 """Cross-entropy of logits, and of a linear head given by its arrays."""
 
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -23,6 +23,18 @@ from softlib.typing import (
 )
 
 
+class CrossEntropyResult(NamedTuple):
+    """Cross-entropy, and the logsumexp of which it is made.
+
+    Attributes:
+        loss: What the call without `return_lse` returns.
+        lse: The logsumexp of the logits per row, differentiable.
+    """
+
+    loss: Float[Array, "*batch"]
+    lse: Float[Array, "*batch"]
+
+
 # The overloads tell type checkers what `return_lse` returns. The signatures in full are
 # those of the functions below.
 @overload
@@ -35,7 +47,7 @@ def softmax_cross_entropy(
     class_weights: Array | None = ...,
     where: Array | None = ...,
     return_lse: Literal[True],
-) -> tuple[Array, Array]: ...
+) -> CrossEntropyResult: ...
 @overload
 def softmax_cross_entropy(
     logits: Logits,
@@ -57,7 +69,7 @@ def softmax_cross_entropy(
     class_weights: Float[Array, " V"] | None = None,
     where: Bool[Array, "..."] | None = None,
     return_lse: bool = False,
-) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+) -> Float[Array, "*batch"] | CrossEntropyResult:
     r"""Cross-entropy, in nats per row, for class ids or distributions.
 
     With $z$ the logits of a row, label $y$, smoothing $\epsilon$ and penalty $\lambda$,
@@ -102,12 +114,12 @@ def softmax_cross_entropy(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `logits` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
-        return_lse: Static; also return the logsumexp, differentiable.
+        return_lse: Static; returns `CrossEntropyResult`, with the logsumexp.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64), or the pair
-        (loss, lse). A row without classes has loss 0, gradient 0 and lse -inf; one
-        whose logits are all -inf costs +inf, with gradient 0 and the same lse.
+        The loss per row, float32 (float64 if an argument is float64), or
+        `CrossEntropyResult`. A row without classes has loss 0, gradient 0 and lse -inf;
+        one whose logits are all -inf costs +inf, with gradient 0 and the same lse.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
@@ -161,7 +173,7 @@ def linear_softmax_cross_entropy(
     axis_name: AxisName | None = ...,
     precision: Precision = ...,
     implementation: Implementations = ...,
-) -> tuple[Array, Array]: ...
+) -> CrossEntropyResult: ...
 @overload
 def linear_softmax_cross_entropy(
     hidden: Array,
@@ -209,7 +221,7 @@ def linear_softmax_cross_entropy(
     axis_name: AxisName | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch"] | tuple[Float[Array, "*batch"], Float[Array, "*batch"]]:
+) -> Float[Array, "*batch"] | CrossEntropyResult:
     r"""Cross-entropy of a linear head, in nats per row, without forming its logits.
 
     It is `softmax_cross_entropy` of `softlib.LinearLogits`, under the name that many
@@ -241,7 +253,7 @@ def linear_softmax_cross_entropy(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `hidden` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
-        return_lse: Static; also return the logsumexp, differentiable.
+        return_lse: Static; returns `CrossEntropyResult`, with the logsumexp.
         vocab_chunk: Static number of classes per step; None chooses from the shapes.
         token_chunk: Static number of rows per step; None chooses from the shapes.
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
@@ -255,7 +267,7 @@ def linear_softmax_cross_entropy(
         implementation: Static; see `softlib.explain`.
 
     Returns:
-        As `softmax_cross_entropy`: the loss per row, or the pair (loss, lse).
+        As `softmax_cross_entropy`: the loss per row, or `CrossEntropyResult`.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or a static option is not a
@@ -306,9 +318,9 @@ def _cross_entropy(
     class_weights: Array | None,
     where: Array | None,
     return_lse: bool,
-) -> Array | tuple[Array, Array]:
+) -> Array | CrossEntropyResult:
     smoothing = (label_smoothing, logsumexp_penalty)
     names = cross_entropy_statistics(source, *smoothing, class_weights)
     rows = prepare(source, sorted(names), labels, where, class_weights=class_weights)
     loss = cross_entropy(rows, *smoothing)
-    return (loss, logsumexp(rows)) if return_lse else loss
+    return CrossEntropyResult(loss, logsumexp(rows)) if return_lse else loss

@@ -1,5 +1,7 @@
 """Chains of thought as latent variables: weights and surrogate of one TRICE step."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -10,10 +12,22 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+class TriceWeights(NamedTuple):
+    r"""Factors of the log-probabilities of rationales, one per question.
+
+    Attributes:
+        chain: Of the remembered rationales, $1 / N$.
+        proposal: Of the proposals, $-\beta_m / N$.
+    """
+
+    chain: Float[Array, " M"]
+    proposal: Float[Array, " M"]
+
+
 @array_arguments
 def trice_weights(
     proposal_correct: Bool[Array, " M"], chain_correct: Bool[Array, " M"]
-) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+) -> TriceWeights:
     r"""Weights of the gradients of remembered and proposed rationales.
 
     For question $m$ with a rationale $z_m$ in memory (after the update by
@@ -135,10 +149,10 @@ def _checked(
 
 def _weights(
     proposal: Bool[Array, " M"], chain: Bool[Array, " M"], dtype: DTypeLike
-) -> tuple[Float[Array, " M"], Float[Array, " M"]]:
+) -> TriceWeights:
     accepted = (proposal & chain).astype(jnp.int32)
     count = chain.sum(dtype=jnp.int32)
     others = (accepted.sum() - accepted).astype(dtype)
     beta = others / jnp.maximum(count - 1, 1).astype(dtype)
     share = chain.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
-    return lax.stop_gradient((share, 0 - beta * share))
+    return lax.stop_gradient(TriceWeights(share, 0 - beta * share))

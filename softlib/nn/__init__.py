@@ -9,8 +9,9 @@
   that it makes, which needs no bins.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
 - `TensorAttention` (NNX): multi-head attention over tuples of keys.
-- `MixtureOfExperts`, `RouterReport`, `SelectionBias` (NNX): experts behind a router;
-  `capacity_dispatch`, `capacity_experts`, `dropless_experts`, `ExpertRows`: its parts.
+- `MixtureOfExperts`, `MixtureResult`, `RouterReport`, `SelectionBias` (NNX): experts
+  behind a router; `capacity_dispatch`, `capacity_experts`, `dropless_experts`,
+  `ExpertRows`: its parts.
 - `TempNet`, `PrototypeTempNet` (NNX): a softmax temperature per row.
 - `prepend_soft_prompt`: trained vectors in front of a sequence.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
@@ -48,6 +49,7 @@ from ._linen_output_head import (
 )
 from ._mixture_of_experts import (
     MixtureOfExperts as MixtureOfExperts,
+    MixtureResult as MixtureResult,
     RouterReport as RouterReport,
     SelectionBias as SelectionBias,
 )
@@ -96,6 +98,7 @@ __all__ = [
     "LinearAttention",
     "LinenOutputHead",
     "MixtureOfExperts",
+    "MixtureResult",
     "NormalizedAttention",
     "OutputHead",
     "PrototypeTempNet",

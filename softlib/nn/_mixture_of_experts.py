@@ -79,6 +79,18 @@ class RouterReport(NamedTuple):
     dropped_fraction: Float[Array, ""]
 
 
+class MixtureResult(NamedTuple):
+    """A call of `MixtureOfExperts`.
+
+    Attributes:
+        output: Of the tokens, in the shape of the inputs.
+        report: What there is to know about the router.
+    """
+
+    output: Float[Array, "*batch D"]
+    report: RouterReport
+
+
 class MixtureOfExperts(nnx.Module):
     r"""Each token through the few experts that a router selects for it.
 
@@ -268,7 +280,7 @@ class MixtureOfExperts(nnx.Module):
         where: Bool[Array, "..."] | None = None,
         temperature: PerRow = 1.0,
         key: Array | None = None,
-    ) -> tuple[Float[Array, "*batch D"], RouterReport]:
+    ) -> MixtureResult:
         """Returns the outputs, and what there is to know about the router.
 
         Args:
@@ -306,7 +318,8 @@ class MixtureOfExperts(nnx.Module):
 
         routing = self._route(x, where, tau, key)
         y, dropped = self._through_experts(x, routing)
-        return y.reshape(shape), self._report(routing, dropped, where)
+        report = self._report(routing, dropped, where)
+        return MixtureResult(y.reshape(shape), report)
 
     @array_arguments
     def balance(self, expert_load: Float[Array, " E"], rate: PerRow) -> None:

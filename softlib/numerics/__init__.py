@@ -9,9 +9,11 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 `extended_add`, `extended_multiply`, `extended_sum`, `extended_log`,
 `extended_to_float`.
 
-Numbers about neighbours: `similarity_depth`, `distance_quantile`, `dkw_radius`.
+Numbers about neighbours: `similarity_depth`, `SimilarityDepth`, `distance_quantile`,
+`dkw_radius`.
 Clusters of one size: `balanced_kmeans`.
-A weighted sum from fewer terms: `systematic_resample`; the worst cases: `top_k_mean`.
+A weighted sum from fewer terms: `systematic_resample`, `ResampledTerms`; the worst
+cases: `top_k_mean`.
 """
 
 from ._balanced_kmeans import (
@@ -31,6 +33,7 @@ from ._plain_sum import (
     PlainSumState as PlainSumState,
 )
 from ._resampling import (
+    ResampledTerms as ResampledTerms,
     systematic_resample as systematic_resample,
 )
 from ._running_max import (
@@ -38,6 +41,7 @@ from ._running_max import (
     RunningMaxState as RunningMaxState,
 )
 from ._similarity import (
+    SimilarityDepth as SimilarityDepth,
     distance_quantile as distance_quantile,
     dkw_radius as dkw_radius,
     similarity_depth as similarity_depth,
@@ -58,8 +62,10 @@ __all__ = [
     "ExtendedFloat",
     "PlainSum",
     "PlainSumState",
+    "ResampledTerms",
     "RunningMax",
     "RunningMaxState",
+    "SimilarityDepth",
     "TwoPass",
     "TwoPassState",
     "UnifiedMax",

@@ -1,5 +1,7 @@
 """Unbiased resampling of a weighted sum to fewer terms of equal weight."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,10 +12,23 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 
 
+class ResampledTerms(NamedTuple):
+    r"""Terms that were drawn from a weighted sum.
+
+    Attributes:
+        indices: Of the terms, int32, in ascending order.
+        weights: $\operatorname{sign}(w_m) \sum |w| / n$ of each, float32 (float64 for
+            float64).
+    """
+
+    indices: Int[Array, " N"]
+    weights: Float[Array, " N"]
+
+
 @array_arguments
 def systematic_resample(
     key: Array, weights: Float[Array, " M"], *, num_samples: int
-) -> tuple[Int[Array, " N"], Float[Array, " N"]]:
+) -> ResampledTerms:
     r"""Draws indices and weights that keep every weighted sum in expectation.
 
     $\mathbb{E} \sum_k w'_k f(i_k) = \sum_m w_m f(m)$ for every $f$. Index $m$ is drawn
@@ -27,9 +42,8 @@ def systematic_resample(
         num_samples: Static number $n$ of draws, at least 1.
 
     Returns:
-        Indices (int32), in ascending order, and their weights $\operatorname{sign}(w_m)
-        \sum |w| / n$; float32 (float64 for float64). Weights that are all 0 give
-        weights 0; a weight that is NaN or infinite makes all of them NaN.
+        Indices and their weights. Weights that are all 0 give weights 0; a weight that
+        is NaN or infinite makes all of them NaN.
 
     Raises:
         TypeError: `weights` is not floating, or `num_samples` no Python int.
@@ -70,4 +84,4 @@ def systematic_resample(
     indices = jnp.searchsorted(cumulative, points, side="right").astype(jnp.int32)
     indices = jnp.minimum(indices, len(weights) - 1)
     share = jnp.where(jnp.isfinite(total), total, jnp.nan) / num_samples
-    return indices, jnp.sign(weights[indices]) * share
+    return ResampledTerms(indices, jnp.sign(weights[indices]) * share)

@@ -1,5 +1,7 @@
 """Similarity of a point to known data: depth of agreement, quantile, radius."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +15,18 @@ from softlib._dtypes import accumulator_dtype
 from softlib.typing import Scalar
 
 
+class SimilarityDepth(NamedTuple):
+    """Agreement of a query with the keys near it.
+
+    Attributes:
+        depth: The number of the nearest keys that agree, int32.
+        nearest: The distance to the nearest key, float32 (float64 if an argument is).
+    """
+
+    depth: Int[Array, " B"]
+    nearest: Float[Array, " B"]
+
+
 @array_arguments
 def similarity_depth(
     queries: Float[Array, "B M"],
@@ -24,7 +38,7 @@ def similarity_depth(
     exclude_index: Integer[Array, " B"] | None = None,
     max_depth: int | None = None,
     where: Bool[Array, " N"] | None = None,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+) -> SimilarityDepth:
     r"""Number of nearest keys that agree with a query, and distance of the nearest.
 
     A key agrees if its prediction is right and is that of the query. The depth $q$ is
@@ -45,9 +59,8 @@ def similarity_depth(
         where: True for the keys that exist.
 
     Returns:
-        Depths, int32, and the distance to the nearest key, float32 (float64 if an
-        argument is): inf without keys. A query with NaN has depth 0 and distance NaN; a
-        key with NaN counts as infinitely far.
+        Depths, and the distance to the nearest key: inf without keys. A query with NaN
+        has depth 0 and distance NaN; a key with NaN counts as infinitely far.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -95,7 +108,7 @@ def similarity_depth(
     if exclude_index is None:
         exclude_index = jnp.full(batch, -1)
     each = (queries, query_pred, exclude_index)
-    return _of_queries(depth, each, keys, key_pred, exists, right)
+    return SimilarityDepth(*_of_queries(depth, each, keys, key_pred, exists, right))
 
 
 @compiled_once(0)

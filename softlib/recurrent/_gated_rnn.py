@@ -124,7 +124,7 @@ def quasi_lstm(
         axis=-2,
         method=method,
         chunk_size=chunk_size,
-        return_final_state=True,
+        return_state=True,
     )
     output = (jax.nn.sigmoid(wide_o) * found.output).astype(f.dtype)
     return RecurrentResult(output, found.state) if return_state else output

@@ -45,7 +45,7 @@ def linear_recurrence(
     decay: Array,
     inputs: Array,
     *,
-    return_final_state: Literal[True],
+    return_state: Literal[True],
     **options: Unpack[_Options],
 ) -> RecurrentResult: ...
 @overload
@@ -54,7 +54,7 @@ def linear_recurrence(
     decay: Array,
     inputs: Array,
     *,
-    return_final_state: Literal[False] = False,
+    return_state: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
 @array_arguments
@@ -67,7 +67,7 @@ def linear_recurrence(
     reverse: bool = False,
     method: Literal["associative", "chunked", "sequential"] = "associative",
     chunk_size: int | None = None,
-    return_final_state: bool = False,
+    return_state: bool = False,
 ) -> Float[Array, "..."] | RecurrentResult:
     r"""All states of a linear recurrence with elementwise decays.
 
@@ -93,7 +93,7 @@ def linear_recurrence(
         method: Static. "sequential" has the least work and a depth of T steps,
             "associative" a depth of log T, "chunked" the least memory for a gradient.
         chunk_size: Static number of steps per chunk, 128 if None; only for "chunked".
-        return_final_state: Static; True returns a `RecurrentResult` with the state
+        return_state: Static; True returns a `RecurrentResult` with the state
             after the last step that is run.
 
     Returns:
@@ -144,7 +144,7 @@ def linear_recurrence(
     )
     if not inputs.shape[axis]:
         start = jnp.zeros(without_time, dtype) if start is None else start
-        return RecurrentResult(inputs, start) if return_final_state else inputs
+        return RecurrentResult(inputs, start) if return_state else inputs
     # Time in front, with the length of the inputs; other axes may stay 1.
     decay = jnp.broadcast_to(
         decay, (*decay.shape[:axis], inputs.shape[axis], *decay.shape[axis + 1 :])
@@ -161,7 +161,7 @@ def linear_recurrence(
         final, states = _chunked(size, start, decay, inputs)
     states = jnp.flip(states, 0) if reverse else states
     states = jnp.moveaxis(states, 0, axis)
-    return RecurrentResult(states, final) if return_final_state else states
+    return RecurrentResult(states, final) if return_state else states
 
 
 def require_method(function: str, method: str, chunk_size: int | None) -> None:

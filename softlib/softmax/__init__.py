@@ -4,7 +4,8 @@ Of exponentials:
 
 - `softmax`, `log_softmax`, `logsumexp`: with a temperature, masks, any axes
 - `two_pass_softmax`, `two_pass_log_softmax`, `two_pass_logsumexp`: error-free exponents
-- `unified_max_softmax`, `unified_max_log_softmax`: a maximum known beforehand
+- `unified_max_softmax`, `unified_max_log_softmax`, `UnifiedMaxResult`: a maximum known
+  beforehand
 
 Of other functions:
 
@@ -17,7 +18,8 @@ With zeros:
 
 - `sparsemax`, `entmax15`, `entmax`, `tempered_softmax`, `normmax`, `budget_sparsemax`;
   `support_size`
-- `top_k_softmax`, `top_k_gating`, `noisy_top_k_gating`, `NoisyTopKGating`;
+- `top_k_softmax`; `top_k_gating`, `TopKGating`; `noisy_top_k_gating`,
+  `NoisyTopKGating`;
   `soft_top_k`, `log_soft_top_k`
 - `dense_to_sparse_gate`, `sparsify_gates`, `temperature_schedule`
 - `top_k_logits`, `top_p_logits`, `min_p_logits`: filters of a sampler
@@ -86,6 +88,7 @@ from ._taylor import (
     taylor_softmax as taylor_softmax,
 )
 from ._top_k import (
+    TopKGating as TopKGating,
     top_k_gating as top_k_gating,
     top_k_softmax as top_k_softmax,
 )
@@ -95,12 +98,15 @@ from ._two_pass import (
     two_pass_softmax as two_pass_softmax,
 )
 from ._unified_max import (
+    UnifiedMaxResult as UnifiedMaxResult,
     unified_max_log_softmax as unified_max_log_softmax,
     unified_max_softmax as unified_max_softmax,
 )
 
 __all__ = [
     "NoisyTopKGating",
+    "TopKGating",
+    "UnifiedMaxResult",
     "budget_sparsemax",
     "concrete_log_prob",
     "concrete_score",

@@ -1,6 +1,6 @@
 """Softmax over the K largest entries of a row: gates of a sparse mixture of experts."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +15,18 @@ from ._entries import Axis, Entries
 from ._softmax import softmax
 
 type BiasIn = Literal["weights", "selection", "both"]
+
+
+class TopKGating(NamedTuple):
+    """The selected entries of a row, best first.
+
+    Attributes:
+        weights: float32 (float64 for float64).
+        indices: Where they are, int32; -1 with weight 0 where a row has too few.
+    """
+
+    weights: Float[Array, "..."]
+    indices: Int[Array, "..."]
 
 
 @array_arguments
@@ -96,7 +108,7 @@ def top_k_gating(
     bias_in: BiasIn = "weights",
     renormalize: bool = True,
     where: Bool[Array, "..."] | None = None,
-) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+) -> TopKGating:
     r"""The $k$ largest entries of a row: their weights and where they are, best first.
 
     `top_k_softmax` for dispatch: the weights that are not 0, with their indices.
@@ -111,8 +123,8 @@ def top_k_gating(
         where: True for the entries that count; broadcasts to `x`.
 
     Returns:
-        Weights, float32 (float64 for float64), and indices, int32; both in the shape of
-        `x` with size $k$ on `axis`, in falling order of what selects. Of equal entries
+        Weights and indices, both in the shape of `x` with size $k$ on `axis`, in
+        falling order of what selects. Of equal entries
         the one with the lower index comes first. Where a row has fewer than $k$ entries
         that count, the rest has weight 0 and index -1, which `jax.nn.one_hot` makes 0.
 
@@ -126,8 +138,8 @@ def top_k_gating(
 
     Example:
         >>> x = jnp.array([1.0, 3.0, 3.0, -jnp.inf])
-        >>> weights, indices = softlib.softmax.top_k_gating(x, k=2)
-        >>> print(weights, indices)
+        >>> found = softlib.softmax.top_k_gating(x, k=2)
+        >>> print(found.weights, found.indices)
         [0.5 0.5] [1 2]
     """
     function = "top_k_gating"
@@ -149,7 +161,8 @@ def top_k_gating(
     else:
         weights = jnp.where(absent & ~gates.bad, 0, taken(softmax(scores)))
     indices = jnp.where(absent, -1, indices).astype(jnp.int32)
-    return jnp.moveaxis(weights, -1, axis), jnp.moveaxis(indices, -1, axis)
+    back = lambda y: jnp.moveaxis(y, -1, axis)
+    return TopKGating(back(weights), back(indices))
 
 
 class _Gates:

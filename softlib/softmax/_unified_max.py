@@ -1,6 +1,6 @@
 """Softmax and its logarithm relative to a reference that is known beforehand."""
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,19 @@ from ._entries import Axis, Entries
 from ._softmax import log_softmax, softmax
 
 
+class UnifiedMaxResult(NamedTuple):
+    """A softmax or its logarithm, and the rows whose scores left the range.
+
+    Attributes:
+        output: What the call without `return_needs_recompute` returns.
+        needs_recompute: True for rows that have left the range, in the shape of the
+            argument without `axis`.
+    """
+
+    output: Float[Array, "*shape"]
+    needs_recompute: Bool[Array, "..."]
+
+
 # For type checkers: the return type depends on a flag.
 class _Options(TypedDict, total=False):
     where: Array | None
@@ -34,16 +47,16 @@ def unified_max_softmax(
     x: Array,
     axis: Axis = -1,
     *,
-    return_flag: Literal[True],
+    return_needs_recompute: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> UnifiedMaxResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def unified_max_softmax(
     x: Array,
     axis: Axis = -1,
     *,
-    return_flag: Literal[False] = False,
+    return_needs_recompute: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
 @array_arguments
@@ -56,8 +69,8 @@ def unified_max_softmax(
     valid_range: tuple[ArrayLike, ArrayLike] = (-70.0, 80.0),
     criterion: Literal["row_max", "elementwise"] = "row_max",
     fallback: bool = True,
-    return_flag: bool = False,
-) -> Float[Array, "*shape"] | tuple[Array, Array]:
+    return_needs_recompute: bool = False,
+) -> Float[Array, "*shape"] | UnifiedMaxResult:
     r"""$e^{x_i - \varphi} / \sum_j e^{x_j - \varphi}$ with $\varphi$ given, not found.
 
     In exact arithmetic every $\varphi$ gives the softmax. With one that is known before
@@ -79,8 +92,8 @@ def unified_max_softmax(
             the rule of the paper, at every one.
         fallback: Static; whether to compute rows that leave the range again. Otherwise
             they are NaN.
-        return_flag: Static. Returns `(result, flag)`, with True in the flag for rows
-            that have left the range, in the shape of `x` without `axis`.
+        return_needs_recompute: Static; returns `UnifiedMaxResult`, which says of every
+            row whether it has left the range.
 
     Returns:
         Probabilities in the dtype of `x`, 0 where an entry does not count. A row
@@ -101,8 +114,10 @@ def unified_max_softmax(
 
     Example:
         >>> x = jnp.array([[4.0, 4.0], [900.0, 900.0]])
-        >>> y, flag = softlib.softmax.unified_max_softmax(x, phi=3.0, return_flag=True)
-        >>> print(y, flag)
+        >>> found = softlib.softmax.unified_max_softmax(
+        ...     x, phi=3.0, return_needs_recompute=True
+        ... )
+        >>> print(found.output, found.needs_recompute)
         [[0.5 0.5]
          [0.5 0.5]] [False  True]
     """
@@ -110,8 +125,8 @@ def unified_max_softmax(
     accumulator = _accumulator(
         "unified_max_softmax", entries, phi, valid_range, criterion
     )
-    result, flag = _evaluated(accumulator, entries, fallback, is_log=False)
-    return (result, flag) if return_flag else result
+    found = _evaluated(accumulator, entries, fallback, is_log=False)
+    return found if return_needs_recompute else found.output
 
 
 @overload
@@ -120,16 +135,16 @@ def unified_max_log_softmax(
     x: Array,
     axis: Axis = -1,
     *,
-    return_flag: Literal[True],
+    return_needs_recompute: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Array]: ...
+) -> UnifiedMaxResult: ...
 @overload
 # pyrefly: ignore[inconsistent-overload]
 def unified_max_log_softmax(
     x: Array,
     axis: Axis = -1,
     *,
-    return_flag: Literal[False] = False,
+    return_needs_recompute: Literal[False] = False,
     **options: Unpack[_Options],
 ) -> Array: ...
 @array_arguments
@@ -142,8 +157,8 @@ def unified_max_log_softmax(
     valid_range: tuple[ArrayLike, ArrayLike] = (-70.0, 80.0),
     criterion: Literal["row_max", "elementwise"] = "row_max",
     fallback: bool = True,
-    return_flag: bool = False,
-) -> Float[Array, "*shape"] | tuple[Array, Array]:
+    return_needs_recompute: bool = False,
+) -> Float[Array, "*shape"] | UnifiedMaxResult:
     r"""$x_i - \varphi - \log \sum_j e^{x_j - \varphi}$ with $\varphi$ given, not found.
 
     The logarithm of `unified_max_softmax`, which says what $\varphi$ is good for.
@@ -158,8 +173,8 @@ def unified_max_log_softmax(
             at every one.
         fallback: Static; whether to compute rows that leave the range again. Otherwise
             they are NaN.
-        return_flag: Static. Returns `(result, flag)`, with True in the flag for rows
-            that have left the range.
+        return_needs_recompute: Static; returns `UnifiedMaxResult`, which says of every
+            row whether it has left the range.
 
     Returns:
         Logarithms in nats in the dtype of `x`, -inf where an entry does not count. The
@@ -183,8 +198,8 @@ def unified_max_log_softmax(
     accumulator = _accumulator(
         "unified_max_log_softmax", entries, phi, valid_range, criterion
     )
-    result, flag = _evaluated(accumulator, entries, fallback, is_log=True)
-    return (result, flag) if return_flag else result
+    found = _evaluated(accumulator, entries, fallback, is_log=True)
+    return found if return_needs_recompute else found.output
 
 
 def _accumulator(
@@ -208,8 +223,7 @@ def _accumulator(
 # ------------------------------------------------------------- rows are the last axis
 def _evaluated(
     accumulator: UnifiedMax, entries: Entries, fallback: bool, *, is_log: bool
-) -> tuple[Array, Array]:
-    """The result, and the flag of each row."""
+) -> UnifiedMaxResult:
     given = entries.rows(entries.scores)
     # The derivative is that of the result, below: no branch is differentiated.
     z = lax.stop_gradient(given)
@@ -221,7 +235,8 @@ def _evaluated(
     else:
         found = jnp.where(flag[..., None], jnp.nan, fast)
     derived = _log_softmax_of if is_log else _softmax_of
-    return entries.result(entries.unrows(derived(given, found))), flag
+    output = entries.result(entries.unrows(derived(given, found)))
+    return UnifiedMaxResult(output, flag)
 
 
 @compiled_once(0)

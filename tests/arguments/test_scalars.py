@@ -49,7 +49,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "value2_bias": (-math.inf, math.inf),
     "weight_decay": (0, math.inf),
     "losses.dpo_loss.label_smoothing": (0, 0.5),
-    "losses.global_contrastive_update.gamma": (0, 1),
     "losses.mcmi_loss.weight": (0, math.inf),
     "losses.poly1_cross_entropy.epsilon": (-1, math.inf),
     "losses.poly1_from_log_prob.epsilon": (-1, math.inf),

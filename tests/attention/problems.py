@@ -145,9 +145,8 @@ def with_gradients(arrays, g_out, g_lse, traced=None, **options):
         )
         results, pull = jax.vjp(function, arrays)
         given = (g_out, g_lse)
-        (gradients,) = pull(
-            tuple(g.astype(r.dtype) for g, r in zip(given, results, strict=True))
-        )
+        cast = (g.astype(r.dtype) for g, r in zip(given, results, strict=True))
+        (gradients,) = pull(type(results)(*cast))
         return results, gradients
 
     return jax.device_get(call(arrays, traced or {}, g_out, g_lse))

@@ -44,7 +44,8 @@ def specs(axis):
 
 def with_gradients(call, arrays, lengths, g_out, g_lse):
     def total(arrays):
-        out, statistics = call(arrays, lengths)
+        found = call(arrays, lengths)
+        out, statistics = found.output, found
         lse = jnp.where(statistics.lse == -jnp.inf, 0, statistics.lse)
         return (out * g_out).sum() + (lse * g_lse).sum(), (out, statistics)
 
@@ -64,7 +65,7 @@ def test_keys_divided_over_devices(shape, kind, check_vma, phi, implementation):
         jax.shard_map,
         mesh=mesh,
         in_specs=(specs("keys"), P("batch")),
-        out_specs=(P("batch"), attention.DecodeStatistics(*[P("batch")] * 3)),
+        out_specs=attention.DecodeResult(*[P("batch")] * 4),
         check_vma=check_vma,
     )
     def divided(arrays, lengths):

@@ -89,7 +89,7 @@ def divided(mask, method, layout, check_vma, mesh=None, **options):
             local,
             mesh=mesh,
             in_specs=(spec, spec, spec, P(), P()),
-            out_specs=(spec, spec),
+            out_specs=spec,  # of both results
             check_vma=check_vma,
         )
         q, k, v = (x[:, order] for x in (query, key, value))

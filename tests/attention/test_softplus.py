@@ -228,8 +228,8 @@ def test_statistics_are_those_of_the_rows():
         query, key, value, _ = problem((9, 9), (2, 2), dtype="float64")
         for options in ({}, {"power": 3}, {"scale": 2.0}):
             attend = functools.partial(softplus_attention, **options, **BLOCKS)
-            attend = functools.partial(attend, return_stats=True)
-            _, found = run(attend, query, key, value)
+            attend = functools.partial(attend, return_statistics=True)
+            found = run(attend, query, key, value)
             unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
             scale = options.get("scale", np.log(8) * np.log(9))
             s = scale * np.einsum("btnh,bsnh->btns", unit(query), unit(key))

@@ -57,9 +57,8 @@ def with_gradients(arrays, g_out, g_lse, traced=None, **options):
         call = call_with(**options)
         results, pull = jax.vjp(lambda arrays: call(arrays, traced), arrays)
         given = (g_out, g_lse)
-        (gradients,) = pull(
-            tuple(g.astype(r.dtype) for g, r in zip(given, results, strict=True))
-        )
+        cast = (g.astype(r.dtype) for g, r in zip(given, results, strict=True))
+        (gradients,) = pull(type(results)(*cast))
         return results, gradients
 
     return jax.device_get(run(arrays, traced or {}, g_out, g_lse))

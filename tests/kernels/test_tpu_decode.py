@@ -39,13 +39,14 @@ def interpreted(monkeypatch):
 
         @jax.jit
         def decode(arrays, traced):
-            return decode_attention(
+            found = decode_attention(
                 **arrays,
                 **traced,
                 **options,
                 implementation="pallas_tpu",
                 return_statistics=True,
             )
+            return found.output, found
 
         with pltpu.force_tpu_interpret_mode(mode), operations.kernels_of("tpu"):
             program = decode.lower(arrays, problems.traced(lengths, numbers)).compile()

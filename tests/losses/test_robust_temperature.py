@@ -528,8 +528,7 @@ def test_state_of_a_data_set_makes_small_batches_unbiased():
     @jax.jit
     def run(h):
         def step(state, batch):
-            update = losses.global_contrastive_update
-            found = update(state, ids, batch, temperature=tau, gamma=0.01)
+            found = state.update(ids, batch, temperature=tau, gamma=0.01)
             return found.state, found.log_mean
 
         start = losses.GlobalContrastiveState(jnp.full(5, -jnp.inf))
@@ -548,9 +547,7 @@ def test_the_first_update_is_the_batch_and_huge_scores_do_not_overflow():
     h = jnp.array([[1e2, 0.0], [-1e2, -1e2], [1.0, 2.0]])
     ids = jnp.array([0, 7, 2])
     where = jnp.array([[True, True], [True, True], [False, False]])
-    found = losses.global_contrastive_update(
-        state, ids, h, temperature=0.01, gamma=0.5, where=where
-    )
+    found = state.update(ids, h, temperature=0.01, gamma=0.5, where=where)
     # The exponent 1e4 has an error of 5e-4.
     np.testing.assert_allclose(found.weights[0], [1, 0], atol=2e-3)
     np.testing.assert_allclose(found.log_mean[0], 1e4 - np.log(2), rtol=1e-6)
@@ -649,8 +646,7 @@ def test_errors_of_contrastive_functions():
     with pytest.raises(ValueError, match="`column_temperature` must be positive"):
         loss(square, 1.0, -1.0)
     state = losses.GlobalContrastiveState(jnp.zeros(3))
-    update = losses.global_contrastive_update
     with pytest.raises(ValueError, match=r"`h` must have shape \(B, K\)"):
-        update(state, jnp.arange(2), square, temperature=1.0, gamma=0.5)
+        state.update(jnp.arange(2), square, temperature=1.0, gamma=0.5)
     with pytest.raises(ValueError, match=r"`gamma` must be in \[0, 1\], got 2"):
-        update(state, jnp.arange(3), square, temperature=1.0, gamma=2)
+        state.update(jnp.arange(3), square, temperature=1.0, gamma=2)

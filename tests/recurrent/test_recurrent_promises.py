@@ -181,7 +181,7 @@ def test_queries_without_any_key_give_zero():
 
 def test_empty_recurrences():
     u = jnp.zeros((2, 0, 3))
-    states = linear_recurrence(u, u, axis=1, return_final_state=True)
+    states = linear_recurrence(u, u, axis=1, return_state=True)
     assert states.output.shape == u.shape
     assert states.state.shape == (2, 3)
     maps = jnp.zeros((2, 0, 4))

@@ -63,7 +63,7 @@ def test_recurrence_matches_oracle(case):
         linear_recurrence,
         method=case["method"],
         chunk_size=case["chunk_size"],
-        return_final_state=True,
+        return_state=True,
         **options,
     )
     found = jax.jit(lambda a, b, h: call(a, b, initial_state=h))(decay, inputs, start)
@@ -216,7 +216,7 @@ def test_quasi_lstm_in_parts():
     assert_close(last.state, whole.state, dtype=jnp.float32, length=7)
 
 
-RECURRENCE = jax.jit(functools.partial(linear_recurrence, return_final_state=True))
+RECURRENCE = jax.jit(functools.partial(linear_recurrence, return_state=True))
 
 
 @hypothesis.given(seed=st.integers(0, 2**31), cut=st.sampled_from([1, 3, 5]))

@@ -121,7 +121,7 @@ def recurrence(method):
                 reverse=True,
                 method=method,
                 chunk_size=2 if method == "chunked" else None,
-                return_final_state=True,
+                return_state=True,
             )
 
         return function, (decay, inputs, draw(2, ROWS, 3)), range(3)

@@ -76,7 +76,7 @@ def test_is_the_brute_force(k, dtype, noise_floor):
             + (np.logaddexp(noise_logits.astype(wide), 0) + wide.type(noise_floor))
             * noise
         )
-        weights, _ = gating(noisy, k, where=where)
+        weights, _ = gating(noisy, k=k, where=where)
         assert_close(found.weights, weights, dtype=wide, length=k)
 
 
@@ -100,7 +100,7 @@ def test_loads_are_the_frequencies_of_selection_and_sum_to_k():
 def test_without_a_key_there_is_no_noise_and_the_load_is_the_selection():
     logits, noise_logits = problem()
     logits[0] = 1.0  # all equal: the lower index is selected
-    weights, indices = gating(logits, 2)
+    weights, indices = gating(logits, k=2)
     found = draw(None, logits, noise_logits, 2)
     np.testing.assert_array_equal(found.indices, indices)
     assert_close(found.weights, weights, dtype=weights.dtype, length=2)

@@ -39,7 +39,7 @@ def test_matches_longdouble(name, dtype):
     function, expected = FUNCTIONS[name]
     with jax.enable_x64(dtype == "float64"):
         x = scores(dtype=dtype)
-        y, flag = run(lambda x: function(x, phi=1.0, return_flag=True), x)
+        y, flag = run(lambda x: function(x, phi=1.0, return_needs_recompute=True), x)
         assert y.dtype == x.dtype
         assert not flag.any()
         exact = expected(x if dtype == "float64" else x.astype(jnp.float32))
@@ -50,7 +50,7 @@ def test_matches_longdouble(name, dtype):
 def test_results_do_not_depend_on_phi(name):
     function, expected = FUNCTIONS[name]
     x = scores()
-    call = jax.jit(lambda x, phi: function(x, phi=phi, return_flag=True))
+    call = jax.jit(lambda x, phi: function(x, phi=phi, return_needs_recompute=True))
     for phi in (-20.0, -3.0, 0.0, 5.0, 20.0):
         y, flag = call(x, phi)
         assert not flag.any()
@@ -66,7 +66,7 @@ def test_axes_where_and_a_reference_per_row(name, axis):
     phi = {0: rng.normal(size=(5, 4)), (0, 2): rng.normal(size=5), None: 0.5}[axis]
     given = np.where(where, x, f32(np.nan))  # may hold anything
     call = lambda x, where, phi: function(
-        x, axis, where=where, phi=phi, return_flag=True
+        x, axis, where=where, phi=phi, return_needs_recompute=True
     )
     y, flag = run(call, given, where, f32(phi))
     axes = range(3) if axis is None else np.atleast_1d(axis)
@@ -104,7 +104,9 @@ def test_rows_that_leave_the_range(name, criterion, fallback):
     function, expected = FUNCTIONS[name]
     x = f32([row for row, _, _ in ROWS])
     options = {"valid_range": (-3.0, 3.0), "criterion": criterion, "fallback": fallback}
-    y, flag = run(lambda x: function(x, phi=1.0, return_flag=True, **options), x)
+    y, flag = run(
+        lambda x: function(x, phi=1.0, return_needs_recompute=True, **options), x
+    )
     wanted = np.array([row[1 if criterion == "row_max" else 2] for row in ROWS])
     np.testing.assert_array_equal(flag, wanted)
     exact = expected(np.where(np.isnan(x) | (x == np.inf), 0, x)).astype(np.float64)
@@ -118,7 +120,7 @@ def test_rows_that_leave_the_range(name, criterion, fallback):
 @pytest.mark.parametrize("phi", [-np.inf, np.inf, np.nan])
 def test_a_reference_that_is_no_number_is_not_used(phi):
     x = f32([[0.0, 0.0], [-np.inf, -np.inf]])
-    call = lambda x: unified_max_softmax(x, phi=phi, return_flag=True)
+    call = lambda x: unified_max_softmax(x, phi=phi, return_needs_recompute=True)
     y, flag = run(call, x)
     np.testing.assert_array_equal(y, [[0.5, 0.5], [0, 0]])
     np.testing.assert_array_equal(flag, [True, False])
@@ -136,7 +138,7 @@ def test_the_fast_path_subtracts_no_maximum():
 
 def test_vmap_is_a_loop():
     x = np.stack([scores(), 300 + scores()])
-    call = lambda x: unified_max_softmax(x, return_flag=True)
+    call = lambda x: unified_max_softmax(x, return_needs_recompute=True)
     y, flag = run(jax.vmap(call), x)
     for i in range(2):
         one, one_flag = run(call, x[i])
@@ -149,7 +151,7 @@ def test_devices_decide_for_themselves():
     x = scores((8, 5))
     x[3] += 400
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
-    call = functools.partial(unified_max_softmax, return_flag=True)
+    call = functools.partial(unified_max_softmax, return_needs_recompute=True)
     found = jax.jit(
         jax.shard_map(call, mesh=mesh, in_specs=P("rows"), out_specs=P("rows"))
     )(x)

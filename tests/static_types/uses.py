@@ -22,10 +22,11 @@ def heads(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
     loss = softlib.losses.softmax_cross_entropy
     assert_type(loss(logits, labels), jax.Array)
     assert_type(loss(weight, labels), jax.Array)
-    pair = softlib.losses.linear_softmax_cross_entropy(
+    found = softlib.losses.linear_softmax_cross_entropy(
         hidden, weight, labels, return_lse=True
     )
-    assert_type(pair, tuple[jax.Array, jax.Array])
+    assert_type(found, softlib.losses.CrossEntropyResult)
+    assert_type(found.lse, jax.Array)
     assert_type(softlib.logits.row_statistics(logits, labels).lse, jax.Array | None)
 
 

@@ -20,7 +20,7 @@ from softlib.attention._engine import operations
 from softlib.attention._engine.scores import Softmax
 from softlib.attention._engine.stream import BackwardOperands, Gradient
 from softlib.attention._engine.tiles import Operands, Options
-from softlib.attention._partials import merge
+from softlib.attention._partials import AttentionResult, merge
 from softlib.masks import Mask
 from softlib.typing import Implementations, Precision, Scalar
 
@@ -45,7 +45,7 @@ def sequence_parallel_attention(
     block_key: int | None = None,
     precision: Precision = None,
     implementation: Implementations = None,
-) -> Float[Array, "*batch T N E"] | tuple[Array, Array]:
+) -> Float[Array, "*batch T N E"] | AttentionResult:
     r"""Attention over all keys of a mesh axis, each device holding a part of them.
 
     Equals `dot_product_attention` of the whole sequence, forward and backward; every
@@ -72,7 +72,7 @@ def sequence_parallel_attention(
         scale: As in `dot_product_attention`.
         softcap: Static positive number; None for none.
         sinks: One extra score per query head.
-        return_lse: Static; whether to return the logsumexp too.
+        return_lse: Static; returns `AttentionResult`, with the logsumexp.
         block_query: Static queries per block.
         block_key: Static keys per block.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
@@ -156,7 +156,7 @@ def sequence_parallel_attention(
     arrays = match_varying((query, key, value, sinks, mask))
     out, lse = _ring_attention(call, *arrays)
     out = shapes.unflat(out)
-    return (out, shapes.unflat(lse)) if return_lse else out
+    return AttentionResult(out, shapes.unflat(lse)) if return_lse else out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _all_to_all(
     *,
     sinks: Array | None,
     **options: Any,
-):
+) -> Array | AttentionResult:
     function = "sequence_parallel_attention"
     if shapes.heads % devices:
         raise ValueError(
@@ -301,5 +301,5 @@ def _all_to_all(
         return_lse=True,
         **options,
     )
-    out, lse = map(divided, found)
-    return (out, lse) if return_lse else out
+    found = AttentionResult(*map(divided, found))
+    return found if return_lse else found.output
