@@ -4,7 +4,7 @@
 `softlib.LinearLogits(hidden, weight, bias=bias)`, and
 `of_stored.f(array, labels, bias=bias, gamma=2.0)` that of `StoredLogits(array,
 bias=bias)`, or of the array itself where nothing modifies it. Functions of two logits
-take the arrays of both, and options of the second begin with `target_`; others are of
+take the arrays of both, and options of the second begin with `teacher_`; others are of
 both.
 """
 
@@ -65,10 +65,10 @@ def _split(
     of_each: list[dict[str, Any]] = [{} for _ in names]
     rest: dict[str, Any] = {}
     for option, value in options.items():
-        plain = option.removeprefix("target_")
+        plain = option.removeprefix("teacher_")
         if option in own or plain not in known:
             rest[option] = value
-        elif option.startswith("target_"):
+        elif option.startswith("teacher_"):
             of_each[1][plain] = value
         else:
             of_each[0][option] = value

@@ -4,6 +4,7 @@ A user who knows one function can call the next. Constructors of dataclasses and
 tuples list fields, which have an order, and are not asked for theirs.
 """
 
+import dataclasses
 import inspect
 import types
 import typing
@@ -96,19 +97,42 @@ def test_the_axis_is_a_keyword_or_the_last_after_the_array():
     assert not found, "`axis` must be keyword-only"
 
 
-# What a thing is called elsewhere, and its word here.
+# What a thing is called elsewhere, and its word here. `gradient_filter_eps` keeps
+# `eps`, the name of that option in the literature.
 OTHER_WORDS = {
     "causal": "is_causal",
+    "eps": "epsilon",
+    "iterations": "num_steps",
     "logit_scale": "scale",
     "logit_softcap": "softcap",
+    "logp": "log_prob",
+    "logps": "log_prob",
+    "max_iterations": "max_steps",
+    "num": "num_samples",
+    "num_iterations": "num_steps",
+    "ref_logits": "reference_logits",
+    "steps": "num_steps",
+    "target_logits": "teacher_logits",
 }
+
+
+def names() -> Iterator[tuple[str, set[str]]]:
+    """Parameters of functions, and fields of values."""
+    for name, function in FUNCTIONS.items():
+        yield name, set(inspect.signature(function).parameters)
+    for public in public_names.public_names():
+        if is_fields(public.value):
+            yield public.address, set(public.value._fields)
+        elif isinstance(public.value, type) and dataclasses.is_dataclass(public.value):
+            fields = dataclasses.fields(public.value)
+            yield public.address, {field.name for field in fields}
 
 
 def test_a_thing_has_one_word():
     found = {
-        name: {p: OTHER_WORDS[p] for p in inspect.signature(function).parameters}
-        for name, function in FUNCTIONS.items()
-        if OTHER_WORDS.keys() & inspect.signature(function).parameters.keys()
+        name: {word: OTHER_WORDS[word] for word in words}
+        for name, own in names()
+        if (words := OTHER_WORDS.keys() & own)
     }
     assert not found
 

@@ -37,7 +37,7 @@ class GaussianExpertsFit(NamedTuple):
         log_likelihood: Mean log-density of the sample, in nats.
         gradient_norm: Largest slope of `log_likelihood` by a parameter (scales and
             temperature by their logarithm), without those that the least scale holds.
-        iterations: That were tried, int32.
+        num_steps: Steps that were tried, int32.
         converged: Whether `gradient_norm` is within the tolerance.
         history: `log_likelihood` before each iteration, the last value repeated.
         starts: `log_likelihood` that each start reached; one value for a single start.
@@ -46,9 +46,9 @@ class GaussianExpertsFit(NamedTuple):
     experts: GaussianExperts
     log_likelihood: Float[Array, "*batch"]
     gradient_norm: Float[Array, "*batch"]
-    iterations: Int[Array, "*batch"]
+    num_steps: Int[Array, "*batch"]
     converged: Bool[Array, "*batch"]
-    history: Float[Array, "*batch iterations"]
+    history: Float[Array, "*batch steps"]
     starts: Float[Array, "*batch R"]
 
 
@@ -127,7 +127,7 @@ def fit_gaussian_experts(
     method: Literal["em", "newton"] = "em",
     learn_temperature: bool = False,
     min_scale: Scalar | None = None,
-    max_iterations: int = 500,
+    max_steps: int = 500,
     tolerance: float | None = None,
     where: Bool[Array, " n"] | None = None,
 ) -> GaussianExpertsFit:
@@ -160,7 +160,7 @@ def fit_gaussian_experts(
             activation it cannot be: it is one of many that are equally likely.
         min_scale: Least $\sigma$, positive; None is a thousandth of the standard
             deviation of `y`.
-        max_iterations: Static; per start.
+        max_steps: Static; per start.
         tolerance: Static; on `gradient_norm`. None is $\varepsilon^{1/2}$: 3e-4 in
             float32, 1.5e-8 in float64.
         where: True for the examples that count; others may hold anything.
@@ -193,7 +193,7 @@ def fit_gaussian_experts(
     """
     function = "fit_gaussian_experts"
     checks.require_one_of(function, "method", method, ("em", "newton"))
-    checks.require_positive_integer(function, "max_iterations", max_iterations)
+    checks.require_positive_integer(function, "max_steps", max_steps)
     if tolerance is not None:
         checks.require_positive_number(function, "tolerance", tolerance)
     if isinstance(min_scale, int | float):
@@ -215,7 +215,7 @@ def fit_gaussian_experts(
         float(jnp.finfo(data.x.dtype).eps) ** 0.5 if tolerance is None else tolerance
     )
     step = _em_step if method == "em" else _newton_step
-    chosen = gate, learn_temperature, step, max_iterations, bound
+    chosen = gate, learn_temperature, step, max_steps, bound
     fits, ends = _climb_from_each(chosen, data, least, initial)
     reached = ends.value
     best = jnp.argmax(jnp.where(jnp.isnan(reached), -jnp.inf, reached))

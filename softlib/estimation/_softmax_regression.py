@@ -34,14 +34,14 @@ class SoftmaxRegressionFit(NamedTuple):
         coefficients: $x$, float32 or wider; NaN if an argument holds NaN.
         loss: Of `SoftmaxRegression`, with the penalty.
         gradient_norm: Euclidean norm of the gradient of `loss` at `coefficients`.
-        iterations: Steps that were tried, int32.
+        num_steps: Steps that were tried, int32.
         converged: Whether `gradient_norm` is within the tolerance.
     """
 
     coefficients: Float[Array, "*batch D"]
     loss: Float[Array, "*batch"]
     gradient_norm: Float[Array, "*batch"]
-    iterations: Int[Array, "*batch"]
+    num_steps: Int[Array, "*batch"]
     converged: Bool[Array, "*batch"]
 
 
@@ -175,7 +175,7 @@ def fit_softmax_regression(
     *,
     initial: Float[Array, " D"] | None = None,
     l2: Scalar = 0.0,
-    max_iterations: int = 100,
+    max_steps: int = 100,
     tolerance: float | None = None,
     where: Bool[Array, " rows"] | None = None,
 ) -> SoftmaxRegressionFit:
@@ -195,7 +195,7 @@ def fit_softmax_regression(
         target: $b$.
         initial: Where to start; None is 0.
         l2: $\lambda \geq 0$; a number is static, an array traced.
-        max_iterations: Static; steps that are tried at most.
+        max_steps: Static; steps that are tried at most.
         tolerance: Static; on the norm of the gradient. None is
             $\varepsilon^{3/4}$, that is 6e-6 in float32 and 2e-12 in float64.
         where: True for the rows that count, as in the loss.
@@ -223,7 +223,7 @@ def fit_softmax_regression(
         [ 1. -2.] True
     """
     function = "fit_softmax_regression"
-    checks.require_positive_integer(function, "max_iterations", max_iterations)
+    checks.require_positive_integer(function, "max_steps", max_steps)
     checks.require_scalar(function, "l2", l2, 0, math.inf)
     if tolerance is not None:
         checks.require_positive_number(function, "tolerance", tolerance)
@@ -235,7 +235,7 @@ def fit_softmax_regression(
     dtype = problem.x.dtype
     if tolerance is None:
         tolerance = float(jnp.finfo(dtype).eps) ** 0.75
-    return _fit(problem, jnp.asarray(l2, dtype), max_iterations, tolerance)
+    return _fit(problem, jnp.asarray(l2, dtype), max_steps, tolerance)
 
 
 @array_arguments
@@ -392,7 +392,7 @@ class _Problem(NamedTuple):
 
 @compiled_once(2, 3)
 def _fit(
-    problem: _Problem, l2: Array, max_iterations: int, bound: float
+    problem: _Problem, l2: Array, max_steps: int, bound: float
 ) -> SoftmaxRegressionFit:
     dtype, features = problem.x.dtype, problem.x.shape[0]
     eps = float(jnp.finfo(dtype).eps)
@@ -403,7 +403,7 @@ def _fit(
 
     def running(state: _Search) -> Array:
         usable = (state.norm > bound) & jnp.isfinite(state.loss)
-        return usable & (state.damping < 1 / eps) & (state.iteration < max_iterations)
+        return usable & (state.damping < 1 / eps) & (state.iteration < max_steps)
 
     def step(state: _Search) -> _Search:
         f = problem.prediction(state.x)

@@ -43,12 +43,12 @@ class SourcePair:
         cls,
         function: str,
         logits: Logits,
-        target_logits: Logits,
-        second: str = "target_logits",
+        teacher_logits: Logits,
+        second: str = "teacher_logits",
     ) -> "SourcePair":
         """Checked sources; errors name `function`, and the target `second`."""
         own = source_of(function, logits)
-        target = source_of(function, target_logits, second)
+        target = source_of(function, teacher_logits, second)
         _require_alike(own, target, second)
         return cls(own, target)
 

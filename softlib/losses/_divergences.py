@@ -12,7 +12,7 @@ from softlib.typing import Scalar
 @array_arguments
 def softmax_kl_divergence(
     logits: Logits,
-    target_logits: Logits,
+    teacher_logits: Logits,
     *,
     reverse: bool = False,
     excluded_labels: Integer[Array, "..."] | None = None,
@@ -20,21 +20,21 @@ def softmax_kl_divergence(
 ) -> Float[Array, "*batch"]:
     r"""Kullback-Leibler divergence of two softmax distributions, in nats per row.
 
-    With $q$ the softmax of `logits` and $p$ that of `target_logits`,
+    With $q$ the softmax of `logits` and $p$ that of `teacher_logits`,
 
     $$\mathrm{KL}(p \,\|\, q) = \sum_j p_j \log \frac{p_j}{q_j},$$
 
-    the forward direction: the prediction must have mass wherever the target has some.
+    the forward direction: the prediction must have mass wherever the teacher has some.
     In the reverse direction, $\mathrm{KL}(q \,\|\, p)$, it may leave out classes of the
-    target. The terms of the sum are $p\,\phi(\log q - \log p) \geq 0$ with
+    teacher. The terms of the sum are $p\,\phi(\log q - \log p) \geq 0$ with
     $\phi(d) = e^d - 1 - d$, so that nothing cancels where the distributions are close.
     Logits of heads are never formed.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        target_logits: Those of the second distribution, over the same classes: of
+        teacher_logits: Those of the second distribution, over the same classes: of
             another head with any number of features, or stored if `logits` are.
-        reverse: Static; the other direction, KL(prediction || target).
+        reverse: Static; the other direction, KL(prediction || teacher).
         excluded_labels: Class ids, one or several per row, that both distributions
             leave out: they are normalised over the others. An id outside $[0, V)$
             excludes nothing.
@@ -44,7 +44,7 @@ def softmax_kl_divergence(
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64). A
         row without classes has 0 and gradient 0. It is +inf if `logits` are all -inf,
-        and 0 if `target_logits` are (with `reverse` the other way round), both with
+        and 0 if `teacher_logits` are (with `reverse` the other way round), both with
         gradient 0.
 
     Raises:
@@ -69,12 +69,12 @@ def softmax_kl_divergence(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> kl = softlib.losses.softmax_kl_divergence
         >>> logits = softlib.LinearLogits(hidden, weight)
-        >>> target = softlib.LinearLogits(hidden, 2 * weight)
-        >>> print(kl(logits, target).round(4))
+        >>> teacher = softlib.LinearLogits(hidden, 2 * weight)
+        >>> print(kl(logits, teacher).round(4))
         [0.0989 0.1329]
     """
     function = "softmax_kl_divergence"
-    pair = SourcePair.of(function, logits, target_logits)
+    pair = SourcePair.of(function, logits, teacher_logits)
     return pair.divergence(
         "kl", reverse=reverse, excluded_labels=excluded_labels, where=where
     )
@@ -83,7 +83,7 @@ def softmax_kl_divergence(
 @array_arguments
 def softmax_jensen_shannon_divergence(
     logits: Logits,
-    target_logits: Logits,
+    teacher_logits: Logits,
     *,
     mixture: Scalar = 0.5,
     excluded_labels: Integer[Array, "..."] | None = None,
@@ -91,7 +91,7 @@ def softmax_jensen_shannon_divergence(
 ) -> Float[Array, "*batch"]:
     r"""Jensen-Shannon divergence of two softmax distributions, in nats per row.
 
-    With $q$ the softmax of `logits`, $p$ that of `target_logits` and their mixture
+    With $q$ the softmax of `logits`, $p$ that of `teacher_logits` and their mixture
      $m = \beta p + (1 - \beta) q$,
 
     $$\mathrm{JS}_\beta = \beta\, \mathrm{KL}(p \,\|\, m)
@@ -104,9 +104,9 @@ def softmax_jensen_shannon_divergence(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        target_logits: Those of the second distribution, over the same classes: of
+        teacher_logits: Those of the second distribution, over the same classes: of
             another head with any number of features, or stored if `logits` are.
-        mixture: $\beta \in (0, 1)$, the weight of the target; a number is static, an
+        mixture: $\beta \in (0, 1)$, the weight of the teacher; a number is static, an
             array traced and differentiable. The ends are excluded: there the divergence
             is 0 everywhere.
         excluded_labels: Class ids, one or several per row, that both distributions
@@ -141,13 +141,13 @@ def softmax_jensen_shannon_divergence(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> js = softlib.losses.softmax_jensen_shannon_divergence
         >>> logits = softlib.LinearLogits(hidden, weight)
-        >>> target = softlib.LinearLogits(hidden, 2 * weight)
-        >>> print(js(logits, target).round(4))
+        >>> teacher = softlib.LinearLogits(hidden, 2 * weight)
+        >>> print(js(logits, teacher).round(4))
         [0.026  0.0398]
     """
     function = "softmax_jensen_shannon_divergence"
     _check_mixture(function, mixture)
-    pair = SourcePair.of(function, logits, target_logits)
+    pair = SourcePair.of(function, logits, teacher_logits)
     return pair.divergence(
         "jensen_shannon",
         mixture=mixture,
@@ -159,23 +159,23 @@ def softmax_jensen_shannon_divergence(
 @array_arguments
 def softmax_soft_target_cross_entropy(
     logits: Logits,
-    target_logits: Logits,
+    teacher_logits: Logits,
     *,
     excluded_labels: Integer[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Cross-entropy with the softmax of other logits as the soft target.
 
-    With $q$ the softmax of `logits` and $p$ that of `target_logits`,
+    With $q$ the softmax of `logits` and $p$ that of `teacher_logits`,
 
     $$H(p, q) = -\sum_j p_j \log q_j = H(p) + \mathrm{KL}(p \,\|\, q) .$$
 
-    For a constant target its gradient is that of the divergence. Its minimum is the
-    target's entropy, not 0. Logits of heads are never formed.
+    For a constant teacher its gradient is that of the divergence. Its minimum is the
+    teacher's entropy, not 0. Logits of heads are never formed.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        target_logits: Those of the second distribution, over the same classes: of
+        teacher_logits: Those of the second distribution, over the same classes: of
             another head with any number of features, or stored if `logits` are.
         excluded_labels: Class ids, one or several per row, that both distributions
             leave out: they are normalised over the others. An id outside $[0, V)$
@@ -209,12 +209,12 @@ def softmax_soft_target_cross_entropy(
         >>> hidden, weight = jnp.eye(2), jnp.array([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
         >>> loss = softlib.losses.softmax_soft_target_cross_entropy
         >>> logits = softlib.LinearLogits(hidden, weight)
-        >>> target = softlib.LinearLogits(hidden, 2 * weight)
-        >>> print(loss(logits, target).round(2))
+        >>> teacher = softlib.LinearLogits(hidden, 2 * weight)
+        >>> print(loss(logits, teacher).round(2))
         [0.76 0.31]
     """
     function = "softmax_soft_target_cross_entropy"
-    pair = SourcePair.of(function, logits, target_logits)
+    pair = SourcePair.of(function, logits, teacher_logits)
     return pair.divergence(
         "cross_entropy", excluded_labels=excluded_labels, where=where
     )

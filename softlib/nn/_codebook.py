@@ -41,7 +41,7 @@ class KMeans(NamedTuple):
 
     codebook: Float[Array, "K D"]
     mapping: Int[Array, " V"]
-    inertia: Float[Array, " iterations"]
+    inertia: Float[Array, " steps"]
 
 
 class CodebookState(NamedTuple):
@@ -118,7 +118,7 @@ def kmeans(
     *,
     key: PRNGKeyArray,
     weights: Float[Array, " V"] | Integer[Array, " V"] | None = None,
-    num_iterations: int = 20,
+    num_steps: int = 20,
 ) -> KMeans:
     r"""Centroids of rows by Lloyd's iterations, started by k-means++.
 
@@ -129,7 +129,7 @@ def kmeans(
         key: A key of `jax.random`, for the starting points.
         weights: How much each row counts, at least 0: the frequencies of the tokens
             make the codes of frequent ones finer. None counts all alike.
-        num_iterations: Static.
+        num_steps: Static.
 
     Returns:
         Centroids, the assignment to them, and the course of the inertia. float32
@@ -159,10 +159,10 @@ def kmeans(
             f"got {x.shape}."
         )
     checks.require_positive_integer(function, "num_codes", num_codes)
-    checks.require_positive_integer(function, "num_iterations", num_iterations)
+    checks.require_positive_integer(function, "num_steps", num_steps)
     x = lax.stop_gradient(x.astype(accumulator_dtype(x)))
     weights = _row_weights(function, weights, x)
-    return _lloyd(key, x, weights, num_codes, num_iterations)
+    return _lloyd(key, x, weights, num_codes, num_steps)
 
 
 @compiled_once(3, 4)
@@ -171,7 +171,7 @@ def _lloyd(
     x: Float[Array, "V D"],
     weights: Float[Array, " V"],
     num_codes: int,
-    num_iterations: int,
+    num_steps: int,
 ) -> KMeans:
     centre = _centre(x)  # sums and products of rows far from 0 would cancel
     x = x - centre
@@ -183,7 +183,7 @@ def _lloyd(
         return _centroids(codebook, counts, sums), inertia
 
     start = _plus_plus(key, x, weights, num_codes)
-    codebook, inertia = lax.scan(step, start, length=num_iterations)
+    codebook, inertia = lax.scan(step, start, length=num_steps)
     mapping = assign_codes(x, codebook)
     last = _inertia(x, codebook, mapping, weights)
     return KMeans(codebook + centre, mapping, jnp.append(inertia, last))

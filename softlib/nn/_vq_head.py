@@ -161,7 +161,7 @@ class VQLogitsHead(nnx.Module):
         num_codes: int,
         *,
         weights: Float[Array, " V"] | Integer[Array, " V"] | None = None,
-        num_iterations: int = 20,
+        num_steps: int = 20,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> "VQLogitsHead":
@@ -171,7 +171,7 @@ class VQLogitsHead(nnx.Module):
             table: The rows (V, D) of the head that exists.
             num_codes: Number of codes.
             weights: How much each token counts in k-means, e.g. its frequency.
-            num_iterations: Of k-means.
+            num_steps: Of k-means.
             rngs: Key source.
             **options: Those of `VQLogitsHead` but `mapping`. With `learn_mapping` the
                 table becomes the embeddings.
@@ -181,7 +181,7 @@ class VQLogitsHead(nnx.Module):
             num_codes,
             key=rngs.params(),
             weights=weights,
-            num_iterations=num_iterations,
+            num_steps=num_steps,
         )
         classes, features = table.shape
         head = cls(

@@ -322,7 +322,7 @@ def test_em_never_falls_and_ends_where_newton_ends():
         @jax.jit
         def run(x, y, where):
             options: dict[str, Any] = {"learn_temperature": True, "where": where}
-            fit = functools.partial(fit_gaussian_experts, max_iterations=200, **options)
+            fit = functools.partial(fit_gaussian_experts, max_steps=200, **options)
             return fit(x, y, starts, TANH), fit(x, y, start, TANH, method="newton")
 
         given = np.where(keep[:, None], x, NAN), np.where(keep, y, NAN), keep
@@ -368,7 +368,7 @@ def test_twenty_starts_in_one_run():
         x, y = jnp.where(where[:, None], x, NAN), jnp.where(where, y, NAN)
         y = y.at[1].add(error)
         starts = draw_gaussian_experts(keys[1], x, y, 3, num_starts=20, where=where)
-        options: dict[str, Any] = {"max_iterations": 40, "min_scale": 0.3}
+        options: dict[str, Any] = {"max_steps": 40, "min_scale": 0.3}
         fit = fit_gaussian_experts(x, y, starts, where=where, **options)
         return fit, at_truth.mean(where=where)
 
@@ -422,7 +422,7 @@ def test_least_scale_holds_where_an_expert_fits_exactly(method):
     )
 
     def run(x, y):
-        options: dict[str, Any] = {"min_scale": 0.05, "max_iterations": 60}
+        options: dict[str, Any] = {"min_scale": 0.05, "max_steps": 60}
         return fit_gaussian_experts(x, y, start, method=method, **options)
 
     found = jax.jit(run)(x, y)
@@ -458,7 +458,7 @@ def test_temperature_is_learned_with_an_activation_and_not_without():
                 gate,
                 method="newton",
                 learn_temperature=True,
-                max_iterations=100,
+                max_steps=100,
             )
             found, points = fit.experts, jnp.linspace(-15, 15, 200)
             apart = hellinger_of(true, found, x[:30], points, gate)

@@ -188,8 +188,8 @@ def test_gauss_newton_recovers_twenty_of_twenty():
         assert found.converged.all()
         assert found.gradient_norm.max() < 2e-12
         np.testing.assert_allclose(found.coefficients, x, atol=1e-9)
-        assert found.iterations.max() <= 10
-        assert found.iterations.dtype == jnp.int32
+        assert found.num_steps.max() <= 10
+        assert found.num_steps.dtype == jnp.int32
 
 
 def test_fit_of_any_target_ends_at_a_stationary_point_of_the_penalised_loss():
@@ -227,10 +227,10 @@ def test_what_softmax_does_not_see_keeps_its_start():
 
 def test_fit_says_what_it_did_not_reach():
     _, A, b = (jnp.asarray(a, jnp.float32) for a in problem(5))
-    fit: Any = jax.jit(fit_softmax_regression, static_argnames="max_iterations")
-    short = fit(A, b, max_iterations=1)
+    fit: Any = jax.jit(fit_softmax_regression, static_argnames="max_steps")
+    short = fit(A, b, max_steps=1)
     assert not short.converged
-    assert short.iterations == 1
+    assert short.num_steps == 1
     nan = fit(A.at[0, 0].set(NAN), b)
     assert jnp.isnan(nan.coefficients).all()
     assert not nan.converged
@@ -313,10 +313,10 @@ def test_a_change_of_the_data_is_a_shift_of_the_labels():
         ),
         (
             lambda: fit_softmax_regression(
-                jnp.zeros((3, 2)), jnp.zeros(3), max_iterations=0
+                jnp.zeros((3, 2)), jnp.zeros(3), max_steps=0
             ),
             ValueError,
-            "`max_iterations` must be at least 1",
+            "`max_steps` must be at least 1",
         ),
         (
             lambda: in_context_label_shift(

@@ -52,7 +52,7 @@ def test_a_stored_teacher_with_a_class_mask_per_row():
 @pytest.mark.usefixtures("untyped")
 def test_bad_pairs():
     head = softlib.LinearLogits(jnp.ones((2, 3)), jnp.ones((5, 3)))
-    with pytest.raises(ValueError, match=r"`target_logits` must have 5 classes.*4\."):
+    with pytest.raises(ValueError, match=r"`teacher_logits` must have 5 classes.*4\."):
         losses.softmax_kl_divergence(head, jnp.ones((2, 4)))
     arrays = jnp.ones((2, 3)), jnp.ones((5, 3))
     pinned = softlib.LinearLogits(*arrays, implementation="pallas")

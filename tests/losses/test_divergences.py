@@ -66,7 +66,7 @@ class Pair:
             if modified:
                 arrays["bias"] = draw(classes)
             sources.append(arrays)
-        names = ("", "target_")
+        names = ("", "teacher_")
         self.arrays = {
             prefix + name: array
             for prefix, arrays in zip(names, sources, strict=True)
@@ -74,10 +74,10 @@ class Pair:
         }
         self.oracle_static: list[dict[str, Any]] = [{}, {}]
         if self.linear:
-            self.static = {"vocab_axis": axes[0], "target_vocab_axis": axes[1]}
+            self.static = {"vocab_axis": axes[0], "teacher_vocab_axis": axes[1]}
             self.oracle_static = [{"vocab_axis": axis} for axis in axes]
         if modified:
-            self.arrays["target_scale"] = jnp.asarray(0.7, dtype)
+            self.arrays["teacher_scale"] = jnp.asarray(0.7, dtype)
             self.arrays["temperature"] = jnp.asarray(
                 random.uniform(0.8, 1.5, batch), dtype
             )
@@ -91,17 +91,17 @@ class Pair:
         for name, array in self.arrays.items():
             if name == "temperature":
                 own[name] = target[name] = array
-            elif name.startswith("target_"):
-                target[name.removeprefix("target_")] = array
+            elif name.startswith("teacher_"):
+                target[name.removeprefix("teacher_")] = array
             else:
                 own[name] = array
         own |= self.oracle_static[0]
         target |= self.oracle_static[1]
         value, d_own, d_target, dw = oracle.divergence(function, own, target, **options)
         gradients = {n: g for n, g in d_own.items() if n != "temperature"}
-        gradients |= {f"target_{n}": g for n, g in d_target.items()}
+        gradients |= {f"teacher_{n}": g for n, g in d_target.items()}
         if "temperature" in self.arrays:
-            del gradients["target_temperature"]
+            del gradients["teacher_temperature"]
             gradients["temperature"] = d_own["temperature"] + d_target["temperature"]
         return value, gradients, dw
 
@@ -192,9 +192,9 @@ def call(function, arrays, others):
     """With the arguments that have positions at these."""
     arrays = {**arrays, **others}
     if "logits" in arrays:
-        order = ("logits", "target_logits")
+        order = ("logits", "teacher_logits")
     else:
-        order = ("hidden", "weight", "target_hidden", "target_weight")
+        order = ("hidden", "weight", "teacher_hidden", "teacher_weight")
     positional = [arrays.pop(name) for name in order]
     return function(*positional, **arrays)
 
@@ -245,7 +245,7 @@ def test_nothing_cancels_where_distributions_are_close(name, source):
 @some_pairs
 def test_equal_distributions_have_divergence_and_gradient_zero(name, source):
     pair = Pair(source, modified=False, axes=(0, 0), features=(3, 3))
-    arrays = {n: pair.arrays[n.removeprefix("target_")] for n in pair.arrays}
+    arrays = {n: pair.arrays[n.removeprefix("teacher_")] for n in pair.arrays}
     function = function_of(name, source)
 
     def total(arrays):
@@ -254,7 +254,7 @@ def test_equal_distributions_have_divergence_and_gradient_zero(name, source):
     value, gradients = jax.jit(jax.value_and_grad(total))(arrays)
     if name == "cross_entropy":
         entropy = {"linear": of_head.entropy, "softmax": of_stored.entropy}
-        own = [a for n, a in arrays.items() if not n.startswith("target_")]
+        own = [a for n, a in arrays.items() if not n.startswith("teacher_")]
         np.testing.assert_allclose(value, entropy[source](*own).sum(), rtol=1e-5)
     else:
         np.testing.assert_allclose(value, 0, atol=1e-10)
@@ -350,14 +350,14 @@ def test_extreme_logits_give_no_nan(name):
 
 def test_reverse_exchanges_the_sources():
     pair = Pair("softmax", modified=False)
-    a, b = pair.arrays["logits"], pair.arrays["target_logits"]
+    a, b = pair.arrays["logits"], pair.arrays["teacher_logits"]
     kl = of_stored.softmax_kl_divergence
     np.testing.assert_allclose(kl(a, b, reverse=True), kl(b, a), rtol=1e-6)
 
 
 def test_jensen_shannon_tends_to_both_directions():
     pair = Pair("softmax", dtype="float32", modified=False)
-    a, b = pair.arrays["logits"], pair.arrays["target_logits"]
+    a, b = pair.arrays["logits"], pair.arrays["teacher_logits"]
     js, kl = (
         of_stored.softmax_jensen_shannon_divergence,
         of_stored.softmax_kl_divergence,
@@ -370,7 +370,7 @@ def test_jensen_shannon_tends_to_both_directions():
 
 def test_cross_entropy_is_entropy_plus_divergence():
     pair = Pair("softmax", modified=False)
-    a, b = pair.arrays["logits"], pair.arrays["target_logits"]
+    a, b = pair.arrays["logits"], pair.arrays["teacher_logits"]
     whole = of_stored.softmax_soft_target_cross_entropy(a, b)
     parts = of_stored.entropy(b) + of_stored.softmax_kl_divergence(a, b)
     np.testing.assert_allclose(whole, parts, rtol=1e-5)
@@ -440,7 +440,7 @@ def data(request):
 @every
 def test_heads_under_every_transformation(name):
     pair = Pair(batch=(8,), classes=7, features=(3, 2), modified=False)
-    order = ("hidden", "weight", "target_hidden", "target_weight")
+    order = ("hidden", "weight", "teacher_hidden", "teacher_weight")
     function = function_of(name, "linear", vocab_chunk=3, **pair.static)
     check_transformations(
         lambda h, w, g, u, labels: function(h, w, g, u, excluded_labels=labels),
@@ -457,7 +457,7 @@ def test_logits_under_every_transformation():
     check_transformations(
         lambda z, t, w: of_stored.softmax_jensen_shannon_divergence(z, t, mixture=w),
         pair.arrays["logits"],
-        pair.arrays["target_logits"],
+        pair.arrays["teacher_logits"],
         jnp.float32(0.3),
         rows=(0, 1),
         skip={"forward_mode": "the statistics have a custom_vjp"},
@@ -468,7 +468,7 @@ def test_logits_under_every_transformation():
 def test_hessian_vector_products_are_those_of_stored_logits(name):
     """Where both distributions are equal too, where first derivatives vanish."""
     pair = Pair(classes=11, modified=False, features=(3, 3), axes=(0, 0))
-    equal = {n: pair.arrays[n.removeprefix("target_")] for n in pair.arrays}
+    equal = {n: pair.arrays[n.removeprefix("teacher_")] for n in pair.arrays}
     direction = Pair(classes=11, modified=False, features=(3, 3), axes=(0, 0), seed=1)
 
     def product(arrays, **options):
@@ -501,7 +501,7 @@ def test_a_divided_vocabulary_gives_the_numbers_of_one_device(
 ):
     """Values, gradients and a Hessian-vector product, labels excluded."""
     pair = Pair(batch=(4,), classes=24, modified=False, axes=(axis, axis))
-    order = ("hidden", "weight", "target_hidden", "target_weight")
+    order = ("hidden", "weight", "teacher_hidden", "teacher_weight")
     arrays = {n: pair.arrays[n] for n in order}
     labels = jnp.array([0, 23, 7, -1])
     mesh = jax.make_mesh((2, 4), ("data", "classes"), (getattr(AxisType, kind),) * 2)
@@ -644,22 +644,26 @@ def test_memory_at_a_large_vocabulary():
     ("change", "error", "match"),
     [
         (
-            {"target_hidden": jnp.zeros((5, 3))},
+            {"teacher_hidden": jnp.zeros((5, 3))},
             ValueError,
-            r"softmax_kl_divergence: `target_logits` must.*\(5,",
+            r"softmax_kl_divergence: `teacher_logits` must.*\(5,",
         ),
         (
-            {"target_weight": jnp.zeros((8, 3))},
+            {"teacher_weight": jnp.zeros((8, 3))},
             ValueError,
-            r"softmax_kl_divergence: `target_logits` must.* 8\.",
+            r"softmax_kl_divergence: `teacher_logits` must.* 8\.",
         ),
         (
-            {"target_weight": jnp.zeros((7, 4))},
+            {"teacher_weight": jnp.zeros((7, 4))},
             ValueError,
             r"LinearLogits: `weight` must",
         ),
-        ({"target_hidden": jnp.zeros((4, 3), int)}, TypeError, "`hidden` must .*int32"),
-        ({"target_bias": jnp.zeros(3)}, ValueError, r"`bias` must .*\(3,\)"),
+        (
+            {"teacher_hidden": jnp.zeros((4, 3), int)},
+            TypeError,
+            "`hidden` must .*int32",
+        ),
+        ({"teacher_bias": jnp.zeros(3)}, ValueError, r"`bias` must .*\(3,\)"),
         ({"where": jnp.ones(3, bool)}, ValueError, r"`where` must .*\(3,\)"),
         ({"excluded_labels": jnp.zeros(3, int)}, ValueError, r"`excluded_labels` must"),
         ({"excluded_labels": jnp.zeros(4)}, TypeError, "`excluded_labels` must"),
@@ -670,8 +674,8 @@ def test_bad_arguments_of_heads(change, error, match):
     arguments: dict[str, Any] = {
         "hidden": jnp.zeros((4, 3)),
         "weight": jnp.zeros((7, 3)),
-        "target_hidden": jnp.zeros((4, 3)),
-        "target_weight": jnp.zeros((7, 3)),
+        "teacher_hidden": jnp.zeros((4, 3)),
+        "teacher_weight": jnp.zeros((7, 3)),
         **change,
     }
     with pytest.raises(error, match=match):
@@ -690,8 +694,8 @@ def test_bad_mixtures():
 def test_bad_logits():
     z = jnp.zeros((2, 3))
     for other, match in (
-        (jnp.zeros((2, 4)), r"`target_logits` must have 3 classes.*4\."),
-        (jnp.zeros((3, 3)), r"`target_logits` must have the batch shape \(2,\)"),
+        (jnp.zeros((2, 4)), r"`teacher_logits` must have 3 classes.*4\."),
+        (jnp.zeros((3, 3)), r"`teacher_logits` must have the batch shape \(2,\)"),
     ):
         with pytest.raises(ValueError, match=match):
             of_stored.softmax_kl_divergence(z, other)

@@ -29,7 +29,7 @@ def normal(*shape: int) -> jax.Array:
 HIDDEN, WEIGHT = normal(2, FEATURES), normal(CLASSES, FEATURES)
 LOGITS, OTHERS = np.asarray(normal(2, CLASSES)), normal(2, CLASSES)
 OTHER_HEAD = LinearLogits(HIDDEN, normal(CLASSES, FEATURES))
-TARGET, TEACHER = {"target_logits": OTHERS}, {"teacher_logits": OTHERS}
+TARGET, TEACHER = {"teacher_logits": OTHERS}, {"teacher_logits": OTHERS}
 
 # Not of one distribution over classes with a label in each row.
 NO_LOSSES = {
@@ -49,9 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sdm_loss": {"similarity": 2.0, "distance": jnp.array([0.5, 0.8])},
     "smooth_adversarial_comp_sum_loss": {"adversarial_logits": OTHERS},
     "soft_top_k_loss": {"k": 2},
-    "softmax_jensen_shannon_divergence": {"target_logits": OTHERS},
-    "softmax_kl_divergence": {"target_logits": OTHERS},
-    "softmax_soft_target_cross_entropy": {"target_logits": OTHERS},
+    "softmax_jensen_shannon_divergence": {"teacher_logits": OTHERS},
+    "softmax_kl_divergence": {"teacher_logits": OTHERS},
+    "softmax_soft_target_cross_entropy": {"teacher_logits": OTHERS},
     "universal_self_distillation_loss": {"weak_logits": OTHERS},
     "z_loss": {"a": 0.1, "b": 1.0},
 }
@@ -118,7 +118,7 @@ def problem(name: str, bias: float) -> tuple[dict[str, jax.Array], dict[str, Any
     if not is_head and "hidden" not in parameters:
         logits = jnp.asarray(LOGITS + np.array([[bias], [0.0]], np.float32))
         return {"logits": logits[:, None] if sequences else logits}, options
-    for other in options.keys() & {"target_logits", "teacher_logits"}:
+    for other in options.keys() & {"teacher_logits"}:
         prefix = other.removesuffix("logits")
         del options[other]
         options[f"{prefix}hidden"] = OTHER_HEAD.hidden
@@ -292,12 +292,12 @@ def test_divergences_where_one_has_no_probability(case, form):
         biases = [-jnp.inf if place in (own, 2) else 0.0 for own in range(2)]
         if linear == "linear":
             both = {"hidden": HIDDEN, "weight": WEIGHT}
-            both |= {"target_hidden": OTHER_HEAD.hidden}
-            both |= {"target_weight": OTHER_HEAD.weight}
+            both |= {"teacher_hidden": OTHER_HEAD.hidden}
+            both |= {"teacher_weight": OTHER_HEAD.weight}
             inputs = both | {"bias": jnp.full(CLASSES, biases[0])}
-            inputs |= {"target_bias": jnp.full(CLASSES, biases[1])}
+            inputs |= {"teacher_bias": jnp.full(CLASSES, biases[1])}
         else:
-            both = {"logits": LOGITS, "target_logits": np.asarray(OTHERS)}
+            both = {"logits": LOGITS, "teacher_logits": np.asarray(OTHERS)}
             inputs = {
                 name: np.float32(logits + bias)
                 for (name, logits), bias in zip(both.items(), biases, strict=True)

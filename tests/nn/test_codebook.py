@@ -101,7 +101,7 @@ def test_weights_are_repetitions():
 
 def test_more_codes_than_distinct_rows_leave_some_unused():
     x = jnp.array([[0.0, 0.0], [1.0, 1.0]]).repeat(3, axis=0)
-    found = nn.kmeans(x, 5, key=jax.random.key(0), num_iterations=3)
+    found = nn.kmeans(x, 5, key=jax.random.key(0), num_steps=3)
     assert np.isfinite(found.codebook).all()
     assert found.inertia[-1] == 0
     assert len(np.unique(found.mapping)) == 2
@@ -235,9 +235,9 @@ KEY = jax.random.key(0)
         (lambda: nn.kmeans(X[0], 2, key=KEY), ValueError, r"`x` must have shape"),
         (lambda: nn.kmeans(X, 0, key=KEY), ValueError, "`num_codes` must be at least"),
         (
-            lambda: nn.kmeans(X, 2, key=KEY, num_iterations=0),
+            lambda: nn.kmeans(X, 2, key=KEY, num_steps=0),
             ValueError,
-            "`num_iterations` must be at least",
+            "`num_steps` must be at least",
         ),
         (
             lambda: nn.kmeans(X, 2, key=KEY, weights=jnp.ones(3)),

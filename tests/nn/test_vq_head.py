@@ -118,7 +118,7 @@ def test_a_table_of_few_distinct_rows_is_kept_exactly():
     own = jnp.arange(CLASSES) % CODES
     table = codes[own]
     head = VQLogitsHead.from_table(
-        table, CODES, num_iterations=5, rngs=nnx.Rngs(0), use_token_bias=True
+        table, CODES, num_steps=5, rngs=nnx.Rngs(0), use_token_bias=True
     )
     hidden, labels = batch()
     wanted = losses.linear_softmax_cross_entropy(hidden, table, labels)
