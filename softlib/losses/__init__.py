@@ -10,7 +10,8 @@ Losses of an array of logits or of a value such as `softlib.LinearLogits`:
   `mean_absolute_error_loss`
 - `poly1_cross_entropy`, `symmetric_cross_entropy`
 
-From log-probabilities: `focal_from_log_prob`, `comp_sum_from_log_prob`,
+Losses of log-probabilities, which are plain arrays and therefore have no methods, under
+the names of the losses of logits: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
 
 The spherical family, losses of sums and sums of squares:

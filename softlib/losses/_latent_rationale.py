@@ -41,6 +41,9 @@ def trice_weights(
     control variate, and its factor is the acceptance rate among the other questions. As
     the model becomes accurate the terms cancel, and with them the variance.
 
+    They are no loss, but the factors of `trice_loss`, for those who sum gradients
+    themselves or resample the terms.
+
     Args:
         proposal_correct: $\tilde c_m$: the proposal ends in the right answer, so that
             the chain has moved to it.

@@ -35,6 +35,8 @@ def preference_margin(
     $\sigma(h)$ is the probability of the pair's order in the model of Bradley and
     Terry, and the share of pairs with $h > 0$ the accuracy of the implicit reward.
 
+    It is no loss, but what `dpo_loss` is a function of and what is reported beside it.
+
     Args:
         chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
             from `sequence_log_probs`.

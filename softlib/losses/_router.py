@@ -188,6 +188,9 @@ def cv_squared(
     The variance is that of the population, $\frac{1}{n}\sum_i (x_i - \mu)^2$; with
     $n - 1$ it would be larger by $n / (n - 1)$.
 
+    It is the formula of `importance_loss`, and becomes a loss of whatever is to be even
+    across experts, such as a load.
+
     Args:
         x: Numbers of one sign.
         axis: Static; the axis or axes of a row, None for all.

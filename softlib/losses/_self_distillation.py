@@ -169,6 +169,9 @@ def zipf_soft_labels(
     The class of rank $r$, the highest score first, gets $1 / r$. Then the label is set
     to 0, and the row is divided by its sum.
 
+    It is no loss, but the target of the weak term of
+    `universal_self_distillation_loss`, for those who mix it with labels of their own.
+
     Args:
         scores: One per class; the lower class comes first on ties.
         labels: Class ids in $[0, C)$; outside, the row is NaN. Floating labels are

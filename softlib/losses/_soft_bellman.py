@@ -35,6 +35,9 @@ def soft_bellman_residual(
     It is 0 on all trajectories, drawn from any policy, exactly for the policy that
     maximises reward $- \beta\, \mathrm{KL}(\pi \| \pi_{ref})$ and its value.
 
+    It is no loss, but what `oreo_policy_loss` and `oreo_value_loss` square, for reports
+    and for weights of one's own.
+
     Args:
         log_prob: Log-probability of each token under the policy, in nats.
         reference_log_prob: The same under the frozen reference policy.

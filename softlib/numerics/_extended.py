@@ -1,4 +1,8 @@
-"""Floats with a separate exponent: exponentials that never overflow or underflow."""
+"""Floats with a separate exponent: exponentials that never overflow or underflow.
+
+Operations are functions and not methods of the pair: `+` of a named tuple joins tuples,
+and `jax.lax.associative_scan` takes `extended_add` as it is.
+"""
 
 import jax
 import jax.numpy as jnp
