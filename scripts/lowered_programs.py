@@ -155,16 +155,17 @@ def of_head(
         modifiers = dict(arrays["modifiers"])
         modifiers.pop("temperature", None)
         arrays = {**arrays, "modifiers": modifiers}
-    rest = [arrays[name] for name in own]
+    named = {name: arrays[name] for name in own if name == "temperature"}
+    rest = [arrays[name] for name in own if name not in named]
     where = {} if old in {"linear_row_statistics", "linear_top_k"} else arrays["only"]
     options = {**options, **arrays["modifiers"], **where}
     linear = getattr(softlib.losses, old, None)
     if linear is not None:
-        return linear(hidden, weight, *rest, **options)
+        return linear(hidden, weight, *rest, *named.values(), **options)
     head = {n: x for n, x in options.items() if n in OF_HEAD}
     options = {n: x for n, x in options.items() if n not in OF_HEAD}
     logits = softlib.LinearLogits(hidden, weight, **head)  # type: ignore
-    return found(new, new.removeprefix("softmax_"))(logits, *rest, **options)
+    return found(new, new.removeprefix("softmax_"))(logits, *rest, **named, **options)
 
 
 def of_pair(old: str, new: str, options: dict[str, Any], arrays: Arrays) -> Any:

@@ -51,7 +51,7 @@ def calibrate_unified_max(
 
     Args:
         scores_max: Largest score of each row, over any number of axes, the heads last
-            (`DecodeStatistics.max_score` of several calls, joined). One axis alone is
+            (`DecodeResult.max_score` of several calls, joined). One axis alone is
             samples for a single $\varphi$. Values that are not finite do not count.
         quantiles: Static pair in [0, 1], the lower first.
         valid_range: None, or the range $(a, b)$ to keep.
