@@ -154,6 +154,6 @@ def _kernel(x_ref, out_ref, kept_ref=None, *, tiles: Tiles, writes: bool):
         inverse = 1 / jnp.where(row_total == 0, 1, row_total)
         visit_all(lambda pieces, _: write(pieces, row_top, inverse), None)
     else:
-        # log(0) is -inf, and stays so whatever is added.
+        # log(0) is -inf, and stays -inf in the sum.
         lse = jnp.where(row_top == jnp.inf, jnp.inf, row_top + jnp.log(row_total))
         out_ref[row] = lse

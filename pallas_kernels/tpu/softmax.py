@@ -260,7 +260,7 @@ def _normalizer(top, total):
 
 def _logsumexp(top, total):
     row_top, row_total = _over_lanes(top, total)
-    # log(0) is -inf, and stays so whatever is added.
+    # log(0) is -inf, and stays -inf in the sum.
     lse = jnp.where(row_top == jnp.inf, jnp.inf, row_top + jnp.log(row_total))
     return jnp.broadcast_to(lse, top.shape)
 

@@ -25,7 +25,7 @@ METRICS = ("loss", "log_prob", "entropy", "correct", "lse")
 
 
 class TokenMetrics(NamedTuple):
-    """Numbers per token from one pass over the vocabulary; None if not asked for.
+    """Numbers per token from one pass over the vocabulary; None if not requested.
 
     Attributes:
         loss: Cross-entropy in nats, with smoothing and penalty if these are set.

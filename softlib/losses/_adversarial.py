@@ -97,8 +97,8 @@ def smooth_adversarial_comp_sum_loss(
         raise ValueError(
             f"{function}: `temperature` of the logits must be None: `rho` is it."
         )
-    cooled = with_temperature(source, rho)
-    log_prob = log_probability_of_labels(cooled, labels, where)
+    divided = with_temperature(source, rho)
+    log_prob = log_probability_of_labels(divided, labels, where)
     clean = comp_sum_from_log_prob(log_prob, tau=tau)
 
     counts = rows_that_count(source, where)

@@ -44,7 +44,7 @@ FILTER_BLOCK = 128
 
 
 class RowStatistics(NamedTuple):
-    r"""Numbers per row of logits; a field that was not asked for is None.
+    r"""Numbers per row of logits; a field that was not requested is None.
 
     With $z$ the final logits of a row and sums over its selected classes (float32,
     float64 for float64 arguments):
