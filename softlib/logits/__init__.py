@@ -4,7 +4,8 @@
   bias, scale, softcap and temperature; `AbstractLogits`: their base; `Logits`: the type
   that losses accept, one of these or an array.
 - `VQLogits`: logits of a codebook; `LoRALogits`: of a linear head with a low-rank
-  change; `BlockwiseLogits`: the base of user-defined heads.
+  change; `FusedLogits`: a linear combination of several models' logits;
+  `BlockwiseLogits`: the base of user-defined heads.
 - `row_statistics`, `RowStatistics`: statistics from one stream over the vocabulary.
 - `logsumexp`, `entropy`, `moments`: numbers of each row.
 - `token_log_probs`, `top1_correct`, `label_rank`: numbers of each label;
@@ -19,6 +20,7 @@
 from ._blockwise import BlockwiseLogits as BlockwiseLogits
 from ._compose import TokenMetrics as TokenMetrics
 from ._engine.tile import RowStatistics as RowStatistics
+from ._fused import FusedLogits as FusedLogits
 from ._gather import gather as gather
 from ._label_rank import label_rank as label_rank
 from ._linear import LinearLogits as LinearLogits
@@ -47,6 +49,7 @@ from ._vq import VQLogits as VQLogits
 __all__ = [
     "AbstractLogits",
     "BlockwiseLogits",
+    "FusedLogits",
     "LabelledRows",
     "LinearLogits",
     "LoRALogits",

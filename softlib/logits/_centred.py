@@ -13,25 +13,17 @@ from jaxtyping import Array, Float
 
 from softlib._sharding import in_auto_mode
 
-from ._sources import LinearLogits, Source, StoredLogits
+from ._source_rows import all_of
+from ._sources import LinearLogits, Source
 
 
 def without_infinite(source: Source) -> Source:
-    """The source with classes excluded whose final logit is -inf.
-
-    A logit of a linear head is -inf only by the bias, and never after a softcap.
-    """
-    modifiers = source.modifiers
-    if isinstance(source, StoredLogits):
-        counts = source.materialize() != -jnp.inf
-    elif modifiers.bias is None or source.options.softcap is not None:
+    """The source with classes excluded whose final logit is -inf."""
+    finite = source.finite_classes()
+    if finite is None:
         return source
-    else:
-        counts = modifiers.bias != -jnp.inf
-        if modifiers.class_where is not None:
-            counts = counts & modifiers.class_where
-    modifiers = modifiers._replace(class_where=counts)
-    return source.replaced(modifiers=modifiers)
+    counts = all_of([finite, source.class_where])
+    return source.replaced(modifiers=source.modifiers._replace(class_where=counts))
 
 
 def centred(source: Source) -> Source:

@@ -115,6 +115,15 @@ class ModifiedLogits(AbstractLogits):
     def class_where(self) -> Bool[Array, "..."] | None:
         return self.modifiers.class_where
 
+    def finite_classes(self) -> Bool[Array, "..."] | None:
+        """The classes whose final logit is not -inf for a known reason; None: all.
+
+        Of a head that is the bias, and not after a softcap.
+        """
+        if self.bias is None or self.softcap is not None:
+            return None
+        return self.bias != -jnp.inf
+
     def without_labels[L](self: L) -> L:
         """The logits with lse, mean_logit and sum_softplus that leave labels out."""
         return _without_labels(self)

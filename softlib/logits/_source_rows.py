@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,6 +25,16 @@ def masked_modifiers(modifiers: Modifiers, where: Array) -> Modifiers:
         temperature=ones(modifiers.temperature),
         centre=ones(modifiers.centre),
     )
+
+
+def all_of(masks: Iterable[Array | None]) -> Array | None:
+    """True where every mask over classes, or rows and classes, is; None is all True."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    axes = max(mask.ndim for mask in given)
+    alike = [mask.reshape(*(1,) * (axes - mask.ndim), *mask.shape) for mask in given]
+    return functools.reduce(jnp.logical_and, alike)
 
 
 def collapsed(array: Array, batch: Shape) -> Array:

@@ -216,6 +216,9 @@ class StoredLogits(ModifiedLogits):
         specs = lambda spec: (rows(spec), rows(spec))
         return in_auto_mode(search, specs, lax.stop_gradient(self.materialize()))
 
+    def finite_classes(self) -> Bool[Array, "*batch V"]:
+        return self.materialize() != -jnp.inf
+
     def materialize(self) -> Array:
         """Computes the final logits: rows x classes numbers in memory."""
         raw = self.logits.astype(self.dtype)

@@ -18,7 +18,7 @@ from ._blockwise import BlockwiseLogits
 from ._engine.blocks import Layout, with_layout
 from ._engine.tile import NO_MODIFIERS, Options, RowStatistics, logits_of
 from ._linear import LinearLogits
-from ._source_rows import Shape
+from ._source_rows import Shape, all_of
 
 
 class VQLogits(BlockwiseLogits):
@@ -214,6 +214,10 @@ class VQLogits(BlockwiseLogits):
         if self.modifiers.class_where is not None:
             where = where & self.modifiers.class_where
         return self.replaced(modifiers=self.modifiers._replace(class_where=where))
+
+    def finite_classes(self) -> Bool[Array, " V"] | None:
+        finite = None if self.token_bias is None else self.token_bias != -jnp.inf
+        return all_of([self.prepared().class_where, finite])
 
     def block(self) -> Float[Array, "rows classes"]:
         num_codes = self.codes.num_classes

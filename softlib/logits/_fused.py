@@ -1,0 +1,294 @@
+"""Linear combinations of the logits of several models, which are never formed."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from softlib import _checks as checks
+from softlib._array_arguments import array_arguments, as_array
+from softlib._dtypes import common_dtype
+from softlib.typing import Implementations, PerRow, Scalar
+
+from ._blockwise import BlockwiseLogits
+from ._engine import operations
+from ._engine.blocks import Blocks, Layout, modifier_layout
+from ._engine.tile import NO_MODIFIERS, logits_of
+from ._modified import blocks_of
+from ._modifiers import checked_implementation, checked_modifiers, checked_options
+from ._source_rows import Shape, all_of, masked_modifiers
+from ._sources import Logits, Source, source_of
+from ._value import AbstractLogits
+
+
+class FusedLogits(BlockwiseLogits):
+    r"""A linear combination of the logits of several models, a value that losses take.
+
+    With $z_i$ the final logits of member $i$ and $w_i$ its weight, the raw logits are
+
+    $$\sum_i w_i z_i.$$
+
+    Contrastive decoding is $(1 + \beta) z_{expert} - \beta z_{amateur}$, and a small
+    tuned model steers a large one by $z_{large} + \alpha (z_{tuned} - z_{small})$. The
+    members are read together, slice by slice: neither their logits nor the combination
+    is ever an array. Heads of different widths and layouts, stored arrays, and other
+    combinations may be members.
+
+    A class that one member excludes, by `class_where` or a final logit of -inf, is
+    excluded from the combination, whatever the weight: no NaN comes of 0 times
+    infinity, or of infinity less infinity. After a `softcap` of the combination only
+    `class_where` excludes, as in `LinearLogits`.
+
+    Args:
+        members: Arrays of logits or values such as `softlib.LinearLogits`, with the
+            same rows and classes; their modifiers count.
+        weights: One number per member, of any sign; or an array with one number per row
+            and member. Differentiable.
+        bias: Added to the scaled combination, one number per class; -inf is legal.
+        scale: Multiplies the combination; a number, or an array that is a scalar or one
+            value per row, differentiable.
+        softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
+        temperature: Divides the capped logits; positive, as `scale` otherwise.
+        class_where: True for the classes that exist, in addition to what the members
+            say.
+        vocab_chunk: Static number of classes per step; None takes the least that a
+            member asks for, or chooses from the shapes.
+        token_chunk: Static number of rows per step; None as in `vocab_chunk`.
+        implementation: Static; see `softlib.explain`.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype, or `members` is no sequence
+            of logits.
+        ValueError: Rows, classes or weights do not fit together, an option is out of
+            range, or a member has `axis_name`, `gradient_filter_eps` or an
+            `implementation` of its own, which a combination has not.
+
+    Attributes:
+        members: As values. Their `class_where` is that of the combination, and what
+            lays out their own stream is gone.
+        weights: As given, numbers as an array.
+        bias, scale, softcap, temperature, class_where: As given, numbers as arrays;
+            `class_where` is that of all members, too.
+
+    Derivatives: those of the function that takes it, with respect to `weights` and
+        every floating array of the members; see `row_statistics`.
+    Cost: that of the members' heads, in one stream; memory of a block of each. With a
+        `class_where` per row in a member, that of all as an array of bools. Plain JAX
+        on all platforms.
+    Source: "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion";
+        "Contrastive Decoding: Open-ended Text Generation as Optimization".
+
+    Example:
+        >>> large = softlib.LinearLogits(jnp.eye(2), jnp.diag(jnp.array([2.0, 1.0])))
+        >>> tuned, small = jnp.array([[1.0, 3.0], [0.0, 0.0]]), jnp.ones((2, 2))
+        >>> members = (large, tuned, small)
+        >>> fused = softlib.logits.FusedLogits(members, [1.0, 0.5, -0.5])
+        >>> print(fused.materialize())
+        [[ 2.   1. ]
+         [-0.5  0.5]]
+    """
+
+    of_all = ("members", "weights", "exists")
+
+    members: tuple[Source, ...]
+    weights: Array
+    # The classes that every block leaves out: a part of the operand alone.
+    exists: Bool[Array, "..."] | None
+
+    @array_arguments
+    def __init__(
+        self,
+        members: Sequence[Logits],
+        weights: Sequence[Scalar] | Float[Array, "*batch members"],
+        *,
+        bias: Float[Array, " V"] | None = None,
+        scale: PerRow | None = None,
+        softcap: float | None = None,
+        temperature: PerRow | None = None,
+        class_where: Bool[Array, " V"] | None = None,
+        vocab_chunk: int | None = None,
+        token_chunk: int | None = None,
+        implementation: Implementations = None,
+    ) -> None:
+        name = "FusedLogits"
+        sources = _checked_members(name, members)
+        chunks = {"vocab_chunk": vocab_chunk, "token_chunk": token_chunk}
+        for option, size in chunks.items():
+            if size is None:
+                chunks[option] = _least(sources, option)
+            else:
+                checks.require_positive_integer(name, option, size)
+        batch, classes = sources[0].batch_shape, sources[0].num_classes
+        vars(self).update(
+            function=name,
+            members=tuple(map(_bare, sources)),
+            weights=_checked_weights(name, weights, sources),
+            exists=None,
+            modifiers=NO_MODIFIERS,
+            options=dataclasses.replace(checked_options(name, softcap), **chunks),
+            implementation=checked_implementation(
+                name, operations.BLOCKWISE, implementation
+            ),
+        )
+        modifiers = checked_modifiers(
+            name,
+            batch,
+            classes,
+            self.dtype,
+            (classes,),
+            bias=bias,
+            scale=scale,
+            temperature=temperature,
+            class_where=class_where,
+        )
+        where = all_of([modifiers.class_where, *(s.class_where for s in sources)])
+        if where is not None and where.ndim > 1:
+            where = jnp.broadcast_to(where, self.shape)
+        self.modifiers = modifiers._replace(class_where=where)
+
+    @property
+    def batch_shape(self) -> Shape:
+        return self.members[0].batch_shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.members[0].num_classes
+
+    def layout(self) -> "FusedLogits":
+        of_classes = NO_MODIFIERS._replace(class_where=self.exists)
+        return self.replaced(
+            members=tuple(member.layout() for member in self.members),
+            weights=Layout(rows=self.weights.ndim > 1),
+            exists=modifier_layout(of_classes).class_where,
+            modifiers=modifier_layout(self.modifiers),
+        )
+
+    def masked(self, where: Bool[Array, "*batch"] | None) -> "FusedLogits":
+        if where is None:
+            return self
+        weights = self.weights
+        if weights.ndim > 1:
+            weights = jnp.where(where[..., None], weights, 1)
+        return self.replaced(
+            members=tuple(member.masked(where) for member in self.members),
+            weights=weights,
+            modifiers=masked_modifiers(self.modifiers, where),
+        )
+
+    def prepared(self) -> "FusedLogits":
+        """The same of prepared members, which may exclude further classes."""
+        members = [member.prepared() for member in self.members]
+        where = all_of([self.class_where, *(m.class_where for m in members)])
+        return self.replaced(
+            members=tuple(map(_bare, members)),
+            modifiers=self.modifiers._replace(class_where=where),
+        )
+
+    def operand(
+        self, labels: Array | None = None, label_logits: Array | None = None
+    ) -> Blocks:
+        where = self.class_where
+        if where is not None and where.ndim > 1:
+            where = jnp.broadcast_to(where, self.shape)
+        return blocks_of(self.replaced(exists=where), labels, label_logits)
+
+    def block(self) -> Float[Array, "rows classes"]:
+        dtype = self.dtype
+        # Of members without class_where: a block leaves out what any of them does.
+        tiles = [
+            logits_of(member.block(), member.options, member.modifiers).z.astype(dtype)
+            for member in self.members
+        ]
+        counts = all_of([self.exists, *(z != -jnp.inf for z in tiles)])
+        assert counts is not None
+        # Selected before the product: its derivatives hold no 0 times infinity, either.
+        weights = jnp.moveaxis(self.weights.astype(dtype), -1, 0)
+        terms = [
+            (weight[..., None] if weight.ndim else weight) * jnp.where(counts, z, 0)
+            for weight, z in zip(weights, tiles, strict=True)
+        ]
+        return jnp.where(counts, sum(terms[1:], terms[0]), -jnp.inf)
+
+    def finite_classes(self) -> Bool[Array, "..."] | None:
+        if self.softcap is not None:
+            return None
+        own = super().finite_classes()
+        return all_of([own, *(member.finite_classes() for member in self.members)])
+
+
+def _checked_members(name: str, members: Sequence[Logits]) -> list[Source]:
+    """The members as values, each of which a combination can read."""
+    if isinstance(members, AbstractLogits) or not isinstance(members, Sequence):
+        raise TypeError(
+            f"{name}: `members` must be a sequence of logits, got "
+            f"{type(members).__name__}."
+        )
+    if not members:
+        raise ValueError(f"{name}: `members` must hold at least one, got none.")
+    sources = [source_of(name, member, "members") for member in members]
+    first = sources[0].shape
+    for place, source in enumerate(sources):
+        if source.shape != first:
+            raise ValueError(
+                f"{name}: `members` must have the same rows and classes, {first} of "
+                f"the first, got {source.shape} of member {place}."
+            )
+        _require_plain(name, place, source)
+    return sources
+
+
+def _require_plain(name: str, place: int, source: Source) -> None:
+    """No option that the stream of a combination does not know."""
+    unknown = {
+        "axis_name": source.axis_name,
+        "gradient_filter_eps": source.options.gradient_filter_eps,
+    }
+    for option, value in unknown.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: `{option}` of member {place} must be None, got {value!r}: a "
+                "combination has none."
+            )
+    if source.implementation not in (None, "xla"):
+        raise ValueError(
+            f"{name}: `implementation` of member {place} must be None or 'xla', got "
+            f"{source.implementation!r}: a combination has one for all its members."
+        )
+
+
+def _checked_weights(
+    name: str, weights: Sequence[Scalar] | Array, sources: Sequence[Source]
+) -> Array:
+    dtype = common_dtype(*(source.dtype for source in sources))
+    numbers = isinstance(weights, list | tuple) and all(
+        isinstance(weight, int | float) and not isinstance(weight, bool)
+        for weight in weights
+    )
+    if numbers:
+        array = jnp.asarray(weights, dtype)
+    else:
+        array = as_array(name, "weights", weights)
+        checks.require_floating(name, weights=array)
+    count, batch = len(sources), sources[0].batch_shape
+    why = "one per member, or per row and member"
+    shapes = ((count,), (*batch, count))
+    checks.require_shape_in(name, "weights", array, shapes, why)
+    return array
+
+
+def _least(sources: Sequence[Source], option: str) -> int | None:
+    """The least size that a member asks for."""
+    sizes = [getattr(source.options, option) for source in sources]
+    return min([size for size in sizes if size is not None], default=None)
+
+
+def _bare(source: Any) -> Any:
+    """A member whose classes, and whose stream, are those of the combination."""
+    options = dataclasses.replace(source.options, vocab_chunk=None, token_chunk=None)
+    return source.replaced(
+        modifiers=source.modifiers._replace(class_where=None),
+        options=options,
+        implementation=None,
+    )
