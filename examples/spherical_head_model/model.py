@@ -112,7 +112,7 @@ rebase = jax.jit(losses.FactoredSphericalState.rebase, donate_argnums=0)
 @jax.jit
 def ranks(network: Network, head: Any, context: Array, labels: Array) -> Array:
     """How many classes come before the right one; the order is that of the logits."""
-    if isinstance(head, losses.FactoredSphericalState):
-        head = head.weight()
-    logits = LinearLogits(hidden_of(network, context), head)
+    hidden = hidden_of(network, context)
+    in_factors = isinstance(head, losses.FactoredSphericalState)
+    logits = head.logits(hidden) if in_factors else LinearLogits(hidden, head)
     return softlib.logits.label_rank(logits, labels)

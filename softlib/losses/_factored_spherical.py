@@ -39,6 +39,7 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype, promoted
 from softlib._ids import labels_in_range
+from softlib.logits import BlockwiseLogits
 from softlib.typing import Scalar
 
 from ._spherical_family import SphericalStatistics
@@ -82,8 +83,8 @@ class FactoredSphericalState(NamedTuple):
         mean: $m$, the mean row of $W$.
         gram: $(W - 1 m^\top)^\top (W - 1 m^\top)$.
 
-    Derivatives: `statistics` has those with respect to `hidden`, `weight` has all;
-        steps are not meant to be differentiated.
+    Derivatives: `statistics` has those with respect to `hidden`, `logits` and `weight`
+        have all; steps are not meant to be differentiated.
     Cost: the head, and $2 D^2$ numbers.
     Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
         Sparse Targets". Deviations: rows are stored less their mean, so that large
@@ -139,6 +140,34 @@ class FactoredSphericalState(NamedTuple):
         It costs $2 n D^2$ flop.
         """
         return _product(self.rows, self.mixing) + (self.offset + self.mean)[None]
+
+    @array_arguments
+    def logits(self, hidden: Float[Array, "*batch D"]) -> BlockwiseLogits:
+        r"""Makes the logits of this head as a value, without its weight.
+
+        For whatever the spherical family leaves open: the best classes, samples, ranks,
+        cross-entropy, a teacher. With $h$ the hidden features a row's logits are $R\,(U
+        h) + h \cdot (o + m)$: a stream over the rows as they are stored, and $2 D^2$
+        flop per row beside. Differentiable with respect to `hidden` and, unlike
+        `statistics`, the head.
+
+        Args:
+            hidden: Inputs of the head.
+
+        Example:
+            >>> state = softlib.losses.FactoredSphericalState.init(jnp.eye(3))
+            >>> hidden = jnp.array([[0.0, 2.0, 1.0]])
+            >>> print(softlib.logits.top_k(state.logits(hidden), k=2).classes)
+            [[1 2]]
+        """
+        function = "FactoredSphericalState.logits"
+        hidden = _checked_hidden(function, self, hidden)
+        level = _product(hidden, self.offset + self.mean)
+        return _FactoredLogits(
+            turned=_product(hidden, self.mixing.T),
+            level=level[..., None],
+            rows=self.rows,
+        )
 
     @array_arguments
     def statistics(
@@ -315,6 +344,19 @@ class FactoredSphericalState(NamedTuple):
         return _rebased(self)
 
 
+class _FactoredLogits(BlockwiseLogits):
+    """Logits of features that have met the matrix and the row of all classes."""
+
+    of_rows, of_classes = ("turned", "level"), ("rows",)
+
+    turned: Array
+    level: Array  # one number per row
+    rows: Array
+
+    def block(self) -> Float[Array, "rows classes"]:
+        return _product(self.turned, self.rows.T) + self.level
+
+
 class FactoredSphericalStep(NamedTuple):
     """The result of a step of a head in factors.
 
@@ -404,21 +446,29 @@ def _checked(
     where: Array | None,
 ) -> tuple[Array, Array, Array | None]:
     """Arguments in the dtype of the sums, and labels: -1 outside the vocabulary."""
-    checks.require_floating(function, hidden=hidden)
+    hidden = _checked_hidden(function, state, hidden)
     checks.require_integer(function, labels=labels)
+    batch = hidden.shape[:-1]
+    checks.require_shape(function, "labels", labels, batch, "the batch shape")
+    if where is not None:
+        where = checks.checked_where(function, where, batch, "the batch shape")
+    labels = labels_in_range(labels, state.rows.shape[0])
+    return hidden, labels, where
+
+
+def _checked_hidden(
+    function: str, state: FactoredSphericalState, hidden: Array
+) -> Float[Array, "*batch D"]:
+    """The features in the dtype of the sums."""
+    checks.require_floating(function, hidden=hidden)
     checks.require_rank(function, "hidden", hidden, 1, "(..., D)")
-    features, batch = state.rows.shape[1], hidden.shape[:-1]
+    features = state.rows.shape[1]
     if hidden.shape[-1] != features:
         raise ValueError(
             f"{function}: `hidden` must have {features} features (those of `state`), "
             f"got shape {hidden.shape}."
         )
-    checks.require_shape(function, "labels", labels, batch, "the batch shape")
-    if where is not None:
-        where = checks.checked_where(function, where, batch, "the batch shape")
-    dtype = accumulator_dtype(state.rows, hidden)
-    labels = labels_in_range(labels, state.rows.shape[0])
-    return hidden.astype(dtype), labels, where
+    return hidden.astype(accumulator_dtype(state.rows, hidden))
 
 
 def _label_deviations(

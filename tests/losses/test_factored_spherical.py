@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import softlib
 from softlib import losses
 from softlib.losses import SphericalStatistics
 from softlib.testing import assert_close
@@ -419,6 +420,93 @@ def test_misuse_of_a_step_is_an_error(changes, error, message):
         call_step(**changes)
 
 
+# ------------------------------------------------------------------------------- logits
+def stepped(dtype):
+    """A head after some steps: no part of it is the identity or zero."""
+    weight, hidden, labels = problem(dtype)
+    given = (
+        jnp.asarray(hidden)[None].repeat(3, 0),
+        jnp.asarray(labels)[None].repeat(3, 0),
+    )
+    return steps(init(jnp.asarray(weight)), *given, name="z", learning_rate=10.0)[0]
+
+
+QUESTIONS: dict[str, Any] = {
+    "cross-entropy": lambda z, y: losses.softmax_cross_entropy(z, y, where=y != 3),
+    "focal": lambda z, y: losses.softmax_focal_loss(z, y, gamma=2.0),
+    "z-loss": lambda z, y: losses.z_loss(z, y, a=0.5, b=3.0),
+    "entropy": lambda z, y: softlib.logits.entropy(z),
+    "divergence": lambda z, y: losses.softmax_kl_divergence(z, jnp.zeros(z.shape)),
+    "fused": lambda z, y: softlib.logits.logsumexp(
+        softlib.logits.FusedLogits([z, jnp.zeros(z.shape)], [2.0, 1.0])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_logits_are_those_of_the_weight(name):
+    """Values and gradients with respect to the head and the features, in float64."""
+    with jax.enable_x64():
+        state = stepped(np.float64)
+        _, hidden, labels = problem(np.float64, seed=5)
+        assert np.abs(state.mixing - np.eye(FEATURES)).max() > 0.01
+        factors = jnp.cos(jnp.arange(ROWS))
+
+        @functools.partial(jax.jit, static_argnums=2)
+        def run(state, hidden, streamed):
+            def total(state, hidden):
+                array = hidden @ state.weight().T
+                logits = state.logits(hidden) if streamed else array
+                return (factors * QUESTIONS[name](logits, labels)).sum()
+
+            return jax.value_and_grad(total, argnums=(0, 1))(state, hidden)
+
+        found, wanted = (run(state, jnp.asarray(hidden), s) for s in (True, False))
+        for ours, theirs in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_best_classes_and_samples_of_a_batch():
+    state, (_, hidden, labels) = stepped(np.float32), problem(np.float32, seed=5)
+    hidden, labels = hidden.reshape(3, 4, FEATURES), jnp.asarray(labels).reshape(3, 4)
+    logits = state.logits(jnp.asarray(hidden, jnp.bfloat16))
+    assert logits.shape == (3, 4, CLASSES)
+    array = (
+        np.asarray(jnp.asarray(hidden, jnp.bfloat16), np.float64)
+        @ np.asarray(weight_of(state), np.float64).T
+    )
+    assert_close(logits.materialize(), array, dtype="float32", length=FEATURES)
+    best = softlib.logits.top_k(logits, k=3)
+    np.testing.assert_array_equal(best.classes, np.argsort(-array)[..., :3])
+    key = jax.random.key(0)
+    drawn = softlib.logits.sample(key, logits)
+    wanted = softlib.logits.sample(key, jnp.asarray(array, jnp.float32))
+    np.testing.assert_array_equal(drawn, wanted)
+    mapped = jax.vmap(losses.softmax_cross_entropy, in_axes=(logits.batch_axes(), 0))
+    loss = losses.softmax_cross_entropy(jnp.asarray(array, jnp.float32), labels)
+    assert_close(mapped(logits, labels), loss, dtype="float32", length=CLASSES)
+
+
+def test_logits_form_neither_the_weight_nor_themselves():
+    """A gradient of the features: temporaries below a tenth of either array."""
+    rows, classes, features = 1024, 131_072, 128
+    shape: Any = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
+    vector, square = shape(features), shape(features, features)
+    state = losses.FactoredSphericalState(
+        shape(classes, features), square, vector, vector, square
+    )
+
+    def total(hidden, state, labels):
+        return losses.softmax_cross_entropy(state.logits(hidden), labels).sum()
+
+    labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    lowered = jax.jit(jax.grad(total)).lower(shape(rows, features), state, labels)
+    memory = lowered.compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 0.1 * rows * classes * 4
+    assert memory.temp_size_in_bytes < 0.5 * classes * features * 4
+
+
 @pytest.mark.usefixtures("untyped")
 def test_misuse_of_the_others_is_an_error():
     with pytest.raises(ValueError, match="`weight` must have shape"):
@@ -428,6 +516,10 @@ def test_misuse_of_the_others_is_an_error():
     with pytest.raises(TypeError, match="`weight` must have a floating"):
         losses.FactoredSphericalState.init(jnp.ones((3, 3), int))
     state, zero = init(jnp.eye(3)), jnp.zeros(1)
+    with pytest.raises(
+        ValueError, match=r"State\.logits: `hidden` must have 3 features"
+    ):
+        state.logits(jnp.ones((2, 5)))
     cotangents = SphericalStatistics(zero, zero, jnp.zeros(2), jnp.zeros(()))
     with pytest.raises(ValueError, match="sum_squared_deviations"):
         state.sgd_update(
