@@ -66,11 +66,11 @@ class FusedLogits(BlockwiseLogits):
             `implementation` of its own, which a combination has not.
 
     Attributes:
-        members: As values. Their `class_where` is that of the combination, and what
-            lays out their own stream is gone.
+        members: As values, without `class_where`, chunks and `implementation`, which
+            the combination has.
         weights: As given, numbers as an array.
-        bias, scale, softcap, temperature, class_where: As given, numbers as arrays;
-            `class_where` is that of all members, too.
+        bias, scale, softcap, temperature: As given, numbers as arrays.
+        class_where: True for the classes that exist in all members, too.
 
     Derivatives: those of the function that takes it, with respect to `weights` and
         every floating array of the members; see `row_statistics`.
@@ -94,7 +94,7 @@ class FusedLogits(BlockwiseLogits):
 
     members: tuple[Source, ...]
     weights: Array
-    # The classes that every block leaves out: a part of the operand alone.
+    # `class_where` as a part of the block; set in the operand only.
     exists: Bool[Array, "..."] | None
 
     @array_arguments
@@ -178,7 +178,7 @@ class FusedLogits(BlockwiseLogits):
         )
 
     def prepared(self) -> "FusedLogits":
-        """The same of prepared members, which may exclude further classes."""
+        """The combination of prepared members, which may exclude further classes."""
         members = [member.prepared() for member in self.members]
         where = all_of([self.class_where, *(m.class_where for m in members)])
         return self.replaced(
@@ -196,14 +196,14 @@ class FusedLogits(BlockwiseLogits):
 
     def block(self) -> Float[Array, "rows classes"]:
         dtype = self.dtype
-        # Of members without class_where: a block leaves out what any of them does.
+        # Final logits; the class_where of the members is a part of `exists`.
         tiles = [
             logits_of(member.block(), member.options, member.modifiers).z.astype(dtype)
             for member in self.members
         ]
         counts = all_of([self.exists, *(z != -jnp.inf for z in tiles)])
         assert counts is not None
-        # Selected before the product: its derivatives hold no 0 times infinity, either.
+        # Selected before the product, so that no derivative is 0 times infinity.
         weights = jnp.moveaxis(self.weights.astype(dtype), -1, 0)
         terms = [
             (weight[..., None] if weight.ndim else weight) * jnp.where(counts, z, 0)
@@ -219,7 +219,7 @@ class FusedLogits(BlockwiseLogits):
 
 
 def _checked_members(name: str, members: Sequence[Logits]) -> list[Source]:
-    """The members as values, each of which a combination can read."""
+    """The members as values, with the same rows and classes."""
     if isinstance(members, AbstractLogits) or not isinstance(members, Sequence):
         raise TypeError(
             f"{name}: `members` must be a sequence of logits, got "
@@ -240,7 +240,7 @@ def _checked_members(name: str, members: Sequence[Logits]) -> list[Source]:
 
 
 def _require_plain(name: str, place: int, source: Source) -> None:
-    """No option that the stream of a combination does not know."""
+    """Requires no option of a member that a combination lacks."""
     unknown = {
         "axis_name": source.axis_name,
         "gradient_filter_eps": source.options.gradient_filter_eps,
@@ -279,13 +279,13 @@ def _checked_weights(
 
 
 def _least(sources: Sequence[Source], option: str) -> int | None:
-    """The least size that a member asks for."""
+    """The smallest size among the members, None if no member has one."""
     sizes = [getattr(source.options, option) for source in sources]
     return min([size for size in sizes if size is not None], default=None)
 
 
 def _bare(source: Any) -> Any:
-    """A member whose classes, and whose stream, are those of the combination."""
+    """The member without class_where and options that the combination has itself."""
     options = dataclasses.replace(source.options, vocab_chunk=None, token_chunk=None)
     return source.replaced(
         modifiers=source.modifiers._replace(class_where=None),
