@@ -43,6 +43,17 @@ def stored_source_of(
     )
 
 
+def array_source_of(function: str, logits: Logits) -> StoredLogits:
+    """Stored logits, for a loss of arrays that has one implementation."""
+    source = stored_source_of(function, logits)
+    if source.implementation is not None:
+        raise ValueError(
+            f"{function}: `implementation` of the logits must be None, as there is "
+            f"one, got {source.implementation!r}."
+        )
+    return source
+
+
 def with_temperature(source: Source, temperature: ArrayLike) -> Source:
     """The source with a temperature given to the function, not to the logits."""
     if source.temperature is not None:

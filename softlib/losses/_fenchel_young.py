@@ -26,17 +26,17 @@ from softlib._dtypes import common_dtype
 from softlib._entmax_rows import log_probability, solution, top_score
 from softlib._ids import labels_in_range
 from softlib._sharding import match_varying
+from softlib.logits import Logits
 from softlib.logits._labelled_rows import rows_that_count, without_classes
-from softlib.logits._sources import StoredLogits
+from softlib.logits._sources import array_source_of
 from softlib.typing import PerRow, Scalar
 
 
 @array_arguments
 def sparsemax_loss(
-    logits: Float[Array, "*batch V"],
+    logits: Logits,
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
     *,
-    class_where: Bool[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""The loss whose gradient is `sparsemax` minus the label.
@@ -50,12 +50,13 @@ def sparsemax_loss(
     cross-entropy never is. It is `entmax_loss` with $\alpha = 2$.
 
     Args:
-        logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
+        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
+            wider. The threshold depends on all classes of a row, so that logits of a
+            head raise: `materialize()` forms them.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
             numbers of the shape of `logits` are distributions; for other sums than 1
             see `entmax_loss`.
-        class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -65,7 +66,7 @@ def sparsemax_loss(
         costs +inf, with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
+        TypeError: An argument has the wrong kind of dtype, or the logits are a head's.
         ValueError: Shapes do not fit together.
 
     Derivatives: as `entmax_loss`.
@@ -78,16 +79,15 @@ def sparsemax_loss(
         >>> print(softlib.losses.sparsemax_loss(logits, jnp.array([0, 0])))
         [0.     0.5625]
     """
-    return _fenchel_young("sparsemax_loss", logits, labels, 2.0, class_where, where)
+    return _fenchel_young("sparsemax_loss", logits, labels, 2.0, where)
 
 
 @array_arguments
 def entmax_loss(
-    logits: Float[Array, "*batch V"],
+    logits: Logits,
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
     *,
     alpha: PerRow = 1.5,
-    class_where: Bool[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""The loss whose gradient is `entmax` minus the label (Fenchel-Young).
@@ -103,7 +103,9 @@ def entmax_loss(
     $1 / (\alpha - 1)$.
 
     Args:
-        logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
+        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
+            wider. The threshold depends on all classes of a row, so that logits of a
+            head raise: `materialize()` forms them.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
             numbers of the shape of `logits` are distributions; a mass on an excluded
@@ -113,7 +115,6 @@ def entmax_loss(
             $q = p$.
         alpha: $\alpha > 0$: a number (static), or an array that is a scalar or one
             value per row; traced and differentiable.
-        class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -123,7 +124,7 @@ def entmax_loss(
         costs +inf, with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
+        TypeError: An argument has the wrong kind of dtype, or the logits are a head's.
         ValueError: Shapes do not fit together, or `alpha` is a number that is not
             positive.
 
@@ -140,17 +141,16 @@ def entmax_loss(
         >>> print(jnp.round(1000 * loss).astype(int))
         [  0 391]
     """
-    return _fenchel_young("entmax_loss", logits, labels, alpha, class_where, where)
+    return _fenchel_young("entmax_loss", logits, labels, alpha, where)
 
 
 @array_arguments
 def bi_tempered_logistic_loss(
-    logits: Float[Array, "*batch V"],
+    logits: Logits,
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
     *,
     t1: Scalar,
     t2: PerRow,
-    class_where: Bool[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Logistic loss with two temperatures, robust to outliers and to wrong labels.
@@ -167,7 +167,9 @@ def bi_tempered_logistic_loss(
     `entmax_loss` with $\alpha = 2 - t$ as long as every label is in the support.
 
     Args:
-        logits: Scores, of any floating dtype; arithmetic is in float32 or wider.
+        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
+            wider. The threshold depends on all classes of a row, so that logits of a
+            head raise: `materialize()` forms them.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
             numbers of the shape of `logits` are distributions.
@@ -175,7 +177,6 @@ def bi_tempered_logistic_loss(
             and differentiable.
         t2: $t_2 < 2$, usually at least 1: a number (static), or an array that is a
             scalar or one value per row; traced and differentiable.
-        class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and all gradients are exactly 0, whatever the arguments hold.
 
@@ -185,7 +186,7 @@ def bi_tempered_logistic_loss(
         costs +inf, with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
+        TypeError: An argument has the wrong kind of dtype, or the logits are a head's.
         ValueError: Shapes do not fit together, or a temperature is a number that is not
             below 2.
 
@@ -209,7 +210,7 @@ def bi_tempered_logistic_loss(
         if isinstance(value, int | float):
             checks.require_below(function, name, value, 2)
     checks.require_scalar(function, "t1", t1, -math.inf, 2)
-    rows = _Rows.of(function, logits, labels, class_where, where)
+    rows = _Rows.of(function, logits, labels, where)
     alpha = 2 - rows.per_row("t2", t2)
     p = solution(rows.z, alpha).p
     q = rows.labels
@@ -221,15 +222,14 @@ def bi_tempered_logistic_loss(
 
 def _fenchel_young(
     function: str,
-    logits: Array,
+    logits: Logits,
     labels: Array,
     alpha: PerRow,
-    class_where: Array | None,
     where: Array | None,
 ) -> Array:
     if isinstance(alpha, int | float):
         checks.require_positive_number(function, "alpha", alpha)
-    rows = _Rows.of(function, logits, labels, class_where, where)
+    rows = _Rows.of(function, logits, labels, where)
     value = rows.per_row("alpha", alpha)
     found = solution(rows.z, value)
     s = jnp.broadcast_to(jnp.asarray(value, rows.z.dtype) - 1, rows.z.shape[:-1])
@@ -254,19 +254,18 @@ class _Rows:
     def of(
         cls,
         function: str,
-        logits: Array,
+        logits: Logits,
         labels: Array,
-        class_where: Array | None,
         where: Array | None,
     ) -> "_Rows":
-        source = StoredLogits.of(function, logits, class_where=class_where)
+        source = array_source_of(function, logits)
         where = rows_that_count(source, where)
         z = source.masked(where).materialize()
         no_classes = without_classes(source)
         labels = jnp.asarray(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             why = "the shape of `logits`"
-            checks.require_shape(function, "labels", labels, logits.shape, why)
+            checks.require_shape(function, "labels", labels, source.shape, why)
             z = z.astype(common_dtype(z.dtype, labels.dtype))
             labels = labels.astype(z.dtype)
             if where is not None:

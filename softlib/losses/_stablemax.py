@@ -11,7 +11,7 @@ from softlib._array_arguments import array_arguments
 from softlib._dtypes import common_dtype
 from softlib._sharding import in_auto_mode
 from softlib._stable_weight import distance, log_stable_weight, stable_weight
-from softlib.logits import _compose
+from softlib.logits import Logits, _compose
 from softlib.logits._engine.tile import RowStatistics
 from softlib.logits._labelled_rows import (
     Rows,
@@ -22,15 +22,14 @@ from softlib.logits._labelled_rows import (
     rows_that_count,
     without_classes,
 )
-from softlib.logits._sources import StoredLogits
+from softlib.logits._sources import StoredLogits, array_source_of
 
 
 @array_arguments
 def stablemax_cross_entropy(
-    logits: Float[Array, "*batch V"],
+    logits: Logits,
     labels: Integer[Array, "*batch"] | Float[Array, "*batch V"],
     *,
-    class_where: Bool[Array, "..."] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Minus the logarithm of the StableMax probability of the label, in nats per row.
@@ -46,14 +45,14 @@ def stablemax_cross_entropy(
     The sum above leaves the label out, so that neither loss nor gradient does.
 
     Args:
-        logits: Scores of the classes, of any floating dtype; arithmetic is in float32
-            or wider. Their sign matters: StableMax is not invariant to a shift.
+        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
+            wider. Their sign matters: StableMax is not invariant to a shift. No stream
+            adds up $s$, so that logits of a head raise: `materialize()` forms them.
         labels: Integers are class ids in $[0, V)$. Outside, the loss is NaN and the row
-            has no gradient; the label of a class that `class_where` excludes costs
+            has no gradient; the label of an excluded class costs
             +inf, without gradient. Floating numbers of the shape of `logits` are
             distributions, where a mass of 0 on a logit of -inf costs 0; they have the
             plain form, which is 0 where it rounds to it.
-        class_where: True for the classes that exist; broadcasts to `logits`.
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             results and all gradients are exactly 0, whatever `logits` and `labels`
             hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
@@ -64,7 +63,7 @@ def stablemax_cross_entropy(
         with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
+        TypeError: An argument has the wrong kind of dtype, or the logits are a head's.
         ValueError: Shapes do not fit together.
 
     Derivatives: forward and reverse mode, any order;
@@ -82,7 +81,7 @@ def stablemax_cross_entropy(
         [0.4055 0.    ] [ True  True]
     """
     function = "stablemax_cross_entropy"
-    source = StoredLogits.of(function, logits, class_where=class_where)
+    source = array_source_of(function, logits)
     where = rows_that_count(source, where)
     source = source.masked(where)
     labels = jnp.asarray(labels)

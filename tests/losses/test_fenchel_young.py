@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import softlib
+from softlib.logits import StoredLogits
 from softlib.losses import softmax_cross_entropy
 from softlib.losses._fenchel_young import (
     bi_tempered_logistic_loss,
@@ -39,7 +41,9 @@ def masses(seed=0):
 
 
 def losses(z, labels, alpha, where=None, class_where=None):
-    masks = {"where": where, "class_where": class_where}
+    masks = {"where": where}
+    if class_where is not None:
+        z = StoredLogits(z, class_where=class_where)
     return {
         "sparsemax": sparsemax_loss(z, labels, **masks),
         "entmax": entmax_loss(z, labels, alpha=alpha, **masks),
@@ -342,3 +346,19 @@ def test_transformations(kind):
 
         arrays = (z, jax.nn.softmax(z[::-1]), alpha, jnp.float32(0.4))
         check_transformations(tempered, *arrays, rows=(0, 1, 2))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_logits_as_values():
+    """Modifiers count; what needs a stream or an implementation raises."""
+    z, labels = jnp.asarray(logits(), jnp.float32), jnp.asarray(ids())
+    capped = StoredLogits(z, softcap=2.0, temperature=0.7)
+    wanted = losses(2.0 * jnp.tanh(z / 2.0) / 0.7, labels, 1.5)
+    for name, value in losses(capped, labels, 1.5).items():
+        assert_close(value, wanted[name], dtype="float32", length=CLASSES)
+    head = softlib.LinearLogits(jnp.ones((ROWS, 3)), jnp.ones((CLASSES, 3)))
+    with pytest.raises(TypeError, match=r"sparsemax_loss.*`materialize\(\)` forms it"):
+        sparsemax_loss(head, labels)
+    pinned = StoredLogits(z, implementation="xla")
+    with pytest.raises(ValueError, match="entmax_loss: `implementation` of the logits"):
+        entmax_loss(pinned, labels)

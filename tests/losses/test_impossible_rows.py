@@ -67,7 +67,14 @@ LIMITS: dict[str, float] = {
 
 
 # They need the whole of a row.
-OF_ARRAYS = {"smooth_adversarial_comp_sum_loss", "soft_top_k_loss"}
+OF_ARRAYS = {
+    "bi_tempered_logistic_loss",
+    "entmax_loss",
+    "smooth_adversarial_comp_sum_loss",
+    "soft_top_k_loss",
+    "sparsemax_loss",
+    "stablemax_cross_entropy",
+}
 OF_A_HEAD = " of a head"
 
 

@@ -2,19 +2,22 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+import softlib
 from softlib import losses, metrics
 from softlib.softmax import log_stablemax
 from softlib.testing import assert_close, check_transformations
+from tests.heads import of_stored
 from tests.host import jnp
 from tests.oracles import stablemax as oracle
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-loss_of = losses.stablemax_cross_entropy
+loss_of = of_stored.stablemax_cross_entropy
 
 
 def value_and_gradient(logits, labels, cotangent=None, **options):
@@ -244,12 +247,6 @@ def test_gradient_takes_one_array_beside_the_logits():
         (ValueError, "`labels` must have shape", (jnp.ones((2, 3)), 0), {}),
         (TypeError, "`labels` must have an int", (jnp.ones(3), jnp.bool_(True)), {}),
         (
-            ValueError,
-            "`class_where` must broadcast",
-            (jnp.ones((2, 3)), jnp.zeros(2, int)),
-            {"class_where": jnp.ones(2, bool)},
-        ),
-        (
             TypeError,
             "`where` must have dtype bool",
             (jnp.ones((2, 3)), jnp.zeros(2, int)),
@@ -261,3 +258,15 @@ def test_errors_name_the_argument(error, message, arguments, options):
     logits, labels = arguments
     with pytest.raises(error, match=f"stablemax_cross_entropy: {message}"):
         functools.partial(loss_of, **options)(logits, jnp.asarray(labels))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_logits_as_values():
+    """Modifiers count, and those of a head raise."""
+    z, labels = jnp.array([[1.0, -2.0, 3.0]]), jnp.array([1])
+    found = loss_of(z, labels, softcap=2.0, temperature=0.5)
+    wanted = losses.stablemax_cross_entropy(2 * jnp.tanh(z / 2) / 0.5, labels)
+    assert_close(found, wanted, dtype="float32", length=3)
+    head: Any = softlib.LinearLogits(jnp.ones((1, 2)), jnp.ones((3, 2)))
+    with pytest.raises(TypeError, match=r"`materialize\(\)` forms it"):
+        losses.stablemax_cross_entropy(head, labels)

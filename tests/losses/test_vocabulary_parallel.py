@@ -193,11 +193,15 @@ TWO_HEADS = {
 }
 CALLS |= dict.fromkeys(TWO_HEADS, lambda f, z, y, other: f(z, other))
 ELSEWHERE = {
+    "bi_tempered_logistic_loss",  # of whole rows
+    "entmax_loss",  # of whole rows
     "labelled_rows",  # of which losses are made
     "sample",  # tests/logits/test_sample.py
     "smooth_adversarial_comp_sum_loss",  # of whole rows
     "soft_top_k_loss",  # of whole rows
     "softmax_cross_entropy_sum",  # refuses a divided vocabulary
+    "sparsemax_loss",  # of whole rows
+    "stablemax_cross_entropy",  # of whole rows
 }
 PACKAGES = (softlib.losses, softlib.logits)
 EVERY = sorted(
