@@ -13,7 +13,7 @@ from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
 from softlib.logits import Logits
 from softlib.logits._positives import Positives
-from softlib.logits._sources import source_of, stored_source_of
+from softlib.logits._sources import array_source_of, source_of
 from softlib.softmax import log_soft_top_k
 from softlib.typing import PerRow
 
@@ -127,7 +127,8 @@ def soft_top_k_loss(
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
+        ValueError: Shapes do not fit together, an option is out of range, or
+            `StoredLogits` pin an implementation: there is one.
 
     Derivatives: forward and reverse mode, any order, with respect to `logits`, `k` and
         `alpha` too; see `soft_top_k`.
@@ -143,7 +144,7 @@ def soft_top_k_loss(
         >>> print(loss(scores, positives, k=2, alpha=4.0).round(4))
         [0.]
     """
-    source = stored_source_of("soft_top_k_loss", logits)
+    source = array_source_of("soft_top_k_loss", logits)
     rows = Positives.of(source, positives, where, required=True)
     if k is None:
         k = jnp.maximum(rows.count, 1).astype(source.dtype)

@@ -457,6 +457,13 @@ def test_soft_top_k_loss_under_every_transformation():
     )
 
 
+def test_soft_top_k_loss_refuses_a_pinned_implementation():
+    with pytest.raises(ValueError, match="soft_top_k_loss: `implementation` of the"):
+        of_stored.soft_top_k_loss(
+            jnp.zeros((1, 4)), jnp.array([[0]]), k=1, implementation="xla"
+        )
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_hessian_vector_products_of_a_linear_head(name):
     """Forward over reverse, against the stored scores differentiated twice."""
