@@ -4,7 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from softlib.decoding import independence_chain_update, value_guided_search
+from softlib.decoding import (
+    IndependenceChain,
+    independence_chain_update,
+    value_guided_search,
+)
 from tests.host import jnp
 
 KEY = jax.random.key(0)
@@ -159,7 +163,7 @@ def test_the_chain_is_stationary_at_the_posterior():
             memory, proposal, correct, right[proposal]
         ), None
 
-    begin = jnp.zeros(chains, int), jnp.zeros(chains, bool)
+    begin = IndependenceChain(jnp.zeros(chains, int), jnp.zeros(chains, bool))
     keys = jax.random.split(KEY, 30)
     memory, correct = jax.jit(lambda b: jax.lax.scan(step, b, keys))(begin)[0]
     assert correct.all()

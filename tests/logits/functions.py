@@ -259,7 +259,7 @@ FAMILIES: dict[str, list[Function]] = {
             {"weights": np.array([0.6, 0.4])},
         ),
     ],
-    "whole rows": [
+    "soft top k": [
         Function(
             "soft_top_k_loss",
             answers.of_positives(extreme.soft_top_k, k=2.5, alpha=1.5),
@@ -267,6 +267,8 @@ FAMILIES: dict[str, list[Function]] = {
             {"k": 2.5, "alpha": 1.5},
             {"weights": PER_LABEL},
         ),
+    ],
+    "soft labels": [
         Function(
             "softmax_cross_entropy",
             answers.of_targets(answers.distribution, **answers.SMOOTHED),

@@ -30,7 +30,7 @@ AXES: dict[str, Any] = {
     "implementation": (None, "xla", "reference"),
 }
 # Families that take arrays alone, and those whose implementation is not to be chosen.
-ONLY_STORED = ("whole rows", "smooth_adversarial_comp_sum_loss")
+ONLY_STORED = ("soft labels", "soft top k", "smooth_adversarial_comp_sum_loss")
 # Losses of arrays without implementations, whose own tests compare them with oracles.
 ELSEWHERE = {
     "bi_tempered_logistic_loss",
@@ -38,7 +38,12 @@ ELSEWHERE = {
     "sparsemax_loss",
     "stablemax_cross_entropy",
 }
-IMPLEMENTATIONS = {"forward": (None, "xla"), "search": (None,), "sum": (None, "xla")}
+IMPLEMENTATIONS = {
+    "forward": (None, "xla"),
+    "search": (None,),
+    "soft top k": (None,),
+    "sum": (None, "xla"),
+}
 
 
 def functions_of(package: Any) -> list[str]:
