@@ -69,7 +69,9 @@ class Rows:
         if which == "excluded":
             self.lists[1, 1, 0] = EXCLUDED
         self.labels = self.lists[..., 0]
-        self.distribution = random.uniform(size=(*BATCH, CLASSES)) * self.columns
+        # Masses of about 1 in all, so that no sum of a row cancels from much above.
+        masses = random.uniform(size=(*BATCH, CLASSES)) * 2 / CLASSES
+        self.distribution = masses * self.columns
         if which == "excluded":
             self.distribution[1, 1, EXCLUDED] = 0.5
         self.cotangents: dict[str, np.ndarray] = {}
