@@ -15,7 +15,12 @@ from softlib.nn._expert_dispatch import (
     dropless_experts,
     expert_capacity,
 )
-from softlib.nn._mixture_of_experts import MixtureOfExperts, RouterReport, SelectionBias
+from softlib.nn._mixture_of_experts import (
+    MixtureOfExperts,
+    MixtureResult,
+    RouterReport,
+    SelectionBias,
+)
 from softlib.testing import assert_close
 from tests.compiled import losses, softmax
 from tests.host import jnp
@@ -308,7 +313,7 @@ def test_shards_report_what_all_tokens_do():
     @jax.shard_map(
         mesh=mesh,
         in_specs=(P(), P("shards"), P("shards")),
-        out_specs=(P("shards"), P()),
+        out_specs=MixtureResult(P("shards"), P()),
     )
     def divided(state, x, where):
         return nnx.merge(graph, state)(x, where=where)
