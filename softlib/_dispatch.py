@@ -32,6 +32,9 @@ class Implementation:
             with these operands.
         divided: Plain JAX with the results of the kernel `call`, for programs that the
             compiler divides over devices; None takes the plan's fallback.
+        accelerated: Plain JAX with the results of a plain `call`, in steps for TPUs and
+            GPUs: `accelerated(options, operands, copies)`, where copies of the call
+            that a `vmap` makes share the memory of a step. None takes `call`.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Implementation:
     platform: str | None = None
     note: Callable[[Any, Any], str | None] = lambda options, operands: None
     divided: Callable[[Any, Any], Any] | None = None
+    accelerated: Callable[[Any, Any, int], Any] | None = None
 
     @property
     def family(self) -> str:
@@ -184,13 +188,13 @@ def execute(plan: Plan, options: Any, operands: Any) -> Any:
     if plan.is_reference:
         assert plan.fallback is not None
         return plan.fallback.call(options, operands)
-    fallback = None if plan.fallback is None else plan.fallback.call
     call = _primitive.Call(
         plan.operation.name,
         plan.operation.plain.call,
-        fallback,
+        None if plan.fallback is None else plan.fallback.call,
+        None if plan.fallback is None else plan.fallback.accelerated,
         tuple(
-            (platform, _primitive.OnPlatform(kernel.call, kernel.divided or fallback))
+            (platform, _primitive.OnPlatform(kernel.call, kernel.divided))
             for platform, kernel in plan.kernels
         ),
         options,

@@ -13,6 +13,7 @@ compare by value: no function that is defined anew in each call.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.interpreters import batching, mlir
 from ._sharding import match_varying
 
 PLATFORMS = ("cpu", "tpu", "cuda")
+ACCELERATORS = ("tpu", "cuda")
 
 # (options, operands) -> results; both are pytrees, the options are static
 type Function = Callable[[Any, Any], Any]
@@ -35,12 +37,12 @@ class OnPlatform:
 
     Attributes:
         kernel: Runs on one device, or on one shard of a `shard_map`.
-        plain: Plain JAX for programs that the compiler divides over devices; None if
-            the kernel was asked for by name: then such programs are an error.
+        divided: Plain JAX for programs that the compiler divides over devices; None
+            takes the fallback.
     """
 
     kernel: Function
-    plain: Function | None
+    divided: Function | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,10 @@ class Call:
     Attributes:
         name: The operation's name, for errors.
         plain: Plain JAX: gives the types of the results and every derivative.
-        fallback: Runs on platforms that are not in `platforms`; None if only kernels
-            were asked for.
+        fallback: Runs on platforms that are not in `platforms`, and in programs that
+            the compiler divides; None if only kernels were asked for.
+        accelerated: The fallback on TPUs and GPUs, which also takes the number of
+            copies that a `vmap` makes; None if it is the same there.
         platforms: Pairs of a lowering platform and what runs there.
         options: The first argument of every function here.
         structure: Tree structure of the operands.
@@ -66,12 +70,19 @@ class Call:
     name: str
     plain: Function
     fallback: Function | None
+    accelerated: Callable[[Any, Any, int], Any] | None
     platforms: tuple[tuple[str, OnPlatform], ...]
     options: Hashable
     structure: Any
     device: Any = None
     empty: tuple[tuple[int, tuple[int, ...], Any], ...] = ()
     mapped: tuple[tuple[tuple[int | None, ...], int, Any], ...] = ()
+
+    def fallback_on(self, platform: str | None) -> Function | None:
+        """Plain JAX in the steps that suit the platform."""
+        if platform not in ACCELERATORS or self.accelerated is None:
+            return self.fallback
+        return _Accelerated(self.accelerated, math.prod(n for _, n, _ in self.mapped))
 
     def of(self, function: Function) -> Callable[..., Any]:
         """`function` with the operands' leaves as its arguments."""
@@ -86,6 +97,17 @@ class Call:
         for axes, size, mesh_axis in self.mapped:
             call = jax.vmap(call, axes, axis_size=size, spmd_axis_name=mesh_axis)
         return call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Accelerated:
+    """A `Function` that knows how many copies of it run at once; equal by value."""
+
+    function: Callable[[Any, Any, int], Any]
+    copies: int
+
+    def __call__(self, options: Any, operands: Any) -> Any:
+        return self.function(options, operands, self.copies)
 
 
 def run(call: Call, operands: Any) -> Any:
@@ -190,10 +212,12 @@ def _rule_of(platform: str | None) -> Callable[..., Any]:
 
 def _chosen(call: Call, platform: str | None, module: Any) -> Function:
     own = dict(call.platforms).get(platform or "")
+    fallback = call.fallback_on(platform)
     if own is None:
-        function, missing = call.fallback, f"for platform {platform}"
+        function, missing = fallback, f"for platform {platform}"
     elif is_divided(module):
-        function, missing = own.plain, "for a program divided by the compiler"
+        function = own.divided or fallback
+        missing = "for a program divided by the compiler"
     else:
         function, missing = own.kernel, ""
     if function is None:

@@ -56,3 +56,11 @@ def kernels_of(platform: str) -> Iterator[None]:
 
     with mock.patch.object(_primitive, "run", inside), _INSIDE(object()):
         yield
+
+
+@contextlib.contextmanager
+def in_steps_of_accelerators() -> Iterator[None]:
+    """While a program is lowered for a CPU: plain JAX as it is for TPUs and GPUs."""
+    platforms = (*_primitive.ACCELERATORS, "cpu")
+    with mock.patch.object(_primitive, "ACCELERATORS", platforms), _INSIDE(object()):
+        yield

@@ -303,6 +303,43 @@ def test_a_kernel_is_traced_only_where_it_is_lowered_for():
     assert seen == []
 
 
+def _counting_copies(options, operands, copies):
+    # tan stands for larger steps: it is easy to find, and it would be wrong to run.
+    return copies * jnp.tan(operands)
+
+
+SIZED = Operation(
+    "sized",
+    (
+        Implementation("pallas_tpu", _kernel, _even, "tpu"),
+        dataclasses.replace(DOUBLE.plain, accelerated=_counting_copies),
+    ),
+)
+
+
+def sized(x, implementation=None):
+    return double(x, implementation, SIZED)
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows", "found"),
+    [("cpu", 3, "multiply"), ("cuda", 4, "tan"), ("tpu", 3, "tan"), ("tpu", 4, "cbrt")],
+)
+def test_plain_jax_takes_the_steps_of_the_platform_that_is_lowered(
+    platform, rows, found
+):
+    lowered = jax.jit(sized).trace(jnp.ones(rows)).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert f".{found} " in text
+    assert all(f".{name} " not in text for name in {"tan", "cbrt"} - {found})
+
+
+def test_steps_of_a_platform_know_how_many_copies_share_its_memory():
+    mapped = jax.jit(jax.vmap(jax.vmap(sized)))
+    lowered = mapped.trace(jnp.ones((5, 7, 3))).lower(lowering_platforms=("cuda",))
+    assert "dense<3.500000e+01>" in lowered.as_text()
+
+
 def test_one_export_serves_several_platforms():
     platforms = ["cpu", "tpu", "cuda"]
     exported = export.export(jax.jit(double), platforms=platforms)(jnp.ones(ROWS))
