@@ -1,25 +1,26 @@
 """The loss that trains the SDM activation."""
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._dtypes import accumulator_dtype
-from softlib._ids import labels_in_range
-from softlib.softmax import log_sdm
+from softlib.logits import Logits
+from softlib.logits._compose import log_probability
+from softlib.logits._labelled_rows import prepare
+from softlib.logits._sources import Source, source_of, with_temperature
 
 
 @array_arguments
 def sdm_loss(
-    logits: Float[Array, "*batch V"],
+    logits: Logits,
     labels: Integer[Array, "*batch"],
     similarity: ArrayLike,
     distance: ArrayLike,
     *,
     where: Bool[Array, "..."] | None = None,
-    class_where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Negative log-likelihood of `softlib.softmax.sdm`, to the base $2 + q$, per row.
 
@@ -31,7 +32,8 @@ def sdm_loss(
     costs $\log_{2 + q} V$ and has gradient 0.
 
     Args:
-        logits: Magnitudes $z$.
+        logits: Magnitudes $z$, as an array or a value such as `softlib.LinearLogits`.
+            A temperature of their own raises: $q$ and $d$ are one.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs +inf, without gradient.
         similarity: $q \geq 0$, a number or a value per row.
@@ -39,7 +41,6 @@ def sdm_loss(
         where: True for the rows that count; broadcasts to the batch shape. Elsewhere
             the loss and the gradient are exactly 0, whatever `logits`, `labels`,
             `similarity` and `distance` hold.
-        class_where: True for the classes that exist; broadcasts to `logits`.
 
     Returns:
         The loss per row, float32 (float64 if `logits` is). A row without classes has
@@ -50,10 +51,10 @@ def sdm_loss(
         TypeError: An argument has the wrong kind of dtype.
         ValueError: Shapes do not fit together.
 
-    Derivatives: forward and reverse mode, any order, with respect to `logits`; the
-        gradient of a row is $d\,(\operatorname{sdm}(z) - \text{one\_hot}(y))$.
+    Derivatives: as `softmax_cross_entropy`, with respect to `logits`; the gradient of
+        a row is $d\,(\operatorname{sdm}(z) - \text{one\_hot}(y))$.
         `similarity` and `distance` are statistics: their derivative is 0.
-    Cost: a few passes over `logits`.
+    Cost: as `softmax_cross_entropy` with a temperature per row.
     Source: "Similarity-Distance-Magnitude Universal Verification".
 
     Example:
@@ -62,40 +63,24 @@ def sdm_loss(
         >>> print(loss.round(4))
         [0.161 0.5  ]
     """
-    function = "sdm_loss"
-    checks.require_floating(function, logits=logits)
-    checks.require_rank(function, "logits", logits, 1, "(*batch, V)")
-    checks.require_integer(function, labels=labels)
-    *batch, classes = logits.shape
-    batch = tuple(batch)
-    checks.require_shape(function, "labels", labels, batch, "the batch shape")
-    q, d = jnp.asarray(similarity), jnp.asarray(distance)
-    for name, value in (("similarity", q), ("distance", d)):
-        why = "a number, or one value per row"
-        checks.require_broadcastable(function, name, value, batch, why)
-    logits = logits.astype(accumulator_dtype(logits))
-    if where is not None:
-        checks.require_boolean(function, where=where)
-        checks.require_broadcastable(function, "where", where, batch, "the batch shape")
-        where = _onto(where, batch)
-        q, d = (jnp.where(where, _onto(value, batch), 0) for value in (q, d))
-        logits = jnp.where(where[..., None], logits, 0)
-    log_p = log_sdm(logits, q, d, base="similarity", where=class_where)
-    labels = labels_in_range(labels, classes)
-    outside = labels < 0
-    if not classes:
-        loss = jnp.zeros(batch, logits.dtype)
-    else:
-        index = jnp.where(outside, 0, labels)[..., None]
-        loss = -jnp.take_along_axis(log_p, index, axis=-1)[..., 0]
-        loss = jnp.where((log_p == -jnp.inf).all(-1), jnp.inf, loss)
-    if class_where is not None:
-        exists = jnp.broadcast_to(class_where, logits.shape).any(-1)
-        loss = jnp.where(exists, loss, 0)
-    loss = jnp.where(outside, jnp.nan, loss)
-    return loss if where is None else jnp.where(where, loss, 0)
+    source = source_of("sdm_loss", logits)
+    similarity = _statistic(source, "similarity", similarity)
+    distance = _statistic(source, "distance", distance)
+    log_base = jnp.log(2 + similarity)
+    # The temperature of distance 0 is finite and leaves nothing of a finite logit.
+    sharpness = jnp.maximum(distance * log_base, jnp.finfo(source.dtype).tiny)
+    source = with_temperature(source, 1 / sharpness)
+    names = ("lse", "label_logits")
+    rows = prepare(source, names, labels, where, distributions=False)
+    loss = (0 - log_probability(rows)) / rows.counted(log_base, 1)
+    return jnp.where(distance == 0, lax.stop_gradient(loss), loss)
 
 
-def _onto(value: Array, shape: tuple[int, ...]) -> Array:
-    padded = value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
-    return jnp.broadcast_to(padded, shape)
+def _statistic(source: Source, name: str, value: ArrayLike) -> Float[Array, "*batch"]:
+    """A constant per row, in the dtype of the logits' sums; counts may be integers."""
+    value = jnp.asarray(value)
+    why = "a number, or one value per row"
+    batch = source.batch_shape
+    checks.require_broadcastable(source.function, name, value, batch, why)
+    value = lax.stop_gradient(value.astype(source.dtype))
+    return jnp.broadcast_to(value, batch)

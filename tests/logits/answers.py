@@ -18,6 +18,7 @@ from tests.oracles import (
     divergences,
     edit_invariant,
     extreme,
+    label_losses,
     robust_temperature,
     row_statistics,
     sampling,
@@ -32,6 +33,10 @@ KEY = jax.random.key(5)
 NGRAMS, FLOOR = (1, 2), -30.0
 SMOOTHED: dict[str, Any] = {"label_smoothing": 0.2, "logsumexp_penalty": 0.1}
 RANGE: dict[str, Any] = {"temperature_min": 0.02, "temperature_max": 50.0}
+SDM: dict[str, Any] = {
+    "similarity": np.arange(6).reshape(BATCH),
+    "distance": np.linspace(0.2, 1, 6).reshape(BATCH),
+}
 
 
 class Rows:
@@ -254,6 +259,21 @@ def robust(rows: Rows, parameters: dict[str, Any]) -> Answer:
     }
     dz = g[..., None] * dz.reshape(rows.z[0].shape)
     return Answer({"loss": loss.reshape(BATCH)}, [dz], slopes)
+
+
+def sdm(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    """Cross-entropy to the base 2 + similarity, of logits times the distance."""
+    log_base, d = np.log(2 + SDM["similarity"]), SDM["distance"]
+    found = label_losses.label_loss(
+        label_losses.comp_sum,
+        rows.labels,
+        {"tau": 1.0},
+        cotangent=rows.cotangents["loss"],
+        logits=rows.z[0] * (d * log_base)[..., None],
+        **rows.masks,
+    )
+    dz = found.gradients["logits"] * d[..., None]
+    return Answer({"loss": found.values["loss"] / log_base}, [dz], {})
 
 
 def best_temperature(rows: Rows, parameters: dict[str, Any]) -> Answer:

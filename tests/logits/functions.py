@@ -241,6 +241,14 @@ FAMILIES: dict[str, list[Function]] = {
             heated=False,
         ),
     ],
+    "distance": [
+        Function(
+            "sdm_loss",
+            answers.sdm,
+            lambda rows: {**_labels(rows), **answers.SDM},
+            heated=False,
+        ),
+    ],
     "search": [
         Function(
             "optimal_temperature",
