@@ -8,6 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+AMPERE = ("a100",)
 HOPPER = ("h100",)
 BLACKWELL = ("b200",)
 
@@ -31,6 +32,21 @@ class Division:
 
 
 @dataclasses.dataclass(frozen=True)
+class Most:
+    """Limits of a program in plain JAX; those of steps and launches hold on GPUs.
+
+    Attributes:
+        steps: Of each of its loops.
+        launches: Of a step.
+        temporary_mib: In all.
+    """
+
+    steps: int
+    launches: int
+    temporary_mib: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """What is compiled, and what is expected of it.
 
@@ -49,6 +65,7 @@ class Case:
         ours: Whether it has to hold kernels, without spills. What is not ours is
             compiled only for the tables: peers, and sizes of tiles not chosen.
         plain: Targets on which a program of ours has no kernel, as is right there.
+        most: What it may have if it is plain; None if its form is not looked at.
         sizes: Of its tiles, if it is one of a sweep over them.
         division: Over several devices; None on one.
     """
@@ -65,6 +82,7 @@ class Case:
     spills: int = 0
     ours: bool = True
     plain: tuple[str, ...] = ()
+    most: Most | None = None
     sizes: str = ""
     division: Division | None = None
 

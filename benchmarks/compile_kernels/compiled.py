@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .case import Case
+from .launches import Loop
 
 COLLECTIVES = (
     *("all-gather", "all-reduce", "all-to-all"),
@@ -45,7 +46,8 @@ class Compiled:
 
     `counted_flops` and `accessed_bytes` are those of XLA's analysis: for a kernel, what
     its tiles do, read and write, as the kernel says. 0 where the kernel does not say.
-    `collectives` counts the exchanges between devices by their names.
+    `collectives` counts the exchanges between devices by their names, `launches` those
+    of a GPU program in plain JAX, `loops` are its loops.
     """
 
     family: str
@@ -59,6 +61,8 @@ class Compiled:
     accessed_bytes: float = 0.0
     kernels: tuple[Kernel, ...] = ()
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    launches: int = 0
+    loops: tuple[Loop, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -72,7 +76,8 @@ class Compiled:
             Kernel(**(kernel | {"notes": tuple(kernel["notes"])}))
             for kernel in values["kernels"]
         )
-        return cls(**(values | {"kernels": tuple(kernels)}))
+        loops = (Loop(**loop) for loop in values.get("loops", ()))
+        return cls(**(values | {"kernels": tuple(kernels), "loops": tuple(loops)}))
 
 
 def faults(case: Case, compiled: Compiled) -> Iterator[str]:
@@ -92,9 +97,26 @@ def faults(case: Case, compiled: Compiled) -> Iterator[str]:
         if kernel.spills > allowed:
             yield f"{kernel.name} spills {kernel.spills}"
         yield from (f"{kernel.name}: {n}" for n in kernel.notes if "serial" in n)
+    yield from _faults_of_plain(case, compiled)
     most = case.most_temporaries * case.naive_bytes
     if case.naive_bytes and compiled.temp_bytes > most:
         yield f"{compiled.temp_bytes} temporary bytes are more than {most:.0f}"
+
+
+def _faults_of_plain(case: Case, compiled: Compiled) -> Iterator[str]:
+    most = case.most
+    if most is None:
+        return
+    for loop in compiled.loops:
+        if loop.steps is None or loop.steps > most.steps:
+            yield f"{loop.steps} steps of a loop are more than {most.steps}"
+        if loop.launches > most.launches:
+            yield f"{loop.launches} launches of a step are more than {most.launches}"
+    if compiled.temp_bytes > most.temporary_mib << 20:
+        yield (
+            f"{compiled.temp_bytes >> 20} MiB of temporaries are more than "
+            f"{most.temporary_mib}"
+        )
 
 
 def collectives(program: str) -> dict[str, int]:

@@ -25,6 +25,7 @@ def row(compiled: Compiled) -> str:
         return f"{head}\n       {compiled.error}"
     lines = [f"{head}, {byte_count(compiled.temp_bytes)} of temporaries"]
     lines += [f"       {exchanges}"] if (exchanges := _exchanges(compiled)) else []
+    lines += [f"       {loops}"] if (loops := _loops(compiled)) else []
     for kernel in compiled.kernels:
         facts = dataclasses.asdict(kernel) | {"memory": byte_count(kernel.memory_bytes)}
         del facts["memory_bytes"], facts["name"]
@@ -64,6 +65,8 @@ def _lines(case: Case, compiled: Compiled) -> list[str]:
         share = f"{compiled.temp_bytes / case.naive_bytes:.2%}"
     temporaries = byte_count(compiled.temp_bytes)
     name = case.name
+    if loops := _loops(compiled):
+        name += f": {loops}"
     if case.division is not None:
         name += f": {_exchanges(compiled) or 'no exchange'}"
     head = f"| {name} | {compiled.target} | {temporaries} | {share}"
@@ -86,6 +89,14 @@ def _cells(kernel: Kernel) -> str:
 def _exchanges(compiled: Compiled) -> str:
     """Between devices: how many of which."""
     return ", ".join(f"{count} {name}" for name, count in compiled.collectives.items())
+
+
+def _loops(compiled: Compiled) -> str:
+    """Launches in all, and steps and launches a step of each loop."""
+    if not compiled.launches:
+        return ""
+    loops = [f"{loop.steps} steps of {loop.launches}" for loop in compiled.loops]
+    return f"{compiled.launches} launches" + (f", {', '.join(loops)}" if loops else "")
 
 
 def byte_count(count: float) -> str:

@@ -11,8 +11,10 @@ from pallas_kernels._devices import B200, H100, V4, V5E, V5P, V6E, V7X, Gpu, Tpu
 from .case import Case
 from .compiled import Compiled
 
+# It has no kernels of ours, only plain JAX.
+_A100 = Gpu("a100", "ampere", 108, 166_912, 65_536, 312e12, 2039e9)
 DEVICES: dict[str, Tpu | Gpu] = {
-    device.name: device for device in (V4, V5E, V5P, V6E, V7X, H100, B200)
+    device.name: device for device in (V4, V5E, V5P, V6E, V7X, _A100, H100, B200)
 }
 _HEAD = """\
 | program | device | must do | must move | bound | least time | does | moves | time | \

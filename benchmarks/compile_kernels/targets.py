@@ -20,11 +20,20 @@ _TPUS = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-# What XLA wants to know of a GPU: name, compute capability, multiprocessors, GHz, and
-# bytes of memory, of cache, and per second.
+# What XLA wants to know of a GPU: name, compute capability, multiprocessors, GHz, bytes
+# of memory, of cache, and per second, and of shared memory of a multiprocessor.
 _GPUS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 80 << 30, 50 << 20, 3352),
-    "b200": ("NVIDIA B200", 10, 148, 1.965, 178 << 30, 126 << 20, 7672),
+    "a100": (
+        *("NVIDIA A100-SXM4-80GB", 8, 108, 1.41),
+        *(80 << 30, 40 << 20, 2039),
+        164,
+    ),
+    "h100": (
+        *("NVIDIA H100 80GB HBM3", 9, 132, 1.98),
+        *(80 << 30, 50 << 20, 3352),
+        228,
+    ),
+    "b200": (*("NVIDIA B200", 10, 148, 1.965), *(178 << 30, 126 << 20, 7672), 228),
 }
 TARGETS = (*_TPUS, *_GPUS)
 
@@ -101,13 +110,17 @@ def _devices(target: str, count: int) -> Sequence[Any]:
 
 def _description(target: str) -> str:
     """XLA's description of a GPU, as the text of a protocol buffer."""
-    name, capability, processors, clock, memory, cache, bandwidth = _GPUS[target]
+    name, capability, processors, clock, memory, cache, bandwidth, shared = _GPUS[
+        target
+    ]
+    # Instructions of one generation only; the oldest has none.
+    features = "feature_extension: ACCELERATED_FEATURES" if capability > 8 else ""
     return f"""
     gpu_device_info {{
       name: "{name}"
       device_vendor: "NVIDIA Corporation"
       cuda_compute_capability {{
-        major: {capability} minor: 0 feature_extension: ACCELERATED_FEATURES
+        major: {capability} minor: 0 {features}
       }}
       core_count: {processors}
       clock_rate_ghz: {clock}
@@ -121,9 +134,9 @@ def _description(target: str) -> str:
       threads_per_core_limit: 2048
       registers_per_core_limit: 65536
       registers_per_block_limit: 65536
-      shared_memory_per_core: 233472
+      shared_memory_per_core: {shared << 10}
       shared_memory_per_block: 49152
-      shared_memory_per_block_optin: 232448
+      shared_memory_per_block_optin: {(shared - 1) << 10}
       thread_dim_limit_x: 1024
       thread_dim_limit_y: 1024
       thread_dim_limit_z: 64

@@ -19,6 +19,7 @@ from . import targets
 from .case import Case
 from .cases import chosen
 from .compiled import Compiled, Kernel, collectives, gpu_kernels, tpu_kernels
+from .launches import Launches, count
 
 # Set before jax is imported; the folder of dumps is appended.
 TPU_FLAGS = (
@@ -81,6 +82,9 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
     memory = program.memory_analysis()
     assert memory is not None
     counted = program.cost_analysis() or {}
+    launches = Launches(0, ())
+    if case.most is not None and not targets.is_tpu(target):
+        launches = count(text)
     return Compiled(
         case.family,
         case.name,
@@ -93,6 +97,8 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
         counted.get("bytes accessed", 0.0),
         kernels,
         collectives(text),
+        launches.total,
+        launches.loops,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.compile_kernels import __main__ as command, report, roofline, targets
-from benchmarks.compile_kernels.case import Case, Division, array
+from benchmarks.compile_kernels.case import Case, Division, Most, array
 from benchmarks.compile_kernels.cases import all_cases, chosen
 from benchmarks.compile_kernels.compiled import (
     Compiled,
@@ -17,6 +17,7 @@ from benchmarks.compile_kernels.compiled import (
     gpu_kernels,
     tpu_kernels,
 )
+from benchmarks.compile_kernels.launches import Loop, count
 from tests.host import jnp
 
 PROGRAM = """\
@@ -139,6 +140,74 @@ def test_what_divided_programs_exchange():
     assert "| small: 2 all-reduce | v5e |" in report.markdown([case], [sums])
     assert "| small: no exchange | v5e |" in report.markdown([case], [GOOD])
     assert "2 all-reduce" in report.row(sums)
+
+
+# A loop in a loop, a loop of unknown length, one of two branches, and work that runs
+# beside other work.
+LAUNCHES = """\
+HloModule jit_f, is_scheduled=true
+
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %dot.1 = f32[8]{0} fusion(%x), kind=kCustom, calls=%uncounted
+  ROOT %t = (s32[], f32[8]{0}) tuple(%p, %dot.1)
+}
+
+%outer (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %begun = ((f32[8]{0}, s32[]), f32[8]{0}, /*index=2*/u32[]) fusion-start(%p), calls=%g
+  %while.1 = (s32[], f32[8]{0}) while(%p), condition=%c, body=%inner, \
+backend_config={"known_trip_count":{"n":"3"}}
+  %ended = f32[8]{0} fusion-done(%begun)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%p, %ended)
+}
+
+%small (p: f32[8]) -> f32[8] {
+  ROOT %copy = f32[8]{0} copy(%p)
+}
+
+%large (p: f32[8]) -> f32[8] {
+  %copy = f32[8]{0} copy(%p)
+  ROOT %product = f32[8]{0} custom-call(%copy), custom_call_target="__cublas$gemm"
+}
+
+ENTRY %main.9_spmd (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %view = f32[2,4]{1,0} bitcast(%a)
+  %while.2 = (s32[], f32[8]{0}) while(%a), condition=%c, body=%outer, \
+backend_config={"known_trip_count":{"n":"5"}}
+  %while.3 = (s32[], f32[8]{0}) while(%a), condition=%c, body=%inner
+  %chosen = f32[8]{0} conditional(%a, %a), branch_computations={%small, %large}
+  %called = f32[8]{0} call(%a), to_apply=%small
+  ROOT %end = f32[8]{0} add(%chosen, %called)
+}
+"""
+
+
+def test_launches_are_counted_with_the_steps_of_loops():
+    found = count(LAUNCHES)
+    assert found.loops == (Loop(3, 1), Loop(5, 1 + 3), Loop(None, 1))
+    # Two loops, the larger branch, what is called, and the last addition.
+    assert found.total == 5 * (1 + 3) + 1 + 2 + 1 + 1
+    with pytest.raises(ValueError, match="holds no program"):
+        count("")
+
+
+def test_limits_of_a_plain_program():
+    case = dataclasses.replace(
+        CASE, plain=("v5e",), most=Most(38, 12, 1), naive_bytes=0
+    )
+    plain = dataclasses.replace(GOOD, kernels=(), launches=345, loops=(Loop(37, 9),))
+    assert not list(faults(case, plain))
+    assert report.from_json(report.to_json([plain])) == [plain]
+    assert "345 launches, 37 steps of 9" in report.row(plain)
+    assert "| small: 345 launches, 37 steps of 9 |" in report.markdown([case], [plain])
+    changed = lambda **change: list(faults(case, dataclasses.replace(plain, **change)))
+    assert changed(loops=(Loop(39, 9),)) == ["39 steps of a loop are more than 38"]
+    assert changed(loops=(Loop(None, 9),)) == ["None steps of a loop are more than 38"]
+    assert changed(loops=(Loop(1, 13),)) == ["13 launches of a step are more than 12"]
+    assert changed(temp_bytes=2 << 20) == ["2 MiB of temporaries are more than 1"]
 
 
 def test_where_plain_jax_is_right_a_kernel_is_a_fault():

@@ -248,7 +248,7 @@ class Blocks(NamedTuple):
             per_row(self.modifiers.temperature),
         )
 
-    def no_class_sums(self, size: int) -> BlockClassSums:
+    def no_class_sums(self, options: Options, size: int) -> BlockClassSums:
         """Zero sums per class of a step."""
 
         def of_classes(layout: Layout, array: Array) -> Array:

@@ -1,5 +1,7 @@
 """Sizes of the tiles of a stream over (rows, vocabulary), and the loops over tiles.
 
+The sizes are those of a CPU; `accelerator` has those of TPUs and GPUs.
+
 Cost model of the plain (XLA) stream, D features, tiles of R rows and C classes:
 
 - scratch: a few (R, C) tiles, the (C, D) weight slice with its float32 gradient and, if
@@ -224,17 +226,23 @@ class RowCut:
 
 
 def row_cut(
-    rows: int, features: int, token_chunk: int | None = None, *, strided: bool = True
+    rows: int,
+    features: int,
+    token_chunk: int | None = None,
+    *,
+    strided: bool = True,
+    most: int | None = None,
 ) -> RowCut:
-    """Groups of `token_chunk` rows, or by the cost model.
+    """Groups of `token_chunk` rows, of at most `most`, or by the cost model.
 
     Without a suitable divisor of the number of rows there is a shorter rest. Contiguous
     groups are multiples of 128 rows.
     """
     if token_chunk is not None:
         return _of_size(rows, token_chunk, strided)
-    limit = min(max(ROWS // max(features, 1), 256), 2048) // _LANES * _LANES
-    return _at_most(rows, limit, strided)
+    if most is None:
+        most = min(max(ROWS // max(features, 1), 256), 2048)
+    return _at_most(rows, max(most // _LANES, 1) * _LANES, strided)
 
 
 def row_blocks(

@@ -149,11 +149,13 @@ class Head(NamedTuple):
             None if self._follows(options) else per_row(temperature),
         )
 
-    def no_class_sums(self, size: int) -> ClassSums:
-        """Zero sums per class of a step."""
+    def no_class_sums(self, options: Options, size: int) -> ClassSums:
+        """Zero sums per class of a step of one of several groups of rows."""
         one_each = lambda x: None if x is None else self.zeros(size)
+        features = self.hidden.shape[1]
+        classes_first = _classes_first(options, False)
         return ClassSums(
-            self.zeros(self.hidden.shape[1], size),
+            self.zeros(size, features) if classes_first else self.zeros(features, size),
             one_each(self.modifiers.bias),
             one_each(self.modifiers.class_log_weights),
         )
@@ -176,6 +178,9 @@ class Head(NamedTuple):
             columns = copied(self.weight.T)
             dhidden = product(columns, draw, (1, 0), options, self.dtype)
             dweight = product(draw, self.hidden, (1, 0), options, self.dtype)
+        elif _classes_first(options, across):
+            dhidden = product(draw, self.weight, (1, 0), options, self.dtype)
+            dweight = product(draw, self.hidden, (0, 0), options, self.dtype)
         else:
             columns = copied(self.hidden.T)
             contract = (1, options.vocab_axis)
@@ -197,7 +202,7 @@ class Head(NamedTuple):
     ) -> ClassSums:
         """The buffers with the sums of a step's classes written."""
         slice_ = found.weight.astype(buffers.weight.dtype)
-        if options.vocab_axis == 0 and not across:
+        if options.vocab_axis == 0 and not _classes_first(options, across):
             slice_ = copied(slice_).T
         one: Any = lambda old, new: None if old is None else write(old, new, 0)
         per_class = map(one, buffers[1:], found[1:])
@@ -245,6 +250,15 @@ class Head(NamedTuple):
             and options.gradient_filter_eps is None
             and self._product_dtype == self.dtype
         )
+
+
+def _classes_first(options: Options, across: bool) -> bool:
+    """Whether the sums of the weight of a step are (classes, D), not (D, classes).
+
+    A CPU multiplies fastest if only the smaller operand is transposed.
+    """
+    on_accelerator = options.accelerator is not None
+    return across or (on_accelerator and options.vocab_axis == 0)
 
 
 def product(

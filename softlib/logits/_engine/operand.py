@@ -71,7 +71,7 @@ class Operand(Protocol):
         """Zero sums per row of a group."""
         ...
 
-    def no_class_sums(self, size: int, /) -> Any:
+    def no_class_sums(self, options: Options, size: int, /) -> Any:
         """Zero sums per class of a step."""
         ...
 

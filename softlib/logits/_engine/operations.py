@@ -29,6 +29,7 @@ from . import (
     tile as _tile,
     tile_gradient,
 )
+from .accelerator import OnAccelerator
 from .blocks import Blocks
 from .head import Head, HeadGradient
 from .operand import Operand
@@ -138,7 +139,7 @@ def _linear_forward(made: Plan, names: Implementations, options: Options, head: 
     learned = () if getattr(head.hidden, "perturbed", True) else None
     head = _values(head)
     options_of_both = with_residuals(options)
-    if made.fallback is not None and made.fallback.name == XLA.name:
+    if made.fallback is not None and made.fallback.name == _FORWARD.name:
         found, kept = _dispatch.execute(_keeping(made), options_of_both, head)
     else:
         found, kept = _dispatch.execute(made, options_of_both, head), None
@@ -168,7 +169,8 @@ class _WithPlaceholder:
     def __call__(
         self, options: Options, head: Head
     ) -> tuple[RowStatistics, Array | None]:
-        shape = _stream.kept_shape(options, head)
+        # The types of the results are those of the passes that keep products.
+        shape = _stream.kept_shape(options.on(None), head)
         kept = None
         if shape is not None:
             kept = jnp.full(shape, _PLACEHOLDER, head.dtype)
@@ -176,37 +178,24 @@ class _WithPlaceholder:
 
 
 def _keeping(made: Plan) -> Plan:
-    """The plan of a forward pass that keeps products where it is plain JAX.
+    """The plan of a forward pass that keeps products where it is plain JAX on a CPU.
 
-    Residuals have the same structure on all platforms. A platform with a kernel keeps
-    no products, whether the kernel runs or the program is divided over devices.
-    `_reading_kept` plans its backward pass.
+    Residuals have the same structure on all platforms. Kernels keep no products, and
+    neither do the large steps of accelerators: their backward passes recompute them.
     """
     of_kernels = [
-        (
-            platform,
-            dataclasses.replace(
-                kernel,
-                call=_WithPlaceholder(kernel.call),
-                divided=_WithPlaceholder(XLA.call),
-            ),
-        )
+        (platform, dataclasses.replace(kernel, call=_WithPlaceholder(kernel.call)))
         for platform, kernel in made.kernels
     ]
-    fallback = dataclasses.replace(XLA, call=_stream.forward_keeping)
+    fallback = dataclasses.replace(
+        _FORWARD,
+        call=_stream.forward_keeping,
+        accelerated=OnAccelerator(_WithPlaceholder(_stream.forward)),
+    )
     operation = dataclasses.replace(made.operation, implementations=(fallback,))
     return dataclasses.replace(
         made, operation=operation, kernels=tuple(of_kernels), fallback=fallback
     )
-
-
-def _reading_kept(forward: Plan, backward: Plan) -> Plan:
-    """The backward plan, which recomputes products where the forward pass kept none."""
-    kernels = dict(backward.kernels)
-    for platform, _ in forward.kernels:
-        own = kernels.get(platform, _RECOMPUTING)
-        kernels[platform] = dataclasses.replace(own, divided=_RECOMPUTING.call)
-    return dataclasses.replace(backward, kernels=tuple(kernels.items()))
 
 
 def _recomputed(options: Options, operands: BackwardOperands) -> HeadGradient:
@@ -220,11 +209,10 @@ def _linear_backward(
     residuals: Residuals,
     cotangents: RowStatistics,
 ):
-    return _gradient(made, names, options, residuals, cotangents, None)
+    return _gradient(names, options, residuals, cotangents, None)
 
 
 def _gradient(
-    forward: Plan,
     names: Implementations,
     options: Options,
     residuals: Residuals,
@@ -235,10 +223,7 @@ def _gradient(
     rows = RowCotangents(lse, mean, _instantiated(differentiable(cotangents)))
     options = dataclasses.replace(options, hidden_is_learned=learned is not None)
     operands = BackwardOperands(head, rows, kept, further)
-    made = _dispatch.plan(LINEAR_GRADIENT, names, options, operands)
-    if kept is not None:
-        made = _reading_kept(forward, made)
-    gradient: HeadGradient = _dispatch.execute(made, options, operands)
+    gradient: HeadGradient = _dispatch.run(LINEAR_GRADIENT, names, options, operands)
     return (gradient.as_operands(),)
 
 
@@ -272,7 +257,7 @@ def _chained_backward(
     statistics, further = cotangents
     if isinstance(further, SymbolicZero):
         further = None
-    return _gradient(made, names, options, residuals, statistics, further)
+    return _gradient(names, options, residuals, statistics, further)
 
 
 _chained = _with_rule(_statistics_and_weight, _chained_forward, _chained_backward)
@@ -498,35 +483,46 @@ def gathers(options: Any, operands: Any) -> str | None:
     )
 
 
+def stream_note(options: Options, head: Operand) -> str | None:
+    notes = gathers(options, head), _stream.steps_on_accelerators(options, head)
+    return "; ".join(filter(None, notes)) or None
+
+
 def gradient_note(options: Options, operands: Any) -> str | None:
-    notes = [gathers(options, operands)]
+    """The notes of a gradient whose operands have a `head`."""
+    notes = [stream_note(options, operands.head)]
     if options.gradient_filter_eps is not None:
         notes.append(
             "`gradient_filter_eps` drops blocks of the gradient, saves no time"
         )
-    return "; ".join(note for note in notes if note) or None
+    return "; ".join(filter(None, notes)) or None
 
 
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
 
-XLA = Implementation("xla", _stream.forward, note=gathers)
+_FORWARD = Implementation(
+    "xla", _stream.forward, note=stream_note, accelerated=OnAccelerator(_stream.forward)
+)
 LINEAR = Operation(
     "linear_row_statistics",
     (
         kernels_tpu.FORWARD,
         kernels_gpu.FORWARD,
-        XLA,
+        _FORWARD,
         Implementation("reference", _linear_reference, _no_filter),
     ),
 )
-# Backward pass on platforms where only the forward pass is a kernel.
-_RECOMPUTING = Implementation("xla", _recomputed)
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (
         kernels_tpu.BACKWARD,
         kernels_gpu.BACKWARD,
-        Implementation("xla", _stream.backward, note=gradient_note),
+        Implementation(
+            "xla",
+            _stream.backward,
+            note=gradient_note,
+            accelerated=OnAccelerator(_recomputed),
+        ),
         Implementation("reference", _linear_gradient_reference, _no_filter),
     ),
 )
@@ -534,13 +530,21 @@ BLOCKWISE = Operation(
     "blockwise_row_statistics",
     (
         *_ABSENT,
-        Implementation("xla", _stream.forward, note=gathers),
+        _FORWARD,
         Implementation("reference", _linear_reference),
     ),
 )
 BLOCKWISE_GRADIENT = Operation(
     "blockwise_row_statistics_gradient",
-    (*_ABSENT, Implementation("xla", _stream.backward, note=gradient_note)),
+    (
+        *_ABSENT,
+        Implementation(
+            "xla",
+            _stream.backward,
+            note=gradient_note,
+            accelerated=OnAccelerator(_stream.backward),
+        ),
+    ),
 )
 GIVEN = Operation(
     "row_statistics",

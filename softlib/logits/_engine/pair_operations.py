@@ -29,6 +29,7 @@ from . import (
     tile as _tile,
     tile_gradient,
 )
+from .accelerator import OnAccelerator
 from .head import Head
 from .operand import Operand
 from .operations import Given
@@ -185,13 +186,27 @@ def _reference(options: PairOptions, known: KnownPair) -> Float[Array, " rows"]:
     return _of_raw(options, raws, heads, known.lse, known.pair.mixture)
 
 
+def _note(options: PairOptions, pair: Pair) -> str | None:
+    steps = pair_stream.steps_on_accelerators(options, pair)
+    return "; ".join(filter(None, (operations.gathers(options, pair), steps))) or None
+
+
+def _gradient_note(options: PairOptions, operands: PairBackwardOperands) -> str | None:
+    return _note(options, operands.known.pair)
+
+
 _ABSENT = (absent("pallas_tpu", "tpu"), absent("pallas_gpu", "cuda"))
 
 PAIR = Operation(
     "linear_divergence",
     (
         *_ABSENT,
-        Implementation("xla", pair_stream.forward, note=operations.gathers),
+        Implementation(
+            "xla",
+            pair_stream.forward,
+            note=_note,
+            accelerated=OnAccelerator(pair_stream.forward),
+        ),
         Implementation("reference", _reference),
     ),
 )
@@ -199,6 +214,11 @@ PAIR_GRADIENT = Operation(
     "linear_divergence_gradient",
     (
         *_ABSENT,
-        Implementation("xla", pair_stream.backward, note=operations.gathers),
+        Implementation(
+            "xla",
+            pair_stream.backward,
+            note=_gradient_note,
+            accelerated=OnAccelerator(pair_stream.backward),
+        ),
     ),
 )

@@ -18,6 +18,7 @@ from softlib._sharding import match_varying
 from softlib.typing import AxisName
 
 from . import chunks as _chunks, pair_terms, stream as _stream, tile_gradient
+from .accelerator import Accelerator
 from .chunks import RowCut
 from .operand import Operand
 from .pair_terms import Divergence, Slopes, Terms
@@ -37,6 +38,10 @@ class PairOptions:
     @property
     def both(self) -> tuple[Options, Options]:
         return self.target, self.other
+
+    def on(self, accelerator: Accelerator) -> "PairOptions":
+        target, other = (own.on(accelerator) for own in self.both)
+        return dataclasses.replace(self, target=target, other=other)
 
 
 class Pair(NamedTuple):
@@ -176,6 +181,12 @@ def _pieces(options: PairOptions, pair: Pair) -> tuple[RowCut, int]:
     if options.target.vocab_chunk is None:
         size = _chunks.halved(size)
     return cut, size
+
+
+def steps_on_accelerators(options: PairOptions, pair: Pair) -> str | None:
+    """The steps of both heads, as a sentence fragment; None if they are one tile."""
+    steps = _pieces(options.on(Accelerator()), pair)
+    return _stream.steps_in_words(*steps, pair.target.vocabulary(options.target))
 
 
 def _with(dtype: DTypeLike, array: Any) -> DTypeLike:

@@ -24,6 +24,7 @@ from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
 
 from . import chunks as _chunks, tile as _tile, tile_gradient
+from .accelerator import Accelerator
 from .chunks import Index, RowCut
 from .operand import Operand
 from .tile import Options, RowStatistics, Tile
@@ -274,7 +275,8 @@ def gradient_sums_of_heads(
     lies_across = lambda own, head: _across(own, head, cut.size, size)
     across = cut.whole and all(map(lies_across, options, heads))
     class_axis = 0 if across else 1
-    copies = size < vocabulary and _are_many(cut.size)
+    on_cpu = options[0].accelerator is None
+    copies = on_cpu and size < vocabulary and _are_many(cut.size)
     copied = _copied_on_cpu if copies else lambda array: array
 
     def of_tile(total, slices, start, group, raw):
@@ -306,7 +308,10 @@ def gradient_sums_of_heads(
                 entries = cut.put(entries, own, group)
                 return total, jax.tree.map(jnp.add, found, more), entries
 
-            none = tuple(head.no_class_sums(size) for head in heads)
+            none = tuple(
+                head.no_class_sums(own, size)
+                for head, own in zip(heads, options, strict=True)
+            )
             no_entries = cut.zeros(
                 tuple(sliced.no_entries(cut.size) for sliced in slices)
             )
@@ -365,8 +370,11 @@ def _across(options: Options, head: Operand, rows: int, size: int) -> bool:
     The layout decides which operands of the products are transposed. For a table (V, D)
     tiles (classes, rows) are fastest, with the gradient of hidden as (D, rows). Its
     transpose costs a copy, so rows must be one group. A single tile of all classes is
-    faster as (rows, classes), without any copy.
+    faster as (rows, classes), without any copy. Matrix units take operands of either
+    layout, and sums over classes are fastest if these are the last axis.
     """
+    if options.accelerator is not None:
+        return False
     several = size < head.vocabulary(options)
     return head.lies_across(options) and several and _are_many(rows)
 
@@ -374,8 +382,10 @@ def _across(options: Options, head: Operand, rows: int, size: int) -> bool:
 def pieces(options: Options, head: Operand) -> tuple[RowCut, int]:
     """The groups of rows, and the number of classes per step."""
     strided = options.gradient_filter_eps is None
+    machine = options.accelerator
+    most = None if machine is None else machine.most_rows(head.dtype)
     cut = _chunks.row_cut(
-        head.rows, head.features, options.token_chunk, strided=strided
+        head.rows, head.features, options.token_chunk, strided=strided, most=most
     )
     return cut, classes_per_step(options, head, cut.size)
 
@@ -383,13 +393,29 @@ def pieces(options: Options, head: Operand) -> tuple[RowCut, int]:
 def classes_per_step(options: Options, head: Operand, rows: int) -> int:
     vocabulary = head.vocabulary(options)
     size = options.vocab_chunk
-    if size is None:
+    machine = options.accelerator
+    if size is None and machine is not None:
+        size = machine.classes(rows, head.features, vocabulary, head.dtype)
+    elif size is None:
         size = vocabulary
         if not head.is_one_tile(options, rows):
             size = _chunks.vocab_chunk(rows, head.features, vocabulary)
         if head.modifiers.centre is not None:
             size = _chunks.halved(size)  # raw products are read again: two tiles
     return min(size, vocabulary)
+
+
+def steps_on_accelerators(options: Options, head: Operand) -> str | None:
+    """A sentence fragment: the steps of the stream there; None if it is one tile."""
+    steps = pieces(options.on(Accelerator()), head)
+    return steps_in_words(*steps, head.vocabulary(options))
+
+
+def steps_in_words(cut: RowCut, size: int, vocabulary: int) -> str | None:
+    if size == vocabulary:
+        return None
+    rows = "all rows" if cut.whole else f"{cut.size} rows"
+    return f"on a TPU or GPU a step takes {size} classes of {rows}"
 
 
 def classes_of(operand: Operand, start: Any, size: int, options: Options) -> Any:

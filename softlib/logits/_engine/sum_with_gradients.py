@@ -8,6 +8,10 @@ products.
 
 It takes memory for a block of logits, and for the gradients until the backward pass. If
 there are several blocks, the weight's gradient is summed in float32.
+
+On a TPU or GPU a block of the logits of all classes would be small beside the weight
+that each block reads. There all rows are one block, and the logits that exceed the
+memory for a block are computed again: four products, in large steps.
 """
 
 import functools
@@ -25,6 +29,7 @@ from softlib._symbolic import has_symbolic_shape
 from softlib.typing import Implementations
 
 from . import chunks as _chunks, operations, stream as _stream, tile as _tile
+from .accelerator import Accelerator
 from .chunks import RowCut
 from .head import ClassSums, Head, HeadGradient, RowSums
 from .stream import BackwardOperands
@@ -123,7 +128,7 @@ _total.defvjp(_total_forward, _total_backward)
 
 
 def _note(options: tuple[Options, RowLoss], operands: SumOperands) -> str | None:
-    return operations.gradient_note(options[0], operands.head)
+    return operations.gradient_note(options[0], operands)
 
 
 class _Sums(NamedTuple):
@@ -145,23 +150,20 @@ def _value_and_gradients(
 ) -> tuple[Float[Array, ""], tuple[HeadGradient, Any, Any]]:
     options, loss = options_and_loss
     head, terms = operands
-    rows = head.hidden.shape[0]
     vocabulary = head.weight.shape[options.vocab_axis]
-    cut = _chunks.row_blocks(
-        rows,
-        vocabulary,
-        options.token_chunk,
-        strided=options.gradient_filter_eps is None,
-    )
+    cut = _blocks(options, head)
 
     def of_block(group, classes):
         mine = _stream.rows_of(head, cut, group)
         own = RowTerms(
             cut.take(terms.factors, group), terms.scalars, cut.take(terms.marks, group)
         )
-        size = _stream.classes_per_step(options, head, mine.hidden.shape[0])
+        rows = mine.hidden.shape[0]
+        size, keep = _stream.classes_per_step(options, head, rows), vocabulary
+        if options.accelerator is not None:
+            keep = options.accelerator.kept_classes(rows, keep, size, head.dtype)
         found, kept = _stream.statistics(
-            operations.with_residuals(options), mine, size, keep=vocabulary
+            operations.with_residuals(options), mine, size, keep
         )
 
         def value(statistics, factors, scalars):
@@ -174,7 +176,7 @@ def _value_and_gradients(
         sums, classes = _stream.gradient_sums(
             options,
             BackwardOperands(mine, known, kept),
-            RowCut(1, mine.hidden.shape[0]),
+            RowCut(1, rows),
             size,
             classes,
             add=not cut.whole,
@@ -202,11 +204,32 @@ def _value_and_gradients(
     return sums.value, (gradient, rows_found.factors, sums.scalars)
 
 
+def _blocks(options: Options, head: Head) -> RowCut:
+    """The blocks of rows; a gradient filter needs contiguous ones."""
+    if options.accelerator is not None and options.token_chunk is None:
+        return _stream.pieces(options, head)[0]
+    vocabulary = head.weight.shape[options.vocab_axis]
+    strided = options.gradient_filter_eps is None
+    return _chunks.row_blocks(
+        head.rows, vocabulary, options.token_chunk, strided=strided
+    )
+
+
+def _on_accelerator(
+    options_and_loss: tuple[Options, RowLoss], operands: SumOperands, copies: int
+) -> tuple[Float[Array, ""], tuple[HeadGradient, Any, Any]]:
+    options, loss = options_and_loss
+    options = options.on(Accelerator(copies))
+    return _value_and_gradients((options, loss), operands)
+
+
 LINEAR_SUM = Operation(
     "linear_sum_with_gradients",
     (
         absent("pallas_tpu", "tpu"),
         absent("pallas_gpu", "cuda"),
-        Implementation("xla", _value_and_gradients, note=_note),
+        Implementation(
+            "xla", _value_and_gradients, note=_note, accelerated=_on_accelerator
+        ),
     ),
 )

@@ -26,6 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from softlib.numerics import RunningMax, RunningMaxState
 from softlib.typing import Precision
 
+from .accelerator import Accelerator
+
 STATISTICS = (
     "lse",
     "label_logits",
@@ -101,6 +103,11 @@ class Options:
     # Whether the gradient of hidden is computed. Then that of the temperature follows
     # from it at little cost.
     hidden_is_learned: bool = True
+    # Sizes of the steps on a TPU or GPU; None on a CPU.
+    accelerator: Accelerator | None = None
+
+    def on(self, accelerator: Accelerator | None) -> "Options":
+        return dataclasses.replace(self, accelerator=accelerator)
 
     def wants(self, *names: str) -> bool:
         return any(name in self.statistics for name in names)

@@ -1,0 +1,184 @@
+"""The stream over classes in the steps of TPUs and GPUs: few, large, and as exact.
+
+Programs are lowered for these platforms; their steps are also run here, on a CPU.
+"""
+
+import re
+
+import jax
+import pytest
+
+import softlib
+from softlib import LinearLogits, losses
+from softlib.logits._engine import accelerator
+from softlib.logits._engine.accelerator import Accelerator
+from softlib.testing import assert_close
+from tests.host import jnp
+from tests.losses.test_row_cuts import (
+    assert_same_as_oracle,
+    problem,
+    value_and_gradients,
+)
+from tests.operations import in_steps_of_accelerators
+
+ROWS, FEATURES, CLASSES = 16384, 4096, 151_936
+STEP = 2**26
+
+
+def _loss(hidden, weight, labels, **options):
+    logits = LinearLogits(hidden, weight, implementation="xla", **options)
+    return losses.softmax_cross_entropy(logits, labels).sum()
+
+
+def _shapes(rows, features, classes, dtype, vocab_axis=0):
+    weight = (classes, features) if vocab_axis == 0 else (features, classes)
+    return (
+        jax.ShapeDtypeStruct((rows, features), dtype),
+        jax.ShapeDtypeStruct(weight, dtype),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+    )
+
+
+def _lowered(function, arguments, platform):
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def _products(text):
+    """Shapes and dtypes of operands and result of each product."""
+    types = (
+        r"stablehlo\.dot_general.* : \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>"
+    )
+    return re.findall(types, text)
+
+
+def _trips(text):
+    """Steps of the loops: the constants with which their counters are compared."""
+    limit = r"dense<(\d+)> : tensor<i32>\s+%\S+ = stablehlo\.compare LT, %iterArg"
+    return [int(steps) for steps in re.findall(limit, text)]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_few_steps_and_narrow_operands(platform, vocab_axis, dtype):
+    step = jax.value_and_grad(lambda *a: _loss(*a, vocab_axis=vocab_axis), (0, 1))
+    arguments = _shapes(ROWS, FEATURES, CLASSES, dtype, vocab_axis)
+    text = _lowered(step, arguments, platform)
+    assert _trips(text) == [37, 37]
+    products = _products(text)
+    # Of a loop, and of the shorter rest: one product forward, three backward.
+    assert len(products) == 8
+    narrow = "bf16" if dtype == jnp.bfloat16 else "f16"
+    for left, right, result in products:
+        assert left.endswith(f"x{narrow}")
+        assert right.endswith(f"x{narrow}")
+        assert result.endswith("xf32")
+    assert f"{ROWS}x4096xf32" in {result for *_, result in products}
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_a_sum_with_gradients_keeps_few_logits_and_computes_many_again(platform):
+    def total(hidden, weight, labels):
+        logits = LinearLogits(hidden, weight, implementation="xla")
+        return losses.softmax_cross_entropy_sum(logits, labels)
+
+    step = jax.value_and_grad(total, (0, 1))
+    count = lambda classes: len(
+        _products(_lowered(step, _shapes(2048, 768, classes, jnp.bfloat16), platform))
+    )
+    assert count(30_000) == 3
+    # In two steps, each of three products; those of the second are computed again.
+    assert count(50_257) == 7
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_two_heads_share_the_memory_of_a_step(platform):
+    def loss(hidden, weight, labels):
+        student = LinearLogits(hidden, weight, implementation="xla")
+        teacher = LinearLogits(2 * hidden, weight, implementation="xla")
+        return losses.softmax_kl_divergence(student, teacher).sum()
+
+    arguments = _shapes(ROWS, 256, 65_536, jnp.bfloat16)
+    tiles = {result for *_, result in _products(_lowered(loss, arguments, platform))}
+    # Statistics of each head, then the terms of both.
+    assert tiles == {f"{ROWS}x4096xf32", f"{ROWS}x2048xf32"}
+
+
+def test_sizes_of_steps():
+    sizes = Accelerator().classes
+    quarter = Accelerator(copies=4).classes(ROWS, FEATURES, CLASSES, jnp.float32)
+    assert quarter == STEP // ROWS // 4
+    assert sizes(ROWS, FEATURES, CLASSES, jnp.float32) == STEP // ROWS
+    assert sizes(ROWS, FEATURES, CLASSES, jnp.float64) == STEP // ROWS // 2
+    # Features of a gradient count like rows; steps are about equal.
+    assert sizes(1, 2**16, 1025, jnp.float32) == 768
+    assert sizes(1, 1, CLASSES, jnp.float32) == CLASSES
+    assert sizes(2**20, 1, CLASSES, jnp.float32) == accelerator.LEAST
+    assert Accelerator().most_rows(jnp.float32) == STEP // accelerator.LEAST
+
+
+def test_rows_are_cut_only_where_the_fewest_classes_of_all_exceed_a_step():
+    def lse(hidden, weight, labels):
+        logits = LinearLogits(hidden, weight, implementation="xla")
+        return softlib.logits.logsumexp(logits)
+
+    shapes = lambda rows: _shapes(rows, 8, 1024, jnp.float32)
+    lowered = lambda rows: _lowered(lse, shapes(rows), "cuda")
+    assert {r for *_, r in _products(lowered(2**18))} == {f"{2**18}x256xf32"}
+    assert {r for *_, r in _products(lowered(2**19))} == {f"{2**18}x256xf32"}
+
+
+def test_explain_says_the_steps():
+    text = str(softlib.explain(_loss, *_shapes(ROWS, FEATURES, CLASSES, jnp.bfloat16)))
+    assert "xla: on a TPU or GPU a step takes 4096 classes of all rows" in text
+    few = str(softlib.explain(_loss, *_shapes(4, 8, 100, jnp.bfloat16)))
+    assert "a step takes" not in few
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Runs steps of accelerators, as small as small problems need."""
+    monkeypatch.setattr(accelerator, "LEAST", 128)
+    monkeypatch.setattr(accelerator, "STEP_BYTES", 4 * 128 * 128)
+    monkeypatch.setattr(accelerator, "KEPT_BYTES", 4 * 100 * 200)
+    with in_steps_of_accelerators():
+        yield
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("rows", [1, 60, 300])
+def test_the_numbers_are_those_of_the_oracle(small_steps, rows, vocab_axis):
+    arrays, labels = problem(rows)
+    actual = value_and_gradients(arrays, labels, vocab_axis=vocab_axis)
+    assert_same_as_oracle(actual, arrays, labels)
+
+
+def test_a_sum_keeps_the_logits_of_the_first_steps(small_steps):
+    arrays, labels = problem(100)
+
+    def of(function, hidden, weight):
+        logits = LinearLogits(hidden, weight, bias=arrays["bias"])
+        return function(logits, labels)
+
+    def step(function):
+        given = arrays["hidden"], arrays["weight"]
+        loss = lambda *a: of(function, *a)
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
+
+    weighted = lambda logits, labels: losses.softmax_cross_entropy(logits, labels).sum()
+    value, gradients = step(losses.softmax_cross_entropy_sum)
+    expected, wanted = step(weighted)
+    assert_close(value, expected, dtype=jnp.float32, length=300 * 100)
+    for found, expected in zip(gradients, wanted, strict=True):
+        assert_close(found, expected, dtype=jnp.float32, length=300)
+
+
+def test_copies_of_a_vmap_share_the_memory_of_a_step(small_steps):
+    arrays, labels = problem(96)
+    hidden, weight = arrays["hidden"], arrays["weight"]
+    loss = lambda h, l: losses.softmax_cross_entropy(LinearLogits(h, weight), l)
+    mapped = jax.jit(jax.vmap(loss))(hidden.reshape(4, 24, -1), labels.reshape(4, 24))
+    assert_close(
+        mapped.reshape(96), loss(hidden, labels), dtype=jnp.float32, length=300
+    )
