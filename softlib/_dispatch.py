@@ -165,6 +165,8 @@ def plan(
             break  # it runs everywhere: nothing after it can be reached
 
     chosen = [*kernels.values()] if fallback is None else [*kernels.values(), fallback]
+    if _RECORD.value is None:  # nobody reads notes, and finding them takes time
+        chosen = []
     notes = [(i.name, note) for i in chosen if (note := i.note(options, operands))]
     made = Plan(
         operation,

@@ -133,8 +133,9 @@ def dot_product_attention(
             $\log(1 + e^z)$, `stablemax` $1 + z$ for $z \ge 0$ and $1/(1 - z)$ below.
         return_lse: Static; returns `AttentionResult`, with the logarithm of $\sum_j
             f(z_{ij})$.
-        block_query: Static queries per block; None chooses by mask and shape. Kernels
-            have blocks of their own: where sizes or a `BlockPlan` are given, none runs.
+        block_query: Static queries per block; None chooses by mask, shape and
+            platform. Kernels have blocks of their own: where sizes or a `BlockPlan` are
+            given, none runs.
         block_key: Static keys per block, likewise.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`. `reference` materialises the
@@ -158,8 +159,10 @@ def dot_product_attention(
         gradient 0 and gives none.
     Cost: with P pairs in the visited blocks $2 P N (H + E)$ flop forward and
         $P N (6 H + 4 E)$ backward; scratch of the arguments once in float32, and of a
-        few tiles. Kept for the backward pass: the arguments, the output, and one number
-        per row. Reverse over reverse stores the tiles.
+        few tiles: on GPUs and TPUs, without a kernel, up to 768 MiB. There products of
+        16-bit arrays round the weights to their dtype. Kept for the backward pass: the
+        arguments, the output, and one number per row. Reverse over reverse stores the
+        tiles.
     Source: "FlashAttention: Fast and Memory-Efficient Exact Attention with
         IO-Awareness" and its successors for dense attention; "Radial Attention:
         O(n log n) Sparse Attention with Energy Decay for Long Video Generation" for

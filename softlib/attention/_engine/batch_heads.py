@@ -36,8 +36,8 @@ MASKED = 1 << 18
 
 
 def forward(options: Options, operands: Operands) -> Result:
-    operands = _in_few_loops(operands)
-    cut = Cut.of(operands)
+    operands = _in_few_loops(options, operands)
+    cut = Cut.of(operands, options.step_scores)
     if cut.is_one_step:
         return _stream.forward(options, operands)
     # Steps write into the result: stacked results would all be copied again.
@@ -51,8 +51,9 @@ def forward(options: Options, operands: Operands) -> Result:
 
 
 def backward(options: Options, given: BackwardOperands) -> Gradient:
-    operands = _in_few_loops(given.operands)
-    given, cut = given._replace(operands=operands), Cut.of(operands)
+    operands = _in_few_loops(options, given.operands)
+    given = given._replace(operands=operands)
+    cut = Cut.of(operands, options.step_scores)
     if cut.is_one_step:
         return _stream.backward(options, given)
     wide = dataclasses.replace(options, wide_gradients=True)
@@ -113,9 +114,11 @@ class Cut(NamedTuple):
     head_step: int
 
     @classmethod
-    def of(cls, operands: Operands) -> "Cut":
+    def of(cls, operands: Operands, scores: int | None = None) -> "Cut":
+        """Steps of at most so many scores; None is for the cache of a CPU."""
         batch, _, heads, _ = operands.key.shape
-        most = _batch_heads_of_step(operands.groups * math.prod(operands.plan.blocks))
+        tile = operands.groups * math.prod(operands.plan.blocks)
+        most = _batch_heads_on_cpu(tile) if scores is None else scores // tile
         if is_symbolic(batch):  # one entry at a time, whatever their number
             head_step = _divisor(heads, most)
             return cls(batch, heads, operands.groups, 1, head_step)
@@ -234,18 +237,19 @@ class _View:
         return [jnp.zeros_like(i) if at is None else at(i) for at in self._starts]
 
 
-def _in_few_loops(operands: Operands) -> Operands:
+def _in_few_loops(options: Options, operands: Operands) -> Operands:
     """The operands; if whole blocks are few they join the list that is masked."""
     plan, (batch, _, heads, _) = operands.plan, operands.query.shape
     whole, partial = (blocks.shape[-1] for blocks in (plan.whole, plan.partial))
     if not whole or not partial or plan.counts is not None or is_symbolic(batch):
         return operands
-    if whole * batch * heads * math.prod(plan.blocks) > MASKED:
+    most = MASKED if options.step_scores is None else options.step_scores
+    if whole * batch * heads * math.prod(plan.blocks) > most:
         return operands
     return operands._replace(plan=plan.in_one_list())
 
 
-def _batch_heads_of_step(tile: int) -> int:
+def _batch_heads_on_cpu(tile: int) -> int:
     """Number of batch heads per step, if each has a tile of `tile` scores."""
     scores = SCORES
     if tile >= _LARGE and has_few_cores():

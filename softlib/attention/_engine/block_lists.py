@@ -1,10 +1,11 @@
 """Lists of the blocks that a mask leaves, at the block sizes that cost least."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -48,26 +49,40 @@ _BLOCKS_AT_ONCE = 1 << 20
 _SAMPLE = 64
 
 
+@runtime_checkable
+class Sizes(Protocol):
+    """Sizes of blocks for some machine, hashable and equal by value."""
+
+    def candidates(
+        self, lengths: tuple[int, ...], blocks: tuple[int | None, ...]
+    ) -> list[tuple[int, ...]]:
+        """Sizes to choose from, the largest first; `blocks` are the given ones."""
+        ...
+
+    def cost(self, sizes: tuple[int, ...], visited: float, whole: float) -> float:
+        """Time of so many visited blocks; no mask is evaluated in the whole ones."""
+        ...
+
+
 @functools.lru_cache(maxsize=128)
 def lists(
     skeleton: Any,
     lengths: tuple[int, ...],
     blocks: tuple[int | None, ...],
     all_partial: bool,
-    groups: int,
+    sizes: Sizes,
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
     """Blocks that are ALL, blocks that are SOME, and the sizes that cost least.
 
-    `skeleton` is a mask without its arrays, `blocks` the sizes that are given,
-    `groups` the query heads whose scores exist together.
+    `skeleton` is a mask without its arrays, `blocks` the sizes that are given.
     """
-    _, sizes = cheapest(skeleton, lengths, blocks, groups)
-    found, whole = _listed(skeleton.mask, lengths, sizes)
+    _, chosen = cheapest(skeleton, lengths, blocks, sizes)
+    found, whole = _listed(skeleton.mask, lengths, chosen)
     if all_partial:
         whole = np.zeros_like(whole)
     whole, partial = found[:, whole], found[:, ~whole]
     whole.flags.writeable = partial.flags.writeable = False
-    return whole, partial, sizes
+    return whole, partial, chosen
 
 
 @functools.lru_cache(maxsize=128)
@@ -75,55 +90,66 @@ def cheapest(
     skeleton: Any,
     lengths: tuple[int, ...],
     blocks: tuple[int | None, ...],
-    groups: int,
+    sizes: Sizes,
 ) -> tuple[float, tuple[int, ...]]:
-    """Block sizes, and their cost in pairs of large blocks.
+    """The cost of the block sizes that cost least, and these.
 
     Joint masks of several key axes do not take part in the choice.
     """
     costs = {}
-    for sizes in _candidates(lengths, blocks, groups):
-        rows = -(-lengths[0] // sizes[0])
+    for candidate in sizes.candidates(lengths, blocks):
+        rows = -(-lengths[0] // candidate[0])
         sample = np.unique(np.linspace(0, rows - 1, min(rows, _SAMPLE), dtype=int))
-        maps = _maps(skeleton.mask, lengths, sizes, sample)
-        visited, whole = (_count(maps, least) for least in (Block.SOME, Block.ALL))
-        pairs = math.prod(sizes) * rows / max(len(sample), 1)
-        rate, mask = _price(sizes, groups)
-        costs[sizes] = pairs * (rate * visited + mask * (visited - whole))
+        maps = _maps(skeleton.mask, lengths, candidate, sample)
+        of_sample = rows / max(len(sample), 1)
+        visited, whole = (
+            _count(maps, least) * of_sample for least in (Block.SOME, Block.ALL)
+        )
+        costs[candidate] = sizes.cost(candidate, visited, whole)
     best = min(costs, key=lambda sizes: costs[sizes])
     return costs[best], best
 
 
-def _price(sizes: tuple[int, ...], groups: int) -> _Price:
-    if len(sizes) == 2:
-        prices, smallest = _prices(), min(sizes)
-        return prices[next((n for n in sorted(prices) if smallest <= n), max(prices))]
-    rows = groups * math.prod(sizes[:-1])
-    rate = 0.85 + 57 / sizes[-1] + 40 / rows
-    return _Price(rate, _PARTIAL * rate)
+@dataclasses.dataclass(frozen=True)
+class CpuSizes:
+    """Blocks whose scores stay in the caches of a CPU, with costs measured on CPUs.
+
+    The cost is in pairs of large blocks. `groups` are the query heads whose scores
+    exist together.
+    """
+
+    groups: int
+
+    def candidates(
+        self, lengths: tuple[int, ...], blocks: tuple[int | None, ...]
+    ) -> list[tuple[int, ...]]:
+        def fitted(wanted: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(
+                _short(size, length) if given is None else given
+                for size, length, given in zip(wanted, lengths, blocks, strict=True)
+            )
+
+        every = list(dict.fromkeys(map(fitted, _wanted(len(lengths)))))
+        # Too many scores for one step: the smallest blocks.
+        fits = lambda sizes: self.groups * math.prod(sizes) <= _SCORES
+        return list(filter(fits, every)) or every[-1:]
+
+    def cost(self, sizes: tuple[int, ...], visited: float, whole: float) -> float:
+        rate, mask = self._price(sizes)
+        return math.prod(sizes) * (rate * visited + mask * (visited - whole))
+
+    def _price(self, sizes: tuple[int, ...]) -> _Price:
+        if len(sizes) == 2:
+            prices, smallest = _prices(), min(sizes)
+            fitting = (n for n in sorted(prices) if smallest <= n)
+            return prices[next(fitting, max(prices))]
+        rows = self.groups * math.prod(sizes[:-1])
+        rate = 0.85 + 57 / sizes[-1] + 40 / rows
+        return _Price(rate, _PARTIAL * rate)
 
 
 def _prices() -> dict[int, _Price]:
     return _PRICES_ON_FEW_CORES if has_few_cores() else _PRICES
-
-
-def _candidates(
-    lengths: tuple[int, ...],
-    blocks: tuple[int | None, ...],
-    groups: int,
-) -> list[tuple[int, ...]]:
-    """Block sizes to choose from, the largest first."""
-
-    def fitted(wanted: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(
-            _short(size, length) if given is None else given
-            for size, length, given in zip(wanted, lengths, blocks, strict=True)
-        )
-
-    every = list(dict.fromkeys(map(fitted, _wanted(len(lengths)))))
-    # Too many scores for one step: the smallest blocks.
-    fitting = [sizes for sizes in every if groups * math.prod(sizes) <= _SCORES]
-    return fitting or every[-1:]
 
 
 def _wanted(axes: int) -> Iterator[tuple[int, ...]]:

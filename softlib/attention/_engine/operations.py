@@ -24,7 +24,13 @@ from softlib.attention._tuples import (
 )
 from softlib.typing import Implementations
 
-from . import batch_heads as _batch_heads, kernels_gpu, kernels_tpu, stream as _stream
+from . import (
+    batch_heads as _batch_heads,
+    kernels_gpu,
+    kernels_tpu,
+    large_steps as _large_steps,
+    stream as _stream,
+)
 from .scores import Result
 from .stream import BackwardOperands, Gradient
 from .tiles import Operands, Options, product
@@ -179,20 +185,40 @@ def _note(options: Options, operands: Any) -> str | None:
     )
 
 
+def _note_with_steps(options: Options, given: Operands | BackwardOperands) -> str:
+    operands = given.operands if isinstance(given, BackwardOperands) else given
+    notes = _large_steps.described(options, operands), _note(options, given)
+    return "; ".join(filter(None, notes))
+
+
 def _operations(
-    name: str, kernels: Sequence[tuple[Implementation, Implementation]]
+    name: str,
+    kernels: Sequence[tuple[Implementation, Implementation]],
+    *,
+    large_steps: bool,
 ) -> tuple[Operation, Operation]:
     """An operation of attention with this name and its gradient.
 
-    `kernels` are those of each platform, for both.
+    `kernels` are those of each platform, for both; `large_steps` says whether the plain
+    computation has steps for GPUs and TPUs.
     """
     of_forward, of_backward = zip(*kernels, strict=True)
     forward = (
-        Implementation("xla", _batch_heads.forward, note=_note),
+        Implementation(
+            "xla",
+            _batch_heads.forward,
+            note=_note_with_steps if large_steps else _note,
+            accelerated=_large_steps.forward if large_steps else None,
+        ),
         Implementation("reference", _reference),
     )
     backward = (
-        Implementation("xla", _batch_heads.backward, note=_note),
+        Implementation(
+            "xla",
+            _batch_heads.backward,
+            note=_note_with_steps if large_steps else _note,
+            accelerated=_large_steps.backward if large_steps else None,
+        ),
         Implementation("reference", _reference_gradient),
     )
     return (
@@ -207,6 +233,7 @@ ATTENTION, ATTENTION_GRADIENT = _operations(
         (kernels_tpu.FORWARD, kernels_tpu.BACKWARD),
         (kernels_gpu.FORWARD, kernels_gpu.BACKWARD),
     ],
+    large_steps=True,
 )
 # Both have the same plain computation but different kernels.
 TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
@@ -215,4 +242,5 @@ TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
         (tuple_kernels.FORWARD, tuple_kernels.BACKWARD),
         (tuple_kernels_gpu.FORWARD, tuple_kernels_gpu.BACKWARD),
     ],
+    large_steps=False,
 )

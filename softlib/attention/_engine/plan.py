@@ -12,6 +12,7 @@ from softlib import _checks as checks, masks
 from softlib.masks import Mask, PerAxis
 
 from . import block_lists
+from .block_lists import CpuSizes, Sizes
 
 _STATIC = {"static": True}
 
@@ -185,18 +186,19 @@ def plan_of(
     *,
     all_partial: bool = False,
     groups: int = 1,
+    sizes: Sizes | None = None,
 ) -> BlockPlan:
     """A block plan; with `all_partial` all visited blocks are masked.
 
     `groups`: query heads per key head. Their scores exist together: with many of them
-    blocks are smaller.
+    blocks are smaller. `sizes` of blocks to choose from are those for a CPU if None.
     """
     blocks = blocks or (None,) * len(lengths)
     skeleton = Skeleton.of(mask)
-    whole, partial, sizes = block_lists.lists(
-        skeleton, lengths, blocks, all_partial, groups
+    whole, partial, chosen = block_lists.lists(
+        skeleton, lengths, blocks, all_partial, sizes or CpuSizes(groups)
     )
-    return BlockPlan(mask, whole, partial, lengths, sizes)
+    return BlockPlan(mask, whole, partial, lengths, chosen)
 
 
 def cheapest_last_axis(mask: PerAxis, lengths: tuple[int, ...], groups: int) -> int:
@@ -205,13 +207,13 @@ def cheapest_last_axis(mask: PerAxis, lengths: tuple[int, ...], groups: int) -> 
     The last one where it makes no difference.
     """
     count, blocks = len(mask.axes), (None,) * len(lengths)
-    costs = {}
+    costs, tiles = {}, CpuSizes(groups)
     for axis in reversed(range(count)):
         order = (*(i for i in range(count) if i != axis), axis)
         moved = PerAxis(*(mask.axes[i] for i in order))
         sizes = (lengths[0], *(lengths[i + 1] for i in order))
         skeleton = Skeleton.of(moved)
-        costs[axis], _ = block_lists.cheapest(skeleton, sizes, blocks, groups)
+        costs[axis], _ = block_lists.cheapest(skeleton, sizes, blocks, tiles)
     return min(costs, key=lambda axis: costs[axis])
 
 

@@ -7,6 +7,7 @@ back in place. Trip counts are static, which keeps the loops differentiable; at 
 order the backward pass below is used instead.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ from .tiles import (
     tile_at,
 )
 
+# Maps the index of a block on an axis to its tile.
+type _Reader = Callable[[Array], Array]
+
 
 class BackwardOperands(NamedTuple):
     """The operands, the results of the forward pass, and their cotangents."""
@@ -62,13 +66,12 @@ class Gradient(NamedTuple):
 
 
 def forward(options: Options, operands: Operands) -> Result:
-    tiler, pairs = _prepare(operands)
+    tiler, pairs = _prepare(options, operands)
     kind, plan = options.kind, operands.plan
     query = _scaled(options, tiler, operands)
-    key = tiler.key_at(operands.key)
-    value = None if operands.value is None else tiler.key_at(operands.value)
+    key, value = _key_readers(options, tiler, operands)
     outer_keys, outer_values = _outer(tiler, operands)
-    rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
+    rows = _rows(tiler, operands)
 
     def visit(partial: bool, at: Index, state: Any) -> Any:
         row, column = at[0], at[-1]
@@ -80,17 +83,18 @@ def forward(options: Options, operands: Operands) -> Result:
 
         def weigh(weights: Array) -> Array:
             assert value is not None
-            weights = _flat(lax.squeeze(weights, (0,)))
+            weights = _flat(lax.squeeze(weights, (0,))).astype(tiler.dtype)
             weighted = product(weights, value(column), options)
             weighted = gather(weighted, _tiles_at(outer_values, at))
             return lax.expand_dims(weighted, (0,))
 
         # Keeps the axis of tiles: so XLA fuses reading, adding and writing a tile.
-        before = jax.tree.map(lambda leaf: slice_at(leaf, row), state)
+        before = store.read(jax.tree.map(lambda leaf: slice_at(leaf, row), state))
         entries = lax.expand_dims(entries, (0,))
         after = kind.accumulator.update(
             before, entries, axis=(-3, -1), weigh=None if value is None else weigh
         )
+        after = store.written(after)
         return jax.tree.map(lambda leaf, new: set_slice(leaf, row, new), state, after)
 
     sinks = operands.sinks
@@ -98,11 +102,12 @@ def forward(options: Options, operands: Operands) -> Result:
         sinks = jnp.broadcast_to(
             sinks.astype(operands.dtype)[None, None, :], operands.query.shape[:-1]
         )
-        sinks = tiler.query(sinks)
+        sinks = tiler.rows(sinks)
     dtype, shape = operands.dtype, query.shape[:-1]
     state = initial_state(kind, shape, dtype, operands.value, sinks)
-    state = _fold(plan, visit, match_varying(state, operands.query))
-    found = kind.finalize(state)
+    store = _Separate() if options.is_for_cpu else _Packed.of(state)
+    state = match_varying(store.written(state), operands.query)
+    found = kind.finalize(store.read(_fold(plan, visit, state)))
     out = found.out
     if out is not None:
         out = tiler.query_back(out).astype(options.out_dtype)
@@ -118,25 +123,27 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     operand, which is slow on a CPU.
     """
     operands = backward.operands
-    tiler, pairs = _prepare(operands)
+    tiler, pairs = _prepare(options, operands)
     kind, plan, dtype = options.kind, operands.plan, operands.dtype
     query, key = _scaled(options, tiler, operands), tiler.key(operands.key)
-    query_first = query.swapaxes(-1, -2)
+    query_first = query.swapaxes(-1, -2) if options.is_for_cpu else None
     outer_keys, outer_values = _outer(tiler, operands)
     inverse, delta = row_constants(options, backward)
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks_gradient(sinks, inverse, delta)
     # A padded row is made empty: a bias that all queries share is not 0 there.
-    inverse = tiler.query(inverse, fill=jnp.inf if kind.is_log else 0)
-    inverse, delta = inverse[..., None, :, None], tiler.query(delta)[..., None, :, None]
-    rows = [tiler.query(row)[..., None, :, None] for row in operands.rows]
+    inverse = tiler.rows(inverse, fill=jnp.inf if kind.is_log else 0)
+    inverse, delta = inverse[..., None, :, None], tiler.rows(delta)[..., None, :, None]
+    inverse_at, delta_at = _readers(options, inverse, delta)
+    rows = _rows(tiler, operands)
     value = cotangent = cotangent_first = None
     if operands.value is not None:
         assert backward.out_cotangent is not None
         value = tiler.key(operands.value)
         cotangent = tiler.query(backward.out_cotangent)
-        cotangent_first = cotangent.swapaxes(-1, -2)
+        if options.is_for_cpu:
+            cotangent_first = cotangent.swapaxes(-1, -2)
 
     def visit(partial: bool, at: Index, total: Gradient) -> Gradient:
         row, column = at[0], at[-1]
@@ -146,16 +153,16 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
         shape = tile.z.shape
         select = lambda x: x if tile.ok is None else jnp.where(tile.ok, x, 0)
         weights = kind.weights(
-            tile.z, tuple(tile_at(r, row) for r in rows), tile_at(inverse, row)
+            tile.z, tuple(tile_at(r, row) for r in rows), inverse_at(row)
         )
-        centred = -tile_at(delta, row)
+        centred = -delta_at(row)
         dv, outer = total.value, total.outer
         if value is not None:
             assert cotangent is not None
-            assert cotangent_first is not None
             assert dv is not None
-            do, p = tile_at(cotangent, row), _flat(select(weights.p))
-            v, do_first = tile_at(value, column), tile_at(cotangent_first, row)
+            do = tile_at(cotangent, row)
+            p = _flat(select(weights.p)).astype(tiler.dtype)
+            v, do_first = tile_at(value, column), _tile_first(cotangent_first, do, row)
             products = product(spread(do, values), v.swapaxes(-1, -2), options)
             centred = products.reshape(shape) + centred
             dv = add_at(dv, column, product(_first(do_first, values), p, options))
@@ -172,8 +179,8 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
             row_gradients = (add_at(row_gradients[0], row, first), *row_gradients[1:])
         if tile.slope is not None:
             dz = dz * tile.slope
-        dz = _flat(dz)
-        q_first = _first(tile_at(query_first, row), keys)
+        dz = _flat(dz).astype(tiler.dtype)
+        q_first = _first(_tile_first(query_first, q, row), keys)
         dq = product(dz, k, options)
         if outer:
             outer = _added(outer, 0, factor_cotangents(q, keys, dq), at)
@@ -211,9 +218,12 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     if total.bias is not None:
         assert operands.bias is not None
         bias = like(tiler.pairs_back(total.bias, operands.bias), operands.bias)
+    dk = total.key.swapaxes(-1, -2)
+    if not options.is_for_cpu:  # there queries are scaled
+        dk = dk * options.scale
     return Gradient(
         like(tiler.query_back(total.query * options.scale), operands.query),
-        like(tiler.key_back(total.key.swapaxes(-1, -2)), operands.key),
+        like(tiler.key_back(dk), operands.key),
         dv,
         bias,
         sinks,
@@ -231,6 +241,47 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
             )
         ),
     )
+
+
+class _Separate:
+    """Keeps the state of rows as it is."""
+
+    def written(self, state: Any) -> Any:
+        return state
+
+    def read(self, stored: Any) -> Any:
+        return stored
+
+
+class _Packed(NamedTuple):
+    """Keeps what a state has per row, such as sums, in one array on axis 1.
+
+    So a step reads and writes it in one launch of a GPU.
+
+    Attributes:
+        structure: Of the state.
+        ranks: Of its leaves.
+    """
+
+    structure: Any
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: Any) -> "_Packed":
+        leaves, structure = jax.tree.flatten(state)
+        return cls(structure, tuple(leaf.ndim for leaf in leaves))
+
+    def written(self, state: Any) -> tuple[Array, list[Array]]:
+        leaves, least = jax.tree.leaves(state), min(self.ranks)
+        per_row = [leaf for leaf in leaves if leaf.ndim == least]
+        return jnp.stack(per_row, 1), [leaf for leaf in leaves if leaf.ndim > least]
+
+    def read(self, stored: tuple[Array, list[Array]]) -> Any:
+        packed, others = iter(jnp.unstack(stored[0], axis=1)), iter(stored[1])
+        leaves = [
+            next(packed if rank == min(self.ranks) else others) for rank in self.ranks
+        ]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def row_constants(options: Options, backward: BackwardOperands) -> tuple[Array, Array]:
@@ -259,15 +310,29 @@ def sinks_gradient(sinks: Array, inverse: Array, delta: Array) -> Array:
 
 
 def _scaled(options: Options, tiler: Tiler, operands: Operands) -> Array:
-    """Tiles of the scaled queries: so the scale costs nothing per pair."""
-    return tiler.query(operands.query) * options.scale
+    """Tiles of the queries, scaled on a CPU: so the scale costs nothing per pair.
+
+    Elsewhere scores are scaled, because queries of 16 bits would be rounded again.
+    """
+    query = tiler.query(operands.query)
+    return query * options.scale if options.is_for_cpu else query
 
 
-def _prepare(operands: Operands) -> tuple[Tiler, Pairs]:
-    tiler = Tiler(operands.plan, operands.groups, operands.dtype)
+def _rows(tiler: Tiler, operands: Operands) -> list[Array]:
+    """Tiles of what is given per row, with axes for the pairs of a tile."""
+    return [
+        tiler.rows(row.astype(operands.dtype))[..., None, :, None]
+        for row in operands.rows
+    ]
+
+
+def _prepare(options: Options, operands: Operands) -> tuple[Tiler, Pairs]:
+    dtype = options.product_dtype(operands)
+    tiler = Tiler(operands.plan, operands.groups, dtype)
     dense = None if operands.dense is None else tiler.pairs(operands.dense)
     bias = None if operands.bias is None else tiler.pairs(operands.bias)
-    return tiler, Pairs(operands.plan, operands.groups, dense, bias)
+    pairs = Pairs(operands.plan, operands.groups, dense, bias, options.is_for_cpu)
+    return tiler, pairs
 
 
 def _outer(tiler: Tiler, operands: Operands) -> tuple[list[Array], list[Array]]:
@@ -287,6 +352,33 @@ def _flat(scores: Array) -> Array:
 
 def _tiles_at(tiles: Sequence[Array], at: Index) -> list[Array]:
     return [tile_at(tile, column) for tile, column in zip(tiles, at[1:-1], strict=True)]
+
+
+def _tile_first(copy: Array | None, tile: Array, row: Array) -> Array:
+    """A tile with features first, from the copy if there is one."""
+    return tile.swapaxes(-1, -2) if copy is None else tile_at(copy, row)
+
+
+def _key_readers(
+    options: Options, tiler: Tiler, operands: Operands
+) -> tuple[_Reader, _Reader | None]:
+    """Tiles of the keys and of the values, as functions of the column."""
+    arrays = [x for x in (operands.key, operands.value) if x is not None]
+    if options.is_for_cpu or tiler.plan.grid[0] == 1:
+        found = [tiler.key_at(x) for x in arrays]
+    else:
+        found = _readers(options, *map(tiler.key, arrays))
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _readers(options: Options, *tiles: Array) -> list[_Reader]:
+    """`tile_at` of several arrays that are read at the same place."""
+    first = tiles[0]
+    alike = all((x.shape, x.dtype) == (first.shape, first.dtype) for x in tiles)
+    if options.is_for_cpu or not alike:
+        return [functools.partial(tile_at, each) for each in tiles]
+    packed = jnp.stack(tiles, 1)  # read in one launch of a GPU
+    return [lambda index, i=i: tile_at(packed, index)[i] for i in range(len(tiles))]
 
 
 def _first(rows: Array, factors: Sequence[Array]) -> Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from softlib import _kernel_limits as limits
 from softlib._dtypes import accumulator_dtype
 from softlib.typing import Precision
 
@@ -50,7 +51,9 @@ class Options:
 
     `wide_gradients` leaves gradients in the dtype of the sums, for a caller that adds
     several of them. `has_given_blocks` says that the user gave block sizes or a
-    `BlockPlan`, which excludes kernels: they have blocks of their own.
+    `BlockPlan`, which excludes kernels: they have blocks of their own. `step_scores` is
+    the number of scores of one step on a GPU or TPU, where products take operands of
+    16 bits as they are; None is for steps that suit a CPU.
     """
 
     kind: Kind
@@ -60,6 +63,15 @@ class Options:
     out_dtype: Any
     wide_gradients: bool = False
     has_given_blocks: bool = False
+    step_scores: int | None = None
+
+    @property
+    def is_for_cpu(self) -> bool:
+        return self.step_scores is None
+
+    def product_dtype(self, operands: "Operands") -> Any:
+        """The dtype in which products take their operands."""
+        return operands.dtype if self.is_for_cpu else narrowest_dtype(self, operands)
 
 
 class Operands(NamedTuple):
@@ -89,6 +101,22 @@ class Operands(NamedTuple):
         return self.query.shape[2] // max(self.key.shape[2], 1)
 
 
+def narrowest_dtype(options: Options, operands: Operands) -> Any:
+    """That of query, key and value if they agree on 16 bits, else that of the sums."""
+    wide = operands.dtype
+    if operands.outer or limits.is_exact(options.precision):
+        return wide
+    arrays = (operands.query, operands.key, operands.value)
+    dtypes = {x.dtype for x in arrays if x is not None}
+    # Weights that are not relative to a maximum may leave the range of float16.
+    fits = [jnp.bfloat16, jnp.float16] if options.kind.is_log else [jnp.bfloat16]
+    return (
+        dtypes.pop()
+        if len(dtypes) == 1 and dtypes <= set(map(jnp.dtype, fits))
+        else wide
+    )
+
+
 class Scores(NamedTuple):
     """The scores of one tile.
 
@@ -104,17 +132,21 @@ class Scores(NamedTuple):
 
 
 class Tiler(NamedTuple):
-    """Cuts arrays of the user's layout into tiles, in the dtype of the sums."""
+    """Cuts arrays of the user's layout into tiles, in the dtype of the products."""
 
     plan: BlockPlan
     groups: int
     dtype: Any
 
-    def query(self, x: Array, fill: float = 0) -> Array:
-        """Cuts (B, T, N, H) or (B, T, N) into (rows, B, K, M, H) or (rows, B, K, M)."""
+    def query(self, x: Array) -> Array:
+        """Cuts (B, T, N, H) into (rows, B, K, M, H)."""
+        return self.rows(x.astype(self.dtype))
+
+    def rows(self, x: Array, fill: float = 0) -> Array:
+        """Cuts (B, T, N, ...) into (rows, B, K, M, ...), in its own dtype."""
         size, count, groups = self.plan.blocks[0], self.plan.grid[0], self.groups
         batch, _, heads, *features = x.shape
-        x = _padded(x.astype(self.dtype), 1, count * size, fill)
+        x = _padded(x, 1, count * size, fill)
         x = x.reshape(batch, count, size, heads // groups, groups, *features)
         x = jnp.moveaxis(x, (1, 0, 3, 4, 2), (0, 1, 2, 3, 4))
         rows = groups * size
@@ -181,6 +213,7 @@ class Pairs(NamedTuple):
     groups: int
     dense: Array | None
     bias: Array | None
+    is_for_cpu: bool = True
 
     def mask(self, at: Index) -> Array:
         """True where the tuples of a block attend: (b, k, J, M, s)."""
@@ -205,9 +238,10 @@ class Pairs(NamedTuple):
         ok = ok.reshape(-1, 1, math.prod(outer), 1, plan.blocks[0], size_k)
         if self.dense is not None:
             ok = ok & self._grouped(self._tile(self.dense, at))
+        ok = self._as_scores(ok)
         # Without the barrier XLA evaluates the mask in each sum and maximum that reads
         # it, and on a CPU its integers keep these loops from being vectorised.
-        return lax.optimization_barrier(self._as_scores(ok))
+        return lax.optimization_barrier(ok) if self.is_for_cpu else ok
 
     def bias_of(self, at: Index) -> Array:
         assert self.bias is not None
@@ -301,9 +335,11 @@ def scores(
     *,
     partial: bool,
 ) -> Scores:
-    """The scores of a tile; queries are scaled and spread, `partial` adds the mask."""
+    """The scores of a tile; queries are spread, `partial` adds the mask."""
     outer = math.prod(pairs.plan.blocks[1:-1])
     z = product(query, key.swapaxes(-1, -2), options)
+    if not options.is_for_cpu:  # there queries are scaled
+        z = z * options.scale
     batch, heads, rows, block_key = z.shape
     z = z.reshape(batch, heads, outer, rows // outer, block_key)
     slope = None
@@ -317,12 +353,12 @@ def scores(
 
 
 def product(left: Array, right: Array, options: Options) -> Array:
-    """Matrix products over the leading axes, with sums in the dtype of the operands."""
+    """Matrix products over the leading axes, with sums of at least float32."""
     return jnp.matmul(
         left,
         right,
         precision=options.precision,
-        preferred_element_type=left.dtype,
+        preferred_element_type=accumulator_dtype(left),
     )
 
 
