@@ -37,13 +37,15 @@ class Most:
 
     Attributes:
         steps: Of each of its loops.
-        launches: Of a step.
+        launches: Of a step of a loop without a loop inside.
         temporary_mib: In all.
+        total: Launches of the whole program; None if only its steps are limited.
     """
 
     steps: int
     launches: int
     temporary_mib: int
+    total: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

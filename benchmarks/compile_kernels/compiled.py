@@ -110,8 +110,10 @@ def _faults_of_plain(case: Case, compiled: Compiled) -> Iterator[str]:
     for loop in compiled.loops:
         if loop.steps is None or loop.steps > most.steps:
             yield f"{loop.steps} steps of a loop are more than {most.steps}"
-        if loop.launches > most.launches:
+        if loop.is_innermost and loop.launches > most.launches:
             yield f"{loop.launches} launches of a step are more than {most.launches}"
+    if most.total is not None and compiled.launches > most.total:
+        yield f"{compiled.launches} launches are more than {most.total}"
     if compiled.temp_bytes > most.temporary_mib << 20:
         yield (
             f"{compiled.temp_bytes >> 20} MiB of temporaries are more than "

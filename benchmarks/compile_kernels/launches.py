@@ -26,10 +26,12 @@ class Loop:
     Attributes:
         steps: How often its body runs; None if the compiler does not know.
         launches: Of one step, those of loops inside included.
+        is_innermost: Whether no loop is inside.
     """
 
     steps: int | None
     launches: int
+    is_innermost: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def count(program: str) -> Launches:
         if operation == "while":
             (body,) = instruction.called("body")
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.line)
-            loop = Loop(int(known[1]) if known else None, launches(body))
+            before = len(loops)
+            own = launches(body)
+            loop = Loop(int(known[1]) if known else None, own, len(loops) == before)
             loops.append(loop)
             return (1 if loop.steps is None else loop.steps) * loop.launches
         if operation == "conditional":

@@ -187,7 +187,7 @@ backend_config={"known_trip_count":{"n":"5"}}
 
 def test_launches_are_counted_with_the_steps_of_loops():
     found = count(LAUNCHES)
-    assert found.loops == (Loop(3, 1), Loop(5, 1 + 3), Loop(None, 1))
+    assert found.loops == (Loop(3, 1), Loop(5, 1 + 3, False), Loop(None, 1))
     # Two loops, the larger branch, what is called, and the last addition.
     assert found.total == 5 * (1 + 3) + 1 + 2 + 1 + 1
     with pytest.raises(ValueError, match="holds no program"):
@@ -196,7 +196,7 @@ def test_launches_are_counted_with_the_steps_of_loops():
 
 def test_limits_of_a_plain_program():
     case = dataclasses.replace(
-        CASE, plain=("v5e",), most=Most(38, 12, 1), naive_bytes=0
+        CASE, plain=("v5e",), most=Most(38, 12, 1, 345), naive_bytes=0
     )
     plain = dataclasses.replace(GOOD, kernels=(), launches=345, loops=(Loop(37, 9),))
     assert not list(faults(case, plain))
@@ -207,6 +207,8 @@ def test_limits_of_a_plain_program():
     assert changed(loops=(Loop(39, 9),)) == ["39 steps of a loop are more than 38"]
     assert changed(loops=(Loop(None, 9),)) == ["None steps of a loop are more than 38"]
     assert changed(loops=(Loop(1, 13),)) == ["13 launches of a step are more than 12"]
+    assert not changed(loops=(Loop(1, 13, is_innermost=False),))
+    assert changed(launches=346) == ["346 launches are more than 345"]
     assert changed(temp_bytes=2 << 20) == ["2 MiB of temporaries are more than 1"]
 
 
