@@ -12,7 +12,7 @@ from softlib.attention._engine import large_steps
 from softlib.attention._engine.large_steps import LargeBlocks
 from softlib.attention._engine.plan import plan_of
 from tests import operations
-from tests.attention import test_sequence_parallel as sequence_parallel
+from tests.attention import test_kronecker, test_sequence_parallel
 from tests.attention.test_attention import OPTIONS, check, valid
 from tests.host import jnp
 from tests.pairwise import name as case_name, pairwise
@@ -34,10 +34,18 @@ def test_values_and_gradients_match_the_oracle(case, monkeypatch):
         check(case)
 
 
+@pytest.mark.parametrize("case", pairwise(test_kronecker.OPTIONS), ids=case_name)
+def test_attention_over_tuples_matches_the_oracle(case, monkeypatch):
+    if dict(case)["at_once"] == "one":
+        monkeypatch.setattr(large_steps, "step_scores", lambda *_: 1)
+    with operations.in_steps_of_accelerators():
+        test_kronecker.test_matches_oracle(case, monkeypatch)
+
+
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
 def test_a_divided_sequence_equals_one_device(method):
     with operations.in_steps_of_accelerators():
-        sequence_parallel.test_equals_one_device(
+        test_sequence_parallel.test_equals_one_device(
             "window", method, "contiguous", check_vma=True
         )
 
@@ -182,3 +190,14 @@ def test_a_plan_is_the_same_for_equal_sizes():
         for _ in range(2)
     )
     assert first.whole is second.whole
+
+
+def test_heads_of_attention_over_tuples_share_a_step():
+    def tuples(query, *arrays):
+        return attention.kronecker_attention(
+            query, arrays[:2], arrays[2:], implementation="xla"
+        )
+
+    text = lowered("cuda", tuples, *[array(2, 512, 16, 64)] * 5)
+    assert len(loops(text)) == 1
+    assert products(text) == {("f32", "f32", "f32")}

@@ -11,7 +11,7 @@ _FEW = 4
 def has_few_cores() -> bool:
     """Whether one small tile at a time keeps the machine busy: a CPU of few cores.
 
-    It affects speed alone. Programs for GPUs and TPUs have steps of their own, except
-    those of attention over tuples of keys: they take the steps that are good here.
+    It affects speed alone. Programs for GPUs and TPUs have steps of their own; in
+    attention over tuples of keys their blocks have the sizes that are good here.
     """
     return jax.default_backend() == "cpu" and (os.cpu_count() or _FEW) <= _FEW

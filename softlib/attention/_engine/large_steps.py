@@ -25,6 +25,8 @@ from .tiles import Operands, Options, narrowest_dtype
 STEP_MIB = 768
 # Products take two of these forms, in the dtype of the arrays; two are of the sums.
 _OF_SUMS = _OF_PRODUCTS = 2
+# Arrays of queries times keys, and of their cotangents, in attention over tuples.
+_SPREAD = 3
 # Scores that take as long as a step's launches, estimated for an H100: 10 launches of
 # 3 us forward and 16 bytes a score at 3 TB/s, 20 launches and 28 bytes backward.
 _STEP = 1 << 23
@@ -63,8 +65,9 @@ def _sized(
     scores = step_scores(options, operands, copies)
     options = dataclasses.replace(options, step_scores=scores)
     plan: BlockPlan = operands.plan
-    # The user chose the blocks, or lists come from a plan for several devices.
-    if options.has_given_blocks or plan.counts is not None:
+    # The user chose the blocks; or lists come from a plan for several devices; or
+    # combinations of keys fill blocks, which are few rows of any one key axis.
+    if options.has_given_blocks or plan.counts is not None or operands.outer:
         return options, operands
     batch, _, heads, _ = operands.key.shape
     sizes = LargeBlocks(operands.groups, _known(batch) * heads, scores)
@@ -79,6 +82,9 @@ def step_scores(options: Options, operands: Operands, copies: int) -> int:
     sums = operands.dtype.itemsize
     products = narrowest_dtype(options, operands).itemsize
     size = _OF_SUMS * sums + _OF_PRODUCTS * products
+    if operands.outer:  # of every combination of keys there are rows of features too
+        features = operands.query.shape[-1] + operands.key.shape[-1]
+        size += math.ceil(_SPREAD * features * sums / operands.plan.blocks[-1])
     return (STEP_MIB << 20) // (size * _known(copies))
 
 

@@ -8,7 +8,6 @@ mode over the rule, hence every Hessian-vector product, would be an error.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,41 +173,33 @@ def _reference_gradient(options: Options, given: BackwardOperands) -> Gradient:
     return Gradient(*pull((given.out_cotangent, given.normalizer_cotangent)))
 
 
-def _note(options: Options, operands: Any) -> str | None:
-    axes = automatic_axes(operands)
+def _note(options: Options, given: Operands | BackwardOperands) -> str:
+    operands = given.operands if isinstance(given, BackwardOperands) else given
+    steps = _large_steps.described(options, operands)
+    axes = automatic_axes(given)
     if not axes:
-        return None
+        return steps
     names = ", ".join(map(repr, axes))
     return (
-        f"keys divided over mesh axis {names} are gathered on every device; "
+        f"{steps}; keys divided over mesh axis {names} are gathered on every device; "
         "sequence_parallel_attention inside jax.shard_map keeps each device to its own"
     )
 
 
-def _note_with_steps(options: Options, given: Operands | BackwardOperands) -> str:
-    operands = given.operands if isinstance(given, BackwardOperands) else given
-    notes = _large_steps.described(options, operands), _note(options, given)
-    return "; ".join(filter(None, notes))
-
-
 def _operations(
-    name: str,
-    kernels: Sequence[tuple[Implementation, Implementation]],
-    *,
-    large_steps: bool,
+    name: str, kernels: Sequence[tuple[Implementation, Implementation]]
 ) -> tuple[Operation, Operation]:
     """An operation of attention with this name and its gradient.
 
-    `kernels` are those of each platform, for both; `large_steps` says whether the plain
-    computation has steps for GPUs and TPUs.
+    `kernels` are those of each platform, for both.
     """
     of_forward, of_backward = zip(*kernels, strict=True)
     forward = (
         Implementation(
             "xla",
             _batch_heads.forward,
-            note=_note_with_steps if large_steps else _note,
-            accelerated=_large_steps.forward if large_steps else None,
+            note=_note,
+            accelerated=_large_steps.forward,
         ),
         Implementation("reference", _reference),
     )
@@ -216,8 +207,8 @@ def _operations(
         Implementation(
             "xla",
             _batch_heads.backward,
-            note=_note_with_steps if large_steps else _note,
-            accelerated=_large_steps.backward if large_steps else None,
+            note=_note,
+            accelerated=_large_steps.backward,
         ),
         Implementation("reference", _reference_gradient),
     )
@@ -233,7 +224,6 @@ ATTENTION, ATTENTION_GRADIENT = _operations(
         (kernels_tpu.FORWARD, kernels_tpu.BACKWARD),
         (kernels_gpu.FORWARD, kernels_gpu.BACKWARD),
     ],
-    large_steps=True,
 )
 # Both have the same plain computation but different kernels.
 TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
@@ -242,5 +232,4 @@ TUPLE_ATTENTION, TUPLE_ATTENTION_GRADIENT = _operations(
         (tuple_kernels.FORWARD, tuple_kernels.BACKWARD),
         (tuple_kernels_gpu.FORWARD, tuple_kernels_gpu.BACKWARD),
     ],
-    large_steps=False,
 )

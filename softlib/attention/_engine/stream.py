@@ -218,9 +218,10 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     if total.bias is not None:
         assert operands.bias is not None
         bias = like(tiler.pairs_back(total.bias, operands.bias), operands.bias)
-    dk = total.key.swapaxes(-1, -2)
+    dk, outer = total.key.swapaxes(-1, -2), total.outer
     if not options.is_for_cpu:  # there queries are scaled
         dk = dk * options.scale
+        outer = [(keys * options.scale, values) for keys, values in outer]
     return Gradient(
         like(tiler.query_back(total.query * options.scale), operands.query),
         like(tiler.key_back(dk), operands.key),
@@ -237,7 +238,7 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
                 for x, y in zip(found, given, strict=True)
             )
             for axis, (found, given) in enumerate(
-                zip(total.outer, operands.outer, strict=True)
+                zip(outer, operands.outer, strict=True)
             )
         ),
     )
