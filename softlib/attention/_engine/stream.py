@@ -218,13 +218,12 @@ def backward(options: Options, backward: BackwardOperands) -> Gradient:
     if total.bias is not None:
         assert operands.bias is not None
         bias = like(tiler.pairs_back(total.bias, operands.bias), operands.bias)
-    dk, outer = total.key.swapaxes(-1, -2), total.outer
-    if not options.is_for_cpu:  # there queries are scaled
-        dk = dk * options.scale
-        outer = [(keys * options.scale, values) for keys, values in outer]
+    # On a CPU queries are scaled.
+    of_keys = lambda x: x if options.is_for_cpu else x * options.scale
+    outer = [(of_keys(keys), values) for keys, values in total.outer]
     return Gradient(
         like(tiler.query_back(total.query * options.scale), operands.query),
-        like(tiler.key_back(dk), operands.key),
+        like(tiler.key_back(of_keys(total.key.swapaxes(-1, -2))), operands.key),
         dv,
         bias,
         sinks,
