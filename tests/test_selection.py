@@ -183,6 +183,7 @@ def test_what_takes_longer_waits_for_more_turns():
     turns = lambda test: [long_tests.turns(test, s) for s in (0.4, 0.8, 0.9, 4, 100)]
     assert turns("tests/losses/test_a.py::test_long") == [1, 2, 3, 8, 8]
     assert turns("tests/masks/test_a.py::test_long") == [1, 1, 1, 2, 8]
+    assert turns("tests/losses/test_a.py::test_matches_oracle") == [1] * 5
 
 
 def test_long_tests_exist():

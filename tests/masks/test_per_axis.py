@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -210,6 +211,21 @@ def test_indices_broadcast_and_may_be_numbers():
     for one in (PerAxis(None, None), PerAxis(Causal(), None), PerAxis(None, Causal())):
         found = one(*np.ix_(np.arange(3), np.arange(4), np.arange(5)))
         assert found.shape == (3, 4, 5)
+
+
+def test_key_axes_in_another_order_have_the_same_tuples():
+    four = lambda i, j, k, m: (i + 2 * j + 3 * k + 5 * m) % 4 != 1
+    joint = (four, Between(3, 1, Causal(1)), Between(0, 2, Window(3, 0)))
+    mask, lengths = PerAxis(Causal(), Window(2, 0), None, joint=joint), (5, 6, 4)
+    whole = mask.materialize(7, *lengths)
+    for first in itertools.permutations(range(3)):
+        for second in itertools.permutations(range(3)):
+            moved = mask.shift(2, 1, 0, 3)._permuted(first)._permuted(second)
+            order = [first[i] for i in second]
+            offsets = (-2, *(-(1, 0, 3)[i] for i in order))
+            found = moved.shift(*offsets).materialize(7, *(lengths[i] for i in order))
+            expected = whole.transpose(0, *(i + 1 for i in order))
+            np.testing.assert_array_equal(found, expected)
 
 
 # ------------------------------------------------------------------------------ Between
