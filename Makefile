@@ -5,6 +5,8 @@
 VENV := .venv
 OLDEST := .venv-oldest
 KERNELS := .venv-kernels
+# One for each kind of device: .venv-accelerator-cuda13 and so on.
+ACCELERATOR := .venv-accelerator
 PYTHON ?=
 export PYTHON
 # Nothing here may depend on what the caller has put on the path of modules.
@@ -25,6 +27,8 @@ SLICE ?= 40
 SECONDS_OF_SLICE ?= 120
 # Which ones these are: a number. The number of commits where there is none.
 OFFSET ?=
+# Of `make bench-accelerator`: cuda13, cuda12 or tpu. scripts/find-device looks if empty.
+DEVICE ?=
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
 DRAFT ?=
 
@@ -118,11 +122,19 @@ accuracy: $(VENV)/.installed-bench ## the rounding errors of every map, a table 
 kernels: $(KERNELS)/.installed ## compile every kernel for the TPUs and GPUs it is for
 	$(KERNELS)/bin/python -m benchmarks.compile_kernels $(ARGS)
 
-bench-accelerator: $(VENV)/.installed-bench ## check and time kernels on the GPU or TPU here
-	$(RUN) -m benchmarks.accelerator $(ARGS)
+# The interpreters of a dry run are put into kernels by parts of the test suite.
+ifneq ($(findstring --dry-run,$(ARGS)),)
+bench-accelerator: $(VENV)/.installed-test ## check and time kernels on the GPU or TPU here
+	$(QUICKLY) $(RUN) -m benchmarks.accelerator $(ARGS)
+else
+bench-accelerator:
+	@device=$$(scripts/find-device $(DEVICE)) && \
+	  $(MAKE) --no-print-directory $(ACCELERATOR)-$$device/.installed && \
+	  $(ACCELERATOR)-$$device/bin/python -m benchmarks.accelerator $(ARGS)
+endif
 
 clean: ## remove the environments and whatever was built
-	rm -rf $(VENV) $(OLDEST) $(KERNELS) build dist docs/_build .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST) $(KERNELS) $(ACCELERATOR)-* build dist docs/_build .pytest_cache .ruff_cache \
 	  .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -169,4 +181,20 @@ $(KERNELS)/.installed: pyproject.toml | $(KERNELS)/bin/python
 	@echo "installing softlib[kernel-check] into $(KERNELS)"
 	@$(KERNELS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e '.[kernel-check]'
+	@touch $@
+
+$(ACCELERATOR)-%/bin/python:
+	@python=$$(scripts/find-python) && echo "making $(@D:/bin=) with $$python" && \
+	  "$$python" -m venv --clear $(@D:/bin=)
+
+# The peers may not change the jax of the device; what does not fit is named in the report.
+.PRECIOUS: $(ACCELERATOR)-%/bin/python
+$(ACCELERATOR)-%/.installed: pyproject.toml | $(ACCELERATOR)-%/bin/python
+	@echo "installing softlib[bench] and jax[$*] into $(@D)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e '.[bench]' 'jax[$*]'
+	@$(@D)/bin/python -m pip freeze --exclude-editable >$(@D)/constraints.txt
+	@for peer in jax-cce tokamax; do \
+	  $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c $(@D)/constraints.txt $$peer || echo "$$peer: not installed"; done
 	@touch $@

@@ -25,7 +25,7 @@ def why_not() -> str | None:
     """
     if jax.default_backend() != "gpu":
         return None
-    return reason_against(_installed())
+    return reason_against(installed())
 
 
 def reason_against(version: Version | None) -> str | None:
@@ -43,7 +43,8 @@ def version_in(text: str) -> Version | None:
 
 
 @functools.cache
-def _installed() -> Version | None:
+def installed() -> Version | None:
+    """The version that JAX will find on this machine; None without one."""
     for path in _candidates():
         try:
             done = subprocess.run(

@@ -127,7 +127,7 @@ def test_an_assembler_that_is_not_found_or_says_nothing_is_no_reason():
 
 
 def test_a_bad_assembler_matters_on_a_machine_with_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(_ptxas, "_installed", lambda: (12, 8, 93))
+    monkeypatch.setattr(_ptxas, "installed", lambda: (12, 8, 93))
     assert _ptxas.why_not() is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     text = str(softlib.explain(softlib.softmax.softmax, jnp.zeros((2048, 1024))))
