@@ -181,6 +181,7 @@ CALLS: dict[str, Any] = {
     "robust_softmax_cross_entropy": lambda f, z, y, other: f(
         z, y, temperature=1 + z.hidden[..., 0] ** 2, rho=0.5
     ),
+    "sdm_loss": lambda f, z, y, other: f(z, y, y % 5, 0.2 + y / CLASSES),
     "normalized_distillation_loss": lambda f, z, y, other: f(z, other, y),
     "decoupled_knowledge_distillation_loss": lambda f, z, y, other: f(z, other, y),
 }
