@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def cases_of(options: argparse.Namespace, platform: str) -> Iterator[Case]:
-    """Of each problem the checks, then what is timed."""
+    """The cases of the run: for each problem its checks, then the one that is timed."""
     for problem in PROBLEMS:
         if options.only not in problem.name:
             continue

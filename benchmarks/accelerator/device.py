@@ -1,4 +1,4 @@
-"""How programs get onto the device: the one that is here, or an imitation of another.
+"""Devices that lower and compile programs: the one here, or another that is imitated.
 
 The imitation runs kernels in the interpreters of Pallas on a CPU. The text that is read
 is that of the same program lowered for the device that is imitated.
@@ -70,7 +70,7 @@ class Here:
 
     @property
     def target(self) -> str:
-        """What kernels are written for: `tpu`, `hopper`, `blackwell`, or else."""
+        """The name kernels have for it: `tpu`, `hopper`, `blackwell`, or another."""
         if self.platform != "cuda":
             return self.platform
         return _devices.gpu_generation() or "another GPU"
@@ -187,7 +187,7 @@ def _commit() -> dict[str, str]:
 
 
 def _printed(*command: str) -> str:
-    """What a program prints; empty if it is not there or fails."""
+    """The output of a program; empty if it is not there or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

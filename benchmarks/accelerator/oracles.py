@@ -36,7 +36,7 @@ def attention(
     mask: Any,
     queries: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """Of some queries: exact gradients too, if `g` is 0 at all others."""
+    """The answer for some queries; gradients are exact if `g` is 0 at all others."""
     query, key, value = arrays
     chosen = np.arange(query.shape[1]) if queries is None else queries
     allowed = np.asarray(mask.attends(chosen[:, None], np.arange(key.shape[1])[None]))

@@ -1,4 +1,4 @@
-"""One case, and what came of it; both go through JSON."""
+"""A case and its outcome, which processes exchange as JSON."""
 
 import dataclasses
 from typing import Any, Self
@@ -10,7 +10,7 @@ PLAIN_ONLY = "right, by plain JAX: there is no kernel for this device"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one process does.
+    """The job of one process.
 
     Attributes:
         problem: The name.
@@ -61,7 +61,7 @@ class Time:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The verdict on a case, with its numbers.
 
     Attributes:
         case: Which.

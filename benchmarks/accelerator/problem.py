@@ -1,4 +1,4 @@
-"""What is computed on a device: sizes, programs of arrays, answers in float64."""
+"""Computations that a device is asked for: sizes, programs, answers in float64."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

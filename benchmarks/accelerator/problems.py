@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from softlib import LinearLogits, attention, losses, masks, softmax
 
 from . import oracles
-from .problem import DTYPES, EVERYWHERE, Problem, Program, Size
+from .problem import DTYPES, EVERYWHERE, Oracle, Problem, Program, Size
 
 
 # ------------------------------------------------------------------------- linear heads
@@ -192,6 +192,23 @@ def _map_sizes(*, written: bool) -> dict[str, Size]:
     }
 
 
+def _map(
+    name: str, oracle: Oracle, function: Program, peer: Program, *, written: bool
+) -> Problem:
+    """A function of the last axis, which kernels of more devices and dtypes compute."""
+    return Problem(
+        name,
+        lambda implementation: functools.partial(
+            function, implementation=implementation
+        ),
+        oracle,
+        _map_sizes(written=written),
+        peers={"jax.nn": functools.partial(peer, axis=-1)},
+        targets=EVERYWHERE | {"blackwell"},
+        dtypes=DTYPES | {"cuda": ("bfloat16", "float16", "float32")},
+    )
+
+
 _DECODE_SIZES = {
     "dry": _decode_size(2, 1032, 2, 1, 64),
     "aligned": _decode_size(2, 2048, 8, 2, 128),
@@ -200,8 +217,6 @@ _DECODE_SIZES = {
     "large": _decode_size(64, 32_768, 32, 8, 128),
 }
 _DECODE_PEERS = {"jax.nn xla": _jax_nn_decode("xla"), "cuDNN": _jax_nn_decode("cudnn")}
-_MAP_TARGETS = EVERYWHERE | {"blackwell"}
-_MAP_DTYPES = DTYPES | {"cuda": ("bfloat16", "float16", "float32")}
 
 PROBLEMS = (
     Problem(
@@ -283,23 +298,10 @@ PROBLEMS = (
         },
         (0, 1, 2, 3, 4),
     ),
-    Problem(
-        "softmax",
-        lambda name: functools.partial(softmax.softmax, implementation=name),
-        oracles.softmax,
-        _map_sizes(written=True),
-        peers={"jax.nn": functools.partial(jax.nn.softmax, axis=-1)},
-        targets=_MAP_TARGETS,
-        dtypes=_MAP_DTYPES,
-    ),
-    Problem(
-        "logsumexp",
-        lambda name: functools.partial(softmax.logsumexp, implementation=name),
-        oracles.logsumexp,
-        _map_sizes(written=False),
-        peers={"jax.nn": functools.partial(jax.nn.logsumexp, axis=-1)},
-        targets=_MAP_TARGETS,
-        dtypes=_MAP_DTYPES,
+    _map("softmax", oracles.softmax, softmax.softmax, jax.nn.softmax, written=True),
+    _map(
+        *("logsumexp", oracles.logsumexp, softmax.logsumexp, jax.nn.logsumexp),
+        written=False,
     ),
 )
 BY_NAME = {problem.name: problem for problem in PROBLEMS}

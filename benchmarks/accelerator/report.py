@@ -15,7 +15,7 @@ MOST_CHARACTERS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What is known of a run, also of one that is not finished.
+    """The outcomes of a run so far.
 
     Attributes:
         device: As `device.describe` found it.

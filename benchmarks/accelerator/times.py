@@ -159,7 +159,7 @@ def _difference(value: jax.Array, wanted: jax.Array) -> jax.Array:
 
 
 def _of_peak(size: Size, factor: int, seconds: float) -> str:
-    """Of the device: of its products, or of its memory where that bounds more."""
+    """The share of the device's peak: of products, or of memory if that bounds more."""
     platform = jax.devices()[0].platform
     device = _devices.tpu() if platform == "tpu" else _devices.gpu()
     if platform == "cpu" or device is None:

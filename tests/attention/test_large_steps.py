@@ -15,6 +15,7 @@ from tests import operations
 from tests.attention import test_kronecker, test_sequence_parallel
 from tests.attention.test_attention import OPTIONS, check, valid
 from tests.host import jnp
+from tests.lowered import dtypes_of_products, loops, lowered
 from tests.pairwise import name as case_name, pairwise
 
 ACCELERATORS = ("cuda", "tpu")
@@ -59,11 +60,6 @@ def call(mask, **options):
     return function
 
 
-def lowered(platform, function, *arrays):
-    traced = jax.jit(function).trace(*arrays)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
-
-
 def gradients(function):
     def backward(query, key, value, cotangent):
         return jax.vjp(function, query, key, value)[1](cotangent)
@@ -73,28 +69,6 @@ def gradients(function):
 
 def array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def products(text):
-    """The dtypes of all products: of both operands and the result."""
-    found = re.findall(
-        r"dot_general .* : \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> "
-        r"tensor<[\dx]*x(\w+)>",
-        text,
-    )
-    assert len(found) == text.count("dot_general ")
-    return set(found)
-
-
-def loops(text):
-    """The numbers of steps of all loops."""
-    conditions = re.findall(
-        r"cond \{\s*(%\S+) = stablehlo.constant dense<(\d+)> : tensor<i32>\s*"
-        r"%\S+ = stablehlo.compare LT, %\S+, \1,",
-        text,
-    )
-    assert len(conditions) == text.count("stablehlo.while")
-    return sorted(int(steps) for _, steps in conditions)
 
 
 @pytest.mark.parametrize("platform", ACCELERATORS)
@@ -107,13 +81,13 @@ def test_a_program_for_an_accelerator_has_few_steps_of_narrow_products(platform)
     both = lowered(platform, gradients(causal), *arrays)
     assert loops(both) == [2, 2, 4, 4, 6, 6]
     for text in (forward, both):
-        assert products(text) == {("bf16", "bf16", "f32")}
+        assert dtypes_of_products(text) == {("bf16", "bf16", "f32")}
 
 
 def test_a_program_for_a_cpu_has_steps_that_fit_its_caches():
     arrays = [array(2, 8192, 16, 128)] * 3
     text = lowered("cpu", call(masks.Causal()), *arrays)
-    assert products(text) == {("f32", "f32", "f32")}
+    assert dtypes_of_products(text) == {("f32", "f32", "f32")}
     assert max(loops(text)) > 100
 
 
@@ -133,7 +107,7 @@ def test_a_program_for_a_cpu_has_steps_that_fit_its_caches():
 def test_products_are_narrow_where_all_operands_are(dtypes, options, expected):
     arrays = [array(1, 64, 2, 16, dtype=dtype) for dtype in dtypes]
     text = lowered("cuda", call(None, **options), *arrays)
-    assert products(text) == {(expected, expected, "f32")}
+    assert dtypes_of_products(text) == {(expected, expected, "f32")}
 
 
 def test_blocks_that_the_user_gave_are_kept():
@@ -200,4 +174,4 @@ def test_heads_of_attention_over_tuples_share_a_step():
 
     text = lowered("cuda", tuples, *[array(2, 512, 16, 64)] * 5)
     assert len(loops(text)) == 1
-    assert products(text) == {("f32", "f32", "f32")}
+    assert dtypes_of_products(text) == {("f32", "f32", "f32")}

@@ -3,8 +3,6 @@
 Programs are lowered for these platforms; their steps are also run here, on a CPU.
 """
 
-import re
-
 import jax
 import pytest
 
@@ -19,6 +17,7 @@ from tests.losses.test_row_cuts import (
     problem,
     value_and_gradients,
 )
+from tests.lowered import loops, lowered, products
 from tests.operations import in_steps_of_accelerators
 
 ROWS, FEATURES, CLASSES = 16384, 4096, 151_936
@@ -39,42 +38,23 @@ def _shapes(rows, features, classes, dtype, vocab_axis=0):
     )
 
 
-def _lowered(function, arguments, platform):
-    traced = jax.jit(function).trace(*arguments)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
-
-
-def _products(text):
-    """Shapes and dtypes of operands and result of each product."""
-    types = (
-        r"stablehlo\.dot_general.* : \(tensor<(.*?)>, tensor<(.*?)>\) -> tensor<(.*?)>"
-    )
-    return re.findall(types, text)
-
-
-def _trips(text):
-    """Steps of the loops: the constants with which their counters are compared."""
-    limit = r"dense<(\d+)> : tensor<i32>\s+%\S+ = stablehlo\.compare LT, %iterArg"
-    return [int(steps) for steps in re.findall(limit, text)]
-
-
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_few_steps_and_narrow_operands(platform, vocab_axis, dtype):
     step = jax.value_and_grad(lambda *a: _loss(*a, vocab_axis=vocab_axis), (0, 1))
     arguments = _shapes(ROWS, FEATURES, CLASSES, dtype, vocab_axis)
-    text = _lowered(step, arguments, platform)
-    assert _trips(text) == [37, 37]
-    products = _products(text)
+    text = lowered(platform, step, *arguments)
+    assert loops(text) == [37, 37]
+    found = products(text)
     # Of a loop, and of the shorter rest: one product forward, three backward.
-    assert len(products) == 8
+    assert len(found) == 8
     narrow = "bf16" if dtype == jnp.bfloat16 else "f16"
-    for left, right, result in products:
+    for left, right, result in found:
         assert left.endswith(f"x{narrow}")
         assert right.endswith(f"x{narrow}")
         assert result.endswith("xf32")
-    assert f"{ROWS}x4096xf32" in {result for *_, result in products}
+    assert f"{ROWS}x4096xf32" in {result for *_, result in found}
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -85,7 +65,7 @@ def test_a_sum_with_gradients_keeps_few_logits_and_computes_many_again(platform)
 
     step = jax.value_and_grad(total, (0, 1))
     count = lambda classes: len(
-        _products(_lowered(step, _shapes(2048, 768, classes, jnp.bfloat16), platform))
+        products(lowered(platform, step, *_shapes(2048, 768, classes, jnp.bfloat16)))
     )
     assert count(30_000) == 3
     # In two steps, each of three products; those of the second are computed again.
@@ -100,7 +80,7 @@ def test_two_heads_share_the_memory_of_a_step(platform):
         return losses.softmax_kl_divergence(student, teacher).sum()
 
     arguments = _shapes(ROWS, 256, 65_536, jnp.bfloat16)
-    tiles = {result for *_, result in _products(_lowered(loss, arguments, platform))}
+    tiles = {result for *_, result in products(lowered(platform, loss, *arguments))}
     # Statistics of each head, then the terms of both.
     assert tiles == {f"{ROWS}x4096xf32", f"{ROWS}x2048xf32"}
 
@@ -124,9 +104,9 @@ def test_rows_are_cut_only_where_the_fewest_classes_of_all_exceed_a_step():
         return softlib.logits.logsumexp(logits)
 
     shapes = lambda rows: _shapes(rows, 8, 1024, jnp.float32)
-    lowered = lambda rows: _lowered(lse, shapes(rows), "cuda")
-    assert {r for *_, r in _products(lowered(2**18))} == {f"{2**18}x256xf32"}
-    assert {r for *_, r in _products(lowered(2**19))} == {f"{2**18}x256xf32"}
+    text = lambda rows: lowered("cuda", lse, *shapes(rows))
+    assert {r for *_, r in products(text(2**18))} == {f"{2**18}x256xf32"}
+    assert {r for *_, r in products(text(2**19))} == {f"{2**18}x256xf32"}
 
 
 def test_explain_says_the_steps():
