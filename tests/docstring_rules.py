@@ -146,6 +146,15 @@ def _function_complaints(
     return found + _example_complaints(found_sections)
 
 
+def _method_complaints(name: str, method: Any) -> list[str]:
+    """Of arguments, where the docstring of the method explains some."""
+    explained = sections(method.__doc__ or "")
+    if "Args" not in explained:
+        return []
+    found = _args_complaints(public_names.parameters(method), explained)
+    return [f"method {name}: {complaint}" for complaint in found]
+
+
 def _class_complaints(cls: type, found_sections: dict[str, str]) -> list[str]:
     """Lighter: every field or parameter is explained, every method has a docstring."""
     if public_names.is_named_tuple(cls):
@@ -160,4 +169,5 @@ def _class_complaints(cls: type, found_sections: dict[str, str]) -> list[str]:
         # What a base class says of a method holds for it, too.
         if not inspect.getdoc(getattr(cls, name, method)) and not method.__doc__:
             found.append(f"method {name} has no docstring")
+        found += _method_complaints(name, getattr(method, "__func__", method))
     return found + _example_complaints(found_sections)

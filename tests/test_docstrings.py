@@ -113,7 +113,7 @@ def bare(values: Float[Array, " n"]) -> Float[Array, " n"]:
     return values
 
 
-def wrong(values: int) -> None:  # noqa: D417
+def wrong(values: int) -> None:
     """Checks something.
 
     Args:
@@ -155,6 +155,13 @@ class Thing:
     def update(self):
         pass
 
+    def paint(self, colour: str, coats: int):
+        """Paints it.
+
+        Args:
+            colour: Which one.
+        """
+
 
 @pytest.mark.parametrize(
     ("value", "expected"),
@@ -186,6 +193,7 @@ class Thing:
             [
                 "Args: colour is not explained",
                 "method update has no docstring",
+                "method paint: Args: coats is not explained",
                 "Example: missing, or without `>>>`",
             ],
         ),
