@@ -5,9 +5,10 @@ result back. `initial_state=` and `return_state=True` are those of that function
 that a layer continues a sequence, or decodes it token by token with T = 1.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,19 +86,17 @@ class LinearAttention(nnx.Module):
         self.feature_map = feature_map
         self.normalizer = normalizer
         self.chunk_size = chunk_size
+        linear = functools.partial(
+            nnx.LinearGeneral,
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            rngs=rngs,
+        )
+        sizes = (num_key_heads, head_features, value_features)
         self.heads = _Heads(
-            "LinearAttention",
-            features,
-            num_heads,
-            num_key_heads,
-            head_features,
-            value_features,
-            scale,
-            use_bias,
-            dtype,
-            param_dtype,
-            kernel_init,
-            rngs,
+            "LinearAttention", linear, features, num_heads, *sizes, scale
         )
 
     @array_arguments
@@ -114,9 +113,7 @@ class LinearAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            is_causal: As in `softlib.recurrent.linear_attention`.
-            mask: As in `softlib.recurrent.linear_attention`.
-            initial_state: As in `softlib.recurrent.linear_attention`.
+            is_causal, mask, initial_state: As in `softlib.recurrent.linear_attention`.
             return_state: As in `softlib.recurrent.linear_attention`.
         """
         found = linear_attention(
@@ -129,33 +126,11 @@ class LinearAttention(nnx.Module):
             initial_state=initial_state,
             return_state=True,
         )
-        return _returned(found, self.heads.merged, return_state)
+        return _returned(found, self.heads.out, return_state)
 
 
-class NormalizedAttention(nnx.Module):
-    r"""A layer of `softlib.recurrent.normalized_attention`.
-
-    The logarithm of the normaliser is a linear function of the token, one per head.
-
-    Args:
-        features: Size of the last axis of inputs and outputs.
-        num_heads: Number of query heads.
-        num_key_heads: Number of key heads, a divisor of `num_heads`; None is as many.
-        head_features: Size of a query and of a key; None is `features` / `num_heads`.
-        value_features: Size of a value; None is `features` / `num_heads`.
-        scale: Multiplies the queries; None is one over the root of their size.
-        chunk_size: As in `softlib.recurrent.linear_attention`.
-        use_bias: Whether the projections have a bias; the normaliser always has one.
-        dtype: Dtype of the projections; None follows inputs and parameters.
-        param_dtype: Dtype of the parameters.
-        kernel_init: Initialiser of the projections.
-        rngs: Key source.
-
-    Example:
-        >>> layer = softlib.nn.NormalizedAttention(8, 2, rngs=nnx.Rngs(0))
-        >>> print(layer(jnp.ones((1, 5, 8))).shape)
-        (1, 5, 8)
-    """
+class _PlainAttention(nnx.Module):
+    """Heads of linear attention without a feature map, and parameters of its own."""
 
     def __init__(
         self,
@@ -174,28 +149,45 @@ class NormalizedAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.chunk_size = chunk_size
-        self.heads = _Heads(
-            "NormalizedAttention",
-            features,
-            num_heads,
-            num_key_heads,
-            head_features,
-            value_features,
-            scale,
-            use_bias,
-            dtype,
-            param_dtype,
-            kernel_init,
-            rngs,
-        )
-        self.log_normalizer = nnx.Linear(
-            features,
-            num_heads,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
+        own: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "kernel_init": kernel_init,
+            "rngs": rngs,
+        }
+        linear = functools.partial(nnx.LinearGeneral, use_bias=use_bias, **own)
+        sizes = (num_key_heads, head_features, value_features)
+        name = type(self).__name__
+        self.heads = _Heads(name, linear, features, num_heads, *sizes, scale)
+        linear = functools.partial(nnx.Linear, features, **own)
+        self._begin(linear, num_heads, num_key_heads or num_heads, rngs)
+
+    def _begin(
+        self, linear: Callable[..., Any], num_heads: int, key_heads: int, rngs: nnx.Rngs
+    ) -> None:
+        """Makes the further parameters; `linear` maps tokens to as many numbers."""
+        raise NotImplementedError
+
+
+class NormalizedAttention(_PlainAttention):
+    r"""A layer of `softlib.recurrent.normalized_attention`.
+
+    The logarithm of the normaliser is a linear function of the token, one per head.
+
+    Args:
+        features, num_heads, num_key_heads: As in `LinearAttention`.
+        head_features, value_features, scale, chunk_size: As in `LinearAttention`.
+        use_bias: Whether the projections have a bias; the normaliser always has one.
+        dtype, param_dtype, kernel_init, rngs: As in `LinearAttention`.
+
+    Example:
+        >>> layer = softlib.nn.NormalizedAttention(8, 2, rngs=nnx.Rngs(0))
+        >>> print(layer(jnp.ones((1, 5, 8))).shape)
+        (1, 5, 8)
+    """
+
+    def _begin(self, linear, num_heads, key_heads, rngs):
+        self.log_normalizer = linear(num_heads)
 
     @array_arguments
     def __call__(
@@ -211,9 +203,7 @@ class NormalizedAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            is_causal: As in `softlib.recurrent.linear_attention`.
-            mask: As in `softlib.recurrent.linear_attention`.
-            initial_state: As in `softlib.recurrent.linear_attention`.
+            is_causal, mask, initial_state: As in `softlib.recurrent.linear_attention`.
             return_state: As in `softlib.recurrent.linear_attention`.
         """
         found = normalized_attention(
@@ -225,10 +215,10 @@ class NormalizedAttention(nnx.Module):
             initial_state=initial_state,
             return_state=True,
         )
-        return _returned(found, self.heads.merged, return_state)
+        return _returned(found, self.heads.out, return_state)
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(_PlainAttention):
     r"""A layer of `softlib.recurrent.gated_linear_attention`, gated as in Mamba-2.
 
     Per key head a step $\Delta_i = \mathrm{softplus}(w \cdot u_i + b)$ and a learned
@@ -236,18 +226,10 @@ class GatedLinearAttention(nnx.Module):
     $\Delta_i$, so that a token which is passed over is not forgotten for either.
 
     Args:
-        features: Size of the last axis of inputs and outputs.
-        num_heads: Number of query heads.
-        num_key_heads: Number of key heads, a divisor of `num_heads`; None is as many.
-        head_features: Size of a query and of a key; None is `features` / `num_heads`.
-        value_features: Size of a value; None is `features` / `num_heads`.
-        scale: Multiplies the queries; None is one over the root of their size.
-        chunk_size: As in `softlib.recurrent.linear_attention`.
+        features, num_heads, num_key_heads: As in `LinearAttention`.
+        head_features, value_features, scale, chunk_size: As in `LinearAttention`.
         use_bias: Whether the projections have a bias; the step always has one.
-        dtype: Dtype of the projections; None follows inputs and parameters.
-        param_dtype: Dtype of the parameters.
-        kernel_init: Initialiser of the projections.
-        rngs: Key source.
+        dtype, param_dtype, kernel_init, rngs: As in `LinearAttention`.
 
     Example:
         >>> layer = softlib.nn.GatedLinearAttention(8, 2, rngs=nnx.Rngs(0))
@@ -255,48 +237,10 @@ class GatedLinearAttention(nnx.Module):
         (1, 5, 8)
     """
 
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        *,
-        num_key_heads: int | None = None,
-        head_features: int | None = None,
-        value_features: int | None = None,
-        scale: float | None = None,
-        chunk_size: int | None = None,
-        use_bias: bool = False,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        kernel_init: Initializer = initializers.lecun_normal(),
-        rngs: nnx.Rngs,
-    ):
-        self.chunk_size = chunk_size
-        self.heads = _Heads(
-            "GatedLinearAttention",
-            features,
-            num_heads,
-            num_key_heads,
-            head_features,
-            value_features,
-            scale,
-            use_bias,
-            dtype,
-            param_dtype,
-            kernel_init,
-            rngs,
-        )
-        count = num_key_heads or num_heads
-        self.step = nnx.Linear(
-            features,
-            count,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=_step_bias,
-            rngs=rngs,
-        )
-        rates = jax.random.uniform(rngs.params(), (count,), param_dtype, *RATE_RANGE)
+    def _begin(self, linear, num_heads, key_heads, rngs):
+        self.step = linear(key_heads, bias_init=_step_bias)
+        dtype = self.step.param_dtype
+        rates = jax.random.uniform(rngs.params(), (key_heads,), dtype, *RATE_RANGE)
         self.log_rate = nnx.Param(jnp.log(rates))
 
     @array_arguments
@@ -312,8 +256,7 @@ class GatedLinearAttention(nnx.Module):
 
         Args:
             inputs: A sequence.
-            mask: As in `softlib.recurrent.linear_attention`.
-            initial_state: As in `softlib.recurrent.linear_attention`.
+            mask, initial_state: As in `softlib.recurrent.linear_attention`.
             return_state: As in `softlib.recurrent.linear_attention`.
         """
         query, key, value = self.heads(inputs)
@@ -329,7 +272,7 @@ class GatedLinearAttention(nnx.Module):
             initial_state=initial_state,
             return_state=True,
         )
-        return _returned(found, self.heads.merged, return_state)
+        return _returned(found, self.heads.out, return_state)
 
 
 class SelectiveScan(nnx.Module):
@@ -345,10 +288,7 @@ class SelectiveScan(nnx.Module):
         step_rank: Rank of the map from the token to its steps; None is a sixteenth of
             `features`, rounded up.
         chunk_size: As in `softlib.recurrent.selective_scan`.
-        dtype: Dtype of the projections; None follows inputs and parameters.
-        param_dtype: Dtype of the parameters.
-        kernel_init: Initialiser of the projections.
-        rngs: Key source.
+        dtype, param_dtype, kernel_init, rngs: As in `LinearAttention`.
 
     Example:
         >>> layer = softlib.nn.SelectiveScan(8, num_states=4, rngs=nnx.Rngs(0))
@@ -371,24 +311,15 @@ class SelectiveScan(nnx.Module):
         self.num_states = num_states
         self.chunk_size = chunk_size
         rank = math.ceil(features / 16) if step_rank is None else step_rank
-        self.maps = nnx.Linear(
-            features,
-            rank + 2 * num_states,
-            use_bias=False,
+        linear = functools.partial(
+            nnx.Linear,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=kernel_init,
             rngs=rngs,
         )
-        self.step = nnx.Linear(
-            rank,
-            features,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            bias_init=_step_bias,
-            rngs=rngs,
-        )
+        self.maps = linear(features, rank + 2 * num_states, use_bias=False)
+        self.step = linear(rank, features, bias_init=_step_bias)
         rates = jnp.log(jnp.arange(1, num_states + 1, dtype=param_dtype))
         self.log_rates = nnx.Param(jnp.broadcast_to(rates, (features, num_states)))
         self.skip = nnx.Param(jnp.ones(features, param_dtype))
@@ -405,8 +336,7 @@ class SelectiveScan(nnx.Module):
 
         Args:
             inputs: A sequence.
-            initial_state: As in `softlib.recurrent.selective_scan`.
-            return_state: As in `softlib.recurrent.selective_scan`.
+            initial_state, return_state: As in `softlib.recurrent.selective_scan`.
         """
         maps = self.maps(inputs)
         low, B, C = jnp.split(maps, [-2 * self.num_states, -self.num_states], axis=-1)
@@ -432,12 +362,8 @@ class QuasiLSTM(nnx.Module):
         reversed_gate: Static; True gives the forget gate the form of a selective
             state-space model, $\sigma(-f)^\alpha$ with one learned $\alpha > 0$, which
             starts at 1 (as its logarithm, where the paper's code clips it at 0).
-        method: As in `softlib.recurrent.linear_recurrence`.
-        chunk_size: As in `softlib.recurrent.linear_recurrence`.
-        dtype: Dtype of the projections; None follows inputs and parameters.
-        param_dtype: Dtype of the parameters.
-        kernel_init: Initialiser of the projections.
-        rngs: Key source.
+        method, chunk_size: As in `softlib.recurrent.linear_recurrence`.
+        dtype, param_dtype, kernel_init, rngs: As in `LinearAttention`.
 
     Example:
         >>> layer = softlib.nn.QuasiLSTM(8, reversed_gate=True, rngs=nnx.Rngs(0))
@@ -461,23 +387,15 @@ class QuasiLSTM(nnx.Module):
         self.method: Literal["associative", "chunked", "sequential"] = method
         self.chunk_size = chunk_size
         hidden = features if hidden_features is None else hidden_features
-        self.gates = nnx.Linear(
-            features,
-            4 * hidden,
+        linear = functools.partial(
+            nnx.Linear,
             dtype=dtype,
             param_dtype=param_dtype,
             kernel_init=kernel_init,
             rngs=rngs,
         )
-        self.out = nnx.Linear(
-            hidden,
-            features,
-            use_bias=False,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
+        self.gates = linear(features, 4 * hidden)
+        self.out = linear(hidden, features, use_bias=False)
         self.log_alpha = (
             nnx.Param(jnp.zeros((), param_dtype)) if reversed_gate else None
         )
@@ -494,8 +412,7 @@ class QuasiLSTM(nnx.Module):
 
         Args:
             inputs: A sequence.
-            initial_state: As in `softlib.recurrent.quasi_lstm`.
-            return_state: As in `softlib.recurrent.quasi_lstm`.
+            initial_state, return_state: As in `softlib.recurrent.quasi_lstm`.
         """
         found = quasi_lstm(
             *jnp.split(self.gates(inputs), 4, axis=-1),
@@ -514,54 +431,27 @@ class _Heads(nnx.Module):
     def __init__(
         self,
         name: str,
+        linear: Callable[..., Any],
         features: int,
         num_heads: int,
         num_key_heads: int | None,
         head_features: int | None,
         value_features: int | None,
         scale: float | None,
-        use_bias: bool,
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        kernel_init: Initializer,
-        rngs: nnx.Rngs,
     ):
         key_heads = num_heads if num_key_heads is None else num_key_heads
         size, width = head_sizes(
             name, features, num_heads, key_heads, head_features, value_features
         )
         self.scale = size**-0.5 if scale is None else scale
-
-        def to(heads: int, size: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                features,
-                (heads, size),
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                kernel_init=kernel_init,
-                rngs=rngs,
-            )
-
-        self.query, self.key = to(num_heads, size), to(key_heads, size)
-        self.value = to(key_heads, width)
-        self.out = nnx.LinearGeneral(
-            (num_heads, width),
-            features,
-            axis=(-2, -1),
-            use_bias=use_bias,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=kernel_init,
-            rngs=rngs,
-        )
+        self.query = linear(features, (num_heads, size))
+        self.key = linear(features, (key_heads, size))
+        self.value = linear(features, (key_heads, width))
+        self.out = linear((num_heads, width), features, axis=(-2, -1))
 
     def __call__(self, inputs: Array) -> tuple[Array, Array, Array]:
         query = self.query(inputs)
         return self.scale * query, self.key(inputs), self.value(inputs)
-
-    def merged(self, output: Array) -> Array:
-        return self.out(output)
 
 
 def _returned(found, project, return_state: bool) -> Array | RecurrentResult:
