@@ -1,5 +1,12 @@
 """Losses of logits: one function each, for arrays and for linear heads.
 
+Unless a function says otherwise, its rows have these edges. A label outside $[0, V)$
+makes the loss NaN, and that of an excluded class +inf; neither row has a gradient.
+`where` broadcasts to the batch shape. Where it is False, the loss and all gradients are
+exactly 0, whatever the other arguments hold (NaN, -100, ...): for labels of -100 write
+`where=labels >= 0`. A row without classes has loss 0 and gradient 0; one whose logits
+are all -inf costs +inf, with gradient 0.
+
 Losses of an array of logits or of a value such as `softlib.LinearLogits`:
 
 - `softmax_cross_entropy`, `CrossEntropyResult`; `linear_softmax_cross_entropy`: of
@@ -87,9 +94,7 @@ from ._cross_entropy import (
     linear_softmax_cross_entropy as linear_softmax_cross_entropy,
     softmax_cross_entropy as softmax_cross_entropy,
 )
-from ._cross_entropy_sum import (
-    softmax_cross_entropy_sum as softmax_cross_entropy_sum,
-)
+from ._cross_entropy_sum import softmax_cross_entropy_sum as softmax_cross_entropy_sum
 from ._distillation import (
     decoupled_knowledge_distillation_loss as decoupled_knowledge_distillation_loss,
     knowledge_distillation_loss as knowledge_distillation_loss,
@@ -120,29 +125,21 @@ from ._focal import (
     focal_from_log_prob as focal_from_log_prob,
     softmax_focal_loss as softmax_focal_loss,
 )
-from ._kl_to_reference import (
-    kl_to_reference as kl_to_reference,
-)
+from ._kl_to_reference import kl_to_reference as kl_to_reference
 from ._latent_rationale import (
     TriceWeights as TriceWeights,
     trice_loss as trice_loss,
     trice_weights as trice_weights,
 )
-from ._mcmi import (
-    mcmi_loss as mcmi_loss,
-)
+from ._mcmi import mcmi_loss as mcmi_loss
 from ._mixtures import (
     poly1_cross_entropy as poly1_cross_entropy,
     poly1_from_log_prob as poly1_from_log_prob,
     symmetric_cross_entropy as symmetric_cross_entropy,
     symmetric_from_log_prob as symmetric_from_log_prob,
 )
-from ._multi_label import (
-    multi_label_cross_entropy as multi_label_cross_entropy,
-)
-from ._one_versus_all import (
-    one_versus_all_loss as one_versus_all_loss,
-)
+from ._multi_label import multi_label_cross_entropy as multi_label_cross_entropy
+from ._one_versus_all import one_versus_all_loss as one_versus_all_loss
 from ._preference import (
     dpo_loss as dpo_loss,
     preference_margin as preference_margin,
@@ -157,20 +154,14 @@ from ._router import (
     load_balancing_loss as load_balancing_loss,
     router_z_loss as router_z_loss,
 )
-from ._sampled_softmax import (
-    sampled_softmax_loss as sampled_softmax_loss,
-)
-from ._sdm import (
-    sdm_loss as sdm_loss,
-)
+from ._sampled_softmax import sampled_softmax_loss as sampled_softmax_loss
+from ._sdm import sdm_loss as sdm_loss
 from ._self_distillation import (
     USKDTerms as USKDTerms,
     universal_self_distillation_loss as universal_self_distillation_loss,
     zipf_soft_labels as zipf_soft_labels,
 )
-from ._smoothed import (
-    smoothed_token_loss as smoothed_token_loss,
-)
+from ._smoothed import smoothed_token_loss as smoothed_token_loss
 from ._soft_bellman import (
     oreo_policy_loss as oreo_policy_loss,
     oreo_value_loss as oreo_value_loss,
@@ -181,22 +172,14 @@ from ._spherical import (
     log_taylor_softmax_loss as log_taylor_softmax_loss,
     spherical_squared_error as spherical_squared_error,
 )
-from ._spherical_family import (
-    SphericalStatistics as SphericalStatistics,
-)
-from ._stablemax import (
-    stablemax_cross_entropy as stablemax_cross_entropy,
-)
-from ._triplet import (
-    in_batch_triplet_loss as in_batch_triplet_loss,
-)
+from ._spherical_family import SphericalStatistics as SphericalStatistics
+from ._stablemax import stablemax_cross_entropy as stablemax_cross_entropy
+from ._triplet import in_batch_triplet_loss as in_batch_triplet_loss
 from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
     negative_preference_loss as negative_preference_loss,
 )
-from ._z_loss import (
-    z_loss as z_loss,
-)
+from ._z_loss import z_loss as z_loss
 
 __all__ = [
     "ContrastiveLosses",

@@ -55,13 +55,11 @@ def smooth_adversarial_comp_sum_loss(
         rho: $\rho > 0$, the margin; a number or a traced scalar.
         nu: $\nu \geq 0$, the weight of robustness, usually tuned; a number or a traced
             scalar.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the other arrays hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.

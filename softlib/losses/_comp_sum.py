@@ -47,9 +47,7 @@ def comp_sum_loss(
             +inf, or $1 / (\tau - 1)$ for $\tau > 1$; without gradient of the logits.
         tau: $\tau \geq 0$; a number is static, an array traced and differentiable, also
             at 1.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -57,9 +55,7 @@ def comp_sum_loss(
         loss of a probability of 0, +inf or $1 / (\tau - 1)$, and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `tau`. Where the slope
         $p_y^{\tau - 1}$ is larger than any number of the dtype, it is 0.
@@ -96,15 +92,12 @@ def generalized_cross_entropy_loss(
     labels better than the former.
 
     Args:
-        logits: An array of logits, or a value such as `softlib.LinearLogits`.
+        logits, where: As in `comp_sum_loss`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs $1 / q$, without gradient of
             the logits.
         q: $q \geq 0$, where 0 is the limit; a number is static, an array traced and
             differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -112,9 +105,7 @@ def generalized_cross_entropy_loss(
         q$ and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `comp_sum_loss`.
 
     Derivatives: as `comp_sum_loss`, with `q` for `tau`.
     Cost: as `softmax_cross_entropy`.
@@ -150,12 +141,9 @@ def mean_absolute_error_loss(
     many classes.
 
     Args:
-        logits: An array of logits, or a value such as `softlib.LinearLogits`.
+        logits, where: As in `comp_sum_loss`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class costs 1, without gradient.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -163,9 +151,7 @@ def mean_absolute_error_loss(
         gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `comp_sum_loss`.
 
     Derivatives: as `row_statistics`.
     Cost: as `softmax_cross_entropy`.

@@ -1,6 +1,6 @@
 """Cross-entropy of logits, and of a linear head given by its arrays."""
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Integer
 
@@ -12,6 +12,7 @@ from softlib.logits._compose import (
     logsumexp,
     prepare,
 )
+from softlib.logits._options import LinearHeadOptions
 from softlib.logits._sources import Source, source_of
 from softlib.typing import (
     AxisName,
@@ -35,29 +36,37 @@ class CrossEntropyResult(NamedTuple):
     lse: Float[Array, "*batch"]
 
 
-# The overloads tell type checkers what `return_lse` returns. The signatures in full are
-# those of the functions below.
+# For type checkers: the return type depends on a flag. The signatures in full are those
+# of the functions below. (A TypedDict may have more keys than it names, hence the
+# ignored errors.)
+class _Options(TypedDict, total=False):
+    label_smoothing: Scalar
+    logsumexp_penalty: Scalar
+    class_weights: Array | None
+    where: Array | None
+
+
+class _HeadOptions(_Options, LinearHeadOptions, total=False):
+    pass
+
+
 @overload
+# pyrefly: ignore[inconsistent-overload]
 def softmax_cross_entropy(
     logits: Logits,
     labels: Array,
     *,
-    label_smoothing: Scalar = ...,
-    logsumexp_penalty: Scalar = ...,
-    class_weights: Array | None = ...,
-    where: Array | None = ...,
     return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> CrossEntropyResult: ...
 @overload
+# pyrefly: ignore[inconsistent-overload]
 def softmax_cross_entropy(
     logits: Logits,
     labels: Array,
     *,
-    label_smoothing: Scalar = ...,
-    logsumexp_penalty: Scalar = ...,
-    class_weights: Array | None = ...,
-    where: Array | None = ...,
-    return_lse: Literal[False] = ...,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Array: ...
 @array_arguments
 def softmax_cross_entropy(
@@ -151,52 +160,24 @@ def softmax_cross_entropy(
 
 
 @overload
+# pyrefly: ignore[inconsistent-overload]
 def linear_softmax_cross_entropy(
     hidden: Array,
     weight: Array,
     labels: Array,
     *,
-    vocab_axis: int = ...,
-    bias: Array | None = ...,
-    scale: PerRow | None = ...,
-    softcap: float | None = ...,
-    temperature: PerRow | None = ...,
-    label_smoothing: Scalar = ...,
-    logsumexp_penalty: Scalar = ...,
-    class_weights: Array | None = ...,
-    class_where: Array | None = ...,
-    where: Array | None = ...,
     return_lse: Literal[True],
-    vocab_chunk: int | None = ...,
-    token_chunk: int | None = ...,
-    gradient_filter_eps: GradientFilter = ...,
-    axis_name: AxisName | None = ...,
-    precision: Precision = ...,
-    implementation: Implementations = ...,
+    **options: Unpack[_HeadOptions],
 ) -> CrossEntropyResult: ...
 @overload
+# pyrefly: ignore[inconsistent-overload]
 def linear_softmax_cross_entropy(
     hidden: Array,
     weight: Array,
     labels: Array,
     *,
-    vocab_axis: int = ...,
-    bias: Array | None = ...,
-    scale: PerRow | None = ...,
-    softcap: float | None = ...,
-    temperature: PerRow | None = ...,
-    label_smoothing: Scalar = ...,
-    logsumexp_penalty: Scalar = ...,
-    class_weights: Array | None = ...,
-    class_where: Array | None = ...,
-    where: Array | None = ...,
-    return_lse: Literal[False] = ...,
-    vocab_chunk: int | None = ...,
-    token_chunk: int | None = ...,
-    gradient_filter_eps: GradientFilter = ...,
-    axis_name: AxisName | None = ...,
-    precision: Precision = ...,
-    implementation: Implementations = ...,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_HeadOptions],
 ) -> Array: ...
 @array_arguments
 def linear_softmax_cross_entropy(
@@ -228,43 +209,21 @@ def linear_softmax_cross_entropy(
     look for. `softlib.LinearLogits` itself can be given to every other loss, too.
 
     Args:
-        hidden: Inputs of the head.
-        weight: One row per class, as in an embedding table; with `vocab_axis=1` one
-            column per class, as in a dense kernel. Sliced in place, never copied.
+        hidden, weight, vocab_axis, bias, scale: As in `softlib.LinearLogits`.
+        softcap, temperature, class_where: As in `softlib.LinearLogits`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient; an id never wraps round, clamps, or trains another class. The
             label of a class that `class_where` excludes costs +inf, without gradient.
-        vocab_axis: Static; the axis of `weight` that is the vocabulary, 0 or 1.
-        bias: Added to the scaled products, one number per class; -inf is legal.
-        scale: Multiplies the products; a number, or an array that is a scalar or
-            one value per row, differentiable.
-        softcap: Static positive number $c$: logits become $c\tanh(u / c)$.
-        temperature: Divides the capped logits; positive, as `scale` otherwise.
-        label_smoothing: $\epsilon \in [0, 1]$, spread evenly over all selected classes,
-            the label's included. A number is static, an array traced.
-        logsumexp_penalty: Coefficient $\lambda \geq 0$ of $\mathrm{lse}^2$, which keeps
-            logits from drifting; often called z-loss, a name this library keeps for
-            the loss `z_loss`, which is another. A number is static, an array traced.
+        label_smoothing, logsumexp_penalty, where: As in `softmax_cross_entropy`.
         class_weights: A factor $a_y$ of the first term, one number per class,
             differentiable. The penalty has no such factor, and nothing is divided by a
             sum of weights. A label of weight 0 costs 0, on an excluded class too. Not
             with `label_smoothing`.
-        class_where: True for the classes that exist.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            results and all gradients are exactly 0, whatever `hidden` and `labels`
-            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
         return_lse: Static; returns `CrossEntropyResult`, with the logsumexp.
-        vocab_chunk: Static number of classes per step; None chooses from the shapes.
-        token_chunk: Static number of rows per step; None chooses from the shapes.
-        gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
-            negligible blocks of the backward products, see `row_statistics`. Not
-            with `label_smoothing`. Saves time only in kernels; not with `axis_name`.
-        axis_name: Static; the `jax.shard_map` axis over which `weight` (and `bias`,
-            `class_weights` and `class_where`) are divided by classes. Labels are global
-            ids, and results are those of the whole vocabulary, the same on every device
-            of the axis.
-        precision: Static precision of the products, as in `jax.lax.dot_general`.
-        implementation: Static; see `softlib.explain`.
+        vocab_chunk, token_chunk: As in `softlib.LinearLogits`.
+        gradient_filter_eps: As in `softlib.LinearLogits`; not with `label_smoothing`.
+        axis_name: As in `softlib.LinearLogits`; `class_weights` are divided, too.
+        precision, implementation: As in `softlib.LinearLogits`.
 
     Returns:
         As `softmax_cross_entropy`: the loss per row, or `CrossEntropyResult`.

@@ -45,8 +45,7 @@ def softmax_cross_entropy_sum(
             drops its row. Exceptions are those of `softmax_cross_entropy`.
         row_weights: $w_n$, a number or one per row, differentiable; ignored for rows
             that `where` drops.
-        label_smoothing: As in `softmax_cross_entropy`.
-        logsumexp_penalty: As in `softmax_cross_entropy`.
+        label_smoothing, logsumexp_penalty: As in `softmax_cross_entropy`.
         class_weights: As in `softmax_cross_entropy`.
         where: True for the rows that count; broadcasts to the batch shape.
 

@@ -46,18 +46,14 @@ def knowledge_distillation_loss(
             number of features, or stored if `logits` are.
         temperature: $T > 0$; a number is static, an array traced and differentiable,
             through both distributions.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `softmax_kl_divergence`; the teacher has none.
     Cost: as `softmax_kl_divergence` with a constant second head.
@@ -104,26 +100,18 @@ def normalized_distillation_loss(
     times the entropy of $\hat P$, not 0.
 
     Args:
-        logits: The student's: an array, or a value such as `softlib.LinearLogits`.
-        teacher_logits: The teacher's, over the same classes: of another head with any
-            number of features, or stored if `logits` are.
+        logits, teacher_logits, where: As in `knowledge_distillation_loss`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class leaves the second term.
         temperature: $\lambda > 0$, of the second term alone; a number is static, an
             array traced and differentiable, through both distributions.
         gamma: $\gamma \geq 0$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one with two classes has no second term.
+        As `knowledge_distillation_loss`; a row with two classes has no second term.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `softmax_kl_divergence`, and with respect to `gamma`; the teacher
         has none.
@@ -176,26 +164,18 @@ def decoupled_knowledge_distillation_loss(
     of the label. Add the loss to cross-entropy with the label.
 
     Args:
-        logits: The student's: an array, or a value such as `softlib.LinearLogits`.
-        teacher_logits: The teacher's, over the same classes: of another head with any
-            number of features, or stored if `logits` are.
+        logits, teacher_logits, where: As in `knowledge_distillation_loss`.
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient. The label of an excluded class has probability 0 in both.
         alpha: Factor of the first term, $\geq 0$; an array is traced, differentiable.
         beta: Factor of the second term, $\geq 0$; an array is traced, differentiable.
         temperature: $T > 0$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one with two classes has no second term.
+        As `knowledge_distillation_loss`; a row with two classes has no second term.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `softmax_kl_divergence`, and with respect to `alpha` and `beta`; the
         teacher has none.

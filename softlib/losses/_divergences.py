@@ -38,8 +38,7 @@ def softmax_kl_divergence(
         excluded_labels: Class ids, one or several per row, that both distributions
             leave out: they are normalised over the others. An id outside $[0, V)$
             excludes nothing.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the result and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64). A
@@ -104,16 +103,11 @@ def softmax_jensen_shannon_divergence(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        teacher_logits: Those of the second distribution, over the same classes: of
-            another head with any number of features, or stored if `logits` are.
+        teacher_logits: As in `softmax_kl_divergence`.
         mixture: $\beta \in (0, 1)$, the weight of the teacher; a number is static, an
             array traced and differentiable. The ends are excluded: there the divergence
             is 0 everywhere.
-        excluded_labels: Class ids, one or several per row, that both distributions
-            leave out: they are normalised over the others. An id outside $[0, V)$
-            excludes nothing.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the result and all gradients are exactly 0, whatever the arguments hold.
+        excluded_labels, where: As in `softmax_kl_divergence`.
 
     Returns:
         The divergence per row in nats, float32 (float64 if an argument is float64).
@@ -121,19 +115,10 @@ def softmax_jensen_shannon_divergence(
         -inf, its probabilities in the formula are 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_kl_divergence`.
 
-    Derivatives: reverse mode of any order and forward over reverse (Hessian-vector
-        products), with respect to both and `mixture`; plain forward mode with
-        `implementation="reference"`. A head of which no gradient is asked costs none:
-        `jax.lax.stop_gradient` makes a constant of a teacher.
-    Cost: of two heads four products of N V D forward (each head's logsumexp, then both
-        heads' tiles) and six backward, four with one head constant; scratch of a few
-        tiles of each head, and the arguments and five numbers per row are kept for the
-        backward pass. Of stored logits two passes over both forward and one backward,
-        with arrays of their size.
+    Derivatives: as `softmax_kl_divergence`, and with respect to `mixture`.
+    Cost: as `softmax_kl_divergence`.
     Source: "On-Policy Distillation of Language Models: Learning from Self-Generated
         Mistakes" calls it generalized; here streamed.
 
@@ -175,13 +160,8 @@ def softmax_soft_target_cross_entropy(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        teacher_logits: Those of the second distribution, over the same classes: of
-            another head with any number of features, or stored if `logits` are.
-        excluded_labels: Class ids, one or several per row, that both distributions
-            leave out: they are normalised over the others. An id outside $[0, V)$
-            excludes nothing.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the result and all gradients are exactly 0, whatever the arguments hold.
+        teacher_logits: As in `softmax_kl_divergence`.
+        excluded_labels, where: As in `softmax_kl_divergence`.
 
     Returns:
         The cross-entropy per row in nats, float32 (float64 if an argument is float64).
@@ -189,20 +169,10 @@ def softmax_soft_target_cross_entropy(
         +inf, with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_kl_divergence`.
 
-    Derivatives: reverse mode of any order and forward over reverse (Hessian-vector
-        products), with respect to both; plain forward mode with
-        `implementation="reference"`. A head of which no gradient is asked costs none:
-        `jax.lax.stop_gradient` makes a constant of a teacher.
-        In a row of infinite divergence they are those of its finite terms.
-    Cost: of two heads four products of N V D forward (each head's logsumexp, then both
-        heads' tiles) and six backward, four with one head constant; scratch of a few
-        tiles of each head, and the arguments and five numbers per row are kept for the
-        backward pass. Of stored logits two passes over both forward and one backward,
-        with arrays of their size.
+    Derivatives: as `softmax_kl_divergence`.
+    Cost: as `softmax_kl_divergence`.
     Source: the definition.
 
     Example:

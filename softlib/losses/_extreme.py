@@ -46,17 +46,14 @@ def decoupled_softmax_loss(
             loss NaN, a positive on an excluded label +inf; such a row has no gradient.
         weights: Relevances $w_l$ instead of $1 / |P|$, differentiable. They are not
             divided by their sum.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row in nats, float32 (float64 if an argument is float64). A row
         without positives, or without negatives, has loss 0 and gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `weights`.
     Cost: as `softmax_cross_entropy`; each tile of scores is compared with all
@@ -118,8 +115,7 @@ def soft_top_k_loss(
         alpha: Sharpness, positive: a number (static) or an array (traced).
         weights: $w_l$ instead of $1 / |P|$, differentiable, of the shape of
             `positives`; they are not divided by their sum.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without

@@ -55,10 +55,9 @@ def sparsemax_loss(
             head raise: `materialize()` forms them.
         labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
             has no gradient; an excluded class costs +inf, without gradient. Floating
-            numbers of the shape of `logits` are distributions; for other sums than 1
-            see `entmax_loss`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+            numbers of the shape of `logits` are distributions; a mass on an excluded
+            class costs +inf. For other sums than 1 see `entmax_loss`.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64), never negative. A
@@ -103,25 +102,16 @@ def entmax_loss(
     $1 / (\alpha - 1)$.
 
     Args:
-        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
-            wider. The threshold depends on all classes of a row, so that logits of a
-            head raise: `materialize()` forms them.
-        labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
-            has no gradient; an excluded class costs +inf, without gradient. Floating
-            numbers of the shape of `logits` are distributions; a mass on an excluded
-            class costs +inf. For a label with another sum than 1 the level
+        logits, where: As in `sparsemax_loss`.
+        labels: As in `sparsemax_loss`. For a label with another sum than 1 the level
             $z_i - (p_i^{\alpha - 1} - 1) / (\alpha - 1)$ of the support is subtracted
             from $z$: the loss is the Bregman divergence of $q$ from $p$, 0 only at
             $q = p$.
         alpha: $\alpha > 0$: a number (static), or an array that is a scalar or one
             value per row; traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64), never negative. A
-        row without classes has loss 0 and gradient 0; one whose logits are all -inf
-        costs +inf, with gradient 0.
+        As `sparsemax_loss`.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or the logits are a head's.
@@ -167,23 +157,15 @@ def bi_tempered_logistic_loss(
     `entmax_loss` with $\alpha = 2 - t$ as long as every label is in the support.
 
     Args:
-        logits: Scores as an array or `softlib.logits.StoredLogits`, in float32 or
-            wider. The threshold depends on all classes of a row, so that logits of a
-            head raise: `materialize()` forms them.
-        labels: Integers are class ids in $[0, V)$: outside, the loss is NaN and the row
-            has no gradient; an excluded class costs +inf, without gradient. Floating
-            numbers of the shape of `logits` are distributions.
+        logits, where: As in `sparsemax_loss`.
+        labels: As in `sparsemax_loss`, but for another sum than 1.
         t1: $t_1 < 2$, usually in $[0, 1]$; a number is static, a scalar array traced
             and differentiable.
         t2: $t_2 < 2$, usually at least 1: a number (static), or an array that is a
             scalar or one value per row; traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64), never negative. A
-        row without classes has loss 0 and gradient 0; one whose logits are all -inf
-        costs +inf, with gradient 0.
+        As `sparsemax_loss`.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or the logits are a head's.

@@ -38,23 +38,17 @@ def poly1_cross_entropy(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
+        labels: Class ids in $[0, V)$; NaN outside, +inf for that of an excluded class.
         epsilon: $\epsilon \geq -1$, below which the loss would be negative near
             $p_y = 1$; a number is static, an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `epsilon`.
     Cost: as `softmax_cross_entropy`.
@@ -101,19 +95,14 @@ def symmetric_cross_entropy(
         alpha: $\alpha \geq 0$; a number is static, an array traced and differentiable.
         beta: $\beta \geq 0$; static or traced, as `alpha`.
         log_zero: $A \leq 0$, finite; static or traced, as `alpha`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `alpha`, `beta` and
         `log_zero`.

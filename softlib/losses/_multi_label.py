@@ -59,13 +59,11 @@ def multi_label_cross_entropy(
         logsumexp_penalty: $\lambda \geq 0$, as in `linear_softmax_cross_entropy`.
         class_weights: Factors $a_j$, one number per class, differentiable: $w_l$
             becomes $a_{y_l} w_l$ in the first term. Not with `label_smoothing`.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.

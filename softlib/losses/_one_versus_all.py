@@ -31,12 +31,9 @@ def one_versus_all_loss(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        positives: Ids of the positives in $[0, L)$, distinct; -1 fills a list up. For
-            stored logits also a mask over the labels. Another id out of range makes the
-            loss NaN, a positive on an excluded label +inf; such a row has no gradient.
+        positives: As in `decoupled_softmax_loss`.
         weights: Factors of the positives' terms, differentiable. None: 1 each.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row in nats, float32 (float64 if an argument is float64). A row
@@ -44,9 +41,7 @@ def one_versus_all_loss(
         gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype, or a keyword is unknown.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `weights`.
     Cost: as `softmax_cross_entropy`; each tile of scores is compared with all

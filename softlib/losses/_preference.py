@@ -45,8 +45,7 @@ def preference_margin(
             training.
         reference_rejected_log_prob: $\log \pi_\mathrm{ref}(y_l)$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
-        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
-            the result and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the pairs that count; the others are 0, whatever they hold.
 
     Returns:
         $h$ per pair, float32 (float64 if an argument is float64). NaN where the pair
@@ -118,18 +117,14 @@ def dpo_loss(
     `flip_rate` must not exceed the true rate.
 
     Args:
-        chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
-            from `sequence_log_probs`.
-        rejected_log_prob: $\log \pi(y_l)$ of the others.
-        reference_chosen_log_prob: $\log \pi_\mathrm{ref}(y_w)$, of the model before
-            training.
-        reference_rejected_log_prob: $\log \pi_\mathrm{ref}(y_l)$.
+        chosen_log_prob, rejected_log_prob: As in `preference_margin`.
+        reference_chosen_log_prob: As in `preference_margin`.
+        reference_rejected_log_prob: As in `preference_margin`.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
         flip_rate: $0 \leq \epsilon < 1/2$ (rDPO); a number is static, an array traced.
         label_smoothing: $0 \leq s \leq 1/2$ (cDPO); static or traced. Not both: a
             traced number counts as set. (Other libraries use the name for either.)
-        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the pairs that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per pair, float32 (float64 if an argument is float64). Where $h$ is
@@ -208,8 +203,7 @@ def simpo_loss(
         rejected_lengths: $|y_l|$.
         beta: $\beta > 0$; a number is static, an array traced and differentiable.
         gamma: $\gamma \geq 0$; static or traced, as `beta`.
-        where: True for the pairs that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the pairs that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per pair, float32 (float64 if an argument is float64). Where the means

@@ -46,15 +46,12 @@ def robust_softmax_cross_entropy(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
+        labels: Class ids in $[0, V)$; NaN outside, +inf for that of an excluded class.
         temperature: $\tau > 0$; a number or an array that is a scalar or one value per
             row, differentiable. Divides the logits after bias and softcap.
             `softlib.nn.TempNet` predicts it, `optimal_temperature` finds the best.
         rho: $\rho \geq 0$ in nats; a number or a traced scalar.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits`, `labels` and
-            `temperature` hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64); it may be
@@ -62,9 +59,7 @@ def robust_softmax_cross_entropy(
         all -inf costs +inf, with gradient 0.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and in `temperature` and `rho`.
     Cost: as `softmax_cross_entropy`; a temperature that is differentiated adds

@@ -194,8 +194,7 @@ def cv_squared(
     Args:
         x: Numbers of one sign.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         One value per row, float32 (float64 for float64). 0 for a row of zeros or

@@ -61,8 +61,7 @@ def sampled_softmax_loss(
             temperature.
         weights: $w_l$ instead of $1 / |P|$, differentiable; they are not divided by
             their sum.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever the arguments hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
         precision: Static precision of the products, as in `jax.lax.dot_general`.
 
     Returns:

@@ -34,18 +34,14 @@ def sdm_loss(
     Args:
         logits: Magnitudes $z$, as an array or a value such as `softlib.LinearLogits`.
             A temperature of their own raises: $q$ and $d$ are one.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
+        labels: Class ids in $[0, V)$; NaN outside, +inf for that of an excluded class.
         similarity: $q \geq 0$, a number or a value per row.
         distance: $d \geq 0$, a number or a value per row.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and the gradient are exactly 0, whatever `logits`, `labels`,
-            `similarity` and `distance` hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if `logits` is). A row without classes has
-        loss 0 and gradient 0; one whose logits are all -inf costs +inf, with gradient
-        0.
+        The loss per row, float32 (float64 if `logits` is): 0 without classes, +inf if
+        all logits are -inf, both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.

@@ -95,11 +95,8 @@ def oreo_value_loss(
     value is that of `oreo_policy_loss`.
 
     Args:
-        values: $V_t$, the value of the state before token $t$.
-        log_prob: Log-probability of each token under the policy, in nats.
-        reference_log_prob: The same under the frozen reference policy.
-        rewards: $r_t$ after each token, or one number for the whole trajectory.
-        beta: $\beta \geq 0$; a number or a scalar array.
+        values, log_prob, reference_log_prob: As in `soft_bellman_residual`.
+        rewards, beta: As in `soft_bellman_residual`.
         level: Static; the states that count: before every token, before every step, or
             before the response. See `oreo_policy_loss`.
         segment_ids: The step of each token, for `level="step"`.
@@ -161,11 +158,8 @@ def oreo_policy_loss(
     the reference, over the whole vocabulary, which is a loss of its own.
 
     Args:
-        log_prob: Log-probability of each token under the policy, in nats.
-        reference_log_prob: The same under the frozen reference policy.
-        values: $V_t$, the value of the state before token $t$.
-        rewards: $r_t$ after each token, or one number for the whole trajectory.
-        beta: $\beta \geq 0$; a number or a scalar array.
+        log_prob, reference_log_prob, values: As in `soft_bellman_residual`.
+        rewards, beta: As in `soft_bellman_residual`.
         level: Static; unit of an action: a `"token"`, a `"step"` of reasoning, or the
             whole `"response"`, whose only state is the first.
         segment_ids: The step of each token, for `level="step"`: a step is a run of

@@ -37,13 +37,10 @@ def log_spherical_softmax_loss(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
+        labels: Class ids in $[0, V)$; NaN outside, +inf for that of an excluded class.
         epsilon: $\epsilon > 0$, which makes a row of zeros uniform; a number is static,
             an array traced and differentiable.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
         The loss per row, float32 (float64 if an argument is float64). A row without
@@ -51,9 +48,7 @@ def log_spherical_softmax_loss(
         with gradient 0; one whose sum of squares overflows is NaN.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `epsilon`.
     Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
@@ -95,26 +90,16 @@ def log_taylor_softmax_loss(
     logits of other classes fall below -1.
 
     Args:
-        logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        logits, labels, where: As in `log_spherical_softmax_loss`.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one whose sum of squares overflows is NaN.
+        As `log_spherical_softmax_loss`.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`.
-    Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
-        does not grow with the vocabulary see `FactoredSphericalState`.
+    Cost: as `log_spherical_softmax_loss`.
     Source: "An Exploration of Softmax Alternatives Belonging to the Spherical Loss
         Family".
 
@@ -150,26 +135,16 @@ def spherical_squared_error(
     spherical family.
 
     Args:
-        logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        logits, labels, where: As in `log_spherical_softmax_loss`.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one whose sum of squares overflows is NaN.
+        As `log_spherical_softmax_loss`.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`.
-    Cost: as `softmax_cross_entropy`, without exponentials. For a head whose step
-        does not grow with the vocabulary see `FactoredSphericalState`.
+    Cost: as `log_spherical_softmax_loss`.
     Source: "Efficient Exact Gradient Update for training Deep Networks with Very Large
         Sparse Targets".
 

@@ -53,14 +53,11 @@ def stablemax_cross_entropy(
             +inf, without gradient. Floating numbers of the shape of `logits` are
             distributions, where a mass of 0 on a logit of -inf costs 0; they have the
             plain form, which is 0 where it rounds to it.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            results and all gradients are exactly 0, whatever `logits` and `labels`
-            hold (NaN, -100, ...). For labels of -100: `where=labels >= 0`.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0.
+        The loss per row, float32 (float64 if an argument is float64): 0 without
+        classes, +inf if all logits are -inf, both with gradient 0.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype, or the logits are a head's.

@@ -42,9 +42,7 @@ def negative_preference_loss(
             $\beta \to 0$ is gradient ascent up to the constant $2 \log 2 / \beta$,
             which costs digits of a float32 value, but not of its gradient;
             $\beta \to \infty$ the hinge $2 \max(\log (\pi / \pi_\mathrm{ref}), 0)$.
-        where: True for the sequences that count; broadcasts to the batch shape.
-            Elsewhere the loss and all gradients are exactly 0, whatever the arguments
-            hold.
+        where: True for the sequences that count; others cost 0, whatever they hold.
 
     Returns:
         The loss per sequence, positive, float32 (float64 if an argument is float64). A
@@ -92,8 +90,7 @@ def gradient_ascent_loss(
 
     Args:
         log_prob: $\log \pi(y)$, sums over tokens as from `sequence_log_probs`.
-        where: True for the sequences that count; broadcasts to the batch shape.
-            Elsewhere the loss and all gradients are exactly 0.
+        where: True for the sequences that count; others cost 0, whatever they hold.
 
     Returns:
         The loss per sequence, at most 0, float32 (float64 for float64).

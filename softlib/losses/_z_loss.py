@@ -38,8 +38,7 @@ def z_loss(
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`.
-        labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
-            gradient. The label of an excluded class costs +inf, without gradient.
+        labels: Class ids in $[0, V)$; NaN outside, +inf for that of an excluded class.
         a: Sharpness, positive: for large ones the loss is $\max(b - z, 0)$. A number is
             static, an array traced and differentiable.
         b: The score that the label is to reach. Static or traced, as `a`.
@@ -47,19 +46,13 @@ def z_loss(
             $1 / \sqrt\epsilon$: finite but large at a head of zeros, where all logits
             are equal, so start from random weights. With 0 the gradient of such a row
             is 0.
-        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
-            the loss and all gradients are exactly 0, whatever `logits` and `labels`
-            hold.
+        where: True for the rows that count; the others cost 0, whatever they hold.
 
     Returns:
-        The loss per row, float32 (float64 if an argument is float64). A row without
-        classes has loss 0 and gradient 0; one whose logits are all -inf costs +inf,
-        with gradient 0; one whose sum of squares overflows is NaN.
+        As `log_spherical_softmax_loss`.
 
     Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or an option is out of range.
-        NotImplementedError: No implementation that was named can run.
+        TypeError, ValueError, NotImplementedError: As `softmax_cross_entropy`.
 
     Derivatives: as `row_statistics`, and with respect to `a`, `b` and `epsilon`.
     Cost: as `softmax_cross_entropy` without exponentials, in plain JAX on every
