@@ -39,8 +39,7 @@ def budget_sparsemax(
             the shape of `x` without `axis`, or one that broadcasts to it; traced and
             differentiable. If it is not below the number of entries that count, they
             are all 1. An array's value below 0 makes its rows NaN.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Numbers in $[0, 1]$ in the dtype of `x`, 0 where an entry does not count.
@@ -99,12 +98,10 @@ def normmax(
         alpha: $\alpha > 1$: a number (static), or an array with a value per row, that
             is in the shape of `x` without `axis`, or one that broadcasts to it; traced
             and differentiable. An array's value of 1 or less makes its rows NaN.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` or an array `alpha` is not floating, or `where` is not boolean.

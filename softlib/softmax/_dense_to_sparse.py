@@ -49,8 +49,7 @@ def dense_to_sparse_gate(
             with the bias -inf gets the weight 0.
         activation: Static; applied to `x` element by element, None for the identity.
         bias_scaled_by_temperature: Static; without it $\sigma(x) / \tau + b$.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Weights in the dtype of `x`, 0 where an entry does not count. A row without an

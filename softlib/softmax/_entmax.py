@@ -40,12 +40,10 @@ def entmax(
             array's value of 0 or less makes its rows NaN. For $\alpha > 2$ the edge
             of the support is steep: a score that is off by e there changes $p$ by
             $e^{1 / (\alpha - 1)}$, rounding included.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` or an array `alpha` is not floating, or `where` is not boolean.
@@ -96,17 +94,13 @@ def tempered_softmax(
     which tolerates outliers.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
+        x, axis, where: As in `entmax`.
         t: $t < 2$: a number (static), or an array with a value per row, that is in the
             shape of `x` without `axis`, or one that broadcasts to it; traced and
             differentiable. An array's value of 2 or more makes its rows NaN.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` or an array `t` is not floating, or `where` is not boolean.

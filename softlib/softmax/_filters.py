@@ -34,8 +34,7 @@ def top_k_logits(
             (traced), of which those below 1 count as 1. Above the number of entries
             that count nothing is filtered.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Logits in the dtype of `x`. Of equal entries those with the lower index are kept
@@ -83,12 +82,9 @@ def top_p_logits(
     on, have less than $p$ together.
 
     Args:
-        x: Logits. -inf never counts; NaN or +inf make their row NaN.
+        x, axis, where: As in `top_k_logits`.
         p: A number (static) in $[0, 1]$ or an array with a value per row (traced). At
             most 0 keeps the best entry only, at least 1 keeps all.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
 
     Returns:
         Logits in the dtype of `x`. Of equal entries those with the lower index come
@@ -157,21 +153,16 @@ def min_p_logits(
     r"""The logits whose probability is at least $p$ times the largest, -inf elsewhere.
 
     Args:
-        x: Logits. -inf never counts; NaN or +inf make their row NaN.
+        x, axis, where: As in `top_k_logits`.
         p: A number (static) in $[0, 1]$ or an array with a value per row (traced). At
             most 0 keeps all; at least 1 keeps the entries that equal the largest.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
 
     Returns:
         Logits in the dtype of `x`; the largest are always kept, and so is an entry at
         the bound. A row with NaN for `p` is NaN.
 
     Raises:
-        TypeError: `x` or `p` is not floating, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, `where` or `p` does not broadcast, or `p`
-            is a number outside $[0, 1]$.
+        TypeError, ValueError: As `top_p_logits`.
 
     Derivatives: 1 where an entry is kept, 0 elsewhere; any order. None by `p`.
     Cost: two passes over `x`: the difference to the largest logit is compared with

@@ -42,8 +42,7 @@ def gumbel_softmax(
             (traced, differentiable). No value is too small.
         hard: Static; whether to return the one-hot of the largest entry, with the
             derivative of the soft draw (straight-through).
-        where: True for the entries that count; broadcasts to `logits`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         In the dtype of `logits`; the noise is float32 (float64 for float64) for
@@ -176,8 +175,7 @@ def concrete_log_prob(
         temperature: $\tau > 0$: a number (static), or an array with a value per row
             (traced, differentiable).
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `log_x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         One number per row, float32 (float64 if an argument is). A row of one entry has
@@ -235,20 +233,14 @@ def concrete_score(
     free coordinates, is this divided by $x_i$.
 
     Args:
-        log_x: The logarithm of the point; finite where an entry counts, NaN rows
-            otherwise.
-        logits: In the shape of `log_x`; as in `concrete_log_prob`.
-        temperature: $\tau > 0$: a number (static), or an array with a value per row.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `log_x`.
+        log_x, logits, temperature, axis, where: As in `concrete_log_prob`.
 
     Returns:
         In the shape of `log_x`, float32 (float64 if an argument is); 0 where an entry
         does not count.
 
     Raises:
-        TypeError: As `concrete_log_prob`.
-        ValueError: As `concrete_log_prob`.
+        TypeError, ValueError: As `concrete_log_prob`.
 
     Derivatives: forward and reverse mode, any order, with respect to all three arrays.
     Cost: a few passes.

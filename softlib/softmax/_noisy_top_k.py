@@ -67,8 +67,7 @@ def noisy_top_k_gating(
             whatever the router learns.
         renormalize: Static; whether the weights of a row sum to 1, or are the softmax
             of all of $H$ at the selected entries.
-        where: True for the entries that count; broadcasts to `logits`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Weights, indices and load; the load is 0 where an entry does not count, and 1

@@ -41,8 +41,7 @@ def sdm(
             floating.
         distance: $d \geq 0$, a quantile in $[0, 1]$: a number or a value per row.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Probabilities in the dtype of `x`, 0 where an entry does not count. A row
@@ -82,14 +81,9 @@ def log_sdm(
     r"""The logarithm of `sdm`, exact where that rounds to 0.
 
     Args:
-        x: Logits. -inf never counts; NaN or +inf make their row NaN.
-        similarity: As in `sdm`.
-        distance: As in `sdm`.
-        axis: Static; the axis or axes of a row, None for all.
+        x, similarity, distance, axis, where: As in `sdm`.
         base: Static; of the logarithm: "natural", or "similarity" for $2 + q$, in which
             the loss of the paper is.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
 
     Returns:
         In the dtype of `x`; -inf where an entry does not count.

@@ -44,8 +44,7 @@ def soft_top_k(
         axis: Static; the axis or axes of a row, None for all.
         alpha: Sharpness, positive, like an inverse temperature: a number (static), or
             an array with a value per row (traced). NaN unless positive and finite.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         In the dtype of `x`; 0 where an entry does not count.
@@ -91,19 +90,13 @@ def log_soft_top_k(
     $\log z_i = -\log(1 + e^{-\alpha (x_i + t)})$, for losses.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        k: What a row of `soft_top_k` sums to; as there.
-        axis: Static; the axis or axes of a row, None for all.
-        alpha: Sharpness, positive; as in `soft_top_k`.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        x, k, axis, alpha, where: As in `soft_top_k`.
 
     Returns:
         In the dtype of `x`; -inf where an entry does not count.
 
     Raises:
-        TypeError: As `soft_top_k`.
-        ValueError: As `soft_top_k`.
+        TypeError, ValueError: As `soft_top_k`.
 
     Derivatives: as `soft_top_k`, with slopes that do not vanish as $z_i$ falls to 0.
     Cost: as `soft_top_k`.

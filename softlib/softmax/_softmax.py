@@ -31,8 +31,7 @@ def softmax(
     Args:
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
         temperature: $\tau > 0$: a number (static), or an array with a value per row,
             that is in the shape of `x` without `axis`, or one that broadcasts to it;
             traced and differentiable. As it falls to 0 the result tends to the largest
@@ -42,8 +41,7 @@ def softmax(
             that `jax.jit` donates, slower for one that it does not.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -80,18 +78,13 @@ def log_softmax(
     r"""$x_i / \tau - \log \sum_j e^{x_j / \tau}$: log-probabilities, in nats.
 
     Args:
-        x: Scores, as for `softmax`.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`.
-        temperature: $\tau > 0$, as for `softmax`.
+        x, axis, where, temperature: As in `softmax`.
 
     Returns:
         In the dtype of `x`; -inf where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, `where` does not broadcast, or the
-            temperature is a number that is not positive.
+        TypeError, ValueError: As `softmax`.
 
     Derivatives: forward and reverse mode, any order; entries that do not count get 0
         and give none.

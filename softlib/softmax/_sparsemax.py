@@ -25,12 +25,10 @@ def sparsemax(
     Args:
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -67,18 +65,13 @@ def entmax15(
     $\sum_i p_i = 1$. Scores more than 2 below the largest get exactly 0.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        x, axis, where: As in `sparsemax`.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+        TypeError, ValueError: As `sparsemax`.
 
     Derivatives: forward and reverse mode, any order where no entry is at the edge of
         the support. The Jacobian is $\mathrm{diag}(s) - s s^\top / \sum s$ with

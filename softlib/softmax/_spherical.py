@@ -31,12 +31,10 @@ def spherical_softmax(
         axis: Static; the axis or axes of a row, None for all.
         epsilon: $\epsilon > 0$, what makes a row of zeros uniform; a number is static,
             a scalar array traced and differentiable.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -75,20 +73,13 @@ def log_spherical_softmax(
     $\log(x_i^2 + \epsilon) - \log \sum_j (x_j^2 + \epsilon)$, without overflow.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        epsilon: $\epsilon > 0$; a number is static, a scalar array traced and
-            differentiable.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        x, axis, epsilon, where: As in `spherical_softmax`.
 
     Returns:
         Log-probabilities in the dtype of `x`, -inf where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, `where` does not broadcast, or `epsilon`
-            is no scalar or a number that is not positive.
+        TypeError, ValueError: As `spherical_softmax`.
 
     Derivatives: forward and reverse mode, any order.
     Cost: as `spherical_softmax`, with a logarithm and an exponential for each entry.

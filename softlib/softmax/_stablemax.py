@@ -29,12 +29,10 @@ def stablemax(
     Args:
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -68,17 +66,13 @@ def log_stablemax(
     has nearly all the probability.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        x, axis, where: As in `stablemax`.
 
     Returns:
         Log-probabilities in the dtype of `x`, -inf where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+        TypeError, ValueError: As `stablemax`.
 
     Derivatives: forward and reverse mode, any order, as those of `stablemax`; 0 where
         an entry does not count.

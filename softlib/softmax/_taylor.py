@@ -40,12 +40,10 @@ def taylor_softmax(
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
         order: Static, even and positive; softmax is the limit of large orders.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, `where` is not boolean, or `order` no int.
@@ -86,19 +84,13 @@ def log_taylor_softmax(
     $\log T_n(x_i) - \log \sum_j T_n(x_j)$, without overflow for any score or order.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        order: Static, even and positive.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        x, axis, order, where: As in `taylor_softmax`.
 
     Returns:
         Log-probabilities in the dtype of `x`, -inf where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, `where` is not boolean, or `order` no int.
-        ValueError: `axis` is no axis of `x`, `where` does not broadcast, or `order` is
-            not even and positive.
+        TypeError, ValueError: As `taylor_softmax`.
 
     Derivatives: forward and reverse mode, any order.
     Cost: as `taylor_softmax`, with a logarithm and an exponential for each entry.

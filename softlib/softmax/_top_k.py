@@ -63,8 +63,7 @@ def top_k_softmax(
             weight 0, and is never selected if the bias takes part in the selection.
         bias_in: Static; see above. Without a bias all three are the same.
         renormalize: Static; whether the weights of a row sum to 1.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
 
     Returns:
         Weights in the dtype of `x`, at most $k$ of a row not 0. Of equal entries those
@@ -114,13 +113,9 @@ def top_k_gating(
     `top_k_softmax` for dispatch: the weights that are not 0, with their indices.
 
     Args:
-        x: Scores; as in `top_k_softmax`, whose other arguments mean the same here.
+        x, bias, bias_in, renormalize, where: As in `top_k_softmax`.
         k: Static, from 1 to the size of `axis`.
         axis: Static; the axis of a row.
-        bias: Broadcasts to `x`; differentiable.
-        bias_in: Static; "weights", "selection" or "both", see `top_k_softmax`.
-        renormalize: Static; whether the weights of a row sum to 1.
-        where: True for the entries that count; broadcasts to `x`.
 
     Returns:
         Weights and indices, both in the shape of `x` with size $k$ on `axis`, in

@@ -54,15 +54,13 @@ def two_pass_softmax(
     Args:
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
         compensated: Static; whether to carry the rounding errors of exponentials and
             of their sum. The results of float32 are then right to 0.9 units of the last
             place, or else to 5 for rows of a thousand.
 
     Returns:
-        Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0.
+        Probabilities in the dtype of `x`, 0 where an entry does not count.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -103,9 +101,7 @@ def two_pass_log_softmax(
     below $10^{-7}$ it is 0. All terms here have the same sign.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`.
+        x, axis, where: As in `two_pass_softmax`.
         compensated: Static; whether to carry the rounding errors of differences,
             exponentials and their sum. The results of float32 are then right to 1.2
             units of the last place, or else to 4 for rows of a thousand.
@@ -114,8 +110,7 @@ def two_pass_log_softmax(
         Logarithms in nats in the dtype of `x`, -inf where an entry does not count.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+        TypeError, ValueError: As `two_pass_softmax`.
 
     Derivatives: forward and reverse mode, any order; from the result, so that entries
         that do not count get 0.
@@ -149,8 +144,7 @@ def two_pass_logsumexp(
 
     Args:
         x: Scores. -inf never counts; NaN makes its row NaN, +inf makes it +inf.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`.
+        axis, where: As in `two_pass_softmax`.
         keepdims: Static; whether `axis` stays, with length 1.
         compensated: Static; whether to carry rounding errors: the error is then half a
             unit of the last place of the result, plus $2^{-27}$ in float32.
@@ -159,8 +153,7 @@ def two_pass_logsumexp(
         In the dtype of `x`; -inf for a row without an entry that counts.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, or `where` does not broadcast.
+        TypeError, ValueError: As `two_pass_softmax`.
 
     Derivatives: forward and reverse mode, any order: `two_pass_softmax`.
     Cost: as `two_pass_softmax`, without the last pass.

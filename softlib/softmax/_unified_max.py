@@ -82,8 +82,7 @@ def unified_max_softmax(
     Args:
         x: Scores. -inf never counts; NaN or +inf make their row NaN.
         axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`. Others may hold
-            anything, NaN included.
+        where: True for the entries that count, broadcasts; others may hold anything.
         phi: $\varphi$: a number, or an array with a value per row, that is in the shape
             of `x` without `axis`, or one that broadcasts to it; traced.
         valid_range: $(a, b)$, numbers or arrays like `phi`; see
@@ -97,7 +96,7 @@ def unified_max_softmax(
 
     Returns:
         Probabilities in the dtype of `x`, 0 where an entry does not count. A row
-        without an entry that counts is 0, and does not leave the range.
+        without one is 0, and does not leave the range.
 
     Raises:
         TypeError: `x` is no floating array, or `where` is not boolean.
@@ -164,26 +163,15 @@ def unified_max_log_softmax(
     The logarithm of `unified_max_softmax`, which says what $\varphi$ is good for.
 
     Args:
-        x: Scores. -inf never counts; NaN or +inf make their row NaN.
-        axis: Static; the axis or axes of a row, None for all.
-        where: True for the entries that count; broadcasts to `x`.
-        phi: $\varphi$: a number, or an array with a value per row; traced.
-        valid_range: $(a, b)$, numbers or arrays like `phi`.
-        criterion: Static. "row_max" looks at the largest score of a row, "elementwise"
-            at every one.
-        fallback: Static; whether to compute rows that leave the range again. Otherwise
-            they are NaN.
-        return_needs_recompute: Static; returns `UnifiedMaxResult`, which says of every
-            row whether it has left the range.
+        x, axis, where, phi, valid_range, criterion: As in `unified_max_softmax`.
+        fallback, return_needs_recompute: As in `unified_max_softmax`.
 
     Returns:
         Logarithms in nats in the dtype of `x`, -inf where an entry does not count. The
         error is about that of $\varphi$ in the dtype of the sums, if it is large.
 
     Raises:
-        TypeError: `x` is no floating array, or `where` is not boolean.
-        ValueError: `axis` is no axis of `x`, `where` or `phi` does not broadcast,
-            `criterion` is neither, or the range is empty.
+        TypeError, ValueError: As `unified_max_softmax`.
 
     Derivatives: as `unified_max_softmax`.
     Cost: as `unified_max_softmax`.
