@@ -22,15 +22,11 @@ from ._decode_attention import (
     DecodeResult as DecodeResult,
     decode_attention as decode_attention,
 )
-from ._devices.ring import (
-    sequence_order as sequence_order,
-)
+from ._devices.ring import sequence_order as sequence_order
 from ._devices.sequence_parallel import (
     sequence_parallel_attention as sequence_parallel_attention,
 )
-from ._dot_product import (
-    dot_product_attention as dot_product_attention,
-)
+from ._dot_product import dot_product_attention as dot_product_attention
 from ._engine.plan import (
     BlockPlan as BlockPlan,
     block_plan as block_plan,

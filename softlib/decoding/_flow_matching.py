@@ -96,8 +96,7 @@ def gumbel_softmax_interpolant(
         x1: Clean symbols, one-hot.
         t: Time in $[0, 1]$: a number, or an array that broadcasts to the positions (of
             (B,) times for (B, L) positions make (B, 1)).
-        tau_max: As in `exponential_temperature`.
-        decay: As in `exponential_temperature`.
+        tau_max, decay: As in `exponential_temperature`.
         beta: Inverse size of the noise, positive; a number or a scalar array. Infinite:
             no noise.
         noise: Gumbel draws to use instead.
@@ -167,8 +166,7 @@ def gumbel_flow_velocity(
         target_probs: $p$, in the shape of `x`: what a denoiser says of the clean
             symbol.
         t: Time: a number, or an array that broadcasts to the positions.
-        tau_max: As in `exponential_temperature`.
-        decay: As in `exponential_temperature`.
+        tau_max, decay: As in `exponential_temperature`.
 
     Returns:
         In the dtype of `x`. The entries of a position sum to 0; an entry that is 0
@@ -321,8 +319,7 @@ def sample_gumbel_flow(
         guidance_top_k: Static; draws these from the so many best symbols only.
         step_temperature: If given, each step goes towards a `gumbel_softmax` draw of
             this temperature from $p$ instead of $p$ itself, fresh in every step.
-        tau_max: As in `exponential_temperature`.
-        decay: As in `exponential_temperature`.
+        tau_max, decay: As in `exponential_temperature`.
         beta: As in `gumbel_softmax_interpolant`; use that of training. Infinite: starts
             at the centre.
         space: Static; where steps are added. "logit" is exact for a constant $p$ and

@@ -154,8 +154,7 @@ def fit_gaussian_experts(
         y: Values.
         initial: Where to start, as from `draw_gaussian_experts`. If its fields have a
             leading axis of R starts, all are fitted at once and the best is returned.
-        gate: Static.
-        method: Static.
+        gate, method: Static.
         learn_temperature: Static; whether $\tau$ is estimated too. Without an
             activation it cannot be: it is one of many that are equally likely.
         min_scale: Least $\sigma$, positive; None is a thousandth of the standard

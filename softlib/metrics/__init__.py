@@ -21,9 +21,7 @@ from ._rankings import (
     propensity_scored_precision_at_k as propensity_scored_precision_at_k,
     recall_at_k as recall_at_k,
 )
-from ._smoothness import (
-    smoothness_metric as smoothness_metric,
-)
+from ._smoothness import smoothness_metric as smoothness_metric
 
 __all__ = [
     "label_propensities",

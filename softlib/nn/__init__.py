@@ -19,9 +19,7 @@
   `QuasiLSTM` (NNX): linear systems with varying parameters.
 """
 
-from ._attention import (
-    attention_fn as attention_fn,
-)
+from ._attention import attention_fn as attention_fn
 from ._codebook import (
     CodebookState as CodebookState,
     KMeans as KMeans,
@@ -38,24 +36,16 @@ from ._expert_dispatch import (
     capacity_experts as capacity_experts,
     dropless_experts as dropless_experts,
 )
-from ._fourier_density import (
-    FourierDensity as FourierDensity,
-)
-from ._fourier_head import (
-    FourierHead as FourierHead,
-)
-from ._linen_output_head import (
-    LinenOutputHead as LinenOutputHead,
-)
+from ._fourier_density import FourierDensity as FourierDensity
+from ._fourier_head import FourierHead as FourierHead
+from ._linen_output_head import LinenOutputHead as LinenOutputHead
 from ._mixture_of_experts import (
     MixtureOfExperts as MixtureOfExperts,
     MixtureResult as MixtureResult,
     RouterReport as RouterReport,
     SelectionBias as SelectionBias,
 )
-from ._output_head import (
-    OutputHead as OutputHead,
-)
+from ._output_head import OutputHead as OutputHead
 from ._recurrent import (
     GatedLinearAttention as GatedLinearAttention,
     LinearAttention as LinearAttention,
@@ -63,16 +53,12 @@ from ._recurrent import (
     QuasiLSTM as QuasiLSTM,
     SelectiveScan as SelectiveScan,
 )
-from ._soft_prompt import (
-    prepend_soft_prompt as prepend_soft_prompt,
-)
+from ._soft_prompt import prepend_soft_prompt as prepend_soft_prompt
 from ._temperature_network import (
     PrototypeTempNet as PrototypeTempNet,
     TempNet as TempNet,
 )
-from ._tensor_attention import (
-    TensorAttention as TensorAttention,
-)
+from ._tensor_attention import TensorAttention as TensorAttention
 from ._video import (
     VideoPositions as VideoPositions,
     VideoTransformerBlock as VideoTransformerBlock,

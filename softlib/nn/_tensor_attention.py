@@ -204,9 +204,7 @@ class TensorAttention(nnx.Module):
         """Returns P, for pictures and short sequences; every tuple is stored.
 
         Args:
-            inputs: As in a call.
-            inputs_kv: As in a call.
-            mask: As in a call.
+            inputs, inputs_kv, mask: As in a call.
 
         Returns:
             Weights `(*batch, num_heads, T, S_1, S_2, ...)` that sum to 1 over the key

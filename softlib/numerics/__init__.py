@@ -16,9 +16,7 @@ A weighted sum from fewer terms: `systematic_resample`, `ResampledTerms`; the wo
 cases: `top_k_mean`.
 """
 
-from ._balanced_kmeans import (
-    balanced_kmeans as balanced_kmeans,
-)
+from ._balanced_kmeans import balanced_kmeans as balanced_kmeans
 from ._extended import (
     ExtendedFloat as ExtendedFloat,
     extended_add as extended_add,
@@ -46,9 +44,7 @@ from ._similarity import (
     dkw_radius as dkw_radius,
     similarity_depth as similarity_depth,
 )
-from ._top_k_mean import (
-    top_k_mean as top_k_mean,
-)
+from ._top_k_mean import top_k_mean as top_k_mean
 from ._two_pass import (
     TwoPass as TwoPass,
     TwoPassState as TwoPassState,

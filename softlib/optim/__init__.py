@@ -4,9 +4,7 @@
 - `projected_gradient_ascent`: the worst point of a ball around each example.
 """
 
-from ._perp_grad import (
-    perp_grad as perp_grad,
-)
+from ._perp_grad import perp_grad as perp_grad
 from ._projected_gradient_ascent import (
     projected_gradient_ascent as projected_gradient_ascent,
 )

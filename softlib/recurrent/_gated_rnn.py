@@ -80,8 +80,7 @@ def quasi_lstm(
         alpha: None for the forget gate $\sigma(f)$; else the non-negative exponent of
             the reversed gate, a number, a scalar array or one per channel; traced and
             differentiable.
-        method: Static; see `linear_recurrence`.
-        chunk_size: Static; see `linear_recurrence`.
+        method, chunk_size: Static; see `linear_recurrence`.
         initial_state: The state before the first step.
         return_state: Static; True returns a `RecurrentResult` whose state is $h_T$. A
             decoding step is a call with T = 1 and the state of the last one.

@@ -207,18 +207,11 @@ def normalized_attention(
     feature map and $e^n$ as normaliser; the derivative with respect to $n_i$ is $-y_i$.
 
     Args:
-        query: As in `linear_attention`.
-        key: As in `linear_attention`.
-        value: As in `linear_attention`.
+        query, key, value: As in `linear_attention`.
         log_normalizer: $n$, one number per query. Nothing is subtracted or clipped: the
             output grows like $e^{-n}$.
-        is_causal: As in `linear_attention`.
-        log_decay: As in `linear_attention`.
-        mask: As in `linear_attention`.
-        chunk_size: As in `linear_attention`.
-        initial_state: As in `linear_attention`.
-        return_state: As in `linear_attention`.
-        precision: As in `linear_attention`.
+        is_causal, log_decay, mask, chunk_size, initial_state: As in `linear_attention`.
+        return_state, precision: As in `linear_attention`.
 
     Returns:
         As `linear_attention`.
@@ -305,15 +298,10 @@ def gated_linear_attention(
     values (or keys) times $\Delta_i$.
 
     Args:
-        query: As in `linear_attention`.
-        key: As in `linear_attention`.
-        value: As in `linear_attention`.
+        query, key, value: As in `linear_attention`.
         log_decay: $\ell$, one number per step and key head, or query head. The decay of
             step i multiplies the state before token i is added; -inf forgets it.
-        mask: As in `linear_attention`.
-        chunk_size: As in `linear_attention`.
-        initial_state: As in `linear_attention`.
-        return_state: As in `linear_attention`.
+        mask, chunk_size, initial_state, return_state: As in `linear_attention`.
         precision: As in `linear_attention`.
 
     Returns:
@@ -377,8 +365,7 @@ def decode_step(
         key: Key of the token.
         value: Value of the token.
         feature_map: As in `linear_attention`.
-        normalizer: As in `linear_attention`, without time.
-        log_decay: As in `linear_attention`, without time.
+        normalizer, log_decay: As in `linear_attention`, without time.
         precision: As in `linear_attention`.
 
     Returns:
@@ -442,14 +429,8 @@ def attention_matrix(
     `quasi_lstm_matrix` are those of the others.
 
     Args:
-        query: As in `linear_attention`.
-        key: As in `linear_attention`.
-        feature_map: As in `linear_attention`.
-        normalizer: As in `linear_attention`.
-        is_causal: As in `linear_attention`.
-        log_decay: As in `linear_attention`.
-        mask: As in `linear_attention`.
-        precision: As in `linear_attention`.
+        query, key, feature_map, normalizer, is_causal: As in `linear_attention`.
+        log_decay, mask, precision: As in `linear_attention`.
 
     Returns:
         The matrices, float32 (float64 if an argument is float64).

@@ -196,12 +196,7 @@ def selective_scan_matrix(
     $y = K u$. For plots and tests.
 
     Args:
-        delta: As in `selective_scan`.
-        A: As in `selective_scan`.
-        B: As in `selective_scan`.
-        C: As in `selective_scan`.
-        D: As in `selective_scan`.
-        precision: As in `selective_scan`.
+        delta, A, B, C, D, precision: As in `selective_scan`.
 
     Returns:
         The matrices, float32 (float64 if an argument is float64).
