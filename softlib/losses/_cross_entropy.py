@@ -214,7 +214,8 @@ def linear_softmax_cross_entropy(
         labels: Class ids in $[0, V)$. Outside, the loss is NaN and the row has no
             gradient; an id never wraps round, clamps, or trains another class. The
             label of a class that `class_where` excludes costs +inf, without gradient.
-        label_smoothing, logsumexp_penalty, where: As in `softmax_cross_entropy`.
+        label_smoothing, where: As in `softmax_cross_entropy`.
+        logsumexp_penalty: As in `softmax_cross_entropy`; not the loss `z_loss`.
         class_weights: A factor $a_y$ of the first term, one number per class,
             differentiable. The penalty has no such factor, and nothing is divided by a
             sum of weights. A label of weight 0 costs 0, on an excluded class too. Not
