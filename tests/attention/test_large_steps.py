@@ -43,12 +43,23 @@ def test_attention_over_tuples_matches_the_oracle(case, monkeypatch):
         test_kronecker.test_matches_oracle(case, monkeypatch)
 
 
-@pytest.mark.parametrize("method", ["ring", "all_to_all"])
-def test_a_divided_sequence_equals_one_device(method):
+@pytest.mark.parametrize(
+    ("mask", "method", "layout", "check_vma"),
+    [
+        ("window", "ring", "contiguous", True),
+        ("radial", "ring", "paired", False),
+        ("empty rows", "ring", "contiguous", True),
+        ("window", "all_to_all", "contiguous", True),
+    ],
+)
+def test_a_divided_sequence_equals_one_device(
+    mask, method, layout, check_vma, monkeypatch
+):
+    monkeypatch.setattr(large_steps, "_SIZES", (16, 8))
+    monkeypatch.setattr(large_steps, "_STEP", 100)
+    monkeypatch.setattr(test_sequence_parallel, "BLOCKS", {})
     with operations.in_steps_of_accelerators():
-        test_sequence_parallel.test_equals_one_device(
-            "window", method, "contiguous", check_vma=True
-        )
+        test_sequence_parallel.test_equals_one_device(mask, method, layout, check_vma)
 
 
 def call(mask, **options):

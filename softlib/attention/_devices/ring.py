@@ -7,6 +7,7 @@ nothing would be done are left out.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from softlib.attention._engine.plan import BlockPlan, Skeleton, plan_of
 from softlib.masks import Block, Mask
 
 type Layout = Literal["contiguous", "paired"]
+# Positions of the chunks of queries and of keys that a device works on.
+type Placement = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Step(NamedTuple):
@@ -39,6 +42,9 @@ class Step(NamedTuple):
 class Ring:
     """The steps and, per step and device, the blocks to visit.
 
+    Block lists are those for a CPU, of each device its own. Elsewhere blocks are chosen
+    by the mask of the step, for all devices that work in it.
+
     It is compared and hashed by identity, since it comes from a cache.
     """
 
@@ -51,13 +57,19 @@ class Ring:
     layout: Layout
     devices: int
 
+    def works(self, step: int) -> np.ndarray:
+        """Whether each device has anything to do in a step; in the first all have."""
+        if self.steps[step].shift == 0:
+            return np.ones(self.devices, bool)
+        return self.counts[step].sum(axis=1) > 0
+
     def plan(self, step: int, mask: Mask, axis_name: Any) -> BlockPlan:
         """The block plan of this device in a step; its axis index is traced."""
         device = lax.axis_index(axis_name)
         source = (device - self.steps[step].shift) % self.devices
         mine = lambda table: jnp.asarray(table)[device]
         return BlockPlan(
-            self._placed(mask, device, source),
+            self.placed(step, mask, device, source),
             mine(self.whole[step]),
             mine(self.partial[step]),
             self.lengths,
@@ -65,41 +77,83 @@ class Ring:
             mine(self.counts[step]),
         )
 
-    def _placed(self, mask: Mask, device: Any, source: Any) -> Mask:
-        query, key = (
-            jnp.stack([chunk * size for chunk in _chunks(d, self.devices, self.layout)])
-            for d, size in (
-                (device, chunk_size(self.lengths[0], self.layout)),
-                (source, chunk_size(self.lengths[1], self.layout)),
-            )
+    def placed(self, step: int, mask: Mask, device: Any, source: Any) -> "Placed":
+        """The mask of a step on the indices of a device and of the keys it has."""
+        shift = self.steps[step].shift
+        pairs = tuple(
+            (d, (d - shift) % self.devices)
+            for d in np.flatnonzero(self.works(step)).tolist()
         )
+        chunks = [chunk_size(length, self.layout) for length in self.lengths]
+        query, key = (
+            [chunk * size for chunk in _chunks(of, self.devices, self.layout)]
+            for of, size in zip((device, source), chunks, strict=True)
+        )
+        where = _placements(pairs, self.lengths, self.devices, self.layout)
+        second = lambda starts: starts[1] if len(starts) > 1 else None
         return Placed(
             mask,
-            query,
-            key,
-            chunk_size(self.lengths[0], self.layout),
-            chunk_size(self.lengths[1], self.layout),
+            query[0],
+            key[0],
+            chunks[0],
+            chunks[1],
+            where,
+            second(query),
+            second(key),
         )
 
 
 class Placed(Mask):
     """A mask of local indices on devices that hold chunks of the sequence.
 
-    Batch axes of the leaves of `mask` are left to `Mask.__call__`, which handles them
-    with the leaves of this class.
+    Which device this is, is data. So a block is ALL or NONE if it is so on each of the
+    devices that work. Batch axes of the leaves of `mask` are left to `Mask.__call__`,
+    which handles them with the leaves of this class.
+
+    Attributes:
+        mask: On positions in the whole sequence.
+        query_start: Position of the first chunk of queries of this device.
+        key_start: The same of the keys on which it works.
+        query_chunk: Static number of queries of a chunk.
+        key_chunk: The same of keys.
+        placements: Of each device that works, positions of its chunks of queries and
+            of keys; static.
+        query_second: Position of the second chunk, in the layout that has two.
+        key_second: Likewise.
     """
 
     mask: Mask = masks.mask_field()
-    query_starts: Any = masks.array_field(axes=1)
-    key_starts: Any = masks.array_field(axes=1)
+    query_start: Any = masks.array_field(axes=0)
+    key_start: Any = masks.array_field(axes=0)
     query_chunk: int
     key_chunk: int
+    placements: tuple[Placement, ...]
+    query_second: Any = masks.array_field(axes=0, default=None)
+    key_second: Any = masks.array_field(axes=0, default=None)
 
     def attends(self, query_index: Any, key_index: Any) -> Any:
-        return self.mask.attends(
-            _position(query_index, self.query_starts, self.query_chunk),
-            _position(key_index, self.key_starts, self.key_chunk),
-        )
+        query = (query_index, self.query_start, self.query_second, self.query_chunk)
+        key = (key_index, self.key_start, self.key_second, self.key_chunk)
+        return self.mask.attends(_position(*query), _position(*key))
+
+    def block_status(
+        self, query_start: Any, query_stop: Any, key_start: Any, key_stop: Any
+    ) -> Any:
+        some, every = np.False_, np.True_
+        for queries, keys in self.placements:
+            for query in _parts(query_start, query_stop, queries, self.query_chunk):
+                for key in _parts(key_start, key_stop, keys, self.key_chunk):
+                    real = (query[1] > query[0]) & (key[1] > key[0])
+                    # An empty range has no status: one token is asked for, and ignored.
+                    status = self.mask.block_status(
+                        query[0],
+                        np.maximum(query[1], query[0] + 1),
+                        key[0],
+                        np.maximum(key[1], key[0] + 1),
+                    )
+                    some = some | (real & (status != Block.NONE))
+                    every = every & (~real | (status == Block.ALL))
+        return np.where(some, np.where(every, Block.ALL, Block.SOME), Block.NONE)
 
 
 def sequence_order(
@@ -166,10 +220,35 @@ def _chunks(device: Any, devices: int, layout: Layout) -> tuple[Any, ...]:
     return (device, device + devices) if layout == "paired" else (device,)
 
 
-def _position(index: Any, starts: Any, chunk: int) -> Any:
-    if starts.shape[0] == 1:
-        return index + starts[0]
-    return index + jnp.where(index < chunk, starts[0], starts[1] - chunk)
+def _position(index: Any, first: Any, second: Any, chunk: int) -> Any:
+    if second is None:
+        return index + first
+    return index + jnp.where(index < chunk, first, second - chunk)
+
+
+def _parts(
+    start: Any, stop: Any, positions: tuple[int, ...], chunk: int
+) -> Iterator[tuple[Any, Any]]:
+    """(start, stop) in the sequence of what ranges have of each chunk, or empty."""
+    for i, position in enumerate(positions):
+        low, high = i * chunk, (i + 1) * chunk
+        offset = position - low
+        yield np.clip(start, low, high) + offset, np.clip(stop, low, high) + offset
+
+
+def _placements(
+    pairs: tuple[tuple[int, int], ...],
+    lengths: tuple[int, int],
+    devices: int,
+    layout: Layout,
+) -> tuple[Placement, ...]:
+    """Positions of the chunks of pairs of devices, with the queries and the keys."""
+
+    def starts(device: int, length: int) -> tuple[int, ...]:
+        size = chunk_size(length, layout)
+        return tuple(chunk * size for chunk in _chunks(device, devices, layout))
+
+    return tuple((starts(q, lengths[0]), starts(k, lengths[1])) for q, k in pairs)
 
 
 @functools.lru_cache(maxsize=32)
@@ -231,48 +310,16 @@ def _blocks(
     layout: Layout,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of the whole and the partial blocks of a pair of devices."""
-    query, key = (
-        _segments(device, length, size, devices, layout)
-        for device, length, size in zip(pair, lengths, sizes, strict=True)
-    )
-    some = every = None
-    for query_start, query_stop in query:
-        for key_start, key_stop in key:
-            real = (query_stop > query_start)[:, None] & (key_stop > key_start)
-            # An empty range has no status: one token is asked for, and ignored.
-            status = mask.block_status(
-                query_start[:, None],
-                np.maximum(query_stop, query_start + 1)[:, None],
-                key_start,
-                np.maximum(key_stop, key_start + 1),
-            )
-            any_here = real & (status != Block.NONE)
-            all_here = ~real | (status == Block.ALL)
-            some = any_here if some is None else some | any_here
-            every = all_here if every is None else every & all_here
-    assert some is not None
-    assert every is not None
+    query, key = (chunk_size(length, layout) for length in lengths)
+    where = _placements((pair,), lengths, devices, layout)
+    placed = Placed(mask, 0, 0, query, key, where)
+    kinds = masks.block_map(placed, lengths, sizes)
+    some, every = kinds != Block.NONE, kinds == Block.ALL
     if lengths[1] % sizes[1]:
         every[:, -1:] = False  # the last keys are padding
     lists = (some & every, some & ~every)
     whole, partial = (np.stack(np.nonzero(x)).astype(np.int32) for x in lists)
     return whole, partial
-
-
-def _segments(
-    device: int, length: int, size: int, devices: int, layout: Layout
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(start, stop) of each block's positions in each chunk of a device, or empty."""
-    chunk = chunk_size(length, layout)
-    start = np.arange(0, length, size)
-    stop = np.minimum(start + size, length)
-    found = []
-    for i, index in enumerate(_chunks(device, devices, layout)):
-        low, high = i * chunk, (i + 1) * chunk
-        offset = index * chunk - low
-        first = np.clip(start, low, high) + offset
-        found.append((first, np.clip(stop, low, high) + offset))
-    return found
 
 
 def _stacked(lists: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,10 +15,10 @@ from softlib import _checks as checks, _dispatch, masks
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import match_varying
-from softlib.attention._arguments import Shapes, scaled
+from softlib.attention._arguments import Shapes, are_given, scaled
 from softlib.attention._dot_product import dot_product_attention
 from softlib.attention._engine import operations
-from softlib.attention._engine.scores import Softmax
+from softlib.attention._engine.scores import Result, Softmax
 from softlib.attention._engine.stream import BackwardOperands, Gradient
 from softlib.attention._engine.tiles import Operands, Options
 from softlib.attention._partials import AttentionResult, merge
@@ -93,7 +94,8 @@ def sequence_parallel_attention(
         of the keys once per device that sees it forward, and backward once more with
         its gradient in return; `all_to_all` moves queries, keys, values and outputs
         once each way. Kept for the backward pass: the arguments, the output and one
-        number per row.
+        number per row. On GPUs and TPUs a ring visits, in each of its steps, the blocks
+        that some device has there; one that has none is idle.
     Source: "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long
         Video Generation" shards heads; ring attention is that of the literature, here
         without the exchanges that the mask makes pointless.
@@ -151,7 +153,14 @@ def sequence_parallel_attention(
     query, key, value = shapes.flat(query, key, value)
     out_dtype = query.dtype
     query, scale = scaled(function, query, scale)
-    options = Options(Softmax(), scale, softcap, precision, out_dtype)
+    options = Options(
+        Softmax(),
+        scale,
+        softcap,
+        precision,
+        out_dtype,
+        has_given_blocks=are_given(mask, block_query, block_key),
+    )
     call = Call(implementation, options, ring, axis_name)
     arrays = match_varying((query, key, value, sinks, mask))
     out, lse = _ring_attention(call, *arrays)
@@ -187,9 +196,18 @@ def _ring_forward(
         plan = call.ring.plan(i, mask, call.axis_name)
         own_sinks = sinks if step.shift == 0 else None  # counted once
         operands = Operands(query, held[0], held[1], plan, sinks=own_sinks)
-        found = _dispatch.run(
-            operations.ATTENTION, call.names, partials, match_varying(operands)
+        run = functools.partial(
+            _dispatch.run,
+            operations.ATTENTION,
+            call.names,
+            partials,
+            match_varying(operands),
         )
+        nothing = Result(
+            jnp.zeros((*query.shape[:-1], value.shape[-1]), dtype),
+            jnp.full(query.shape[:-1], -jnp.inf, accumulator_dtype(query, key, value)),
+        )
+        found = _unless_idle(call, i, run, match_varying(nothing, query, *held))
         new = (found.out, found.normalizer)
         if result is not None:
             both = zip(result, new, strict=True)
@@ -206,6 +224,8 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
     dtype = accumulator_dtype(query, key, value, sinks)
     options = dataclasses.replace(call.options, wide_gradients=True)
     zeros = lambda x: jnp.zeros(x.shape, dtype)
+    # Sinks take part in the first step only, in which no device is idle.
+    empty = lambda x: jnp.zeros(x.shape, accumulator_dtype(query, key, value))
     total = match_varying(tuple(map(zeros, (query, key, value))), query)
     sinks_total, held = None, (key, value)
     for i, step in enumerate(call.ring.steps):
@@ -214,9 +234,15 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
         own_sinks = sinks if step.shift == 0 else None  # counted once
         operands = Operands(query, held[0], held[1], plan, sinks=own_sinks)
         given = BackwardOperands(operands, out, lse, *cotangents)
-        found: Gradient = _dispatch.run(
-            operations.ATTENTION_GRADIENT, call.names, options, match_varying(given)
+        run = functools.partial(
+            _dispatch.run,
+            operations.ATTENTION_GRADIENT,
+            call.names,
+            options,
+            match_varying(given),
         )
+        nothing = Gradient(empty(query), empty(key), empty(value), None, None, ())
+        found: Gradient = _unless_idle(call, i, run, match_varying(nothing, query))
         if step.shift == 0:
             sinks_total = found.sinks
             if sinks is not None:
@@ -235,6 +261,15 @@ def _ring_backward(call: Call, residuals: tuple[Any, ...], cotangents: tuple[Any
 
 
 _ring_attention.defvjp(_ring_forward, _ring_backward)
+
+
+def _unless_idle(call: Call, i: int, run: Callable[[], Any], nothing: Any) -> Any:
+    """The result of a step, or `nothing` on devices whose mask leaves them no block."""
+    works = call.ring.works(i)
+    if works.all():
+        return run()
+    mine = jnp.asarray(works)[lax.axis_index(call.axis_name)]
+    return lax.cond(mine, run, lambda: nothing)
 
 
 def _moved(call: Call, i: int, held: Any, own: Any) -> Any:

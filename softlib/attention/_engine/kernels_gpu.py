@@ -279,8 +279,6 @@ def _both(operands: Operands) -> str:
 
 def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
     plan = operands.plan
-    if plan.counts is not None:
-        return "its lists of blocks are static, those of the plan are data"
     reason = why_no_data(plan.mask)
     if reason is not None:
         return reason

@@ -294,8 +294,6 @@ def _why_no_precision(options: Options, arrays: dict[str, Any]) -> str | None:
 
 def _why_no_blocks(options: Options, operands: Operands) -> str | None:
     plan = operands.plan
-    if plan.counts is not None:
-        return "its lists of blocks are static, those of the plan are data"
     reason = why_no_data(plan.mask)
     if reason is not None:
         return reason

@@ -65,9 +65,9 @@ def _sized(
     scores = step_scores(options, operands, copies)
     options = dataclasses.replace(options, step_scores=scores)
     plan: BlockPlan = operands.plan
-    # The user chose the blocks; or lists come from a plan for several devices; or
-    # combinations of keys fill blocks, which are few rows of any one key axis.
-    if options.has_given_blocks or plan.counts is not None or operands.outer:
+    # The user chose the blocks; or combinations of keys fill blocks, which are few rows
+    # of any one key axis.
+    if options.has_given_blocks or operands.outer:
         return options, operands
     batch, _, heads, _ = operands.key.shape
     sizes = LargeBlocks(operands.groups, _known(batch) * heads, scores)
