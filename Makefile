@@ -48,7 +48,7 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest test-rest slow mutants lint format docs bench \
   bench-attention bench-everyday bench-kronecker bench-softmax bench-spherical \
-  accuracy kernels bench-accelerator clean
+  accuracy kernels scale bench-accelerator clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -121,6 +121,14 @@ accuracy: $(VENV)/.installed-bench ## the rounding errors of every map, a table 
 
 kernels: $(KERNELS)/.installed ## compile every kernel for the TPUs and GPUs it is for
 	$(KERNELS)/bin/python -m benchmarks.compile_kernels $(ARGS)
+
+# The compilers and the plots are in different environments.
+scale: $(KERNELS)/.installed ## compile training steps for 8 to 256 devices: what they exchange
+	$(KERNELS)/bin/python -m benchmarks.scale $(ARGS)
+	$(if $(findstring --write,$(ARGS)),$(RUN) -m benchmarks.scale.page)
+ifneq ($(findstring --write,$(ARGS)),)
+scale: $(VENV)/.installed-bench
+endif
 
 # The interpreters of a dry run are put into kernels by parts of the test suite.
 ifneq ($(findstring --dry-run,$(ARGS)),)

@@ -66,7 +66,7 @@ def lower(case: Case, target: str) -> jax.stages.Lowered:
     """The case's function of its shapes, traced and lowered for the target."""
     if case.division is not None:
         return _lower_divided(case, case.division, target)
-    mesh = jax.sharding.Mesh(np.array(_devices(target, 1)), ("device",))
+    mesh = jax.sharding.Mesh(np.array(devices(target, 1)), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -82,7 +82,7 @@ def lower(case: Case, target: str) -> jax.stages.Lowered:
 def _lower_divided(case: Case, division: Division, target: str) -> jax.stages.Lowered:
     """The everyday program of several devices: only its arrays know the mesh."""
     mesh = jax.sharding.Mesh(
-        np.array(_devices(target, division.devices)),
+        np.array(devices(target, division.devices)),
         ("device",),
         axis_types=(getattr(jax.sharding.AxisType, division.kind),),
     )
@@ -95,14 +95,19 @@ def _lower_divided(case: Case, division: Division, target: str) -> jax.stages.Lo
     return jax.jit(case.function).trace(*placed).lower()
 
 
-def _devices(target: str, count: int) -> Sequence[Any]:
+def devices(target: str, count: int, *, host: int | None = None) -> Sequence[Any]:
+    """So many devices to compile for, of a TPU up to those of one host.
+
+    `host`: of GPUs, how many are on a host; None for all on one.
+    """
     if is_tpu(target):
         found = topologies.get_topology_desc(_TPUS[target], platform="tpu").devices
     else:
+        host = count if host is None else host
         found = topologies.get_topology_desc(
             target,
             platform="cuda",
-            topology=f"1x1x{count}",
+            topology=f"1x{count // host}x{host}",
             target_config=_description(target),
         ).devices
     return found[:count]
