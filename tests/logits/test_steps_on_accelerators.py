@@ -3,13 +3,17 @@
 Programs are lowered for these platforms; their steps are also run here, on a CPU.
 """
 
+import functools
+
 import jax
+import numpy as np
 import pytest
 
 import softlib
 from softlib import LinearLogits, losses
-from softlib.logits._engine import accelerator
+from softlib.logits._engine import accelerator, slices
 from softlib.logits._engine.accelerator import Accelerator
+from softlib.logits._engine.tile import Options
 from softlib.testing import assert_close
 from tests.host import jnp
 from tests.losses.test_row_cuts import (
@@ -55,6 +59,22 @@ def test_few_steps_and_narrow_operands(platform, vocab_axis, dtype):
         assert right.endswith(f"x{narrow}")
         assert result.endswith("xf32")
     assert f"{ROWS}x4096xf32" in {result for *_, result in found}
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_no_array_of_all_classes_is_sliced_as_a_matrix(vocab_axis):
+    """XLA for TPUs 7x would copy it, and does not if it is seen in tiles of 8 rows."""
+    step = jax.grad(lambda *a: _loss(*a, vocab_axis=vocab_axis), (0, 1))
+    arguments = _shapes(ROWS, FEATURES, CLASSES, jnp.bfloat16, vocab_axis)
+    text = lowered("tpu", step, *arguments)
+    matrix, tiles = (
+        (f"{CLASSES}x{FEATURES}xbf16", f"{CLASSES // 8}x8x{FEATURES}xbf16")
+        if vocab_axis == 0
+        else (f"{FEATURES}x{CLASSES}xbf16", f"{FEATURES // 8}x8x{CLASSES}xbf16")
+    )
+    sliced = [line for line in text.splitlines() if "slice" in line]
+    assert any(tiles in line for line in sliced)
+    assert not any(matrix in line for line in sliced)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -162,3 +182,26 @@ def test_copies_of_a_vmap_share_the_memory_of_a_step(small_steps):
     assert_close(
         mapped.reshape(96), loss(hidden, labels), dtype=jnp.float32, length=300
     )
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (20, 48), (24, 50), (24,)])
+@pytest.mark.parametrize("size", [8, 10])
+def test_slices_of_classes(shape, size):
+    """Of a matrix, seen in tiles of 8 rows if these and the slices are whole tiles."""
+    array = np.arange(np.prod(shape)).reshape(shape)
+    given, options = jnp.asarray(array), Options(("lse",), accelerator=Accelerator())
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def both(start, axis):
+        found = slices.slice_of(options, given, start, size, axis)
+        return found, slices.with_slice(options, given, -found, start, axis)
+
+    for axis in range(len(shape)):
+        own = np.moveaxis(array, axis, 0)
+        for start in (0, size):
+            expected = own.copy()
+            expected[start : start + size] *= -1
+            for each in (start, jnp.asarray(start)):
+                taken, written = (np.moveaxis(x, axis, 0) for x in both(each, axis))
+                np.testing.assert_array_equal(taken, own[start : start + size])
+                np.testing.assert_array_equal(written, expected)

@@ -15,7 +15,7 @@ from softlib._dtypes import accumulator_dtype, common_dtype
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
 
-from . import chunks as _chunks, tile_gradient
+from . import chunks as _chunks, slices, tile_gradient
 from .chunks import Index, RowCut
 from .operand import Copied, Write
 from .tile import Modifiers, Options, Ranked
@@ -109,7 +109,7 @@ class Head(NamedTuple):
 
     def classes_of(self, start: Any, size: int, options: Options) -> "Head":
         def cut(array: Array, axis: int = 0) -> Array:
-            return _chunks.slice_of(array, start, size, axis)
+            return slices.slice_of(options, array, start, size, axis)
 
         return self._replace(
             weight=cut(self.weight, options.vocab_axis),

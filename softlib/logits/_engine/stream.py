@@ -23,7 +23,7 @@ from softlib._largest import largest
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
 
-from . import chunks as _chunks, tile as _tile, tile_gradient
+from . import chunks as _chunks, slices as _slices, tile as _tile, tile_gradient
 from .accelerator import Accelerator
 from .chunks import Index, RowCut
 from .operand import Operand
@@ -321,9 +321,9 @@ def gradient_sums_of_heads(
 
         def write(buffer, values, axis):
             if add:
-                old = _chunks.slice_of(buffer, start, size, axis)
+                old = _slices.slice_of(options[0], buffer, start, size, axis)
                 values = old + values
-            return _chunks.with_slice(buffer, values, start, axis)
+            return _slices.with_slice(options[0], buffer, values, start, axis)
 
         operands = zip(heads, options, buffers, found, entries, strict=True)
         buffers = tuple(
