@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 
 from softlib import _primitive
+from softlib.logits._engine import accelerator
 
 # Part of the key of every jit cache, so that nothing traced outside is found inside.
 _INSIDE = jax.make_user_context(None)
@@ -59,8 +60,16 @@ def kernels_of(platform: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_steps_of_accelerators() -> Iterator[None]:
-    """While a program is lowered for a CPU: plain JAX as it is for TPUs and GPUs."""
+def in_steps_of_accelerators(traced_for: str = "cpu") -> Iterator[None]:
+    """While a program is made for a CPU: plain JAX as it is for TPUs and GPUs.
+
+    It may be traced for another platform, whose residuals it has then.
+    """
     platforms = (*_primitive.ACCELERATORS, "cpu")
-    with mock.patch.object(_primitive, "ACCELERATORS", platforms), _INSIDE(object()):
+    traced = lambda: traced_for
+    with (
+        mock.patch.object(_primitive, "ACCELERATORS", platforms),
+        mock.patch.object(accelerator, "platform_that_keeps", traced),
+        _INSIDE(object()),
+    ):
         yield

@@ -75,8 +75,10 @@ def row_statistics(
         arguments and O(N) numbers; for up to 2048 rows of 256 features or more also
         products of the first classes, at most three quarters of them and 96 MiB. Logits
         of at most 8 MiB (for a weight narrower than float32 at most 2^21 numbers) are
-        all stored instead, and the backward pass takes 4 N V D flop. `label_rank` costs
-        a second stream. A reverse-over-reverse derivative stores the tiles, O(N V).
+        all stored instead, and the backward pass takes 4 N V D flop. On a GPU, where no
+        kernel runs, steps are larger and exponentials are kept, at most 384 MiB.
+        `label_rank` costs a second stream. A reverse-over-reverse derivative stores the
+        tiles, O(N V).
     Source: "Cut Your Losses in Large-Vocabulary Language Models". Deviations: every
         statistic has a cotangent, label logits come from the tile that enters the
         logsumexp, and no gradient is filtered by default.

@@ -6,6 +6,7 @@ not keep must be read by none of its backward passes: a stand-in of NaN would be
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from softlib import losses
 from softlib._dispatch import Implementation
 from softlib.logits._engine import operations, stream as _stream
+from softlib.logits._engine.accelerator import Accelerator
 from softlib.logits._engine.head import Head
 from softlib.logits._engine.tile import Modifiers, Options
 from tests.host import jnp
@@ -34,6 +36,14 @@ def _kernel(call, platform, accepted):
     """Stands for a kernel: it keeps nothing and reads nothing that is kept."""
     why_not = (lambda options, operands: None) if accepted else _refused
     return Implementation("pallas_test", call, why_not, platform)
+
+
+def _divided(problem):
+    """The problem with its rows divided over devices."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    hidden, weight, labels = problem
+    return put(hidden, "rows"), put(weight), put(labels, "rows")
 
 
 def _forward(options, head):
@@ -83,16 +93,16 @@ def problem():
     return hidden, weight, jnp.arange(ROWS) * 497
 
 
-def _loss(hidden, weight, labels):
+def _loss(hidden, weight, labels, chunk):
     bias = jnp.linspace(-1, 1, CLASSES)
     found = losses.linear_softmax_cross_entropy(
-        hidden, weight, labels, bias=bias, vocab_chunk=CHUNK
+        hidden, weight, labels, bias=bias, vocab_chunk=chunk
     )
     return found.sum()
 
 
-def _gradients():
-    return jax.grad(_loss, (0, 1))
+def _gradients(chunk=CHUNK):
+    return jax.grad(functools.partial(_loss, chunk=chunk), (0, 1))
 
 
 def _assert_close(actual, expected):
@@ -111,7 +121,9 @@ def expected(problem):
 def test_the_problem_keeps_products(problem):
     hidden, weight, _ = problem
     head = Head(hidden, weight, None, Modifiers(None, None, None, None))
-    assert _stream.kept_shape(Options(("lse",), vocab_chunk=CHUNK), head) is not None
+    on_cpu, elsewhere = Options(("lse",), vocab_chunk=CHUNK), Options(("lse",))
+    assert _stream.kept_buffers(on_cpu, head) is not None
+    assert _stream.kept_buffers(elsewhere.on(Accelerator()), head) is not None
 
 
 SIDES = list(itertools.product([(), ("cpu",)], repeat=2))
@@ -137,11 +149,35 @@ def test_gradients_where_the_compiler_divides_the_program(
     kernels, problem, expected, forward, backward
 ):
     kernels(forward, backward)
-    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
-    hidden, weight, labels = problem
-    divided = (put(hidden, "rows"), put(weight), put(labels, "rows"))
-    _assert_close(jax.jit(_gradients())(*divided), expected)
+    _assert_close(jax.jit(_gradients())(*_divided(problem)), expected)
+
+
+# Traced for a platform without kernels, so that all platforms have its residuals: the
+# kernels of another one, here, do not keep them.
+@pytest.mark.parametrize("traced_for", ["cpu", "cuda"])
+@pytest.mark.parametrize(("forward", "backward"), SIDES)
+def test_exponentials_where_one_pass_is_a_kernel(
+    kernels, problem, expected, forward, backward, traced_for
+):
+    kernels(forward, backward)
+    with in_steps_of_accelerators(traced_for):
+        traced = jax.jit(_gradients(chunk=None)).trace(*problem)
+        text = traced.lower(lowering_platforms=("cpu",)).as_text()
+        _assert_close(jax.jit(_gradients(chunk=None))(*problem), expected)
+    is_read = not forward and not backward
+    assert text.count("dot_general") == (3 if is_read else 4)
+    # One maximum for 256 classes: no residual where it is known that none is kept.
+    assert ("8x18xf32" in text) == (traced_for == "cuda" or not forward)
+
+
+@pytest.mark.parametrize("traced_for", ["cpu", "cuda"])
+def test_exponentials_where_the_compiler_divides_the_program(
+    kernels, problem, expected, traced_for
+):
+    kernels(("cpu",), ())
+    with in_steps_of_accelerators(traced_for):
+        found = jax.jit(_gradients(chunk=None))(*_divided(problem))
+    _assert_close(found, expected)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])

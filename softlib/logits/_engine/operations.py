@@ -18,20 +18,23 @@ from jaxtyping import Array, Float, Int
 from softlib import _dispatch
 from softlib._dispatch import Implementation, Operation, Plan, absent
 from softlib._dtypes import accumulator_dtype
-from softlib._sharding import automatic_axes, match_varying
+from softlib._sharding import automatic_axes
 from softlib.typing import Implementations
 
 from . import (
+    accelerator as _accelerator,
     kernels_gpu,
     kernels_tpu,
     other_classes,
+    reference,
     stream as _stream,
     tile as _tile,
     tile_gradient,
 )
-from .accelerator import OnAccelerator
+from .accelerator import Accelerator, OnAccelerator
 from .blocks import Blocks
 from .head import Head, HeadGradient
+from .kept import Exponentials, Kept, classes_of_exponentials
 from .operand import Operand
 from .stream import BackwardOperands
 from .tile import Modifiers, Options, Ranked, RowStatistics
@@ -57,7 +60,7 @@ class Residuals(NamedTuple):
     head: Head
     lse: Float[Array, " rows"] | None
     mean: Float[Array, " rows"] | None
-    kept: Array | None  # raw products of the first classes
+    kept: Kept | None
     # Static, hence in the tree's structure: () if hidden is learned, else None.
     learned: tuple[()] | None
 
@@ -140,7 +143,9 @@ def _linear_forward(made: Plan, names: Implementations, options: Options, head: 
     head = _values(head)
     options_of_both = with_residuals(options)
     if made.fallback is not None and made.fallback.name == _FORWARD.name:
-        found, kept = _dispatch.execute(_keeping(made), options_of_both, head)
+        machine = _keeping_machine(made, options_of_both, head)
+        keeping = _keeping(made, machine)
+        found, kept = _dispatch.execute(keeping, options_of_both, head)
     else:
         found, kept = _dispatch.execute(made, options_of_both, head), None
     residuals = Residuals(head, found.lse, found.mean_logit, kept, learned)
@@ -153,44 +158,58 @@ def _values(tree: Any) -> Any:
     return jax.tree.map(of, tree, is_leaf=is_primal)
 
 
-# Fills the array of kept products on platforms that keep none; it is never read.
+# Fills what is kept on platforms that keep nothing; it is never read.
 _PLACEHOLDER = 0.0
 
 
+def _keeping_machine(made: Plan, options: Options, head: Head) -> Accelerator | None:
+    """The machine for which the residuals are: an accelerator, or None for a CPU.
+
+    Residuals have the same structure on all platforms, and are those of the platform
+    for which the program is traced, unless a kernel runs there.
+    """
+    platform = _accelerator.platform_that_keeps()
+    if platform is None or platform in dict(made.kernels):
+        return None
+    count = classes_of_exponentials(options, head)
+    return Accelerator() if count else None
+
+
 @dataclasses.dataclass(frozen=True)
-class _WithPlaceholder:
-    """A forward pass that keeps no products and returns a placeholder for them.
+class _Keeping:
+    """A forward pass with what the machine keeps, or with a placeholder for it.
 
     It is compared by value, because it belongs to the key of compiled programs.
     """
 
     forward: Callable[[Options, Head], RowStatistics]
+    machine: Accelerator | None
+    is_plain: bool = True
 
     def __call__(
         self, options: Options, head: Head
-    ) -> tuple[RowStatistics, Array | None]:
-        # The types of the results are those of the passes that keep products.
-        shape = _stream.kept_shape(options.on(None), head)
-        kept = None
-        if shape is not None:
-            kept = jnp.full(shape, _PLACEHOLDER, head.dtype)
-        return self.forward(options, head), match_varying(kept, head.hidden)
+    ) -> tuple[RowStatistics, Kept | None]:
+        is_same = (options.accelerator is None) == (self.machine is None)
+        if self.is_plain and is_same:
+            return _stream.forward_keeping(options, head)
+        own = options.on(self.machine)
+        kept = _stream.kept_buffers(own, head, _PLACEHOLDER)
+        return self.forward(options, head), kept
 
 
-def _keeping(made: Plan) -> Plan:
-    """The plan of a forward pass that keeps products where it is plain JAX on a CPU.
+def _keeping(made: Plan, machine: Accelerator | None) -> Plan:
+    """The plan of a forward pass that returns what the machine keeps.
 
-    Residuals have the same structure on all platforms. Kernels keep no products, and
-    neither do the large steps of accelerators: their backward passes recompute them.
+    Kernels keep nothing, nor does plain JAX on a machine of the other kind: there the
+    backward pass recomputes it.
     """
     of_kernels = [
-        (platform, dataclasses.replace(kernel, call=_WithPlaceholder(kernel.call)))
-        for platform, kernel in made.kernels
+        (p, dataclasses.replace(kernel, call=_Keeping(kernel.call, machine, False)))
+        for p, kernel in made.kernels
     ]
+    plain = _Keeping(_stream.forward, machine)
     fallback = dataclasses.replace(
-        _FORWARD,
-        call=_stream.forward_keeping,
-        accelerated=OnAccelerator(_WithPlaceholder(_stream.forward)),
+        _FORWARD, call=plain, accelerated=OnAccelerator(plain)
     )
     operation = dataclasses.replace(made.operation, implementations=(fallback,))
     return dataclasses.replace(
@@ -198,8 +217,29 @@ def _keeping(made: Plan) -> Plan:
     )
 
 
-def _recomputed(options: Options, operands: BackwardOperands) -> HeadGradient:
-    return _stream.backward(options, operands._replace(kept=None))
+def _reading_kept(forward: Plan, backward: Plan) -> Plan:
+    """The backward plan, computing all again where only the forward pass is a kernel.
+
+    In programs that the compiler divides neither pass is one.
+    """
+    kernels = {platform: _RECOMPUTING for platform, _ in forward.kernels}
+    kernels |= dict(backward.kernels)
+    return dataclasses.replace(backward, kernels=tuple(kernels.items()))
+
+
+def _backward(options: Options, operands: BackwardOperands) -> HeadGradient:
+    """The gradient in plain JAX, from what this kind of machine has kept."""
+    of_accelerator = isinstance(operands.kept, Exponentials)
+    if of_accelerator != (options.accelerator is not None):
+        operands = operands._replace(kept=None)
+    return _stream.backward(options, operands)
+
+
+def _recomputed_on_accelerator(
+    options: Options, operands: BackwardOperands
+) -> HeadGradient:
+    own = options.on(Accelerator())
+    return _stream.backward(own, operands._replace(kept=None))
 
 
 def _linear_backward(
@@ -209,10 +249,11 @@ def _linear_backward(
     residuals: Residuals,
     cotangents: RowStatistics,
 ):
-    return _gradient(names, options, residuals, cotangents, None)
+    return _gradient(made, names, options, residuals, cotangents, None)
 
 
 def _gradient(
+    forward: Plan,
     names: Implementations,
     options: Options,
     residuals: Residuals,
@@ -223,7 +264,10 @@ def _gradient(
     rows = RowCotangents(lse, mean, _instantiated(differentiable(cotangents)))
     options = dataclasses.replace(options, hidden_is_learned=learned is not None)
     operands = BackwardOperands(head, rows, kept, further)
-    gradient: HeadGradient = _dispatch.run(LINEAR_GRADIENT, names, options, operands)
+    made = _dispatch.plan(LINEAR_GRADIENT, names, options, operands)
+    if isinstance(kept, Exponentials):
+        made = _reading_kept(forward, made)
+    gradient: HeadGradient = _dispatch.execute(made, options, operands)
     return (gradient.as_operands(),)
 
 
@@ -257,7 +301,7 @@ def _chained_backward(
     statistics, further = cotangents
     if isinstance(further, SymbolicZero):
         further = None
-    return _gradient(names, options, residuals, statistics, further)
+    return _gradient(made, names, options, residuals, statistics, further)
 
 
 _chained = _with_rule(_statistics_and_weight, _chained_forward, _chained_backward)
@@ -265,7 +309,7 @@ _chained = _with_rule(_statistics_and_weight, _chained_forward, _chained_backwar
 
 def _linear_reference(options: Options, head: Operand) -> RowStatistics:
     raw = head.raw(options)
-    return _reference(options, raw, head.labels, head.ranked, head.modifiers)
+    return reference.statistics(options, raw, head.labels, head.ranked, head.modifiers)
 
 
 def _linear_gradient_reference(
@@ -374,7 +418,7 @@ def _given_gradient_xla(options: Options, operands: BackwardOperands) -> GivenGr
 
 def _given_reference(options: Options, operands: Given) -> RowStatistics:
     raw = operands.logits.astype(operands.dtype)
-    return _reference(
+    return reference.statistics(
         options, raw, operands.labels, operands.ranked, operands.modifiers
     )
 
@@ -397,61 +441,6 @@ def _given_gradient_reference(
 
 
 # ------------------------------------------------------------------------------- shared
-def _reference(
-    options: Options,
-    raw: Array,
-    labels: Array | None,
-    ranked: Ranked | None,
-    modifiers: Modifiers,
-) -> RowStatistics:
-    """The statistics by their definitions, of whole rows."""
-    z = _tile.logits_of(raw, options, modifiers).z
-    where = modifiers.class_where
-    present = _tile.select(z, where, -jnp.inf)
-    counted = _tile.select(z, where, 0)
-    asked = present
-    if options.exclude_labels:
-        assert labels is not None
-        classes = jnp.arange(z.shape[1])[None, None, :]
-        own = (classes == labels[..., None]).any(1)
-        asked = jnp.where(own, -jnp.inf, present)
-    weighed = asked
-    if modifiers.class_log_weights is not None:
-        weighed = weighed + modifiers.class_log_weights.astype(z.dtype)[None]
-    top = jax.lax.stop_gradient(weighed).max(1)
-    empty = top == -jnp.inf
-    shift = jnp.where(empty, 0, top)
-    exponentials = jnp.exp(weighed - shift[:, None])
-    # Selected before the logarithm too: 0 * inf in a derivative is NaN.
-    total = jnp.where(empty, 1, exponentials.sum(1))
-    lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
-    p = exponentials / total[:, None]
-    finite = jnp.where(weighed == -jnp.inf, 0, present)
-    found = RowStatistics(
-        lse=lse,
-        mean_logit=(p * finite).sum(1),
-        sum_logits=counted.sum(1),
-        sum_squared_logits=(counted * counted).sum(1),
-        max_logit=jax.lax.stop_gradient(present).max(1),
-        argmax=jnp.argmax(present, axis=1).astype(jnp.int32),
-        sum_softplus=jax.nn.softplus(asked).sum(1),
-    )
-    if labels is not None:
-        inside = labels >= 0
-        at = jnp.take_along_axis(z, jnp.where(inside, labels, 0), axis=1)
-        found = found._replace(label_logits=jnp.where(inside, at, 0))
-    if ranked is not None:
-        others = z[:, None, :]
-        own, ids = ranked.logits[..., None], ranked.labels[..., None]
-        classes = jnp.arange(z.shape[1])[None, None, :]
-        before = (others > own) | ((others == own) & (classes < ids))
-        before = before & (classes != ids)
-        if where is not None:
-            before = before & where.reshape(-1, 1, z.shape[1])
-        found = found._replace(label_rank=before.sum(-1, dtype=jnp.int32))
-    return _tile.only(found, options)
-
-
 def with_residuals(options: Options) -> Options:
     """Options that include the statistics which the backward pass needs."""
     if options.gradient_filter_eps is not None:
@@ -512,6 +501,8 @@ LINEAR = Operation(
         Implementation("reference", _linear_reference, _no_filter),
     ),
 )
+# Backward pass on platforms where only the forward pass is a kernel.
+_RECOMPUTING = Implementation("xla", _recomputed_on_accelerator)
 LINEAR_GRADIENT = Operation(
     "linear_row_statistics_gradient",
     (
@@ -519,9 +510,9 @@ LINEAR_GRADIENT = Operation(
         kernels_gpu.BACKWARD,
         Implementation(
             "xla",
-            _stream.backward,
+            _backward,
             note=gradient_note,
-            accelerated=OnAccelerator(_recomputed),
+            accelerated=OnAccelerator(_backward),
         ),
         Implementation("reference", _linear_gradient_reference, _no_filter),
     ),

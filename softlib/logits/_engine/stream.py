@@ -6,8 +6,9 @@ the weight's gradient and adds to the gradient of hidden. The weight is sliced, 
 padded, transposed or copied. The loop order (vocabulary outside, groups of rows inside)
 keeps every sum in float32 without a float32 buffer of the weight's size.
 
-With few rows the forward stream keeps the raw products of the first classes for the
-backward stream, which saves a product: of all classes if they are one tile.
+The forward stream may keep the first tiles for the backward stream, which saves a
+product, in one of the forms of `kept`: on a CPU with few rows, of all classes if they
+are one tile; on an accelerator in the memory that `accelerator` allows.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,17 @@ from softlib._largest import largest
 from softlib._sharding import match_varying
 from softlib._symbolic import is_symbolic
 
-from . import chunks as _chunks, slices as _slices, tile as _tile, tile_gradient
+from . import (
+    chunks as _chunks,
+    kept as _kept,
+    slices as _slices,
+    tile as _tile,
+    tile_gradient,
+)
 from .accelerator import Accelerator
 from .chunks import Index, RowCut
+from .head import Head
+from .kept import Kept, Products
 from .operand import Operand
 from .tile import Options, RowStatistics, Tile
 from .tile_gradient import RawCotangents, RowCotangents
@@ -36,8 +45,8 @@ class BackwardOperands(NamedTuple):
 
     head: Any  # Operand
     rows: RowCotangents
-    # Raw products of the first classes, in the layout of the forward pass.
-    kept: Float[Array, "rows K"] | Float[Array, "K rows"] | None = None
+    # Of the first classes, in the layout of the forward pass.
+    kept: Kept | None = None
     # An existing gradient of the weight, to which that of this head is added.
     further: Float[Array, "V D"] | Float[Array, "D V"] | None = None
 
@@ -92,23 +101,33 @@ def fold_logits[Carry](
     return by_rows(cut, of, head.like)
 
 
-def forward_keeping(
-    options: Options, head: Operand
-) -> tuple[RowStatistics, Array | None]:
-    """The statistics, and raw products to keep for the backward pass."""
-    size, keep = _kept_classes(options, head)
+def forward_keeping(options: Options, head: Head) -> tuple[RowStatistics, Kept | None]:
+    """The statistics, and what the machine of these steps keeps."""
+    if options.accelerator is None:
+        keep = _kept_classes(options, head)[1]
+    else:
+        keep = _kept.classes_of_exponentials(options, head)
     if keep == 0:
         return forward(options, head), None
-    return statistics(options, head, size, keep)
+    size = classes_per_step(options, head, head.rows)
+    return statistics(options, head, size, lambda: kept_buffers(options, head))
 
 
-def kept_shape(options: Options, head: Operand) -> tuple[int, int] | None:
-    """Shape of the products that `forward_keeping` keeps; None if it keeps none."""
+def kept_buffers(options: Options, head: Head, value: float = 0.0) -> Kept | None:
+    """Arrays for what `forward_keeping` keeps, of one value; None if it is nothing."""
+    if options.accelerator is not None:
+        return _kept.exponentials(options, head, value)
     size, keep = _kept_classes(options, head)
+    return products_buffer(options, head, size, keep, value) if keep else None
+
+
+def products_buffer(
+    options: Options, head: Operand, size: int, keep: int, value: float = 0.0
+) -> Products:
+    """An array for the raw products of `keep` classes in steps of `size`."""
     rows = head.rows
-    if keep == 0:
-        return None
-    return (keep, rows) if _across(options, head, rows, size) else (rows, keep)
+    shape = (keep, rows) if _across(options, head, rows, size) else (rows, keep)
+    return Products(match_varying(jnp.full(shape, value, head.dtype), head.like))
 
 
 def _kept_classes(options: Options, head: Operand) -> tuple[int, int]:
@@ -123,12 +142,17 @@ def _kept_classes(options: Options, head: Operand) -> tuple[int, int]:
 
 
 def statistics(
-    options: Options, head: Operand, size: int, keep: int = 0
-) -> tuple[RowStatistics, Array | None]:
-    """Statistics of one group of rows, and raw products of the first `keep` classes."""
+    options: Options,
+    head: Operand,
+    size: int,
+    buffers: Callable[[], Kept | None] = lambda: None,
+) -> tuple[RowStatistics, Kept | None]:
+    """Statistics of one group of rows, and what fills the buffers that it makes."""
     rows = head.rows
     vocabulary = head.vocabulary(options)
-    axis = 0 if keep and _across(options, head, rows, size) else 1
+    state = _tile.init(options, rows, head.labels, head.ranked, head.dtype)
+    state, kept = match_varying(state, head.like), buffers()
+    axis = 0 if kept is not None and _across(options, head, rows, size) else 1
 
     def update(state, start, size):
         sliced = classes_of(head, start, size, options)
@@ -142,21 +166,19 @@ def statistics(
             sliced.modifiers,
             exclude_labels=options.exclude_labels,
         )
-        return state, tile.raw
+        return state, tile, sliced.modifiers
 
     def step_keeping(carry, start, size):
         state, kept = carry
-        state, raw = update(state, start, size)
-        return state, _chunks.with_slice(kept, raw, start, axis)
+        state, tile, modifiers = update(state, start, size)
+        return state, kept.with_step(state, tile, start, modifiers)
 
-    state = _tile.init(options, rows, head.labels, head.ranked, head.dtype)
-    state, kept = match_varying(state, head.like), None
-    if keep:
-        shape = (keep, rows) if axis == 0 else (rows, keep)
-        kept = head.zeros(*shape)
-        state, kept = _chunks.fold(step_keeping, (state, kept), keep, size)
+    first = 0
+    if kept is not None:
+        first = kept.count(axis)
+        state, kept = _chunks.fold(step_keeping, (state, kept), first, size)
     step = lambda state, start, size: update(state, start, size)[0]
-    state = _chunks.fold(step, state, vocabulary, size, keep)
+    state = _chunks.fold(step, state, vocabulary, size, first)
     return _tile.finalize(state, options), kept
 
 
@@ -263,13 +285,13 @@ def gradient_sums_of_heads(
     size: int,
     classes: tuple[Any, ...],
     *,
-    kept: Array | None = None,
+    kept: Kept | None = None,
     add: bool = False,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """`gradient_sums` of several operands over the same classes, in one stream.
 
-    Cotangents of a tile may depend on the tiles of all operands. `kept` are the raw
-    products of the first classes, of a single head only.
+    Cotangents of a tile may depend on the tiles of all operands. `kept` is of the first
+    classes of a single head only.
     """
     vocabulary = heads[0].vocabulary(options[0])
     lies_across = lambda own, head: _across(own, head, cut.size, size)
@@ -279,14 +301,13 @@ def gradient_sums_of_heads(
     copies = on_cpu and size < vocabulary and _are_many(cut.size)
     copied = _copied_on_cpu if copies else lambda array: array
 
-    def of_tile(total, slices, start, group, raw):
+    def of_tile(total, slices, start, group, known):
         """Adds a tile to the sums per row; its sums per class, and its entries."""
         mine = tuple(sliced.rows_of(cut, group) for sliced in slices)
-        if raw is None:
+        if known is None:
             tiles = tuple(map(lambda m, o: tile_of(m, o, class_axis), mine, options))
         else:
-            own, modifiers = options[0], mine[0].modifiers
-            tiles = (_tile.logits_of(raw, own, modifiers, class_axis),)
+            tiles = (known.tile(options[0], mine[0], start, class_axis),)
         found = cotangents(tiles, mine, start, group)
         pulled = [
             sliced.pull(own, cotangent, across, copied)
@@ -295,11 +316,11 @@ def gradient_sums_of_heads(
         of_rows, of_classes, entries = zip(*pulled, strict=True)
         return cut.add(total, of_rows, group), of_classes, entries
 
-    def step(carry, start, size, raw=None):
+    def step(carry, start, size, known=None):
         total, buffers = carry
         slices = tuple(map(lambda h, o: classes_of(h, start, size, o), heads, options))
         if cut.whole:
-            total, found, entries = of_tile(total, slices, start, 0, raw)
+            total, found, entries = of_tile(total, slices, start, 0, known)
         else:
 
             def visit(both, group):
@@ -334,8 +355,8 @@ def gradient_sums_of_heads(
 
     def step_kept(carry, start, size):
         assert kept is not None
-        raw = _chunks.slice_of(kept, start, size, class_axis)
-        return step(carry, start, size, raw)
+        known = kept.of_classes(start, size, class_axis)
+        return step(carry, start, size, known)
 
     none = tuple(
         head.no_row_sums(own, cut.size, across)
@@ -346,7 +367,7 @@ def gradient_sums_of_heads(
     if kept is not None:
         assert cut.whole
         assert len(heads) == 1
-        first = kept.shape[class_axis]
+        first = kept.count(class_axis)
         carry = _chunks.fold(step_kept, carry, first, size)
     total, classes = _chunks.fold(step, carry, vocabulary, size, first)
     sums = cut.joined(total)

@@ -162,8 +162,12 @@ def _value_and_gradients(
         size, keep = _stream.classes_per_step(options, head, rows), vocabulary
         if options.accelerator is not None:
             keep = options.accelerator.kept_classes(rows, keep, size, head.dtype)
+
+        def buffers():
+            return _stream.products_buffer(options, mine, size, keep) if keep else None
+
         found, kept = _stream.statistics(
-            operations.with_residuals(options), mine, size, keep
+            operations.with_residuals(options), mine, size, buffers
         )
 
         def value(statistics, factors, scalars):
