@@ -74,7 +74,7 @@ def cases() -> list[Case]:
     return [*through, *bare]
 
 
-def _arrays(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+def in_layout(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Query, key, value, and the cotangent of the output, in the user's layout."""
     turned = ((x.dtype, x.shape) for x in problem.arrays)
     return tuple(array(dtype, b, t, n, h) for dtype, (b, n, t, h) in turned)
@@ -90,8 +90,8 @@ def _through_softlib(name: str, problem: Problem, **options: Any) -> list[Case]:
             **options,
         )
 
-    name, arrays = f"gpu softlib {name}", _arrays(problem)
-    return forward_and_training(name, problem, forward, arrays, (), _case)
+    name, arrays = f"gpu softlib {name}", in_layout(problem)
+    return forward_and_training(name, problem, forward, arrays, (), case_of)
 
 
 def _with_sinks_and_lengths() -> list[Case]:
@@ -105,11 +105,11 @@ def _with_sinks_and_lengths() -> list[Case]:
         )
 
     extra = (array(jnp.float32, RAGGED.heads[0]), array(jnp.int32, RAGGED.batch))
-    name, arrays = "gpu softlib sinks and lengths", _arrays(RAGGED)
-    return forward_and_training(name, RAGGED, forward, arrays, extra, _case)
+    name, arrays = "gpu softlib sinks and lengths", in_layout(RAGGED)
+    return forward_and_training(name, RAGGED, forward, arrays, extra, case_of)
 
 
-def _case(
+def case_of(
     name: str,
     problem: Problem,
     function: Any,
@@ -133,7 +133,7 @@ def _bare(
     """Each kernel by itself, as the engine calls it."""
     (h, e), (t, _), (n, _) = problem.features, problem.lengths, problem.heads
     per_row = array(jnp.float32, problem.batch, n, t)
-    arguments = (*_arrays(problem), per_row, per_row)
+    arguments = (*in_layout(problem), per_row, per_row)
     options = Options(kind or Softmax(), h**-0.5, softcap, None, problem.dtype)
 
     def given(which: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any]:
@@ -158,7 +158,7 @@ def _bare(
         arrays = (query, key, value, *rest, lists)
         return of_keys.key_gradients(*arrays, **static)
 
-    case = functools.partial(_case, problem=problem)
+    case = functools.partial(case_of, problem=problem)
     return [
         case(
             f"gpu {name}, forward kernel",

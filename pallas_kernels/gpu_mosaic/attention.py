@@ -25,9 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
+from .attention_extras import NOTHING, Extras, Layout, Reader
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
-from .attention_scores import LN2, LOG2E, Axis, Form, across
+from .attention_scores import LN2, LOG2E, Axis, Excluding, Form, across
 from .attention_tiles import ROWS, TILE, WARPGROUPS, Tiles
 
 
@@ -41,6 +42,7 @@ def attention(
     tiles: Tiles,
     sinks: jax.Array | None = None,
     mask_scalars: jax.Array | None = None,
+    extras: Extras = NOTHING,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over listed tiles, and the log of the sum of the weights.
@@ -56,6 +58,7 @@ def attention(
         sinks: (N,) float32: one more score per head, without a value; only for weights
             `softmax`.
         mask_scalars: (B, n) int32: further arguments of `form.mask`.
+        extras: A boolean array, a bias, and arguments of `form.mask` per position.
         interpret: As in `plgpu.kernel`.
 
     Returns:
@@ -65,8 +68,9 @@ def attention(
     """
     batch, length, heads, features = query.shape
     value_features = value.shape[-1]
-    extra = [x for x in (sinks, mask_scalars) if x is not None]
-    operands = (query, key, value, *lists, *extra)
+    given = [x for x in (sinks, *extras.operands, mask_scalars) if x is not None]
+    operands = (query, key, value, *lists, *given)
+    layout = Layout(extras.parts, tiles.keys, tiles.stages)
     scratch: dict[str, Any] = {
         "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
         "k": ring.swizzled((tiles.stages, tiles.keys, features), query.dtype),
@@ -81,11 +85,13 @@ def attention(
         "v_ready": plgpu.Barrier(num_barriers=tiles.stages),
         "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
         "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tiles.stages),
+        **layout.scratch(),
     }
     return plgpu.kernel(
         functools.partial(
             _forward_kernel,
             form=form,
+            layout=layout,
             has_sinks=sinks is not None,
         ),
         out_type=(
@@ -104,28 +110,34 @@ def attention(
     )(*operands)
 
 
-def _forward_kernel(*refs, form, has_sinks, q, k, v, out, lse, staging, **barriers):
+def _forward_kernel(
+    *refs, form, layout, has_sinks, q, k, v, out, lse, staging, extras, **barriers
+):
     query_ref, key_ref, value_ref, others_ref, tiles_ref, *rest = refs
     sinks_ref = rest.pop(0) if has_sinks else None
-    *scalars_refs, out_ref, lse_ref = rest
+    extras_refs, (*scalars_refs, out_ref, lse_ref) = layout.split(rest)
     at, head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
     walk = Walk(others_ref, tiles_ref, at)
     keys = Channel((k,), barriers["k_ready"], barriers["k_free"])
     values = Channel((v,), barriers["v_ready"], barriers["v_free"])
+    reader = Reader.of(layout, extras_refs, batch, extras, barriers)
     size, last = k.shape[1], form.last(key_ref.shape[1], k.shape[1])
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         key_head = lax.div(head, query_ref.shape[2] // key_ref.shape[2])
         fills = (keys, key_ref), (values, value_ref)
-        ring.feed_keys(walk, fills, (batch, key_head), size)
+        more = lambda step, tile: reader.fill(step, walk, tile, head)
+        ring.feed_keys(walk, fills, (batch, key_head), size, more)
+        reader.close()
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
         keys.open()
         values.open()
+        reader.open()
         first = walk.tile * TILE + warpgroup * ROWS
         own = pl.ds(first, ROWS)
         staged = None if staging is None else staging.at[warpgroup]
@@ -140,19 +152,21 @@ def _forward_kernel(*refs, form, has_sinks, q, k, v, out, lse, staging, **barrie
             raw = ring.product(queries, ring.transposed(slot), size)
             keys.release(at)
 
-            one_by_one = partial or not form.is_plain
+            one_by_one = partial or not form.is_plain or layout.parts
             in_parts = ring.by_columns if one_by_one else ring.at_once
+            beside = reader.wait(at, warpgroup, head)
 
             def scores(columns, raw):
-                bits = form.bits(raw)
-                if not partial:
-                    return (bits,)
-                query = Axis(0, first)
-                key = Axis(1, walk.other(at) * size + columns.start)
-                scalars = ring.scalars(scalars_refs, batch)
-                return (form.selected(bits, query, key, last, scalars),)
+                def given():
+                    key = Axis(1, walk.other(at) * size + columns.start)
+                    scalars = ring.scalars(scalars_refs, batch)
+                    return Excluding(Axis(0, first), key, last, scalars)
+
+                found = beside.scores(form, columns, raw, given if partial else None)
+                return (found.bits,)
 
             (bits,) = in_parts(scores, raw)
+            reader.release(at)
             if form.is_relative:
                 before, top = top, form.top(bits, top)
                 shift = _finite(top)

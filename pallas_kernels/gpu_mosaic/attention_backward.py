@@ -26,9 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
+from .attention_extras import NOTHING, Extras, Layout, Reader
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
-from .attention_scores import Axis, Form, across
+from .attention_scores import Axis, Excluding, Form, across
 from .attention_tiles import ROWS, TILE, WARPGROUPS, BackwardTiles
 
 
@@ -54,6 +55,7 @@ def query_gradient(
     form: Form,
     tiles: BackwardTiles,
     mask_scalars: jax.Array | None = None,
+    extras: Extras = NOTHING,
     interpret: Any = None,
 ) -> jax.Array:
     """The gradient of the queries, dQ.
@@ -64,12 +66,14 @@ def query_gradient(
         value: See `query`.
         cotangent: dO, (B, T, N, E), in the dtype of `query`.
         norm: (B, N, T), float32: log-sums in bits, inf for an empty row; the inverse of
-            the sum, 0 for an empty row, if weights are not relative.
-        delta: <dO, out> minus the cotangent of the log-sum, (B, N, T), float32.
+            the sum, 0 for an empty row, if weights are not relative. With a bias it is
+            as long as whole tiles of `tiles.queries`: rows behind T are empty.
+        delta: <dO, out> minus the cotangent of the log-sum, float32, as long as `norm`.
         lists: Lists of tiles of `tiles.keys` keys for each tile of 128 queries.
         form: See `query`.
         tiles: Sizes.
         mask_scalars: As in `attention`.
+        extras: As in `attention`.
         interpret: See `query`.
 
     Returns:
@@ -77,11 +81,11 @@ def query_gradient(
     """
     batch, _, heads, features = query.shape
     value_features, stages = value.shape[-1], tiles.stages
-    operands = (query, key, value, cotangent, norm, delta, *lists)
-    if mask_scalars is not None:
-        operands = (*operands, mask_scalars)
+    given = [x for x in (*extras.operands, mask_scalars) if x is not None]
+    operands = (query, key, value, cotangent, norm, delta, *lists, *given)
+    layout = Layout(extras.parts, tiles.keys, stages)
     return plgpu.kernel(
-        functools.partial(_query_kernel, form=form),
+        functools.partial(_query_kernel, form=form, layout=layout),
         out_type=result(query.shape, query.dtype, *operands),
         scratch_types={
             "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
@@ -95,6 +99,7 @@ def query_gradient(
             "v_ready": plgpu.Barrier(num_barriers=stages),
             "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
             "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            **layout.scratch(),
         },
         grid=(lists.tiles.shape[0], heads, batch),
         grid_names=("tile", "head", "batch"),
@@ -106,28 +111,34 @@ def query_gradient(
     )(*operands)
 
 
-def _query_kernel(*refs, form, q, do, k, v, rows, staging, owned, **barriers):
+def _query_kernel(
+    *refs, form, layout, q, do, k, v, rows, staging, owned, extras, **barriers
+):
     *arrays, others_ref, tiles_ref = refs[:8]
     query_ref, key_ref, value_ref, cotangent_ref, norm_ref, delta_ref = arrays
-    *scalars_refs, dq_ref = refs[8:]
+    extras_refs, (*scalars_refs, dq_ref) = layout.split(refs[8:])
     at, head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
     walk = Walk(others_ref, tiles_ref, at)
     keys = Channel((k,), barriers["k_ready"], barriers["k_free"])
     values = Channel((v,), barriers["v_ready"], barriers["v_free"])
+    reader = Reader.of(layout, extras_refs, batch, extras, barriers)
     size, last = k.shape[1], form.last(key_ref.shape[1], k.shape[1])
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
         key_head = lax.div(head, query_ref.shape[2] // key_ref.shape[2])
         fills = (keys, key_ref), (values, value_ref)
-        ring.feed_keys(walk, fills, (batch, key_head), size)
+        more = lambda step, tile: reader.fill(step, walk, tile, head)
+        ring.feed_keys(walk, fills, (batch, key_head), size, more)
+        reader.close()
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
         keys.open()
         values.open()
+        reader.open()
         first = walk.tile * TILE + warpgroup * ROWS
         own = (batch, pl.ds(first, ROWS), head)
         own_rows = (batch, head, pl.ds(first, ROWS))
@@ -148,16 +159,21 @@ def _query_kernel(*refs, form, q, do, k, v, rows, staging, owned, **barriers):
             own_slot = ring.anew(warpgroup)
             raw = ring.product(q.at[own_slot], ring.transposed(slot), size)
 
+            beside = reader.wait(at, own_slot, head)
+
             def weights(columns, raw):
-                bits = form.bits(raw)
-                if partial:
+                def given():
                     key = Axis(1, walk.other(at) * size + columns.start)
                     scalars = ring.scalars(scalars_refs, batch)
-                    bits = form.selected(bits, Axis(0, first), key, last, scalars)
-                _, slope = form.normalised(bits, across(norm, bits.shape))
+                    return Excluding(Axis(0, first), key, last, scalars)
+
+                found = beside.scores(form, columns, raw, given if partial else None)
+                norms = across(norm, raw.shape)
+                _, slope = form.normalised(found.bits, norms, found.capped)
                 return (kept(slope, form, k.shape[2]),)
 
             (slope,) = ring.by_columns(weights, raw)
+            reader.release(at)
             answer = across(-delta, slope.shape)
             (given,) = values.wait(at)
             answer = ring.added(answer, do.at[own_slot], ring.transposed(given), staged)

@@ -21,9 +21,10 @@ from pallas_kernels._results import result
 
 from . import attention_ring as ring
 from .attention_backward import kept
+from .attention_extras import NOTHING, Extras, Layout, Reader
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
-from .attention_scores import Axis, Form, across
+from .attention_scores import Axis, Excluding, Form, across
 from .attention_tiles import ROWS, TILE, WARPGROUPS, BackwardTiles
 
 
@@ -39,6 +40,7 @@ def key_gradients(
     form: Form,
     tiles: BackwardTiles,
     mask_scalars: jax.Array | None = None,
+    extras: Extras = NOTHING,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys and values, dK and dV.
@@ -54,12 +56,13 @@ def key_gradients(
         form: See `query`.
         tiles: See `query`.
         mask_scalars: See `query`.
+        extras: See `query`.
         interpret: See `query`.
 
     Returns:
         In the shapes and dtypes of `key` and `value`; 0 for keys that no query reads.
     """
-    arrays = (query, key, value, cotangent, norm, delta, lists, mask_scalars)
+    arrays = (query, key, value, cotangent, norm, delta, lists, mask_scalars, extras)
     call = functools.partial(_call, *arrays, form, tiles, interpret)
     crowded = form.is_heavy and key.shape[-1] + value.shape[-1] > 192
     if tiles.together and not crowded:
@@ -79,6 +82,7 @@ def _call(
     delta: jax.Array,
     lists: Lists,
     mask_scalars: jax.Array | None,
+    extras: Extras,
     form: Form,
     tiles: BackwardTiles,
     interpret: Any,
@@ -88,9 +92,9 @@ def _call(
     """Computes the wanted gradients of dK and dV."""
     batch, _, key_heads, features = key.shape
     value_features, stages = value.shape[-1], tiles.stages
-    operands = (query, key, value, cotangent, norm, delta, *lists)
-    if mask_scalars is not None:
-        operands = (*operands, mask_scalars)
+    given = [x for x in (*extras.operands, mask_scalars) if x is not None]
+    operands = (query, key, value, cotangent, norm, delta, *lists, *given)
+    layout = Layout(extras.parts, tiles.queries, stages, is_transposed=True)
     per_query = plgpu.SMEM((stages, tiles.queries), jnp.float32)
     scratch: dict[str, Any] = {
         "k": ring.swizzled((WARPGROUPS, ROWS, features), key.dtype),
@@ -103,10 +107,11 @@ def _call(
         "owned": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         "ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        **layout.scratch(),
     }
     wants = [x for x, is_wanted in zip((key, value), wanted, strict=True) if is_wanted]
     return plgpu.kernel(
-        functools.partial(_key_kernel, form=form, wanted=wanted),
+        functools.partial(_key_kernel, form=form, layout=layout, wanted=wanted),
         out_type=tuple(result(x.shape, x.dtype, *operands) for x in wants),
         scratch_types=scratch,
         grid=(lists.tiles.shape[0], key_heads, batch),
@@ -120,19 +125,20 @@ def _call(
 
 
 def _key_kernel(
-    *refs, form, wanted, k, v, q, do, norms, deltas, staging, owned, ready, free
+    *refs, form, layout, wanted, k, v, q, do, norms, deltas, staging, extras, **barriers
 ):
     *arrays, others_ref, tiles_ref = refs[:8]
     query_ref, key_ref, value_ref, cotangent_ref, norm_ref, delta_ref = arrays
     wants_key, wants_value = wanted
-    rest = list(refs[8:])
+    extras_refs, rest = layout.split(refs[8:])
     dv_ref: Any = rest.pop() if wants_value else None
     dk_ref: Any = rest.pop() if wants_key else None
     scalars_refs, dtype = rest, query_ref.dtype
     results = (wants_key * k.shape[2], wants_value * v.shape[2])
     at, key_head, batch = (lax.axis_index(name) for name in ("tile", "head", "batch"))
     warpgroup = lax.axis_index("warpgroup")
-    queries = Channel((q, norms, do, deltas), ready, free)
+    queries = Channel((q, norms, do, deltas), barriers["ready"], barriers["free"])
+    reader = Reader.of(layout, extras_refs, batch, extras, barriers)
     size, groups = q.shape[1], query_ref.shape[2] // key_ref.shape[2]
 
     @pl.when(warpgroup == WARPGROUPS)
@@ -150,25 +156,28 @@ def _key_kernel(
                 cotangent_ref.at[tiled],
                 delta_ref.at[flat],
             )
+            reader.fill(step, walk, tile, head)
 
         ring.feed(walk, fill, rounds=groups)
         queries.close()
+        reader.close()
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
         plgpu.set_max_registers(ring.COMPUTE_REGISTERS, action="increase")
         queries.open()
+        reader.open()
         walk = Walk(others_ref, tiles_ref, at)
         # Computed just before it is used, to save registers.
         first = lambda: walk.tile * TILE + warpgroup * ROWS
         own = lambda: (batch, pl.ds(first(), ROWS), key_head)
         staged = None if staging is None else staging.at[warpgroup]
-        barrier = owned.at[warpgroup]
+        barrier = barriers["owned"].at[warpgroup]
         plgpu.copy_gmem_to_smem(key_ref.at[own()], k.at[warpgroup], barrier)
         plgpu.copy_gmem_to_smem(value_ref.at[own()], v.at[warpgroup], barrier)
         plgpu.barrier_wait(barrier)
 
-        def step(before, partial, at, totals):
+        def step(group, before, partial, at, totals):
             dk, dv = totals
             now = before + at
             query, norm, given, delta = queries.wait(now)
@@ -177,19 +186,23 @@ def _key_kernel(
             start = walk.other(at) * size if partial else None
             own_first = walk.tile * TILE + own_slot * ROWS
 
+            beside = reader.wait(now, own_slot, key_head * groups + group)
+
             def weights(columns, raw):
-                bits = form.bits(raw)
-                if partial:
+                def given():
                     # Results of padded keys are not written.
-                    along, key = Axis(1, start + columns.start), Axis(0, own_first)
+                    along, own = Axis(1, start + columns.start), Axis(0, own_first)
                     scalars = ring.scalars(scalars_refs, batch)
-                    bits = form.selected(bits, along, key, None, scalars)
-                norms = across(ring.per_column(norm, columns), bits.shape, 1)
-                p, slope = form.normalised(bits, norms)
+                    return Excluding(along, own, None, scalars)
+
+                found = beside.scores(form, columns, raw, given if partial else None)
+                norms = across(ring.per_column(norm, columns), raw.shape, 1)
+                p, slope = form.normalised(found.bits, norms, found.capped)
                 p, slope = p.astype(dtype), kept(slope, form, *results)
                 return (p,) * wants_value + (slope,) * wants_key
 
             found = ring.by_columns(weights, raw, 32 if form.is_plain else 16)
+            reader.release(now)
             p, slope = found[0], found[-1]  # if it is wanted
             if dv is not None:
                 p = ring.operand(p, staged)
@@ -204,7 +217,8 @@ def _key_kernel(
             return dk, dv
 
         def head(group, totals):
-            return walk.fold(functools.partial(step, group * walk.count), totals)
+            before = group * walk.count
+            return walk.fold(functools.partial(step, group, before), totals)
 
         totals = (
             ring.zeros(k.shape[2]) if wants_key else None,

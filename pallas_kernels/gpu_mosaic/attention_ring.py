@@ -142,18 +142,25 @@ def feed(walk: Walk, fill: Callable[[Any, Any, Any], None], *, rounds: int = 1) 
 
 
 def feed_keys(
-    walk: Walk, fills: Sequence[tuple[Channel, Any]], head: tuple[Any, Any], size: int
+    walk: Walk,
+    fills: Sequence[tuple[Channel, Any]],
+    head: tuple[Any, Any],
+    size: int,
+    then: Callable[[Any, Any], None],
 ) -> None:
     """Runs the memory warpgroup for the tile of queries of a block.
 
-    `fills`: channels with their arrays. `head`: batch entry and key head.
+    `fills`: channels with their arrays. `head`: batch entry and key head. `then` is
+    called with a step and its tile after the copies of the first array.
     """
     plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
     batch, key_head = head
 
     def fill(step, _, tile):
-        for channel, ref in fills:
+        for place, (channel, ref) in enumerate(fills):
             channel.fill(step, ref.at[batch, pl.ds(tile * size, size), key_head])
+            if place == 0:
+                then(step, tile)
 
     feed(walk, fill)
     for channel, _ in fills:

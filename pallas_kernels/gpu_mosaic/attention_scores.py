@@ -15,13 +15,14 @@ M = 0.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .attention_mask import Mask, evaluate
+from .attention_mask import Index, Mask, evaluate
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
@@ -39,14 +40,31 @@ class Axis(NamedTuple):
     start: Any
 
 
+class Excluding(NamedTuple):
+    """Arguments of the mask, and the end of the keys, for a tile.
+
+    Attributes:
+        query: The queries.
+        key: The keys.
+        last: Number of keys if the last tile is not full, else None.
+        scalars: Further arguments of the mask.
+    """
+
+    query: Axis
+    key: Axis
+    last: int | None
+    scalars: Sequence[Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
     """Options that turn products into scores and weights; Python values.
 
     Attributes:
-        mask: Called with int32 indices of queries and keys, and with the `mask_scalars`
-            of the batch entry; True where they attend. None for all. Evaluated only
-            where the lists of tiles say SOME.
+        mask: Called with int32 indices of queries and keys, with the `mask_scalars` of
+            the batch entry, and with what `Extras` have per query and per key; True
+            where they attend. None for all. Evaluated only where the lists of tiles say
+            SOME.
         keys: Number of keys, if the arrays are longer; None otherwise.
         scale: Multiplies the products of queries and keys.
         softcap: c; None for none.
@@ -108,25 +126,28 @@ class Form:
         last = keys if self.keys is None else self.keys
         return last if last % size else None
 
-    def selected(
-        self, bits: Any, query: Axis, key: Axis, last: int | None, scalars: Any = ()
-    ) -> Any:
-        """`bits`, -inf where a pair does not attend or the key is padding."""
+    def attends(
+        self, shape: tuple[int, ...], given: "Excluding", numbers: Sequence[Any] = ()
+    ) -> list[Any]:
+        """Booleans of a tile: where the mask attends, and where keys are no padding.
+
+        `numbers` are further arguments of the mask, one per pair.
+        """
         # Indices of the whole tile: the compiler computes with equal ones only once.
         of_tile = lambda axis: (
             axis.start
             + plgpu.broadcasted_iota(
-                jnp.int32, bits.shape, axis.axis, layout=plgpu.Layout.WGMMA
+                jnp.int32, shape, axis.axis, layout=plgpu.Layout.WGMMA
             )
         )
-        indices = of_tile(key)
-        ok = None
+        indices = of_tile(given.key)
+        found = []
         if self.mask is not None:
-            ok = evaluate(self.mask, of_tile(query), indices, *scalars)
-        if last is not None:
-            inside = indices < last
-            ok = inside if ok is None else ok & inside
-        return bits if ok is None else jnp.where(ok, bits, -jnp.inf)
+            query = Index(shape, lambda: of_tile(given.query))
+            found.append(evaluate(self.mask, query, indices, *given.scalars, *numbers))
+        if given.last is not None:
+            found.append(indices < given.last)
+        return found
 
     def top(self, bits: Any, before: Any) -> Any:
         """The new reference of each row, which keeps all weights in range."""
@@ -156,24 +177,26 @@ class Form:
         value = jnp.maximum(bits, 0.0) * LN2 + small * _log1p_ratio(small)
         return value, jnp.where(bits >= 0, 1.0, small) * _reciprocal(1 + small)
 
-    def normalised(self, bits: Any, norm: Any) -> tuple[Any, Any]:
+    def normalised(self, bits: Any, norm: Any, capped: Any = None) -> tuple[Any, Any]:
         """The normalised weights, and their slopes by `scale raw`.
 
         `norm` is the row's log-sum in bits (inf for an empty row) if weights are
-        relative, else the inverse of its sum (0 for an empty row).
+        relative, else the inverse of its sum (0 for an empty row). `capped` are the
+        scores before a bias was added, None without.
         """
+        capped = bits if capped is None else capped
         if not self.is_relative:
             value, slope = self.absolute(bits)
-            return value * norm, self.bent(slope * norm, bits)
+            return value * norm, self.bent(slope * norm, capped)
         if self.weights == "softmax":
             p = jnp.exp2(bits - norm)
-            return p, self.bent(p, bits)
+            return p, self.bent(p, capped)
         small = jnp.exp2(-jnp.abs(bits))
         below = jnp.exp2(jnp.minimum(bits, 0.0) - norm)
         # A row with a positive score has a log-sum of log2(ln 2) at least.
         line = jnp.maximum(bits, 0.0) * (LN2 * jnp.exp2(-jnp.maximum(norm, -1.0)))
         tail = jnp.where(bits < 0, below, small * below) * _log1p_ratio(small)
-        return line + tail, self.bent(below * _reciprocal(1 + small), bits)
+        return line + tail, self.bent(below * _reciprocal(1 + small), capped)
 
 
 def across(row: Any, shape: tuple[int, ...], axis: int = 0) -> Any:

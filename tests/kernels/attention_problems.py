@@ -32,7 +32,14 @@ NORMALIZERS: dict[Any, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One attention; `lengths` limits the keys of each batch entry."""
+    """One attention.
+
+    Attributes:
+        lengths: Limit the keys of each batch entry.
+        dense: The axes, out of "bnts", of a boolean array over pairs; None for none.
+        bias: Those of a bias. Where - follows, -inf excludes a few pairs.
+        bias_dtype: Of the bias.
+    """
 
     mask: masks.Mask = CAUSAL
     T: int = 136
@@ -46,6 +53,9 @@ class Problem:
     softcap: float | None = None
     sinks: bool = False
     lengths: tuple[int, ...] | None = None
+    dense: str | None = None
+    bias: str | None = None
+    bias_dtype: str = "float32"
     dtype: str = "bfloat16"
     spread: float = 1.0
 
@@ -60,7 +70,27 @@ class Problem:
             mask = mask & masks.Padding(key=np.asarray(self.lengths, np.int32))
         plan = plan_of(mask, (self.T, self.S))
         sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
-        return Operands(*(query, key, value, plan), sinks=sinks if self.sinks else None)
+        dense, bias = self._on_pairs()
+        sinks = sinks if self.sinks else None
+        return Operands(*(query, key, value, plan), dense, bias, sinks)
+
+    def _on_pairs(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """The boolean array and the bias."""
+        random = np.random.default_rng(2)
+        sizes = {"b": self.B, "n": self.N, "t": self.T, "s": self.S}
+        shape_of = lambda axes: [n if axis in axes else 1 for axis, n in sizes.items()]
+        dense = bias = None
+        if self.dense is not None:
+            dense = random.random(shape_of(self.dense)) < 0.6
+            if "t" in self.dense:
+                dense[..., 5, :] = False  # a query without keys
+            dense = jnp.asarray(dense)
+        if self.bias is not None:
+            bias = 3 * random.normal(size=shape_of(self.bias))
+            if "-" in self.bias:
+                bias[random.random(bias.shape) < 0.1] = -np.inf
+            bias = jnp.asarray(bias, self.bias_dtype)
+        return dense, bias
 
     def options(self) -> Options:
         scale = self.H**-0.5
@@ -95,9 +125,15 @@ def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
     found, gradient = jax.tree.map(np.asarray, both(operands, g_out, g_lse))
     allowed = np.asarray(operands.plan.mask.materialize(problem.T, problem.S))
     allowed = allowed.reshape(-1, 1, problem.T, problem.S)
+    if operands.dense is not None:
+        allowed = allowed & np.asarray(operands.dense)
+    bias = operands.bias
+    if bias is not None:
+        bias = np.asarray(bias, np.float64)
     expected = oracle(
         *(np.asarray(x, np.float64) for x in operands[:3]),
         allowed=allowed,
+        bias=bias,
         scale=options.scale,
         softcap=problem.softcap,
         sinks=operands.sinks,
@@ -115,7 +151,7 @@ def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
     length = max(problem.S, problem.T)
     assert_close(lse, expected.lse, dtype=jnp.float32, length=length)
     assert_close(found.out, expected.out, dtype=problem.dtype, length=length, c=c)
-    for name in ("query", "key", "value", "sinks"):
+    for name in ("query", "key", "value", "bias", "sinks"):
         value = getattr(gradient, name)
         if value is not None:
             wanted = expected.gradients[name]

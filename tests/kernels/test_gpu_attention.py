@@ -45,6 +45,43 @@ PROBLEMS = {
         masks.All(), T=64, S=136, B=2, lengths=(0, 70), spread=300.0
     ),
 }
+EXTRAS = {
+    "array, heads in groups, empty rows": Problem(
+        masks.Causal(30), T=72, S=136, B=2, N=2, dense="bts", dtype="float16"
+    ),
+    "array per head, aligned": Problem(T=128, S=128, N=2, dense="nts", sinks=True),
+    "array of keys, queries": Problem(BANDED, T=72, S=136, B=2, dense="bs", bias="nt"),
+    "bias": Problem(T=135, S=203, N=2, K=1, bias="nts-", bias_dtype="bfloat16"),
+    "bias, softcap": Problem(
+        masks.All(), T=72, S=136, B=2, bias="bts", softcap=2.0, spread=3.0
+    ),
+    "bias of keys": Problem(masks.All(), T=72, S=136, N=2, bias="ns", dense="t"),
+}
+SLOW_EXTRAS = {
+    "array and bias": Problem(
+        *(LATE, 264, 200, 2, 1),
+        dense="bnts",
+        bias="bnts-",
+        bias_dtype="float16",
+        sinks=True,
+    ),
+    "numbers": Problem(B=2, N=2, dense="b", bias="bn"),
+    "array, one slot, kernels apart": Problem(
+        T=128, S=128, H=256, E=256, N=2, dense="ts"
+    ),
+    "lengths, softplus, bias": Problem(
+        *(masks.All(), 64, 136),
+        B=2,
+        kind=Softplus(),
+        lengths=(0, 70),
+        bias="ns",
+        dense="bts",
+    ),
+    "log softplus, softcap, bias": Problem(
+        kind=LogSoftplus(), softcap=3.0, spread=4.0, bias="nts", N=2
+    ),
+    "stablemax, bias": Problem(BANDED, kind=StableMax(), bias="ts-", dense="nt", N=2),
+}
 SLOW = {
     "lengths, softplus": Problem(
         masks.All(), T=64, S=136, B=2, kind=Softplus(), lengths=(0, 70)
@@ -91,6 +128,17 @@ def test_output_and_gradients(name, interpreted):
 @pytest.mark.parametrize("name", SLOW)
 def test_more_outputs_and_gradients(name, interpreted):
     check(SLOW[name])
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_arrays_over_pairs(name, interpreted):
+    check(EXTRAS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_EXTRAS)
+def test_more_arrays_over_pairs(name, interpreted):
+    check(SLOW_EXTRAS[name])
 
 
 def test_nan_in_tiles_that_are_not_listed_is_not_read(interpreted):
@@ -196,6 +244,24 @@ def test_lowered_for_hopper_a_training_step_is_three_kernels():
     assert "custom_call" not in plain
 
 
+def test_lowered_for_hopper_arrays_over_pairs_are_read_by_kernels():
+    bias, dense = array(2, 1, 256, 384), array(1, 4, 256, 384, dtype=jnp.bool_)
+
+    def loss(query: Any, key: Any, value: Any, bias: Any, dense: Any) -> Any:
+        mask = masks.Causal(), dense
+        return training(query, key, value, mask=mask, bias=bias)
+
+    arguments = (QUERY, KEY, KEY, bias, dense)
+    with hopper():
+        text = str(explain(jax.grad(loss, (0, 1, 2, 3)), *arguments))
+        trained = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*arguments)
+        lowered = trained.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("cuda: pallas_gpu") == 2
+    assert "not pallas_gpu" not in text
+    assert "the gradient of `bias`" in text
+    assert lowered.count("@mosaic_gpu") == 3
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_lowered_inside_shard_map(check_vma):
     """The interpreter does not run there: what is declared of results is checked."""
@@ -249,8 +315,6 @@ REFUSALS: dict[str, dict[str, Any]] = {
     "64 queries are too few": {"T": 64},
     "16 features of a query are too few": {"H": 16},
     "320 features of a query and 320 of a value": {"H": 320},
-    "it takes no bias": {"bias": jnp.zeros((1, 1, 256, 256))},
-    "no boolean array as a mask": {"mask": np.ones((1, 1, 256, 256), bool)},
     "it looks into no array of a mask": {"mask": masks.Segments(IDS, IDS)},
     "the mask looks into an array inside of tiles of 128 x 128": {
         "mask": masks.Blocks(np.eye(8, dtype=bool), 32)

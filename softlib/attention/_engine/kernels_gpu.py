@@ -19,7 +19,9 @@ from pallas_kernels.gpu_mosaic.attention_mask import missing
 from pallas_kernels.gpu_mosaic.attention_tiles import (
     FEATURES,
     LENGTHS,
+    PAIR_COLUMNS,
     TILE,
+    PairBytes,
     choose_backward_tiles,
     choose_tiles,
 )
@@ -28,6 +30,7 @@ from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.masks import Block
 
+from . import large_steps
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
@@ -66,6 +69,7 @@ def _forward(options: Options, operands: Operands) -> Result:
         tiles=tiles,
         sinks=None if sinks is None else sinks.astype(jnp.float32),
         mask_scalars=scalars,
+        extras=_extras(operands),
     )
     length = operands.plan.lengths[0]
     out = out[:, :length, :, : _value(operands).shape[-1]]
@@ -84,11 +88,19 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     assert tiles is not None
     inverse, delta = row_constants(options, given)
     norm = inverse * LOG2E if options.kind.is_log else inverse
-    rows = lambda x: _padded(jnp.moveaxis(x, 2, 1), {2: LENGTHS})
+    rows = lambda x, fill=0.0: _padded(jnp.moveaxis(x, 2, 1), {2: multiple}, fill)
+    # Padded rows have no weights: a bias that queries share is not 0 there.
+    multiple = LENGTHS if operands.bias is None else tiles.queries
+    empty = 0.0 if operands.bias is None or not options.kind.is_log else jnp.inf
     cotangent = given.out_cotangent
     assert cotangent is not None
-    arrays = (*_arrays(operands), tiled(cotangent), rows(norm), rows(delta))
-    rest: dict[str, Any] = {"form": form, "tiles": tiles, "mask_scalars": scalars}
+    arrays = (*_arrays(operands), tiled(cotangent), rows(norm, empty), rows(delta))
+    rest: dict[str, Any] = {
+        "form": form,
+        "tiles": tiles,
+        "mask_scalars": scalars,
+        "extras": _extras(operands),
+    }
     dq = query_gradient(*arrays, lists_of("query", operands), **rest)
     dk, dv = key_gradients(*arrays, lists_of("key", operands), **rest)
     like = lambda x, array: x[:, : array.shape[1], :, : array.shape[3]]
@@ -99,12 +111,18 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
         sinks = sinks_gradient(sinks, inverse, delta).astype(sinks.dtype)
     varying = (*_every(operands), cotangent, given.normalizer_cotangent)
     dq, dk, dv = match_varying((dq, dk, dv), *varying)
-    return Gradient(dq, dk, dv, None, sinks, ())
+    bias = None
+    if operands.bias is not None:
+        # Tiles of its gradient may be shared by batch entries and heads, which are
+        # blocks of their own in the kernels: plain JAX adds them up in a fixed order.
+        bias = large_steps.backward(options, given, 1).bias
+    return Gradient(dq, dk, dv, bias, sinks, ())
 
 
 def _every(operands: Operands) -> list[Array]:
     """All arrays: results vary over every mesh axis over which one of them varies."""
-    leaves = jax.tree.leaves((operands[:3], operands.plan.mask, operands.sinks))
+    plan, arrays = operands.plan, operands._replace(plan=None)
+    leaves = jax.tree.leaves((arrays, plan.mask))
     return [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
 
 
@@ -122,10 +140,33 @@ def tiled(x: Array) -> Array:
     return _padded(x, {1: LENGTHS, 3: FEATURES})
 
 
-def _padded(x: Array, multiples: dict[int, int]) -> Array:
-    """Pads axes with zeros at the end, up to multiples of these sizes."""
-    width = [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, width) if any(after for _, after in width) else x
+def _padded(x: Array, multiples: dict[int, int], fill: float = 0) -> Array:
+    """Pads axes at the end, up to multiples of these sizes; not axes of one."""
+    width = [
+        (0, -size % multiples.get(axis, 1) if size > 1 else 0)
+        for axis, size in enumerate(x.shape)
+    ]
+    padded = any(after for _, after in width)
+    return jnp.pad(x, width, constant_values=fill) if padded else x
+
+
+def _extras(operands: Operands) -> Any:
+    """The boolean array and the bias, in the dtypes and sizes of kernels."""
+    from pallas_kernels.gpu_mosaic.attention_extras import Extras
+
+    of_pairs = lambda x: min(x.shape[2:]) > 1
+
+    def fitted(x: Array | None, matrix: Any, row: Any) -> Array | None:
+        if x is None:
+            return None
+        x = x.astype(matrix if of_pairs(x) else row)
+        return _padded(x, {2: LENGTHS, 3: PAIR_COLUMNS if of_pairs(x) else LENGTHS})
+
+    bias = operands.bias
+    return Extras(
+        fitted(operands.dense, jnp.int8, jnp.int32),
+        fitted(bias, None if bias is None else bias.dtype, jnp.float32),
+    )
 
 
 def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
@@ -195,7 +236,19 @@ def _features(operands: Operands) -> tuple[int, int]:
 def tiles_of(which: Pass, operands: Operands) -> Any:
     device = _devices.gpu() or _devices.H100
     choose = choose_tiles if which == "forward" else choose_backward_tiles
-    return choose(*_features(operands), device)
+    return choose(*_features(operands), device, _pair_bytes(operands))
+
+
+def _pair_bytes(operands: Operands) -> PairBytes:
+    matrices = rows = 0
+    for x, size in ((operands.dense, 1), (operands.bias, None)):
+        if x is None:
+            continue
+        if min(x.shape[2:]) > 1:
+            matrices += size or x.dtype.itemsize
+        else:
+            rows += 4
+    return PairBytes(matrices, rows)
 
 
 def _why_not(options: Options, operands: Operands) -> str | None:
@@ -226,10 +279,6 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return "it computes no statistics without values"
     if options.kind not in _WEIGHTS:
         return f"it has no weights of kind {type(options.kind).__name__}"
-    if operands.bias is not None:
-        return "it takes no bias"
-    if operands.dense is not None:
-        return "it takes no boolean array as a mask"
     if options.has_given_blocks:
         return OWN_BLOCKS
     dtype = operands.query.dtype
@@ -365,7 +414,10 @@ def _note(options: Options, operands: Operands) -> str:
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
     tiles = tiles_of("query", given.operands)
-    return f"{tiles}{_padding(given.operands)}"
+    note = f"{tiles}{_padding(given.operands)}"
+    if given.operands.bias is not None:
+        note += "; the gradient of `bias`, where it is used, is that of plain JAX"
+    return note
 
 
 FORWARD = Implementation("pallas_gpu", _forward, _why_not, platform="cuda", note=_note)
