@@ -7,8 +7,8 @@ by one or two a step.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator
+
+from .program import BRANCHES, Instruction, Program
 
 # Instructions that launch nothing.
 _FREE = frozenset(
@@ -45,67 +45,28 @@ class Launches:
     loops: tuple[Loop, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    operation: str
-    line: str
-
-    def called(self, *attributes: str) -> Iterator[str]:
-        """Names of the computations that these attributes hold."""
-        for attribute in attributes:
-            pattern = rf" {attribute}=(?:\{{(.*?)\}}|(%?[\w.\-]+))"
-            if found := re.search(pattern, self.line):
-                yield from re.findall(r"[\w.\-]+", found[1] or found[2])
-
-
-def count(program: str) -> Launches:
+def count(text: str) -> Launches:
     """Counts in the text of `jax.stages.Compiled.as_text()`."""
-    bodies, entry = _computations(program)
+    program = Program.of(text)
     loops: list[Loop] = []
 
     def launches(name: str) -> int:
-        return sum(map(of, bodies[name]))
+        return sum(map(of, program.computations[name]))
 
-    def of(instruction: _Instruction) -> int:
+    def of(instruction: Instruction) -> int:
         operation = instruction.operation
         if operation == "while":
             (body,) = instruction.called("body")
-            known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.line)
             before = len(loops)
             own = launches(body)
-            loop = Loop(int(known[1]) if known else None, own, len(loops) == before)
+            loop = Loop(instruction.steps, own, len(loops) == before)
             loops.append(loop)
             return (1 if loop.steps is None else loop.steps) * loop.launches
         if operation == "conditional":
-            branches = instruction.called(
-                "branch_computations", "true_computation", "false_computation"
-            )
-            return max(map(launches, branches))
+            return max(map(launches, instruction.called(*BRANCHES)))
         if operation == "call":
             return sum(map(launches, instruction.called("to_apply")))
         return int(operation not in _FREE and not operation.endswith("-done"))
 
-    total = launches(entry)
+    total = launches(program.entry)
     return Launches(total, tuple(loops))
-
-
-def _computations(program: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Instructions of each computation, and the name of the first to run."""
-    bodies: dict[str, list[_Instruction]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
-            name = head[2]
-            bodies[name] = []
-            entry = name if head[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)", line):
-            # The type of a result may be a tuple, with comments that number its parts.
-            rest = re.sub(r"/\*.*?\*/", "", found[1])
-            while rest.startswith("("):
-                rest = re.sub(r"\([^()]*\)", "", rest, count=1)
-            operation = re.search(r"(?:^| )([a-z][\w\-]*)\(", rest)
-            if name and operation:
-                bodies[name].append(_Instruction(operation[1], line))
-    if not entry:
-        raise ValueError("the text holds no program: no computation is its ENTRY")
-    return bodies, entry

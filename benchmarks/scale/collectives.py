@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .program import Program, Run
+from benchmarks.compile_kernels.program import Program, Run
 
 KINDS = (
     *("all-gather", "reduce-scatter", "all-reduce"),

@@ -4,14 +4,13 @@ import math
 import re
 from collections.abc import Callable
 
+from benchmarks.compile_kernels.program import Program, Run, Shape
 from pallas_kernels._devices import H100
 from pallas_kernels.gpu_mosaic.attention_tiles import (
     TILE,
     choose_backward_tiles,
     choose_tiles,
 )
-
-from .program import Program, Run, Shape
 
 
 def of_program(program: Program) -> int:

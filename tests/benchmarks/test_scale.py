@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks.compile_kernels.program import Program, Shape
 from benchmarks.scale import (
     __main__ as command,
     advice,
@@ -24,7 +25,6 @@ from benchmarks.scale import (
 from benchmarks.scale.collectives import Collective
 from benchmarks.scale.divisions import AXES, DIVISIONS
 from benchmarks.scale.model import Model
-from benchmarks.scale.program import Program, Shape
 from tests.host import jnp
 
 TINY = command.TINY

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "token": 0}
 _CALLED = ("calls", "to_apply")
-_BRANCHES = ("branch_computations", "true_computation", "false_computation")
+# Attributes of a conditional that name its branches.
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Program:
                 steps = 1 if instruction.steps is None else instruction.steps
                 yield from self.runs(inner, times * steps)
             elif instruction.operation == "conditional":
-                branches = instruction.called(*_BRANCHES)
+                branches = instruction.called(*BRANCHES)
                 yield from self.runs(max(branches, key=self._weight), times)
             elif instruction.operation in ("fusion", "call", "async-start"):
                 for inner in instruction.called(*_CALLED):
