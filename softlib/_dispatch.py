@@ -32,6 +32,9 @@ class Implementation:
             with these operands.
         divided: Plain JAX with the results of the kernel `call`, for programs that the
             compiler divides over devices; None takes the plan's fallback.
+        yields: None, or why the next implementation for the same platform is expected
+            to be faster, a sentence fragment: it then comes first, unless the caller
+            names one.
         accelerated: Plain JAX with the results of a plain `call`, in steps for TPUs and
             GPUs: `accelerated(options, operands, copies)`, where copies of the call
             that a `vmap` makes share the memory of a step. None takes `call`.
@@ -43,6 +46,7 @@ class Implementation:
     platform: str | None = None
     note: Callable[[Any, Any], str | None] = lambda options, operands: None
     divided: Callable[[Any, Any], Any] | None = None
+    yields: Callable[[Any, Any], str | None] = lambda options, operands: None
     accelerated: Callable[[Any, Any, int], Any] | None = None
 
     @property
@@ -153,16 +157,23 @@ def plan(
     """
     kernels: dict[str, Implementation] = {}
     reasons: dict[str, str] = {}
+    yielding: list[tuple[Implementation, str]] = []
     fallback: Implementation | None = None
     for candidate in operation.candidates(names):
         reason = _why_not(candidate, options, operands)
         if reason is not None:
             reasons[candidate.name] = reason
-        elif candidate.platform is not None:
-            kernels.setdefault(candidate.platform, candidate)
-        else:
+        elif candidate.platform is None:
             fallback = candidate
             break  # it runs everywhere: nothing after it can be reached
+        elif names is None and (reason := candidate.yields(options, operands)):
+            yielding.append((candidate, reason))
+        else:
+            kernels.setdefault(candidate.platform, candidate)
+    for candidate, reason in yielding:
+        assert candidate.platform is not None
+        if kernels.setdefault(candidate.platform, candidate) is not candidate:
+            reasons[candidate.name] = reason
 
     chosen = [*kernels.values()] if fallback is None else [*kernels.values(), fallback]
     if _RECORD.value is None:  # nobody reads notes, and finding them takes time
@@ -282,6 +293,8 @@ def _why_not(implementation: Implementation, options: Any, operands: Any) -> str
             return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
         if has_symbolic_shape(operands):
             return "its tiles need sizes, and a dimension is symbolic (jax.export)"
-    if implementation.platform == "cuda" and (reason := _ptxas.why_not()) is not None:
-        return reason
+    if implementation.family == "pallas" and implementation.platform == "cuda":
+        reason = _ptxas.why_not()
+        if reason is not None:
+            return reason
     return implementation.why_not(options, operands)

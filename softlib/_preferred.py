@@ -12,7 +12,7 @@ import jax
 
 # Read once, when the library is imported.
 VARIABLE = "SOFTLIB_IMPLEMENTATIONS"
-NAMES = ("xla", "reference", "pallas", "pallas_tpu", "pallas_gpu")
+NAMES = ("xla", "reference", "pallas", "pallas_tpu", "pallas_gpu", "cudnn")
 
 type Names = tuple[str, ...] | None
 
@@ -55,8 +55,9 @@ def implementations(*names: str) -> Iterator[None]:
     the same for a whole process. It is read when softlib is imported.
 
     Args:
-        *names: `"xla"`, `"reference"`, `"pallas"`, `"pallas_tpu"` or `"pallas_gpu"`,
-            best first. None at all: softlib chooses, whatever was preferred outside.
+        *names: `"xla"`, `"reference"`, `"pallas"`, `"pallas_tpu"`, `"pallas_gpu"` or
+            `"cudnn"`, best first. None at all: softlib chooses, whatever was preferred
+            outside.
 
     Returns:
         A context manager, which may also decorate a function.

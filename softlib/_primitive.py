@@ -204,8 +204,9 @@ def _rule_of(platform: str | None) -> Callable[..., Any]:
     def rule(context: Any, *values: Any, call: Call) -> Any:
         function = _chosen(call, platform, context.module_context)
         lowered = mlir.lower_fun(functools.partial(_traced, call, function))
+        module = _with_devices(context.module_context)
         with _mesh_for(call.device):
-            return lowered(context, *values)
+            return lowered(context.replace(module_context=module), *values)
 
     return rule
 
@@ -227,6 +228,22 @@ def _chosen(call: Call, platform: str | None, module: Any) -> Function:
             f"{kernels}. Pass implementation=None to let softlib choose."
         )
     return function
+
+
+def _with_devices(module: Any) -> Any:
+    """The context of a program for one device with a device in it.
+
+    Programs for the compiler's own division, which one device does not need, ask how
+    many devices there are. JAX tells it where it sees one of them, and it does not look
+    into kernels.
+    """
+    context = module.axis_context
+    known = getattr(context, "device_assignment", ())
+    if known is not None or context.num_devices != 1:
+        return module
+    any_device = tuple(jax.devices()[:1])
+    context = dataclasses.replace(context, device_assignment=any_device)
+    return module.replace(axis_context=context)
 
 
 def _mesh_for(device: Any) -> contextlib.AbstractContextManager[Any]:

@@ -139,7 +139,8 @@ def dot_product_attention(
         block_key: Static keys per block, likewise.
         precision: Of the matrix products, as in `jax.lax.dot_general`.
         implementation: Static; see `softlib.explain`. `reference` materialises the
-            scores and supports forward mode.
+            scores and supports forward mode. `cudnn` calls cuDNN through `jax.nn`; None
+            takes it on NVIDIA GPUs where it covers the call and no kernel comes first.
 
     Returns:
         The output in the dtype of `query`; with `return_lse` also the log-sum, nats,
@@ -215,7 +216,13 @@ def dot_product_attention(
     kind = _KINDS[normalizer]
     given = are_given(mask, block_query, block_key)
     options = Options(
-        kind, scale, softcap, precision, out_dtype, has_given_blocks=given
+        kind,
+        scale,
+        softcap,
+        precision,
+        out_dtype,
+        drops_normalizer=not return_lse,
+        has_given_blocks=given,
     )
     found = run(function, implementation, options, operands)
     out = shapes.unflat(found.out)

@@ -219,6 +219,10 @@ class Mask:
         del query_length, key_length
         return self
 
+    def _parts(self) -> "tuple[Mask, ...]":
+        """The masks of which all must hold, of a conjunction."""
+        return (self,)
+
 
 def _attends(mask: Any, *indices: Any) -> Any:
     return mask.attends(*indices)
@@ -264,6 +268,9 @@ class And(Mask):
     def _within(self, query_length, key_length):
         lengths = (query_length, key_length)
         return And(self.left._within(*lengths), self.right._within(*lengths))
+
+    def _parts(self):
+        return (*self.left._parts(), *self.right._parts())
 
 
 class Or(Mask):

@@ -79,7 +79,7 @@ CASES: list[tuple[str, Any, type[Exception], str, dict[str, Any]]] = [
     ("block_query", 2.0, TypeError, "float", {}),
     ("block_key", -8, ValueError, "-8", {}),
     ("block_key", True, TypeError, "bool", {}),
-    ("implementation", "cudnn", ValueError, "'cudnn'", {}),
+    ("implementation", "triton", ValueError, "'triton'", {}),
 ]
 IDS = [
     f"{c[0]}-{re.sub('[^-A-Za-z0-9.,()]+', '', c[3]) or i}" for i, c in enumerate(CASES)

@@ -97,7 +97,9 @@ class Problem:
         return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
 
 
-def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
+def check(
+    problem: Problem, adapter: Any, *, c: float = 4.0, through_lse: bool = True
+) -> Any:
     """Output, normalizers and gradients against the oracle; they are returned too.
 
     Args:
@@ -105,12 +107,13 @@ def check(problem: Problem, adapter: Any, *, c: float = 4.0) -> Any:
         adapter: The module with the implementations FORWARD and BACKWARD.
         c: Of the tolerance. Errors of a large score are those of its weight, so it has
             to grow with them.
+        through_lse: Whether the normalizers have a cotangent.
     """
     operands, options = problem.operands(), problem.options()
     random = np.random.default_rng(1)
     rows = (problem.B, problem.T, problem.N)
     g_out = jnp.asarray(random.normal(size=(*rows, problem.E)), problem.dtype)
-    g_lse = random.normal(size=rows).astype(np.float32)
+    g_lse = through_lse * random.normal(size=rows).astype(np.float32)
 
     @jax.jit
     def both(operands, g_out, g):

@@ -34,12 +34,14 @@ from . import large_steps
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from .tiles import OWN_BLOCKS, Operands, Options, why_no_data
+from .tiles import OWN_BLOCKS, Operands, Options, why_no_data, why_other_dtypes
 
 type Pass = Literal["forward", "query", "key"]
 
 # Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
+# Padded features for each given one above which cuDNN, which pads none, comes first.
+MOST_PADDING = 1.25
 # Most entries of a list, 4 bytes each, which are constants of the program.
 MOST_ENTRIES = 1 << 23
 # Entries are estimated from this number of rows of tiles, evenly spaced.
@@ -281,23 +283,7 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return f"it has no weights of kind {type(options.kind).__name__}"
     if options.has_given_blocks:
         return OWN_BLOCKS
-    dtype = operands.query.dtype
-    arrays = {"query": operands.query, "key": operands.key, "value": value}
-    reason = limits.why_wrong_dtype(arrays, (jnp.bfloat16, jnp.float16))
-    if reason is not None:
-        return reason
-    for name, array in arrays.items():
-        if array.dtype != dtype:
-            return f"`{name}` is {array.dtype}, `query` is {dtype}"
-    if not options.kind.is_log and dtype == jnp.float16:
-        return "weights that are summed as they are may leave the range of float16"
-    if operands.dtype != jnp.float32:
-        return f"the sums are {operands.dtype}, not float32"
-    if options.out_dtype != dtype:
-        return f"the output is to be {options.out_dtype}, not {dtype} as the arrays"
-    if limits.is_exact(options.precision):
-        return f"weights are rounded to the {dtype} of the arrays"
-    return None
+    return why_other_dtypes(options, operands)
 
 
 def _why_no_shape(operands: Operands) -> str | None:
@@ -393,6 +379,17 @@ def _kinds(
     return np.broadcast_to(kinds, (some, columns))
 
 
+def _yields(options: Options, operands: Operands) -> str | None:
+    features, padded = operands.query.shape[-1], _features(operands)[0]
+    if padded <= MOST_PADDING * features:
+        return None
+    return f"it multiplies {padded} features for {features}"
+
+
+def _backward_yields(options: Options, given: BackwardOperands) -> str | None:
+    return _yields(options, given.operands)
+
+
 def pads(*arrays: Array) -> str:
     """Describes the cost of `tiled`."""
     shapes = (array.shape for array in arrays)
@@ -420,7 +417,14 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
     return note
 
 
-FORWARD = Implementation("pallas_gpu", _forward, _why_not, platform="cuda", note=_note)
+FORWARD = Implementation(
+    "pallas_gpu", _forward, _why_not, platform="cuda", note=_note, yields=_yields
+)
 BACKWARD = Implementation(
-    "pallas_gpu", _backward, _backward_why_not, platform="cuda", note=_backward_note
+    "pallas_gpu",
+    _backward,
+    _backward_why_not,
+    platform="cuda",
+    note=_backward_note,
+    yields=_backward_yields,
 )

@@ -25,6 +25,7 @@ from softlib.typing import Implementations
 
 from . import (
     batch_heads as _batch_heads,
+    cudnn,
     kernels_gpu,
     kernels_tpu,
     large_steps as _large_steps,
@@ -223,6 +224,7 @@ ATTENTION, ATTENTION_GRADIENT = _operations(
     [
         (kernels_tpu.FORWARD, kernels_tpu.BACKWARD),
         (kernels_gpu.FORWARD, kernels_gpu.BACKWARD),
+        (cudnn.FORWARD, cudnn.BACKWARD),
     ],
 )
 # Both have the same plain computation but different kernels.

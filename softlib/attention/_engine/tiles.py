@@ -50,10 +50,11 @@ class Options:
     """Static options besides the block plan.
 
     `wide_gradients` leaves gradients in the dtype of the sums, for a caller that adds
-    several of them. `has_given_blocks` says that the user gave block sizes or a
-    `BlockPlan`, which excludes kernels: they have blocks of their own. `step_scores` is
-    the number of scores of one step on a GPU or TPU, where products take operands of
-    16 bits as they are; None is for steps that suit a CPU.
+    several of them. `drops_normalizer` says that the caller uses the output alone, so
+    that the normalizer has no cotangent. `has_given_blocks` says that the user gave
+    block sizes or a `BlockPlan`, which excludes kernels: they have blocks of their own.
+    `step_scores` is the number of scores of one step on a GPU or TPU, where products
+    take operands of 16 bits as they are; None is for steps that suit a CPU.
     """
 
     kind: Kind
@@ -62,6 +63,7 @@ class Options:
     precision: Precision
     out_dtype: Any
     wide_gradients: bool = False
+    drops_normalizer: bool = False
     has_given_blocks: bool = False
     step_scores: int | None = None
 
@@ -115,6 +117,28 @@ def narrowest_dtype(options: Options, operands: Operands) -> Any:
         if len(dtypes) == 1 and dtypes <= set(map(jnp.dtype, fits))
         else wide
     )
+
+
+def why_other_dtypes(options: Options, operands: Operands) -> str | None:
+    """The reason against kernels that take one dtype of 16 bits and sum in float32."""
+    dtype = operands.query.dtype
+    assert operands.value is not None
+    arrays = {"query": operands.query, "key": operands.key, "value": operands.value}
+    reason = limits.why_wrong_dtype(arrays, (jnp.bfloat16, jnp.float16))
+    if reason is not None:
+        return reason
+    for name, array in arrays.items():
+        if array.dtype != dtype:
+            return f"`{name}` is {array.dtype}, `query` is {dtype}"
+    if not options.kind.is_log and dtype == jnp.float16:
+        return "weights that are summed as they are may leave the range of float16"
+    if operands.dtype != jnp.float32:
+        return f"the sums are {operands.dtype}, not float32"
+    if options.out_dtype != dtype:
+        return f"the output is to be {options.out_dtype}, not {dtype} as the arrays"
+    if limits.is_exact(options.precision):
+        return f"weights are rounded to the {dtype} of the arrays"
+    return None
 
 
 class Scores(NamedTuple):
