@@ -338,7 +338,7 @@ def _why_no_device() -> str | None:
 
 
 def _why_refused(options: Options, operands: Operands) -> str | None:
-    """What `jax.nn` says against the call on this machine."""
+    """The reason of `jax.nn` against the call on this machine."""
     call = _call_of(options, operands)
     query, key, value = (
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arrays(operands)
