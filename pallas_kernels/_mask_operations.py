@@ -34,15 +34,16 @@ def inner(equation: Any) -> Any:
     return equation.params["jaxpr"] if is_call else None
 
 
+def name_of(equation: Any) -> str:
+    """The name of an operation, as in `missing`."""
+    name = equation.primitive.name
+    of_booleans = name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_
+    return f"{name} of booleans" if of_booleans else name
+
+
 def _names(jaxpr: Any) -> set[str]:
     found = set()
     for equation in jaxpr.eqns:
         body = inner(equation)
-        found |= {_name(equation)} if body is None else _names(body.jaxpr)
+        found |= {name_of(equation)} if body is None else _names(body.jaxpr)
     return found
-
-
-def _name(equation: Any) -> str:
-    name = equation.primitive.name
-    of_booleans = name == "select_n" and equation.outvars[0].aval.dtype == jnp.bool_
-    return f"{name} of booleans" if of_booleans else name

@@ -58,6 +58,7 @@ LONG = Problem(masks.All(), (262_144, 262_144), (2, 1))
 WIDE = dataclasses.replace(CAUSAL, dtype=jnp.float32, lengths=(4096, 4096))
 # Keys and values without padding are copies.
 LONG_RAGGED = dataclasses.replace(RAGGED, lengths=(20_003, 24_001))
+SHORTER = dataclasses.replace(RAGGED, mask=masks.Window(700, None), batch=3)
 RAGGED_WIDE = dataclasses.replace(RAGGED, dtype=jnp.float32)
 
 
@@ -73,6 +74,8 @@ def cases() -> list[Case]:
         *_through_softlib("softplus", CAUSAL, normalizer="softplus"),
         *_through_softlib("stablemax", CAUSAL, normalizer="stablemax"),
         *_with_sinks_and_lengths(),
+        *_with_segments("segments", CAUSAL),
+        *_with_segments("ragged segments", SHORTER),
     ]
     bare = [
         *_bare("causal", CAUSAL),
@@ -116,6 +119,21 @@ def _with_sinks_and_lengths() -> list[Case]:
     name = "softlib sinks and lengths"
     arrays = LONG_RAGGED.arrays
     return forward_and_training(name, LONG_RAGGED, forward, arrays, extra, _case)
+
+
+def _with_segments(name: str, problem: Problem) -> list[Case]:
+    """Sequences packed into one, each entry of the batch in its own way."""
+
+    def forward(query: Any, key: Any, value: Any, ids: Any) -> Any:
+        return attention.dot_product_attention(
+            *(query, key, value),
+            mask=problem.mask & masks.Segments(ids),
+            implementation="pallas_tpu",
+        )
+
+    extra = (array(jnp.int32, problem.batch, max(problem.lengths)),)
+    name, arrays = f"softlib {name}", problem.arrays
+    return forward_and_training(name, problem, forward, arrays, extra, _case)
 
 
 def _case(

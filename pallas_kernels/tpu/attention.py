@@ -28,17 +28,20 @@ from pallas_kernels._results import result
 from .attention_blocks import (
     Call,
     add,
+    blocks_by_row,
     by_row,
     cost,
     lanes,
     passes,
     stored_length,
+    taken,
     widths,
     zero_beyond,
 )
 from .attention_form import Form
 from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import by_buffer, chunk_of, over_pieces, over_slices
+from .attention_reads import Reads, columns_of, rows_of, scratch, turn
 from .attention_tiles import LANES, Tiles
 from .attention_weights import LOG2_E
 from .bfloat16_parts import product
@@ -55,6 +58,7 @@ def attention(
     out_dtype: Any,
     sinks: jax.Array | None = None,
     mask_scalars: jax.Array | None = None,
+    mask_numbers: Reads = Reads(),
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted means of values, and the normalizers.
@@ -69,6 +73,7 @@ def attention(
         out_dtype: The dtype of the means.
         sinks: (N,); one more score per head. Only for softmax.
         mask_scalars: (B, n) int32, arguments of the mask besides positions.
+        mask_numbers: More of them, per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -84,6 +89,7 @@ def attention(
         scalars.append(sinks.astype(jnp.float32))
     rows, columns, per_row = by_row(tiles, groups)
     operands = (query, key, value)
+    varying = (*operands, *mask_numbers.arrays)
     count = entries.shape[0] * entries.shape[1]
     stored = stored_length(length, tiles.query, entries)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
@@ -92,22 +98,27 @@ def attention(
             _forward_kernel,
             form=form,
             tiles=tiles,
+            numbers=mask_numbers.counts,
             has_mask_scalars=mask_scalars is not None,
             has_sinks=sinks is not None,
         ),
         (batch, heads, entries.shape[1]),
         scalars,
-        [jnp.swapaxes(x, 1, 2) for x in operands],
-        [rows(features), columns(features), columns(value_features)],
+        [*(jnp.swapaxes(x, 1, 2) for x in operands), *mask_numbers.arrays],
         [
-            result((batch, heads, stored, value_features), out_dtype, *operands),
-            result((batch, heads, 1, stored), jnp.float32, *operands),
+            *(rows(features), columns(features), columns(value_features)),
+            *mask_numbers.specs(tiles, blocks_by_row),
+        ],
+        [
+            result((batch, heads, stored, value_features), out_dtype, *varying),
+            result((batch, heads, 1, stored), jnp.float32, *varying),
         ],
         [rows(value_features), per_row],
         [
             wide(tiles.query, LANES),
             wide(tiles.query, LANES),
             wide(tiles.query, value_features),
+            *scratch(mask_numbers.counts.queries, tiles.query),
             *[wide(tiles.rows, tiles.keys)] * tiles.buffers,
             *[pltpu.VMEM((tiles.rows, tiles.keys), value.dtype)] * tiles.buffers,
             *[wide(tiles.rows, LANES)] * tiles.buffers,
@@ -128,13 +139,17 @@ def attention(
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(normalizer, 1, 2)
 
 
-def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks):
+def _forward_kernel(
+    entries_ref, *refs, form, tiles, numbers, has_mask_scalars, has_sinks
+):
     refs = list(refs)
     mask_ref = refs.pop(0) if has_mask_scalars else None
     sinks_ref = refs.pop(0) if has_sinks else None
-    query_ref, key_ref, value_ref, out_ref, normalizer_ref = refs[:5]
-    top_ref, sum_ref, out_sum_ref = refs[5:8]
-    scores_refs, weights_refs, factor_refs = by_buffer(refs[8:], tiles.buffers)
+    query_ref, key_ref, value_ref = taken(refs, 3)
+    numbers_refs = numbers.taken(refs)
+    out_ref, normalizer_ref, top_ref, sum_ref, out_sum_ref = taken(refs, 5)
+    turned_ref = None if numbers.queries is None else refs.pop(0)
+    scores_refs, weights_refs, factor_refs = by_buffer(refs, tiles.buffers)
     chunks = tiles.keys // tiles.chunk
     batch, head, step = (pl.program_id(axis) for axis in range(3))
     entry = Entry(entries_ref[step])
@@ -145,6 +160,8 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
         top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         out_sum_ref[...] = jnp.zeros_like(out_sum_ref)
+        if turned_ref is not None:
+            turn(numbers_refs.queries, turned_ref)
         if sinks_ref is not None:
             # A sink is the first score: weight 1, no value.
             sink = sinks_ref[head] * LOG2_E
@@ -173,7 +190,11 @@ def _forward_kernel(entries_ref, *refs, form, tiles, has_mask_scalars, has_sinks
                         entry.row * tiles.query + rows.start,
                         entry.column * tiles.key + at[1],
                     )
-                    ok = masking.of(z.shape, starts, batch, mask_ref)
+                    found = (
+                        *rows_of(turned_ref, rows),
+                        *columns_of(numbers_refs.keys, pl.ds(at[1], tiles.keys)),
+                    )
+                    ok = masking.of(z.shape, starts, batch, mask_ref, found)
                     e = jnp.where(ok, e, weights.absent)
                 p, total = e, sum_ref[rows, :]
                 if weights.is_log:

@@ -185,6 +185,17 @@ def by_row(
     return rows, columns, per_row
 
 
+def blocks_by_row(b: Any, n: Any, i: Any, entries: Any, *_: Any) -> Any:
+    """Batch entry, block of queries and block of keys of a step of such a grid."""
+    entry = Entry(entries[i])
+    return b, entry.row, entry.column
+
+
+def taken(refs: list[Any], count: int) -> list[Any]:
+    """The first references, which leave the list."""
+    return [refs.pop(0) for _ in range(count)]
+
+
 def stored_length(length: int, size: int, entries: Any) -> int:
     """Number of rows of a result: whole blocks if several lists write it in place."""
     return length if entries.shape[0] == 1 else -(-length // size) * size

@@ -1,7 +1,7 @@
 """Static options of attention on a TPU: scores, weights and masks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ class Masking:
     """The mask of a block of pairs, evaluated in the kernel.
 
     Attributes:
-        attends: `attends(query, key, *scalars)`, for positions (rows, 1) and
-            (1, columns) or the other way round; broadcasts.
+        attends: `attends(query, key, *scalars, *numbers)`, for positions (rows, 1) and
+            (1, columns) or the other way round; broadcasts. The numbers are those of
+            `Reads`, in the shape of the positions.
         key_length: Number of keys.
         scalars: Number of integers per batch entry that `attends` takes.
     """
@@ -31,12 +32,14 @@ class Masking:
         starts: tuple[Any, Any],
         batch: Any,
         scalars_ref: Any,
+        numbers: Sequence[Any] = (),
         *,
         transposed: bool = False,
     ) -> Any:
         """Booleans of a piece of a block, whose rows are keys if `transposed`.
 
-        `starts` are the positions of the first query and the first key.
+        `starts` are the positions of the first query and the first key, `numbers` those
+        of its queries and of its keys.
         """
         queries, keys = (1, 0) if transposed else (0, 1)
         query, key = (
@@ -44,7 +47,7 @@ class Masking:
             for start, axis in zip(starts, (queries, keys), strict=True)
         )
         scalars = [scalars_ref[batch * self.scalars + i] for i in range(self.scalars)]
-        ok = self.attends(query, key, *scalars) & (key < self.key_length)
+        ok = self.attends(query, key, *scalars, *numbers) & (key < self.key_length)
         return jnp.broadcast_to(ok, shape)
 
 

@@ -25,6 +25,7 @@ from .attention_blocks import (
     cost,
     passes,
     stored_length,
+    taken,
     widths,
     zero_beyond,
 )
@@ -32,6 +33,7 @@ from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
+from .attention_reads import Reads, columns_of, rows_of, scratch, turn
 from .attention_tiles import LANES, Tiles
 from .bfloat16_parts import product
 
@@ -49,6 +51,7 @@ def key_value_gradient(
     tiles: Tiles,
     out_dtypes: tuple[Any, Any],
     mask_scalars: jax.Array | None = None,
+    mask_numbers: Reads = Reads(),
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys and values.
@@ -66,6 +69,7 @@ def key_value_gradient(
         tiles: Sizes.
         out_dtypes: Dtypes of the two gradients.
         mask_scalars: Arguments of the mask besides positions.
+        mask_numbers: More of them, per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -92,7 +96,12 @@ def key_value_gradient(
             *(0, Entry(entries[i]).column),
         ),
     )
+    blocks = lambda b, n, i, g, entries, *_: (
+        *(b, Entry(entries[i]).column),
+        Entry(entries[i]).row,
+    )
     operands = (query, key, value, cotangent, inverse, delta)
+    varying = (*operands, *mask_numbers.arrays)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     stored = stored_length(length, tiles.key, entries)
     row_bytes = features * query.dtype.itemsize
@@ -103,23 +112,26 @@ def key_value_gradient(
             form=form,
             tiles=tiles,
             query_length=query_length,
+            numbers=mask_numbers.counts,
             has_mask_scalars=mask_scalars is not None,
         ),
         (batch, key_heads, entries.shape[1], groups),
         flat(mask_scalars),
-        inputs(form, *operands),
+        [*inputs(form, *operands), *mask_numbers.arrays],
         [
             *(rows(features), columns(features), columns(value_features)),
             *(rows(value_features), per_row, per_row),
+            *mask_numbers.specs(tiles, blocks),
         ],
         [
-            result((batch, key_heads, stored, size), dtype, *operands)
+            result((batch, key_heads, stored, size), dtype, *varying)
             for size, dtype in zip((features, value_features), out_dtypes, strict=True)
         ],
         [columns(features), columns(value_features)],
         [
             wide(tiles.key, features),
             wide(tiles.key, value_features),
+            *scratch(mask_numbers.counts.keys, tiles.key),
             *[wide(tiles.keys, tiles.rows)] * (2 * tiles.buffers),
             *[pltpu.VMEM((tiles.keys, tiles.rows), cotangent.dtype)] * tiles.buffers,
             *[pltpu.VMEM((tiles.keys, tiles.rows), query.dtype)] * tiles.buffers,
@@ -138,13 +150,18 @@ def key_value_gradient(
     return dk, dv
 
 
-def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars):
+def _key_kernel(
+    entries_ref, *refs, form, tiles, query_length, numbers, has_mask_scalars
+):
     refs = list(refs)
     mask_ref = refs.pop(0) if has_mask_scalars else None
-    query_ref, key_ref, value_ref, cotangent_ref, inverse_ref, delta_ref = refs[:6]
-    key_out_ref, value_out_ref, key_sum_ref, value_sum_ref = refs[6:10]
+    query_ref, key_ref, value_ref, cotangent_ref = taken(refs, 4)
+    inverse_ref, delta_ref = taken(refs, 2)
+    numbers_refs = numbers.taken(refs)
+    key_out_ref, value_out_ref, key_sum_ref, value_sum_ref = taken(refs, 4)
+    turned_ref = None if numbers.keys is None else refs.pop(0)
     scores_refs, answers_refs, weights_refs, slopes_refs = by_buffer(
-        refs[10:], tiles.buffers
+        refs, tiles.buffers
     )
     chunks = tiles.rows // tiles.chunk
     batch, step, group = (pl.program_id(axis) for axis in (0, 2, 3))
@@ -155,6 +172,8 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
     def _():
         key_sum_ref[...] = jnp.zeros_like(key_sum_ref)
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
+        if turned_ref is not None:
+            turn(numbers_refs.keys, turned_ref)
 
     def visit(partial: bool) -> None:
         light = form.weights.is_light and form.softcap is None
@@ -194,7 +213,13 @@ def _key_kernel(entries_ref, *refs, form, tiles, query_length, has_mask_scalars)
                 ok = None
                 if partial:
                     starts = (start, entry.row * tiles.key + rows.start)
-                    ok = masking.of(z.shape, starts, batch, mask_ref, transposed=True)
+                    found = (
+                        *columns_of(numbers_refs.queries, lane),
+                        *rows_of(turned_ref, rows),
+                    )
+                    ok = masking.of(
+                        *(z.shape, starts, batch, mask_ref, found), transposed=True
+                    )
                 p, slope = weights_and_slopes(form, z, ok, inverse)
                 weights_refs[buffer][here, columns] = p.astype(cotangent_ref.dtype)
                 ds = slope * (answers_refs[buffer][here, columns] - delta)

@@ -24,12 +24,14 @@ from pallas_kernels._results import result
 from .attention_blocks import (
     Call,
     add,
+    blocks_by_row,
     by_row,
     column,
     cost,
     lanes,
     passes,
     stored_length,
+    taken,
     widths,
     zero_beyond,
 )
@@ -37,6 +39,7 @@ from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
+from .attention_reads import Reads, columns_of, rows_of, scratch, turn
 from .attention_tiles import LANES, Tiles
 from .bfloat16_parts import product
 
@@ -54,6 +57,7 @@ def query_gradient(
     tiles: Tiles,
     out_dtype: Any,
     mask_scalars: jax.Array | None = None,
+    mask_numbers: Reads = Reads(),
     interpret: Any = False,
 ) -> jax.Array:
     """The gradient of the queries.
@@ -71,6 +75,7 @@ def query_gradient(
         tiles: Sizes.
         out_dtype: The dtype of the gradient.
         mask_scalars: Arguments of the mask besides positions.
+        mask_numbers: More of them, per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -88,21 +93,31 @@ def query_gradient(
             _query_kernel,
             form=form,
             tiles=tiles,
+            numbers=mask_numbers.counts,
             has_mask_scalars=mask_scalars is not None,
         ),
         (batch, heads, entries.shape[1]),
         flat(mask_scalars),
-        inputs(form, *operands),
+        [*inputs(form, *operands), *mask_numbers.arrays],
         [
             *(rows(features), columns(features), columns(value_features)),
             *(rows(value_features), per_row, per_row),
+            *mask_numbers.specs(tiles, blocks_by_row),
         ],
-        [result((batch, heads, stored, features), out_dtype, *operands)],
+        [
+            result(
+                (batch, heads, stored, features),
+                out_dtype,
+                *operands,
+                *mask_numbers.arrays,
+            )
+        ],
         [rows(features)],
         [
             wide(tiles.query, LANES),
             wide(tiles.query, LANES),
             wide(tiles.query, features),
+            *scratch(mask_numbers.counts.queries, tiles.query),
             *[wide(tiles.rows, tiles.keys)] * (2 * tiles.buffers),
             *[pltpu.VMEM((tiles.rows, tiles.keys), key.dtype)] * tiles.buffers,
         ],
@@ -120,12 +135,15 @@ def query_gradient(
     return jnp.swapaxes(found[:, :, :length], 1, 2)
 
 
-def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
+def _query_kernel(entries_ref, *refs, form, tiles, numbers, has_mask_scalars):
     refs = list(refs)
     mask_ref = refs.pop(0) if has_mask_scalars else None
-    query_ref, key_ref, value_ref, cotangent_ref, inverse_ref, delta_ref = refs[:6]
-    out_ref, inverse_column_ref, delta_column_ref, sum_ref = refs[6:10]
-    scores_refs, answers_refs, slopes_refs = by_buffer(refs[10:], tiles.buffers)
+    query_ref, key_ref, value_ref, cotangent_ref = taken(refs, 4)
+    inverse_ref, delta_ref = taken(refs, 2)
+    numbers_refs = numbers.taken(refs)
+    out_ref, inverse_column_ref, delta_column_ref, sum_ref = taken(refs, 4)
+    turned_ref = None if numbers.queries is None else refs.pop(0)
+    scores_refs, answers_refs, slopes_refs = by_buffer(refs, tiles.buffers)
     chunks = tiles.keys // tiles.chunk
     batch, step = pl.program_id(0), pl.program_id(2)
     entry = Entry(entries_ref[step])
@@ -140,6 +158,8 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
 
         lax.fori_loop(0, tiles.query // LANES, start, None)
         sum_ref[...] = jnp.zeros_like(sum_ref)
+        if turned_ref is not None:
+            turn(numbers_refs.queries, turned_ref)
 
     def visit(partial: bool) -> None:
         straight = tiles.overlapped and form.weights.is_light and not partial
@@ -176,7 +196,12 @@ def _query_kernel(entries_ref, *refs, form, tiles, has_mask_scalars):
                         entry.row * tiles.query + rows.start,
                         entry.column * tiles.key + at[1] + columns.start,
                     )
-                    ok = masking.of(z.shape, starts, batch, mask_ref)
+                    lane = pl.ds(at[1] + columns.start, columns.size)
+                    found = (
+                        *rows_of(turned_ref, rows),
+                        *columns_of(numbers_refs.keys, lane),
+                    )
+                    ok = masking.of(z.shape, starts, batch, mask_ref, found)
                 _, slope = weights_and_slopes(form, z, ok, per_pair(inverse_column_ref))
                 ds = slope * (
                     answers_refs[buffer][here, columns] - per_pair(delta_column_ref)

@@ -67,6 +67,7 @@ def candidates(
     device: Tpu,
     *,
     light: bool = True,
+    numbers: tuple[int, int] = (0, 0),
 ) -> list[Tiles]:
     """Tiles that fit in vector memory, the largest first.
 
@@ -77,6 +78,7 @@ def candidates(
         dtype: The widest dtype of the operands.
         device: The program's device.
         light: `Weights.is_light` of the weights.
+        numbers: Numbers that the mask reads per query and per key.
     """
     pieces = _pieces(which, dtype, device, light)
     found = []
@@ -89,7 +91,9 @@ def candidates(
             ):
                 continue
             tiles = _fitted(pieces, which, query, key)
-            if vmem_bytes(which, tiles, features, dtype) <= _VMEM_BYTES:
+            size = vmem_bytes(which, tiles, features, dtype)
+            size += _bytes_of_numbers(which, tiles, numbers)
+            if size <= _VMEM_BYTES:
                 found.append(tiles)
     return found
 
@@ -140,6 +144,17 @@ def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any)
     # Scores, their cotangents, and both in the matrix unit's dtype, double-buffered.
     scores = 4 * tiles.rows * tiles.keys * (6 if size <= 2 else 12)
     return blocks + results + scores
+
+
+def _bytes_of_numbers(which: Pass, tiles: Tiles, numbers: tuple[int, int]) -> int:
+    """Vector memory of the blocks of numbers per position."""
+    total = 0
+    for count, size, of_rows in zip(
+        numbers, (tiles.query, tiles.key), (which != "key", which == "key"), strict=True
+    ):
+        total += 2 * 4 * -(-count // 8) * 8 * size  # 8 sublanes, double-buffered
+        total += 4 * count * size * LANES * of_rows  # turned
+    return total
 
 
 def seconds(

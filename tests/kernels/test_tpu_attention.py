@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -44,11 +45,37 @@ class Problem(problems.Problem):
     tiles: Tiles = SMALL
 
 
+class Classes(masks.Mask):
+    """Positions of one class, in a table that is part of the program."""
+
+    def attends(self, query_index, key_index):
+        table = np.arange(1000) ** 2 % 7
+        return jnp.asarray(table)[query_index] == jnp.asarray(table)[key_index]
+
+
+class Near(masks.Mask):
+    """Positions close in time."""
+
+    times: Any = masks.array_field(axes=1)
+
+    def attends(self, query_index, key_index):
+        return jnp.abs(self.times[query_index] - self.times[key_index]) < 0.3
+
+
 BANDED = masks.Window(40, 20)
 # No key for the first queries, no query for the last keys.
 LATE = masks.Causal(-140) & masks.Window(200, 0)
 UNEVEN = Tiles(256, 128, 128, 128)
 IN_TURN = Tiles(128, 256, 64, 128, overlapped=False)
+
+
+def packed(batch: int, length: int) -> np.ndarray:
+    """Ids of a few sequences, one after the other; -1 for padding, here and there."""
+    ids = np.sort(np.random.default_rng(length).integers(0, 4, (batch, length)))
+    ids[:, -7:] = ids[:, 40:44] = -1
+    return ids
+
+
 PROBLEMS = {
     "causal": Problem(tiles=IN_TURN),
     "aligned, heads in groups": Problem(
@@ -64,10 +91,44 @@ PROBLEMS = {
     "stablemax": Problem(
         LATE | masks.Prefix(3), K=2, B=2, kind=StableMax(), dtype="bfloat16"
     ),
+    "segments": Problem(
+        masks.Segments(packed(2, 150), packed(2, 300)) & masks.Causal(150),
+        *(150, 300, 4, 2),
+        B=2,
+        sinks=True,
+        softcap=3.0,
+        tiles=IN_TURN,
+    ),
     "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
 }
 # The same with other tiles, dtypes and combinations.
 MORE = {
+    "segments, aligned": Problem(
+        masks.Segments(packed(1, 256)[0]), 256, 256, dtype="bfloat16"
+    ),
+    "ids of one byte, another mask": Problem(
+        masks.Window(60, 9) | masks.Segments(packed(2, 290).astype(np.int8)),
+        *(280, 290, 3, 1),
+        B=2,
+        kind=Softplus(),
+        dtype="bfloat16",
+    ),
+    "segments, an offset that is data": Problem(
+        (masks.Segments(packed(2, 320)) & masks.Causal()).shift(np.array([9, 150])),
+        *(150, 300),
+        B=2,
+        lengths=(300, 200),
+        sinks=True,
+        tiles=UNEVEN,
+    ),
+    "a table": Problem(Classes(), T=300, S=270, N=1, dtype="bfloat16"),
+    "times": Problem(
+        Near(np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)),
+        B=2,
+        N=1,
+        kind=StableMax(),
+        tiles=IN_TURN,
+    ),
     "groups, a late start": Problem(masks.Causal(150), N=6, K=2, B=2, tiles=IN_TURN),
     "window": Problem(BANDED, T=300, S=270, N=1, dtype="bfloat16", tiles=UNEVEN),
     "dropped frames": Problem(masks.Radial(5), S=290, N=1, E=136, dtype="bfloat16"),
@@ -272,6 +333,20 @@ def test_explain_tells_the_tiles():
     assert "pallas_tpu: tiles of 256 queries x 256 keys" in text
 
 
+class Sampled(masks.Mask):
+    """A table of pairs."""
+
+    pairs: Any = masks.array_field(axes=2)
+
+    def attends(self, query_index, key_index):
+        return self.pairs[query_index, key_index]
+
+
+def alternatives(count: int) -> masks.Mask:
+    each = [masks.Segments(np.arange(256) % (2 + n)) for n in range(count)]
+    return functools.reduce(operator.or_, each)
+
+
 REFUSALS = {
     "100 queries are too few": ({"T": 100}, {}),
     "16 features of a query are too few": ({"H": 16}, {}),
@@ -279,7 +354,11 @@ REFUSALS = {
     "`query` is float16": ({"dtype": jnp.float16}, {}),
     "it takes no bias": ({}, {"bias": jnp.zeros((1, 1, 256, 256))}),
     "no boolean array": ({}, {"mask": np.ones((1, 1, 256, 256), bool)}),
-    "no array of a mask": ({}, {"mask": masks.Segments(np.zeros(256, int))}),
+    "looks into an array for every pair": (
+        {},
+        {"mask": Sampled(np.ones((256, 256), bool))},
+    ),
+    "reads 5 numbers per query": ({}, {"mask": alternatives(5)}),
     "weights are rounded": ({}, {"precision": "highest"}),
     # Blocks that softlib would leave out hold pairs, too: a plan decides.
     "it chooses its own blocks": ({}, {"block_key": 128}),
@@ -312,6 +391,15 @@ ACCEPTED = {
     "blocks of its own": {"mask": masks.Blocks(np.tri(2, dtype=bool), 128)},
     "lengths": {"key_value_seq_lengths": np.array([3, 200])},
     "an offset that is data": {"is_causal": True, "query_offset": np.array([0, 7])},
+    "segments": {
+        "mask": masks.Segments(np.zeros((2, 300), np.uint8)),
+        "is_causal": True,
+    },
+    "segments and an offset that is data": {
+        "mask": masks.Segments(np.zeros(600, int)) & masks.Causal(),
+        "query_offset": np.array([0, 7]),
+    },
+    "a table": {"mask": Classes()},
     "softcap": {"softcap": 5.0, "sinks": jnp.zeros(4)},
     "softplus": {"normalizer": "softplus"},
     "stablemax": {"normalizer": "stablemax", "local_window_size": 10},

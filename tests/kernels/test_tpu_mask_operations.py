@@ -15,9 +15,12 @@ from pallas_kernels.tpu import attention_mask
 from pallas_kernels.tpu.attention_mask import missing
 
 fraction = lambda q, k: (q - k) * 0.1
+ONE = 127 << 23  # 1.0, as bits
+as_float = lambda x: lax.bitcast_convert_type(x, jnp.float32)
 EXAMPLES: dict[str, Callable[[Any, Any], Any]] = {
     "abs le": lambda q, k: lax.abs(q - k) <= 9,
     "and": lambda q, k: (q & k) < 3,
+    "bitcast_convert_type": lambda q, k: as_float(q + ONE) < as_float(k + ONE),
     "clamp eq": lambda q, k: lax.clamp(jnp.int32(2), q - k, jnp.int32(9)) == 4,
     "clz gt": lambda q, k: lax.clz(q - k) > 9,
     "population_count xor": lambda q, k: lax.population_count(q ^ k) < 3,
@@ -40,7 +43,7 @@ EXAMPLES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def test_all_of_them_are_in_the_examples():
-    listed = set(attention_mask._OPERATIONS.split())
+    listed = attention_mask.OPERATIONS
     index = jax.ShapeDtypeStruct((8, 8), jnp.int32)
     text = " ".join(str(jax.make_jaxpr(f)(index, index)) for f in EXAMPLES.values())
     assert {

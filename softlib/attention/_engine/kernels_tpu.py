@@ -7,7 +7,6 @@ the sizes that cost least on the TPU for which the program is traced.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -15,7 +14,7 @@ from jaxtyping import Array
 from pallas_kernels import _devices
 from pallas_kernels.tpu import attention_lists as blocks
 from pallas_kernels.tpu.attention_form import Form, Masking
-from pallas_kernels.tpu.attention_mask import missing
+from pallas_kernels.tpu.attention_mask import OPERATIONS
 from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
 from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
@@ -23,10 +22,11 @@ from softlib._dispatch import Implementation
 from softlib._dtypes import common_dtype
 from softlib.masks import Block, block_map
 
+from .mask_program import MaskProgram, program_of
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from .tiles import OWN_BLOCKS, Operands, Options, why_no_data
+from .tiles import OWN_BLOCKS, Operands, Options
 
 # Smaller problems do not fill a tile, and plain JAX compiles faster.
 LEAST_LENGTH, LEAST_FEATURES = 128, 32
@@ -45,7 +45,7 @@ _KINDS: dict[Any, Weights] = {
 def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.tpu.attention import attention
 
-    form, scalars = form_of(options, operands)
+    form, masked = form_of(options, operands)
     tiles, entries = blocks_of("forward", options, operands)
     out, normalizer = attention(
         operands.query,
@@ -56,7 +56,7 @@ def _forward(options: Options, operands: Operands) -> Result:
         tiles=tiles,
         out_dtype=options.out_dtype,
         sinks=operands.sinks,
-        mask_scalars=scalars,
+        **masked,
     )
     return Result(out, normalizer)
 
@@ -66,7 +66,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     from pallas_kernels.tpu.attention_query_gradient import query_gradient
 
     operands = given.operands
-    form, scalars = form_of(options, operands)
+    form, masked = form_of(options, operands)
     inverse, delta = row_constants(options, given)
     value, cotangent = _value(operands), given.out_cotangent
     assert cotangent is not None
@@ -79,7 +79,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
         form=form,
         tiles=tiles,
         out_dtype=of(operands.query),
-        mask_scalars=scalars,
+        **masked,
     )
     tiles, entries = blocks_of("key", options, operands)
     dk, dv = key_value_gradient(
@@ -88,7 +88,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
         form=form,
         tiles=tiles,
         out_dtypes=(of(operands.key), of(value)),
-        mask_scalars=scalars,
+        **masked,
     )
     sinks = operands.sinks
     if sinks is not None:
@@ -101,21 +101,21 @@ def _value(operands: Operands) -> Array:
     return operands.value
 
 
-def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
-    """The static form of a kernel, and the mask's integers per batch entry."""
-    mask, lengths = operands.plan.mask, operands.plan.lengths
-    leaves = jax.tree.leaves(mask)
-    batch = operands.query.shape[0]
-    scalars = None
-    if leaves:
-        every = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
-        scalars = jnp.stack([every(leaf) for leaf in leaves], axis=1)
+def form_of(options: Options, operands: Operands) -> tuple[Form, dict[str, Any]]:
+    """The static form of a kernel, and the arrays of its mask."""
+    from pallas_kernels.tpu.attention_reads import Reads
 
-    # Without arithmetic, tiles were chosen so that only padding is left to exclude.
-    attends = _attends(Skeleton.of(mask), lengths) or (
-        lambda query, key, *_: key == key
-    )
-    masking = Masking(attends, lengths[1], len(leaves))
+    program, lengths = _program(operands), operands.plan.lengths
+    if program.is_evaluable:
+        numbers = program.numbers(operands.plan.mask, operands.query.shape[0])
+        masking = Masking(program.attends, lengths[1], program.scalars)
+        arrays = {
+            "mask_scalars": numbers.scalars,
+            "mask_numbers": Reads(numbers.queries, numbers.keys),
+        }
+    else:
+        # Tiles were chosen so that only padding is left to exclude.
+        masking, arrays = Masking(lambda query, key: key == key, lengths[1]), {}
     form = Form(
         _KINDS[options.kind],
         options.scale,
@@ -123,25 +123,11 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, Array | None]:
         limits.PRECISIONS[options.precision],
         masking,
     )
-    return form, scalars
+    return form, arrays
 
 
-def _attends(skeleton: Skeleton, lengths: tuple[int, int]) -> Any:
-    """The mask as kernels call it; None if it is no arithmetic."""
-    if not skeleton.mask._is_arithmetic():
-        return None
-
-    def attends(query: Any, key: Any, *scalars: Any) -> Any:
-        mask = jax.tree.unflatten(skeleton.structure, scalars)
-        return mask._within(*lengths)(query, key)
-
-    return attends
-
-
-@functools.lru_cache(maxsize=256)
-def _lacking(skeleton: Skeleton, lengths: tuple[int, int]) -> list[str]:
-    attends = _attends(skeleton, lengths)
-    return [] if attends is None else missing(attends, skeleton.leaves)
+def _program(operands: Operands) -> MaskProgram:
+    return program_of(operands.plan.mask, operands.plan.lengths, OPERATIONS)
 
 
 def blocks_of(
@@ -176,6 +162,7 @@ def _tiles(which: Pass, options: Options, operands: Operands) -> Tiles | None:
 
 def _limits(which: Pass, options: Options, operands: Operands) -> Any:
     """The inputs of the choice of sizes besides the mask."""
+    program = _program(operands)
     arrays = (operands.query, operands.key, operands.value)
     return (
         which,
@@ -184,12 +171,13 @@ def _limits(which: Pass, options: Options, operands: Operands) -> Any:
         common_dtype(*arrays),
         _devices.tpu(),
         _KINDS[options.kind].is_light,
+        (program.queries, program.keys) if program.is_evaluable else None,
     )
 
 
 def _candidates(which: Pass, options: Options, operands: Operands) -> list[Tiles]:
-    *limits, light = _limits(which, options, operands)
-    return candidates(*limits, light=light)
+    *limits, light, numbers = _limits(which, options, operands)
+    return candidates(*limits, light=light, numbers=numbers or (0, 0))
 
 
 def _is_countable(lengths: tuple[int, int], tiles: Tiles) -> bool:
@@ -206,15 +194,18 @@ def _cheapest(
     dtype: Any,
     device: _devices.Tpu,
     light: bool,
+    numbers: tuple[int, int] | None,
 ) -> Tiles | None:
+    """`numbers` per query and per key are None if no kernel evaluates the mask."""
     costs = {}
-    arithmetic = skeleton.mask._is_arithmetic()
-    for tiles in candidates(which, lengths, features, dtype, device, light=light):
+    evaluable = numbers is not None
+    options: Any = {"light": light, "numbers": numbers or (0, 0)}
+    for tiles in candidates(which, lengths, features, dtype, device, **options):
         if not _is_countable(lengths, tiles):
             continue
         sizes = (tiles.query, tiles.key)
-        visited, partial = _counts(skeleton, lengths, sizes, all_rows=not arithmetic)
-        if arithmetic or not partial:
+        visited, partial = _counts(skeleton, lengths, sizes, all_rows=not evaluable)
+        if evaluable or not partial:
             costs[tiles] = seconds(
                 which, tiles, features, dtype, device, visited=visited, partial=partial
             )
@@ -293,14 +284,8 @@ def _why_no_precision(options: Options, arrays: dict[str, Any]) -> str | None:
 
 
 def _why_no_blocks(options: Options, operands: Operands) -> str | None:
-    plan = operands.plan
-    reason = why_no_data(plan.mask)
-    if reason is not None:
-        return reason
-    lacks = _lacking(Skeleton.of(plan.mask), plan.lengths)
-    if lacks:
-        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
-    return _why_no_tiles(("forward",), options, operands)
+    reason = _program(operands).why_not
+    return reason or _why_no_tiles(("forward",), options, operands)
 
 
 def _why_no_tiles(
