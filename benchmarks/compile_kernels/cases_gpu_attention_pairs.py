@@ -1,4 +1,4 @@
-"""Attention on Hopper with boolean arrays and biases over pairs."""
+"""Attention on Hopper with arrays over pairs, and with packed sequences."""
 
 import dataclasses
 from typing import Any
@@ -26,6 +26,9 @@ def cases() -> list[Case]:
         *_cases("float32 bias", LONG, bias="ts", dtype=jnp.float32, softcap=50.0),
         *_cases("narrow float32 bias", NARROW, bias="ts", dtype=jnp.float32),
         *_cases("ragged arrays of positions", RAGGED, dense="bs", bias="nt"),
+        *_packed("packed sequences", LONG),
+        *_packed("narrow packed sequences", NARROW),
+        *_packed("ragged packed sequences", RAGGED),
         _trained("trained bias", LONG, "ts"),
     ]
 
@@ -59,6 +62,25 @@ def _cases(
         extra.append(_on_pairs(problem, bias, dtype))
     name, arrays = f"gpu softlib {name}", in_layout(problem)
     return forward_and_training(name, problem, forward, arrays, tuple(extra), case_of)
+
+
+def _packed(name: str, problem: Problem) -> list[Case]:
+    """Segments of traced ids, from a traced offset of the queries."""
+
+    def forward(query: Any, key: Any, value: Any, ids: Any, offset: Any) -> Any:
+        return attention.dot_product_attention(
+            *(query, key, value),
+            mask=masks.Segments(ids) & problem.mask,
+            query_offset=offset,
+            implementation="pallas_gpu",
+        )
+
+    extra = (
+        array(jnp.int32, problem.batch, max(problem.lengths)),
+        array(jnp.int32, problem.batch),
+    )
+    name, arrays = f"gpu softlib {name}", in_layout(problem)
+    return forward_and_training(name, problem, forward, arrays, extra, case_of)
 
 
 def _trained(name: str, problem: Problem, bias: str) -> Case:

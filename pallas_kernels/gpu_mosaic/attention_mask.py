@@ -16,11 +16,12 @@ from pallas_kernels import _mask_operations
 from pallas_kernels._mask_operations import Mask, inner, traced
 
 # Supported operations of integers and booleans; kernels were compiled with each.
-_OPERATIONS = """
+_NAMES = """
     abs add and broadcast_in_dim clamp clz convert_element_type copy div eq ge gt le lt
     max min mul ne neg not or rem select_n shift_left shift_right_arithmetic sign square
     sub xor
 """
+OPERATIONS = frozenset(_NAMES.split())
 
 _COMPARISONS = {
     **dict.fromkeys((lax.eq_p, lax.le_p, lax.ge_p), True),
@@ -30,7 +31,7 @@ _COMPARISONS = {
 
 def missing(mask: Mask, scalars: int) -> list[str]:
     """Operations of the mask that kernels lack; `scalars` as in `Form`."""
-    return _mask_operations.missing(mask, scalars, set(_OPERATIONS.split()))
+    return _mask_operations.missing(mask, scalars, OPERATIONS)
 
 
 def is_constant(mask: Mask, scalars: int) -> bool:

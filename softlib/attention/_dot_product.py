@@ -160,10 +160,10 @@ def dot_product_attention(
         gradient 0 and gives none.
     Cost: with P pairs in the visited blocks $2 P N (H + E)$ flop forward and
         $P N (6 H + 4 E)$ backward; scratch of the arguments once in float32, and of a
-        few tiles: on GPUs and TPUs, without a kernel, up to 768 MiB. There products of
-        16-bit arrays round the weights to their dtype. Kept for the backward pass: the
-        arguments, the output, and one number per row. Reverse over reverse stores the
-        tiles.
+        few tiles: on GPUs and TPUs, without a kernel and for the gradient of a bias, up
+        to 768 MiB. There products of 16-bit arrays round the weights to their dtype.
+        Kept for the backward pass: the arguments, the output, and one number per row.
+        Reverse over reverse stores the tiles.
     Source: "FlashAttention: Fast and Memory-Efficient Exact Attention with
         IO-Awareness" and its successors for dense attention; "Radial Attention:
         O(n log n) Sparse Attention with Energy Decay for Long Video Generation" for

@@ -45,7 +45,20 @@ PROBLEMS = {
         masks.All(), T=64, S=136, B=2, lengths=(0, 70), spread=300.0
     ),
 }
+# Some queries find no segment of theirs, and a few keys no query.
+IDS_OF_QUERIES = np.sort(np.random.default_rng(3).integers(0, 5, (2, 72)), axis=1)
+IDS_OF_KEYS = np.sort(np.random.default_rng(4).integers(1, 6, (2, 136)), axis=1)
+SEGMENTS = masks.Segments(IDS_OF_QUERIES.astype(np.int32), IDS_OF_KEYS.astype(np.int32))
 EXTRAS = {
+    "segments, heads in groups": Problem(
+        SEGMENTS & masks.Causal(40), T=72, S=136, B=2, N=2
+    ),
+    "segments from an offset, sinks": Problem(
+        SEGMENTS.shift(np.array([-3, 5], np.int32)) & masks.Causal(70),
+        *(72, 136),
+        B=2,
+        sinks=True,
+    ),
     "array, heads in groups, empty rows": Problem(
         masks.Causal(30), T=72, S=136, B=2, N=2, dense="bts", dtype="float16"
     ),
@@ -58,6 +71,23 @@ EXTRAS = {
     "bias of keys": Problem(masks.All(), T=72, S=136, N=2, bias="ns", dense="t"),
 }
 SLOW_EXTRAS = {
+    "segments or a window, softcap": Problem(
+        masks.Segments(SEGMENTS.query[0], SEGMENTS.key) | masks.Window(3, 3),
+        *(72, 136),
+        B=2,
+        N=2,
+        softcap=3.0,
+        dtype="float16",
+    ),
+    "no segment, array, bias": Problem(
+        ~SEGMENTS & masks.Window(60, 20),
+        *(72, 136),
+        B=2,
+        N=2,
+        K=2,
+        dense="nts",
+        bias="bs",
+    ),
     "array and bias": Problem(
         *(LATE, 264, 200, 2, 1),
         dense="bnts",
@@ -262,6 +292,23 @@ def test_lowered_for_hopper_arrays_over_pairs_are_read_by_kernels():
     assert lowered.count("@mosaic_gpu") == 3
 
 
+def test_lowered_for_hopper_packed_sequences_from_an_offset_are_read_by_kernels():
+    def loss(query: Any, key: Any, value: Any, ids: Any, offset: Any) -> Any:
+        mask = masks.Segments(ids[:, :256], ids) & masks.Causal()
+        return training(query, key, value, mask=mask, query_offset=offset)
+
+    ids, offset = array(2, 384, dtype=jnp.int32), array(dtype=jnp.int32)
+    arguments = (QUERY, KEY, KEY, ids, offset)
+    with hopper():
+        text = str(explain(jax.grad(loss, (0, 1, 2)), *arguments))
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arguments)
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("cuda: pallas_gpu") == 2
+    assert "not pallas_gpu" not in text
+    assert lowered.count("@mosaic_gpu") == 3
+    assert "stablehlo.while" not in lowered
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_lowered_inside_shard_map(check_vma):
     """The interpreter does not run there: what is declared of results is checked."""
@@ -306,16 +353,23 @@ def test_explain_tells_the_tiles_and_the_padding():
     assert text.count("cuda: pallas_gpu") == 2
     assert "pallas_gpu: Tiles(keys=128, stages=2); arrays are copied to pad" in text
     assert "pad" not in aligned
+    with hopper():
+        mask = np.ones((2, 1, 256, 380), bool)
+        short = array(2, 380, 2, 64)
+        text = str(explain(functools.partial(training, mask=mask), QUERY, short, short))
+    assert "arrays over pairs are copied to pad them" in text
 
 
-IDS = jnp.zeros(256, jnp.int32)
+IDS = np.zeros((5, 256), np.int32)
 REFUSALS: dict[str, dict[str, Any]] = {
     "`query` is float32, not bfloat16 or float16": {"dtype": jnp.float32},
     "`key` is float16, `query` is bfloat16": {"key_dtype": jnp.float16},
     "64 queries are too few": {"T": 64},
     "16 features of a query are too few": {"H": 16},
     "320 features of a query and 320 of a value": {"H": 320},
-    "it looks into no array of a mask": {"mask": masks.Segments(IDS, IDS)},
+    "the mask reads 5 numbers per query": {
+        "mask": functools.reduce(lambda x, y: x | y, map(masks.Segments, IDS))
+    },
     "the mask looks into an array inside of tiles of 128 x 128": {
         "mask": masks.Blocks(np.eye(8, dtype=bool), 32)
     },

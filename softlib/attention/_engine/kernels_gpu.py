@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from pallas_kernels import _devices
 from pallas_kernels.gpu_mosaic.attention_lists import Lists, lists
-from pallas_kernels.gpu_mosaic.attention_mask import missing
+from pallas_kernels.gpu_mosaic.attention_mask import OPERATIONS
 from pallas_kernels.gpu_mosaic.attention_tiles import (
     FEATURES,
     LENGTHS,
@@ -31,10 +31,11 @@ from softlib._sharding import match_varying
 from softlib.masks import Block
 
 from . import large_steps
+from .mask_program import MaskProgram, Numbers, program_of
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
-from .tiles import OWN_BLOCKS, Operands, Options, why_no_data, why_other_dtypes
+from .tiles import OWN_BLOCKS, Operands, Options, why_other_dtypes
 
 type Pass = Literal["forward", "query", "key"]
 
@@ -57,7 +58,7 @@ _WEIGHTS: dict[Any, Any] = {
 def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.gpu_mosaic.attention import attention
 
-    form, scalars = form_of(options, operands)
+    form, numbers = form_of(options, operands)
     tiles = tiles_of("forward", operands)
     assert tiles is not None
     query, key, value = _arrays(operands)
@@ -70,8 +71,8 @@ def _forward(options: Options, operands: Operands) -> Result:
         form=form,
         tiles=tiles,
         sinks=None if sinks is None else sinks.astype(jnp.float32),
-        mask_scalars=scalars,
-        extras=_extras(operands),
+        mask_scalars=numbers.scalars,
+        extras=_extras(operands, numbers),
     )
     length = operands.plan.lengths[0]
     out = out[:, :length, :, : _value(operands).shape[-1]]
@@ -85,7 +86,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     from pallas_kernels.gpu_mosaic.attention_scores import LOG2E
 
     operands = given.operands
-    form, scalars = form_of(options, operands)
+    form, numbers = form_of(options, operands)
     tiles = tiles_of("query", operands)
     assert tiles is not None
     inverse, delta = row_constants(options, given)
@@ -100,8 +101,8 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     rest: dict[str, Any] = {
         "form": form,
         "tiles": tiles,
-        "mask_scalars": scalars,
-        "extras": _extras(operands),
+        "mask_scalars": numbers.scalars,
+        "extras": _extras(operands, numbers),
     }
     dq = query_gradient(*arrays, lists_of("query", operands), **rest)
     dk, dv = key_gradients(*arrays, lists_of("key", operands), **rest)
@@ -152,8 +153,8 @@ def _padded(x: Array, multiples: dict[int, int], fill: float = 0) -> Array:
     return jnp.pad(x, width, constant_values=fill) if padded else x
 
 
-def _extras(operands: Operands) -> Any:
-    """The boolean array and the bias, in the dtypes and sizes of kernels."""
+def _extras(operands: Operands, numbers: Numbers) -> Any:
+    """The arrays over pairs and positions, in the dtypes and sizes of kernels."""
     from pallas_kernels.gpu_mosaic.attention_extras import Extras
 
     of_pairs = lambda x: min(x.shape[2:]) > 1
@@ -168,41 +169,35 @@ def _extras(operands: Operands) -> Any:
     return Extras(
         fitted(operands.dense, jnp.int8, jnp.int32),
         fitted(bias, None if bias is None else bias.dtype, jnp.float32),
+        *(
+            None if x is None else _padded(x, {2: LENGTHS})
+            for x in (numbers.queries, numbers.keys)
+        ),
     )
 
 
-def form_of(options: Options, operands: Operands) -> tuple[Any, Array | None]:
-    """The static form of a kernel, and the mask's integers per batch entry."""
+def form_of(options: Options, operands: Operands) -> tuple[Any, Numbers]:
+    """The static form of a kernel, and what its mask reads."""
     from pallas_kernels.gpu_mosaic.attention_scores import Form
 
-    attends, count = _mask(Skeleton.of(operands.plan.mask), operands.plan.lengths)
-    scalars = None
-    if count:
-        batch = operands.query.shape[0]
-        every = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
-        leaves = jax.tree.leaves(operands.plan.mask)
-        scalars = jnp.stack([every(leaf) for leaf in leaves], axis=1)
+    program, plan = _program(operands), operands.plan
+    # Else tiles were chosen so that only padded keys are left to exclude.
+    attends, numbers = None, Numbers(None, None, None)
+    if program.is_evaluable:
+        attends = program.attends
+        numbers = program.numbers(plan.mask, operands.query.shape[0])
     form = Form(
         attends,
-        operands.plan.lengths[1],
+        plan.lengths[1],
         options.scale,
         options.softcap,
         _WEIGHTS[options.kind],
     )
-    return form, scalars
+    return form, numbers
 
 
-def _mask(skeleton: Skeleton, lengths: tuple[int, int]) -> tuple[Any, int]:
-    """The mask as a function for kernels, and its number of integers that are data."""
-    if not skeleton.mask._is_arithmetic():
-        # Tiles were chosen so that only padded keys are left to exclude.
-        return None, 0
-
-    def attends(query: Any, key: Any, *scalars: Any) -> Any:
-        mask = jax.tree.unflatten(skeleton.structure, scalars)
-        return mask._within(*lengths)(query, key)
-
-    return attends, skeleton.leaves
+def _program(operands: Operands) -> MaskProgram:
+    return program_of(operands.plan.mask, operands.plan.lengths, OPERATIONS)
 
 
 def lists_of(which: Pass, operands: Operands) -> Lists:
@@ -242,7 +237,10 @@ def tiles_of(which: Pass, operands: Operands) -> Any:
 
 
 def _pair_bytes(operands: Operands) -> PairBytes:
-    matrices = rows = 0
+    program = _program(operands)
+    matrices, rows = 0, 0
+    if program.is_evaluable:
+        rows = 4 * (program.queries + program.keys)
     for x, size in ((operands.dense, 1), (operands.bias, None)):
         if x is None:
             continue
@@ -314,16 +312,12 @@ def _both(operands: Operands) -> str:
 
 def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
     plan = operands.plan
-    reason = why_no_data(plan.mask)
-    if reason is not None:
-        return reason
-    skeleton = Skeleton.of(plan.mask)
-    lacks = _lacking(skeleton, plan.lengths)
-    if lacks:
-        return f"the mask takes operations that it lacks: {', '.join(lacks)}"
+    program, skeleton = _program(operands), Skeleton.of(plan.mask)
+    if program.why_not is not None:
+        return program.why_not
     for which in passes:
         sizes = _sizes(which, operands)
-        if _looks_up(skeleton, plan.lengths, sizes):
+        if not program.is_evaluable and _decides(skeleton, plan.lengths, sizes):
             return "the mask looks into an array inside of tiles of {} x {}".format(
                 *sizes
             )
@@ -334,18 +328,10 @@ def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def _lacking(skeleton: Skeleton, lengths: tuple[int, int]) -> list[str]:
-    attends, scalars = _mask(skeleton, lengths)
-    return [] if attends is None else missing(attends, scalars)
-
-
-@functools.lru_cache(maxsize=256)
-def _looks_up(
+def _decides(
     skeleton: Skeleton, lengths: tuple[int, int], sizes: tuple[int, int]
 ) -> bool:
-    """Whether a mask that is not arithmetic decides within some tile."""
-    if skeleton.mask._is_arithmetic():
-        return False
+    """Whether a mask decides within some tile."""
     return bool((_kinds(skeleton, lengths, sizes) == Block.SOME).any())
 
 
@@ -401,7 +387,15 @@ def pads(*arrays: Array) -> str:
 
 
 def _padding(operands: Operands) -> str:
-    return pads(operands.query, operands.key, _value(operands))
+    note = pads(operands.query, operands.key, _value(operands))
+    matrices = [x for x in (operands.dense, operands.bias) if x is not None]
+    fits = all(
+        1 in x.shape[2:] or (x.shape[2] % LENGTHS == 0 == x.shape[3] % PAIR_COLUMNS)
+        for x in matrices
+    )
+    if not fits:
+        note += "; arrays over pairs are copied to pad them"
+    return note
 
 
 def _note(options: Options, operands: Operands) -> str:

@@ -31,16 +31,6 @@ type Index = Sequence[Array]
 OWN_BLOCKS = "it chooses its own blocks (block sizes or a BlockPlan are given)"
 
 
-def why_no_data(mask: Any) -> str | None:
-    """The reason why a kernel cannot have the arrays of a mask; None if it can."""
-    if any(mask._leaf_ranks()):
-        return "it looks into no array of a mask"
-    for leaf in jax.tree.leaves(mask):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
-            return f"it takes integers of a mask, not {jnp.result_type(leaf)}"
-    return None
-
-
 # For slices whose start is in range: otherwise the program checks for negative indices.
 IN_RANGE: Any = {"allow_negative_indices": False}
 
