@@ -99,10 +99,12 @@ PROBLEMS = {
         softcap=3.0,
         tiles=IN_TURN,
     ),
+    "booleans of keys": Problem(BANDED, dense="bs", B=2, K=2, dtype="bfloat16"),
     "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
 }
 # The same with other tiles, dtypes and combinations.
 MORE = {
+    "booleans of queries": Problem(LATE, T=260, N=1, dense="t", tiles=IN_TURN),
     "segments, aligned": Problem(
         masks.Segments(packed(1, 256)[0]), 256, 256, dtype="bfloat16"
     ),
@@ -400,6 +402,12 @@ ACCEPTED = {
         "query_offset": np.array([0, 7]),
     },
     "a table": {"mask": Classes()},
+    "a boolean array of keys": {"mask": np.ones((2, 1, 1, 260), bool)},
+    "a boolean array of queries": {
+        "mask": np.ones((1, 1, 300, 1), bool),
+        "is_causal": True,
+    },
+    "a boolean array of batch entries": {"mask": np.ones((2, 1, 1, 1), bool)},
     "softcap": {"softcap": 5.0, "sinks": jnp.zeros(4)},
     "softplus": {"normalizer": "softplus"},
     "stablemax": {"normalizer": "stablemax", "local_window_size": 10},

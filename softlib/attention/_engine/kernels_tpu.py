@@ -4,6 +4,7 @@ A plan has blocks that suit a CPU: kernels take its mask and make lists of their
 the sizes that cost least on the TPU for which the program is traced.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +21,7 @@ from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._dtypes import common_dtype
-from softlib.masks import Block, block_map
+from softlib.masks import Block, Mask, array_field, block_map
 
 from .mask_program import MaskProgram, program_of
 from .plan import Skeleton, plan_of
@@ -45,6 +46,7 @@ _KINDS: dict[Any, Weights] = {
 def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.tpu.attention import attention
 
+    operands = _in_mask(operands)
     form, masked = form_of(options, operands)
     tiles, entries = blocks_of("forward", options, operands)
     out, normalizer = attention(
@@ -65,7 +67,8 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
     from pallas_kernels.tpu.attention_query_gradient import query_gradient
 
-    operands = given.operands
+    operands = _in_mask(given.operands)
+    given = given._replace(operands=operands)
     form, masked = form_of(options, operands)
     inverse, delta = row_constants(options, given)
     value, cotangent = _value(operands), given.out_cotangent
@@ -94,6 +97,32 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     if sinks is not None:
         sinks = sinks_gradient(sinks, inverse, delta).astype(of(sinks))
     return Gradient(dq, dk, dv, None, sinks, ())
+
+
+class _Visible(Mask):
+    """Booleans per query, or per key, as an array of a mask."""
+
+    visible: Any = array_field(axes=1)
+    per_query: bool
+
+    def attends(self, query_index, key_index):
+        return self.visible[query_index if self.per_query else key_index]
+
+
+def _in_mask(operands: Operands) -> Operands:
+    """The operands with a boolean array over one axis of positions in the mask.
+
+    One over pairs, or that differs from head to head, stays where it is.
+    """
+    dense, plan = operands.dense, operands.plan
+    if dense is None or dense.shape[1] > 1 or min(dense.shape[2:]) > 1:
+        return operands
+    per_query, entries = dense.shape[2] > 1, dense.shape[0]
+    length = plan.lengths[0] if per_query else plan.lengths[1]
+    visible = jnp.broadcast_to(dense.reshape(entries, -1), (entries, length))
+    mask = plan.mask & _Visible(visible[0] if entries == 1 else visible, per_query)
+    plan = dataclasses.replace(plan, mask=mask)
+    return operands._replace(plan=plan, dense=None)
 
 
 def _value(operands: Operands) -> Array:
@@ -243,6 +272,7 @@ def _count_of(length: int, size: int) -> int:
 
 
 def _why_not(options: Options, operands: Operands) -> str | None:
+    operands = _in_mask(operands)
     plan, value = operands.plan, operands.value
     if value is None:
         return "it computes no statistics without values"
@@ -251,7 +281,7 @@ def _why_not(options: Options, operands: Operands) -> str | None:
     if operands.bias is not None:
         return "it takes no bias"
     if operands.dense is not None:
-        return "it takes no boolean array as a mask"
+        return "it takes no boolean array over pairs, or of each head, as a mask"
     if options.has_given_blocks:
         return OWN_BLOCKS
     (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
@@ -308,17 +338,18 @@ def _why_no_tiles(
 
 
 def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
-    operands = given.operands
+    operands = _in_mask(given.operands)
     reason = _why_not(options, operands)
     return reason or _why_no_tiles(("query", "key"), options, operands)
 
 
 def _note(options: Options, operands: Operands) -> str:
-    return str(_tiles("forward", options, operands))
+    return str(_tiles("forward", options, _in_mask(operands)))
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
-    query, key = (_tiles(which, options, given.operands) for which in ("query", "key"))
+    operands = _in_mask(given.operands)
+    query, key = (_tiles(which, options, operands) for which in ("query", "key"))
     return f"{query} for queries, {key} for keys and values"
 
 
