@@ -1,5 +1,18 @@
 """Drawing sequences from models.
 
+Token by token, with logits as values:
+
+- `generate`, `Generated`: sequences drawn, or the likeliest token each time
+- `beam_search`, `Beams`: the likeliest sequences
+- `Processor`, `RepetitionPenalty`, `TokenAutomaton`, `typical_logits`: what changes
+  logits before a token is drawn
+
+A draft that proposes, a model that verifies:
+
+- `speculative_verify`, `speculative_verify_tree`, `SpeculativeStep`: exact verification
+- `speculative_acceptance`, `speculative_residual`: its parts
+- `expected_accepted_tokens`, `speculative_speedup`: what a draft is worth
+
 Gumbel-softmax flow matching, from noise on the simplex to symbols, with guidance:
 
 - `exponential_temperature`, `gumbel_softmax_interpolant`: what training sees at a time
@@ -16,6 +29,7 @@ The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits
 `min_p_logits`.
 """
 
+from ._beam_search import Beams as Beams, beam_search as beam_search
 from ._flow_matching import (
     FlowSample as FlowSample,
     exponential_temperature as exponential_temperature,
@@ -24,9 +38,25 @@ from ._flow_matching import (
     gumbel_softmax_interpolant as gumbel_softmax_interpolant,
     sample_gumbel_flow as sample_gumbel_flow,
 )
+from ._generate import Generated as Generated, generate as generate
 from ._independence_chain import (
     IndependenceChain as IndependenceChain,
     independence_chain_update as independence_chain_update,
+)
+from ._processors import (
+    Processor as Processor,
+    RepetitionPenalty as RepetitionPenalty,
+    TokenAutomaton as TokenAutomaton,
+    typical_logits as typical_logits,
+)
+from ._speculative import (
+    SpeculativeStep as SpeculativeStep,
+    expected_accepted_tokens as expected_accepted_tokens,
+    speculative_acceptance as speculative_acceptance,
+    speculative_residual as speculative_residual,
+    speculative_speedup as speculative_speedup,
+    speculative_verify as speculative_verify,
+    speculative_verify_tree as speculative_verify_tree,
 )
 from ._value_guided import (
     ValueGuidedBeam as ValueGuidedBeam,
@@ -34,14 +64,29 @@ from ._value_guided import (
 )
 
 __all__ = [
+    "Beams",
     "FlowSample",
+    "Generated",
     "IndependenceChain",
+    "Processor",
+    "RepetitionPenalty",
+    "SpeculativeStep",
+    "TokenAutomaton",
     "ValueGuidedBeam",
+    "beam_search",
+    "expected_accepted_tokens",
     "exponential_temperature",
+    "generate",
     "gumbel_flow_loss",
     "gumbel_flow_velocity",
     "gumbel_softmax_interpolant",
     "independence_chain_update",
     "sample_gumbel_flow",
+    "speculative_acceptance",
+    "speculative_residual",
+    "speculative_speedup",
+    "speculative_verify",
+    "speculative_verify_tree",
+    "typical_logits",
     "value_guided_search",
 ]

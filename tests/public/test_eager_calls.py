@@ -18,6 +18,8 @@ from tests.heads import of_head, of_stored
 
 # Calls that compile each time, and why.
 COMPILING = {
+    "softlib.decoding.beam_search": "its loop calls the caller's function",
+    "softlib.decoding.generate": "its loop calls the caller's function",
     "softlib.decoding.sample_gumbel_flow": "its loop calls the caller's function",
     "softlib.decoding.value_guided_search": "its loop calls the caller's function",
     "softlib.optim.projected_gradient_ascent": "its loop calls the caller's function",
@@ -27,6 +29,8 @@ NOT_CALLED = {
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
 }
 NOT_REVERSED = {
+    "softlib.decoding.beam_search",  # their loops end when all sequences have
+    "softlib.decoding.generate",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
     "softlib.estimation.fit_softmax_regression",
 }

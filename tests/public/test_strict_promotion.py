@@ -21,6 +21,8 @@ NOT_MIXED = {
     "softlib.optim.projected_gradient_ascent": "its objective mixes dtypes itself",
 }
 NOT_REVERSED = {
+    "softlib.decoding.beam_search",  # their loops end when all sequences have
+    "softlib.decoding.generate",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
     "softlib.estimation.fit_softmax_regression",
 }

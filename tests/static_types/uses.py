@@ -53,4 +53,6 @@ def studies(x: jax.Array) -> None:
         num_proposals=1,
     )
     assert_type(beam.values, jax.Array)
+    step = softlib.decoding.speculative_verify(x, x, x, x)
+    assert_type(step.next_token, jax.Array)
     assert_type(softlib.estimation.ExpertGate().top_k, int | None)
