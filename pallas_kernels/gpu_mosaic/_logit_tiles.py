@@ -24,6 +24,7 @@ class LogitTiles:
         memory: Views of both for copies, and for products.
         steps: Spans of features per tile.
         classes: Classes per tile.
+        vocab_axis: The axis of the weight that runs over classes.
     """
 
     ring: Ring
@@ -31,6 +32,7 @@ class LogitTiles:
     memory: tuple[tuple[Any, Any], tuple[Any, Any]]
     steps: int
     classes: int
+    vocab_axis: int
 
     def fetch(
         self,
@@ -40,32 +42,63 @@ class LogitTiles:
         block: Any,
         first_class: Callable[[Any], Any],
     ) -> None:
-        """Copies `count` tiles of classes, in the memory warpgroup."""
+        """Copies `count` tiles of classes, in the memory warpgroup.
+
+        `first_class(tile)` is where the tile begins in the given weight.
+        """
         plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
         (of_hidden, of_weight), ready = self.operands, self.ring.ready
         (hidden, _), (weight, _) = self.memory
 
         def copy(step: Any, slot: Any) -> None:
-            column = lax.rem(step, self.steps) * SPAN
-            first = first_class(lax.div(step, self.steps))
-            of_hidden.fetch(hidden, slot, hidden_ref, block * BLOCK, column, ready)
-            of_weight.fetch(weight, slot, weight_ref, first, column, ready)
+            feature = lax.rem(step, self.steps) * SPAN
+            at = first_class(lax.div(step, self.steps)), feature
+            if self.vocab_axis == 1:
+                at = at[::-1]
+            of_hidden.fetch(hidden, slot, hidden_ref, block * BLOCK, feature, ready)
+            of_weight.fetch(weight, slot, weight_ref, *at, ready)
 
         self.ring.fill(count * self.steps, copy)
 
-    def product(self, tile: Any, rows: Any) -> Any:
+    def product(self, tile: Any, rows: Any) -> "Logits":
         """The float32 logits of a compute warpgroup's `rows` of the block."""
-        ring, steps = self.ring, self.steps
+        ring, steps, by_columns = self.ring, self.steps, self.vocab_axis == 1
         (_, hidden), (_, weight) = self.memory
+        # The boxes of (D, V) hold some classes each, those of (V, D) all.
+        boxes = self.operands[1].boxes if by_columns else 1
 
-        def scope(total: Any) -> Any:
+        def scope(*totals: Any) -> Any:
             def start(slot: Any) -> None:
-                classes = _ring.transposed(weight.at[slot, 0])
-                plgpu.wgmma(total, hidden.at[slot, 0, rows], classes)
+                for box, total in enumerate(totals):
+                    classes = weight.at[slot, box]
+                    if not by_columns:
+                        classes = _ring.transposed(classes)
+                    plgpu.wgmma(total, hidden.at[slot, 0, rows], classes)
 
-            ring.multiply(tile * steps, steps, start, 1)
-            raw = total[...]  # waits for every product
+            ring.multiply(tile * steps, steps, start, boxes)
+            raw = tuple(total[...] for total in totals)  # waits for every product
             ring.release(tile * steps + steps - 1)
             return raw
 
-        return pl.run_scoped(scope, plgpu.ACC((ROWS, self.classes), jnp.float32))
+        width = self.classes // boxes
+        accumulator = plgpu.ACC((ROWS, width), jnp.float32)
+        return Logits(pl.run_scoped(scope, *[accumulator] * boxes), width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """A tile of logits in registers, as boxes of `width` classes."""
+
+    boxes: tuple[Any, ...]
+    width: int
+
+    def columns(self, first: int, count: int) -> Any:
+        """The columns of a slice, which is inside a box."""
+        box, first = divmod(first, self.width)
+        return self.boxes[box][:, first : first + count]
+
+
+def tile_of_weight(weight: Any, classes: int, vocab_axis: int) -> Tile:
+    """The layout of a span of features of some classes."""
+    shape = (classes, SPAN) if vocab_axis == 0 else (SPAN, classes)
+    return Tile(*shape, _ring.is_aligned(weight))

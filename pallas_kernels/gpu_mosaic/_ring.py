@@ -9,6 +9,8 @@ without that tiling. A box is 128 bytes wide, so both ways put every element at 
 address, with the same swizzle: a box is written through one view of the memory and
 multiplied through another. The interpreter, whose views do not share memory and which
 does not require multiples, uses one view for both.
+
+Tiles of float32, which are only stored, have 32 columns where those of 16 bits have 64.
 """
 
 import dataclasses
@@ -25,7 +27,6 @@ from ._row_tiles import SPAN, WARPGROUPS
 # Registers per thread; the three warpgroups share 512 per lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 _SWIZZLED = (plgpu.SwizzleTransform(128),)
-_TILED = (plgpu.TilingTransform((8, SPAN)), *_SWIZZLED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +35,29 @@ class Tile:
 
     Attributes:
         rows: Rows of the tile.
-        columns: Columns of the tile, a multiple of 64.
-        aligned: Whether the array's own rows and columns are multiples of 8 and 64.
+        columns: Columns of the tile, a multiple of `span`.
+        aligned: Whether the array's own rows and columns are multiples of 8 and `span`.
+        span: Columns of 128 bytes.
     """
 
     rows: int
     columns: int
     aligned: bool
+    span: int = SPAN
 
     @property
     def width(self) -> int:
         """Number of columns of a box."""
-        return self.columns if self.aligned else SPAN
+        return self.columns if self.aligned else self.span
 
     @property
     def boxes(self) -> int:
         return self.columns // self.width
 
-    def bytes(self) -> int:
-        return 2 * self.rows * self.columns
-
     def memory(self, slots: int, dtype: Any, interpret: Any) -> Any:
         shape = (slots, self.boxes, self.rows, self.width)
-        tiled = plgpu.SMEM(shape, dtype, transforms=_TILED)
+        tiling = plgpu.TilingTransform((8, self.span))
+        tiled = plgpu.SMEM(shape, dtype, transforms=(tiling, *_SWIZZLED))
         if self.aligned or interpret:
             return tiled
         return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=_SWIZZLED), tiled)
@@ -82,7 +83,12 @@ class Tile:
 
 def is_aligned(array: Any) -> bool:
     rows, columns = array.shape
-    return rows % 8 == 0 and columns % SPAN == 0
+    return rows % 8 == 0 and columns % span_of(array.dtype) == 0
+
+
+def span_of(dtype: Any) -> int:
+    """The columns of 128 bytes."""
+    return 128 // jnp.dtype(dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Form:
         per_class: Names of the numbers per class, in the order of their table.
         overhang: Whether a tile may reach beyond the last class.
         filter: Whether the gradient filter needs the distances of p to the labels.
+        vocab_axis: The axis of the weight that runs over classes.
     """
 
     statistics: tuple[str, ...]
@@ -54,6 +55,7 @@ class Form:
     per_class: tuple[str, ...]
     overhang: bool
     filter: bool = False
+    vocab_axis: int = 0
 
     def wants(self, *names: str) -> bool:
         return any(name in self.statistics for name in names)

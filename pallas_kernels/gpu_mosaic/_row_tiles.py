@@ -7,6 +7,9 @@ best. Backward, the classes are visited in chunks, each with three grids that re
 write the float32 gradient of hidden once. Larger chunks save this traffic, smaller ones
 memory for stored cotangents, and some fill their rounds better: the cheapest chunk is
 taken whose cotangents stay below a share of the float32 logits.
+
+A float32 weight is rounded to 16 bits, some classes at a time: forward as many as a
+copy of `COPY_BYTES` holds, backward those of a chunk.
 """
 
 import dataclasses
@@ -27,6 +30,8 @@ WIDEST = 256
 COLUMNS = 32  # columns per slice
 PRODUCT_FEATURES = (256, 192, 128, 64)  # features per tile of the gradients
 MOST_STAGES = 6
+# Largest copy of some classes of a float32 weight in 16 bits, forward: 128 MiB.
+COPY_BYTES = 1 << 27
 # Reserve of shared memory: barriers, and scratch of sums over rows of a warpgroup.
 SLACK_BYTES = 4096
 # Largest size of a chunk's 16-bit cotangents relative to the float32 logits.
@@ -59,20 +64,51 @@ class Tiles:
 
 
 @dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Sizes of the forward pass.
+
+    Attributes:
+        logits: Sizes of the kernel.
+        chunk: Classes of a float32 weight that are rounded and visited at a time, a
+            multiple of 256; None if all are visited at once.
+    """
+
+    logits: Tiles
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTiles:
+    """Sizes of a kernel that multiplies cotangents, 128 rows of the result at a time.
+
+    Attributes:
+        columns: Columns of a tile of the result, a multiple of 64, 256 at most.
+        stages: Slots of the ring.
+    """
+
+    columns: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class BackwardTiles:
     """Sizes of the backward pass.
 
     Attributes:
         logits: Sizes of the kernel that computes cotangents of a chunk.
         chunk: Classes whose cotangents are stored at a time, a multiple of 256.
-        features: Features of a tile of the gradients, a multiple of 64, 256 at most.
-        stages: Slots of the ring of the products.
+        hidden: Sizes for the gradient of hidden, (rows, features).
+        weight: Sizes for the gradient of the weight. Of (D, V) the columns are classes:
+            they divide the chunk, and are 128 with a gradient filter.
     """
 
     logits: Tiles
     chunk: int
-    features: int
-    stages: int
+    hidden: ProductTiles
+    weight: ProductTiles
 
     def __str__(self) -> str:
         return f"{self.logits}, cotangents of {self.chunk} classes at a time"
@@ -87,25 +123,41 @@ class Shapes:
         features: D.
         vocabulary: V.
         numbers: Numbers per row and per class that are combined with logits.
+        vocab_axis: The axis of the weight that runs over classes.
+        rounded: Whether the weight is float32, and rounded to 16 bits.
+        filtered: Whether there is a gradient filter.
     """
 
     rows: int
     features: int
     vocabulary: int
     numbers: int = 0
+    vocab_axis: int = 0
+    rounded: bool = False
+    filtered: bool = False
 
     @property
     def row_tiles(self) -> int:
         return _ceil(self.rows, BLOCK)
 
 
-def choose_tiles(shapes: Shapes, device: Gpu) -> Tiles | None:
+def choose_tiles(shapes: Shapes, device: Gpu) -> ForwardTiles | None:
     """Tiles of the forward pass; None if none leaves enough registers."""
     classes = _classes(FORWARD_CLASSES, shapes)
     if classes is None:
         return None
-    splits = _splits(shapes.row_tiles, _ceil(shapes.vocabulary, classes), device)
-    return Tiles(classes, COLUMNS, _stages(classes, 0, device), splits)
+    chunk = _copied(shapes) if shapes.rounded else None
+    visited = shapes.vocabulary if chunk is None else chunk
+    splits = _splits(shapes.row_tiles, _ceil(visited, classes), device)
+    tiles = Tiles(classes, COLUMNS, _stages(classes, 0, device), splits)
+    return ForwardTiles(tiles, chunk)
+
+
+def _copied(shapes: Shapes) -> int:
+    """Classes of a float32 weight that are copied at a time, in equal chunks."""
+    most = max(COPY_BYTES // (2 * shapes.features) // WIDEST, 1) * WIDEST
+    chunks = _ceil(shapes.vocabulary, most)
+    return _ceil(_ceil(shapes.vocabulary, chunks), WIDEST) * WIDEST
 
 
 def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
@@ -121,6 +173,10 @@ def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
         tries, key=lambda sizes: _seconds(shapes, classes, *sizes, device)
     )
     staging = 2 * WARPGROUPS * ROWS * 2
+
+    def product(columns: int) -> ProductTiles:
+        return ProductTiles(columns, _stages(columns, staging * SPAN, device))
+
     return BackwardTiles(
         Tiles(
             classes,
@@ -129,9 +185,17 @@ def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
             _splits(shapes.row_tiles, chunk // classes, device),
         ),
         chunk,
-        features,
-        _stages(features, staging * SPAN, device),
+        product(features),
+        product(features if shapes.vocab_axis == 0 else _class_columns(shapes)),
     )
+
+
+def _class_columns(shapes: Shapes) -> int:
+    """Classes of a tile of the gradient of a weight (D, V).
+
+    A gradient filter lists the rows for every 128 classes.
+    """
+    return BLOCK if shapes.filtered else WIDEST
 
 
 def _seconds(
@@ -141,12 +205,16 @@ def _seconds(
     logits = chunk // classes
     splits = _splits(shapes.row_tiles, logits, device)
     pieces = _ceil(shapes.features, features)
+    columns, of_weight = features, chunk // BLOCK * pieces
+    if shapes.vocab_axis == 1:
+        columns = _class_columns(shapes)
+        of_weight = _ceil(shapes.features, BLOCK) * (chunk // columns)
     # Products of one block of threads, times the rounds of its grid.
     products = (
         _rounds(shapes.row_tiles * splits, device)
         * (_ceil(logits, splits) * (classes + READING) * shapes.features)
         + _rounds(shapes.row_tiles * pieces, device) * (features + READING) * chunk
-        + _rounds(chunk // BLOCK * pieces, device) * (features + READING) * shapes.rows
+        + _rounds(of_weight, device) * (columns + READING) * shapes.rows
     )
     of_products = 2 * BLOCK * products / (device.flops / device.multiprocessors)
     moved = 8 * shapes.rows * pieces * features  # the gradient of hidden

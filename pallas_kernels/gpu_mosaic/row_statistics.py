@@ -3,12 +3,15 @@
 Forward, one kernel: logits live in accumulators only (`row_statistics_forward`).
 
 Backward, the classes are visited in chunks. For each chunk one kernel recomputes the
-logits and stores their cotangents in the dtype of the operands
-(`row_statistics_cotangent`); two more multiply these with the weight and with hidden
-(`row_statistics_products`), add to a float32 gradient of hidden and write the rows of
-the weight's gradient. With the forward pass these are four products, the fewest without
-stored logits. Memory holds the cotangents of a chunk and the float32 gradient of
-hidden, no copy of the weight.
+logits and stores their cotangents in the dtype of hidden (`row_statistics_cotangent`);
+two more multiply these with the weight and with hidden (`row_statistics_products`), add
+to a float32 gradient of hidden and write the chunk's part of the weight's gradient.
+With the forward pass these are four products, the fewest without stored logits. Memory
+holds the cotangents of a chunk and the float32 gradient of hidden, no copy of the
+weight.
+
+A float32 weight is rounded to the dtype of hidden, in both passes a chunk of classes at
+a time (`_weight_chunks`). Its gradient is float32: sums of products, not rounded.
 
 Every sum has one owner and one order: results are reproducible bit by bit.
 """
@@ -24,7 +27,8 @@ from jax.experimental import pallas as pl
 
 from . import _row_slice
 from ._row_slice import FILTER_CLASSES, Form
-from ._row_tiles import BLOCK, BackwardTiles, Tiles
+from ._row_tiles import BLOCK, BackwardTiles, ForwardTiles
+from ._weight_chunks import chunk_of
 from .row_statistics_cotangent import SUMS, chunk_cotangents
 from .row_statistics_forward import partial_states
 from .row_statistics_plan import (
@@ -58,7 +62,7 @@ def forward(
     options: Options,
     operands: Operands,
     *,
-    tiles: Tiles | None = None,
+    tiles: ForwardTiles | None = None,
     interpret: Any = None,
 ) -> dict[str, jax.Array]:
     """The statistics by name: (N,) float32, argmax as int32, label_logits (N, L).
@@ -72,20 +76,36 @@ def forward(
 
     @sequential_vmap
     def call(operands: Operands) -> dict[str, jax.Array]:
-        rows, _ = operands.hidden.shape
+        hidden, weight, axis = operands.hidden, operands.weight, options.vocab_axis
+        rows, classes = hidden.shape[0], weight.shape[axis]
         if "label_logits" not in options.statistics:
             operands = operands._replace(labels=None)
         chosen = tiles_of(options, operands) if tiles is None else tiles
         assert chosen is not None
-        form = _form(options, operands, chosen.classes)
-        state = partial_states(
-            operands.hidden,
-            operands.weight,
-            _tables(operands, chosen.classes),
-            form,
-            **dataclasses.asdict(chosen),
-            interpret=interpret,
-        )
+        # What tables and tiles of classes are whole multiples of.
+        whole = chosen.chunk or chosen.logits.classes
+        visited = chosen.chunk or pl.cdiv(classes, whole) * whole
+        form, tables = _form(options, operands, whole), _tables(operands, whole)
+
+        def of_chunk(i: Any) -> dict[str, jax.Array]:
+            chunk = chunk_of(weight, hidden.dtype, i, visited, axis)
+            return partial_states(
+                chunk.index,
+                hidden,
+                chunk.weight,
+                tables,
+                form,
+                visited=visited,
+                **dataclasses.asdict(chosen.logits),
+                interpret=interpret,
+            )
+
+        if visited >= classes:
+            state = of_chunk(0)
+        else:
+            # Chunks are further splits.
+            states = lax.map(of_chunk, jnp.arange(pl.cdiv(classes, visited)))
+            state = {name: x.reshape(-1, x.shape[-1]) for name, x in states.items()}
         found = _row_slice.merged(form, state)
         return {name: values[:rows] for name, values in found.items()}
 
@@ -143,21 +163,20 @@ def _gradient(
     operands: Operands,
     active: jax.Array | None,
 ) -> Gradient:
-    hidden, weight = operands.hidden, operands.weight
-    (rows, features), classes = hidden.shape, weight.shape[0]
-    chunk, width = tiles.chunk, tiles.features
+    hidden, weight, axis = operands.hidden, operands.weight, options.vocab_axis
+    (rows, features), classes = hidden.shape, weight.shape[axis]
+    chunk, width = tiles.chunk, tiles.hidden.columns
     chunks, padded = pl.cdiv(classes, chunk), pl.cdiv(rows, BLOCK) * BLOCK
     form = _form(options, operands, chunk)
     tables = _tables(operands, chunk)
     names = tuple(name for name in SUMS if name in form.per_row)
-    product = {"features": width, "stages": tiles.stages, "interpret": interpret}
 
     def visit(i: Any, sums: Sums) -> None:
-        index = jnp.full((1,), i, jnp.int32)
+        part, index = chunk_of(weight, hidden.dtype, i, chunk, axis)
         found = chunk_cotangents(
             index,
             hidden,
-            weight,
+            part,
             tables,
             form,
             chunk=chunk,
@@ -168,10 +187,11 @@ def _gradient(
         if active is not None:
             kept = _kept(found.distance, active, options.filter_eps, chunk)
             of_hidden, of_weight = Kept.of(kept), Kept.of(kept.T)
-        add_hidden_gradient(sums.hidden, index, found.raw, weight, of_hidden, **product)
-        write_weight_gradient(
-            sums.weight, index, found.raw, hidden, of_weight, **product
-        )
+        common = {"vocab_axis": axis, "interpret": interpret}
+        own = index, found.raw, part, of_hidden
+        add_hidden_gradient(sums.hidden, *own, tiles=tiles.hidden, **common)
+        own = index, found.raw, hidden, of_weight
+        write_weight_gradient(sums.weight, *own, tiles=tiles.weight, **common)
         if sums.rows is not None and found.sums is not None:
             sums.rows[...] += _varying(found.sums.sum(1), operands)
         if sums.bias is not None and found.bias is not None:
@@ -203,7 +223,7 @@ def _gradient(
 
 
 def _form(options: Options, operands: Operands, multiple: int) -> Form:
-    classes = operands.weight.shape[0]
+    classes = operands.weight.shape[options.vocab_axis]
     return Form(
         options.statistics,
         options.softcap,
@@ -213,6 +233,7 @@ def _form(options: Options, operands: Operands, multiple: int) -> Form:
         tuple(operands.per_class),
         overhang=classes % multiple != 0,
         filter=options.filter_eps is not None and "lse" in operands.per_row,
+        vocab_axis=options.vocab_axis,
     )
 
 

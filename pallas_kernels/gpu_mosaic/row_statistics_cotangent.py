@@ -23,10 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from . import _ring, _row_slice
-from ._logit_tiles import LogitTiles
+from ._logit_tiles import LogitTiles, tile_of_weight
 from ._ring import Ring, Tile
 from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
+from ._weight_chunks import starts
 from .row_statistics_forward import unpacked
 
 SUMS = ("scale", "inverse_temperature")  # numbers per row that have a gradient
@@ -56,7 +57,7 @@ def chunk_cotangents(
     splits: int,
     interpret: Any,
 ) -> Chunk:
-    """Cotangents of the classes `i * chunk, ..., (i + 1) * chunk - 1`; `index` is [i].
+    """Cotangents of a chunk of classes; `index` and `weight` are of its `Chunk`.
 
     `tables` as in `row_statistics_forward.partial_states`, with the cotangents among
     the numbers per row. `columns` divides 128, `classes` divides `chunk`.
@@ -70,7 +71,7 @@ def chunk_cotangents(
     biased = "bias" in form.per_class
     width = min(classes, FILTER_CLASSES)
     of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
-    of_weight = Tile(classes, SPAN, _ring.is_aligned(weight))
+    of_weight = tile_of_weight(weight, classes, form.vocab_axis)
     padded = pl.cdiv(rows, BLOCK) * BLOCK
     wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = {"raw": jax.ShapeDtypeStruct((padded, chunk), hidden.dtype)}
@@ -109,13 +110,13 @@ def chunk_cotangents(
             ),
             steps,
             classes,
+            form.vocab_axis,
         )
-        # A product, so that the compiler sees that it is a multiple.
-        start = index_ref[0] * chunk
+        start, own_class = starts(index_ref)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            first_class = lambda tile: start + (first_tile + tile) * classes
+            first_class = lambda tile: own_class + (first_tile + tile) * classes
             logits.fetch(count, hidden_ref, weight_ref, block, first_class)
 
         @pl.when(warpgroup < WARPGROUPS)
@@ -135,7 +136,7 @@ def chunk_cotangents(
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
                     piece = Slice.load(
                         form,
-                        raw[:, column : column + columns],
+                        raw.columns(column, columns),
                         numbers,
                         class_ref,
                         start + first + column,

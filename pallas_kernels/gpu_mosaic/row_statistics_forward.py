@@ -19,18 +19,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels._row_formulas import state_names
 
 from . import _ring, _row_slice
-from ._logit_tiles import LogitTiles
+from ._logit_tiles import LogitTiles, tile_of_weight
 from ._ring import Ring, Tile
 from ._row_slice import Form, Rows, Slice
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
+from ._weight_chunks import starts
 
 
 def partial_states(
+    index: jax.Array,
     hidden: jax.Array,
     weight: jax.Array,
     tables: list[jax.Array],
     form: Form,
     *,
+    visited: int,
     classes: int,
     columns: int,
     stages: int,
@@ -39,19 +42,28 @@ def partial_states(
 ) -> dict[str, jax.Array]:
     """The state of `_row_slice.updated` of every split, (splits, padded rows) by name.
 
-    `tables` are numbers per row, labels and numbers per class, if there are any.
+    Of a `Chunk` of `visited` classes, which `index` and `weight` are of. `tables` are
+    numbers per row, labels and numbers per class, if there are any.
     """
     rows, features = hidden.shape
-    tiles = pl.cdiv(weight.shape[0], classes)
+    tiles = pl.cdiv(visited, classes)
     per_split = pl.cdiv(tiles, splits)
     assert per_split * (splits - 1) < tiles  # no split is empty
     steps = pl.cdiv(features, SPAN)
     names = state_names(form.statistics, form.labels)
     of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
-    of_weight = Tile(classes, SPAN, _ring.is_aligned(weight))
+    of_weight = tile_of_weight(weight, classes, form.vocab_axis)
 
     def body(
-        hidden_ref, weight_ref, *refs, hidden_memory, weight_memory, ready, free, states
+        index_ref,
+        hidden_ref,
+        weight_ref,
+        *refs,
+        hidden_memory,
+        weight_memory,
+        ready,
+        free,
+        states,
     ):
         *table_refs, result_ref = refs
         row_ref, label_ref, class_ref = unpacked(form, table_refs)
@@ -69,11 +81,13 @@ def partial_states(
             ),
             steps,
             classes,
+            form.vocab_axis,
         )
+        start, own_class = starts(index_ref)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            first_class = lambda tile: (first_tile + tile) * classes
+            first_class = lambda tile: own_class + (first_tile + tile) * classes
             logits.fetch(count, hidden_ref, weight_ref, block, first_class)
 
         @pl.when(warpgroup < WARPGROUPS)
@@ -84,13 +98,13 @@ def partial_states(
 
             def fold(tile, state):
                 raw = logits.product(tile, mine)
-                first = (first_tile + tile) * classes
+                first = start + (first_tile + tile) * classes
                 for column in range(0, classes, columns):
                     # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
                     piece = Slice.load(
                         form,
-                        raw[:, column : column + columns],
+                        raw.columns(column, columns),
                         numbers,
                         class_ref,
                         first + column,
@@ -124,7 +138,7 @@ def partial_states(
         kernel_name="row_statistics_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(hidden, weight, *tables)
+    )(index, hidden, weight, *tables)
     return dict(zip(names, result, strict=True))
 
 

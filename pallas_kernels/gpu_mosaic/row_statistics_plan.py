@@ -1,7 +1,9 @@
 """Options of the row-statistics kernels for Hopper, and their tiles.
 
-Hidden and weight are both bfloat16 or both float16, the weight is (V, D), and D a
-multiple of 8. Numbers per row and per class are float32.
+Hidden is bfloat16 or float16. The weight is of the same dtype, or float32 and rounded
+to it; it is (V, D), or (D, V) with `vocab_axis=1`. Rows of memory begin at multiples of
+16 bytes: D is a multiple of 8, and of (D, V) V too. Numbers per row and per class are
+float32.
 """
 
 import dataclasses
@@ -13,8 +15,8 @@ from pallas_kernels._row_formulas import Operands as Operands, state_names
 
 from ._row_tiles import (
     BackwardTiles,
+    ForwardTiles,
     Shapes,
-    Tiles,
     choose_backward_tiles,
     choose_tiles,
 )
@@ -30,19 +32,21 @@ class Options:
         softcap: c of z = c tanh(u / c), or None.
         filter_eps: Blocks of 128 rows x 128 classes, in which all |p - onehot| are
             below this, give no gradient to hidden and weight, and are not multiplied.
+        vocab_axis: The axis of the weight that runs over classes.
     """
 
     statistics: tuple[str, ...] = ("lse",)
     softcap: float | None = None
     filter_eps: float | None = None
+    vocab_axis: int = 0
 
 
-def tiles_of(options: Options, operands: Operands) -> Tiles | None:
+def tiles_of(options: Options, operands: Operands) -> ForwardTiles | None:
     """The tiles that `forward` chooses by default; None if none fits registers."""
     labels = 0 if operands.labels is None else operands.labels.shape[1]
     carried = state_names(options.statistics, labels)
     numbers = len(operands.per_row) + len(operands.per_class) + len(carried)
-    return choose_tiles(_shapes(operands, numbers), gpu() or H100)
+    return choose_tiles(_shapes(options, operands, numbers), gpu() or H100)
 
 
 def backward_tiles_of(
@@ -59,9 +63,16 @@ def backward_tiles_of(
         labels = operands.labels.shape[1]
         of_labels = label_cotangents is not None
         numbers += labels * (of_labels + (of_labels or filtered))
-    return choose_backward_tiles(_shapes(operands, numbers), gpu() or H100)
+    return choose_backward_tiles(_shapes(options, operands, numbers), gpu() or H100)
 
 
-def _shapes(operands: Operands, numbers: int) -> Shapes:
-    rows, features = operands.hidden.shape
-    return Shapes(rows, features, operands.weight.shape[0], numbers)
+def _shapes(options: Options, operands: Operands, numbers: int) -> Shapes:
+    hidden, weight = operands.hidden, operands.weight
+    return Shapes(
+        *hidden.shape,
+        weight.shape[options.vocab_axis],
+        numbers,
+        options.vocab_axis,
+        rounded=weight.dtype != hidden.dtype,
+        filtered=options.filter_eps is not None,
+    )

@@ -27,6 +27,7 @@ class Problem:
     features: int
     classes: int
     dtype: str = "bfloat16"
+    weight_dtype: str | None = None  # None: that of hidden
     statistics: tuple[str, ...] = FEW
     labels: int = 1
     vocab_axis: int = 0
@@ -47,7 +48,7 @@ class Problem:
         bias[::7] = -np.inf if self.infinite else 0
         return Head(
             cast(random.normal(size=(self.rows, self.features))),
-            cast(weight if self.vocab_axis == 0 else weight.T),
+            self.cast_weight(weight if self.vocab_axis == 0 else weight.T),
             jnp.asarray(labels, jnp.int32),
             Modifiers(
                 jnp.asarray(bias, jnp.float32) if self.bias else None,
@@ -58,6 +59,11 @@ class Problem:
                 else None,
             ),
         )
+
+    def cast_weight(self, weight: np.ndarray) -> jax.Array:
+        """In its dtype, with the values of that of hidden: a kernel may round to it."""
+        weight = jnp.asarray(weight, self.dtype)
+        return weight.astype(self.weight_dtype or self.dtype)
 
     def options(self) -> Options:
         options = Options(self.statistics, self.softcap, self.vocab_axis)
@@ -153,6 +159,7 @@ def check_statistics(problem: Problem, found: RowStatistics, expected: Any) -> N
 
 
 def check_gradient(problem: Problem, gradient: Any, expected: Any) -> None:
+    assert gradient.weight.dtype == (problem.weight_dtype or problem.dtype)
     length = max(problem.rows, problem.features, problem.classes)
     pairs = {
         "hidden": gradient.hidden,

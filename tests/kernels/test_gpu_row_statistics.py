@@ -10,7 +10,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_mosaic import row_statistics as kernels
-from pallas_kernels.gpu_mosaic._row_tiles import BackwardTiles, Tiles
+from pallas_kernels.gpu_mosaic._row_tiles import (
+    BackwardTiles,
+    ForwardTiles,
+    ProductTiles,
+    Tiles,
+)
 from softlib.logits._engine import kernels_gpu
 from softlib.logits._engine.head import Head
 from softlib.logits._engine.stream import BackwardOperands
@@ -32,13 +37,18 @@ class Problem(problems.Problem):
     splits: int = 2
     chunk: int = 128
 
-    def tiles(self) -> Tiles:
-        return Tiles(self.classes_of_tile, 32, 2, self.splits)
+    def tiles(self) -> ForwardTiles:
+        if self.weight_dtype is None:
+            return ForwardTiles(Tiles(self.classes_of_tile, 32, 2, self.splits))
+        return ForwardTiles(self._of_chunk(), self.chunk)
 
     def backward_tiles(self) -> BackwardTiles:
+        product = ProductTiles(64 if self.vocab_axis == 0 else 128, 2)
+        return BackwardTiles(self._of_chunk(), self.chunk, product, product)
+
+    def _of_chunk(self) -> Tiles:
         splits = min(self.splits, self.chunk // self.classes_of_tile)
-        tiles = dataclasses.replace(self.tiles(), splits=splits)
-        return BackwardTiles(tiles, self.chunk, 64, 2)
+        return Tiles(self.classes_of_tile, 32, 2, splits)
 
 
 PROBLEMS = {
@@ -52,6 +62,18 @@ PROBLEMS = {
         per_row=True,
         class_where=True,
         softcap=3.0,
+    ),
+    "columns, ragged": Problem(137, 72, 312, vocab_axis=1, classes_of_tile=128),
+    "columns, aligned": Problem(16, 128, 256, vocab_axis=1),
+    "float32 weight": Problem(137, 72, 300, weight_dtype="float32"),
+    "float32 weight, columns, all": Problem(
+        *(70, 136, 328, "float16", "float32"),
+        vocab_axis=1,
+        statistics=ALL,
+        labels=2,
+        bias=True,
+        per_row=True,
+        class_where=True,
     ),
     "minus infinity": Problem(
         *(16, 64, 150),
@@ -72,7 +94,7 @@ def simulated(monkeypatch):
     has one view of its memory, of which the interpreter otherwise makes two memories.
     """
 
-    def give(tiles: Tiles, backward_tiles: BackwardTiles) -> None:
+    def give(tiles: ForwardTiles, backward_tiles: BackwardTiles) -> None:
         for name, chosen in (("forward", tiles), ("gradient", backward_tiles)):
             call = getattr(kernels, name)
             small = functools.partial(call, tiles=chosen, interpret=SIMULATED)

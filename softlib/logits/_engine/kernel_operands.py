@@ -1,7 +1,6 @@
 """Operands and limits that the adapters of the row-statistics kernels share."""
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from softlib import _kernel_limits as limits
@@ -66,17 +65,14 @@ def gradient_of(
     return HeadGradient(hidden, weight, modifiers)
 
 
-def why_not_arrays(
-    options: Options, head: Head, dtypes: tuple[DTypeLike, ...]
-) -> str | None:
+def why_not_sizes(options: Options, head: Head) -> str | None:
     (rows, features), classes = head.hidden.shape, head.weight.shape[options.vocab_axis]
     sizes = (
         ("rows", rows, LEAST_ROWS),
         ("classes", classes, LEAST_CLASSES),
         ("features", features, LEAST_FEATURES),
     )
-    arrays = {"hidden": head.hidden, "weight": head.weight}
-    return limits.why_too_small(sizes) or limits.why_wrong_dtype(arrays, dtypes)
+    return limits.why_too_small(sizes)
 
 
 def why_not_options(options: Options, head: Head) -> str | None:

@@ -21,6 +21,7 @@ from .tile_gradient import RowCotangents
 MOST_ELEMENTS = 1 << 31
 # Copies address rows that begin at multiples of 16 bytes.
 ALIGNMENT = 8
+WIDTHS = (jnp.bfloat16, jnp.float16)  # dtypes of products
 
 NO_TILES = "so many statistics, labels and options do not fit the registers"
 
@@ -57,7 +58,10 @@ def _differentiable(head: Head) -> tuple[Any, ...]:
 
 def _options(options: Options) -> plans.Options:
     return plans.Options(
-        options.statistics, options.softcap, options.gradient_filter_eps
+        options.statistics,
+        options.softcap,
+        options.gradient_filter_eps,
+        options.vocab_axis,
     )
 
 
@@ -69,15 +73,21 @@ def _operands(head: Head) -> plans.Operands:
 def _why_not(options: Options, head: Head) -> str | None:
     hidden, weight = head.hidden.dtype, head.weight.dtype
     reason = limits.why_not_hopper(devices.gpu_generation())
-    reason = reason or shared.why_not_arrays(options, head, (jnp.bfloat16, jnp.float16))
+    reason = reason or shared.why_not_sizes(options, head)
+    reason = reason or limits.why_wrong_dtype({"hidden": head.hidden}, WIDTHS)
     if reason is not None:
         return reason
-    if hidden != weight:
+    if weight not in (hidden, jnp.float32):
         return f"`hidden` is {hidden}, `weight` is {weight}"
     if head.dtype != jnp.float32:
         return f"the sums are {head.dtype}, not float32"
-    if options.vocab_axis != 0:
-        return "the classes of the weight are not its first axis (vocab_axis)"
+    if _is_rounded(head) and limits.is_exact(options.precision):
+        return f"it rounds a float32 `weight` to {hidden} (precision)"
+    if options.vocab_axis == 1 and head.weight.shape[1] % ALIGNMENT:
+        return (
+            f"{head.weight.shape[1]} classes, which are the rows of memory of a weight "
+            f"(D, V), are not a multiple of {ALIGNMENT}"
+        )
     if head.hidden.size >= MOST_ELEMENTS:
         return f"{head.hidden.size} numbers in `hidden` are too many to index"
     if head.hidden.shape[1] % ALIGNMENT:
@@ -104,15 +114,36 @@ def _backward_tiles(options: Options, given: BackwardOperands) -> Any:
     return plans.backward_tiles_of(_options(options), operands, *known)
 
 
+def _is_rounded(head: Head) -> bool:
+    return head.weight.dtype != head.hidden.dtype
+
+
 def _forward_note(options: Options, head: Head) -> str:
-    return str(plans.tiles_of(_options(options), _shapes(head)))
+    tiles = plans.tiles_of(_options(options), _shapes(head))
+    assert tiles is not None
+    return str(tiles) + _cost_of_rounding(head, tiles.chunk)
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
     tiles = _backward_tiles(options, given)
-    if options.gradient_filter_eps is None:
-        return str(tiles)
-    return f"{tiles}; `gradient_filter_eps` spares the products of blocks dropped"
+    note = str(tiles) + _cost_of_rounding(given.head, tiles.chunk)
+    if options.gradient_filter_eps is not None:
+        note += "; `gradient_filter_eps` spares the products of blocks dropped"
+    return note
+
+
+def _cost_of_rounding(head: Head, classes: int | None) -> str:
+    """A clause about a float32 weight; empty for others."""
+    if not _is_rounded(head):
+        return ""
+    features, size = head.hidden.shape[1], head.hidden.dtype.itemsize
+    assert classes is not None
+    classes = min(classes, head.weight.size // features)
+    copied = classes * features * size / 2**20
+    return (
+        f"; the float32 weight is rounded to {head.hidden.dtype} in copies of "
+        f"{classes} classes, {copied:.3g} MiB"
+    )
 
 
 def _shapes(head: Head) -> plans.Operands:

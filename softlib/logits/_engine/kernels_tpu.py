@@ -52,7 +52,9 @@ def _operands(head: Head) -> plans.Operands:
 
 
 def _why_not(options: Options, head: Head) -> str | None:
-    reason = shared.why_not_arrays(options, head, (jnp.float32, jnp.bfloat16))
+    arrays = {"hidden": head.hidden, "weight": head.weight}
+    reason = shared.why_not_sizes(options, head)
+    reason = reason or limits.why_wrong_dtype(arrays, (jnp.float32, jnp.bfloat16))
     if reason is None and head.dtype != jnp.float32:
         return f"the sums are {head.dtype}, not float32"
     return reason or shared.why_not_options(options, head)
