@@ -14,10 +14,11 @@ from pallas_kernels.gpu_mosaic import row_statistics as kernels
 from softlib import LinearLogits, losses
 
 from .case import HOPPER, Case, array
-from .cases_row_statistics import FAMILY, GEMMA, GPT, SMALL
+from .cases_row_statistics import COLUMNS, FAMILY, GEMMA, GPT, QWEN, SMALL, WIDE
 
 # Rows, features and classes that are multiples of nothing that tiles are.
 RAGGED = (4001, 1000, 100_277)
+RAGGED_COLUMNS = (4001, 1000, 100_280)  # rows of memory at multiples of 16 bytes
 FEW = ("lse", "label_logits")
 ALL = (
     *(*FEW, "mean_logit", "sum_logits", "sum_squared_logits"),
@@ -41,10 +42,47 @@ def cases() -> list[Case]:
         ),
         _case("ragged head, training step", _step(), RAGGED),
         _case("ragged head, smoothing", _step(label_smoothing=0.1), RAGGED),
+        # Layouts and dtypes of Flax. The gradient of hidden is summed in float32, and
+        # is 2.7 % of the logits.
+        *(
+            dataclasses.replace(
+                _case(f"Qwen head, {name}, training step", step, QWEN, **layout),
+                most_temporaries=0.05,
+            )
+            for name, step, layout in (
+                ("columns", _step(vocab_axis=1), COLUMNS),
+                ("float32 weight", _step(), WIDE),
+                ("columns, float32", _step(vocab_axis=1), COLUMNS | WIDE),
+            )
+        ),
+        _case(
+            *(
+                "Gemma 2 head, columns, float32, filter",
+                _step(**filtered, vocab_axis=1),
+            ),
+            *(GEMMA, jnp.bfloat16),
+            **COLUMNS | WIDE,
+        ),
+        _case(
+            *("ragged head, columns, float32", _step(vocab_axis=1), RAGGED_COLUMNS),
+            jnp.float16,
+            **COLUMNS | WIDE,
+        ),
+        _case("ragged head, float32 weight", _step(), RAGGED, **WIDE),
         *_bare("few", GEMMA, FEW, 1, modified=False),
         *_bare("all", GEMMA, ALL, 1, modified=True),
         *_bare("all, 2 labels, filter", RAGGED, ALL, 2, modified=True, eps=1e-3),
         *_bare("8 labels", RAGGED, FEW, 8, modified=False),
+        *_bare("all, columns", RAGGED_COLUMNS, ALL, 1, modified=True, **COLUMNS),
+        # A copy of some classes of the weight is 6 % of so few logits.
+        *(
+            dataclasses.replace(case, most_temporaries=0.1)
+            for case in _bare(
+                *("all, 2 labels, columns, float32", RAGGED_COLUMNS, ALL, 2),
+                modified=True,
+                **COLUMNS | WIDE,
+            )
+        ),
     ]
 
 
@@ -69,14 +107,19 @@ def _case(
     dtype: Any = jnp.bfloat16,
     passes: int = 4,
     more: tuple[Any, ...] = (),
+    *,
+    vocab_axis: int = 0,
+    weight_dtype: Any = None,
 ) -> Case:
     rows, features, classes = shape
+    weight = (classes, features) if vocab_axis == 0 else (features, classes)
+    weight = array(weight_dtype or dtype, *weight)
     arguments = (
         array(dtype, rows, features),
-        array(dtype, classes, features),
+        weight,
         *(more or (array(jnp.int32, rows),)),
     )
-    operands = 2 * features * (rows + classes)
+    operands = features * (2 * rows + weight.dtype.itemsize * classes)
     return Case(
         FAMILY,
         f"gpu {name}",
@@ -98,11 +141,13 @@ def _bare(
     *,
     modified: bool,
     eps: float | None = None,
+    **layout: Any,
 ) -> list[Case]:
     """The two passes by themselves; `modified` by all that turns products to logits."""
     rows, _, classes = shape
     # Of no case above: a kernel that a process has compiled is not compiled again.
-    options = kernels.Options(statistics, 20.0, eps)
+    axis = layout.get("vocab_axis", 0)
+    options = kernels.Options(statistics, 20.0, eps, axis)
     names = [n for n in COTANGENTS if n.removeprefix("g_") in statistics]
     known = [n for n in ("lse", "mean_logit") if n in statistics]
 
@@ -125,7 +170,7 @@ def _bare(
         array(jnp.float32, rows),
         array(jnp.float32, classes),
     )
-    of = functools.partial(_case, shape=shape, more=more)
+    of = functools.partial(_case, shape=shape, more=more, **layout)
     return [
         of(f"bare {name}, forward", forward, passes=1),
         of(f"bare {name}, backward", backward, passes=3),

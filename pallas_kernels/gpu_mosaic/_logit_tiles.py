@@ -40,11 +40,11 @@ class LogitTiles:
         hidden_ref: Any,
         weight_ref: Any,
         block: Any,
-        first_class: Callable[[Any], Any],
+        place: Callable[[Any], Any],
     ) -> None:
         """Copies `count` tiles of classes, in the memory warpgroup.
 
-        `first_class(tile)` is where the tile begins in the given weight.
+        `place(tile)` is where the classes of a tile begin in the given weight.
         """
         plgpu.set_max_registers(_ring.MEMORY_REGISTERS, action="decrease")
         (of_hidden, of_weight), ready = self.operands, self.ring.ready
@@ -52,7 +52,7 @@ class LogitTiles:
 
         def copy(step: Any, slot: Any) -> None:
             feature = lax.rem(step, self.steps) * SPAN
-            at = first_class(lax.div(step, self.steps)), feature
+            at = place(lax.div(step, self.steps)), feature
             if self.vocab_axis == 1:
                 at = at[::-1]
             of_hidden.fetch(hidden, slot, hidden_ref, block * BLOCK, feature, ready)

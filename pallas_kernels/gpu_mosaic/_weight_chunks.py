@@ -44,7 +44,12 @@ def chunk_of(
     return Chunk(part.astype(dtype), jnp.stack([first, first - start]))
 
 
-def starts(index_ref: Any) -> tuple[Any, Any]:
-    """The first class of a chunk, and where it lies in the array of the chunk."""
-    # Products, so that the compiler sees that they are multiples.
-    return index_ref[0] * SPAN, index_ref[1] * SPAN
+# Products, so that the compiler sees that they are multiples.
+def first_class(index_ref: Any) -> Any:
+    """The first class of a chunk."""
+    return index_ref[0] * SPAN
+
+
+def place_of_first(index_ref: Any) -> Any:
+    """Where the first class lies in the array of the chunk."""
+    return index_ref[1] * SPAN

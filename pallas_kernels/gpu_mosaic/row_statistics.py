@@ -87,12 +87,13 @@ def forward(
         visited = chosen.chunk or pl.cdiv(classes, whole) * whole
         form, tables = _form(options, operands, whole), _tables(operands, whole)
 
-        def of_chunk(i: Any) -> dict[str, jax.Array]:
-            chunk = chunk_of(weight, hidden.dtype, i, visited, axis)
+        def states_of(
+            index: jax.Array | None, weight: jax.Array
+        ) -> dict[str, jax.Array]:
             return partial_states(
-                chunk.index,
+                index,
                 hidden,
-                chunk.weight,
+                weight,
                 tables,
                 form,
                 visited=visited,
@@ -100,11 +101,15 @@ def forward(
                 interpret=interpret,
             )
 
+        def states_of_chunk(i: jax.Array) -> dict[str, jax.Array]:
+            part, index = chunk_of(weight, hidden.dtype, i, visited, axis)
+            return states_of(index, part)
+
         if visited >= classes:
-            state = of_chunk(0)
+            state = states_of(None, weight.astype(hidden.dtype))
         else:
             # Chunks are further splits.
-            states = lax.map(of_chunk, jnp.arange(pl.cdiv(classes, visited)))
+            states = lax.map(states_of_chunk, jnp.arange(pl.cdiv(classes, visited)))
             state = {name: x.reshape(-1, x.shape[-1]) for name, x in states.items()}
         found = _row_slice.merged(form, state)
         return {name: values[:rows] for name, values in found.items()}

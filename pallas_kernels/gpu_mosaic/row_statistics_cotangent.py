@@ -27,7 +27,7 @@ from ._logit_tiles import LogitTiles, tile_of_weight
 from ._ring import Ring, Tile
 from ._row_slice import FILTER_CLASSES, Form, Rows, Slice
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
-from ._weight_chunks import starts
+from ._weight_chunks import first_class, place_of_first
 from .row_statistics_forward import unpacked
 
 SUMS = ("scale", "inverse_temperature")  # numbers per row that have a gradient
@@ -112,18 +112,19 @@ def chunk_cotangents(
             classes,
             form.vocab_axis,
         )
-        start, own_class = starts(index_ref)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            first_class = lambda tile: own_class + (first_tile + tile) * classes
-            logits.fetch(count, hidden_ref, weight_ref, block, first_class)
+            start = place_of_first(index_ref)
+            place = lambda tile: start + (first_tile + tile) * classes
+            logits.fetch(count, hidden_ref, weight_ref, block, place)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
             plgpu.set_max_registers(_ring.COMPUTE_REGISTERS, action="increase")
             mine = pl.ds(warpgroup * ROWS, ROWS)
             own_rows = block * BLOCK + warpgroup * ROWS
+            start = first_class(index_ref)
 
             def visit(tile, totals):
                 raw = logits.product(tile, mine)

@@ -23,11 +23,11 @@ from ._logit_tiles import LogitTiles, tile_of_weight
 from ._ring import Ring, Tile
 from ._row_slice import Form, Rows, Slice
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS
-from ._weight_chunks import starts
+from ._weight_chunks import first_class, place_of_first
 
 
 def partial_states(
-    index: jax.Array,
+    index: jax.Array | None,
     hidden: jax.Array,
     weight: jax.Array,
     tables: list[jax.Array],
@@ -42,8 +42,9 @@ def partial_states(
 ) -> dict[str, jax.Array]:
     """The state of `_row_slice.updated` of every split, (splits, padded rows) by name.
 
-    Of a `Chunk` of `visited` classes, which `index` and `weight` are of. `tables` are
-    numbers per row, labels and numbers per class, if there are any.
+    Of a `Chunk` of `visited` classes, which `index` and `weight` are of, or of all
+    classes if `index` is None, which saves registers. `tables` are numbers per row,
+    labels and numbers per class, if there are any.
     """
     rows, features = hidden.shape
     tiles = pl.cdiv(visited, classes)
@@ -53,19 +54,11 @@ def partial_states(
     names = state_names(form.statistics, form.labels)
     of_hidden = Tile(BLOCK, SPAN, _ring.is_aligned(hidden))
     of_weight = tile_of_weight(weight, classes, form.vocab_axis)
+    given = [hidden, weight] if index is None else [index, hidden, weight]
 
-    def body(
-        index_ref,
-        hidden_ref,
-        weight_ref,
-        *refs,
-        hidden_memory,
-        weight_memory,
-        ready,
-        free,
-        states,
-    ):
-        *table_refs, result_ref = refs
+    def body(*refs, hidden_memory, weight_memory, ready, free, states):
+        *index_refs, hidden_ref, weight_ref = refs[: len(given)]
+        *table_refs, result_ref = refs[len(given) :]
         row_ref, label_ref, class_ref = unpacked(form, table_refs)
         block, split = lax.axis_index("rows"), lax.axis_index("split")
         warpgroup = lax.axis_index("warpgroup")
@@ -83,12 +76,14 @@ def partial_states(
             classes,
             form.vocab_axis,
         )
-        start, own_class = starts(index_ref)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            first_class = lambda tile: own_class + (first_tile + tile) * classes
-            logits.fetch(count, hidden_ref, weight_ref, block, first_class)
+            def place(tile):
+                first = (first_tile + tile) * classes
+                return first + place_of_first(*index_refs) if index_refs else first
+
+            logits.fetch(count, hidden_ref, weight_ref, block, place)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
@@ -98,7 +93,9 @@ def partial_states(
 
             def fold(tile, state):
                 raw = logits.product(tile, mine)
-                first = start + (first_tile + tile) * classes
+                first = (first_tile + tile) * classes
+                if index_refs:
+                    first = first + first_class(*index_refs)
                 for column in range(0, classes, columns):
                     # Loaded again for each slice, to save registers between slices.
                     numbers = Rows.load(form, row_ref, label_ref, own_rows, ROWS)
@@ -138,7 +135,7 @@ def partial_states(
         kernel_name="row_statistics_forward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(index, hidden, weight, *tables)
+    )(*given, *tables)
     return dict(zip(names, result, strict=True))
 
 

@@ -46,6 +46,7 @@ def tiles_of(options: Options, operands: Operands) -> ForwardTiles | None:
     labels = 0 if operands.labels is None else operands.labels.shape[1]
     carried = state_names(options.statistics, labels)
     numbers = len(operands.per_row) + len(operands.per_class) + len(carried)
+    numbers += operands.weight.dtype != operands.hidden.dtype  # the first class
     return choose_tiles(_shapes(options, operands, numbers), gpu() or H100)
 
 

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from . import _ring
 from ._ring import Ring, Tile
 from ._row_tiles import BLOCK, ROWS, SPAN, WARPGROUPS, ProductTiles
-from ._weight_chunks import starts
+from ._weight_chunks import first_class, place_of_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,6 @@ def _multiply(
         block, piece = lax.axis_index("tile"), lax.axis_index("piece")
         warpgroup = lax.axis_index("warpgroup")
         first_row, first_column = block * BLOCK, piece * tiles.columns
-        first_class, own_class = starts(index_ref)
         steps, own_list = whole, lax.axis_index(listed)
         if list_refs:
             steps = list_refs[1][own_list] * per_block
@@ -174,7 +173,7 @@ def _multiply(
                 at = left.position(first_row, position)
                 of_left.fetch(left_written, slot, left_ref, *at, ready)
                 if over_classes:
-                    position = own_class + position
+                    position = place_of_first(index_ref) + position
                 at = right.position(first_column, position)
                 of_right.fetch(right_written, slot, right_ref, *at, ready)
 
@@ -224,9 +223,9 @@ def _multiply(
                 else:
                     row, column = own, first_column + at * span
                     if vocab_axis == 0:
-                        row = first_class + row
+                        row = first_class(index_ref) + row
                     else:
-                        column = first_class + column
+                        column = first_class(index_ref) + column
                     place = pl.ds(row, ROWS), pl.ds(column, span)
                     copied, written = out.views(staging, interpret)
                     slot = 2 * warpgroup + at % 2

@@ -154,11 +154,38 @@ class Call:
 
         `at` gives, for rows and columns of the product, the indices of each factor.
         """
+        add = functools.partial(
+            self._add_product, step, to, into, names, contract, at, fresh
+        )
+        whole, tile = self._streamed
+        is_divided = f"{self._streamed_operand}_parts" in step.refs
+        if to == "raw" or whole % tile == 0 or is_divided:
+            return add(masked=False)
+        if self.kind == "weight" or self.options.vocab_axis == 0:
+            return add(masked=True)
+        # A mask along lanes takes registers: only the last tile has one.
+        at_end = step.inner == whole // tile
+        pl.when(at_end)(functools.partial(add, masked=True))
+        pl.when(~at_end)(functools.partial(add, masked=False))
+        return None
+
+    def _add_product(
+        self,
+        step: Step,
+        to: str,
+        into: tuple[Any, ...],
+        names: tuple[str, str],
+        contract: tuple[int, int],
+        at: Callable[[Any, Any], tuple[Any, Any]],
+        fresh: bool,
+        *,
+        masked: bool,
+    ) -> None:
         shape, ref = step.refs[to].shape[len(into) :], step.refs[to]
         # Products of bfloat16 parts one by one: together they would spill.
         for which in pairs((self._count(names[0]), self._count(names[1]))):
             factors = [
-                self._factor(step, name, i, to)
+                self._factor(step, name, i, masked=masked)
                 for name, i in zip(names, which, strict=True)
             ]
 
@@ -170,15 +197,18 @@ class Call:
                 found = product(first, second, contract)
                 ref[index] = found if fresh else ref[index] + found
 
-            products.each_block(shape, block, turned=contract[0] == 0)
+            lanes = masked and contract[1] == 1
+            products.each_block(shape, block, turned=contract[0] == 0, masked=lanes)
             fresh = False
 
-    def _factor(self, step: Step, name: str, i: int, to: str) -> products.Factor:
+    def _factor(
+        self, step: Step, name: str, i: int, *, masked: bool
+    ) -> products.Factor:
         refs = step.refs
         if name == "draw" or f"{name}_parts" in refs:
             parts = refs["draw" if name == "draw" else f"{name}_parts"]
             return lambda at: parts[(i, *at)]
-        if to == "raw" or name != self._streamed_operand:
+        if not masked or name != self._streamed_operand:
             return lambda at: refs[name][at]
         axis = self.options.vocab_axis if name == "weight" else 0
         return lambda at: self._without_overhang(refs[name][at], axis, step)

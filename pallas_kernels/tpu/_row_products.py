@@ -20,28 +20,33 @@ type Factor = Callable[[Any], Any]
 
 
 def each_block(
-    shape: tuple[int, int], visit: Callable[[Any, Any], None], *, turned: bool = False
+    shape: tuple[int, int],
+    visit: Callable[[Any, Any], None],
+    *,
+    turned: bool = False,
+    masked: bool = False,
 ) -> None:
     """Calls `visit` with the rows and columns of blocks that cover a product.
 
     In a product of a whole tile the compiler spills sums. `turned` says that the first
-    factor is transposed on the way.
+    factor is transposed on the way, `masked` that lanes of the second one are masked.
     """
     device = tpu()
     # The tallest blocks that do not spill, read from compiled programs.
     tall = 128 if turned else {V5E: 256, V5P: 256, V4: 32}.get(device, 128)
     for row_start, row_size, row_count in cut(shape[0], tall):
-        for start, size, count in cut(shape[1], device.matrix_unit):
+        for start, size, count in cut(shape[1], 128 if masked else device.matrix_unit):
 
             def step(
                 i: Any,
                 _: None,
-                at: Any = (row_start, row_size, start, size, count),
+                at: Any = (row_start, row_size, row_count, start, size, count),
             ) -> None:
-                row_start, row_size, start, size, count = at
-                row, column = i, 0
-                if count > 1:
-                    row, column = lax.div(i, count), lax.rem(i, count)
+                row_start, row_size, row_count, start, size, count = at
+                # Numbers where they can be: a remainder begins at a multiple of tiles,
+                # which the compiler does not see in an index times its length.
+                row = 0 if row_count == 1 else lax.div(i, count)
+                column = 0 if count == 1 else lax.rem(i, count)
                 visit(
                     span(row_start, row * row_size, row_size),
                     span(start, column * size, size),
@@ -74,4 +79,6 @@ def cut(length: int, size: int) -> list[tuple[int, int, int]]:
 
 
 def span(start: int, offset: Any, size: int) -> Any:
+    if isinstance(offset, int):
+        return pl.ds(start + offset, size)
     return pl.ds(pl.multiple_of(start + offset, math.gcd(start, size) or 1), size)

@@ -13,9 +13,10 @@ Logits live in vector memory only, a tile of rows x classes at a time:
 Two backward kernels compute the logits twice, five products in all. A single kernel
 would compute them once, but read and write a float32 sum in memory at every step.
 
-The operands are neither padded nor copied. In the last tile, entries behind the end of
-an array are masked: such classes count as absent, and in a sum over rows or classes
-both factors become 0.
+The operands are neither padded nor copied; a weight that XLA stores by columns is read
+by columns (`as_stored`). In the last tile, entries behind the end of an array are
+masked: such classes count as absent, and in a sum over rows or classes both factors
+become 0.
 
 A tile is visited some rows at a time, so that intermediate values stay in registers.
 """
@@ -31,7 +32,7 @@ from ._row_call import Block, Call, Step
 from ._row_math import LANES, Columns, Form, Slice
 from ._row_products import span
 from ._row_tiles import Tiles
-from .row_statistics_plan import Operands, Options, tiles_of
+from .row_statistics_plan import Operands, Options, as_stored, tiles_of
 
 __all__ = [
     "ClassGradient",
@@ -71,6 +72,7 @@ def forward(
         tiles: Static; None chooses them.
         interpret: As of `pallas_call`.
     """
+    options, operands = as_stored(options, operands)
     call = Call.of("forward", options, operands, tiles)
     form, tiles = call.form, call.tiles
     carried = rows_of.state_columns(form)
@@ -131,6 +133,7 @@ def gradient_of_hidden(
         tiles: Static; None chooses them.
         interpret: As of `pallas_call`.
     """
+    options, operands = as_stored(options, operands)
     operands = _with_known(operands, known, label_cotangents)
     call = Call.of("hidden", options, operands, tiles)
     tiles, hidden = call.tiles, operands.hidden
@@ -204,6 +207,8 @@ def gradient_of_weight(
 
     The arguments are those of `gradient_of_hidden`.
     """
+    given = options
+    options, operands = as_stored(options, operands)
     operands = _with_known(operands, known, label_cotangents)
     call = Call.of("weight", options, operands, tiles)
     tiles, weight = call.tiles, operands.weight
@@ -255,7 +260,8 @@ def gradient_of_weight(
         results["bias_out"] = ((1, classes), jnp.dtype(jnp.float32), (1, tiles.classes))
         scratch["class_sums"] = (8, tiles.classes)
     found = call.run(kernel, results, scratch, interpret)
-    return ClassGradient(found["out"], found["bias_out"][0] if has_bias else None)
+    gradient = found["out"] if options == given else found["out"].T
+    return ClassGradient(gradient, found["bias_out"][0] if has_bias else None)
 
 
 def _with_known(

@@ -37,6 +37,21 @@ class Options:
     filter_eps: float | None = None
 
 
+def as_stored(options: Options, operands: Operands) -> tuple[Options, Operands]:
+    """The same call, with the weight transposed if it lies in memory by columns.
+
+    XLA stores a matrix in whichever order takes fewer tiles of 8 x 128 numbers, rows
+    first if both are equal. A kernel reads rows of memory, for which XLA would copy a
+    matrix that lies by columns; to transpose one costs nothing.
+    """
+    rows, columns = operands.weight.shape
+    tiles = lambda rows, columns: -(-rows // 8) * -(-columns // 128)
+    if tiles(rows, columns) <= tiles(columns, rows):
+        return options, operands
+    turned = dataclasses.replace(options, vocab_axis=1 - options.vocab_axis)
+    return turned, operands._replace(weight=operands.weight.T)
+
+
 def tiles_of(kind: Pass, options: Options, operands: Operands) -> Tiles | None:
     """The tiles that a kernel chooses by default; None if none fits the device."""
     rows, features = operands.hidden.shape

@@ -95,7 +95,9 @@ class LinearLogits(ModifiedLogits):
         gradient_filter_eps: Static positive threshold, or "auto"; None is exact. Drops
             negligible blocks of the backward products, see `row_statistics`. Saves time
             only in kernels; not with `axis_name`.
-        precision: Static precision of the products, as in `jax.lax.dot_general`.
+        precision: Static precision of the products, as in `jax.lax.dot_general`. By
+            default the kernel for Hopper rounds a float32 `weight` beside 16-bit
+            `hidden`, at most 128 MiB of copies at a time; "highest" keeps float32.
         implementation: Static; see `softlib.explain`.
 
     Raises:

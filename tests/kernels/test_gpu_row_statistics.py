@@ -136,6 +136,29 @@ def test_the_tiles_that_are_shipped(name, monkeypatch):
     check(SHIPPED[name])
 
 
+def test_a_float32_weight_counts_as_rounded_and_its_gradient_does_not(simulated):
+    problem = Problem(16, 64, 200, weight_dtype="float32", chunk=128)
+    simulated(problem.tiles(), problem.backward_tiles())
+    head, options = problem.head(), problem.options()
+    noise = np.random.default_rng(2).uniform(-1e-3, 1e-3, head.weight.shape)
+    head = head._replace(weight=head.weight * jnp.asarray(1 + noise, jnp.float32))
+    rounded = head._replace(weight=head.weight.astype(jnp.bfloat16))
+    assert (rounded.weight != head.weight).any()
+
+    def both(head):
+        found = statistics_of(options, head)
+        rows = RowCotangents(found.lse, None, problems.cotangents_of(found))
+        return found, gradient_of(options, head, rows)
+
+    (found, gradient), (wanted, expected) = both(head), both(rounded)
+    np.testing.assert_array_equal(found.lse, wanted.lse)
+    np.testing.assert_array_equal(found.label_logits, wanted.label_logits)
+    np.testing.assert_array_equal(gradient.hidden, expected.hidden)
+    narrow = gradient.weight.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(narrow, expected.weight)
+    assert (narrow != gradient.weight).mean() > 0.9
+
+
 def test_extreme_logits(simulated):
     problem = Problem(16, 64, 130, splits=2)
     simulated(problem.tiles(), problem.backward_tiles())

@@ -30,6 +30,9 @@ SIZES = [
     Shapes(1000, 760, 50_257, 9),
     Shapes(64, 64, 2048, 18),
     Shapes(65_536, 4096, 128_256, 4),
+    Shapes(16_384, 4096, 151_936, 5, vocab_axis=1, rounded=True),
+    Shapes(4001, 1000, 100_280, 5, vocab_axis=1, filtered=True),
+    Shapes(100, 20_480, 2056, 5, rounded=True),
 ]
 
 
@@ -41,8 +44,14 @@ def test_tiles_fit_and_no_split_is_empty(shapes):
     assert backward is not None
     assert backward.chunk % 256 == 0
     assert backward.chunk - 256 < shapes.vocabulary
+    visited = shapes.vocabulary
+    if shapes.rounded:
+        assert forward.chunk is not None
+        assert forward.chunk % 256 == 0
+        assert 2 * forward.chunk * shapes.features <= _row_tiles.COPY_BYTES
+        visited = forward.chunk
     for tiles, classes in (
-        (forward, shapes.vocabulary),
+        (forward.logits, visited),
         (backward.logits, backward.chunk),
     ):
         count = -(-classes // tiles.classes)
@@ -52,6 +61,11 @@ def test_tiles_fit_and_no_split_is_empty(shapes):
         slots = tiles.stages * (BLOCK + tiles.classes) * 128
         assert slots < H100.smem_bytes
     assert backward.chunk % backward.logits.classes == 0
+    for product in (backward.hidden, backward.weight):
+        assert product.stages >= 3
+        assert product.stages * (BLOCK + product.columns) * 128 < H100.smem_bytes
+    if shapes.vocab_axis == 1:
+        assert backward.chunk % backward.weight.columns == 0
 
 
 def test_more_numbers_make_narrower_tiles():
@@ -137,8 +151,12 @@ def test_it_can_be_transformed():
     lowered(curvature, *HEAD)
 
 
+# The float32 weight is rounded in several chunks.
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_in_shard_map(check_vma):
+@pytest.mark.parametrize(
+    "weight", [HEAD[1], array(F32, 600_000, 128)], ids=["bfloat16", "float32"]
+)
+def test_in_shard_map(check_vma, weight):
     mesh = machine("NVIDIA H100 80GB HBM3", 4)
 
     def loss(hidden, weight, labels):
@@ -151,7 +169,7 @@ def test_in_shard_map(check_vma):
         )
         return each(hidden, weight, labels).mean()
 
-    arguments = array(jnp.bfloat16, 1024, 128), HEAD[1], array(jnp.int32, 1024)
+    arguments = array(jnp.bfloat16, 1024, 128), weight, array(jnp.int32, 1024)
     text = lowered(jax.grad(loss, (0, 1)), *arguments, mesh=mesh)
     assert text.count("@mosaic_gpu") == 4
 
@@ -164,17 +182,33 @@ def test_explain_tells_the_tiles():
     assert "cotangents of 1024 classes at a time" in text
 
 
+def test_explain_tells_what_a_float32_weight_costs():
+    arguments = array(BF16, 256, 1024), array(F32, 150_000, 1024), HEAD[2]
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        text = str(explain(STEP, *arguments))
+    assert "not pallas" not in text
+    rounded = "the float32 weight is rounded to bfloat16 in copies of"
+    assert f"{rounded} 50176 classes, 98 MiB" in text
+    assert f"{rounded} 2304 classes, 4.5 MiB" in text
+
+
 REFUSALS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "8 rows are too few": (array(BF16, 8, 128), HEAD[1], {}),
     "100 classes are too few": (HEAD[0], array(BF16, 100, 128), {}),
     "`hidden` is float32, not bfloat16": (array(F32, 256, 128), HEAD[1], {}),
-    "`weight` is float32, not bfloat16": (HEAD[0], array(F32, 50_257, 128), {}),
+    "it rounds a float32 `weight` to bfloat16": (
+        *(HEAD[0], array(F32, 50_257, 128)),
+        {"precision": "highest"},
+    ),
     "`hidden` is float16, `weight` is bf": (array(F16, 256, 128), HEAD[1], {}),
     "132 features are not a multiple": (
         *(array(BF16, 256, 132), array(BF16, 50_257, 132)),
         {},
     ),
-    "not its first axis": (HEAD[0], array(BF16, 128, 50_257), {"vocab_axis": 1}),
+    "50257 classes, which are the rows": (
+        *(HEAD[0], array(BF16, 128, 50_257)),
+        {"vocab_axis": 1},
+    ),
     "it chooses its own tiles": (*HEAD[:2], {"vocab_chunk": 1000}),
     "it has no precision": (*HEAD[:2], {"precision": "BF16_BF16_F32"}),
 }
@@ -217,13 +251,17 @@ def test_it_refuses_what_only_the_engine_asks_for():
 
 
 def test_what_it_accepts_it_lowers():
-    rows, features, classes = (64, 137), (64, 72, 776), (2048, 2049, 50_257)
-    step = jax.grad(
-        functools.partial(training, implementation="pallas_gpu"), argnums=(0, 1)
-    )
-    for count, size, vocabulary in list(itertools.product(rows, features, classes))[
-        4::7
-    ]:
-        hidden, weight = array(F16, count, size), array(F16, vocabulary, size)
-        text = lowered(step, hidden, weight, array(jnp.int32, count))
+    rows, features, classes = (64, 137), (64, 72, 776), (2048, 2049, 50_264)
+    layouts = itertools.product((0, 1), (F16, F32))
+    sizes = list(itertools.product(rows, features, classes, layouts))
+    # (D, V) needs classes in multiples of 8.
+    sizes = [s for s in sizes if s[3][0] == 0 or s[2] % 8 == 0]
+    chosen = sizes[6::13]
+    assert len({layout for *_, layout in chosen}) == 4
+    for count, size, vocabulary, (axis, dtype) in chosen:
+        own = functools.partial(training, implementation="pallas_gpu", vocab_axis=axis)
+        shape = (vocabulary, size) if axis == 0 else (size, vocabulary)
+        arguments = array(F16, count, size), array(dtype, *shape)
+        step = jax.grad(own, argnums=(0, 1))
+        text = lowered(step, *arguments, array(jnp.int32, count))
         assert text.count("@mosaic_gpu") == 4

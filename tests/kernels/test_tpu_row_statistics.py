@@ -33,18 +33,28 @@ class Problem(problems.Problem):
 
 PROBLEMS = {
     "aligned": Problem(32, 256, 256, tiles=(16, 128, 256)),
-    "ragged": Problem(37, 72, 300, "float32"),
+    "ragged": Problem(37, 120, 300, "float32", tiles=(16, 128, 120)),
     "one tile": Problem(5, 40, 100, "float32", tiles=(16, 128, 40)),
     "spans of D": Problem(37, 384, 300, tiles=(16, 128, 128)),
-    "columns": Problem(20, 256, 300, "float32", vocab_axis=1, tiles=(16, 256, 128)),
+    "columns": Problem(20, 256, 384, "float32", vocab_axis=1, tiles=(16, 256, 128)),
+    "columns, ragged": Problem(37, 72, 300, vocab_axis=1),
+    "float32 weight": Problem(
+        *(37, 120, 300), weight_dtype="float32", tiles=(16, 128, 120)
+    ),
+    "float32 weight, columns": Problem(
+        *(37, 72, 300), weight_dtype="float32", vocab_axis=1
+    ),
+    # XLA stores these (D, V) as (V, D), and these (V, D) as (D, V).
+    "columns, turned": Problem(20, 128, 300, vocab_axis=1, tiles=(16, 256, 128)),
+    "rows, turned": Problem(20, 72, 300, "bfloat16", weight_dtype="float32"),
     "all": Problem(
-        *(20, 64, 300, "float32"),
+        *(20, 128, 300, "float32"),
         statistics=ALL,
         labels=2,
         bias=True,
         per_row=True,
         class_where=True,
-        tiles=(16, 256, 64),
+        tiles=(16, 256, 128),
     ),
     "minus infinity": Problem(
         *(37, 72, 300),
@@ -54,14 +64,14 @@ PROBLEMS = {
         per_row=True,
     ),
     "all, columns, softcap": Problem(
-        *(40, 256, 300),
+        *(40, 256, 384),
         statistics=ALL,
         labels=2,
         vocab_axis=1,
         per_row=True,
         class_where=True,
         softcap=3.0,
-        tiles=(16, 128, 128),
+        tiles=(16, 256, 128),
     ),
 }
 
