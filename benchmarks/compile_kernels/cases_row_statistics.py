@@ -18,7 +18,8 @@ RAGGED = (2048, 1000, 50_257)
 QWEN = (16384, 4096, 151_936)
 SMALL = (2048, 512, 16_384)
 # Layout and dtype of the weight of Flax's layers.
-COLUMNS, WIDE = {"vocab_axis": 1}, {"weight_dtype": jnp.float32}
+COLUMNS: dict[str, Any] = {"vocab_axis": 1}
+WIDE: dict[str, Any] = {"weight_dtype": jnp.float32}
 
 
 def _loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:

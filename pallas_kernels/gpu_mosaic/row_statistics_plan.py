@@ -69,8 +69,10 @@ def backward_tiles_of(
 
 def _shapes(options: Options, operands: Operands, numbers: int) -> Shapes:
     hidden, weight = operands.hidden, operands.weight
+    rows, features = hidden.shape
     return Shapes(
-        *hidden.shape,
+        rows,
+        features,
         weight.shape[options.vocab_axis],
         numbers,
         options.vocab_axis,

@@ -62,8 +62,8 @@ class Problem:
 
     def cast_weight(self, weight: np.ndarray) -> jax.Array:
         """In its dtype, with the values of that of hidden: a kernel may round to it."""
-        weight = jnp.asarray(weight, self.dtype)
-        return weight.astype(self.weight_dtype or self.dtype)
+        rounded = jnp.asarray(weight, self.dtype)
+        return rounded.astype(self.weight_dtype or self.dtype)
 
     def options(self) -> Options:
         options = Options(self.statistics, self.softcap, self.vocab_axis)

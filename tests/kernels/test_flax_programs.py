@@ -32,6 +32,7 @@ class Model(nnx.Module):
         hidden = nnx.gelu(self.layer(self.embed(tokens)))
         if isinstance(self.head, OutputHead):
             return self.head(hidden)
+        assert self.head.bias is not None
         kernel, bias = self.head.kernel[...], self.head.bias[...]
         return softlib.LinearLogits(hidden, kernel, vocab_axis=1, bias=bias)
 

@@ -173,15 +173,25 @@ def test_extreme_logits(simulated):
 
 # Tiles of 256 classes have two blocks of the filter, of 64 half of one.
 @pytest.mark.parametrize(
-    "classes_of_tile", [64, pytest.param(256, marks=pytest.mark.slow)]
+    "classes_of_tile, vocab_axis",
+    [(64, 0), (64, 1), pytest.param(256, 0, marks=pytest.mark.slow)],
 )
-def test_the_filter_drops_the_blocks_that_the_stream_drops(classes_of_tile, simulated):
-    problem = Problem(200, 64, 400, classes_of_tile=classes_of_tile, chunk=256)
+def test_the_filter_drops_the_blocks_that_the_stream_drops(
+    classes_of_tile, vocab_axis, simulated
+):
+    problem = Problem(
+        *(200, 64, 400),
+        classes_of_tile=classes_of_tile,
+        vocab_axis=vocab_axis,
+        chunk=256,
+    )
     simulated(problem.tiles(), problem.backward_tiles())
     head = problem.head()
     # Sure of the label, whose tile then has nothing to learn either; the rest is not.
     assert head.labels is not None
     hidden, weight = np.array(head.hidden), np.asarray(head.weight)
+    if vocab_axis == 1:
+        weight = weight.T
     hidden[:130] = 30 * weight[np.maximum(head.labels[:130, 0], 0)]
     head = head._replace(hidden=jnp.asarray(hidden))
     options = dataclasses.replace(problem.options(), gradient_filter_eps=1e-2)
