@@ -173,7 +173,7 @@ def test_extreme_logits(simulated):
 
 # Tiles of 256 classes have two blocks of the filter, of 64 half of one.
 @pytest.mark.parametrize(
-    "classes_of_tile, vocab_axis",
+    ("classes_of_tile", "vocab_axis"),
     [(64, 0), (64, 1), pytest.param(256, 0, marks=pytest.mark.slow)],
 )
 def test_the_filter_drops_the_blocks_that_the_stream_drops(
