@@ -10,6 +10,7 @@ from softlib._ids import labels_in_range
 from softlib._sharding import in_auto_mode, match_varying
 
 from ._engine import gathered
+from ._engine.blocks import with_layout
 from ._linear import LinearLogits
 from ._source_rows import collapsed, collapsed_modifiers
 from ._sources import Logits, Source, source_of
@@ -18,18 +19,20 @@ from ._stored import StoredLogits
 
 @array_arguments
 def gather(
-    logits: Logits, class_ids: Integer[Array, "*batch L"]
-) -> Float[Array, "*batch L"]:
-    r"""The final logits of each row at its own classes.
+    logits: Logits, class_ids: Integer[Array, "*batch L"] | Integer[Array, " L"]
+) -> Float[Array, "..."]:
+    r"""The final logits of each row at its own classes, or at the same ones of all.
 
-    It is `jnp.take_along_axis(logits.materialize(), class_ids, -1)`. Use it for
-    candidates of a row, contrasts with negatives, or a few probabilities (less
-    `logsumexp`). A linear head computes only these logits.
+    It is `jnp.take_along_axis(logits.materialize(), class_ids, -1)`, or
+    `logits.materialize()[..., class_ids]` for ids of one axis. Use it for candidates of
+    a row, contrasts with negatives, or a few probabilities (less `logsumexp`). A linear
+    head computes only these logits.
 
     Args:
         logits: An array of logits, or a value such as `softlib.LinearLogits`; its
             `implementation` and `gradient_filter_eps` are ignored.
-        class_ids: L ids in $[0, V)$ for each row, in any order, also repeated.
+        class_ids: L ids in $[0, V)$ for each row, in any order, also repeated; or L ids
+            for all rows.
 
     Returns:
         Logits, float32 (float64 if an argument is float64): NaN, without a gradient,
@@ -37,16 +40,17 @@ def gather(
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
-        ValueError: `class_ids` are not L per row.
+        ValueError: `class_ids` are not L per row, or L for all.
 
     Derivatives: forward and reverse mode, any order, with respect to every floating
         array in the logits.
     Cost: 2 N L D flop forward, 4 N L D backward, for N rows of D features, and the N L
         gathered rows of the weight, in blocks of at most 128 MiB. A weight narrower
         than float32 takes a float32 array of its size if its gradient is summed, or if
-        there are several blocks. Values other than those of a linear head or an array
-        take a pass of `row_statistics` over the vocabulary; use that for label logits
-        and the logsumexp of the same products.
+        there are several blocks. With the same ids for all rows it is one product with
+        L gathered rows of the weight. With ids of each row, values other than those of
+        a linear head or an array take a pass of `row_statistics` over the vocabulary;
+        use that for label logits and the logsumexp of the same products.
     Source: the definition.
 
     Example:
@@ -59,14 +63,32 @@ def gather(
     source = source_of("gather", logits)
     batch = source.batch_shape
     checks.require_integer(source.function, class_ids=class_ids)
-    if class_ids.ndim != len(batch) + 1 or class_ids.shape[:-1] != batch:
+    same = class_ids.ndim == 1
+    if not same and class_ids.shape[:-1] != batch:
         axes = ", ".join(map(str, (*batch, "L")))
         raise ValueError(
             f"{source.function}: `class_ids` must have shape ({axes}), several per "
-            f"row, got {class_ids.shape}."
+            f"row, or (L,), the same for all, got {class_ids.shape}."
         )
     ids = labels_in_range(class_ids, source.num_classes)
-    return jnp.where(ids >= 0, _at(source, jnp.maximum(ids, 0)), jnp.nan)
+    if same and source.axis_name is not None:
+        same, ids = False, jnp.broadcast_to(ids, (*batch, len(ids)))
+    at = _at_same if same else _at
+    return jnp.where(ids >= 0, at(source, jnp.maximum(ids, 0)), jnp.nan)
+
+
+def _at_same(source: Source, ids: Array) -> Array:
+    """The final logits of a value with these classes alone."""
+    rows = lambda spec: PartitionSpec(*spec[: len(source.batch_shape)], None)
+
+    def of_classes(_, source, ids):
+        def taken(layout, array):
+            axis = layout.class_axis
+            return array if axis is None else jnp.take(array, ids, axis=axis)
+
+        return with_layout(source, taken).materialize()
+
+    return in_auto_mode(of_classes, rows, source.per_row, source, ids)
 
 
 def _at(source: Source, ids: Array) -> Array:

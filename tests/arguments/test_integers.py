@@ -42,7 +42,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 # Numbers that may be integers: a large one is meant, not out of a range.
-NUMBERS = ("weights", "counts")
+NUMBERS = ("weights", "counts", "small_correct", "large_correct")
 
 
 def integer_arguments() -> dict[str, list[str]]:

@@ -291,11 +291,47 @@ def test_neither_logits_nor_all_gathered_rows_are_stored():
     assert scratch(64_000, 100) < 400
 
 
+def test_ids_of_one_axis_are_those_of_all_rows():
+    """Of each kind of logits; the gradient of a class that is asked for twice adds."""
+    arrays, _, where = problem()
+    ids = jnp.array([7, 0, 7, CLASSES, 4])
+    a = {name: jnp.asarray(x) for name, x in arrays.items()}
+    modified: Any = {n: a[n] for n in ("bias", "scale", "temperature")}
+    modified |= {"softcap": 5.0, "class_where": jnp.asarray(where)}
+    table, mapping = a["weight"][:6], jnp.arange(CLASSES) % 6
+    kinds = {
+        "head": lambda h: LinearLogits(h, a["weight"], **modified),
+        "columns": lambda h: LinearLogits(h, a["weight"].T, vocab_axis=1),
+        "stored": lambda h: StoredLogits(h @ a["weight"].T, **modified),
+        "codes": lambda h: softlib.logits.VQLogits(h, table, mapping),
+        "array": lambda h: h @ a["weight"].T,
+    }
+    inside = jnp.where(ids < CLASSES, ids, 0)
+    for make in kinds.values():
+
+        def run(hidden, make=make):
+            found = softlib.logits.gather(make(hidden), ids)
+            usual = jnp.isfinite(found)
+            return jnp.where(usual, found, 0).sum(), found
+
+        def whole(hidden, make=make):
+            z = make(hidden)
+            z = z if isinstance(z, jax.Array) else z.materialize()
+            found = jnp.where(ids < CLASSES, z[..., inside], jnp.nan)
+            return jnp.where(jnp.isfinite(found), found, 0).sum(), found
+
+        (slope, found), (same, expected) = (
+            jax.jit(jax.grad(f, has_aux=True))(a["hidden"]) for f in (run, whole)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(slope, same, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("untyped")
 def test_wrong_arguments_are_named():
     eye: Any = jnp.eye(4)
     for ids, error, message in (
-        (jnp.zeros(4, int), ValueError, r"`class_ids` must have shape \(4, L\), sev"),
+        (jnp.zeros((), int), ValueError, r"`class_ids` must have shape \(4, L\), sev"),
         (jnp.zeros((3, 2), int), ValueError, r"`class_ids` must .* got \(3, 2\)"),
         (jnp.zeros((4, 2)), TypeError, "`class_ids` must have an integer dtype"),
     ):

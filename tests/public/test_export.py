@@ -114,6 +114,8 @@ def test_a_number_of_rows_per_step_needs_a_number_of_rows():
 BATCH = re.compile(r"\*(batch|rows|positions|shape)\b|\.\.\.")
 # Why a batch of unknown size is refused.
 NOT_SYMBOLIC: dict[str, str] = {
+    "softlib.scoring.output_rank": "has as many singular values as there are rows or "
+    "classes, whichever are fewer",
     "softlib.explain": "gives names, and no arrays",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
     "softlib.recurrent.linear_recurrence": "scans over its first axis, whose length "
