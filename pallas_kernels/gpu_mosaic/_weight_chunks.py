@@ -51,5 +51,5 @@ def first_class(index_ref: Any) -> Any:
 
 
 def place_of_first(index_ref: Any) -> Any:
-    """Where the first class lies in the array of the chunk."""
+    """The place of the first class in the array of the chunk."""
     return index_ref[1] * SPAN
