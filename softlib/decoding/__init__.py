@@ -9,7 +9,8 @@ Token by token, with logits as values:
 
 A draft that proposes, a model that verifies:
 
-- `speculative_verify`, `speculative_verify_tree`, `SpeculativeStep`: exact verification
+- `speculative_verify`, `SpeculativeStep`, `speculative_verify_tree`, `SpeculativePath`:
+  exact verification
 - `speculative_acceptance`, `speculative_residual`: its parts
 - `expected_accepted_tokens`, `speculative_speedup`: what a draft is worth
 
@@ -50,6 +51,7 @@ from ._processors import (
     typical_logits as typical_logits,
 )
 from ._speculative import (
+    SpeculativePath as SpeculativePath,
     SpeculativeStep as SpeculativeStep,
     expected_accepted_tokens as expected_accepted_tokens,
     speculative_acceptance as speculative_acceptance,
@@ -70,6 +72,7 @@ __all__ = [
     "IndependenceChain",
     "Processor",
     "RepetitionPenalty",
+    "SpeculativePath",
     "SpeculativeStep",
     "TokenAutomaton",
     "ValueGuidedBeam",

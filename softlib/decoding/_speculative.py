@@ -33,10 +33,24 @@ class SpeculativeStep(NamedTuple):
     next_token: Int[Array, " B"]
 
 
+class SpeculativePath(NamedTuple):
+    """The path through a drafted tree that the model accepts.
+
+    Attributes:
+        nodes: Indices of the accepted nodes, -1 behind the end of the path.
+        num_accepted: How many there are.
+        next_token: The token that follows them.
+    """
+
+    nodes: Int[Array, "B depth"]
+    num_accepted: Int[Array, " B"]
+    next_token: Int[Array, " B"]
+
+
 @array_arguments
 def speculative_verify(
     key: Array | None,
-    target_logits: Logits,
+    logits: Logits,
     draft_logits: Float[Array, "..."],
     draft_tokens: Integer[Array, "..."],
     *,
@@ -55,7 +69,7 @@ def speculative_verify(
 
     Args:
         key: Of `jax.random`; None with `temperature` 0 or with `uniforms`.
-        target_logits: (B, g + 1, V), the model's, at the places of the drafted tokens
+        logits: (B, g + 1, V), the model's, at the places of the drafted tokens
             and one behind them; an array, or a value such as `softlib.LinearLogits`, of
             which one row per sequence is formed.
         draft_logits: The draft's. A deterministic draft has 0 for its token and -inf
@@ -94,7 +108,7 @@ def speculative_verify(
         [0] [0]
     """
     function = "speculative_verify"
-    tokens = _checked_tokens(function, target_logits, draft_logits, draft_tokens)
+    tokens = _checked_tokens(function, logits, draft_logits, draft_tokens)
     is_greedy = isinstance(temperature, int | float) and temperature == 0
     if not is_greedy:
         checks.require_positive_scalars(function, temperature=temperature)
@@ -115,8 +129,8 @@ def speculative_verify(
         checks.require_shape(function, "uniforms[1]", last, shape, why)
         uniforms = accept, last
     if is_greedy:
-        return _agreeing(target_logits, tokens, where)
-    warm = _warm(function, target_logits, draft_logits, temperature)
+        return _agreeing(logits, tokens, where)
+    warm = _warm(function, logits, draft_logits, temperature)
     return _verified(key, *warm, tokens, where, uniforms)
 
 
@@ -170,13 +184,13 @@ def _verified(
 @array_arguments
 def speculative_verify_tree(
     key: Array,
-    target_logits: Logits,
+    logits: Logits,
     draft_logits: Float[Array, "..."],
     draft_tokens: Integer[Array, "..."],
     *,
     parents: tuple[int, ...],
     temperature: Scalar = 1.0,
-) -> tuple[Int[Array, "B depth"], SpeculativeStep]:
+) -> SpeculativePath:
     r"""Accepts a path through a drafted tree, with the model's own law.
 
     Node $i$ of the tree is the token that the draft drew after `parents[i]`. The
@@ -188,7 +202,7 @@ def speculative_verify_tree(
 
     Args:
         key: Of `jax.random`.
-        target_logits: (B, n + 1, V): the model's law after the prefix, then after the
+        logits: (B, n + 1, V): the model's law after the prefix, then after the
             path to each node.
         draft_logits: The law from which each node was drawn, equal for siblings.
         draft_tokens: The nodes, parents before their children.
@@ -196,8 +210,7 @@ def speculative_verify_tree(
         temperature: Positive, a number or a scalar array; divides both logits.
 
     Returns:
-        The accepted nodes of each sequence along the path, -1 behind its end, as many
-        places as the tree is deep; and `SpeculativeStep`.
+        `SpeculativePath`, with as many places for nodes as the tree is deep.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -211,16 +224,16 @@ def speculative_verify_tree(
     Example:
         >>> target = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1], [0.1, 0.9]]]))
         >>> draft = jnp.log(jnp.full((1, 2, 2), 0.5))
-        >>> path, step = softlib.decoding.speculative_verify_tree(
+        >>> path = softlib.decoding.speculative_verify_tree(
         ...     jax.random.key(0), target, draft, jnp.array([[0, 1]]), parents=(-1, -1))
-        >>> print(path, step.num_accepted)
+        >>> print(path.nodes, path.num_accepted)
         [[0]] [1]
     """
     function = "speculative_verify_tree"
-    tokens = _checked_tokens(function, target_logits, draft_logits, draft_tokens)
+    tokens = _checked_tokens(function, logits, draft_logits, draft_tokens)
     checks.require_positive_scalars(function, temperature=temperature)
     depths = _depths(function, parents, tokens.shape[1])
-    warm = _warm(function, target_logits, draft_logits, temperature)
+    warm = _warm(function, logits, draft_logits, temperature)
     return _walked(key, *warm, tokens, tuple(zip(parents, depths, strict=True)))
 
 
@@ -231,7 +244,7 @@ def _walked(
     draft_logits: Array,
     tokens: Array,
     walk: tuple[tuple[int, int], ...],
-) -> tuple[Array, SpeculativeStep]:
+) -> SpeculativePath:
     """`walk` holds the parent of each node, and the length of the path to it."""
     batch, nodes = tokens.shape
     depth = max((deep for _, deep in walk), default=0)
@@ -267,19 +280,19 @@ def _walked(
         carry, _ = lax.scan(visit, carry, (order, parents, depths, uniforms))
     _, law, path = carry
     count = (path >= 0).sum(1, dtype=jnp.int32)
-    return path, SpeculativeStep(count, logits_.sample(key_last, law))
+    return SpeculativePath(path, count, logits_.sample(key_last, law))
 
 
 @array_arguments
 def speculative_acceptance(
-    target_logits: Float[Array, "*batch V"], draft_logits: Float[Array, "*batch V"]
+    logits: Float[Array, "*batch V"], draft_logits: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch"]:
     r"""The probability that a drafted token stays, $\sum_v \min(p_v, q_v)$.
 
     It is 1 minus the total variation distance of the two laws.
 
     Args:
-        target_logits: The model's, $\log p$ up to a constant.
+        logits: The model's, $\log p$ up to a constant.
         draft_logits: The draft's, $\log q$ likewise.
 
     Returns:
@@ -298,13 +311,13 @@ def speculative_acceptance(
         >>> print(softlib.decoding.speculative_acceptance(p, q).round(3))
         0.3
     """
-    p, q = _pair("speculative_acceptance", target_logits, draft_logits)
+    p, q = _pair("speculative_acceptance", logits, draft_logits)
     return jnp.minimum(jnp.minimum(jnp.exp(p), jnp.exp(q)).sum(-1), 1)
 
 
 @array_arguments
 def speculative_residual(
-    target_logits: Float[Array, "*batch V"], draft_logits: Float[Array, "*batch V"]
+    logits: Float[Array, "*batch V"], draft_logits: Float[Array, "*batch V"]
 ) -> Float[Array, "*batch V"]:
     r"""The law of the token in the place of a rejected one, as log-probabilities.
 
@@ -313,7 +326,7 @@ def speculative_residual(
     in logarithms throughout, exact where $p$ and $q$ are tiny or nearly equal.
 
     Args:
-        target_logits: The model's, $\log p$ up to a constant.
+        logits: The model's, $\log p$ up to a constant.
         draft_logits: The draft's, $\log q$ likewise.
 
     Returns:
@@ -333,7 +346,7 @@ def speculative_residual(
         >>> print(softlib.decoding.speculative_residual(p, q))
         [  0. -inf]
     """
-    return _log_residual(*_pair("speculative_residual", target_logits, draft_logits))
+    return _log_residual(*_pair("speculative_residual", logits, draft_logits))
 
 
 @array_arguments
@@ -412,8 +425,10 @@ def speculative_speedup(
         ...     jnp.array([0.5, 1.0]), draft_length=5, cost_ratio=0.1))
         [1.3125 4.    ]
     """
-    tokens = expected_accepted_tokens(acceptance, draft_length=draft_length)
-    lengths = _draft_lengths("speculative_speedup", draft_length)
+    function = "speculative_speedup"
+    lengths = _draft_lengths(function, draft_length)
+    with checks.under_name(function, "expected_accepted_tokens"):
+        tokens = expected_accepted_tokens(acceptance, draft_length=draft_length)
     dtype = tokens.dtype
     return tokens / (jnp.asarray(lengths, dtype) * jnp.asarray(cost_ratio, dtype) + 1)
 
@@ -439,13 +454,14 @@ def _checked_tokens(
     function: str, target: Logits, draft: Array, tokens: Array
 ) -> Array:
     checks.require_floating(function, draft_logits=draft)
+    checks.require_integer(function, draft_tokens=tokens)
     checks.require_rank(function, "draft_logits", draft, 3, "(B, g, V)")
     batch, drafted, vocabulary = draft.shape
     shape = target.shape if hasattr(target, "shape") else jnp.shape(target)
     wanted = batch, drafted + 1, vocabulary
     if tuple(shape) != wanted:
         raise ValueError(
-            f"{function}: `target_logits` must be {wanted}, one place more than "
+            f"{function}: `logits` must be {wanted}, one place more than "
             f"`draft_logits`, got {tuple(shape)}."
         )
     checks.require_shape(
@@ -473,10 +489,10 @@ def _depths(function: str, parents: tuple[int, ...], nodes: int) -> list[int]:
 
 def _pair(function: str, target: Array, draft: Array) -> tuple[Array, Array]:
     """The log-probabilities of both."""
-    checks.require_floating(function, target_logits=target, draft_logits=draft)
-    checks.require_rank(function, "target_logits", target, 1, "(..., V)")
+    checks.require_floating(function, logits=target, draft_logits=draft)
+    checks.require_rank(function, "logits", target, 1, "(..., V)")
     checks.require_shape(
-        function, "draft_logits", draft, target.shape, "that of `target_logits`"
+        function, "draft_logits", draft, target.shape, "that of `logits`"
     )
     dtype = accumulator_dtype(target, draft)
     return _log_softmax(target.astype(dtype)), _log_softmax(draft.astype(dtype))
@@ -490,7 +506,7 @@ def _warm(
     function: str, target: Logits, draft: Array, temperature: Scalar
 ) -> tuple[Any, Array]:
     """The model's logits as a value, and the draft's, at a temperature."""
-    source = source_of(function, target, "target_logits")
+    source = source_of(function, target)
     if isinstance(temperature, int | float) and temperature == 1:
         return source, draft
     draft = draft.astype(accumulator_dtype(draft))

@@ -134,15 +134,15 @@ def test_a_tree_has_the_law_of_the_model():
     spread = lambda z: jnp.broadcast_to(rows(z), (count, *np.shape(z)))
     draft = spread(q[[0, 0, 0, 1, 1]])
     target = spread(p[[0, 1, 1, 1, 1, 1]])
-    path, step = jax.jit(
-        lambda *given: speculative_verify_tree(*given, parents=parents)
-    )(key, target, draft, tokens)
-    path, taken = np.asarray(path), np.asarray(step.num_accepted)
+    found = jax.jit(lambda *given: speculative_verify_tree(*given, parents=parents))(
+        key, target, draft, tokens
+    )
+    path, taken = np.asarray(found.nodes), np.asarray(found.num_accepted)
     drafted = np.asarray(tokens)
     head = np.where(
         taken >= 1,
         drafted[np.arange(count), np.maximum(path[:, 0], 0)],
-        np.asarray(step.next_token),
+        np.asarray(found.next_token),
     )
     law = softmax(p[0])
     assert chi_square(np.bincount(head, minlength=vocabulary), law) < QUANTILES[5]
@@ -150,7 +150,7 @@ def test_a_tree_has_the_law_of_the_model():
     tail = np.where(
         taken == 2,
         drafted[np.arange(count), np.maximum(path[:, 1], 0)],
-        np.asarray(step.next_token),
+        np.asarray(found.next_token),
     )[went_on]
     law = softmax(p[1])
     assert chi_square(np.bincount(tail, minlength=vocabulary), law) < QUANTILES[5]
@@ -162,7 +162,7 @@ def test_a_tree_of_single_children_accepts_as_a_chain():
     logits = jnp.asarray(RNG.normal(0, 1, (500, 4, 7)), jnp.float32)
     draft = jnp.asarray(RNG.normal(0, 1, (500, 3, 7)), jnp.float32)
     tokens = jax.random.categorical(KEY, draft)
-    path, tree = speculative_verify_tree(KEY, logits, draft, tokens, parents=(-1, 0, 1))
+    tree = speculative_verify_tree(KEY, logits, draft, tokens, parents=(-1, 0, 1))
     key_accept, _ = jax.random.split(KEY)
     uniforms = jax.random.uniform(key_accept, (3, 500)).T
     chain = speculative_verify(
@@ -172,7 +172,7 @@ def test_a_tree_of_single_children_accepts_as_a_chain():
     steps = np.where(
         np.arange(3) < np.asarray(tree.num_accepted)[:, None], range(3), -1
     )
-    np.testing.assert_array_equal(path, steps)
+    np.testing.assert_array_equal(tree.nodes, steps)
 
 
 def test_greedy_verification_is_the_greedy_sequence():
@@ -265,7 +265,7 @@ def test_expected_tokens_and_their_slope(length):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": (2, 3, 5)}, r"`target_logits` must be \(2, 3, 4\)"),
+        ({"target": (2, 3, 5)}, r"`logits` must be \(2, 3, 4\)"),
         ({"tokens": (2, 1)}, "`draft_tokens`"),
         ({"temperature": -1.0}, "`temperature`"),
         ({"key": None}, "exactly one of `key` and `uniforms`"),

@@ -155,10 +155,28 @@ def test_what_is_no_boolean_and_no_status_is_refused():
 
 # ------------------------------------------------------------------------ why no kernel
 class Table(masks.Mask):
-    """It looks into an array that is part of the program."""
+    """It looks into an array for every pair."""
 
     def attends(self, query_index, key_index):
-        return jnp.asarray(np.arange(512) % 5 > 0)[key_index] & (query_index >= 0)
+        near = jnp.clip(query_index - key_index, 0, 511)
+        return jnp.asarray(np.arange(512) % 5 > 0)[near]
+
+
+class Signed(masks.Mask):
+    """Its pairs take an operation that kernels for TPUs lack."""
+
+    def attends(self, query_index, key_index):
+        return jnp.sign(query_index - key_index) > 0
+
+
+class Many(masks.Mask):
+    """It looks into more arrays than a kernel holds, of a key each."""
+
+    def attends(self, query_index, key_index):
+        ok = query_index >= 0
+        for step in range(2, 8):
+            ok = ok & (jnp.asarray(np.arange(512) % step)[key_index] != query_index)
+        return ok
 
 
 class Fading(masks.Mask):
@@ -171,10 +189,9 @@ class Fading(masks.Mask):
 
 
 REASONS = {
-    "the mask takes operations that it lacks: sign": Neighbours(8),
-    "it looks into no array of a mask": Visible(np.ones(512, bool)),
+    "the mask takes operations that it lacks: sign": Signed(),
     "the mask looks into an array inside": Table(),
-    "it takes integers of a mask, not float32": Fading(np.float32(0.5)),
+    "the mask reads 6 numbers per key": Many(),
 }
 
 
@@ -193,6 +210,17 @@ def test_explain_says_why_a_kernel_refuses_it(reason):
     assert f"not pallas_tpu: {reason}" in explained(REASONS[reason])
 
 
-@pytest.mark.parametrize("mask", [Strided(3), DocumentPrefix(LENGTHS)], ids=str)
-def test_kernels_take_one_of_arithmetic(mask):
+# What looks into an array by one index alone is evaluated outside of the kernel.
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Strided(3),
+        DocumentPrefix(LENGTHS),
+        Neighbours(8),
+        Visible(np.ones(512, bool)),
+        Fading(np.float32(0.5)),
+    ],
+    ids=["strided", "document prefix", "neighbours", "visible", "fading"],
+)
+def test_kernels_take_one_of_arithmetic_and_look_ups_by_one_index(mask):
     assert explained(mask).count("tpu: pallas_tpu") == 2
