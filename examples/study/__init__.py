@@ -1,7 +1,8 @@
 """What the studies share: scripts that train a few small models and compare them.
 
 `program` the end of a script, `command_line` options from a dataclass, `training` the
-loop with exact resume, `output` files and the look of pictures, `packed_text` the data.
+loop with exact resume, `output` files and the look of pictures, `packed_text` the data,
+`intervals` of numbers over seeds and items, `results` what pages draw from.
 A study itself is in the folder of its script: `radial_video_model`, `extrapolation`,
 `triple_detection_model`, `grokking_study`, `simplex_flow_model`,
 `spherical_head_model`, `extreme_classifier`, `distillation_study`,
