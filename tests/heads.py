@@ -37,11 +37,11 @@ OWN = ("bias", "scale", "softcap", "vocab_axis")
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """The function of softlib.losses or softlib.logits."""
-    for package in (softlib.losses, softlib.logits):
+    """The function of softlib.losses, softlib.logits or softlib.scoring."""
+    for package in (softlib.losses, softlib.logits, softlib.scoring):
         if name in package.__all__:
             return getattr(package, name)
-    raise AttributeError(f"neither softlib.losses nor softlib.logits has {name}")
+    raise AttributeError(f"no package with functions of logits has {name}")
 
 
 def logits_of(function: Callable[..., Any]) -> list[str]:

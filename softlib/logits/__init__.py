@@ -8,7 +8,8 @@
   `BlockwiseLogits`: the base of user-defined heads.
 - `row_statistics`, `RowStatistics`: statistics from one stream over the vocabulary.
 - `logsumexp`, `entropy`, `moments`: numbers of each row.
-- `token_log_probs`, `top1_correct`, `label_rank`: numbers of each label;
+- `token_log_probs`, `token_surprisals`, `top1_correct`, `label_rank`: numbers of each
+  label;
   `token_metrics`, `TokenMetrics`: several of them from one pass;
   `sequence_log_probs`: their sum over tokens.
 - `labelled_rows`, `LabelledRows`: rows for a user-defined loss.
@@ -40,6 +41,7 @@ from ._stored import StoredLogits as StoredLogits
 from ._tokens import (
     token_log_probs as token_log_probs,
     token_metrics as token_metrics,
+    token_surprisals as token_surprisals,
     top1_correct as top1_correct,
 )
 from ._top_k import TopK as TopK, top_k as top_k
@@ -72,6 +74,7 @@ __all__ = [
     "sequence_log_probs",
     "token_log_probs",
     "token_metrics",
+    "token_surprisals",
     "top1_correct",
     "top_k",
 ]

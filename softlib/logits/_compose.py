@@ -102,6 +102,20 @@ def log_probability_of_labels(
     return log_probability(prepare(source, names, labels, where, distributions=False))
 
 
+def surprisal_of_labels(
+    source: Source, labels: ArrayLike | None, where: ArrayLike | None
+) -> Float[Array, "*batch"]:
+    """-log p of class ids, or of the likeliest classes, without cancellation."""
+    if labels is None:
+        best = prepare(source, ("lse", "argmax"), None, where).statistics.argmax
+        assert best is not None
+        labels = best
+    names = ("lse", "label_logits")
+    rows = prepare(source, names, labels, where, distributions=False, apart=True)
+    assert rows.log_prob is not None
+    return with_exceptions(rows, rows.impossible, 0 - rows.log_prob, jnp.inf)
+
+
 def chained_log_probability(
     source: Source, labels: Array, where: Array | None
 ) -> tuple[Float[Array, "*batch"], Source]:

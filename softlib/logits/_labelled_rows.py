@@ -65,11 +65,14 @@ def prepare(
     *,
     class_weights: ArrayLike | None = None,
     distributions: bool = True,
+    apart: bool = False,
 ) -> Rows:
     """Checks labels and `where`, masks rows, and computes statistics of the others.
 
     `names` must hold lse and all other statistics that the loss reads. With
-    `distributions` the labels may be floating if the logits are stored.
+    `distributions` the labels may be floating if the logits are stored. With `apart`
+    log p of a label is computed from the other classes for every source, otherwise for
+    stored logits alone: kernels of heads sum over all classes.
     """
     function = source.function
     where = rows_that_count(source, where)
@@ -88,7 +91,8 @@ def prepare(
     )
     marked = mark(source, labels, where, weights)
     log_prob = empty = None
-    if isinstance(source, StoredLogits) and "label_logits" in names:
+    apart = apart or isinstance(source, StoredLogits)
+    if apart and "label_logits" in names:
         others = source.without_labels().statistics(names, marked.labels)
         statistics, log_prob, empty = _with_label(others, marked)
     else:

@@ -1,4 +1,4 @@
-"""Numbers per token: log-probability, top-1 correctness, or several in one pass."""
+"""Numbers per token: log-probability, surprisal, correctness, several in one pass."""
 
 from collections.abc import Sequence
 
@@ -57,6 +57,59 @@ def token_log_probs(
     source = source_of("token_log_probs", logits)
     rows = _compose.prepare(source, ("lse", "label_logits"), labels, where)
     return _compose.log_probability(rows)
+
+
+@array_arguments
+def token_surprisals(
+    logits: Logits,
+    labels: Integer[Array, "*batch"] | None = None,
+    *,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Negative log-probability of each label in nats, accurate near 0 too.
+
+    $$-\log p_y = \log\Bigl(1 + \sum_{j \neq y} e^{z_j - z_y}\Bigr)$$
+
+    The sum is taken over the other classes. In float32 the difference of logsumexp and
+    logit is 0 for a label with a probability above $1 - 10^{-7}$, and has an error of
+    $10^{-7} |z|$ otherwise: over hundreds of tokens of which a model is certain, sums
+    of it are noise. `token_log_probs` rounds in this way for a head; for stored logits
+    it is as accurate.
+
+    Args:
+        logits: An array of logits, or a value such as `softlib.LinearLogits`.
+        labels: Class ids in $[0, V)$; outside, the result is NaN and the row has no
+            gradient. A label on an excluded class has +inf, without gradient. None for
+            the likeliest class of each row, the lowest on ties: the surprisal of greedy
+            decoding, the min-entropy of the row.
+        where: True for the rows that count; broadcasts to the batch shape. Elsewhere
+            the result is 0 with gradient 0, whatever `logits` and `labels` hold.
+
+    Returns:
+        One number per row, float32 (float64 if an argument is float64), at least 0; 0
+        for a row without classes, +inf without gradient for one whose logits are all
+        -inf.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes do not fit together.
+        NotImplementedError: No implementation that was named can run.
+
+    Derivatives: as `row_statistics`; the choice of the likeliest class has none.
+    Cost: as `row_statistics`, in plain JAX on all platforms; without labels a forward
+        stream more.
+    Source: a composition of `row_statistics`.
+
+    Example:
+        >>> table = jnp.array([[1.0], [0.0]])
+        >>> logits = softlib.LinearLogits(jnp.array([[20.0]]), table)
+        >>> print((1e9 * softlib.logits.token_surprisals(logits)).round(2))
+        [2.06]
+        >>> print(softlib.logits.token_log_probs(logits, jnp.array([0])))
+        [0.]
+    """
+    source = source_of("token_surprisals", logits)
+    return _compose.surprisal_of_labels(source, labels, where)
 
 
 @array_arguments

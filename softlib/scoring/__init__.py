@@ -4,6 +4,17 @@ Rewards and preferences from two language models:
 
 - `density_ratio_reward`, `annotate_preferences`, `PreferenceAnnotation`
 
+Uncertainty of generated text:
+
+- `sequence_nll`, `greedy_nll`: of given tokens, and of greedy decoding
+- `sequence_entropy`, `predictive_entropy`: of the next tokens, and of sampled answers
+- `semantic_entropy` over groups of equal meaning, which `similar_groups` finds
+
+Detection of text that a model wrote:
+
+- `entropy_test`, `EntropyTest`: log-perplexity against entropy
+- `two_model_test`, `TwoModelTest`: the likelihood ratio of two models
+
 Extraction of memorised text:
 
 - `calibrated_confidence`: in each of several sampled continuations
@@ -49,6 +60,12 @@ from ._density_ratio import (
     annotate_preferences as annotate_preferences,
     density_ratio_reward as density_ratio_reward,
 )
+from ._detection import (
+    EntropyTest as EntropyTest,
+    TwoModelTest as TwoModelTest,
+    entropy_test as entropy_test,
+    two_model_test as two_model_test,
+)
 from ._extraction import (
     calibrated_confidence as calibrated_confidence,
     identical_groups as identical_groups,
@@ -76,15 +93,25 @@ from ._sparsity import (
     truncate_activations as truncate_activations,
     truncation_threshold as truncation_threshold,
 )
+from ._uncertainty import (
+    greedy_nll as greedy_nll,
+    predictive_entropy as predictive_entropy,
+    semantic_entropy as semantic_entropy,
+    sequence_entropy as sequence_entropy,
+    sequence_nll as sequence_nll,
+    similar_groups as similar_groups,
+)
 
 __all__ = [
     "EnsembleUncertainty",
+    "EntropyTest",
     "Leak",
     "LogRatioDecoder",
     "OutputRank",
     "PerplexitySparsity",
     "PreferenceAnnotation",
     "SimilarCases",
+    "TwoModelTest",
     "activation_ratio",
     "annotate_preferences",
     "benchmark_leakage",
@@ -93,7 +120,9 @@ __all__ = [
     "decode_log_ratios",
     "density_ratio_reward",
     "ensemble_uncertainty",
+    "entropy_test",
     "fit_log_ratio_decoder",
+    "greedy_nll",
     "identical_groups",
     "isolation_decision",
     "log_ratio_codes",
@@ -101,9 +130,15 @@ __all__ = [
     "option_permutations",
     "output_rank",
     "perplexity_sparsity",
+    "predictive_entropy",
     "route_by_uncertainty",
+    "semantic_entropy",
+    "sequence_entropy",
+    "sequence_nll",
     "similar_cases",
+    "similar_groups",
     "tail_truncation_error",
     "truncate_activations",
     "truncation_threshold",
+    "two_model_test",
 ]

@@ -19,6 +19,7 @@ STEPS = {"level": "step", "segment_ids": jnp.array([7, 9])}
 # What to add to the call in the docstring, where that has another kind of labels.
 ADDED: dict[str, dict[str, Any]] = {
     "logits.row_statistics": {"labels": LABELS, "statistics": ("label_rank",)},
+    "logits.token_surprisals": {"labels": jnp.array([1])},
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS

@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "scoring.activation_ratio.threshold": (0, math.inf),
     "scoring.benchmark_leakage.threshold": (-math.inf, math.inf),
     "scoring.route_by_uncertainty.threshold": (-math.inf, math.inf),
+    "scoring.similar_groups.threshold": (-math.inf, math.inf),
     "scoring.tail_truncation_error.threshold": (0, math.inf),
     "scoring.truncate_activations.threshold": (0, math.inf),
     "softmax.min_p_logits.p": (0, 1),

@@ -487,3 +487,90 @@ def decoupled_without_label(
     z: Any, teacher: Any, alpha: Any, beta: Any, temperature: Any
 ) -> Any:
     return beta * _heated(divergences.kl, z, teacher, temperature)
+
+
+# ---------------------------------------------------------------------------- of scores
+def sequence_nll(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    found = sequences(rows.with_cotangents(-rows.cotangents["loss"]), parameters)
+    return Answer({"loss": -found.values["loss"]}, found.by_logits, {})
+
+
+def of_likeliest(answer: Any) -> Any:
+    """The answer for the likeliest class of each row as its label."""
+
+    def changed(rows: Rows, parameters: dict[str, Any]) -> Answer:
+        rows = copy.copy(rows)
+        rows.labels = _there(rows).argmax(-1)
+        return answer(rows, parameters)
+
+    return changed
+
+
+def sequence_entropy(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    g = np.broadcast_to(rows.cotangents["loss"][:, None], BATCH)
+    each = metrics({"loss": "entropy"}, labelled=False)
+    found = each(rows.with_cotangents(g), parameters)
+    return Answer({"loss": found.values["loss"].sum(-1)}, found.by_logits, {})
+
+
+def entropy_test(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    surprisals = metrics()(rows.with_cotangents(np.zeros(BATCH)), {}).values["loss"]
+    mean, variance = surprisal.moments(_there(rows), 2)
+    mean, variance = np.where(rows.counts, mean, 0), np.where(rows.counts, variance, 0)
+    length = rows.counts.sum(-1)
+    count, excess = np.maximum(length, 1), (surprisals - mean).sum(-1)
+    values = {
+        "difference": excess / count,
+        "z": excess / np.sqrt(variance.sum(-1)),
+        "log_perplexity": surprisals.sum(-1) / count,
+        "entropy": mean.sum(-1) / count,
+        "length": length,
+    }
+    return Answer(values, [np.zeros(rows.z[0].shape)], {})
+
+
+def log_ratios(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    """Codes of the classes of `codes_of`."""
+    ids, g = codes_of(rows)["class_ids"], rows.cotangents["loss"]
+    z, dz = rows.z[0][..., ids], np.zeros(rows.z[0].shape)
+    dz[..., ids[1:]] = g
+    dz[..., ids[0]] = -g.sum(-1)
+    return Answer({"loss": z[..., 1:] - z[..., :1]}, [dz], {})
+
+
+def codes_of(rows: Rows) -> dict[str, Any]:
+    return {"class_ids": np.flatnonzero(rows.columns)[3:8]}
+
+
+def two_models(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    """Of the first source and of the other one."""
+    other = copy.copy(rows)
+    other.z = rows.z[::-1]
+    length = rows.counts.sum(-1)
+    count = np.maximum(length, 1)
+    per_token = lambda g: np.broadcast_to((g / count)[:, None], BATCH)
+    zero = np.zeros(BATCH)
+    both = [metrics()(each.with_cotangents(zero), {}) for each in (rows, other)]
+    own_loss, other_loss = (found.values["loss"] for found in both)
+    with np.errstate(invalid="ignore"):
+        ratio = (other_loss - own_loss).sum(-1) / count
+    g = np.where(np.isfinite(ratio), rows.cotangents["log_ratio"], 0)
+    by_own = metrics()(rows.with_cotangents(per_token(-g)), {}).by_logits[0]
+    by_other = metrics()(other.with_cotangents(per_token(g)), {}).by_logits[0]
+    values = {"log_ratio": ratio, "length": length}
+    for name, sign, (p, q) in (
+        ("expected", 1, (rows.z[0], rows.z[1])),
+        ("expected_other", -1, (rows.z[1], rows.z[0])),
+    ):
+        value, by_q, by_p, _ = divergences.divergence(
+            divergences.kl,
+            {"logits": q},
+            {"logits": p},
+            class_where=rows.class_where,
+            where=rows.where,
+            cotangent=per_token(sign * rows.cotangents[name]),
+        )
+        values[name] = sign * value.sum(-1) / count
+        first, second = (by_p, by_q) if sign > 0 else (by_q, by_p)
+        by_own, by_other = by_own + first["logits"], by_other + second["logits"]
+    return Answer(values, [by_own, by_other], {})

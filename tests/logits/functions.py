@@ -30,7 +30,7 @@ class Function:
     """A public function with its oracle, at one choice of its options.
 
     Attributes:
-        name: In softlib.losses or softlib.logits.
+        name: In softlib.losses, softlib.logits or softlib.scoring.
         oracle: Told the rows and the parameters.
         arguments: Arrays by name, without a derivative.
         options: Static arguments.
@@ -127,7 +127,11 @@ FAMILIES: dict[str, list[Function]] = {
             parameters={"alpha": 0.3, "beta": 0.7, "log_zero": -4.0},
         ),
         Function("token_log_probs", answers.metrics({"loss": "log_prob"}), _labels),
+        Function("token_surprisals", answers.metrics(), _labels),
+        Function("token_surprisals", answers.of_likeliest(answers.metrics())),
         Function("sequence_log_probs", answers.sequences, _labels),
+        Function("sequence_nll", answers.sequence_nll, _labels),
+        Function("greedy_nll", answers.of_likeliest(answers.sequence_nll)),
         Function(
             "labelled_rows",
             answers.metrics(logsumexp_penalty=0.1),
@@ -211,6 +215,7 @@ FAMILIES: dict[str, list[Function]] = {
     "distribution": [
         Function("entropy", answers.metrics({"loss": "entropy"}, labelled=False)),
         Function("logsumexp", answers.metrics({"loss": "lse"}, labelled=False)),
+        Function("sequence_entropy", answers.sequence_entropy),
     ],
     "statistics": [
         Function(
@@ -226,11 +231,13 @@ FAMILIES: dict[str, list[Function]] = {
             answers.gathered,
             lambda rows: {"class_ids": np.where(rows.kept, rows.lists, 0)},
         ),
+        Function("log_ratio_codes", answers.log_ratios, answers.codes_of),
     ],
     "forward": [
         Function("moments", answers.surprisals, options={"order": 4}),
         Function("top_k", answers.greatest, options={"k": 3}),
         Function("sample", answers.drawn, options={"key": answers.KEY}),
+        Function("entropy_test", answers.entropy_test, _labels),
     ],
     "robust": [
         Function(
@@ -308,6 +315,7 @@ PAIRS: dict[str, Function] = {
         "softmax_soft_target_cross_entropy",
         answers.divergence(divergences.cross_entropy),
     ),
+    "two_model_test": Function("two_model_test", answers.two_models, _labels),
     "kl_to_reference": Function("kl_to_reference", answers.mean_divergence),
     "knowledge_distillation_loss": Function(
         "knowledge_distillation_loss",

@@ -174,6 +174,10 @@ CALLS: dict[str, Any] = {
     "decoupled_softmax_loss": lambda f, z, y, other: f(z, y[..., None]),
     "one_versus_all_loss": lambda f, z, y, other: f(z, y[..., None]),
     "top_k": lambda f, z, y, other: f(z, k=3),
+    "greedy_nll": lambda f, z, y, other: f(z),
+    "sequence_entropy": lambda f, z, y, other: f(z),
+    "log_ratio_codes": lambda f, z, y, other: f(z, jnp.arange(5) * 9),
+    "two_model_test": lambda f, z, y, other: f(z, other, y),
     "z_loss": lambda f, z, y, other: f(z, y, a=1.0, b=2.0),
     "optimal_temperature": lambda f, z, y, other: f(
         z, rho=0.5, temperature_min=0.1, temperature_max=5.0
@@ -204,7 +208,7 @@ ELSEWHERE = {
     "sparsemax_loss",  # of whole rows
     "stablemax_cross_entropy",  # of whole rows
 }
-PACKAGES = (softlib.losses, softlib.logits)
+PACKAGES = (softlib.losses, softlib.logits, softlib.scoring)
 EVERY = sorted(
     name
     for package in PACKAGES

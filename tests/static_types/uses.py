@@ -28,6 +28,7 @@ def heads(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
     assert_type(found, softlib.losses.CrossEntropyResult)
     assert_type(found.lse, jax.Array)
     assert_type(softlib.logits.row_statistics(logits, labels).lse, jax.Array | None)
+    assert_type(softlib.logits.token_surprisals(logits), jax.Array)
 
 
 def layers(mask: softlib.masks.Mask, hidden: jax.Array) -> None:
@@ -47,6 +48,10 @@ def comparisons(x: jax.Array) -> None:
 def studies(x: jax.Array) -> None:
     pair = softlib.scoring.annotate_preferences(x)
     assert_type(pair.margin, jax.Array)
+    assert_type(softlib.scoring.greedy_nll(x), jax.Array)
+    test = softlib.scoring.entropy_test(softlib.LinearLogits(x, x), x)
+    assert_type(test, softlib.scoring.EntropyTest)
+    assert_type(test.z, jax.Array)
     beam = softlib.decoding.value_guided_search(
         *(x, lambda key, states: (states, x), lambda states: x, x),
         num_steps=1,
