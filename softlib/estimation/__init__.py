@@ -11,6 +11,8 @@
   the truth.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
   about the error of a classifier; `comp_sum_transformation`, its inverse.
+- `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
+  paths; `proximity_distance`, a metric for clustering.
 """
 
 from ._comp_sum_bounds import (
@@ -25,6 +27,11 @@ from ._fit_gaussian_experts import (
 from ._gaussian_experts import (
     ExpertGate as ExpertGate,
     GaussianExperts as GaussianExperts,
+)
+from ._graph_proximity import (
+    ProximityDistance as ProximityDistance,
+    log_graph_proximity as log_graph_proximity,
+    proximity_distance as proximity_distance,
 )
 from ._softmax_regression import (
     LabelShift as LabelShift,
@@ -44,6 +51,7 @@ __all__ = [
     "GaussianExperts",
     "GaussianExpertsFit",
     "LabelShift",
+    "ProximityDistance",
     "SoftmaxRegression",
     "SoftmaxRegressionFit",
     "comp_sum_regret_bound",
@@ -53,6 +61,8 @@ __all__ = [
     "fit_softmax_regression",
     "gauge_fixed_experts",
     "in_context_label_shift",
+    "log_graph_proximity",
+    "proximity_distance",
     "voronoi_cells",
     "voronoi_loss",
 ]

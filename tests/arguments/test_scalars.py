@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature_min": (0, math.inf),
     "value2_bias": (-math.inf, math.inf),
     "weight_decay": (0, math.inf),
+    "estimation.log_graph_proximity.t": (0, math.inf),
     "losses.dpo_loss.label_smoothing": (0, 0.5),
     "losses.mcmi_loss.weight": (0, math.inf),
     "losses.poly1_cross_entropy.epsilon": (-1, math.inf),

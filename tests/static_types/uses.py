@@ -61,3 +61,5 @@ def studies(x: jax.Array) -> None:
     step = softlib.decoding.speculative_verify(x, x, x, x)
     assert_type(step.next_token, jax.Array)
     assert_type(softlib.estimation.ExpertGate().top_k, int | None)
+    distance = softlib.estimation.proximity_distance(x)
+    assert_type(distance.triangle_excess, jax.Array)
