@@ -44,7 +44,7 @@ ANSWERS = re.compile("oracle|vectors|definition")
 # Tests of a file here share what their file has run, so they take turns together.
 TOGETHER = "tests/examples/"
 # Cases by name, each of which is there for one thing that the others do not show.
-EVERY_TIME = ("tests/kernels/", "tests/test_readme.py", "tests/test_docstrings.py")
+EVERY_TIME = ("tests/kernels/", "tests/test_readme.py")
 
 
 def read(text: str) -> dict[str, float]:
