@@ -25,9 +25,9 @@ REVEALING = ROOT / "build/static_types/reveals_public_types.py"
 # Results that no annotation can name, and why, by a pattern of their addresses.
 MASK = "an array of NumPy or JAX, as the indices are, or a Python bool"
 PYTREE = "a pytree of the caller's"
-STATE = "whatever the author of a processor remembers"
+STATE = "whatever the author of a processor or a draft remembers"
 ANY = {
-    r"softlib\.decoding\.\w+\.(init|process|advance)": STATE,
+    r"softlib\.decoding\.\w+\.(init|process|advance|rewind)": STATE,
     r"softlib\.logits\.BlockwiseLogits\.prepared": "what the author's `block` reads",
     r"softlib\.masks\.(array|mask)_field": "for any field, as `dataclasses.field`",
     r"softlib\.masks\.\w+\.(__call__|attends|block_status)": MASK,

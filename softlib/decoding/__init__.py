@@ -9,6 +9,8 @@ Token by token, with logits as values:
 
 A draft that proposes, a model that verifies:
 
+- `speculative_generate`, `SpeculativeSequences`: sequences in fewer calls of a model
+- `Draft`, `Drafted`, `PromptLookup`, `NGramDraft`, `ModelDraft`: what proposes tokens
 - `speculative_verify`, `SpeculativeStep`, `speculative_verify_tree`, `SpeculativePath`:
   exact verification
 - `speculative_acceptance`, `speculative_residual`: its parts
@@ -31,6 +33,13 @@ The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits
 """
 
 from ._beam_search import Beams as Beams, beam_search as beam_search
+from ._drafts import (
+    Draft as Draft,
+    Drafted as Drafted,
+    ModelDraft as ModelDraft,
+    NGramDraft as NGramDraft,
+    PromptLookup as PromptLookup,
+)
 from ._flow_matching import (
     FlowSample as FlowSample,
     exponential_temperature as exponential_temperature,
@@ -60,6 +69,10 @@ from ._speculative import (
     speculative_verify as speculative_verify,
     speculative_verify_tree as speculative_verify_tree,
 )
+from ._speculative_generate import (
+    SpeculativeSequences as SpeculativeSequences,
+    speculative_generate as speculative_generate,
+)
 from ._value_guided import (
     ValueGuidedBeam as ValueGuidedBeam,
     value_guided_search as value_guided_search,
@@ -67,12 +80,18 @@ from ._value_guided import (
 
 __all__ = [
     "Beams",
+    "Draft",
+    "Drafted",
     "FlowSample",
     "Generated",
     "IndependenceChain",
+    "ModelDraft",
+    "NGramDraft",
     "Processor",
+    "PromptLookup",
     "RepetitionPenalty",
     "SpeculativePath",
+    "SpeculativeSequences",
     "SpeculativeStep",
     "TokenAutomaton",
     "ValueGuidedBeam",
@@ -86,6 +105,7 @@ __all__ = [
     "independence_chain_update",
     "sample_gumbel_flow",
     "speculative_acceptance",
+    "speculative_generate",
     "speculative_residual",
     "speculative_speedup",
     "speculative_verify",

@@ -38,7 +38,7 @@ class Generated(NamedTuple):
     state: Any
 
 
-class _Drawn(NamedTuple):
+class Drawn(NamedTuple):
     """One token of each sequence; -1 where none is allowed."""
 
     tokens: Array
@@ -118,14 +118,9 @@ def generate(
     states = started(function, processors, batch, vocabulary)
     keys = None if key is None else jax.random.split(key, max_length)
 
-    def draw(logits: Logits, states: tuple[Any, ...], count: Any) -> _Drawn:
-        key = None if keys is None else keys[count]
-        if not processors:
-            return _drawn(logits, key)
-        formed = formed_logits(logits)
-        return _drawn(applied(processors, states, formed), key)
+    key_of = lambda count: None if keys is None else keys[count]
 
-    def recorded(loop: _Loop, drawn: _Drawn) -> _Loop:
+    def recorded(loop: _Loop, drawn: Drawn) -> _Loop:
         """The loop with one more token of each sequence that has not ended."""
         dead = ~loop.ended & (drawn.tokens < 0)
         alive = ~loop.ended & ~dead
@@ -152,11 +147,11 @@ def generate(
 
     def body(loop: _Loop) -> _Loop:
         logits, state = step(loop.last, loop.generated.state)
-        drawn = draw(logits, loop.states, loop.count)
+        drawn = draw(logits, processors, loop.states, key_of(loop.count))
         loop = loop._replace(generated=loop.generated._replace(state=state))
         return recorded(loop, drawn)
 
-    first = draw(logits, states, 0)
+    first = draw(logits, processors, states, key_of(0))
     nothing = Generated(
         jnp.full((batch, max_length), -1, jnp.int32),
         jnp.zeros((batch, max_length), first.log_probs.dtype),
@@ -200,7 +195,15 @@ def formed_logits(logits: Logits) -> Float[Array, "*batch V"]:
     return formed.astype(accumulator_dtype(formed))
 
 
-def _drawn(logits: Logits, key: Array | None) -> _Drawn:
+def draw(
+    logits: Logits,
+    processors: tuple[LogitsFunction | Processor, ...],
+    states: tuple[Any, ...],
+    key: Array | None,
+) -> Drawn:
+    """One token of each row of logits (B, V), after all processors."""
+    if processors:
+        logits = applied(processors, states, formed_logits(logits))
     if key is None:
         found = logits_.row_statistics(
             logits, statistics=("lse", "max_logit", "argmax")
@@ -212,12 +215,12 @@ def _drawn(logits: Logits, key: Array | None) -> _Drawn:
         tokens = jnp.where(allowed, found.argmax, -1)
         # Not NaN where nothing is allowed.
         log_probs = jnp.where(allowed, found.max_logit - found.lse, 0)
-        return _Drawn(tokens.astype(jnp.int32), log_probs)
+        return Drawn(tokens.astype(jnp.int32), log_probs)
     tokens = logits_.sample(key, logits)
     log_probs = logits_.token_log_probs(
         logits, jnp.maximum(tokens, 0), where=tokens >= 0
     )
-    return _Drawn(tokens, log_probs)
+    return Drawn(tokens, log_probs)
 
 
 def _like(rows: Array, array: Array) -> Array:

@@ -51,7 +51,7 @@ class SpeculativePath(NamedTuple):
 def speculative_verify(
     key: Array | None,
     logits: Logits,
-    draft_logits: Float[Array, "..."],
+    draft_logits: Float[Array, "..."] | None,
     draft_tokens: Integer[Array, "..."],
     *,
     temperature: Scalar = 1.0,
@@ -72,9 +72,9 @@ def speculative_verify(
         logits: (B, g + 1, V), the model's, at the places of the drafted tokens
             and one behind them; an array, or a value such as `softlib.LinearLogits`, of
             which one row per sequence is formed.
-        draft_logits: The draft's. A deterministic draft has 0 for its token and -inf
-            elsewhere.
-        draft_tokens: What was drawn from them.
+        draft_logits: The draft's, (B, g, V). None for tokens that nothing drew, as of
+            prompt lookup: $q_i(x_i) = 1$.
+        draft_tokens: (B, g), what was drawn from them.
         temperature: Divides both logits; a number or a scalar array, positive. The
             number 0 compares with the likeliest token of the model, and the draft's
             logits are not read.
@@ -85,8 +85,8 @@ def speculative_verify(
             place of `key`, for tests and to share randomness.
 
     Returns:
-        `SpeculativeStep`. A row whose logits are NaN accepts nothing more and has -1
-        for its next token.
+        `SpeculativeStep`. A row whose logits are NaN, or all -inf, accepts nothing more
+        and has -1 for its next token.
 
     Raises:
         TypeError: An argument has the wrong kind of dtype.
@@ -129,56 +129,92 @@ def speculative_verify(
         checks.require_shape(function, "uniforms[1]", last, shape, why)
         uniforms = accept, last
     if is_greedy:
-        return _agreeing(logits, tokens, where)
+        return agreeing(logits, tokens, where).step
     warm = _warm(function, logits, draft_logits, temperature)
-    return _verified(key, *warm, tokens, where, uniforms)
+    return verified(key, *warm, tokens, where, uniforms).step
 
 
-@jax.jit
-def _agreeing(target: Logits, tokens: Array, where: Array | None) -> SpeculativeStep:
-    best = _argmax(target)
-    count = _leading(best[:, :-1] == tokens, where)
-    return SpeculativeStep(count, best[jnp.arange(tokens.shape[0]), count])
+class Verified(NamedTuple):
+    """A step, and the model's log-probabilities (B, g + 1) of the tokens that stay.
+
+    Those behind the next token mean nothing.
+    """
+
+    step: SpeculativeStep
+    log_probs: Float[Array, "B places"]
 
 
 # Compiled as one program, also when it is called outside of any.
 @jax.jit
-def _verified(
+def agreeing(target: Logits, tokens: Array, where: Array | None) -> Verified:
+    """The tokens that are the model's likeliest, and the first of these that follows.
+
+    The arguments are those of `speculative_verify`.
+    """
+    names = "argmax", "max_logit", "lse"
+    found = logits_.row_statistics(target, statistics=names)
+    assert found.max_logit is not None
+    assert found.argmax is not None
+    assert found.lse is not None
+    # NaN is not above, nor is a row without an allowed token.
+    best = jnp.where(found.max_logit > -jnp.inf, found.argmax, -1).astype(jnp.int32)
+    count = _leading(best[:, :-1] == tokens, where)
+    step = SpeculativeStep(count, best[jnp.arange(tokens.shape[0]), count])
+    return Verified(step, found.max_logit - found.lse)
+
+
+@jax.jit
+def verified(
     key: Array | None,
     target: Any,
-    draft_logits: Array,
+    draft_logits: Array | None,
     tokens: Array,
     where: Array | None,
     uniforms: tuple[Array, Array] | None,
-) -> SpeculativeStep:
+) -> Verified:
+    """The tokens that stay by chance, and the one that follows.
+
+    The arguments are those of `speculative_verify`, at temperature 1.
+    """
     batch, drafted = tokens.shape
-    draft = _log_softmax(draft_logits)
+    log_p = logits_.token_log_probs(target[:, :-1], tokens)
+    draft = None if draft_logits is None else _log_softmax(draft_logits)
+    if draft is None:
+        log_q = jnp.zeros_like(log_p)
+    else:
+        log_q = jnp.take_along_axis(draft, tokens[:, :, None], -1)[..., 0]
     if uniforms is None:
         assert key is not None
         key_accept, key = jax.random.split(key)
-        accept = jax.random.uniform(key_accept, tokens.shape, draft.dtype)
+        accept = jax.random.uniform(key_accept, tokens.shape, log_q.dtype)
     else:
         accept = uniforms[0]
-    log_p = logits_.token_log_probs(target[:, :-1], tokens)
-    log_q = jnp.take_along_axis(draft, tokens[:, :, None], -1)[..., 0]
     # Not u < p / q: both may underflow. NaN is not accepted.
     dtype = accumulator_dtype(accept, log_p, log_q)
     accept, log_p, log_q = (x.astype(dtype) for x in (accept, log_p, log_q))
     count = _leading(accept * jnp.exp(log_q) < jnp.exp(log_p), where)
 
     rows = jnp.arange(batch)
-    law = _log_softmax(target[rows, count])
-    law = law.astype(accumulator_dtype(law, draft))
+    whole_law = _log_softmax(target[rows, count])
+    law = whole_law = whole_law.astype(accumulator_dtype(whole_law, log_q))
     if drafted:
         whole = drafted if where is None else _leading(where, None)
-        q = draft[rows, jnp.minimum(count, drafted - 1)].astype(law.dtype)
-        law = jnp.where((count == whole)[:, None], law, _log_residual(law, q))
+        at = rows, jnp.minimum(count, drafted - 1)
+        if draft is None:
+            left = _log_without(law, tokens[at])
+        else:
+            left = _log_residual(law, draft[at].astype(law.dtype))
+        law = jnp.where((count == whole)[:, None], law, left)
     if uniforms is not None:
         last = _by_distribution_function(law, uniforms[1])
     else:
         assert key is not None
         last = logits_.sample(key, law)
-    return SpeculativeStep(count, last)
+    log_probs = jnp.pad(log_p, ((0, 0), (0, 1))).astype(law.dtype)
+    log_probs = log_probs.at[rows, count].set(
+        logits_.token_log_probs(whole_law, jnp.maximum(last, 0))
+    )
+    return Verified(SpeculativeStep(count, last), log_probs)
 
 
 @array_arguments
@@ -451,13 +487,23 @@ def _draft_lengths(function: str, given: Any) -> np.ndarray:
 
 
 def _checked_tokens(
-    function: str, target: Logits, draft: Array, tokens: Array
+    function: str, target: Logits, draft: Array | None, tokens: Array
 ) -> Array:
-    checks.require_floating(function, draft_logits=draft)
     checks.require_integer(function, draft_tokens=tokens)
+    shape = target.shape if hasattr(target, "shape") else jnp.shape(target)
+    if draft is None:
+        if len(shape) != 3 or not shape[1]:
+            raise ValueError(
+                f"{function}: `logits` must be (B, g + 1, V), got {tuple(shape)}."
+            )
+        wanted = shape[0], shape[1] - 1
+        checks.require_shape(
+            function, "draft_tokens", tokens, wanted, "one place fewer than `logits`"
+        )
+        return tokens
+    checks.require_floating(function, draft_logits=draft)
     checks.require_rank(function, "draft_logits", draft, 3, "(B, g, V)")
     batch, drafted, vocabulary = draft.shape
-    shape = target.shape if hasattr(target, "shape") else jnp.shape(target)
     wanted = batch, drafted + 1, vocabulary
     if tuple(shape) != wanted:
         raise ValueError(
@@ -503,22 +549,16 @@ def _log_softmax(logits: Logits) -> Array:
 
 
 def _warm(
-    function: str, target: Logits, draft: Array, temperature: Scalar
-) -> tuple[Any, Array]:
+    function: str, target: Logits, draft: Array | None, temperature: Scalar
+) -> tuple[Any, Any]:
     """The model's logits as a value, and the draft's, at a temperature."""
     source = source_of(function, target)
     if isinstance(temperature, int | float) and temperature == 1:
         return source, draft
-    draft = draft.astype(accumulator_dtype(draft))
-    warm = draft / jnp.asarray(temperature, draft.dtype)
-    return with_temperature(source, temperature), warm
-
-
-def _argmax(logits: Logits) -> Array:
-    found = logits_.row_statistics(logits, statistics=("argmax", "max_logit"))
-    assert found.max_logit is not None
-    assert found.argmax is not None
-    return jnp.where(jnp.isnan(found.max_logit), -1, found.argmax).astype(jnp.int32)
+    if draft is not None:
+        draft = draft.astype(accumulator_dtype(draft))
+        draft = draft / jnp.asarray(temperature, draft.dtype)
+    return with_temperature(source, temperature), draft
 
 
 def _leading(agrees: Array, where: Array | None) -> Array:
@@ -535,6 +575,14 @@ def _log_residual(p: Array, q: Array) -> Array:
     left = jnp.where(above, p + jnp.log1p(-jnp.exp(difference)), -jnp.inf)
     total = jax.nn.logsumexp(left, axis=-1, keepdims=True)
     return jnp.where(total > -jnp.inf, left - total, p)
+
+
+def _log_without(law: Array, tokens: Array) -> Array:
+    """Log-probabilities without one token of each row; as they were if it has all."""
+    others = jnp.arange(law.shape[-1])[None] != tokens[:, None]
+    left = jnp.where(others, law, -jnp.inf)
+    total = jax.nn.logsumexp(left, axis=-1, keepdims=True)
+    return jnp.where(total > -jnp.inf, left - total, law)
 
 
 def _by_distribution_function(law: Array, uniforms: Array) -> Array:

@@ -20,6 +20,10 @@ STEPS = {"level": "step", "segment_ids": jnp.array([7, 9])}
 ADDED: dict[str, dict[str, Any]] = {
     "logits.row_statistics": {"labels": LABELS, "statistics": ("label_rank",)},
     "logits.token_surprisals": {"labels": jnp.array([1])},
+    "decoding.speculative_generate": {
+        "prompt": jnp.array([[1, 0]]),
+        "prompt_lengths": jnp.array([1]),
+    },
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS

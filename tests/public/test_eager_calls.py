@@ -21,6 +21,7 @@ COMPILING = {
     "softlib.decoding.beam_search": "its loop calls the caller's function",
     "softlib.decoding.generate": "its loop calls the caller's function",
     "softlib.decoding.sample_gumbel_flow": "its loop calls the caller's function",
+    "softlib.decoding.speculative_generate": "its loop calls the caller's function",
     "softlib.decoding.value_guided_search": "its loop calls the caller's function",
     "softlib.optim.projected_gradient_ascent": "its loop calls the caller's function",
 }
@@ -31,6 +32,7 @@ NOT_CALLED = {
 NOT_REVERSED = {
     "softlib.decoding.beam_search",  # their loops end when all sequences have
     "softlib.decoding.generate",
+    "softlib.decoding.speculative_generate",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
     "softlib.estimation.fit_softmax_regression",
 }
