@@ -19,7 +19,7 @@ from ._processors import LogitsFunction
 
 
 class Drafted(NamedTuple):
-    """What a `Draft` proposes for each sequence of a batch.
+    """Tokens that a `Draft` proposes for each sequence of a batch.
 
     Attributes:
         tokens: The next g tokens.
@@ -412,7 +412,7 @@ def _mode(tokens: np.ndarray) -> np.ndarray:
 
 
 def _likeliest(nodes: np.ndarray, tokens: np.ndarray, count: int) -> np.ndarray:
-    """For each node the token that most often stands beside it."""
+    """The token that most often stands beside each node."""
     size = int(tokens.max(initial=0)) + 1
     pairs, times = np.unique(nodes * size + tokens, return_counts=True)
     # The last that is written to an entry stays: the most frequent, then the smallest.
