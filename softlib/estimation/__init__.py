@@ -9,6 +9,8 @@
   `fit_gaussian_experts` by EM or Newton from the starts of `draw_gaussian_experts`.
 - `voronoi_loss`, `voronoi_cells`, `gauge_fixed_experts`: how far an estimate is from
   the truth.
+- `fit_separator`: a halfspace by logistic regression with any step size, the perceptron
+  among them; `separation_step_bound`, the steps that it takes at most.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 - `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
@@ -33,6 +35,11 @@ from ._graph_proximity import (
     log_graph_proximity as log_graph_proximity,
     proximity_distance as proximity_distance,
 )
+from ._separator import (
+    SeparatorFit as SeparatorFit,
+    fit_separator as fit_separator,
+    separation_step_bound as separation_step_bound,
+)
 from ._softmax_regression import (
     LabelShift as LabelShift,
     SoftmaxRegression as SoftmaxRegression,
@@ -52,17 +59,20 @@ __all__ = [
     "GaussianExpertsFit",
     "LabelShift",
     "ProximityDistance",
+    "SeparatorFit",
     "SoftmaxRegression",
     "SoftmaxRegressionFit",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "draw_gaussian_experts",
     "fit_gaussian_experts",
+    "fit_separator",
     "fit_softmax_regression",
     "gauge_fixed_experts",
     "in_context_label_shift",
     "log_graph_proximity",
     "proximity_distance",
+    "separation_step_bound",
     "voronoi_cells",
     "voronoi_loss",
 ]

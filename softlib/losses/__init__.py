@@ -67,6 +67,8 @@ Losses of logits with another map than softmax:
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
+Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`.
+
 Adversarial training: `smooth_adversarial_comp_sum_loss`.
 
 Routers of experts:
@@ -140,6 +142,10 @@ from ._mixtures import (
 )
 from ._multi_label import multi_label_cross_entropy as multi_label_cross_entropy
 from ._one_versus_all import one_versus_all_loss as one_versus_all_loss
+from ._perceptron import (
+    normalized_logistic_loss as normalized_logistic_loss,
+    perceptron_loss as perceptron_loss,
+)
 from ._preference import (
     dpo_loss as dpo_loss,
     preference_margin as preference_margin,
@@ -216,9 +222,11 @@ __all__ = [
     "multi_label_cross_entropy",
     "negative_preference_loss",
     "normalized_distillation_loss",
+    "normalized_logistic_loss",
     "one_versus_all_loss",
     "oreo_policy_loss",
     "oreo_value_loss",
+    "perceptron_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
     "preference_margin",

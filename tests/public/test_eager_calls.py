@@ -34,6 +34,7 @@ NOT_REVERSED = {
     "softlib.decoding.generate",
     "softlib.decoding.speculative_generate",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
+    "softlib.estimation.fit_separator",
     "softlib.estimation.fit_softmax_regression",
 }
 CALLED = [name for name in FUNCTIONS if name.address not in NOT_CALLED]

@@ -25,6 +25,7 @@ NOT_REVERSED = {
     "softlib.decoding.generate",
     "softlib.decoding.speculative_generate",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
+    "softlib.estimation.fit_separator",
     "softlib.estimation.fit_softmax_regression",
 }
 CALLABLE = [name for name in FUNCTIONS if name.address not in NOT_AT_ALL]
