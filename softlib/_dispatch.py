@@ -5,14 +5,17 @@ arrays, then `execute` with the plan. Kernels are chosen per *lowering* platform
 program traced on a CPU host and lowered for a TPU contains the TPU kernel.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractDevice
 
-from . import _preferred, _primitive, _ptxas
+from . import _explained_device, _preferred, _primitive, _ptxas
+from ._explained_device import Device
 from ._explanation import ExplainedOperation, Explanation
 from ._sharding import automatic_axes
 from ._symbolic import has_symbolic_shape
@@ -131,19 +134,56 @@ class Plan:
             self.operation.name, runs, dict(self.reasons), dict(self.notes)
         )
 
+    def explained_on(self, device: Device) -> ExplainedOperation:
+        """Likewise of one device: what runs there, and what concerns that."""
+        found = dict(self.kernels).get(device.platform, self.fallback)
+        if found is None:
+            raise NotImplementedError(
+                f"{self.operation.name}: no requested implementation for "
+                f"{device.name}, only kernels for {', '.join(dict(self.kernels))}."
+            )
+        possible = {
+            i.name
+            for i in self.operation.implementations
+            if i.platform in (None, device.platform)
+        }
+        refused = {name: why for name, why in self.reasons if name in possible}
+        notes = {name: note for name, note in self.notes if name == found.name}
+        return ExplainedOperation(
+            self.operation.name, {device.name: found.name}, refused, notes
+        )
+
 
 class _Record:
     """The plans made while `explain` traces a function.
 
     Its identity is part of the key of every jit cache, so that a function that is
     already compiled is traced again.
+
+    Attributes:
+        device: What `explain` is asked about; None for all platforms.
+        plans: In the order in which they were made.
     """
 
-    def __init__(self):
+    def __init__(self, device: Device | None):
+        self.device = device
         self.plans: list[Plan] = []
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        return (
+            contextlib.nullcontext() if self.device is None else self.device.context()
+        )
 
 
 _RECORD = jax.make_user_context(None)
+
+
+def asks_about_a_device() -> bool:
+    """Whether plans are made for `explain` to say what a device runs.
+
+    It need not be here, and what this machine has installed does not matter.
+    """
+    return _RECORD.value is not None and _RECORD.value.device is not None
 
 
 def plan(
@@ -155,11 +195,25 @@ def plan(
         ValueError: a name is unknown.
         NotImplementedError: none of the requested implementations can run.
     """
+    record = _RECORD.value
+    if record is None:
+        return _plan(operation, names, options, operands)
+    with record.context():
+        made = _plan(operation, names, options, operands)
+    record.plans.append(made)
+    return made
+
+
+def _plan(
+    operation: Operation, names: str | Sequence[str] | None, options: Any, operands: Any
+) -> Plan:
     kernels: dict[str, Implementation] = {}
     reasons: dict[str, str] = {}
     yielding: list[tuple[Implementation, str]] = []
     fallback: Implementation | None = None
     for candidate in operation.candidates(names):
+        if candidate.platform in kernels:
+            continue  # nor can a later one for the same platform
         reason = _why_not(candidate, options, operands)
         if reason is not None:
             reasons[candidate.name] = reason
@@ -191,8 +245,6 @@ def plan(
             f"no requested implementation can run: {made.explained}\n"
             "Pass implementation=None to let softlib choose."
         )
-    if _RECORD.value is not None:
-        _RECORD.value.plans.append(made)
     return made
 
 
@@ -223,7 +275,13 @@ def run(
     return execute(plan(operation, names, options, operands), options, operands)
 
 
-def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
+def explain(
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    device: str | AbstractDevice | None = None,
+    **kwargs: Any,
+) -> Explanation:
     """Finds the implementation that each operation in a call would use.
 
     The call is traced, nothing is computed: `function` may be a whole training step,
@@ -233,17 +291,26 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
     Args:
         function: Any function that calls softlib somewhere.
         *args: Its positional arguments (pytrees are fine).
+        device: Static: the one device to answer for, which need not be here: `"cpu"`,
+            `"a100"`, `"h100"`, `"b200"`, `"v4"`, `"v5e"`, `"v5p"`, `"v6e"`, `"tpu7x"`,
+            or any other as a `jax.sharding.AbstractDevice`. Its machine is supposed
+            to have cuDNN and an assembler without known faults, if it has a GPU. None
+            answers for every platform, with this machine's device and what is installed
+            here. It is not passed on: a keyword `device` of the function itself has to
+            be bound by `functools.partial`.
         **kwargs: Its keyword arguments.
 
     Returns:
         An `Explanation`, which prints as text: per operation its name, what runs on
-        which platform, why the implementations before it in the order of preference
-        do not, and what is worth knowing about the one that does (an option that saves
-        no time there, an array that may be gathered). `operations` holds the same as
-        fields.
+        which platform (or on the device), why the implementations before it in the
+        order of preference do not, and what is worth knowing about the one that does
+        (an option that saves no time there, an array that may be gathered).
+        `operations` holds the same as fields.
 
     Raises:
-        NotImplementedError: an implementation that the call pins cannot run.
+        ValueError: the name of the device is unknown.
+        NotImplementedError: an implementation that the call pins cannot run, or not on
+            the device.
 
     Derivatives: none, the result is text. Derivatives *inside* `function` are shown:
     explain `jax.grad(loss)` to see the backward pass.
@@ -253,11 +320,10 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         >>> hidden, weight = jnp.ones((4, 8)), jnp.ones((100, 8))
         >>> labels = jnp.arange(4)
         >>> loss = softlib.losses.linear_softmax_cross_entropy
-        >>> print(softlib.explain(loss, hidden, weight, labels))
+        >>> print(softlib.explain(loss, hidden, weight, labels, device="h100"))
         linear_row_statistics
-          everywhere: xla
-          not pallas_tpu: 4 rows are too few to gain by it
-          not pallas_gpu: it is written for Hopper GPUs, this is another device
+          h100: xla
+          not pallas_gpu: `hidden` is float32, not bfloat16 or float16
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]
@@ -270,10 +336,13 @@ def explain(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Expla
         args, kwargs = jax.tree.unflatten(structure, merged)
         return _arrays_of(function(*args, **kwargs))
 
-    record = _Record()
+    record = _Record(None if device is None else _explained_device.named(device))
     with _RECORD(record):
         jax.eval_shape(call, arrays)
-    explained = [made.explained for made in record.plans]
+    explained = [
+        made.explained if record.device is None else made.explained_on(record.device)
+        for made in record.plans
+    ]
     distinct = {str(operation): operation for operation in explained}
     return Explanation(tuple(distinct.values()))
 
@@ -293,7 +362,11 @@ def _why_not(implementation: Implementation, options: Any, operands: Any) -> str
             return f"mesh axis {axes[0]!r} is not manual; call it inside jax.shard_map"
         if has_symbolic_shape(operands):
             return "its tiles need sizes, and a dimension is symbolic (jax.export)"
-    if implementation.family == "pallas" and implementation.platform == "cuda":
+    is_assembled = (implementation.family, implementation.platform) == (
+        "pallas",
+        "cuda",
+    )
+    if is_assembled and not asks_about_a_device():
         reason = _ptxas.why_not()
         if reason is not None:
             return reason

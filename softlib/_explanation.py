@@ -12,7 +12,8 @@ class ExplainedOperation:
         operation: Its name, such as `dot_product_attention`; a backward pass that has
             kernels of its own is an operation of its own.
         runs: Platform to implementation: `{"tpu": "pallas_tpu", "elsewhere": "xla"}`,
-            or `{"everywhere": "xla"}`.
+            or `{"everywhere": "xla"}`. Of one device its name to implementation:
+            `{"h100": "pallas_gpu"}`.
         refused: Implementation to the reason why it cannot run; of those that would
             have come before what runs.
         notes: Implementation to what is worth knowing about running it on these

@@ -10,7 +10,7 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import softlib
-from softlib import _dispatch
+from softlib import _dispatch, _ptxas
 from softlib._dispatch import Implementation, Operation, absent
 from softlib.logits._engine import operations
 from tests.host import jnp
@@ -190,6 +190,103 @@ def test_explain_names_the_backward_pass_too():
     explanation = softlib.explain(jax.grad(total), *arguments)
     names = [found.operation for found in explanation.operations]
     assert names == ["linear_row_statistics", "linear_row_statistics_gradient"]
+
+
+# ------------------------------------------------------------- explain, of one device
+HEAD = (
+    jax.ShapeDtypeStruct((2048, 512), jnp.bfloat16),
+    jax.ShapeDtypeStruct((50_264, 512), jnp.bfloat16),
+    jax.ShapeDtypeStruct((2048,), jnp.int32),
+)
+
+
+def _head_loss(hidden, weight, labels, implementation=None):
+    logits = softlib.LinearLogits(hidden, weight, implementation=implementation)
+    return softlib.losses.softmax_cross_entropy(logits, labels).sum()
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [
+        ("cpu", "xla"),
+        ("a100", "xla"),
+        ("h100", "pallas_gpu"),
+        ("b200", "xla"),
+        *((tpu, "pallas_tpu") for tpu in ("v4", "v5e", "v5p", "v6e", "tpu7x")),
+    ],
+)
+def test_explain_answers_for_a_device_that_is_not_here(device, found):
+    explanation = softlib.explain(jax.grad(_head_loss), *HEAD, device=device)
+    assert [operation.runs for operation in explanation.operations] == [
+        {device: found}
+    ] * 2
+    for operation in explanation.operations:
+        assert set(operation.notes) <= {found}
+        is_gpu = device in ("a100", "h100", "b200")
+        refused = {"pallas_gpu"} if is_gpu and found == "xla" else set()
+        assert set(operation.refused) == refused
+
+
+def test_explain_of_a_device_has_the_tiles_of_that_device():
+    of = lambda device: softlib.explain(_head_loss, *HEAD, device=device).operations[0]
+    assert len({of(device).notes["pallas_tpu"] for device in ("v4", "v5e")}) == 2
+
+
+def test_explain_takes_a_device_as_jax_describes_it():
+    hopper = AbstractDevice("NVIDIA GH200 with H200", None, "gpu")
+    turing = AbstractDevice("Tesla T4", None, "cuda")
+    for device, found in ((hopper, "pallas_gpu"), (turing, "xla")):
+        explanation = softlib.explain(_head_loss, *HEAD, device=device)
+        (operation,) = explanation.operations
+        assert operation.runs == {device.device_kind: found}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_explain_of_a_device_overrules_that_of_a_mesh(kind):
+    kind = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(kind,))
+    spec = jax.sharding.PartitionSpec("rows")
+    soft = jax.shard_map(
+        softlib.softmax.softmax, mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    x = jax.ShapeDtypeStruct(
+        (4096, 1024), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)
+    )
+    for device, found in (("h100", "pallas_gpu"), ("a100", "xla")):
+        with jax.set_mesh(mesh):
+            inside = softlib.explain(soft, x, device=device)
+        (outside,) = softlib.explain(soft, x, device=device).operations
+        assert inside.operations[0].runs == outside.runs == {device: found}
+
+
+def test_explain_of_a_device_asks_nothing_of_this_machine(monkeypatch):
+    monkeypatch.setattr(_ptxas, "why_not", lambda: "it is faulty")
+    (operation,) = softlib.explain(_head_loss, *HEAD, device="h100").operations
+    assert operation.runs == {"h100": "pallas_gpu"}
+    x = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    attend = softlib.attention.dot_product_attention
+    (operation,) = softlib.explain(attend, x, x, x, device="a100").operations
+    assert operation.runs == {"a100": "cudnn"}
+
+
+def test_a_kernel_that_comes_later_is_not_refused():
+    x = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    capped = functools.partial(softlib.attention.dot_product_attention, softcap=9.0)
+    (operation,) = softlib.explain(capped, x, x, x, device="h100").operations
+    assert (operation.runs, operation.refused) == ({"h100": "pallas_gpu"}, {})
+
+
+def test_explain_names_the_device_for_which_nothing_requested_runs():
+    pinned = functools.partial(_head_loss, implementation="pallas_tpu")
+    softlib.explain(pinned, *HEAD, device="v5e")
+    message = "linear_row_statistics: no requested .* for h100, only kernels for tpu"
+    with pytest.raises(NotImplementedError, match=message):
+        softlib.explain(pinned, *HEAD, device="h100")
+
+
+def test_an_unknown_device_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"one of cpu, a100, .*tpu7x.* got 'H100'"):
+        softlib.explain(_head_loss, *HEAD, device="H100")
 
 
 # ------------------------------------------------ the seam of the row-statistics engine

@@ -368,7 +368,9 @@ def test_explain_tells_the_tiles_and_the_padding():
 def test_the_longer_window_is_streamed_whichever_it_is():
     with hopper():
         notes = [
-            explain(training, *arrays(), **windows).operations[0].notes
+            explain(functools.partial(training, **windows), *arrays())
+            .operations[0]
+            .notes
             for windows in (
                 {"window1": 512, "window2": 32},
                 {"window1": 32, "window2": 512},

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import _devices
 from softlib import _kernel_limits as limits
-from softlib._dispatch import Implementation
+from softlib._dispatch import Implementation, asks_about_a_device
 from softlib.masks import All, Causal, Padding, Window
 
 from .scores import Result, Softmax
@@ -338,7 +338,12 @@ def _why_no_device() -> str | None:
 
 
 def _why_refused(options: Options, operands: Operands) -> str | None:
-    """The reason of `jax.nn` against the call on this machine."""
+    """The reason of `jax.nn` against the call on this machine.
+
+    It asks for the cuDNN and the GPU of this machine, which say nothing about another.
+    """
+    if asks_about_a_device():
+        return None
     call = _call_of(options, operands)
     query, key, value = (
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arrays(operands)
