@@ -26,18 +26,26 @@ from ._one_program import as_one_program, transfers_are_refused
 def array_arguments[**P, R](function: Callable[P, R]) -> Callable[P, R]: ...
 @overload
 def array_arguments[**P, R](
-    *, as_given: tuple[str, ...]
+    *, as_given: tuple[str, ...] = (), gives_functions: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
-def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> Any:
+def array_arguments(
+    function: Any = None,
+    *,
+    as_given: tuple[str, ...] = (),
+    gives_functions: bool = False,
+) -> Any:
     """Decorates a function so that arguments annotated as arrays become JAX arrays.
 
     Integers become int32 or int64 (`signed`), so the function never sees an unsigned or
     narrow dtype. Arguments named in `as_given` are not ids in a range (numbers, or ids
     that are only compared): they keep their dtype, which may hold values that no signed
-    one does, and a number among them is passed on unchecked.
+    one does, and a number among them is passed on unchecked. One that `gives_functions`
+    computes nothing itself and is never made a program.
     """
     if function is None:
-        return functools.partial(array_arguments, as_given=as_given)
+        return functools.partial(
+            array_arguments, as_given=as_given, gives_functions=gives_functions
+        )
     name = function.__qualname__.removesuffix(".__call__").removesuffix(".__init__")
 
     def convert(args: Any, options: dict[str, Any]) -> list[Any]:
@@ -53,11 +61,12 @@ def array_arguments(function: Any = None, *, as_given: tuple[str, ...] = ()) -> 
         return function(*convert(args, options), **options)
 
     is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
+    is_program = not is_method and not gives_functions
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
         # A module may change its own state, which must not happen inside a program.
-        if not is_method and transfers_are_refused():
+        if is_program and transfers_are_refused():
             return as_one_program(converted, args, options)
         return function(*convert(args, options), **options)
 

@@ -18,6 +18,7 @@ from softlib._array_arguments import array_arguments
 from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._finite import finite
+from softlib._log_domain import log_add, log_of, log_sum
 from softlib._nan import nan_where
 from softlib.typing import Scalar
 
@@ -177,15 +178,15 @@ def _log_proximity(
     degrees = weights.sum(1)
 
     if kind == "walk":
-        log_h, good = _log_closure(_log(weights) + _log(t), None)
+        log_h, good = _log_closure(log_of(weights) + log_of(t), None)
     elif kind == "pagerank":
-        log_rates = _log(weights) - finite(_log(degrees))[:, None]
-        stays = jnp.where(degrees > 0, _log(1 - t), 0)
-        log_h, good = _log_closure(log_rates + _log(t), stays)
+        log_rates = log_of(weights) - finite(log_of(degrees))[:, None]
+        stays = jnp.where(degrees > 0, log_of(1 - t), 0)
+        log_h, good = _log_closure(log_rates + log_of(t), stays)
         good &= t < 1
     elif kind == "forest":
         log_total = jnp.log1p(t * degrees)
-        log_steps = _log(weights) + _log(t) - log_total[:, None]
+        log_steps = log_of(weights) + log_of(t) - log_total[:, None]
         log_h, good = _log_closure(log_steps, 0 - log_total)
         log_h -= log_total[None, :]
     elif kind == "heat":
@@ -198,27 +199,6 @@ def _log_proximity(
     else:
         log_h, good = _log_exponential(weights, t)
     return nan_where(~(known & good & (t >= 0)), log_h)
-
-
-def _log(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The logarithm; -inf, with a derivative of 0, unless `x` is positive."""
-    positive = x > 0
-    return jnp.where(positive, jnp.log(jnp.where(positive, x, 1)), -jnp.inf)
-
-
-def _log_add(
-    a: Float[Array, "*shape"], b: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """Log(e^a + e^b), with a derivative of 0 where both are -inf."""
-    top = jnp.maximum(a, b)
-    none = top == -jnp.inf
-    gap = jnp.where(none, 0, jnp.minimum(a, b) - jnp.where(none, 0, top))
-    return jnp.where(none, -jnp.inf, top + jnp.log1p(jnp.exp(gap)))
-
-
-def _log_sum(a: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
-    top = finite(lax.stop_gradient(a.max(-1)))
-    return top + _log(jnp.exp(a - top[..., None]).sum(-1))
 
 
 def _log_closure(
@@ -238,18 +218,18 @@ def _log_closure(
         matrix, rest, good = state
         row, column, own = matrix[k], matrix[:, k], matrix[k, k]
         if has_rest:
-            to_come = _log_sum(jnp.where(places > k, row, -jnp.inf))
-            log_pivot = _log_add(to_come, rest[k])
+            to_come = log_sum(jnp.where(places > k, row, -jnp.inf))
+            log_pivot = log_add(to_come, rest[k])
         else:
-            log_pivot = _log(-jnp.expm1(jnp.minimum(own, 0)))
+            log_pivot = log_of(-jnp.expm1(jnp.minimum(own, 0)))
         converges = log_pivot > -jnp.inf
         log_visits = 0 - jnp.where(converges, log_pivot, 0)
-        rest = _log_add(rest, column + log_visits + rest[k])
+        rest = log_add(rest, column + log_visits + rest[k])
         row, column = (jnp.where(places == k, 0, one) for one in (row, column))
         here = (places[:, None] == k) | (places[None] == k)
         matrix = jnp.where(here, -jnp.inf, matrix)
         through = column[:, None] + (row + log_visits)[None]
-        return _log_add(matrix, through), rest, good & converges
+        return log_add(matrix, through), rest, good & converges
 
     start = log_rest if log_rest is not None else jnp.full_like(log_b[0], -jnp.inf)
     matrix, _, good = lax.fori_loop(0, n, step, (log_b, start, jnp.array(True)))
@@ -269,14 +249,14 @@ def _log_exponential(
     length = max(n - 1, 1)
     wanted = jnp.ceil(jnp.log2(jnp.maximum(norm, length))).astype(jnp.int32)
     squarings = jnp.clip(wanted, 0, MOST_SQUARINGS)
-    scale = _log(t) - squarings.astype(t.dtype) * math.log(2)
-    log_x = _log(weights) + scale
+    scale = log_of(t) - squarings.astype(t.dtype) * math.log(2)
+    log_x = log_of(weights) + scale
     identity = jnp.where(jnp.eye(n, dtype=bool), 0, -jnp.inf).astype(t.dtype)
 
-    def term(k: Array, log_sum: Array) -> Array:
+    def term(k: Array, log_series: Array) -> Array:
         # Horner: 1 + X (1 + X / 2 (1 + ...)), the innermost first.
         count = (NUM_TERMS - k).astype(t.dtype)
-        return _log_add(identity, _log_product(log_x - jnp.log(count), log_sum))
+        return log_add(identity, _log_product(log_x - jnp.log(count), log_series))
 
     def square(k: Array, log_h: Array) -> Array:
         twice = lambda h: _log_product(h, h)
@@ -290,7 +270,7 @@ def _log_exponential(
 def _log_product(a: Float[Array, "n m"], b: Float[Array, "m k"]) -> Float[Array, "n k"]:
     """The logarithm of the product of matrices of which `a` and `b` are logarithms."""
     columns = b.T
-    of_row = jax.checkpoint(lambda row: _log_sum(row[None] + columns))
+    of_row = jax.checkpoint(lambda row: log_sum(row[None] + columns))
     return lax.map(of_row, a)
 
 

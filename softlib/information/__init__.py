@@ -11,6 +11,10 @@ What preference optimisation learns, as information:
 - `sampled_differential_information`, `SampledEntropy`: of sequences
 - `dpo_optimal_policy`, `optimal_rejected_distribution`
 
+Mixtures of hypotheses under the logarithmic loss, and what they guarantee:
+
+- `sequential_mixture`, `SequentialMixture`; `redundancy_bound`, `RedundancyBound`
+
 From samples, by Gaussian kernels; scalars of a whole set:
 
 - `cauchy_schwarz_divergence`, `cauchy_schwarz_mutual_information`,
@@ -18,6 +22,12 @@ From samples, by Gaussian kernels; scalars of a whole set:
 - `cs_information_bottleneck_loss`: of regression
 """
 
+from ._bayes_mixture import (
+    RedundancyBound as RedundancyBound,
+    SequentialMixture as SequentialMixture,
+    redundancy_bound as redundancy_bound,
+    sequential_mixture as sequential_mixture,
+)
 from ._cauchy_schwarz import (
     cauchy_schwarz_divergence as cauchy_schwarz_divergence,
     cauchy_schwarz_mutual_information as cauchy_schwarz_mutual_information,
@@ -43,7 +53,9 @@ from ._differential import (
 
 __all__ = [
     "CentroidSums",
+    "RedundancyBound",
     "SampledEntropy",
+    "SequentialMixture",
     "cauchy_schwarz_divergence",
     "cauchy_schwarz_mutual_information",
     "centroid_update",
@@ -57,5 +69,7 @@ __all__ = [
     "dpo_optimal_policy",
     "median_bandwidth",
     "optimal_rejected_distribution",
+    "redundancy_bound",
     "sampled_differential_information",
+    "sequential_mixture",
 ]

@@ -39,6 +39,8 @@ def layers(mask: softlib.masks.Mask, hidden: jax.Array) -> None:
 
 def optimizers() -> None:
     assert_type(softlib.optim.perp_grad(), optax.GradientTransformation)
+    step = softlib.optim.sgld(0.1, key=jax.random.key(0))
+    assert_type(step, optax.GradientTransformation)
 
 
 def comparisons(x: jax.Array) -> None:
@@ -63,3 +65,5 @@ def studies(x: jax.Array) -> None:
     assert_type(softlib.estimation.ExpertGate().top_k, int | None)
     distance = softlib.estimation.proximity_distance(x)
     assert_type(distance.triangle_excess, jax.Array)
+    bound = softlib.information.redundancy_bound(x, x, num_samples=10)
+    assert_type(bound.mixture_bound, jax.Array)
