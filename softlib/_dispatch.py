@@ -135,7 +135,7 @@ class Plan:
         )
 
     def explained_on(self, device: Device) -> ExplainedOperation:
-        """Likewise of one device: what runs there, and what concerns that."""
+        """The report for one device: what runs there, and what concerns that."""
         found = dict(self.kernels).get(device.platform, self.fallback)
         if found is None:
             raise NotImplementedError(

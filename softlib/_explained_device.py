@@ -40,7 +40,7 @@ class Device:
         return "cuda" if platform == "gpu" else platform
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
-        """In which everyone who asks finds this device, in place of the mesh's own."""
+        """A context in which all find this device in place of the mesh's own."""
         mesh = jax.sharding.get_abstract_mesh().update(abstract_device=self.abstract)
         return jax.sharding.use_abstract_mesh(mesh)
 

@@ -42,7 +42,7 @@ class SequentialMixture(NamedTuple):
 
 
 class RedundancyBound(NamedTuple):
-    r"""What a prior guarantees about the expected loss of its mixture.
+    r"""A prior's guarantee about the expected loss of its mixture.
 
     Attributes:
         bound: $\min_r (r - \frac1n \log W(r))$ in nats per observation.
