@@ -7,6 +7,10 @@ Token by token, with logits as values:
 - `Processor`, `RepetitionPenalty`, `TokenAutomaton`, `typical_logits`: what changes
   logits before a token is drawn
 
+Small models that steer a large one:
+
+- `dynamic_logit_fusion`, `DynamicFusion`: as far as they have moved themselves
+
 A draft that proposes, a model that verifies:
 
 - `speculative_generate`, `SpeculativeSequences`: sequences in fewer calls of a model
@@ -21,6 +25,19 @@ Gumbel-softmax flow matching, from noise on the simplex to symbols, with guidanc
 - `exponential_temperature`, `gumbel_softmax_interpolant`: what training sees at a time
 - `gumbel_flow_loss`: of a denoiser
 - `gumbel_flow_velocity`, `sample_gumbel_flow`, `FlowSample`: from it to sequences
+
+Mixtures of tokens in the place of drawn ones (soft thinking):
+
+- `concept_tokens`, `ConceptTokens`: the next-token distribution cut to a few tokens
+- `gumbel_concept_tokens`, `dirichlet_concept_tokens`: with weights that are drawn
+- `concept_embedding`: their mean embedding, the next input
+- `cold_stop`, `ColdStop`: whether to stop after certain steps
+
+Candidates that are whole sequences:
+
+- `sequence_utility`: the sum of the logits of a sequence
+- `candidate_log_probs`: from scores to probabilities over a few candidates
+- `minimum_bayes_risk`: the candidate that agrees best with all
 
 Search and sampling with a judge:
 
@@ -39,6 +56,10 @@ from ._drafts import (
     ModelDraft as ModelDraft,
     NGramDraft as NGramDraft,
     PromptLookup as PromptLookup,
+)
+from ._dynamic_fusion import (
+    DynamicFusion as DynamicFusion,
+    dynamic_logit_fusion as dynamic_logit_fusion,
 )
 from ._flow_matching import (
     FlowSample as FlowSample,
@@ -59,6 +80,15 @@ from ._processors import (
     TokenAutomaton as TokenAutomaton,
     typical_logits as typical_logits,
 )
+from ._soft_thinking import (
+    ColdStop as ColdStop,
+    ConceptTokens as ConceptTokens,
+    cold_stop as cold_stop,
+    concept_embedding as concept_embedding,
+    concept_tokens as concept_tokens,
+    dirichlet_concept_tokens as dirichlet_concept_tokens,
+    gumbel_concept_tokens as gumbel_concept_tokens,
+)
 from ._speculative import (
     SpeculativePath as SpeculativePath,
     SpeculativeStep as SpeculativeStep,
@@ -73,6 +103,11 @@ from ._speculative_generate import (
     SpeculativeSequences as SpeculativeSequences,
     speculative_generate as speculative_generate,
 )
+from ._utilities import (
+    candidate_log_probs as candidate_log_probs,
+    minimum_bayes_risk as minimum_bayes_risk,
+    sequence_utility as sequence_utility,
+)
 from ._value_guided import (
     ValueGuidedBeam as ValueGuidedBeam,
     value_guided_search as value_guided_search,
@@ -80,8 +115,11 @@ from ._value_guided import (
 
 __all__ = [
     "Beams",
+    "ColdStop",
+    "ConceptTokens",
     "Draft",
     "Drafted",
+    "DynamicFusion",
     "FlowSample",
     "Generated",
     "IndependenceChain",
@@ -96,14 +134,23 @@ __all__ = [
     "TokenAutomaton",
     "ValueGuidedBeam",
     "beam_search",
+    "candidate_log_probs",
+    "cold_stop",
+    "concept_embedding",
+    "concept_tokens",
+    "dirichlet_concept_tokens",
+    "dynamic_logit_fusion",
     "expected_accepted_tokens",
     "exponential_temperature",
     "generate",
+    "gumbel_concept_tokens",
     "gumbel_flow_loss",
     "gumbel_flow_velocity",
     "gumbel_softmax_interpolant",
     "independence_chain_update",
+    "minimum_bayes_risk",
     "sample_gumbel_flow",
+    "sequence_utility",
     "speculative_acceptance",
     "speculative_generate",
     "speculative_residual",

@@ -5,20 +5,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments, as_array
 from softlib._dtypes import common_dtype
+from softlib._sharding import in_auto_mode, match_varying
 from softlib.typing import Implementations, PerRow, Scalar
 
 from ._blockwise import BlockwiseLogits
-from ._engine import operations
+from ._engine import operations, tilted
 from ._engine.blocks import Blocks, Layout, modifier_layout
 from ._engine.tile import NO_MODIFIERS, logits_of
 from ._modified import blocks_of
 from ._modifiers import checked_implementation, checked_modifiers, checked_options
-from ._source_rows import Shape, all_of, masked_modifiers
+from ._source_rows import Shape, all_of, collapsed, masked_modifiers
 from ._sources import Logits, Source, source_of
 from ._value import AbstractLogits
 
@@ -194,17 +197,26 @@ class FusedLogits(BlockwiseLogits):
             where = jnp.broadcast_to(where, self.shape)
         return blocks_of(self.replaced(exists=where), labels, label_logits)
 
-    def block(self) -> Float[Array, "rows classes"]:
-        dtype = self.dtype
-        # Final logits; the class_where of the members is a part of `exists`.
+    def tiles(self) -> tuple[Bool[Array, "rows classes"], list[Array]]:
+        """The classes of a block that no member excludes, and the members' logits.
+
+        Final logits, which may be -inf where a class is excluded.
+        """
+        # The class_where of the members is a part of `exists`.
         tiles = [
-            logits_of(member.block(), member.options, member.modifiers).z.astype(dtype)
+            logits_of(member.block(), member.options, member.modifiers).z.astype(
+                self.dtype
+            )
             for member in self.members
         ]
         counts = all_of([self.exists, *(z != -jnp.inf for z in tiles)])
         assert counts is not None
+        return counts, tiles
+
+    def block(self) -> Float[Array, "rows classes"]:
+        counts, tiles = self.tiles()
         # Selected before the product, so that no derivative is 0 times infinity.
-        weights = jnp.moveaxis(self.weights.astype(dtype), -1, 0)
+        weights = jnp.moveaxis(self.weights.astype(self.dtype), -1, 0)
         terms = [
             (weight[..., None] if weight.ndim else weight) * jnp.where(counts, z, 0)
             for weight, z in zip(weights, tiles, strict=True)
@@ -216,6 +228,47 @@ class FusedLogits(BlockwiseLogits):
             return None
         own = super().finite_classes()
         return all_of([own, *(member.finite_classes() for member in self.members)])
+
+
+def tilted_moments(
+    fused: FusedLogits,
+    from_second: Bool[Array, "*batch n"],
+    weights: Float[Array, "*batch n directions"],
+) -> tilted.Tilted:
+    r"""Moments of distributions that lead from the first or the second member.
+
+    With $z_i$ the logits of the members, those of a distribution are $z_0$ or $z_1$,
+    plus the weighted directions $z_i - z_1$ for $i \geq 2$, over the classes that no
+    member excludes. Members have no gradient here.
+
+    Args:
+        fused: Its members count, and the classes that it excludes.
+        from_second: Whether a distribution leads from $z_1$ instead of $z_0$.
+        weights: Of the directions.
+
+    Returns:
+        The logsumexp and the mean direction of each, (*batch, n, ...).
+    """
+    value = lax.stop_gradient(fused).prepared()
+    batch, count = value.batch_shape, from_second.shape[-1]
+    given = tilted.Tilts(from_second, weights.astype(value.dtype))
+
+    def engine(_, value, given):
+        rows = tilted.Tilts(*(collapsed(array, batch) for array in given))
+        head, rows = match_varying((value.operand(), rows))
+        found = tilted.moments(value.options, head, rows)
+        return tilted.Tilted(
+            found.lse.reshape(*batch, count),
+            found.mean.reshape(*batch, count, -1),
+        )
+
+    def specs(spec):
+        rows = spec[: len(batch)]
+        return tilted.Tilted(
+            PartitionSpec(*rows, None), PartitionSpec(*rows, None, None)
+        )
+
+    return in_auto_mode(engine, specs, value.per_row, value, given)
 
 
 def _checked_members(name: str, members: Sequence[Logits]) -> list[Source]:
