@@ -15,6 +15,8 @@
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 - `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
   paths; `proximity_distance`, a metric for clustering.
+- `fit_log_linear`, `fit_power_law`: scaling laws, lines through logarithms, with
+  intervals of their numbers.
 """
 
 from ._comp_sum_bounds import (
@@ -39,6 +41,11 @@ from ._separator import (
     SeparatorFit as SeparatorFit,
     fit_separator as fit_separator,
     separation_step_bound as separation_step_bound,
+from ._scaling_laws import (
+    LogLinearFit as LogLinearFit,
+    PowerLawFit as PowerLawFit,
+    fit_log_linear as fit_log_linear,
+    fit_power_law as fit_power_law,
 )
 from ._softmax_regression import (
     LabelShift as LabelShift,
@@ -58,6 +65,8 @@ __all__ = [
     "GaussianExperts",
     "GaussianExpertsFit",
     "LabelShift",
+    "LogLinearFit",
+    "PowerLawFit",
     "ProximityDistance",
     "SeparatorFit",
     "SoftmaxRegression",
@@ -67,6 +76,8 @@ __all__ = [
     "draw_gaussian_experts",
     "fit_gaussian_experts",
     "fit_separator",
+    "fit_log_linear",
+    "fit_power_law",
     "fit_softmax_regression",
     "gauge_fixed_experts",
     "in_context_label_shift",
