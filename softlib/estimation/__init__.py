@@ -37,15 +37,16 @@ from ._graph_proximity import (
     log_graph_proximity as log_graph_proximity,
     proximity_distance as proximity_distance,
 )
-from ._separator import (
-    SeparatorFit as SeparatorFit,
-    fit_separator as fit_separator,
-    separation_step_bound as separation_step_bound,
 from ._scaling_laws import (
     LogLinearFit as LogLinearFit,
     PowerLawFit as PowerLawFit,
     fit_log_linear as fit_log_linear,
     fit_power_law as fit_power_law,
+)
+from ._separator import (
+    SeparatorFit as SeparatorFit,
+    fit_separator as fit_separator,
+    separation_step_bound as separation_step_bound,
 )
 from ._softmax_regression import (
     LabelShift as LabelShift,
@@ -75,9 +76,9 @@ __all__ = [
     "comp_sum_transformation",
     "draw_gaussian_experts",
     "fit_gaussian_experts",
-    "fit_separator",
     "fit_log_linear",
     "fit_power_law",
+    "fit_separator",
     "fit_softmax_regression",
     "gauge_fixed_experts",
     "in_context_label_shift",
