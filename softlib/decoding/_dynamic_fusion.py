@@ -247,11 +247,10 @@ class _Search:
             lse[..., n + 1],
             mean[..., n + 1, :],
         )
-        errors = (
-            (ours[..., None] - theirs[..., None, :]) ** 2
-            for ours, theirs in zip((toward, away), wanted, strict=True)
-        )
-        return sum(error.sum(-1) for error in errors)
+        squared = lambda ours, theirs: jnp.square(
+            ours[..., None] - theirs[..., None, :]
+        ).sum(-1)
+        return squared(toward, wanted[0]) + squared(away, wanted[1])
 
 
 def _iota(shape: tuple[int, ...]) -> Array:

@@ -31,7 +31,7 @@ class SequentialMixture(NamedTuple):
     Example:
         >>> heads = jnp.log(jnp.array([[0.5, 0.9], [0.5, 0.9]]))  # two fair or not
         >>> found = softlib.information.sequential_mixture(heads, jnp.zeros(2))
-        >>> print(jnp.exp(found.log_predictive).round(3), found.regret_bound.round(3))
+        >>> print(np.exp(found.log_predictive).round(3), found.regret_bound.round(3))
         [0.7   0.757] [0.693 0.693]
     """
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +24,13 @@ from ._modifiers import checked_implementation, checked_modifiers, checked_optio
 from ._source_rows import Shape, all_of, collapsed, masked_modifiers
 from ._sources import Logits, Source, source_of
 from ._value import AbstractLogits
+
+
+class _MemberTiles(NamedTuple):
+    """The classes of a block that no member excludes, and each member's logits."""
+
+    counts: Bool[Array, "rows classes"]
+    logits: list[Array]
 
 
 class FusedLogits(BlockwiseLogits):
@@ -197,7 +204,7 @@ class FusedLogits(BlockwiseLogits):
             where = jnp.broadcast_to(where, self.shape)
         return blocks_of(self.replaced(exists=where), labels, label_logits)
 
-    def tiles(self) -> tuple[Bool[Array, "rows classes"], list[Array]]:
+    def tiles(self) -> _MemberTiles:
         """The classes of a block that no member excludes, and the members' logits.
 
         Final logits, which may be -inf where a class is excluded.
@@ -211,7 +218,7 @@ class FusedLogits(BlockwiseLogits):
         ]
         counts = all_of([self.exists, *(z != -jnp.inf for z in tiles)])
         assert counts is not None
-        return counts, tiles
+        return _MemberTiles(counts, tiles)
 
     def block(self) -> Float[Array, "rows classes"]:
         counts, tiles = self.tiles()
@@ -264,9 +271,9 @@ def tilted_moments(
 
     def specs(spec):
         rows = spec[: len(batch)]
-        return tilted.Tilted(
-            PartitionSpec(*rows, None), PartitionSpec(*rows, None, None)
-        )
+        lse: Any = PartitionSpec(*rows, None)
+        mean: Any = PartitionSpec(*rows, None, None)
+        return tilted.Tilted(lse, mean)
 
     return in_auto_mode(engine, specs, value.per_row, value, given)
 

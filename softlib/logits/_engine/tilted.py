@@ -27,14 +27,14 @@ class Tilts(NamedTuple):
 
 
 class Tilted(NamedTuple):
-    """What is known of each; the mean is 0 and lse -inf without classes."""
+    """Moments of each distribution; the mean is 0 and lse -inf without classes."""
 
     lse: Float[Array, "rows n"]
     mean: Float[Array, "rows n directions"]
 
 
 class _Sums(NamedTuple):
-    """Of one distribution, relative to its greatest logit so far."""
+    """Sums of one distribution, relative to its greatest logit so far."""
 
     top: Float[Array, " rows"]
     total: Float[Array, " rows"]
