@@ -61,15 +61,14 @@ def log_graph_proximity(
 ) -> Float[Array, "n n"]:
     r"""The logarithm of how near the nodes of a graph are, over all of its paths.
 
-    For weights $A$, degrees $D$ (sums of rows) and the Laplacian $L = D - A$
+    For weights $A$, degrees $D$ (sums of rows) and the Laplacian $L = D - A$, the
+    proximity $H$ is
 
-    | `kind` | $H$ | range of $t$ |
-    | --- | --- | --- |
-    | "walk" | $(I - tA)^{-1}$ | $0 \leq t < 1 / \rho(A)$ |
-    | "communicability" | $e^{tA}$ | $t \geq 0$ |
-    | "forest" | $(I + tL)^{-1}$ | $t \geq 0$ |
-    | "heat" | $e^{-tL}$ | $t \geq 0$ |
-    | "pagerank" | $(I - t D^{-1} A)^{-1}$ | $0 \leq t < 1$ |
+    - "walk": $H = (I - tA)^{-1}$ for $0 \leq t < 1 / \rho(A)$;
+    - "communicability": $H = e^{tA}$ for $t \geq 0$;
+    - "forest": $H = (I + tL)^{-1}$ for $t \geq 0$;
+    - "heat": $H = e^{-tL}$ for $t \geq 0$;
+    - "pagerank": $H = (I - t D^{-1} A)^{-1}$ for $0 \leq t < 1$,
 
     and the result is the elementwise $\log H$. It is finite wherever a path leads,
     however far, and for any $t$: $e^{tA}$ itself overflows float32 at
@@ -80,8 +79,8 @@ def log_graph_proximity(
         adjacency: Weights of edges, at least 0; 0 is no edge. It need not be symmetric;
             a negative weight makes every result NaN. Weights of a node to itself have
             no effect on "forest" and "heat".
-        kind: Static; a name in the table.
-        t: A number or a scalar array, of the range in the table. Beyond it (also where
+        kind: Static; a name in the list.
+        t: A number or a scalar array, of the range in the list. Beyond it (also where
             a walk does not converge), and for exponentials of a norm of $t A$ or $t L$
             above $2^{24}$, every result is NaN.
 

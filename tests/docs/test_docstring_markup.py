@@ -3,6 +3,7 @@ import inspect
 import pytest
 
 from docs import docstring_markup
+from tests import public_names
 
 DOCSTRING = r"""
     Loss of `logits` (in nats).
@@ -101,3 +102,18 @@ def test_what_it_cannot_render_is_an_error():
         docstring_markup.to_rest("A.\n\n| a | b |\n| - | - |")
     with pytest.raises(ValueError, match="name: meaning"):
         docstring_markup.to_rest("A.\n\nArgs:\n    just text without a name")
+
+
+def test_every_public_docstring_can_be_rendered():
+    names = [n for n in public_names.public_names() if callable(n.value)]
+    documented = [(name.address, name.value) for name in names]
+    for name in names:
+        members = vars(name.value).items() if inspect.isclass(name.value) else ()
+        documented += [(f"{name.address}.{member}", value) for member, value in members]
+    refused = []
+    for address, value in documented:
+        try:
+            docstring_markup.to_rest(inspect.getdoc(value) or "")
+        except ValueError as error:
+            refused.append(f"{address}: {error}")
+    assert refused == []
