@@ -22,10 +22,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
-from .attention_extras import NOTHING, Extras, Layout, Reader
+from .attention_extras import Layout, Reader, operands_of, parts_of
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
 from .attention_scores import LN2, LOG2E, Axis, Excluding, Form, across
@@ -68,9 +69,9 @@ def attention(
     """
     batch, length, heads, features = query.shape
     value_features = value.shape[-1]
-    given = [x for x in (sinks, *extras.operands, mask_scalars) if x is not None]
+    given = [x for x in (sinks, *operands_of(extras), mask_scalars) if x is not None]
     operands = (query, key, value, *lists, *given)
-    layout = Layout(extras.parts, tiles.keys, tiles.stages)
+    layout = Layout(parts_of(extras), tiles.keys, tiles.stages)
     scratch: dict[str, Any] = {
         "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
         "k": ring.swizzled((tiles.stages, tiles.keys, features), query.dtype),

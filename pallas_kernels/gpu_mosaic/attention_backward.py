@@ -23,10 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
-from .attention_extras import NOTHING, Extras, Layout, Reader
+from .attention_extras import Layout, Reader, operands_of, parts_of
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
 from .attention_scores import Axis, Excluding, Form, across
@@ -81,9 +82,9 @@ def query_gradient(
     """
     batch, _, heads, features = query.shape
     value_features, stages = value.shape[-1], tiles.stages
-    given = [x for x in (*extras.operands, mask_scalars) if x is not None]
+    given = [x for x in (*operands_of(extras), mask_scalars) if x is not None]
     operands = (query, key, value, cotangent, norm, delta, *lists, *given)
-    layout = Layout(extras.parts, tiles.keys, stages)
+    layout = Layout(parts_of(extras), tiles.keys, stages)
     return plgpu.kernel(
         functools.partial(_query_kernel, form=form, layout=layout),
         out_type=result(query.shape, query.dtype, *operands),

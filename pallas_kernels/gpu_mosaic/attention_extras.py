@@ -18,57 +18,34 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._attention_extras import Extras, Role
+
 from . import attention_ring as ring
 from .attention_ring import Channel, Walk
 from .attention_scores import Excluding, Form, across
 from .attention_tiles import PAIR_COLUMNS, ROWS, TILE, WARPGROUPS
 
 
-class Extras(NamedTuple):
-    """The arrays; None for none.
+def operands_of(extras: Extras) -> list[jax.Array]:
+    """The arrays of a kernel's call, without the axes that all pairs share.
 
-    Those over pairs are (b, n, t, s), each axis of full length or 1. Where both t and s
-    are full they are multiples of 8 and of `PAIR_COLUMNS`, else of 8.
-
-    Attributes:
-        dense: 0 where a pair does not attend; int8 if t and s are full, else int32.
-        bias: Added to the scores; bfloat16, float16 or float32 if t and s are full,
-            else float32.
-        queries: (b, m, T), int32: arguments of the mask per query, after its scalars.
-        keys: (b, m, S), int32: those per key, after those per query.
+    Where arrays over pairs vary over both, queries are a multiple of 8 and keys of
+    `PAIR_COLUMNS`, `dense` is int8, and `bias` bfloat16, float16 or float32. Otherwise
+    lengths are multiples of 8, `dense` is int32 and `bias` float32.
     """
-
-    dense: jax.Array | None = None
-    bias: jax.Array | None = None
-    queries: jax.Array | None = None
-    keys: jax.Array | None = None
-
-    @property
-    def operands(self) -> list[jax.Array]:
-        """The arrays of a kernel's call, without the axes that all pairs share."""
-        return [
-            x.reshape(*x.shape[:2], *(size for size in x.shape[2:] if size > 1))
-            for x in self
-            if x is not None
-        ]
-
-    @property
-    def parts(self) -> tuple["Part", ...]:
-        """Parts of the arrays that are read for each tile of scores."""
-        found: list[Part] = []
-        given = [(name, x) for name, x in self._asdict().items() if x is not None]
-        for array, (name, x) in enumerate(given):
-            if name in ("dense", "bias"):
-                over = (x.shape[2] > 1, x.shape[3] > 1)
-                found.append(Part(name, array, over, x.dtype))
-                continue
-            over = (name == "queries", name == "keys")
-            rows = range(x.shape[1])
-            found += [Part("mask", array, over, x.dtype, row) for row in rows]
-        return tuple(found)
+    return [
+        x.reshape(*x.shape[:2], *(size for size in x.shape[2:] if size > 1))
+        for _, _, x in extras.given
+    ]
 
 
-NOTHING = Extras()
+def parts_of(extras: Extras) -> tuple["Part", ...]:
+    """Parts of the arrays that are read for each tile of scores."""
+    found: list[Part] = []
+    for array, (role, over, x) in enumerate(extras.given):
+        rows = range(x.shape[1]) if role == "mask" else (None,)
+        found += [Part(role, array, over, x.dtype, row) for row in rows]
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +53,14 @@ class Part:
     """A matrix, a row or a number of each tile.
 
     Attributes:
-        role: `dense`, `bias`, or `mask` for an argument of the mask.
-        array: Index of the array among `Extras.operands`.
+        role: What it is for.
+        array: Index of the array among the operands.
         over: Whether it varies over queries, and over keys.
         dtype: Of the array.
         row: Index on the second axis of the array; None for that of the head.
     """
 
-    role: str
+    role: Role
     array: int
     over: tuple[bool, bool]
     dtype: Any
@@ -272,7 +249,9 @@ class Tile:
 
         `given` returns what the mask takes; None where it holds for all pairs.
         """
-        read = lambda role: self._read(role, columns, raw.shape)
+        read: Callable[[Role], list[Any]] = lambda role: self._read(
+            role, columns, raw.shape
+        )
         capped = bits = form.bits(raw)
         for bias in read("bias"):
             bits = bits + bias.astype(jnp.float32) * form.unit
@@ -286,7 +265,7 @@ class Tile:
         has_bias = any(part.role == "bias" for part in self.reader.layout.parts)
         return Scores(bits, capped if has_bias else None)
 
-    def _read(self, role: str, columns: Any, shape: tuple[int, int]) -> list[Any]:
+    def _read(self, role: Role, columns: Any, shape: tuple[int, int]) -> list[Any]:
         """The parts of a role, broadcast to the shape of the columns."""
         slots = iter(self.slots)
         found = []

@@ -17,11 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from . import attention_ring as ring
 from .attention_backward import kept
-from .attention_extras import NOTHING, Extras, Layout, Reader
+from .attention_extras import Layout, Reader, operands_of, parts_of
 from .attention_lists import Lists
 from .attention_ring import Channel, Walk
 from .attention_scores import Axis, Excluding, Form, across
@@ -92,9 +93,9 @@ def _call(
     """Computes the wanted gradients of dK and dV."""
     batch, _, key_heads, features = key.shape
     value_features, stages = value.shape[-1], tiles.stages
-    given = [x for x in (*extras.operands, mask_scalars) if x is not None]
+    given = [x for x in (*operands_of(extras), mask_scalars) if x is not None]
     operands = (query, key, value, cotangent, norm, delta, *lists, *given)
-    layout = Layout(extras.parts, tiles.queries, stages, is_transposed=True)
+    layout = Layout(parts_of(extras), tiles.queries, stages, is_transposed=True)
     per_query = plgpu.SMEM((stages, tiles.queries), jnp.float32)
     scratch: dict[str, Any] = {
         "k": ring.swizzled((WARPGROUPS, ROWS, features), key.dtype),

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from .attention_blocks import (
@@ -38,11 +39,11 @@ from .attention_blocks import (
     widths,
     zero_beyond,
 )
+from .attention_extras import Layout, operands_of
 from .attention_form import Form
 from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import by_buffer, chunk_of, over_pieces, over_slices
-from .attention_reads import Reads, columns_of, rows_of, scratch, turn
-from .attention_tiles import LANES, Tiles
+from .attention_tiles import LANES, Tiles, parts_of
 from .attention_weights import LOG2_E
 from .bfloat16_parts import product
 
@@ -58,7 +59,7 @@ def attention(
     out_dtype: Any,
     sinks: jax.Array | None = None,
     mask_scalars: jax.Array | None = None,
-    mask_numbers: Reads = Reads(),
+    extras: Extras = NOTHING,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted means of values, and the normalizers.
@@ -73,7 +74,7 @@ def attention(
         out_dtype: The dtype of the means.
         sinks: (N,); one more score per head. Only for softmax.
         mask_scalars: (B, n) int32, arguments of the mask besides positions.
-        mask_numbers: More of them, per position.
+        extras: A boolean array, a bias, and arguments of the mask per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -89,7 +90,8 @@ def attention(
         scalars.append(sinks.astype(jnp.float32))
     rows, columns, per_row = by_row(tiles, groups)
     operands = (query, key, value)
-    varying = (*operands, *mask_numbers.arrays)
+    more, layout = operands_of(extras), Layout(parts_of(extras), tiles)
+    varying = (*operands, *more)
     count = entries.shape[0] * entries.shape[1]
     stored = stored_length(length, tiles.query, entries)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
@@ -97,17 +99,16 @@ def attention(
         functools.partial(
             _forward_kernel,
             form=form,
-            tiles=tiles,
-            numbers=mask_numbers.counts,
+            layout=layout,
             has_mask_scalars=mask_scalars is not None,
             has_sinks=sinks is not None,
         ),
         (batch, heads, entries.shape[1]),
         scalars,
-        [*(jnp.swapaxes(x, 1, 2) for x in operands), *mask_numbers.arrays],
+        [*(jnp.swapaxes(x, 1, 2) for x in operands), *more],
         [
             *(rows(features), columns(features), columns(value_features)),
-            *mask_numbers.specs(tiles, blocks_by_row),
+            *layout.specs(blocks_by_row),
         ],
         [
             result((batch, heads, stored, value_features), out_dtype, *varying),
@@ -118,7 +119,7 @@ def attention(
             wide(tiles.query, LANES),
             wide(tiles.query, LANES),
             wide(tiles.query, value_features),
-            *scratch(mask_numbers.counts.queries, tiles.query),
+            *layout.scratch(),
             *[wide(tiles.rows, tiles.keys)] * tiles.buffers,
             *[pltpu.VMEM((tiles.rows, tiles.keys), value.dtype)] * tiles.buffers,
             *[wide(tiles.rows, LANES)] * tiles.buffers,
@@ -139,16 +140,14 @@ def attention(
     return jnp.swapaxes(out, 1, 2), jnp.swapaxes(normalizer, 1, 2)
 
 
-def _forward_kernel(
-    entries_ref, *refs, form, tiles, numbers, has_mask_scalars, has_sinks
-):
-    refs = list(refs)
+def _forward_kernel(entries_ref, *refs, form, layout, has_mask_scalars, has_sinks):
+    refs, tiles = list(refs), layout.tiles
     mask_ref = refs.pop(0) if has_mask_scalars else None
     sinks_ref = refs.pop(0) if has_sinks else None
     query_ref, key_ref, value_ref = taken(refs, 3)
-    numbers_refs = numbers.taken(refs)
+    extras_refs = layout.taken(refs)
     out_ref, normalizer_ref, top_ref, sum_ref, out_sum_ref = taken(refs, 5)
-    turned_ref = None if numbers.queries is None else refs.pop(0)
+    extras = layout.reader(extras_refs, refs)
     scores_refs, weights_refs, factor_refs = by_buffer(refs, tiles.buffers)
     chunks = tiles.keys // tiles.chunk
     batch, head, step = (pl.program_id(axis) for axis in range(3))
@@ -160,8 +159,7 @@ def _forward_kernel(
         top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
         sum_ref[...] = jnp.zeros_like(sum_ref)
         out_sum_ref[...] = jnp.zeros_like(out_sum_ref)
-        if turned_ref is not None:
-            turn(numbers_refs.queries, turned_ref)
+        extras.start_row()
         if sinks_ref is not None:
             # A sink is the first score: weight 1, no value.
             sink = sinks_ref[head] * LOG2_E
@@ -183,18 +181,20 @@ def _forward_kernel(
 
         def weigh(buffer: int, at: tuple[Any, Any], i: Any) -> None:
             def one(_: Any, here: Any, rows: Any) -> None:
-                z, _ = form.scores(scores_refs[buffer][here, :])
-                e = weights.entries(z)
-                if partial:
+                def masked(numbers: Any) -> Any:
                     starts = (
                         entry.row * tiles.query + rows.start,
                         entry.column * tiles.key + at[1],
                     )
-                    found = (
-                        *rows_of(turned_ref, rows),
-                        *columns_of(numbers_refs.keys, pl.ds(at[1], tiles.keys)),
-                    )
-                    ok = masking.of(z.shape, starts, batch, mask_ref, found)
+                    return masking.of(products.shape, starts, batch, mask_ref, numbers)
+
+                products = scores_refs[buffer][here, :]
+                columns = pl.ds(at[1], tiles.keys)
+                z, _, ok = extras.scores(
+                    form, products, rows, columns, masked if partial else None
+                )
+                e = weights.entries(z)
+                if ok is not None:
                     e = jnp.where(ok, e, weights.absent)
                 p, total = e, sum_ref[rows, :]
                 if weights.is_log:

@@ -186,9 +186,9 @@ def by_row(
 
 
 def blocks_by_row(b: Any, n: Any, i: Any, entries: Any, *_: Any) -> Any:
-    """Batch entry, block of queries and block of keys of a step of such a grid."""
+    """Batch entry, head, and blocks of queries and keys of a step of such a grid."""
     entry = Entry(entries[i])
-    return b, entry.row, entry.column
+    return b, n, entry.row, entry.column
 
 
 def taken(refs: list[Any], count: int) -> list[Any]:

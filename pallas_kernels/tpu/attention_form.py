@@ -17,7 +17,7 @@ class Masking:
     Attributes:
         attends: `attends(query, key, *scalars, *numbers)`, for positions (rows, 1) and
             (1, columns) or the other way round; broadcasts. The numbers are those of
-            `Reads`, in the shape of the positions.
+            `Extras`, in the shape of the positions.
         key_length: Number of keys.
         scalars: Number of integers per batch entry that `attends` takes.
     """

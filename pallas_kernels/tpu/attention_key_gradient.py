@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from .attention_blocks import (
@@ -29,12 +30,12 @@ from .attention_blocks import (
     widths,
     zero_beyond,
 )
+from .attention_extras import Layout, operands_of
 from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
-from .attention_lists import ALL, SOME, Entry
+from .attention_lists import ALL, NOTHING as NO_PAIR, SOME, Entry
 from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
-from .attention_reads import Reads, columns_of, rows_of, scratch, turn
-from .attention_tiles import LANES, Tiles
+from .attention_tiles import LANES, Tiles, parts_of
 from .bfloat16_parts import product
 
 
@@ -51,7 +52,7 @@ def key_value_gradient(
     tiles: Tiles,
     out_dtypes: tuple[Any, Any],
     mask_scalars: jax.Array | None = None,
-    mask_numbers: Reads = Reads(),
+    extras: Extras = NOTHING,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of keys and values.
@@ -69,7 +70,7 @@ def key_value_gradient(
         tiles: Sizes.
         out_dtypes: Dtypes of the two gradients.
         mask_scalars: Arguments of the mask besides positions.
-        mask_numbers: More of them, per position.
+        extras: A boolean array, a bias, and arguments of the mask per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -97,11 +98,13 @@ def key_value_gradient(
         ),
     )
     blocks = lambda b, n, i, g, entries, *_: (
-        *(b, Entry(entries[i]).column),
-        Entry(entries[i]).row,
+        *(b, n * groups + g),
+        *(Entry(entries[i]).column, Entry(entries[i]).row),
     )
     operands = (query, key, value, cotangent, inverse, delta)
-    varying = (*operands, *mask_numbers.arrays)
+    more = operands_of(extras)
+    layout = Layout(parts_of(extras), tiles, is_transposed=True)
+    varying = (*operands, *more)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     stored = stored_length(length, tiles.key, entries)
     row_bytes = features * query.dtype.itemsize
@@ -110,18 +113,17 @@ def key_value_gradient(
         functools.partial(
             _key_kernel,
             form=form,
-            tiles=tiles,
+            layout=layout,
             query_length=query_length,
-            numbers=mask_numbers.counts,
             has_mask_scalars=mask_scalars is not None,
         ),
         (batch, key_heads, entries.shape[1], groups),
         flat(mask_scalars),
-        [*inputs(form, *operands), *mask_numbers.arrays],
+        [*inputs(form, *operands), *more],
         [
             *(rows(features), columns(features), columns(value_features)),
             *(rows(value_features), per_row, per_row),
-            *mask_numbers.specs(tiles, blocks),
+            *layout.specs(blocks),
         ],
         [
             result((batch, key_heads, stored, size), dtype, *varying)
@@ -131,7 +133,7 @@ def key_value_gradient(
         [
             wide(tiles.key, features),
             wide(tiles.key, value_features),
-            *scratch(mask_numbers.counts.keys, tiles.key),
+            *layout.scratch(),
             *[wide(tiles.keys, tiles.rows)] * (2 * tiles.buffers),
             *[pltpu.VMEM((tiles.keys, tiles.rows), cotangent.dtype)] * tiles.buffers,
             *[pltpu.VMEM((tiles.keys, tiles.rows), query.dtype)] * tiles.buffers,
@@ -150,16 +152,14 @@ def key_value_gradient(
     return dk, dv
 
 
-def _key_kernel(
-    entries_ref, *refs, form, tiles, query_length, numbers, has_mask_scalars
-):
-    refs = list(refs)
+def _key_kernel(entries_ref, *refs, form, layout, query_length, has_mask_scalars):
+    refs, tiles = list(refs), layout.tiles
     mask_ref = refs.pop(0) if has_mask_scalars else None
     query_ref, key_ref, value_ref, cotangent_ref = taken(refs, 4)
     inverse_ref, delta_ref = taken(refs, 2)
-    numbers_refs = numbers.taken(refs)
+    extras_refs = layout.taken(refs)
     key_out_ref, value_out_ref, key_sum_ref, value_sum_ref = taken(refs, 4)
-    turned_ref = None if numbers.keys is None else refs.pop(0)
+    extras = layout.reader(extras_refs, refs)
     scores_refs, answers_refs, weights_refs, slopes_refs = by_buffer(
         refs, tiles.buffers
     )
@@ -172,8 +172,10 @@ def _key_kernel(
     def _():
         key_sum_ref[...] = jnp.zeros_like(key_sum_ref)
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
-        if turned_ref is not None:
-            turn(numbers_refs.keys, turned_ref)
+        extras.start_row()
+
+    if layout.is_over_pairs:
+        pl.when(entry.kind != NO_PAIR)(lambda: extras.start_block(group == 0))
 
     def visit(partial: bool) -> None:
         light = form.weights.is_light and form.softcap is None
@@ -202,24 +204,26 @@ def _key_kernel(
             def group(columns: Any, here: Any, rows: Any) -> None:
                 start = entry.column * tiles.query + at[1] + columns.start
                 lane = pl.ds(at[1] + columns.start, columns.size)
-                inverse, delta = inverse_ref[:, lane], delta_ref[:, lane]
+                inverse, delta, real = inverse_ref[:, lane], delta_ref[:, lane], None
                 if partial and query_length % tiles.query:
                     # A padded query is made an empty row.
                     query = start + lax.broadcasted_iota(jnp.int32, delta.shape, 1)
                     nothing = jnp.inf if weights.is_log else 0.0
-                    inverse = jnp.where(query < query_length, inverse, nothing)
-                    delta = jnp.where(query < query_length, delta, 0.0)
-                z, bent = form.scores(scores_refs[buffer][here, columns])
-                ok = None
-                if partial:
+                    real = query < query_length
+                    inverse = jnp.where(real, inverse, nothing)
+                    delta = jnp.where(real, delta, 0.0)
+
+                def masked(numbers: Any) -> Any:
                     starts = (start, entry.row * tiles.key + rows.start)
-                    found = (
-                        *columns_of(numbers_refs.queries, lane),
-                        *rows_of(turned_ref, rows),
+                    return masking.of(
+                        *(products.shape, starts, batch, mask_ref, numbers),
+                        transposed=True,
                     )
-                    ok = masking.of(
-                        *(z.shape, starts, batch, mask_ref, found), transposed=True
-                    )
+
+                products = scores_refs[buffer][here, columns]
+                z, bent, ok = extras.scores(
+                    form, products, rows, lane, masked if partial else None, real
+                )
                 p, slope = weights_and_slopes(form, z, ok, inverse)
                 weights_refs[buffer][here, columns] = p.astype(cotangent_ref.dtype)
                 ds = slope * (answers_refs[buffer][here, columns] - delta)

@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._attention_extras import NOTHING, Extras
 from pallas_kernels._results import result
 
 from .attention_blocks import (
@@ -35,12 +36,12 @@ from .attention_blocks import (
     widths,
     zero_beyond,
 )
+from .attention_extras import Layout, operands_of
 from .attention_form import Form
 from .attention_gradient import flat, inputs, store, weights_and_slopes
 from .attention_lists import ALL, SOME, Entry
 from .attention_pieces import Stage, by_buffer, chunk_of, over_pieces, over_slices
-from .attention_reads import Reads, columns_of, rows_of, scratch, turn
-from .attention_tiles import LANES, Tiles
+from .attention_tiles import LANES, Tiles, parts_of
 from .bfloat16_parts import product
 
 
@@ -57,7 +58,7 @@ def query_gradient(
     tiles: Tiles,
     out_dtype: Any,
     mask_scalars: jax.Array | None = None,
-    mask_numbers: Reads = Reads(),
+    extras: Extras = NOTHING,
     interpret: Any = False,
 ) -> jax.Array:
     """The gradient of the queries.
@@ -75,7 +76,7 @@ def query_gradient(
         tiles: Sizes.
         out_dtype: The dtype of the gradient.
         mask_scalars: Arguments of the mask besides positions.
-        mask_numbers: More of them, per position.
+        extras: A boolean array, a bias, and arguments of the mask per position.
         interpret: As in `pallas_call`.
 
     Returns:
@@ -86,38 +87,31 @@ def query_gradient(
     groups = heads // key_heads
     rows, columns, per_row = by_row(tiles, groups)
     operands = (query, key, value, cotangent, inverse, delta)
+    more, layout = operands_of(extras), Layout(parts_of(extras), tiles)
     wide = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     stored = stored_length(length, tiles.query, entries)
     (found,) = Call(
         functools.partial(
             _query_kernel,
             form=form,
-            tiles=tiles,
-            numbers=mask_numbers.counts,
+            layout=layout,
             has_mask_scalars=mask_scalars is not None,
         ),
         (batch, heads, entries.shape[1]),
         flat(mask_scalars),
-        [*inputs(form, *operands), *mask_numbers.arrays],
+        [*inputs(form, *operands), *more],
         [
             *(rows(features), columns(features), columns(value_features)),
             *(rows(value_features), per_row, per_row),
-            *mask_numbers.specs(tiles, blocks_by_row),
+            *layout.specs(blocks_by_row),
         ],
-        [
-            result(
-                (batch, heads, stored, features),
-                out_dtype,
-                *operands,
-                *mask_numbers.arrays,
-            )
-        ],
+        [result((batch, heads, stored, features), out_dtype, *operands, *more)],
         [rows(features)],
         [
             wide(tiles.query, LANES),
             wide(tiles.query, LANES),
             wide(tiles.query, features),
-            *scratch(mask_numbers.counts.queries, tiles.query),
+            *layout.scratch(),
             *[wide(tiles.rows, tiles.keys)] * (2 * tiles.buffers),
             *[pltpu.VMEM((tiles.rows, tiles.keys), key.dtype)] * tiles.buffers,
         ],
@@ -135,14 +129,14 @@ def query_gradient(
     return jnp.swapaxes(found[:, :, :length], 1, 2)
 
 
-def _query_kernel(entries_ref, *refs, form, tiles, numbers, has_mask_scalars):
-    refs = list(refs)
+def _query_kernel(entries_ref, *refs, form, layout, has_mask_scalars):
+    refs, tiles = list(refs), layout.tiles
     mask_ref = refs.pop(0) if has_mask_scalars else None
     query_ref, key_ref, value_ref, cotangent_ref = taken(refs, 4)
     inverse_ref, delta_ref = taken(refs, 2)
-    numbers_refs = numbers.taken(refs)
+    extras_refs = layout.taken(refs)
     out_ref, inverse_column_ref, delta_column_ref, sum_ref = taken(refs, 4)
-    turned_ref = None if numbers.queries is None else refs.pop(0)
+    extras = layout.reader(extras_refs, refs)
     scores_refs, answers_refs, slopes_refs = by_buffer(refs, tiles.buffers)
     chunks = tiles.keys // tiles.chunk
     batch, step = pl.program_id(0), pl.program_id(2)
@@ -158,8 +152,7 @@ def _query_kernel(entries_ref, *refs, form, tiles, numbers, has_mask_scalars):
 
         lax.fori_loop(0, tiles.query // LANES, start, None)
         sum_ref[...] = jnp.zeros_like(sum_ref)
-        if turned_ref is not None:
-            turn(numbers_refs.queries, turned_ref)
+        extras.start_row()
 
     def visit(partial: bool) -> None:
         straight = tiles.overlapped and form.weights.is_light and not partial
@@ -188,20 +181,19 @@ def _query_kernel(entries_ref, *refs, form, tiles, numbers, has_mask_scalars):
             width = tiles.keys if straight else min(tiles.keys, 2 * LANES)
 
             def group(columns: Any, here: Any, rows: Any) -> None:
-                per_pair = lambda ref: lanes(ref[rows, :], width)
-                z, bent = form.scores(scores_refs[buffer][here, columns])
-                ok = None
-                if partial:
+                def masked(numbers: Any) -> Any:
                     starts = (
                         entry.row * tiles.query + rows.start,
-                        entry.column * tiles.key + at[1] + columns.start,
+                        entry.column * tiles.key + lane.start,
                     )
-                    lane = pl.ds(at[1] + columns.start, columns.size)
-                    found = (
-                        *rows_of(turned_ref, rows),
-                        *columns_of(numbers_refs.keys, lane),
-                    )
-                    ok = masking.of(z.shape, starts, batch, mask_ref, found)
+                    return masking.of(products.shape, starts, batch, mask_ref, numbers)
+
+                per_pair = lambda ref: lanes(ref[rows, :], width)
+                lane = pl.ds(at[1] + columns.start, columns.size)
+                products = scores_refs[buffer][here, columns]
+                z, bent, ok = extras.scores(
+                    form, products, rows, lane, masked if partial else None
+                )
                 _, slope = weights_and_slopes(form, z, ok, per_pair(inverse_column_ref))
                 ds = slope * (
                     answers_refs[buffer][here, columns] - per_pair(delta_column_ref)

@@ -6,10 +6,13 @@ compares the estimated seconds.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from pallas_kernels._attention_extras import Extras, Role
 from pallas_kernels._devices import MIB, Tpu
 
 LANES = 128
@@ -22,7 +25,7 @@ _VMEM_BYTES = 12 * MIB
 _STEP_SECONDS = 0.35e-6
 # Vector-unit time of a pair, from the compiled schedules of blocks of 512 x 512.
 _PAIR_SECONDS = {"forward": 4e-12, "query": 4e-12, "key": 5e-12}
-# Evaluating the mask costs this fraction of it.
+# Evaluating the mask costs this fraction of it, and so does an array over pairs.
 _MASK = 0.4
 # Fraction of the peak that these short products reach.
 _EFFICIENCY = 0.75
@@ -59,6 +62,67 @@ class Tiles:
         return f"tiles of {self.query} queries x {self.key} keys"
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is static of an array that is read besides queries, keys and values.
+
+    Attributes:
+        role: What it is for.
+        over: Whether it varies over queries, and over keys.
+        dtype: Its dtype.
+        count: Numbers per position; 1 if it varies over both.
+        of_batch: Whether it varies over batch entries.
+        of_heads: Whether it varies over heads.
+    """
+
+    role: Role
+    over: tuple[bool, bool]
+    dtype: Any
+    count: int = 1
+    of_batch: bool = False
+    of_heads: bool = False
+
+    def is_turned(self, is_transposed: bool) -> bool:
+        """Whether it is turned in tiles whose rows are keys if `is_transposed`."""
+        return self.over[int(is_transposed)] and (is_transposed or not all(self.over))
+
+    def turned(
+        self, block: tuple[int, int], is_transposed: bool
+    ) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of what is turned, of a block of queries by keys."""
+        dtype = jnp.int32 if self.role != "bias" else jnp.float32
+        if all(self.over):
+            return block[::-1], dtype
+        return (self.count, block[int(is_transposed)], LANES), dtype
+
+    def bytes_of_block(self, block: tuple[int, int]) -> int:
+        """Bytes of a block of queries by keys, in registers of 8 sublanes."""
+        if all(self.over):
+            return block[0] * block[1] * jnp.dtype(self.dtype).itemsize
+        return 4 * -(-self.count // 8) * 8 * block[self.over.index(True)]
+
+    def vmem_bytes(self, block: tuple[int, int], is_transposed: bool) -> int:
+        size = 2 * self.bytes_of_block(block)  # double-buffered
+        if self.is_turned(is_transposed):
+            size += 4 * math.prod(self.turned(block, is_transposed)[0])
+        return size
+
+
+def parts_of(extras: Extras) -> tuple[Part, ...]:
+    """What is static of the arrays."""
+    return tuple(
+        Part(
+            role,
+            over,
+            x.dtype,
+            x.shape[1] if role == "mask" else 1,
+            x.shape[0] != 1,
+            role != "mask" and x.shape[1] != 1,
+        )
+        for role, over, x in extras.given
+    )
+
+
 def candidates(
     which: Pass,
     lengths: tuple[int, int],
@@ -67,7 +131,7 @@ def candidates(
     device: Tpu,
     *,
     light: bool = True,
-    numbers: tuple[int, int] = (0, 0),
+    parts: Sequence[Part] = (),
 ) -> list[Tiles]:
     """Tiles that fit in vector memory, the largest first.
 
@@ -78,7 +142,7 @@ def candidates(
         dtype: The widest dtype of the operands.
         device: The program's device.
         light: `Weights.is_light` of the weights.
-        numbers: Numbers that the mask reads per query and per key.
+        parts: What else is read.
     """
     pieces = _pieces(which, dtype, device, light)
     found = []
@@ -92,7 +156,8 @@ def candidates(
                 continue
             tiles = _fitted(pieces, which, query, key)
             size = vmem_bytes(which, tiles, features, dtype)
-            size += _bytes_of_numbers(which, tiles, numbers)
+            block = (query, key)
+            size += sum(part.vmem_bytes(block, which == "key") for part in parts)
             if size <= _VMEM_BYTES:
                 found.append(tiles)
     return found
@@ -146,17 +211,6 @@ def vmem_bytes(which: Pass, tiles: Tiles, features: tuple[int, int], dtype: Any)
     return blocks + results + scores
 
 
-def _bytes_of_numbers(which: Pass, tiles: Tiles, numbers: tuple[int, int]) -> int:
-    """Vector memory of the blocks of numbers per position."""
-    total = 0
-    for count, size, of_rows in zip(
-        numbers, (tiles.query, tiles.key), (which != "key", which == "key"), strict=True
-    ):
-        total += 2 * 4 * -(-count // 8) * 8 * size  # 8 sublanes, double-buffered
-        total += 4 * count * size * LANES * of_rows  # turned
-    return total
-
-
 def seconds(
     which: Pass,
     tiles: Tiles,
@@ -166,6 +220,7 @@ def seconds(
     *,
     visited: float,
     partial: float,
+    parts: Sequence[Part] = (),
 ) -> float:
     """Estimated time of `visited` blocks, `partial` of them with the mask."""
     head, value = features
@@ -180,6 +235,11 @@ def seconds(
     matrix = 2 * passes * products / (_EFFICIENCY * device.flops / device.cores)
     vector = _PAIR_SECONDS[which]
     moved = tiles.query if which == "key" else tiles.key
-    copied = moved * (head + value) * wide / (device.bytes_per_second / device.cores)
+    moved *= (head + value) * wide
+    moved += sum(part.bytes_of_block((tiles.query, tiles.key)) for part in parts)
+    copied = moved / (device.bytes_per_second / device.cores)
     block = max(pairs * max(matrix, vector), copied) + _STEP_SECONDS
-    return visited * block + partial * pairs * _MASK * vector
+    over_pairs = [part for part in parts if part.role != "mask"]
+    turned = [x for x in over_pairs if all(x.over) and x.is_turned(which == "key")]
+    evaluated = partial + visited * (len(over_pairs) + len(turned))
+    return visited * block + evaluated * pairs * _MASK * vector

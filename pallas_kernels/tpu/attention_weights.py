@@ -40,8 +40,8 @@ class Weights:
         return -math.inf if self.is_log else 0.0
 
     @property
-    def _unit(self) -> float:
-        # The factor from nats to bits is merged into the scale.
+    def unit(self) -> float:
+        """The factor of scores; that from nats to bits is merged into the scale."""
         return LOG2_E if self.name == "softmax" else 1.0
 
     def scores(
@@ -49,10 +49,10 @@ class Weights:
     ) -> tuple[Any, Any]:
         """Scores (in bits for softmax) from products, and the slope of the softcap."""
         if softcap is None:
-            factor = scale * self._unit
+            factor = scale * self.unit
             return (products if factor == 1 else products * factor), None
         bent = jnp.tanh(products * (scale / softcap))
-        return bent * (softcap * self._unit), 1 - bent * bent
+        return bent * (softcap * self.unit), 1 - bent * bent
 
     def entries(self, z: Any) -> Any:
         """Entries of the accumulator: log2 f, or f."""

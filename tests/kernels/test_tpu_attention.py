@@ -100,6 +100,26 @@ PROBLEMS = {
         tiles=IN_TURN,
     ),
     "booleans of keys": Problem(BANDED, dense="bs", B=2, K=2, dtype="bfloat16"),
+    "array, empty rows, heads in groups": Problem(
+        *(masks.Causal(150), 150, 300, 4, 2), B=2, dense="bts", dtype="bfloat16"
+    ),
+    "bias, ragged": Problem(N=2, bias="nts-", sinks=True, softcap=3.0),
+    "array per head, bias, aligned": Problem(
+        *(masks.All(), 256, 256, 2, 1),
+        dense="nts",
+        bias="ts",
+        bias_dtype="bfloat16",
+        dtype="bfloat16",
+        tiles=IN_TURN,
+    ),
+    "bias of keys, array of queries, per head": Problem(
+        masks.Segments(packed(2, 150), packed(2, 300)),
+        *(150, 300, 4, 2),
+        B=2,
+        dense="bnt",
+        bias="ns",
+        dtype="bfloat16",
+    ),
     "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
 }
 # The same with other tiles, dtypes and combinations.
@@ -140,6 +160,22 @@ MORE = {
     "float32 stablemax": Problem(BANDED, N=1, kind=StableMax(), tiles=IN_TURN),
     "float32 log softplus": Problem(kind=LogSoftplus(), softcap=3.0, tiles=IN_TURN),
     "overlapped float32": Problem(N=1, T=270, sinks=True),
+    "float32 array and bias": Problem(
+        *(LATE, 264, 300, 2, 1), dense="bnts", bias="bnts-", bias_dtype="float16"
+    ),
+    "numbers": Problem(B=2, N=2, dense="b", bias="bn", tiles=UNEVEN),
+    "array of queries, bias of keys of each entry": Problem(
+        *(masks.All(), 290, 280, 2, 2), B=2, dense="bnt", bias="bns", lengths=(0, 170)
+    ),
+    "softplus, bias": Problem(
+        *(BANDED, 150, 300, 2, 1), kind=Softplus(), bias="nts", dense="s", tiles=UNEVEN
+    ),
+    "log softplus, bias": Problem(
+        kind=LogSoftplus(), softcap=3.0, bias="bts", dense="nts", tiles=IN_TURN
+    ),
+    "stablemax, bias": Problem(
+        BANDED, kind=StableMax(), bias="ts-", dense="nt", dtype="bfloat16"
+    ),
 }
 
 
@@ -354,8 +390,6 @@ REFUSALS = {
     "16 features of a query are too few": ({"H": 16}, {}),
     "an axis is empty": ({"batch": (0,)}, {}),
     "`query` is float16": ({"dtype": jnp.float16}, {}),
-    "it takes no bias": ({}, {"bias": jnp.zeros((1, 1, 256, 256))}),
-    "no boolean array": ({}, {"mask": np.ones((1, 1, 256, 256), bool)}),
     "looks into an array for every pair": (
         {},
         {"mask": Sampled(np.ones((256, 256), bool))},
@@ -408,6 +442,11 @@ ACCEPTED = {
         "is_causal": True,
     },
     "a boolean array of batch entries": {"mask": np.ones((2, 1, 1, 1), bool)},
+    "a boolean array of pairs": {
+        "mask": (masks.Causal(), np.ones((1, 4, 300, 260), bool))
+    },
+    "a bias": {"bias": jnp.zeros((2, 1, 300, 260), jnp.bfloat16)},
+    "a bias of heads": {"bias": jnp.zeros((1, 4, 1, 1)), "is_causal": True},
     "softcap": {"softcap": 5.0, "sinks": jnp.zeros(4)},
     "softplus": {"normalizer": "softplus"},
     "stablemax": {"normalizer": "stablemax", "local_window_size": 10},

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import _devices
+from pallas_kernels._attention_extras import Extras
 from pallas_kernels.gpu_mosaic.attention_lists import Lists, lists
 from pallas_kernels.gpu_mosaic.attention_mask import OPERATIONS
 from pallas_kernels.gpu_mosaic.attention_tiles import (
@@ -30,7 +31,7 @@ from softlib._dispatch import Implementation
 from softlib._sharding import match_varying
 from softlib.masks import Block
 
-from . import large_steps
+from . import pair_arrays
 from .mask_program import MaskProgram, Numbers, program_of
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
@@ -114,11 +115,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
         sinks = sinks_gradient(sinks, inverse, delta).astype(sinks.dtype)
     varying = (*_every(operands), cotangent, given.normalizer_cotangent)
     dq, dk, dv = match_varying((dq, dk, dv), *varying)
-    bias = None
-    if operands.bias is not None:
-        # Tiles of its gradient may be shared by batch entries and heads, which are
-        # blocks of their own in the kernels: plain JAX adds them up in a fixed order.
-        bias = large_steps.backward(options, given, 1).bias
+    bias = pair_arrays.bias_gradient(options, given)
     return Gradient(dq, dk, dv, bias, sinks, ())
 
 
@@ -153,22 +150,17 @@ def _padded(x: Array, multiples: dict[int, int], fill: float = 0) -> Array:
     return jnp.pad(x, width, constant_values=fill) if padded else x
 
 
-def _extras(operands: Operands, numbers: Numbers) -> Any:
+def _extras(operands: Operands, numbers: Numbers) -> Extras:
     """The arrays over pairs and positions, in the dtypes and sizes of kernels."""
-    from pallas_kernels.gpu_mosaic.attention_extras import Extras
 
-    of_pairs = lambda x: min(x.shape[2:]) > 1
-
-    def fitted(x: Array | None, matrix: Any, row: Any) -> Array | None:
+    def padded(x: Array | None) -> Array | None:
         if x is None:
             return None
-        x = x.astype(matrix if of_pairs(x) else row)
-        return _padded(x, {2: LENGTHS, 3: PAIR_COLUMNS if of_pairs(x) else LENGTHS})
+        columns = PAIR_COLUMNS if pair_arrays.is_matrix(x) else LENGTHS
+        return _padded(x, {2: LENGTHS, 3: columns})
 
-    bias = operands.bias
     return Extras(
-        fitted(operands.dense, jnp.int8, jnp.int32),
-        fitted(bias, None if bias is None else bias.dtype, jnp.float32),
+        *map(padded, pair_arrays.stored(operands)),
         *(
             None if x is None else _padded(x, {2: LENGTHS})
             for x in (numbers.queries, numbers.keys)
@@ -244,7 +236,7 @@ def _pair_bytes(operands: Operands) -> PairBytes:
     for x, size in ((operands.dense, 1), (operands.bias, None)):
         if x is None:
             continue
-        if min(x.shape[2:]) > 1:
+        if pair_arrays.is_matrix(x):
             matrices += size or x.dtype.itemsize
         else:
             rows += 4
@@ -390,8 +382,8 @@ def _padding(operands: Operands) -> str:
     note = pads(operands.query, operands.key, _value(operands))
     matrices = [x for x in (operands.dense, operands.bias) if x is not None]
     fits = all(
-        1 in x.shape[2:] or (x.shape[2] % LENGTHS == 0 == x.shape[3] % PAIR_COLUMNS)
-        for x in matrices
+        x.shape[2] % LENGTHS == 0 == x.shape[3] % PAIR_COLUMNS
+        for x in filter(pair_arrays.is_matrix, matrices)
     )
     if not fits:
         note += "; arrays over pairs are copied to pad them"
@@ -407,7 +399,7 @@ def _backward_note(options: Options, given: BackwardOperands) -> str:
     tiles = tiles_of("query", given.operands)
     note = f"{tiles}{_padding(given.operands)}"
     if given.operands.bias is not None:
-        note += "; the gradient of `bias`, where it is used, is that of plain JAX"
+        note += pair_arrays.NOTE
     return note
 
 

@@ -4,26 +4,35 @@ A plan has blocks that suit a CPU: kernels take its mask and make lists of their
 the sizes that cost least on the TPU for which the program is traced.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels import _devices
+from pallas_kernels._attention_extras import Extras
 from pallas_kernels.tpu import attention_lists as blocks
 from pallas_kernels.tpu.attention_form import Form, Masking
 from pallas_kernels.tpu.attention_mask import OPERATIONS
-from pallas_kernels.tpu.attention_tiles import Pass, Tiles, candidates, seconds
+from pallas_kernels.tpu.attention_tiles import (
+    Part,
+    Pass,
+    Tiles,
+    candidates,
+    parts_of,
+    seconds,
+)
 from pallas_kernels.tpu.attention_weights import Weights
 from softlib import _kernel_limits as limits
 from softlib._dispatch import Implementation
 from softlib._dtypes import common_dtype
-from softlib.masks import Block, Mask, array_field, block_map
+from softlib.masks import Block, block_map
 
-from .mask_program import MaskProgram, program_of
+from . import pair_arrays
+from .mask_program import MaskProgram, Numbers, program_of
 from .plan import Skeleton, plan_of
 from .scores import LogSoftplus, Result, Softmax, Softplus, StableMax
 from .stream import BackwardOperands, Gradient, row_constants, sinks_gradient
@@ -46,7 +55,6 @@ _KINDS: dict[Any, Weights] = {
 def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.tpu.attention import attention
 
-    operands = _in_mask(operands)
     form, masked = form_of(options, operands)
     tiles, entries = blocks_of("forward", options, operands)
     out, normalizer = attention(
@@ -67,8 +75,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     from pallas_kernels.tpu.attention_key_gradient import key_value_gradient
     from pallas_kernels.tpu.attention_query_gradient import query_gradient
 
-    operands = _in_mask(given.operands)
-    given = given._replace(operands=operands)
+    operands = given.operands
     form, masked = form_of(options, operands)
     inverse, delta = row_constants(options, given)
     value, cotangent = _value(operands), given.out_cotangent
@@ -96,33 +103,8 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks_gradient(sinks, inverse, delta).astype(of(sinks))
-    return Gradient(dq, dk, dv, None, sinks, ())
-
-
-class _Visible(Mask):
-    """Booleans per query, or per key, as an array of a mask."""
-
-    visible: Any = array_field(axes=1)
-    per_query: bool
-
-    def attends(self, query_index, key_index):
-        return self.visible[query_index if self.per_query else key_index]
-
-
-def _in_mask(operands: Operands) -> Operands:
-    """The operands with a boolean array over one axis of positions in the mask.
-
-    One over pairs, or that differs from head to head, stays where it is.
-    """
-    dense, plan = operands.dense, operands.plan
-    if dense is None or dense.shape[1] > 1 or min(dense.shape[2:]) > 1:
-        return operands
-    per_query, entries = dense.shape[2] > 1, dense.shape[0]
-    length = plan.lengths[0] if per_query else plan.lengths[1]
-    visible = jnp.broadcast_to(dense.reshape(entries, -1), (entries, length))
-    mask = plan.mask & _Visible(visible[0] if entries == 1 else visible, per_query)
-    plan = dataclasses.replace(plan, mask=mask)
-    return operands._replace(plan=plan, dense=None)
+    bias = pair_arrays.bias_gradient(options, given)
+    return Gradient(dq, dk, dv, bias, sinks, ())
 
 
 def _value(operands: Operands) -> Array:
@@ -131,20 +113,19 @@ def _value(operands: Operands) -> Array:
 
 
 def form_of(options: Options, operands: Operands) -> tuple[Form, dict[str, Any]]:
-    """The static form of a kernel, and the arrays of its mask."""
-    from pallas_kernels.tpu.attention_reads import Reads
-
+    """The static form of a kernel, and the arrays that decide about pairs."""
     program, lengths = _program(operands), operands.plan.lengths
     if program.is_evaluable:
         numbers = program.numbers(operands.plan.mask, operands.query.shape[0])
         masking = Masking(program.attends, lengths[1], program.scalars)
-        arrays = {
-            "mask_scalars": numbers.scalars,
-            "mask_numbers": Reads(numbers.queries, numbers.keys),
-        }
     else:
         # Tiles were chosen so that only padding is left to exclude.
-        masking, arrays = Masking(lambda query, key: key == key, lengths[1]), {}
+        numbers = Numbers(None, None, None)
+        masking = Masking(lambda query, key: key == key, lengths[1])
+    arrays = {
+        "mask_scalars": numbers.scalars,
+        "extras": _extras(operands, numbers),
+    }
     form = Form(
         _KINDS[options.kind],
         options.scale,
@@ -153,6 +134,43 @@ def form_of(options: Options, operands: Operands) -> tuple[Form, dict[str, Any]]
         masking,
     )
     return form, arrays
+
+
+def _extras(operands: Operands, numbers: Numbers) -> Extras:
+    dense, bias = _on_pairs(operands)
+    return Extras(dense, bias, numbers.queries, numbers.keys)
+
+
+def _on_pairs(operands: Operands) -> tuple[Array | None, Array | None]:
+    """The boolean array and the bias, as kernels take them."""
+    length = operands.plan.lengths[1]
+
+    def fitted(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        if x.dtype == jnp.float16:
+            x = x.astype(jnp.float32)
+        # One number for all pairs is one per key.
+        return jnp.broadcast_to(x, (*x.shape[:3], length)) if x.shape[2] == 1 else x
+
+    dense, bias = map(fitted, pair_arrays.stored(operands))
+    return dense, bias
+
+
+def _parts(operands: Operands) -> tuple[Part, ...]:
+    """What is static of the arrays that decide about pairs."""
+    program = _program(operands)
+
+    def numbers(side: int, count: int) -> Any:
+        if not (program.is_evaluable and count):
+            return None
+        shape = (1, count, operands.plan.lengths[side])
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    queries, keys = numbers(0, program.queries), numbers(1, program.keys)
+    call = lambda arrays: _on_pairs(arrays._replace(plan=operands.plan))
+    dense, bias = jax.eval_shape(call, operands._replace(plan=None))
+    return parts_of(Extras(dense, bias, queries, keys))
 
 
 def _program(operands: Operands) -> MaskProgram:
@@ -200,13 +218,14 @@ def _limits(which: Pass, options: Options, operands: Operands) -> Any:
         common_dtype(*arrays),
         _devices.tpu(),
         _KINDS[options.kind].is_light,
-        (program.queries, program.keys) if program.is_evaluable else None,
+        program.is_evaluable,
+        _parts(operands),
     )
 
 
 def _candidates(which: Pass, options: Options, operands: Operands) -> list[Tiles]:
-    *limits, light, numbers = _limits(which, options, operands)
-    return candidates(*limits, light=light, numbers=numbers or (0, 0))
+    *limits, light, _, parts = _limits(which, options, operands)
+    return candidates(*limits, light=light, parts=parts)
 
 
 def _is_countable(lengths: tuple[int, int], tiles: Tiles) -> bool:
@@ -223,20 +242,22 @@ def _cheapest(
     dtype: Any,
     device: _devices.Tpu,
     light: bool,
-    numbers: tuple[int, int] | None,
+    evaluable: bool,
+    parts: tuple[Part, ...],
 ) -> Tiles | None:
-    """`numbers` per query and per key are None if no kernel evaluates the mask."""
     costs = {}
-    evaluable = numbers is not None
-    options: Any = {"light": light, "numbers": numbers or (0, 0)}
-    for tiles in candidates(which, lengths, features, dtype, device, **options):
+    limits = (which, lengths, features, dtype, device)
+    for tiles in candidates(*limits, light=light, parts=parts):
         if not _is_countable(lengths, tiles):
             continue
         sizes = (tiles.query, tiles.key)
         visited, partial = _counts(skeleton, lengths, sizes, all_rows=not evaluable)
         if evaluable or not partial:
             costs[tiles] = seconds(
-                which, tiles, features, dtype, device, visited=visited, partial=partial
+                *(which, tiles, features, dtype, device),
+                visited=visited,
+                partial=partial,
+                parts=parts,
             )
     return min(costs, key=lambda tiles: costs[tiles], default=None)
 
@@ -272,16 +293,11 @@ def _count_of(length: int, size: int) -> int:
 
 
 def _why_not(options: Options, operands: Operands) -> str | None:
-    operands = _in_mask(operands)
     plan, value = operands.plan, operands.value
     if value is None:
         return "it computes no statistics without values"
     if options.kind not in _KINDS:
         return f"it has no weights of kind {type(options.kind).__name__}"
-    if operands.bias is not None:
-        return "it takes no bias"
-    if operands.dense is not None:
-        return "it takes no boolean array over pairs, or of each head, as a mask"
     if options.has_given_blocks:
         return OWN_BLOCKS
     (batch, _, heads, features), key_heads = operands.query.shape, operands.key.shape[2]
@@ -338,19 +354,20 @@ def _why_no_tiles(
 
 
 def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
-    operands = _in_mask(given.operands)
+    operands = given.operands
     reason = _why_not(options, operands)
     return reason or _why_no_tiles(("query", "key"), options, operands)
 
 
 def _note(options: Options, operands: Operands) -> str:
-    return str(_tiles("forward", options, _in_mask(operands)))
+    return str(_tiles("forward", options, operands))
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
-    operands = _in_mask(given.operands)
+    operands = given.operands
     query, key = (_tiles(which, options, operands) for which in ("query", "key"))
-    return f"{query} for queries, {key} for keys and values"
+    note = f"{query} for queries, {key} for keys and values"
+    return note if operands.bias is None else note + pair_arrays.NOTE
 
 
 FORWARD = Implementation("pallas_tpu", _forward, _why_not, platform="tpu", note=_note)
