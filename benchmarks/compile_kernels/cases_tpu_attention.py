@@ -137,6 +137,12 @@ def _with_segments(name: str, problem: Problem) -> list[Case]:
 
 
 def _case(
+    name: str, problem: Problem, function: Any, arguments: Any, **counts: Any
+) -> Case:
+    return case_of(name, problem, heads_first(function), arguments, **counts)
+
+
+def case_of(
     name: str,
     problem: Problem,
     function: Any,
@@ -146,7 +152,7 @@ def _case(
     moved: str,
 ) -> Case:
     return Case(
-        *(_FAMILY, name, heads_first(function), arguments, TPUS),
+        *(_FAMILY, name, function, arguments, TPUS),
         naive_bytes=problem.naive_bytes,
         # Lengths that are no multiple of a register's rows are laid out anew, which
         # counts where they are short.

@@ -161,7 +161,7 @@ MORE = {
     "float32 log softplus": Problem(kind=LogSoftplus(), softcap=3.0, tiles=IN_TURN),
     "overlapped float32": Problem(N=1, T=270, sinks=True),
     "float32 array and bias": Problem(
-        *(LATE, 264, 300, 2, 1), dense="bnts", bias="bnts-", bias_dtype="float16"
+        *(LATE, 264, 300, 2, 1), dense="bnts", bias="bnts-"
     ),
     "numbers": Problem(B=2, N=2, dense="b", bias="bn", tiles=UNEVEN),
     "array of queries, bias of keys of each entry": Problem(
@@ -174,7 +174,12 @@ MORE = {
         kind=LogSoftplus(), softcap=3.0, bias="bts", dense="nts", tiles=IN_TURN
     ),
     "stablemax, bias": Problem(
-        BANDED, kind=StableMax(), bias="ts-", dense="nt", dtype="bfloat16"
+        *(BANDED, 150, 300, 2),
+        kind=StableMax(),
+        dense="nt",
+        bias="ts-",
+        bias_dtype="float16",
+        dtype="bfloat16",
     ),
 }
 
