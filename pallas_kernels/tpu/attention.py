@@ -169,7 +169,7 @@ def _forward_kernel(entries_ref, *refs, form, layout, has_mask_scalars, has_sink
             sum_ref[...] = jnp.where(lane == 0, one, 0.0)
 
     def visit(partial: bool) -> None:
-        straight = tiles.overlapped and form.weights.is_light and not partial
+        straight = tiles.overlapped and layout.is_light(form) and not partial
 
         def multiply(
             take: Any, fresh: bool, buffer: int, at: tuple[Any, Any], i: Any

@@ -26,7 +26,7 @@ from pallas_kernels._attention_extras import Extras, Role
 
 from .attention_blocks import column
 from .attention_form import Form
-from .attention_pieces import chunk_of
+from .attention_pieces import SLICE, aligned, chunk_of
 from .attention_tiles import LANES, Part, Tiles
 
 
@@ -59,14 +59,25 @@ class Layout:
     tiles: Tiles
     is_transposed: bool = False
 
-    @property
-    def is_over_pairs(self) -> bool:
-        """Whether all pairs are selected or have a bias, beside those of the mask."""
-        return any(part.role != "mask" for part in self.parts)
+    def is_light(self, form: Form) -> bool:
+        """Whether slices take so few registers, without a mask, that they may overlap.
+
+        A matrix alone takes few; numbers of rows, which are needed in all lanes, many.
+        """
+        over_pairs = [part for part in self.parts if part.role != "mask"]
+        is_matrix = len(over_pairs) == 1 and all(over_pairs[0].over)
+        alone = is_matrix and form.softcap is None
+        return form.weights.is_light and (alone or not over_pairs)
 
     @property
-    def has_bias(self) -> bool:
-        return any(part.role == "bias" for part in self.parts)
+    def turns_blocks(self) -> bool:
+        """Whether something is turned in each step."""
+        return any(map(self.moves, self.parts))
+
+    def moves(self, part: Part) -> bool:
+        """Whether a part is turned and changes along a row of blocks."""
+        changes = self.is_transposed and (all(part.over) or part.of_heads)
+        return changes and part.is_turned(self.is_transposed)
 
     def specs(self, at: Callable[..., Any]) -> list[pl.BlockSpec]:
         """Specs of the operands.
@@ -147,13 +158,13 @@ class Reader:
     def start_row(self) -> None:
         """Turns what stays along a row of blocks."""
         for part, ref, turned in self._each():
-            if turned is not None and not self._moves(part):
+            if turned is not None and not self.layout.moves(part):
                 _turn_lanes(ref, turned)
 
     def start_block(self, is_first_head: Any) -> None:
         """Turns the other blocks, those that heads share for the first head only."""
         for part, ref, turned in self._each():
-            if turned is None or not self._moves(part):
+            if not self.layout.moves(part):
                 continue
             turn = _transpose if all(part.over) else _turn_lanes
             turn = functools.partial(turn, ref, turned)
@@ -161,10 +172,6 @@ class Reader:
                 turn()
             else:
                 pl.when(is_first_head)(turn)
-
-    def _moves(self, part: Part) -> bool:
-        """Whether a part that is turned changes along a row of blocks."""
-        return self.layout.is_transposed and (all(part.over) or part.of_heads)
 
     def scores(
         self,
@@ -205,7 +212,7 @@ class Reader:
             if part.role != role:
                 continue
             if all(part.over):
-                found.append((ref if turned is None else turned)[rows, columns])
+                found.append(_slice(ref if turned is None else turned, rows, columns))
             elif turned is not None:
                 found += [turned[n, rows, :1] for n in range(part.count)]
             else:
@@ -214,6 +221,15 @@ class Reader:
 
     def _each(self) -> Any:
         return zip(self.layout.parts, self.operands, self.turned, strict=True)
+
+
+def _slice(ref: Any, rows: Any, columns: Any) -> Any:
+    if ref.dtype != jnp.int8:
+        return ref[rows, columns]
+    # Bytes can be read from multiples of 32 rows only, which are two slices.
+    start = lax.div(rows.start, 2 * SLICE) * (2 * SLICE)
+    both = ref[pl.ds(aligned(start, 2 * SLICE), 2 * SLICE), columns].astype(jnp.int32)
+    return jnp.where(rows.start == start, both[:SLICE], both[SLICE:])
 
 
 def _turn_lanes(ref: Any, out_ref: Any) -> None:

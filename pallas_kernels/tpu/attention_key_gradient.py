@@ -174,11 +174,11 @@ def _key_kernel(entries_ref, *refs, form, layout, query_length, has_mask_scalars
         value_sum_ref[...] = jnp.zeros_like(value_sum_ref)
         extras.start_row()
 
-    if layout.is_over_pairs:
+    if layout.turns_blocks:
         pl.when(entry.kind != NO_PAIR)(lambda: extras.start_block(group == 0))
 
     def visit(partial: bool) -> None:
-        light = form.weights.is_light and form.softcap is None
+        light = layout.is_light(form) and form.softcap is None
         straight = tiles.overlapped and light and not partial
 
         def queries_of(ref: Any, chunk: Any, width: Any = slice(None)) -> Any:

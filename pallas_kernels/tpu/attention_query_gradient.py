@@ -155,7 +155,7 @@ def _query_kernel(entries_ref, *refs, form, layout, has_mask_scalars):
         extras.start_row()
 
     def visit(partial: bool) -> None:
-        straight = tiles.overlapped and form.weights.is_light and not partial
+        straight = tiles.overlapped and layout.is_light(form) and not partial
 
         def keys_of(ref: Any, chunk: Any, width: Any = slice(None)) -> Any:
             x = ref[chunk, width]
