@@ -5,20 +5,15 @@ Those that nearly every definition has ("entity") are left out, or the first pla
 every ranking would be won by saying them always.
 """
 
-import hashlib
-import pathlib
 import re
-import sys
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 from language_model.failures import Failure
-from study.packed_text import read_text
+from study import wordnet
 
 from .options import Options
-
-CREDIT = "WordNet 3.1 (c) Princeton University"
 
 
 class Glosses(NamedTuple):
@@ -46,20 +41,14 @@ class Glosses(NamedTuple):
         return np.arange(self.held_out, len(self.words))
 
 
-class Noun(NamedTuple):
-    name: str
-    parents: list[int]
-    gloss: str
-
-
 def load(options: Options) -> Glosses:
-    nouns, digest = _read(options.nouns)
+    nouns, digest = wordnet.read(options.nouns)
     if options.items > len(nouns):
         raise Failure(
             f"{options.nouns} has {len(nouns):,} definitions, fewer than --items "
             f"{options.items:,}."
         )
-    above = _ancestors(nouns)
+    above = wordnet.ancestors(nouns)
     random = np.random.default_rng(options.seed)
     chosen = random.permutation(len(nouns))[: options.items]
     counts = np.bincount([a for i in chosen for a in above[i]], minlength=len(nouns))
@@ -82,41 +71,11 @@ def load(options: Options) -> Glosses:
     return Glosses(
         words,
         positives,
-        [nouns[i].name for i in labels],
+        [nouns[i].lemmas[0] for i in labels],
         np.bincount(trained[trained >= 0], minlength=len(labels)),
         options.held_out,
         digest,
     )
-
-
-def _read(path: pathlib.Path) -> tuple[list[Noun], str]:
-    text, raw = read_text(path)
-    nouns = []
-    for i, line in enumerate(text.splitlines()):
-        parts = line.split("\t")
-        if len(parts) != 3:
-            raise Failure(
-                f"{path}: lines must hold lemmas, parents and a gloss between tabs, "
-                f"line {i + 1} does not."
-            )
-        name = parts[0].partition("|")[0].replace("_", " ")
-        parents = [i - int(distance) for distance in parts[1].split(",") if distance]
-        nouns.append(Noun(name, parents, parts[2]))
-    return nouns, hashlib.sha256(raw).hexdigest()
-
-
-def _ancestors(nouns: list[Noun]) -> list[frozenset[int]]:
-    found: dict[int, frozenset[int]] = {}
-
-    def above(i: int) -> frozenset[int]:
-        if i not in found:
-            parents = nouns[i].parents
-            found[i] = frozenset(parents).union(*(above(p) for p in parents))
-        return found[i]
-
-    depth = sys.getrecursionlimit()
-    assert depth > 100  # the hierarchy is some 20 deep
-    return [above(i) for i in range(len(nouns))]
 
 
 def _words(gloss: str, buckets: int) -> list[int]:

@@ -7,10 +7,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
+from study import wordnet
 from study.output import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, save_picture
 
 from . import scores
-from .glosses import CREDIT, Glosses
+from .glosses import Glosses
 from .options import Options
 
 COLOUR = {
@@ -41,7 +42,7 @@ def draw(
     figure, axes = plt.subplots(2, 2, figsize=(13, 9.6), layout="constrained")
     figure.suptitle(
         f"{len(glosses.names):,} concepts above {len(glosses.words):,} definitions "
-        f"({CREDIT})",
+        f"({wordnet.CREDIT})",
         fontsize=13,
     )
     _draw_slopes(axes[0, 0], surest)

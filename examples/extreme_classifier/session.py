@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from language_model.training import Stop
-from study import output, training
+from study import output, training, wordnet
 from study.session import stoppable
 
 from softlib import LinearLogits
@@ -83,7 +83,7 @@ def run(options: Options, stop: Stop) -> None:
                 ]
                 for kind, stretches in mined.items()
             },
-            "credit": glosses_.CREDIT,
+            "credit": wordnet.CREDIT,
         },
     )
     report.draw(
