@@ -4,9 +4,9 @@
     make study NAME=uncertain_answers
 
 asks SmolLM2-135M (`make smollm2` installs it) what kinds of things there are, compares
-scores of its uncertainty with what WordNet says, and takes minutes on two CPU cores.
-Start reading at `uncertain_answers_study/session.py`; the lines that use softlib are in
-`uncertain_answers_study/sampling.py` and `scores.py`.
+scores of its uncertainty with what WordNet says, and takes half an hour on two busy CPU
+cores. Start reading at `uncertain_answers_study/session.py`; the lines that use softlib
+are in `uncertain_answers_study/sampling.py` and `scores.py`.
 """
 
 import sys

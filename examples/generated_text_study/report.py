@@ -51,6 +51,8 @@ def _curve(
     colour: str,
 ) -> None:
     some = [r for r in rows if (r["test"], r["error"]) == (test, error)]
+    # A logarithmic axis has no place for a test that never errs.
+    some = [r for r in some if r["rate"].value > 0]
     if not some:
         return
     x = [row["length"] for row in some]
