@@ -9,6 +9,8 @@
   `fit_gaussian_experts` by EM or Newton from the starts of `draw_gaussian_experts`.
 - `voronoi_loss`, `voronoi_cells`, `gauge_fixed_experts`: how far an estimate is from
   the truth.
+- `annealing_areas` of a schedule of learning rates; `AnnealingLaw`, the loss of
+  training as a function of them; `fit_annealing_law`.
 - `fit_separator`: a halfspace by logistic regression with any step size, the perceptron
   among them; `separation_step_bound`, the steps that it takes at most.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
@@ -19,6 +21,13 @@
   intervals of their numbers.
 """
 
+from ._annealing_law import (
+    AnnealingAreas as AnnealingAreas,
+    AnnealingLaw as AnnealingLaw,
+    AnnealingLawFit as AnnealingLawFit,
+    annealing_areas as annealing_areas,
+    fit_annealing_law as fit_annealing_law,
+)
 from ._comp_sum_bounds import (
     comp_sum_regret_bound as comp_sum_regret_bound,
     comp_sum_transformation as comp_sum_transformation,
@@ -62,6 +71,9 @@ from ._voronoi import (
 )
 
 __all__ = [
+    "AnnealingAreas",
+    "AnnealingLaw",
+    "AnnealingLawFit",
     "ExpertGate",
     "GaussianExperts",
     "GaussianExpertsFit",
@@ -72,9 +84,11 @@ __all__ = [
     "SeparatorFit",
     "SoftmaxRegression",
     "SoftmaxRegressionFit",
+    "annealing_areas",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "draw_gaussian_experts",
+    "fit_annealing_law",
     "fit_gaussian_experts",
     "fit_log_linear",
     "fit_power_law",

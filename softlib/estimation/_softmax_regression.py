@@ -23,6 +23,8 @@ from softlib._dtypes import accumulator_dtype
 from softlib.softmax import softmax
 from softlib.typing import Scalar
 
+from ._gauss_newton import damped_gauss_newton
+
 # The models are small, and bfloat16 products are too coarse for the promised accuracy.
 _matmul = functools.partial(jnp.matmul, precision="highest")
 
@@ -317,16 +319,6 @@ def in_context_label_shift(
     )
 
 
-class _Search(NamedTuple):
-    """The state of the damped Gauss-Newton iteration."""
-
-    x: Array
-    loss: Array
-    norm: Array
-    damping: Array
-    iteration: Array
-
-
 class _Problem(NamedTuple):
     """The checked arguments in the dtype of the sums; 0 in rows that do not count."""
 
@@ -394,50 +386,17 @@ class _Problem(NamedTuple):
 def _fit(
     problem: _Problem, l2: Array, max_steps: int, bound: float
 ) -> SoftmaxRegressionFit:
-    dtype, features = problem.x.dtype, problem.x.shape[0]
-    eps = float(jnp.finfo(dtype).eps)
-
     def measure(x: Array) -> tuple[Array, Array]:
         gradient = problem.gradient(x) + l2 * x
         return problem.loss(x) + l2 / 2 * (x * x).sum(), jnp.linalg.norm(gradient)
 
-    def running(state: _Search) -> Array:
-        usable = (state.norm > bound) & jnp.isfinite(state.loss)
-        return usable & (state.damping < 1 / eps) & (state.iteration < max_steps)
+    def linearize(x: Array) -> tuple[Array, Array]:
+        f = problem.prediction(x)
+        return f[:, None] * problem.centred(f), problem.residual(f)
 
-    def step(state: _Search) -> _Search:
-        f = problem.prediction(state.x)
-        jacobian = f[:, None] * problem.centred(f)
-        size = (jacobian * jacobian).sum() / max(features, 1)
-        ridge = l2 + state.damping * size + jnp.finfo(dtype).tiny
-        # argmin |J d + c|^2 + damping |d|^2 + l2 |x + d|^2, without squaring J.
-        root = jnp.sqrt(ridge)
-        rows = jnp.concatenate([jacobian, root * jnp.eye(features, dtype=dtype)])
-        goal = jnp.concatenate([-problem.residual(f), -l2 / root * state.x])
-        q, r = jnp.linalg.qr(rows)
-        change = _solve_triangular(r, _matmul(q.T, goal))
-        x = state.x + change
-        loss, norm = measure(x)
-        # Where losses differ by rounding only, the gradient decides.
-        level = loss <= state.loss * (1 + 4 * eps)
-        better = (loss < state.loss) | (level & (norm < state.norm))
-        damping = jnp.where(better, state.damping / 10, state.damping * 4)
-        return _Search(
-            jnp.where(better, x, state.x),
-            jnp.where(better, loss, state.loss),
-            jnp.where(better, norm, state.norm),
-            jnp.maximum(damping, eps),
-            state.iteration + 1,
-        )
-
-    start = _Search(
-        problem.x,
-        *measure(problem.x),
-        # Damped from the start: a full first step may end where softmax is flat.
-        jnp.ones((), dtype),
-        jnp.zeros((), jnp.int32),
+    end = damped_gauss_newton(
+        problem.x, measure, linearize, max_steps=max_steps, tolerance=bound, l2=l2
     )
-    end = lax.while_loop(running, step, start)
     return SoftmaxRegressionFit(
         # With NaN in an argument the start would be returned.
         jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
@@ -446,10 +405,6 @@ def _fit(
         end.iteration,
         end.norm <= bound,
     )
-
-
-def _solve_triangular(r: Array, right: Array) -> Array:
-    return lax.linalg.triangular_solve(r, right[:, None], left_side=True)[:, 0]
 
 
 def _largest_singular_value(matrix: Array) -> Array:

@@ -24,6 +24,7 @@ NOT_REVERSED = {
     "softlib.decoding.beam_search",  # their loops end when all sequences have
     "softlib.decoding.generate",
     "softlib.decoding.speculative_generate",
+    "softlib.estimation.fit_annealing_law",  # and those that fit
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
     "softlib.estimation.fit_separator",
     "softlib.estimation.fit_softmax_regression",
