@@ -93,7 +93,7 @@ def fit_log_linear(
         0.1 -0.2 1.0
     """
     x, y = _checked("fit_log_linear", x, y, level)
-    where = _counting("fit_log_linear", where, y)
+    where = checks.checked_where("fit_log_linear", where, y.shape, "the shape of `y`")
     # Where nothing counts, the logarithm and its derivative stay finite.
     logs = jnp.log10(jnp.where(where[:, None], _columns(x), 1))
     return _shaped(_fitted(logs, y, where, level), x)
@@ -137,7 +137,7 @@ def fit_power_law(
         -0.5 3.0
     """
     x, y = _checked("fit_power_law", x, y, level)
-    where = _counting("fit_power_law", where, y)
+    where = checks.checked_where("fit_power_law", where, y.shape, "the shape of `y`")
     logs = jnp.log(jnp.where(where[:, None], _columns(x), 1))
     fit = _fitted(logs, jnp.log(jnp.where(where, y, 1)), where, level)
     fit = _shaped(fit, x)
@@ -161,12 +161,6 @@ def _checked(function: str, x: Array, y: Array, level: float) -> tuple[Array, Ar
     checks.require_shape(function, "y", y, x.shape[:1], "one per point of `x`")
     dtype = accumulator_dtype(x, y)
     return x.astype(dtype), y.astype(dtype)
-
-
-def _counting(function: str, where: Array | None, y: Array) -> Array:
-    if where is None:
-        return jnp.ones(y.shape, bool)
-    return checks.checked_where(function, where, y.shape, "the shape of `y`")
 
 
 def _columns(x: Array) -> Array:
