@@ -17,6 +17,8 @@ Losses of an array of logits or of a value such as `softlib.LinearLogits`:
   `mean_absolute_error_loss`
 - `poly1_cross_entropy`, `symmetric_cross_entropy`
 
+Of weights: `generalized_gaussian_rate`, their code length.
+
 Losses of log-probabilities, which are plain arrays and therefore have no methods, under
 the names of the losses of logits: `focal_from_log_prob`, `comp_sum_from_log_prob`,
 `poly1_from_log_prob`, `symmetric_from_log_prob`.
@@ -127,6 +129,9 @@ from ._focal import (
     focal_from_log_prob as focal_from_log_prob,
     softmax_focal_loss as softmax_focal_loss,
 )
+from ._generalized_gaussian_rate import (
+    generalized_gaussian_rate as generalized_gaussian_rate,
+)
 from ._kl_to_reference import kl_to_reference as kl_to_reference
 from ._latent_rationale import (
     TriceWeights as TriceWeights,
@@ -208,6 +213,7 @@ __all__ = [
     "entmax_loss",
     "focal_from_log_prob",
     "generalized_cross_entropy_loss",
+    "generalized_gaussian_rate",
     "gradient_ascent_loss",
     "importance_loss",
     "in_batch_triplet_loss",

@@ -14,6 +14,7 @@
   `ExpertRows`: its parts.
 - `TempNet`, `PrototypeTempNet` (NNX): a softmax temperature per row.
 - `prepend_soft_prompt`: trained vectors in front of a sequence.
+- `generalized_gaussian_init`: initial kernels with other tails than normal ones.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
 - `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
   `QuasiLSTM` (NNX): linear systems with varying parameters.
@@ -38,6 +39,7 @@ from ._expert_dispatch import (
 )
 from ._fourier_density import FourierDensity as FourierDensity
 from ._fourier_head import FourierHead as FourierHead
+from ._initializers import generalized_gaussian_init as generalized_gaussian_init
 from ._linen_output_head import LinenOutputHead as LinenOutputHead
 from ._mixture_of_experts import (
     MixtureOfExperts as MixtureOfExperts,
@@ -106,6 +108,7 @@ __all__ = [
     "codebook_state",
     "dropless_experts",
     "frequency_mapping",
+    "generalized_gaussian_init",
     "kmeans",
     "prepend_soft_prompt",
     "straight_through_codes",

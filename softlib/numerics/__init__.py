@@ -12,6 +12,9 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 Numbers about neighbours: `similarity_depth`, `SimilarityDepth`, `distance_quantile`,
 `dkw_radius`.
 Clusters of one size: `balanced_kmeans`.
+Generalized Gaussians: `generalized_gaussian_log_prob`, `generalized_gaussian_quantile`,
+`generalized_gaussian_fit`, `GeneralizedGaussianFit`, `reshape_distribution`.
+Floats of eight bits, of any layout: `FloatFormat`.
 A weighted sum from fewer terms: `systematic_resample`, `ResampledTerms`; the worst
 cases: `top_k_mean`.
 """
@@ -25,6 +28,14 @@ from ._extended import (
     extended_multiply as extended_multiply,
     extended_sum as extended_sum,
     extended_to_float as extended_to_float,
+)
+from ._float_format import FloatFormat as FloatFormat
+from ._generalized_gaussian import (
+    GeneralizedGaussianFit as GeneralizedGaussianFit,
+    generalized_gaussian_fit as generalized_gaussian_fit,
+    generalized_gaussian_log_prob as generalized_gaussian_log_prob,
+    generalized_gaussian_quantile as generalized_gaussian_quantile,
+    reshape_distribution as reshape_distribution,
 )
 from ._plain_sum import (
     PlainSum as PlainSum,
@@ -56,6 +67,8 @@ from ._unified_max import (
 
 __all__ = [
     "ExtendedFloat",
+    "FloatFormat",
+    "GeneralizedGaussianFit",
     "PlainSum",
     "PlainSumState",
     "ResampledTerms",
@@ -75,6 +88,10 @@ __all__ = [
     "extended_multiply",
     "extended_sum",
     "extended_to_float",
+    "generalized_gaussian_fit",
+    "generalized_gaussian_log_prob",
+    "generalized_gaussian_quantile",
+    "reshape_distribution",
     "similarity_depth",
     "systematic_resample",
     "top_k_mean",

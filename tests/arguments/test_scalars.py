@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "scoring.similar_groups.threshold": (-math.inf, math.inf),
     "scoring.tail_truncation_error.threshold": (0, math.inf),
     "scoring.truncate_activations.threshold": (0, math.inf),
+    "numerics.reshape_distribution.strength": (0, 1),
     "softmax.min_p_logits.p": (0, 1),
     "softmax.top_p_logits.p": (0, 1),
 }

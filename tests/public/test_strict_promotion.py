@@ -97,7 +97,10 @@ def test_calls_of_several_dtypes(name: public_names.PublicName):
 
 # Shapes of their own, which are not those of another argument; each has its tests.
 SPECIAL = {"mask", "bias", "weights"}
-STATIC = {"softlib.nn.attention_fn.scale"}
+STATIC = {
+    "softlib.nn.attention_fn.scale",
+    "softlib.nn.generalized_gaussian_init.scale",
+}
 
 
 def accepted(name: public_names.PublicName, call: Call, option: str) -> bool:
