@@ -64,7 +64,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is static of an array that is read besides queries, keys and values.
+    """Static facts of an array that is read besides queries, keys and values.
 
     Attributes:
         role: What it is for.
@@ -109,7 +109,7 @@ class Part:
 
 
 def parts_of(extras: Extras) -> tuple[Part, ...]:
-    """What is static of the arrays."""
+    """Static facts of the arrays."""
     return tuple(
         Part(
             role,

@@ -1,4 +1,4 @@
-"""What weights cost under a generalized Gaussian."""
+"""The code length of weights under a generalized Gaussian."""
 
 import math
 

@@ -158,7 +158,7 @@ def _on_pairs(operands: Operands) -> tuple[Array | None, Array | None]:
 
 
 def _parts(operands: Operands) -> tuple[Part, ...]:
-    """What is static of the arrays that decide about pairs."""
+    """Static facts about the arrays that decide about pairs."""
     program = _program(operands)
 
     def numbers(side: int, count: int) -> Any:
