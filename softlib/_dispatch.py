@@ -323,7 +323,7 @@ def explain(
         >>> print(softlib.explain(loss, hidden, weight, labels, device="h100"))
         linear_row_statistics
           h100: xla
-          not pallas_gpu: `hidden` is float32, not bfloat16 or float16
+          not pallas_gpu: 4 rows are too few to gain by it
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = [leaf if _is_array(leaf) else None for leaf in leaves]

@@ -1,4 +1,4 @@
-r"""How the loss of training depends on the schedule of the learning rate."""
+r"""The loss of training as it depends on the schedule of the learning rate."""
 
 import functools
 from typing import NamedTuple
@@ -23,7 +23,7 @@ _matmul = functools.partial(jnp.matmul, precision="highest")
 
 
 class AnnealingAreas(NamedTuple):
-    """What `annealing_areas` makes of a schedule; the axes of the learning rates.
+    """Areas under a schedule, along the axes of its learning rates.
 
     Attributes:
         forward: $S_1$, the sum of the learning rates so far.
