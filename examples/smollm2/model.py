@@ -137,7 +137,7 @@ class Llama(nnx.Module):
             return found, kept
 
         hidden, (_, activations) = self._visit(
-            tokens, places, attend, None, keep_activations
+            self.embedding(tokens), places, attend, None, keep_activations
         )
         return Read(LinearLogits(hidden, self.table), None, activations)
 
@@ -167,7 +167,8 @@ class Llama(nnx.Module):
             room = ((0, 0), (0, size - length), (0, 0), (0, 0))
             return found, (jnp.pad(key, room), jnp.pad(value, room))
 
-        hidden, ((key, value), _) = self._visit(tokens, places, attend, None, False)
+        embeddings = self.embedding(tokens)
+        hidden, ((key, value), _) = self._visit(embeddings, places, attend, None, False)
         lengths = lengths.astype(jnp.int32)
         last = hidden[jnp.arange(batch), lengths - 1][:, None]
         return Read(LinearLogits(last, self.table), Cache(key, value, lengths))
@@ -180,9 +181,14 @@ class Llama(nnx.Module):
         Returns:
             Logits (B, T, V) after each of the tokens, and the cache with them.
         """
-        places = cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None]
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        total = cache.lengths + tokens.shape[1]
+        return self.extend_by(self.embedding(tokens), cache)
+
+    def extend_by(self, embeddings: jax.Array, cache: Cache) -> Read:
+        """As `extend`, of embeddings (B, T, D) that need not be those of tokens."""
+        batch, length, _ = embeddings.shape
+        places = cache.lengths[:, None] + jnp.arange(length)[None]
+        rows = jnp.arange(batch)[:, None]
+        total = cache.lengths + length
 
         # `decode_attention` makes the rows of a length beyond the cache NaN.
         def attend(query: Any, key: Any, value: Any, kept: Any) -> tuple[Any, Any]:
@@ -194,12 +200,12 @@ class Llama(nnx.Module):
             return found, kept
 
         hidden, ((key, value), _) = self._visit(
-            tokens, places, attend, (cache.key, cache.value), False
+            embeddings, places, attend, (cache.key, cache.value), False
         )
         return Read(LinearLogits(hidden, self.table), Cache(key, value, total))
 
     def _visit(
-        self, tokens: Any, places: Any, attend: Any, kept: Any, keep_activations: bool
+        self, x: Any, places: Any, attend: Any, kept: Any, keep_activations: bool
     ) -> Any:
         """The hidden features after the last norm, and what every layer kept."""
         graph, layers = nnx.split(self.layers)
@@ -209,7 +215,7 @@ class Llama(nnx.Module):
             x, kept, activations = nnx.merge(graph, layer)(x, places, attend, kept)
             return x, (kept, activations if keep_activations else None)
 
-        x, found = jax.lax.scan(step, self.embedding(tokens), (layers, kept))
+        x, found = jax.lax.scan(step, x, (layers, kept))
         return self.norm(x), found
 
 
