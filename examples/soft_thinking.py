@@ -5,7 +5,7 @@
     python examples/soft_thinking.py
 
 takes minutes on two CPU cores and leaves numbers and a picture in
-`runs/soft_thinking`. Start reading at `soft_thinking_study/session.py`; the lines that
+`runs/soft-thinking`. Start reading at `soft_thinking_study/session.py`; the lines that
 use softlib are in `soft_thinking_study/mixtures.py`.
 """
 

@@ -5,7 +5,7 @@
     python examples/utility_probability.py
 
 takes a minute on two CPU cores and leaves numbers and a picture in
-`runs/utility_probability`. Start reading at `utility_probability_study/session.py`; the
+`runs/utility-probability`. Start reading at `utility_probability_study/session.py`; the
 lines that use softlib are in `utility_probability_study/choices.py`.
 """
 

@@ -34,7 +34,7 @@ class Options:
     )
     seed: Annotated[int, Flag("decides passages, positions and draws", least=0)] = 0
     out: Annotated[pathlib.Path, Flag("folder of the numbers and the picture")] = (
-        pathlib.Path("runs/soft_thinking")
+        pathlib.Path("runs/soft-thinking")
     )
 
 
@@ -43,12 +43,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "weights": pathlib.Path("tiny"),
         "passages": 6,
-        "context": 12,
+        "context": 72,
         "questions": 2,
         "answer": 8,
         "per_answer": 3,
         "tokens": 4,
-        "out": pathlib.Path("runs/soft_thinking-smoke"),
+        "out": pathlib.Path("runs/soft-thinking-smoke"),
     },
 }
 

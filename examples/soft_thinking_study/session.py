@@ -1,6 +1,6 @@
 """A whole run in order: texts, mixtures at their undecided places, what follows."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,14 +9,27 @@ from language_model.failures import Failure
 from smollm2.checkpoints import Pretrained
 from smollm2.session import load
 from study import output, results
-from study.intervals import bootstrap
 
-from . import mixtures, report, texts
-from .mixtures import VARIANTS, Followed, Settings
+from . import mixtures, report, summaries, texts
+from .mixtures import Followed, Settings
 from .options import Options
 
 # Texts are padded to a multiple of this, so that few programs are compiled.
-MULTIPLE = 32
+MULTIPLE = 64
+
+
+class Probed(NamedTuple):
+    """What follows at P places of some texts.
+
+    Attributes:
+        followed: Entries (P, variants).
+        texts: The number of the text that each place is in, (P,).
+        undecided: Share of all places that could have been taken.
+    """
+
+    followed: Followed
+    texts: np.ndarray
+    undecided: float
 
 
 def run(options: Options) -> None:
@@ -32,18 +45,21 @@ def run(options: Options) -> None:
         "answers": probed(pretrained, written, begins, options.per_answer, options),
     }
     findings: dict[str, Any] = {}
-    for source, (followed, share) in found.items():
-        print(f"{source}: {share:.0%} of the places are undecided")
-        findings[source] = {"undecided": share, **summary(followed)}
-    both = [
-        np.concatenate(pair)
-        for pair in zip(*(f for f, _ in found.values()), strict=True)
-    ]
-    findings["all"] = summary(Followed(*both))
+    for source, some in found.items():
+        print(f"{source}: {some.undecided:.0%} of the places are undecided")
+        findings[source] = {
+            "undecided": some.undecided,
+            "positions": len(some.texts),
+            **summaries.means(some.followed, some.texts),
+        }
+    every = joined(*found.values())
+    findings["positions"] = len(every.texts)
+    findings["all"] = summaries.means(every.followed, every.texts)
+    findings["by_weight"] = summaries.by_weight(every.followed, every.texts)
+    findings["distances"] = summaries.distances(every.followed)
     for name, numbers in findings["all"].items():
         shown = ", ".join(f"{key} {value}" for key, value in numbers.items())
         print(f"{name:9} {shown}")
-    findings["positions"] = points(Followed(*both))
     results.record(options.out, options, findings, watch)
     picture = options.out / "report.png"
     report.draw(picture, findings)
@@ -56,8 +72,8 @@ def probed(
     begins: list[int],
     most: int,
     options: Options,
-) -> tuple[Followed, float]:
-    """The mixtures at places of each text, and the share of places that are undecided.
+) -> Probed:
+    """The mixtures at places of each text.
 
     A place is undecided if at least two tokens are kept, and the heaviest has not
     almost all the weight.
@@ -65,7 +81,7 @@ def probed(
     graph, state = nnx.split(pretrained.model)
     settings = Settings.of(options, pretrained.model.config.vocabulary_size)
     random = np.random.default_rng(options.seed)
-    found, undecided, places = [], 0, 0
+    found, within, undecided, places = [], [], 0, 0
     for number, (row, begin) in enumerate(zip(rows, begins, strict=True)):
         padded = np.zeros(-(-len(row) // MULTIPLE) * MULTIPLE, np.int32)
         padded[: len(row)] = row
@@ -84,23 +100,19 @@ def probed(
                 graph, state, settings, cache, concept, place, key
             )
             found.append(jax.tree.map(np.asarray, followed))
+            within.append(number)
     if not found:
         raise Failure("no place of the texts is undecided; try a greater --most.")
-    return Followed(*map(np.stack, zip(*found, strict=True))), undecided / places
+    stacked = Followed(*map(np.stack, zip(*found, strict=True)))
+    return Probed(stacked, np.array(within), undecided / places)
 
 
-def summary(followed: Followed) -> dict[str, Any]:
-    """Means over positions with intervals, of each variant."""
-    of = lambda name, at: np.asarray(getattr(followed, name), np.float64)[:, at]
-    found: dict[str, Any] = {}
-    for at, variant in enumerate(VARIANTS):
-        names = ("nearest", "same_best", "heaviest", "second", "blend")
-        found[variant] = {name: bootstrap(of(name, at)) for name in names}
-        found[variant]["chance"] = bootstrap(1 / of("count", at))
-    return found
-
-
-def points(followed: Followed) -> dict[str, list[Any]]:
-    """What the picture shows of each position."""
-    fields = ("weight", "nearest", "heaviest", "second", "blend")
-    return {name: np.asarray(getattr(followed, name)).tolist() for name in fields}
+def joined(one: Probed, other: Probed) -> Probed:
+    """The places of both, whose texts have nothing in common."""
+    pairs = zip(one.followed, other.followed, strict=True)
+    counts = len(one.texts), len(other.texts)
+    return Probed(
+        Followed(*map(np.concatenate, pairs)),
+        np.concatenate([one.texts, one.texts.max() + 1 + other.texts]),
+        float(np.average([one.undecided, other.undecided], weights=counts)),
+    )

@@ -25,7 +25,7 @@ class Options:
     longest: Annotated[int, Flag("most phonemes, with the end", least=2)] = 24
     seed: Annotated[int, Flag("decides words and draws", least=0)] = 0
     out: Annotated[pathlib.Path, Flag("folder of the numbers and the picture")] = (
-        pathlib.Path("runs/utility_probability")
+        pathlib.Path("runs/utility-probability")
     )
 
 
@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "beams": 3,
         "samples": 4,
         "longest": 8,
-        "out": pathlib.Path("runs/utility_probability-smoke"),
+        "out": pathlib.Path("runs/utility-probability-smoke"),
     },
 }
 

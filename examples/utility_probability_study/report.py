@@ -1,4 +1,4 @@
-"""The picture: words that each choice has right, and the gain over the greedy one."""
+"""The picture: words that each choice has right, and its difference from the beam."""
 
 import pathlib
 from typing import Any
@@ -9,6 +9,14 @@ from matplotlib.ticker import PercentFormatter
 from study.intervals import Interval
 from study.output import BLUE, GREEN, GREY, ORANGE, SKY, save_picture
 
+COLOURS = (GREY, SKY, SKY, ORANGE, BLUE, BLUE, GREEN)
+PANELS = {
+    "accuracy": "whole words right",
+    "similarity": "one less edit distance per sound",
+    "over_beam": "words right, less those of the beam",
+}
+WIDEST = 0.045  # differences that are shown
+
 
 def draw(path: pathlib.Path, findings: dict[str, Any]) -> None:
     figure, axes = plt.subplots(
@@ -16,19 +24,22 @@ def draw(path: pathlib.Path, findings: dict[str, Any]) -> None:
     )
     figure.suptitle("Pronunciations of CMUdict words by a small GRU", fontsize=12)
     methods = findings["methods"]
-    panels = (
-        ("accuracy", "whole words right"),
-        ("gain", "gain over greedy decoding, same words"),
-        ("similarity", "one less edit distance per sound"),
-    )
-    colours = [GREY, SKY, SKY, ORANGE, BLUE, BLUE, GREEN]
     places = np.arange(len(methods))[::-1]
-    for axis, (name, title) in zip(axes, panels, strict=True):
+    for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         found: list[Interval] = [numbers[name] for numbers in methods.values()]
         values = np.array([each.value for each in found])
         below = values - [each.low for each in found]
         above = np.array([each.high for each in found]) - values
-        axis.barh(places, values, color=colours[: len(values)], height=0.65)
+        if name != "over_beam":
+            axis.barh(places, values, color=COLOURS[: len(values)], height=0.65)
+            axis.set_xlim(0, 1)
+        else:
+            axis.axvline(0, color=GREY, lw=1)
+            axis.scatter(values, places, color=COLOURS[: len(values)], zorder=3)
+            axis.set_xlim(-WIDEST, WIDEST)
+            for place in places[values < -WIDEST]:
+                text = f"< {values[places == place][0]:.0%}"
+                axis.text(-WIDEST, place, text, va="center", fontsize=9)
         axis.errorbar(
             values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=3
         )
@@ -36,8 +47,5 @@ def draw(path: pathlib.Path, findings: dict[str, Any]) -> None:
         axis.set_title(title, fontsize=10)
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         axis.grid(axis="x", alpha=0.25)
-        if name != "gain":
-            low = min(each.low for each in found)
-            axis.set_xlim(max(0, low - 0.05), None)
     save_picture(figure, path)
     plt.close(figure)

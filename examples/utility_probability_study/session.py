@@ -14,7 +14,7 @@ from .options import Options
 
 POWERS = (0.0, 0.5, 1.0)
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
-BASELINE = "greedy"
+GREEDY, BEAM = "greedy", "beam"
 
 
 def run(options: Options) -> None:
@@ -30,14 +30,16 @@ def run(options: Options) -> None:
     settings = tuned(p, tuning, options)
     chosen, found = choose(p, test, settings, options)
     findings: dict[str, Any] = {"settings": settings, "methods": {}}
-    for name, tokens in chosen.items():
-        right = correct(tokens, test)
-        near = choices.similarity(tokens[:, None], test.phonemes[:, None])[:, 0, 0]
-        gain = right - correct(chosen[BASELINE], test)
+    # Whether each word is right, and how near what is said is to it.
+    scores = {name: (correct(t, test), near(t, test)) for name, t in chosen.items()}
+    for name, (right, alike) in scores.items():
+        # Differences on the same words, so that what is hard about them cancels.
         numbers = {
             "accuracy": bootstrap(right),
-            "similarity": bootstrap(near),
-            "gain": bootstrap(gain),
+            "similarity": bootstrap(alike),
+            "over_greedy": bootstrap(right - scores[GREEDY][0]),
+            "over_beam": bootstrap(right - scores[BEAM][0]),
+            "nearer_than_beam": bootstrap(alike - scores[BEAM][1]),
         }
         findings["methods"][name] = numbers
         shown = ", ".join(f"{key} {value}" for key, value in numbers.items())
@@ -52,6 +54,11 @@ def run(options: Options) -> None:
 def correct(tokens: np.ndarray, words: Words) -> np.ndarray:
     """1 for a word whose sounds (B, L) are those of the dictionary."""
     return (tokens == words.phonemes).all(-1).astype(float)
+
+
+def near(tokens: np.ndarray, words: Words) -> np.ndarray:
+    """One less the edit distance per sound of each word."""
+    return choices.similarity(tokens[:, None], words.phonemes[:, None])[:, 0, 0]
 
 
 def of_beams(p: gru.Parameters, words: Words, options: Options) -> Candidates:
@@ -98,8 +105,8 @@ def choose(
     plain = {"power": 0.0, "temperature": 1.0}
     of_greedy = np.asarray(greedy.tokens[:, 0])
     chosen = {
-        BASELINE: np.where(of_greedy == dictionary.END, -1, of_greedy),
-        "beam": taken(found.tokens, best(found.log_probs, found)),
+        GREEDY: np.where(of_greedy == dictionary.END, -1, of_greedy),
+        BEAM: taken(found.tokens, best(found.log_probs, found)),
         "beam, mean per sound": taken(found.tokens, best(found.log_probs, found, 1.0)),
         "beam, utility": taken(found.tokens, best(found.utilities, found)),
         "Bayes risk": taken(found.tokens, choices.agreed(found, gain, **plain)),

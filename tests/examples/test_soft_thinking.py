@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from flax import nnx
 from smollm2 import checkpoints
-from soft_thinking_study import mixtures
-from soft_thinking_study.mixtures import VARIANTS, Settings
+from soft_thinking_study import mixtures, summaries
+from soft_thinking_study.mixtures import VARIANTS, Followed, Settings
 from study.command_line import EXAMPLES
 
 from softlib.decoding import ConceptTokens
@@ -26,11 +26,36 @@ def test_run_compares_and_draws(tmp_path):
         for numbers in (found[source][variant] for variant in VARIANTS):
             assert numbers["heaviest"]["value"] >= 0
             assert 0 <= numbers["nearest"]["low"] <= numbers["nearest"]["high"] <= 1
-    # One position of each passage, and those of the answers.
+    # One position of each passage; those of an answer are one draw of the interval.
+    assert found["addresses"]["positions"] == 6
     assert found["addresses"]["concept"]["nearest"]["count"] == 6
-    assert (
-        len(found["positions"]["weight"]) == found["all"]["concept"]["nearest"]["count"]
-    )
+    assert found["answers"]["concept"]["nearest"]["count"] == 2
+    assert found["positions"] == 6 + found["answers"]["positions"]
+    assert found["all"]["concept"]["nearest"]["count"] == 8
+    for law in ("heaviest", "blend", "second"):
+        assert found["distances"][law] == sorted(found["distances"][law])
+
+
+def test_positions_of_one_text_are_drawn_together():
+    random = np.random.default_rng(0)
+    of_text = random.random(40)
+    texts = np.repeat(np.arange(40), 25)
+    together = summaries.mean(of_text[texts], texts)
+    apart = summaries.mean(of_text[texts], np.arange(1000))
+    np.testing.assert_allclose(together.value, of_text.mean())
+    np.testing.assert_allclose(apart.value, of_text.mean())
+    # A text of 25 equal positions says no more than one of them.
+    assert together.high - together.low > 4 * (apart.high - apart.low)
+
+
+def test_shares_are_of_the_positions_of_a_weight():
+    weight = np.repeat([0.35, 0.75], 20)[:, None] * np.ones(len(VARIANTS))
+    nearest = np.repeat([False, True], 20)[:, None] & np.ones(len(VARIANTS), bool)
+    empty = np.zeros_like(weight)
+    followed = Followed(nearest, nearest, empty, empty, empty, weight, 1 + empty)
+    found = summaries.by_weight(followed, np.arange(40))["gumbel"]
+    assert [point["share"].value for point in found] == [0, 1]
+    np.testing.assert_allclose([point["weight"] for point in found], [0.35, 0.75])
 
 
 def test_variants_of_a_mixture():

@@ -22,7 +22,8 @@ def test_run_chooses_and_draws(tmp_path):
     assert "Bayes risk" in printed
     assert (out / "report.png").is_file()
     methods = metrics["findings"]["methods"]
-    assert methods["greedy"]["gain"]["value"] == 0
+    assert methods["greedy"]["over_greedy"]["value"] == 0
+    assert methods["beam"]["over_beam"]["value"] == 0
     assert len(methods) == 7
     for numbers in methods.values():
         assert numbers["accuracy"]["count"] == 12
