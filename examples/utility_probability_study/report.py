@@ -38,7 +38,7 @@ def draw(path: pathlib.Path, findings: dict[str, Any]) -> None:
             axis.scatter(values, places, color=COLOURS[: len(values)], zorder=3)
             axis.set_xlim(-WIDEST, WIDEST)
             for place in places[values < -WIDEST]:
-                text = f"< {values[places == place][0]:.0%}"
+                text = f"← {values[places == place][0]:.0%}"
                 axis.text(-WIDEST, place, text, va="center", fontsize=9)
         axis.errorbar(
             values, places, xerr=[below, above], fmt="none", ecolor="black", capsize=3

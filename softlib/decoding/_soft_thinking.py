@@ -67,8 +67,9 @@ def concept_tokens(
     the greatest, then the `max_tokens` greatest; after each filter they are
     renormalised.
 
-    Models follow the heaviest token of such a mixture, so that this is nearly greedy
-    decoding. `gumbel_concept_tokens` and `dirichlet_concept_tokens` draw other weights.
+    Models mostly follow the heaviest token of such a mixture, the more so the more it
+    weighs, which makes this nearly greedy decoding. `gumbel_concept_tokens` and
+    `dirichlet_concept_tokens` draw other weights.
 
     Args:
         logits: Of the next token; an array, or a value such as `softlib.LinearLogits`.
