@@ -6,44 +6,10 @@ import numpy as np
 from language_model.failures import Failure
 from smollm2 import answers
 from smollm2.checkpoints import Pretrained
+from smollm2.questions import QUESTIONS
 from study.packed_text import read_text
 
 from .options import Options
-
-QUESTIONS = (
-    "Why is the sky blue?",
-    "How does a bicycle stay upright?",
-    "What should I cook for dinner tonight?",
-    "Explain how rain forms.",
-    "Tell me a short story about a lighthouse.",
-    "What makes a good friend?",
-    "How do I learn a new language?",
-    "Why do leaves change colour in autumn?",
-    "Describe a busy market.",
-    "What is the purpose of a constitution?",
-    "How can I sleep better?",
-    "What is the difference between a lake and a sea?",
-    "Give me advice for a job interview.",
-    "How do computers store numbers?",
-    "Why do people tell stories?",
-    "What happens when water boils?",
-    "Plan a weekend in a quiet village.",
-    "What is music made of?",
-    "How do birds find their way?",
-    "Write a letter to a future self.",
-    "What causes the seasons?",
-    "How do I keep a small garden?",
-    "What is a fair game?",
-    "Why is history worth reading?",
-    "Describe the taste of bread.",
-    "How does a bridge carry its load?",
-    "What would you take to a desert island?",
-    "Explain what money is for.",
-    "How do plants grow from seeds?",
-    "What makes a city pleasant to live in?",
-    "Tell me about a journey by train.",
-    "How should one disagree politely?",
-)
 
 
 def passages(pretrained: Pretrained, options: Options) -> list[np.ndarray]:
