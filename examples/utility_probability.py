@@ -2,11 +2,11 @@
 """From utilities to probabilities: how to choose among pronunciations of a word.
 
     pip install --no-deps g2p-en==2.1.0     # the weights of a small GRU, 3 MB, once
-    python examples/utility_probability.py
+    make study NAME=utility_probability
 
-takes a minute on two CPU cores and leaves numbers and a picture in
-`runs/utility-probability`. Start reading at `utility_probability_study/session.py`; the
-lines that use softlib are in `utility_probability_study/choices.py`.
+takes six minutes on two busy CPU cores. Start reading at
+`utility_probability_study/session.py`; the lines that use softlib are in
+`utility_probability_study/choices.py`.
 """
 
 import sys

@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         presets=PRESETS,
         program="utility_probability.py",
         description="Choose among pronunciations by probabilities over candidates.",
-        about_presets="full: a minute on two CPU cores; smoke: seconds, with a random "
+        about_presets="full: minutes on two CPU cores; smoke: seconds, with a random "
         "model, for the tests (default: full)",
         contradiction=lambda options: None,
     )
