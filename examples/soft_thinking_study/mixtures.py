@@ -63,13 +63,13 @@ class Followed(NamedTuple):
         count: Number of tokens.
     """
 
-    nearest: jax.Array
-    same_best: jax.Array
-    heaviest: jax.Array
-    second: jax.Array
-    blend: jax.Array
-    weight: jax.Array
-    count: jax.Array
+    nearest: Any
+    same_best: Any
+    heaviest: Any
+    second: Any
+    blend: Any
+    weight: Any
+    count: Any
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

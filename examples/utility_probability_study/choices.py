@@ -4,7 +4,7 @@ The lines that use softlib.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,11 @@ class Candidates(NamedTuple):
         where: False for a duplicate of an earlier one, or none at all.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    log_probs: np.ndarray
-    utilities: np.ndarray
-    where: np.ndarray
+    tokens: Any
+    lengths: Any
+    log_probs: Any
+    utilities: Any
+    where: Any
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -84,7 +84,7 @@ def scored(
     h = jnp.repeat(gru.encode(p, letters, lengths), count, axis=0)
     before = jnp.concatenate([jnp.full((len(flat), 1), BEGIN), flat[:, :-1]], axis=1)
 
-    def visit(h: jax.Array, token: jax.Array) -> tuple[jax.Array, tuple]:
+    def visit(h: jax.Array, token: jax.Array) -> tuple[jax.Array, Any]:
         following, h = gru.step(p, jnp.maximum(token, 0), h)
         return h, following.hidden
 
@@ -103,7 +103,7 @@ def candidates(
 ) -> Candidates:
     """Sequences with their scores; of equal ones the first counts."""
     log_probs, utilities = scored(p, words.letters, words.lengths, tokens)
-    first = jax.vmap(scoring.identical_groups)(tokens)
+    first = jax.vmap(scoring.identical_groups)(jnp.asarray(tokens))
     where = (np.asarray(first) == np.arange(tokens.shape[1])) & (lengths > 0)
     plain = np.where(tokens == END, -1, tokens)
     return Candidates(
