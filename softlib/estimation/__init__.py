@@ -17,6 +17,9 @@
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 - `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
   paths; `proximity_distance`, a metric for clustering.
+- `HadamardSketch`, `GaussianSketch`, `CountSketch`, `TensorHadamardSketch`: random
+  linear maps to few rows; `fwht`, the transform of the first; `sketched_lstsq`, least
+  squares through them with a bound on every coordinate's error.
 - `fit_log_linear`, `fit_power_law`: scaling laws, lines through logarithms, with
   intervals of their numbers.
 """
@@ -57,6 +60,17 @@ from ._separator import (
     fit_separator as fit_separator,
     separation_step_bound as separation_step_bound,
 )
+from ._sketched_lstsq import (
+    SketchedLeastSquares as SketchedLeastSquares,
+    sketched_lstsq as sketched_lstsq,
+)
+from ._sketches import (
+    CountSketch as CountSketch,
+    GaussianSketch as GaussianSketch,
+    HadamardSketch as HadamardSketch,
+    TensorHadamardSketch as TensorHadamardSketch,
+    fwht as fwht,
+)
 from ._softmax_regression import (
     LabelShift as LabelShift,
     SoftmaxRegression as SoftmaxRegression,
@@ -74,16 +88,21 @@ __all__ = [
     "AnnealingAreas",
     "AnnealingLaw",
     "AnnealingLawFit",
+    "CountSketch",
     "ExpertGate",
     "GaussianExperts",
     "GaussianExpertsFit",
+    "GaussianSketch",
+    "HadamardSketch",
     "LabelShift",
     "LogLinearFit",
     "PowerLawFit",
     "ProximityDistance",
     "SeparatorFit",
+    "SketchedLeastSquares",
     "SoftmaxRegression",
     "SoftmaxRegressionFit",
+    "TensorHadamardSketch",
     "annealing_areas",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
@@ -94,11 +113,13 @@ __all__ = [
     "fit_power_law",
     "fit_separator",
     "fit_softmax_regression",
+    "fwht",
     "gauge_fixed_experts",
     "in_context_label_shift",
     "log_graph_proximity",
     "proximity_distance",
     "separation_step_bound",
+    "sketched_lstsq",
     "voronoi_cells",
     "voronoi_loss",
 ]

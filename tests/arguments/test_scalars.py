@@ -52,6 +52,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0, math.inf),
     "decoding.cold_stop.threshold": (0, math.inf),
     "estimation.log_graph_proximity.t": (0, math.inf),
+    "estimation.sketched_lstsq.delta": (0, 1),
     "losses.dpo_loss.label_smoothing": (0, 0.5),
     "losses.mcmi_loss.weight": (0, math.inf),
     "losses.poly1_cross_entropy.epsilon": (-1, math.inf),
