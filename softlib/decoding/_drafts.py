@@ -296,13 +296,21 @@ class NGramDraft(Draft):
     def _child(self, node: Int[Array, " B"], wanted: Int[Array, " B"]) -> Array:
         """The child of each node with the wanted token, 0 if there is none."""
         low, stop = self.first_child[node], self.first_child[node + 1]
-        high, last = stop, self.token.shape[0] - 1
-        for _ in range(last.bit_length()):
+        last = self.token.shape[0] - 1
+
+        def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
             middle = (low + high) // 2
             below = self.token[jnp.minimum(middle, last)] < wanted
             is_open = low < high
-            low = jnp.where(is_open & below, middle + 1, low)
-            high = jnp.where(is_open & ~below, middle, high)
+            return (
+                jnp.where(is_open & below, middle + 1, low),
+                jnp.where(is_open & ~below, middle, high),
+            )
+
+        # A loop: XLA fuses the steps of an unrolled one, each of which looks up what
+        # the last one found, and compiles for minutes with a large tree.
+        low, _ = lax.fori_loop(0, last.bit_length(), halve, (low, stop))
         is_it = (low < stop) & (self.token[jnp.minimum(low, last)] == wanted)
         return jnp.where(is_it, low, 0)
 

@@ -279,6 +279,19 @@ def test_counted_drafts_oracle(order):
         assert count == (known.index(False) if False in known else 3)
 
 
+def test_the_program_of_a_counted_draft_does_not_grow_with_its_tree():
+    """Searches that are unrolled compile for minutes with a tree of 100,000 nodes."""
+
+    def size(count):
+        draft = NGramDraft.fit(RNG.integers(0, 500, count), draft_length=2)
+        propose = lambda draft: draft.propose(
+            None, jnp.ones((1, 4), int), jnp.ones(1, int), ()
+        )
+        return len(str(jax.make_jaxpr(propose)(draft)).splitlines())
+
+    assert size(20_000) == size(50)
+
+
 @pytest.mark.parametrize(
     ("make", "given", "options", "error", "message"),
     [
