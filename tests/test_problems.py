@@ -40,8 +40,11 @@ def block_sparse() -> Iterator[tuple[str, np.ndarray]]:
     gpu, tpu = test_gpu_attention, test_tpu_attention
     for lists in (gpu.PROBLEMS, gpu.SLOW, tpu.PROBLEMS, tpu.MORE):
         for name, problem in lists.items():
-            mask = problem.operands().plan.mask
-            yield name, np.asarray(mask.materialize(problem.T, problem.S))
+            operands = problem.operands()
+            mask = operands.plan.mask.materialize(problem.T, problem.S)
+            allowed = np.asarray(mask).reshape(-1, 1, problem.T, problem.S)
+            arrays = True if operands.dense is None else np.asarray(operands.dense)
+            yield name, allowed & arrays
     for name in test_attention.MASKS:
         for of, shape in test_attention.SHAPES.items():
             allowed = problems.mask(name, shape).allowed
