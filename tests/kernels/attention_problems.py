@@ -37,7 +37,8 @@ class Problem:
     Attributes:
         lengths: Limit the keys of each batch entry.
         dense: The axes, out of "bnts", of a boolean array over pairs; None for none.
-        bias: Those of a bias. Where - follows, -inf excludes a few pairs.
+        bias: Those of a bias, which is NaN where none of its pairs attend. Where -
+            follows, -inf excludes a few pairs.
         bias_dtype: Of the bias.
     """
 
@@ -70,11 +71,17 @@ class Problem:
             mask = mask & masks.Padding(key=np.asarray(self.lengths, np.int32))
         plan = plan_of(mask, (self.T, self.S))
         sinks = jnp.asarray(random.normal(size=self.N), jnp.float32)
-        dense, bias = self._on_pairs()
+        dense, bias = self._on_pairs(mask)
         sinks = sinks if self.sinks else None
         return Operands(*(query, key, value, plan), dense, bias, sinks)
 
-    def _on_pairs(self) -> tuple[jax.Array | None, jax.Array | None]:
+    def attends(self, mask: masks.Mask, dense: Any) -> np.ndarray:
+        """Which pairs do, by a mask and the boolean array, (b, n, T, S)."""
+        allowed = np.asarray(mask.materialize(self.T, self.S))
+        allowed = allowed.reshape(-1, 1, self.T, self.S)
+        return allowed if dense is None else allowed & np.asarray(dense)
+
+    def _on_pairs(self, mask: masks.Mask) -> tuple[jax.Array | None, jax.Array | None]:
         """The boolean array and the bias."""
         random = np.random.default_rng(2)
         sizes = {"b": self.B, "n": self.N, "t": self.T, "s": self.S}
@@ -89,7 +96,9 @@ class Problem:
             bias = 3 * random.normal(size=shape_of(self.bias))
             if "-" in self.bias:
                 bias[random.random(bias.shape) < 0.1] = -np.inf
-            bias = jnp.asarray(bias, self.bias_dtype)
+            shared = tuple(axis for axis in range(4) if bias.shape[axis] == 1)
+            some = self.attends(mask, dense).any(shared, keepdims=True)
+            bias = jnp.asarray(np.where(some, bias, np.nan), self.bias_dtype)
         return dense, bias
 
     def options(self) -> Options:
@@ -126,10 +135,7 @@ def check(
 
     # In NumPy, where to look at a part is no program of its own.
     found, gradient = jax.tree.map(np.asarray, both(operands, g_out, g_lse))
-    allowed = np.asarray(operands.plan.mask.materialize(problem.T, problem.S))
-    allowed = allowed.reshape(-1, 1, problem.T, problem.S)
-    if operands.dense is not None:
-        allowed = allowed & np.asarray(operands.dense)
+    allowed = problem.attends(operands.plan.mask, operands.dense)
     bias = operands.bias
     if bias is not None:
         bias = np.asarray(bias, np.float64)

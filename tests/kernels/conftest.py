@@ -29,6 +29,7 @@ SLOW = {
         "test_output_and_gradients[radial]",
         "test_output_and_gradients[lengths]",
         "test_output_and_gradients[extreme scores]",
+        "test_lowered_inside_shard_map_with_arrays_over_pairs[False]",
     ),
     "test_tpu_decode.py": (
         "test_matches_the_oracle[bfloat16, running]",

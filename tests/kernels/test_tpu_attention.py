@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from pallas_kernels._attention_extras import Extras
 from pallas_kernels._devices import ANY_TPU, V4, V5E, V5P, V6E, V7X
 from pallas_kernels.tpu import (
     attention as forward_pass,
@@ -99,11 +101,24 @@ PROBLEMS = {
         softcap=3.0,
         tiles=IN_TURN,
     ),
-    "booleans of keys": Problem(BANDED, dense="bs", B=2, K=2, dtype="bfloat16"),
     "array, empty rows, heads in groups": Problem(
-        *(masks.Causal(150), 150, 300, 4, 2), B=2, dense="bts", dtype="bfloat16"
+        masks.Causal(150), K=1, B=2, dense="bts", dtype="bfloat16"
     ),
-    "bias, ragged": Problem(N=2, bias="nts-", sinks=True, softcap=3.0),
+    "bias, array of keys, ragged": Problem(
+        *(BANDED, 150, 300, 2, 2),
+        B=2,
+        dense="bs",
+        bias="nts-",
+        sinks=True,
+        softcap=3.0,
+        dtype="bfloat16",
+    ),
+    "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
+}
+# The same with other tiles, dtypes and combinations.
+MORE = {
+    "booleans of keys": Problem(BANDED, dense="bs", B=2, K=2, dtype="bfloat16"),
+    "float32 bias, ragged": Problem(bias="nts-", sinks=True, softcap=3.0),
     "array per head, bias, aligned": Problem(
         *(masks.All(), 256, 256, 2, 1),
         dense="nts",
@@ -120,10 +135,6 @@ PROBLEMS = {
         bias="ns",
         dtype="bfloat16",
     ),
-    "extreme scores": Problem(spread=300.0, N=1, dtype="bfloat16"),
-}
-# The same with other tiles, dtypes and combinations.
-MORE = {
     "booleans of queries": Problem(LATE, T=260, N=1, dense="t", tiles=IN_TURN),
     "segments, aligned": Problem(
         masks.Segments(packed(1, 256)[0]), 256, 256, dtype="bfloat16"
@@ -231,7 +242,8 @@ def test_more_outputs_and_gradients(name, given_tiles):
 
 def test_nothing_races(given_tiles):
     given_tiles(SMALL, SIMULATED)
-    check(dataclasses.replace(PROBLEMS["lengths"], N=1))
+    problem = dataclasses.replace(PROBLEMS["lengths"], N=1, dense="bts", bias="nts")
+    check(problem)
 
 
 @pytest.mark.slow
@@ -334,6 +346,18 @@ def test_tiles_fit_and_are_divided_by_their_pieces(device, which):
                 assert columns % tiles.chunk == tiles.chunk % 128 == 0
 
 
+@pytest.mark.parametrize("which", ["forward", "query", "key"])
+def test_a_bias_takes_vector_memory_from_tiles(which):
+    def fitting(*parts: Any) -> list[Tiles]:
+        limits = (which, (8192, 8192), (256, 256), jnp.bfloat16, V5E)
+        return attention_tiles.candidates(*limits, parts=parts)
+
+    bias: Any = jax.ShapeDtypeStruct((1, 4, 8192, 8192), jnp.float32)
+    found = fitting(*attention_tiles.parts_of(Extras(bias=bias)))
+    assert set(found) < set(fitting())
+    assert len(found) > 1
+
+
 def test_a_narrow_band_gets_smaller_tiles_than_a_full_square():
     def chosen(mask: masks.Mask) -> Any:
         query = key = value = jnp.zeros((1, 8192, 1, 128), jnp.bfloat16)
@@ -367,6 +391,47 @@ def test_lowered_for_a_tpu_a_training_step_is_three_kernels():
     assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
     cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "tpu_custom_call" not in cuda
+
+
+def training_on_pairs(query, key, value, bias, dense):
+    mask = masks.Causal(), dense
+    return training(query, key, value, mask=mask, bias=bias)
+
+
+def arrays_on_pairs() -> list[Any]:
+    bias = jax.ShapeDtypeStruct((2, 1, 300, 260), jnp.bfloat16)
+    dense = jax.ShapeDtypeStruct((1, 4, 300, 260), jnp.bool_)
+    return [*arrays(T=300, S=260), bias, dense]
+
+
+def test_lowered_for_a_tpu_arrays_over_pairs_are_read_by_kernels():
+    """All gradients: that of the bias has a loop of plain JAX, the others kernels."""
+    step, given = jax.grad(training_on_pairs, (0, 1, 2, 3)), arrays_on_pairs()
+    text = str(explain(step, *given))
+    assert text.count("tpu: pallas_tpu") == 2
+    assert "not pallas_tpu" not in text
+    assert text.count("the gradient of `bias`, where it is used") == 1
+    lowered = jax.jit(step).trace(*given).lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("@tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_lowered_inside_shard_map_with_arrays_over_pairs(check_vma):
+    """The interpreter does not run there: what is declared of results is checked.
+
+    A batch entry has a bias of its own, and all share the boolean array.
+    """
+    rows, shared = PartitionSpec("data"), PartitionSpec()
+    step = jax.shard_map(
+        jax.grad(training_on_pairs, (0, 1, 2, 3)),
+        mesh=AbstractMesh((2,), ("data",), (AxisType.Auto,)),
+        in_specs=(*[rows] * 4, shared),
+        out_specs=(rows,) * 4,
+        check_vma=check_vma,
+    )
+    traced = jax.jit(step).trace(*arrays_on_pairs())
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("@tpu_custom_call") == 3
 
 
 def test_explain_tells_the_tiles():
@@ -447,10 +512,6 @@ ACCEPTED = {
         "is_causal": True,
     },
     "a boolean array of batch entries": {"mask": np.ones((2, 1, 1, 1), bool)},
-    "a boolean array of pairs": {
-        "mask": (masks.Causal(), np.ones((1, 4, 300, 260), bool))
-    },
-    "a bias": {"bias": jnp.zeros((2, 1, 300, 260), jnp.bfloat16)},
     "a bias of heads": {"bias": jnp.zeros((1, 4, 1, 1)), "is_causal": True},
     "softcap": {"softcap": 5.0, "sinks": jnp.zeros(4)},
     "softplus": {"normalizer": "softplus"},
