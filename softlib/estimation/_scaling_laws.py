@@ -133,8 +133,8 @@ def fit_power_law(
     Example:
         >>> x = jnp.array([1.0, 4.0, 16.0])
         >>> fit = softlib.estimation.fit_power_law(x, 3 / jnp.sqrt(x))
-        >>> print(fit.exponent.round(3), fit.factor.round(3))
-        -0.5 3.0
+        >>> print(f"{fit.exponent:.3f} {fit.factor:.3f}")
+        -0.500 3.000
     """
     x, y = _checked("fit_power_law", x, y, level)
     where = checks.checked_where("fit_power_law", where, y.shape, "the shape of `y`")
