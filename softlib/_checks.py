@@ -129,13 +129,18 @@ def require_positive_number(function: str, name: str, value: object) -> None:
 
 
 def require_positive_integer(function: str, name: str, value: object) -> None:
+    require_integer_from(function, name, value, 1)
+
+
+def require_integer_from(function: str, name: str, value: object, least: int) -> None:
+    """Requires a Python int that is not below `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{function}: `{name}` must be a Python int (it is static), "
             f"got {type(value).__name__}."
         )
-    if value < 1:
-        raise ValueError(f"{function}: `{name}` must be at least 1, got {value}.")
+    if value < least:
+        raise ValueError(f"{function}: `{name}` must be at least {least}, got {value}.")
 
 
 def require_below(function: str, name: str, value: float, bound: float) -> None:

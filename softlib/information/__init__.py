@@ -15,6 +15,12 @@ Mixtures of hypotheses under the logarithmic loss, and what they guarantee:
 
 - `sequential_mixture`, `SequentialMixture`; `redundancy_bound`, `RedundancyBound`
 
+Lengths of sequences, programs and codes:
+
+- `integer_frequencies`, `range_encode`, `RangeCode`, `range_decode`: a coder
+- `context_log_likelihoods`: predictions by what followed before
+- `compression_rate`: of programs that print data
+
 From samples, by Gaussian kernels; scalars of a whole set:
 
 - `cauchy_schwarz_divergence`, `cauchy_schwarz_mutual_information`,
@@ -50,9 +56,18 @@ from ._differential import (
     optimal_rejected_distribution as optimal_rejected_distribution,
     sampled_differential_information as sampled_differential_information,
 )
+from ._program_length import (
+    RangeCode as RangeCode,
+    compression_rate as compression_rate,
+    context_log_likelihoods as context_log_likelihoods,
+    integer_frequencies as integer_frequencies,
+    range_decode as range_decode,
+    range_encode as range_encode,
+)
 
 __all__ = [
     "CentroidSums",
+    "RangeCode",
     "RedundancyBound",
     "SampledEntropy",
     "SequentialMixture",
@@ -61,14 +76,19 @@ __all__ = [
     "centroid_update",
     "class_centroid_sums",
     "class_centroids",
+    "compression_rate",
     "conditional_cauchy_schwarz_divergence",
     "conditional_mutual_information",
+    "context_log_likelihoods",
     "cs_information_bottleneck_loss",
     "differential_information",
     "differential_information_entropy",
     "dpo_optimal_policy",
+    "integer_frequencies",
     "median_bandwidth",
     "optimal_rejected_distribution",
+    "range_decode",
+    "range_encode",
     "redundancy_bound",
     "sampled_differential_information",
     "sequential_mixture",

@@ -51,15 +51,11 @@ class FloatFormat:
         name = type(self).__name__
         checks.require_positive_integer(name, "exponent_bits", self.exponent_bits)
         m = self.mantissa_bits
-        if isinstance(m, bool) or not isinstance(m, int):
-            raise TypeError(
-                f"{name}: `mantissa_bits` must be a Python int (it is static), "
-                f"got {type(m).__name__}."
-            )
-        if not (m >= 0 and 1 + self.exponent_bits + m <= 8):
+        checks.require_integer_from(name, "mantissa_bits", m, 0)
+        if 1 + self.exponent_bits + m > 8:
             raise ValueError(
-                f"{name}: `mantissa_bits` must be at least 0, and with sign and "
-                f"exponent at most eight bits, got {m} beside {self.exponent_bits}."
+                f"{name}: `mantissa_bits` must be at most eight with sign and "
+                f"exponent, got {m} beside {self.exponent_bits}."
             )
         if self.bias is None:
             object.__setattr__(self, "bias", 2 ** (self.exponent_bits - 1) - 1)
