@@ -70,6 +70,14 @@ def cases() -> list[Case]:
         *_bare("plain softplus", CAUSAL, Softplus()),
         *_bare("log softplus of dropped frames", DROPPED, LogSoftplus(), softcap=30.0),
         *_bare("stablemax radial", RADIAL, StableMax()),
+        # As in a ring, whose steps are added up.
+        *_bare("float32 results", dataclasses.replace(CAUSAL, batch=3), is_wide=True),
+        *_bare(
+            *("float32 results of a softcap", dataclasses.replace(LATENT, batch=2)),
+            softcap=30.0,
+            is_wide=True,
+        ),
+        *_bare("wide float32 results", WIDE, is_wide=True),
     ]
     return [*through, *bare]
 
@@ -128,21 +136,34 @@ def case_of(
 
 # ----------------------------------------------------------------------- bare kernels
 def _bare(
-    name: str, problem: Problem, kind: Kind | None = None, softcap: float | None = None
+    name: str,
+    problem: Problem,
+    kind: Kind | None = None,
+    softcap: float | None = None,
+    *,
+    is_wide: bool = False,
 ) -> list[Case]:
-    """Each kernel by itself, as the engine calls it."""
+    """Each kernel by itself, as the engine calls it; `is_wide` for float32 results."""
     (h, e), (t, _), (n, _) = problem.features, problem.lengths, problem.heads
     per_row = array(jnp.float32, problem.batch, n, t)
     arguments = (*in_layout(problem), per_row, per_row)
-    options = Options(kind or Softmax(), h**-0.5, softcap, None, problem.dtype)
+    options = Options(
+        *(kind or Softmax(), h**-0.5, softcap, None),
+        out_dtype=jnp.dtype(jnp.float32 if is_wide else problem.dtype),
+        wide_gradients=is_wide,
+    )
 
     def given(which: Any, query: Any, key: Any, value: Any) -> tuple[Any, Any]:
         """The lists of tiles, and what is static."""
         plan = plan_of(problem.mask, problem.lengths)
         operands = Operands(query, key, value, plan)
         form, _ = adapter.form_of(options, operands)
-        tiles = adapter.tiles_of(which, operands)
-        return adapter.lists_of(which, operands), {"form": form, "tiles": tiles}
+        static = {"form": form, "tiles": adapter.tiles_of(which, options, operands)}
+        if which == "forward":
+            static["out_dtype"] = options.out_dtype
+        else:
+            static["is_wide"] = is_wide
+        return adapter.lists_of(which, options, operands), static
 
     def forward(query: Any, key: Any, value: Any) -> Any:
         lists, static = given("forward", query, key, value)

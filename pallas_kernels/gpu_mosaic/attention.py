@@ -9,8 +9,8 @@ Lists and masks: `attention_lists`, `attention_scores`. Arrays stay in the layou
 (batch, length, heads, features): a copy takes one head out of it.
 
 Shared memory: the queries, `stages` tiles of keys and of values, and the output if it
-does not fit into the memory of the queries. Registers per thread: E / 2 for the output
-and `keys` / 2 for scores.
+does not fit into the memory of the queries, of a float32 output a few columns.
+Registers per thread: E / 2 for the output and `keys` / 2 for scores.
 """
 
 import functools
@@ -41,6 +41,7 @@ def attention(
     *,
     form: Form,
     tiles: Tiles,
+    out_dtype: Any,
     sinks: jax.Array | None = None,
     mask_scalars: jax.Array | None = None,
     extras: Extras = NOTHING,
@@ -56,6 +57,7 @@ def attention(
             last tile of keys is not full, it is listed as masked.
         form: Options of scores and weights.
         tiles: Sizes.
+        out_dtype: That of `query`, or float32.
         sinks: (N,) float32: one more score per head, without a value; only for weights
             `softmax`.
         mask_scalars: (B, n) int32: further arguments of `form.mask`.
@@ -63,22 +65,24 @@ def attention(
         interpret: As in `plgpu.kernel`.
 
     Returns:
-        The output in the dtype of `query`, (B, T, N, E), 0 in rows without weights, and
-        the normalizer, float32, (B, N, T): the log-sum in nats (-inf or the sink in
-        rows without weights), or the sum if weights are not relative.
+        The output, (B, T, N, E), 0 in rows without weights, and the normalizer,
+        float32, (B, N, T): the log-sum in nats (-inf or the sink in rows without
+        weights), or the sum if weights are not relative.
     """
     batch, length, heads, features = query.shape
     value_features = value.shape[-1]
     given = [x for x in (sinks, *operands_of(extras), mask_scalars) if x is not None]
     operands = (query, key, value, *lists, *given)
     layout = Layout(parts_of(extras), tiles.keys, tiles.stages)
+    is_wide = out_dtype != query.dtype
     scratch: dict[str, Any] = {
         "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
         "k": ring.swizzled((tiles.stages, tiles.keys, features), query.dtype),
         "v": ring.swizzled((tiles.stages, tiles.keys, value_features), value.dtype),
         "out": ring.swizzled((WARPGROUPS, ROWS, value_features), query.dtype)
-        if features != value_features
+        if features != value_features and not is_wide
         else None,
+        "wide": ring.wide(is_wide),
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "staging": ring.staging(tiles.keys, value.dtype, interpret),
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
@@ -96,7 +100,7 @@ def attention(
             has_sinks=sinks is not None,
         ),
         out_type=(
-            result((batch, length, heads, value_features), query.dtype, *operands),
+            result((batch, length, heads, value_features), out_dtype, *operands),
             result((batch, heads, length), jnp.float32, *operands),
         ),
         scratch_types=scratch,
@@ -112,7 +116,7 @@ def attention(
 
 
 def _forward_kernel(
-    *refs, form, layout, has_sinks, q, k, v, out, lse, staging, extras, **barriers
+    *refs, form, layout, has_sinks, q, k, v, out, wide, lse, staging, extras, **barriers
 ):
     query_ref, key_ref, value_ref, others_ref, tiles_ref, *rest = refs
     sinks_ref = rest.pop(0) if has_sinks else None
@@ -204,8 +208,8 @@ def _forward_kernel(
             weight = jnp.where(empty, -jnp.inf, bits * LN2)
         lse[warpgroup] = weight
         total = total * across(inverse, total.shape)
-        slot = (q if out is None else out).at[warpgroup]
-        ring.store(total, slot, out_ref.at[batch, own, head])
+        tile, target = q if out is None else out, out_ref.at[batch, own, head]
+        ring.store_result(total, tile, wide, warpgroup, target)
         plgpu.copy_smem_to_gmem(lse.at[warpgroup], lse_ref.at[batch, head, own])
         plgpu.wait_smem_to_gmem(0)
 

@@ -55,6 +55,7 @@ def query_gradient(
     *,
     form: Form,
     tiles: BackwardTiles,
+    is_wide: bool,
     mask_scalars: jax.Array | None = None,
     extras: Extras = NOTHING,
     interpret: Any = None,
@@ -73,12 +74,13 @@ def query_gradient(
         lists: Lists of tiles of `tiles.keys` keys for each tile of 128 queries.
         form: See `query`.
         tiles: Sizes.
+        is_wide: Whether the result is float32.
         mask_scalars: As in `attention`.
         extras: As in `attention`.
         interpret: See `query`.
 
     Returns:
-        dQ, in the shape and dtype of `query`.
+        dQ, in the shape and dtype of `query`, or float32.
     """
     batch, _, heads, features = query.shape
     value_features, stages = value.shape[-1], tiles.stages
@@ -87,13 +89,16 @@ def query_gradient(
     layout = Layout(parts_of(extras), tiles.keys, stages)
     return plgpu.kernel(
         functools.partial(_query_kernel, form=form, layout=layout),
-        out_type=result(query.shape, query.dtype, *operands),
+        out_type=result(
+            query.shape, jnp.float32 if is_wide else query.dtype, *operands
+        ),
         scratch_types={
             "q": ring.swizzled((WARPGROUPS, ROWS, features), query.dtype),
             "do": ring.swizzled((WARPGROUPS, ROWS, value_features), query.dtype),
             "k": ring.swizzled((stages, tiles.keys, features), key.dtype),
             "v": ring.swizzled((stages, tiles.keys, value_features), value.dtype),
             "rows": plgpu.SMEM((2, WARPGROUPS, ROWS), jnp.float32),
+            "wide": ring.wide(is_wide),
             "staging": ring.staging(tiles.keys, key.dtype, interpret),
             "owned": plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
             "k_ready": plgpu.Barrier(num_barriers=stages),
@@ -113,7 +118,7 @@ def query_gradient(
 
 
 def _query_kernel(
-    *refs, form, layout, q, do, k, v, rows, staging, owned, extras, **barriers
+    *refs, form, layout, q, do, k, v, rows, wide, staging, owned, extras, **barriers
 ):
     *arrays, others_ref, tiles_ref = refs[:8]
     query_ref, key_ref, value_ref, cotangent_ref, norm_ref, delta_ref = arrays
@@ -186,5 +191,5 @@ def _query_kernel(
             return total
 
         total = walk.fold(step, ring.zeros(k.shape[2]))
-        ring.store(total * form.scale, q.at[warpgroup], dq_ref.at[own])
+        ring.store_result(total * form.scale, q, wide, warpgroup, dq_ref.at[own])
         plgpu.wait_smem_to_gmem(0)

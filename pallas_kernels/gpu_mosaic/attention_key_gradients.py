@@ -40,6 +40,7 @@ def key_gradients(
     *,
     form: Form,
     tiles: BackwardTiles,
+    is_wide: bool,
     mask_scalars: jax.Array | None = None,
     extras: Extras = NOTHING,
     interpret: Any = None,
@@ -56,15 +57,17 @@ def key_gradients(
         lists: Lists of tiles of `tiles.queries` queries for each tile of 128 keys.
         form: See `query`.
         tiles: See `query`.
+        is_wide: Whether the results are float32.
         mask_scalars: See `query`.
         extras: See `query`.
         interpret: See `query`.
 
     Returns:
-        In the shapes and dtypes of `key` and `value`; 0 for keys that no query reads.
+        In the shapes and dtypes of `key` and `value`, or float32; 0 for keys that no
+        query reads.
     """
     arrays = (query, key, value, cotangent, norm, delta, lists, mask_scalars, extras)
-    call = functools.partial(_call, *arrays, form, tiles, interpret)
+    call = functools.partial(_call, *arrays, form, tiles, is_wide, interpret)
     crowded = form.is_heavy and key.shape[-1] + value.shape[-1] > 192
     if tiles.together and not crowded:
         dk, dv = call("attention_key_gradients", (True, True))
@@ -86,6 +89,7 @@ def _call(
     extras: Extras,
     form: Form,
     tiles: BackwardTiles,
+    is_wide: bool,
     interpret: Any,
     name: str,
     wanted: tuple[bool, bool],
@@ -104,6 +108,7 @@ def _call(
         "norms": per_query,
         "v": ring.swizzled((WARPGROUPS, ROWS, value_features), value.dtype),
         "deltas": per_query,
+        "wide": ring.wide(is_wide),
         "staging": ring.staging(tiles.queries, query.dtype, interpret),
         "owned": plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         "ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
@@ -113,7 +118,10 @@ def _call(
     wants = [x for x, is_wanted in zip((key, value), wanted, strict=True) if is_wanted]
     return plgpu.kernel(
         functools.partial(_key_kernel, form=form, layout=layout, wanted=wanted),
-        out_type=tuple(result(x.shape, x.dtype, *operands) for x in wants),
+        out_type=tuple(
+            result(x.shape, jnp.float32 if is_wide else x.dtype, *operands)
+            for x in wants
+        ),
         scratch_types=scratch,
         grid=(lists.tiles.shape[0], key_heads, batch),
         grid_names=("tile", "head", "batch"),
@@ -126,7 +134,20 @@ def _call(
 
 
 def _key_kernel(
-    *refs, form, layout, wanted, k, v, q, do, norms, deltas, staging, extras, **barriers
+    *refs,
+    form,
+    layout,
+    wanted,
+    k,
+    v,
+    q,
+    do,
+    norms,
+    deltas,
+    wide,
+    staging,
+    extras,
+    **barriers,
 ):
     *arrays, others_ref, tiles_ref = refs[:8]
     query_ref, key_ref, value_ref, cotangent_ref, norm_ref, delta_ref = arrays
@@ -229,7 +250,7 @@ def _key_kernel(
             head(0, totals) if groups == 1 else lax.fori_loop(0, groups, head, totals)
         )
         if dk is not None:
-            ring.store(dk * form.scale, k.at[warpgroup], dk_ref.at[own()])
+            ring.store_result(dk * form.scale, k, wide, warpgroup, dk_ref.at[own()])
         if dv is not None:
-            ring.store(dv, v.at[warpgroup], dv_ref.at[own()])
+            ring.store_result(dv, v, wide, warpgroup, dv_ref.at[own()])
         plgpu.wait_smem_to_gmem(0)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .attention_tiles import FEATURES, ROWS, WARPGROUPS
+from .attention_tiles import ROWS, SWIZZLE, WARPGROUPS, WIDE_COLUMNS
 
 # Registers per thread; the three warpgroups share 512 per lane.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
@@ -174,7 +174,8 @@ def scalars(scalars_refs: Sequence[Any], batch: Any) -> list[Any]:
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory in the layout of matrix units."""
-    transforms = (plgpu.TilingTransform((8, FEATURES)), plgpu.SwizzleTransform(128))
+    columns = SWIZZLE // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -256,11 +257,33 @@ def added(total: Any, left: Any, right: Any, staging: Any) -> Any:
     return accumulate(plgpu.ACC.init(total))
 
 
+def wide(is_wide: bool) -> Any:
+    """Shared memory per warpgroup for a few columns of a result, if it is float32."""
+    return swizzled((WARPGROUPS, ROWS, WIDE_COLUMNS), jnp.float32) if is_wide else None
+
+
 def store(total: Any, slot: Any, target: Any) -> None:
     """Stores through shared memory to `target`; rows beyond its end are dropped."""
     slot[...] = total.astype(slot.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(slot, target)
+
+
+def store_result(total: Any, own: Any, wide: Any, warpgroup: Any, target: Any) -> None:
+    """Stores a warpgroup's result through its tile in `own`, or in `wide` if given.
+
+    `wide` takes a few columns at a time.
+    """
+    if wide is None:
+        store(total, own.at[warpgroup], target)
+        return
+    for first in range(0, total.shape[1], WIDE_COLUMNS):
+        # The copy before, of this result or of another, may still read the slot.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stop = first + WIDE_COLUMNS
+        piece = lax.slice(total, (0, first), (total.shape[0], stop))
+        columns = target.at[:, pl.ds(first, WIDE_COLUMNS)]
+        store(piece, wide.at[warpgroup], columns)
 
 
 def per_row(values: Any) -> Any:

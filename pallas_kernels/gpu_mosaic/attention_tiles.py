@@ -8,7 +8,9 @@ WARPGROUPS = 2  # compute warpgroups
 ROWS = 64  # rows per warpgroup
 TILE = WARPGROUPS * ROWS  # rows of a block of threads
 LENGTHS = 8  # lengths are multiples of this
-FEATURES = 64  # numbers of features are multiples of this: 128 bytes, one swizzle
+SWIZZLE = 128  # bytes
+FEATURES = 64  # numbers of features are multiples of this: one swizzle
+WIDE_COLUMNS = 32  # of a float32 result that are stored at a time: one swizzle
 PAIR_COLUMNS = 32  # of an array over pairs, keys are multiples of this: one swizzle
 MOST_COLUMNS = 256  # most columns of a product
 SPARE_BYTES = 4096  # reserve of shared memory: barriers, and gaps between arrays
@@ -48,16 +50,27 @@ class Tiles:
     stages: int = 2
 
     def smem_bytes(
-        self, features: int, value_features: int, pairs: PairBytes = NO_PAIRS
+        self,
+        features: int,
+        value_features: int,
+        pairs: PairBytes = NO_PAIRS,
+        is_wide: bool = False,
     ) -> int:
+        """Bytes of shared memory; `is_wide` if the output is float32."""
         ring = self.stages * self.keys * (features + value_features)
-        queries = TILE * (features + (value_features != features) * value_features)
+        separate = value_features if value_features != features else 0
+        out = 2 * WIDE_COLUMNS if is_wide else separate
+        queries = TILE * (features + out)
         extras = self.stages * pairs.of_step(self.keys)
         return (ring + queries) * 2 + TILE * 4 + extras + SPARE_BYTES
 
 
 def choose_tiles(
-    features: int, value_features: int, device: Gpu, pairs: PairBytes = NO_PAIRS
+    features: int,
+    value_features: int,
+    device: Gpu,
+    pairs: PairBytes = NO_PAIRS,
+    is_wide: bool = False,
 ) -> Tiles | None:
     """The most keys per tile, then the most stages, that fit; None if nothing fits.
 
@@ -71,7 +84,8 @@ def choose_tiles(
     # One stage, which cannot prefetch, is the last resort.
     for keys, stages in (*sizes, (64, 1)):
         tiles = Tiles(keys, stages)
-        if tiles.smem_bytes(features, value_features, pairs) <= device.smem_bytes:
+        size = tiles.smem_bytes(features, value_features, pairs, is_wide)
+        if size <= device.smem_bytes:
             return tiles
     return None
 
@@ -93,16 +107,25 @@ class BackwardTiles:
     together: bool = True
 
     def smem_bytes(
-        self, features: int, value_features: int, pairs: PairBytes = NO_PAIRS
+        self,
+        features: int,
+        value_features: int,
+        pairs: PairBytes = NO_PAIRS,
+        is_wide: bool = False,
     ) -> int:
-        """Bytes of shared memory of the largest kernel."""
+        """Bytes of the largest kernel; `is_wide` if results are float32."""
         size = max(self.keys, self.queries)
         arrays = (TILE + self.stages * size) * (2 * (features + value_features) + 2 * 4)
+        arrays += is_wide * TILE * WIDE_COLUMNS * 4
         return arrays + self.stages * pairs.of_step(size) + SPARE_BYTES
 
 
 def choose_backward_tiles(
-    features: int, value_features: int, device: Gpu, pairs: PairBytes = NO_PAIRS
+    features: int,
+    value_features: int,
+    device: Gpu,
+    pairs: PairBytes = NO_PAIRS,
+    is_wide: bool = False,
 ) -> BackwardTiles | None:
     """The most stages that shared memory holds, up to four; None if nothing fits.
 
@@ -114,6 +137,7 @@ def choose_backward_tiles(
     together = (features + value_features) // 2 <= MOST_SUMS
     for stages in (4, 3, 2, 1):
         tiles = BackwardTiles(stages=stages, together=together)
-        if tiles.smem_bytes(features, value_features, pairs) <= device.smem_bytes:
+        size = tiles.smem_bytes(features, value_features, pairs, is_wide)
+        if size <= device.smem_bytes:
             return tiles
     return None

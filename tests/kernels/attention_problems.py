@@ -40,6 +40,7 @@ class Problem:
         bias: Those of a bias, which is NaN where none of its pairs attend. Where -
             follows, -inf excludes a few pairs.
         bias_dtype: Of the bias.
+        wide: Whether the output and the gradients are float32, to be added up.
     """
 
     mask: masks.Mask = CAUSAL
@@ -58,6 +59,7 @@ class Problem:
     bias: str | None = None
     bias_dtype: str = "float32"
     dtype: str = "bfloat16"
+    wide: bool = False
     spread: float = 1.0
 
     def operands(self) -> Operands:
@@ -103,7 +105,9 @@ class Problem:
 
     def options(self) -> Options:
         scale = self.H**-0.5
-        return Options(self.kind, scale, self.softcap, None, jnp.dtype(self.dtype))
+        dtype = jnp.dtype(jnp.float32 if self.wide else self.dtype)
+        options = Options(self.kind, scale, self.softcap, None, dtype)
+        return dataclasses.replace(options, wide_gradients=self.wide)
 
 
 def check(
@@ -165,6 +169,9 @@ def check(
         if value is not None:
             wanted = expected.gradients[name]
             assert_close(value, wanted, dtype=problem.dtype, length=length, c=c)
+    for x in (found.out, gradient.query, gradient.key, gradient.value):
+        assert x.dtype == options.out_dtype
+        assert (x != x.astype(problem.dtype)).any() == problem.wide
     _check_nobody(problem, allowed, found, gradient, lse)
     return found, gradient
 

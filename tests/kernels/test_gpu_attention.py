@@ -62,9 +62,13 @@ EXTRAS = {
     "array, heads in groups, empty rows": Problem(
         masks.Causal(30), T=72, S=136, B=2, N=2, dense="bts", dtype="float16"
     ),
-    "array per head, aligned": Problem(T=128, S=128, N=2, dense="nts", sinks=True),
+    "array per head, aligned, float32 results": Problem(
+        T=128, S=128, N=2, E=128, dense="nts", sinks=True, wide=True
+    ),
     "array of keys, queries": Problem(BANDED, T=72, S=136, B=2, dense="bs", bias="nt"),
-    "bias": Problem(T=135, S=203, N=2, K=1, bias="nts-", bias_dtype="bfloat16"),
+    "bias, float32 results": Problem(
+        *(masks.Causal(), 135, 203, 2), bias="nts-", bias_dtype="bfloat16", wide=True
+    ),
     "bias, softcap": Problem(
         masks.All(), T=72, S=136, B=2, bias="bts", softcap=2.0, spread=3.0
     ),
@@ -126,6 +130,10 @@ SLOW = {
     ),
     "empty rows": Problem(LATE, T=264, kind=StableMax()),
     "one slot, kernels apart": Problem(T=128, S=128, H=256, E=256, N=2),
+    "float32 results, kernels apart": Problem(
+        T=128, S=128, H=256, E=256, dtype="float16", wide=True
+    ),
+    "ragged, float32 results": Problem(T=135, S=203, N=2, H=72, sinks=True, wide=True),
     "looked up by tile": Problem(
         masks.Blocks(np.array([[1, 0], [0, 1], [1, 1]], bool), 128), T=290, S=201
     ),
@@ -332,6 +340,30 @@ def test_lowered_inside_shard_map(check_vma):
         traced = jax.jit(sharded).trace(array(4, dtype=jnp.float32), QUERY, KEY, KEY)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 3
+
+
+def test_lowered_for_hopper_a_ring_is_kernels_with_float32_results():
+    """Two steps: of a device's own keys, and of those of the device before it."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((2,), ("keys",), (AxisType.Auto,), abstract_device=device)
+    attend = functools.partial(
+        attention.sequence_parallel_attention, axis_name="keys", mask=masks.Causal()
+    )
+
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        spec = PartitionSpec(None, "keys")
+        call = lambda *arrays: attend(*arrays)
+        divided: Any = jax.shard_map(
+            call, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec
+        )
+        return divided(query, key, value).astype(jnp.float32).sum()
+
+    query, key = array(1, 512, 2, 64), array(1, 512, 1, 64)
+    with jax.sharding.use_abstract_mesh(mesh):
+        step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(query, key, key)
+        lowered = step.lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@mosaic_gpu") == 6
+    assert "stablehlo.while" not in lowered
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA B200", "NVIDIA A100-SXM4-40GB"])

@@ -60,7 +60,7 @@ def _forward(options: Options, operands: Operands) -> Result:
     from pallas_kernels.gpu_mosaic.attention import attention
 
     form, numbers = form_of(options, operands)
-    tiles = tiles_of("forward", operands)
+    tiles = tiles_of("forward", options, operands)
     assert tiles is not None
     query, key, value = _arrays(operands)
     sinks = operands.sinks
@@ -68,9 +68,10 @@ def _forward(options: Options, operands: Operands) -> Result:
         query,
         key,
         value,
-        lists_of("forward", operands),
+        lists_of("forward", options, operands),
         form=form,
         tiles=tiles,
+        out_dtype=options.out_dtype,
         sinks=None if sinks is None else sinks.astype(jnp.float32),
         mask_scalars=numbers.scalars,
         extras=_extras(operands, numbers),
@@ -88,7 +89,7 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
 
     operands = given.operands
     form, numbers = form_of(options, operands)
-    tiles = tiles_of("query", operands)
+    tiles = tiles_of("query", options, operands)
     assert tiles is not None
     inverse, delta = row_constants(options, given)
     norm = inverse * LOG2E if options.kind.is_log else inverse
@@ -102,17 +103,19 @@ def _backward(options: Options, given: BackwardOperands) -> Gradient:
     rest: dict[str, Any] = {
         "form": form,
         "tiles": tiles,
+        "is_wide": options.wide_gradients,
         "mask_scalars": numbers.scalars,
         "extras": _extras(operands, numbers),
     }
-    dq = query_gradient(*arrays, lists_of("query", operands), **rest)
-    dk, dv = key_gradients(*arrays, lists_of("key", operands), **rest)
+    dq = query_gradient(*arrays, lists_of("query", options, operands), **rest)
+    dk, dv = key_gradients(*arrays, lists_of("key", options, operands), **rest)
     like = lambda x, array: x[:, : array.shape[1], :, : array.shape[3]]
     dq = like(dq, operands.query)
     dk, dv = like(dk, operands.key), like(dv, _value(operands))
     sinks = operands.sinks
     if sinks is not None:
-        sinks = sinks_gradient(sinks, inverse, delta).astype(sinks.dtype)
+        dtype = jnp.float32 if options.wide_gradients else sinks.dtype
+        sinks = sinks_gradient(sinks, inverse, delta).astype(dtype)
     varying = (*_every(operands), cotangent, given.normalizer_cotangent)
     dq, dk, dv = match_varying((dq, dk, dv), *varying)
     bias = pair_arrays.bias_gradient(options, given)
@@ -192,10 +195,13 @@ def _program(operands: Operands) -> MaskProgram:
     return program_of(operands.plan.mask, operands.plan.lengths, OPERATIONS)
 
 
-def lists_of(which: Pass, operands: Operands) -> Lists:
+def lists_of(which: Pass, options: Options, operands: Operands) -> Lists:
     lengths = operands.plan.lengths
     return _listed(
-        which, Skeleton.of(operands.plan.mask), lengths, _sizes(which, operands)
+        which,
+        Skeleton.of(operands.plan.mask),
+        lengths,
+        _sizes(which, options, operands),
     )
 
 
@@ -209,9 +215,9 @@ def _listed(
     return lists(plan.whole, plan.partial, plan.grid[0])
 
 
-def _sizes(which: Pass, operands: Operands) -> tuple[int, int]:
+def _sizes(which: Pass, options: Options, operands: Operands) -> tuple[int, int]:
     """Numbers of queries and keys in a tile of scores."""
-    tiles = tiles_of(which, operands)
+    tiles = tiles_of(which, options, operands)
     assert tiles is not None
     return (tiles.queries, TILE) if which == "key" else (TILE, tiles.keys)
 
@@ -222,10 +228,18 @@ def _features(operands: Operands) -> tuple[int, int]:
     return up(operands.query.shape[-1]), up(_value(operands).shape[-1])
 
 
-def tiles_of(which: Pass, operands: Operands) -> Any:
+def tiles_of(which: Pass, options: Options, operands: Operands) -> Any:
     device = _devices.gpu() or _devices.H100
     choose = choose_tiles if which == "forward" else choose_backward_tiles
-    return choose(*_features(operands), device, _pair_bytes(operands))
+    wide = _is_wide(which, options, operands)
+    return choose(*_features(operands), device, _pair_bytes(operands), wide)
+
+
+def _is_wide(which: Pass, options: Options, operands: Operands) -> bool:
+    """Whether results are float32, in which parts are added up."""
+    if which == "forward":
+        return options.out_dtype != operands.query.dtype
+    return options.wide_gradients
 
 
 def _pair_bytes(operands: Operands) -> PairBytes:
@@ -248,8 +262,8 @@ def _why_not(options: Options, operands: Operands) -> str | None:
         limits.why_not_hopper(_devices.gpu_generation())
         or _why_no_option(options, operands)
         or _why_no_shape(operands)
-        or _why_no_tiles(operands)
-        or _why_no_mask(operands, ("forward",))
+        or _why_no_tiles(options, operands)
+        or _why_no_mask(options, operands, ("forward",))
     )
 
 
@@ -258,11 +272,9 @@ def _backward_why_not(options: Options, given: BackwardOperands) -> str | None:
     reason = _why_not(options, operands)
     if reason is not None:
         return reason
-    if options.wide_gradients:
-        return "gradients are to be float32, it rounds them to the dtype of the arrays"
-    if tiles_of("query", operands) is None:
+    if tiles_of("query", options, operands) is None:
         return f"the sums of {_both(operands)} do not fit the registers"
-    return _why_no_mask(operands, ("query", "key"))
+    return _why_no_mask(options, operands, ("query", "key"))
 
 
 def _why_no_option(options: Options, operands: Operands) -> str | None:
@@ -273,7 +285,7 @@ def _why_no_option(options: Options, operands: Operands) -> str | None:
         return f"it has no weights of kind {type(options.kind).__name__}"
     if options.has_given_blocks:
         return OWN_BLOCKS
-    return why_other_dtypes(options, operands)
+    return why_other_dtypes(options, operands, widens=True)
 
 
 def _why_no_shape(operands: Operands) -> str | None:
@@ -291,8 +303,8 @@ def _why_no_shape(operands: Operands) -> str | None:
     return limits.why_too_small(sizes)
 
 
-def _why_no_tiles(operands: Operands) -> str | None:
-    if tiles_of("forward", operands) is None:
+def _why_no_tiles(options: Options, operands: Operands) -> str | None:
+    if tiles_of("forward", options, operands) is None:
         return f"tiles of {_both(operands)} do not fit the registers or shared memory"
     return None
 
@@ -302,13 +314,15 @@ def _both(operands: Operands) -> str:
     return "{} features of a query and {} of a value".format(*sizes)
 
 
-def _why_no_mask(operands: Operands, passes: tuple[Pass, ...]) -> str | None:
+def _why_no_mask(
+    options: Options, operands: Operands, passes: tuple[Pass, ...]
+) -> str | None:
     plan = operands.plan
     program, skeleton = _program(operands), Skeleton.of(plan.mask)
     if program.why_not is not None:
         return program.why_not
     for which in passes:
-        sizes = _sizes(which, operands)
+        sizes = _sizes(which, options, operands)
         if not program.is_evaluable and _decides(skeleton, plan.lengths, sizes):
             return "the mask looks into an array inside of tiles of {} x {}".format(
                 *sizes
@@ -391,12 +405,12 @@ def _padding(operands: Operands) -> str:
 
 
 def _note(options: Options, operands: Operands) -> str:
-    tiles = tiles_of("forward", operands)
+    tiles = tiles_of("forward", options, operands)
     return f"{tiles}{_padding(operands)}"
 
 
 def _backward_note(options: Options, given: BackwardOperands) -> str:
-    tiles = tiles_of("query", given.operands)
+    tiles = tiles_of("query", options, given.operands)
     note = f"{tiles}{_padding(given.operands)}"
     if given.operands.bias is not None:
         note += pair_arrays.NOTE

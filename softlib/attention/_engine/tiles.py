@@ -109,8 +109,13 @@ def narrowest_dtype(options: Options, operands: Operands) -> Any:
     )
 
 
-def why_other_dtypes(options: Options, operands: Operands) -> str | None:
-    """The reason against kernels that take one dtype of 16 bits and sum in float32."""
+def why_other_dtypes(
+    options: Options, operands: Operands, *, widens: bool = False
+) -> str | None:
+    """The reason against kernels that take one dtype of 16 bits and sum in float32.
+
+    `widens`: their output may be float32.
+    """
     dtype = operands.query.dtype
     assert operands.value is not None
     arrays = {"query": operands.query, "key": operands.key, "value": operands.value}
@@ -124,7 +129,7 @@ def why_other_dtypes(options: Options, operands: Operands) -> str | None:
         return "weights that are summed as they are may leave the range of float16"
     if operands.dtype != jnp.float32:
         return f"the sums are {operands.dtype}, not float32"
-    if options.out_dtype != dtype:
+    if options.out_dtype not in (dtype, *[jnp.float32] * widens):
         return f"the output is to be {options.out_dtype}, not {dtype} as the arrays"
     if limits.is_exact(options.precision):
         return f"weights are rounded to the {dtype} of the arrays"
