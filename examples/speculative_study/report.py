@@ -1,4 +1,4 @@
-"""The picture: tokens of a call, seconds, and how often drafts of more text are right."""
+"""The picture: tokens of a call, seconds, how often drafts of one token are right."""
 
 import pathlib
 from typing import Any
