@@ -39,11 +39,12 @@ def measured(
         )
         sizes = jnp.array(options.counted, float)
         fits = [estimation.fit_log_linear(sizes, jnp.asarray(row)) for row in shares]
+        of_fits = lambda name, fits=fits: intervals.of_seeds(
+            np.array([getattr(fit, name) for fit in fits])
+        )
         found[str(order)] = {
             "shares": [intervals.of_seeds(column) for column in shares.T],
-            "slope": intervals.of_seeds([float(fit.slope) for fit in fits]),
-            "intercept": intervals.of_seeds([float(fit.intercept) for fit in fits]),
-            "r_squared": intervals.of_seeds([float(fit.r_squared) for fit in fits]),
+            **{name: of_fits(name) for name in ("slope", "intercept", "r_squared")},
         }
     return found
 

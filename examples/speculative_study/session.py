@@ -32,7 +32,7 @@ def run(options: Options) -> None:
         kind: greedy(pretrained, prompts, options)
         for kind, prompts in given.prompts.items()
     }
-    drafts = {
+    drafts: dict[str, Draft] = {
         LOOKUP: PromptLookup(draft_length=options.draft),
         COUNTED: NGramDraft.fit(
             texts.shuffled(given.counted, options.seed)[: max(options.counted)],
