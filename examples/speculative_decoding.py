@@ -4,8 +4,8 @@
     make study NAME=speculative_decoding
 
 counts the tokens of a call on copied text, addresses and answers, times a few of them
-(`make smollm2` installs the model), and takes minutes on two CPU cores. Start reading
-at `speculative_study/session.py`; the lines that use softlib are in
+(`make smollm2` installs the model), and takes a quarter of an hour on two busy cores.
+Start reading at `speculative_study/session.py`; the lines that use softlib are in
 `speculative_study/generation.py` and `law.py`.
 """
 
