@@ -11,6 +11,10 @@
   the truth.
 - `annealing_areas` of a schedule of learning rates; `AnnealingLaw`, the loss of
   training as a function of them; `fit_annealing_law`.
+- `fit_exponential_family` by Newton; `projection_risk`, how far such a fit is from the
+  information projection of whatever is true, `second_order_projection_risk` of one
+  parameter, from `log_partition_cumulants`; `pn_criterion`, whether that is near enough
+  by the `bayes_error_lower_bound`.
 - `fit_separator`: a halfspace by logistic regression with any step size, the perceptron
   among them; `separation_step_bound`, the steps that it takes at most.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
@@ -48,6 +52,15 @@ from ._graph_proximity import (
     ProximityDistance as ProximityDistance,
     log_graph_proximity as log_graph_proximity,
     proximity_distance as proximity_distance,
+)
+from ._information_projection import (
+    ExponentialFamilyFit as ExponentialFamilyFit,
+    bayes_error_lower_bound as bayes_error_lower_bound,
+    fit_exponential_family as fit_exponential_family,
+    log_partition_cumulants as log_partition_cumulants,
+    pn_criterion as pn_criterion,
+    projection_risk as projection_risk,
+    second_order_projection_risk as second_order_projection_risk,
 )
 from ._scaling_laws import (
     LogLinearFit as LogLinearFit,
@@ -90,6 +103,7 @@ __all__ = [
     "AnnealingLawFit",
     "CountSketch",
     "ExpertGate",
+    "ExponentialFamilyFit",
     "GaussianExperts",
     "GaussianExpertsFit",
     "GaussianSketch",
@@ -104,10 +118,12 @@ __all__ = [
     "SoftmaxRegressionFit",
     "TensorHadamardSketch",
     "annealing_areas",
+    "bayes_error_lower_bound",
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "draw_gaussian_experts",
     "fit_annealing_law",
+    "fit_exponential_family",
     "fit_gaussian_experts",
     "fit_log_linear",
     "fit_power_law",
@@ -117,7 +133,11 @@ __all__ = [
     "gauge_fixed_experts",
     "in_context_label_shift",
     "log_graph_proximity",
+    "log_partition_cumulants",
+    "pn_criterion",
+    "projection_risk",
     "proximity_distance",
+    "second_order_projection_risk",
     "separation_step_bound",
     "sketched_lstsq",
     "voronoi_cells",

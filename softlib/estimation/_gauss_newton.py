@@ -26,6 +26,7 @@ def damped_gauss_newton(
     max_steps: int,
     tolerance: float,
     l2: Array | float = 0.0,
+    cancelled: Callable[[Array], Array] | None = None,
 ) -> Search:
     r"""Minimises a loss from where it starts; each step lowers it or is not taken.
 
@@ -42,6 +43,8 @@ def damped_gauss_newton(
         max_steps: Steps that are tried at most.
         tolerance: On the norm of the gradient.
         l2: Factor of $\tfrac12 |x|_2^2$ in the loss.
+        cancelled: Gives the size of terms that cancel in the loss, which is rounded as
+            they are. None: nothing does.
     """
     dtype, size = start.dtype, start.shape[0]
     eps = float(jnp.finfo(dtype).eps)
@@ -63,7 +66,10 @@ def damped_gauss_newton(
         x = state.x + change
         loss, norm = measure(x)
         # Where losses differ by rounding only, the gradient decides.
-        level = loss <= state.loss + 4 * eps * jnp.abs(state.loss)
+        rounded = jnp.abs(state.loss)
+        if cancelled is not None:
+            rounded += cancelled(state.x)
+        level = loss <= state.loss + 4 * eps * rounded
         better = (loss < state.loss) | (level & (norm < state.norm))
         damping = jnp.where(better, state.damping / 10, state.damping * 4)
         return Search(

@@ -4,6 +4,7 @@ The fit approaches the information projection of the truth, the member of the fa
 with the same expected statistics, and the risk says how fast in the number of samples.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,9 +70,11 @@ def fit_exponential_family(
             $\varepsilon^{3/4}$, that is 6e-6 in float32 and 2e-12 in float64.
 
     Returns:
-        `ExponentialFamilyFit`. Statistics that are dependent, of which $\theta$ is not
-        identified, have a risk of NaN. If no finite maximum exists (a sample on the
-        boundary of the means), `converged` is False or the coefficients are large.
+        `ExponentialFamilyFit`, float32 (float64 if an argument is). Statistics that
+        depend on each other do not determine $\theta$: the risk is NaN, and the search
+        ends where the Hessian has no Cholesky factor, unconverged. If no finite maximum
+        exists (means on the boundary), the coefficients grow until the gradient is
+        small, or `converged` is False. NaN in `statistics` gives NaN.
 
     Raises:
         TypeError: An array is not floating, or an option has the wrong type.
@@ -114,7 +117,7 @@ def fit_exponential_family(
     samples, start = statistics.astype(dtype), initial.astype(dtype)
     _require_scalar_value(function, log_partition, start)
     mean = samples.mean(0)
-    deviations = samples - mean
+    deviations = samples - mean[None]
     psi = lambda theta: log_partition(theta).astype(dtype).reshape(())
 
     def measure(theta: Array) -> tuple[Array, Array]:
@@ -133,12 +136,18 @@ def fit_exponential_family(
         return root.T, residual[:, 0]
 
     end = damped_gauss_newton(
-        start, measure, linearize, max_steps=max_steps, tolerance=tolerance
+        start,
+        measure,
+        linearize,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        cancelled=lambda theta: jnp.abs(mean * theta).sum(),
     )
     covariance = jnp.matmul(deviations.T, deviations, precision="highest") / (count - 1)
     risk = projection_risk(covariance, jax.hessian(psi)(end.x), num_samples=count)
     return ExponentialFamilyFit(
-        end.x,
+        # With NaN in an argument the start would be returned.
+        jnp.where(jnp.isfinite(end.loss), end.x, jnp.nan),
         end.norm,
         end.iteration,
         end.norm <= tolerance,
@@ -152,7 +161,7 @@ def projection_risk(
     data_covariance: Float[Array, "*batch p p"],
     model_covariance: Float[Array, "*batch p p"],
     *,
-    num_samples: int,
+    num_samples: Scalar,
 ) -> Float[Array, "*batch"]:
     r"""Expected divergence of a maximum-likelihood fit from the projection, in nats.
 
@@ -167,15 +176,17 @@ def projection_risk(
     Args:
         data_covariance: $C$.
         model_covariance: $V$, the Hessian of the log-partition function. If it is not
-            positive definite the result is NaN.
-        num_samples: $n \geq 1$, static.
+            positive definite, up to rounding, the result is NaN: leave out statistics
+            that are combinations of others.
+        num_samples: $n \geq 1$, a number or a traced scalar.
 
     Returns:
         The risk, float32 (float64 if an argument is).
 
     Raises:
-        TypeError: An array is not floating, or `num_samples` is no Python int.
-        ValueError: Matrices are not square, or their shapes differ.
+        TypeError: An array is not floating.
+        ValueError: Matrices are not square, their shapes differ, or `num_samples` is
+            below 1.
 
     Derivatives: forward and reverse mode, any order.
     Cost: a Cholesky factorisation and two triangular solves, O(p^3).
@@ -201,22 +212,30 @@ def projection_risk(
     checks.require_shape(
         function, "data_covariance", data_covariance, square, "as `model_covariance`"
     )
-    checks.require_positive_integer(function, "num_samples", num_samples)
+    checks.require_scalar(function, "num_samples", num_samples, 1, math.inf)
     dtype = accumulator_dtype(data_covariance, model_covariance)
-    root = jnp.linalg.cholesky(model_covariance.astype(dtype))
+    model = model_covariance.astype(dtype)
+    root = jnp.linalg.cholesky(model)
     solve = lambda right: lax.linalg.triangular_solve(
         root, right, left_side=True, lower=True
     )
     # L^-1 C L^-T, of which only the diagonal counts.
     whitened = solve(jnp.swapaxes(solve(data_covariance.astype(dtype)), -1, -2))
-    return jnp.trace(whitened, axis1=-2, axis2=-1) / (2 * num_samples)
+    trace = jnp.trace(whitened, axis1=-2, axis2=-1)
+    # A pivot is what the statistics before leave of a variance; rounding leaves some.
+    variances = jnp.diagonal(model, axis1=-2, axis2=-1)
+    pivots = jnp.diagonal(root, axis1=-2, axis2=-1) ** 2
+    least = 10 * model.shape[-1] * jnp.finfo(dtype).eps
+    independent = (pivots > least * variances).all(-1)
+    count = jnp.asarray(num_samples, dtype)
+    return jnp.where(independent, trace / (2 * count), jnp.nan)
 
 
 @array_arguments
 def second_order_projection_risk(
     model_cumulants: Float[Array, "*batch 3"],
     *,
-    num_samples: int,
+    num_samples: Scalar,
     data_moments: Float[Array, "*batch 2"] | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Risk of a family with one parameter, to the second order in $1 / n$, in nats.
@@ -233,7 +252,7 @@ def second_order_projection_risk(
     Args:
         model_cumulants: $\kappa_2 > 0$, $\kappa_3$, $\kappa_4$: those of
             `log_partition_cumulants` but the first. NaN if $\kappa_2$ is not positive.
-        num_samples: $n \geq 1$, static.
+        num_samples: $n \geq 1$, a number or a traced scalar.
         data_moments: $c_2, c_3$. None: the truth belongs to the family, they are
             $\kappa_2, \kappa_3$.
 
@@ -241,8 +260,9 @@ def second_order_projection_risk(
         The risk, float32 (float64 if an argument is).
 
     Raises:
-        TypeError: An array is not floating, or `num_samples` is no Python int.
-        ValueError: The last axis has another size, or batch shapes differ.
+        TypeError: An array is not floating.
+        ValueError: The last axis has another size, batch shapes differ, or
+            `num_samples` is below 1.
 
     Derivatives: forward and reverse mode, any order.
     Cost: O(1) per family.
@@ -269,7 +289,7 @@ def second_order_projection_risk(
     checks.require_shape(
         function, "data_moments", data_moments, (*batch, 2), "second and third"
     )
-    checks.require_positive_integer(function, "num_samples", num_samples)
+    checks.require_scalar(function, "num_samples", num_samples, 1, math.inf)
     dtype = accumulator_dtype(model_cumulants, data_moments)
     k2, k3, k4 = jnp.moveaxis(model_cumulants.astype(dtype), -1, 0)
     c2, c3 = k2, k3
@@ -282,7 +302,8 @@ def second_order_projection_risk(
     kurtosis = (k4 / k2) / k2
     bracket = -skew * data_skew / 3
     bracket += 0.75 * spread**2 * (1.5 * skew**2 - 0.5 * kurtosis)
-    risk = (spread / 2 + bracket / num_samples) / num_samples
+    count = jnp.asarray(num_samples, dtype)
+    risk = (spread / 2 + bracket / count) / count
     return jnp.where(positive, risk, jnp.nan)
 
 

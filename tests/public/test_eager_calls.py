@@ -23,6 +23,7 @@ COMPILING = {
     "softlib.decoding.sample_gumbel_flow": "its loop calls the caller's function",
     "softlib.decoding.speculative_generate": "its loop calls the caller's function",
     "softlib.decoding.value_guided_search": "its loop calls the caller's function",
+    "softlib.estimation.fit_exponential_family": "its loop calls the caller's function",
     "softlib.optim.projected_gradient_ascent": "its loop calls the caller's function",
 }
 NOT_CALLED = {
@@ -34,6 +35,7 @@ NOT_REVERSED = {
     "softlib.decoding.generate",
     "softlib.decoding.speculative_generate",
     "softlib.estimation.fit_annealing_law",  # and those that fit
+    "softlib.estimation.fit_exponential_family",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
     "softlib.estimation.fit_separator",
     "softlib.estimation.fit_softmax_regression",
