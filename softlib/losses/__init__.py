@@ -69,7 +69,8 @@ Losses of logits with another map than softmax:
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
-Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`.
+Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`; of several:
+`squared_hinge_loss`.
 
 Adversarial training: `smooth_adversarial_comp_sum_loss`.
 
@@ -138,6 +139,7 @@ from ._latent_rationale import (
     trice_loss as trice_loss,
     trice_weights as trice_weights,
 )
+from ._margin import squared_hinge_loss as squared_hinge_loss
 from ._mcmi import mcmi_loss as mcmi_loss
 from ._mixtures import (
     poly1_cross_entropy as poly1_cross_entropy,
@@ -254,6 +256,7 @@ __all__ = [
     "softmax_soft_target_cross_entropy",
     "sparsemax_loss",
     "spherical_squared_error",
+    "squared_hinge_loss",
     "stablemax_cross_entropy",
     "symmetric_cross_entropy",
     "symmetric_from_log_prob",

@@ -2,6 +2,7 @@
 
 - `linear_attention`, `normalized_attention`, `gated_linear_attention`, `quasi_lstm`,
   `selective_scan`, `linear_recurrence`: a sequence in linear time.
+- `gru`: the gated recurrent unit, whose steps follow each other.
 - `decode_step`, `LinearAttentionState`, `RecurrentResult`: their states, step by step.
 - `attention_matrix`, `selective_scan_matrix`, `quasi_lstm_matrix`: their kernels, the
   weights that attention would have.
@@ -13,6 +14,7 @@ from ._gated_rnn import (
     quasi_lstm as quasi_lstm,
     quasi_lstm_matrix as quasi_lstm_matrix,
 )
+from ._gru import gru as gru
 from ._linear_attention import (
     attention_matrix as attention_matrix,
     decode_step as decode_step,
@@ -36,6 +38,7 @@ __all__ = [
     "attention_matrix",
     "decode_step",
     "gated_linear_attention",
+    "gru",
     "linear_attention",
     "linear_recurrence",
     "normalized_attention",
