@@ -71,6 +71,7 @@ class HadamardSketch:
 
     Random signs $D$, the transform of `fwht`, m of its rows. It mixes every entry into
     every row in $n \log n$ operations. Inputs are padded with zeros to a power of two.
+    Fewer than some $d \log d$ rows may lose one of d directions altogether.
 
     Args:
         signs: $\pm 1$ for every input.
