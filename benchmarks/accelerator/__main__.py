@@ -14,7 +14,7 @@ from typing import Any
 
 import tqdm
 
-from . import process
+from . import process, sweep
 from .outcome import Case, Outcome
 from .problem import CHECKED, Problem
 from .problems import PROBLEMS
@@ -39,6 +39,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checks", action="store_true", help="check, and time nothing")
     parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="check nothing: time sizes of tiles and write them for the cost models, "
+        "into pallas_kernels/measured/",
+    )
+    parser.add_argument(
         "--output", type=pathlib.Path, help="folder of the report; benchmarks/"
     )
     parser.add_argument(
@@ -60,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device["platform"] == "cpu" and not options.dry_run:
         print(NO_DEVICE, file=sys.stderr)
         return 2
+    if options.sweep:
+        return sweep.main(options, device, options.limit)
     cases = list(cases_of(options, device["platform"]))
     report = Report(device, options.dry_run, len(cases))
     path = _path(options, device["kind"])

@@ -168,9 +168,16 @@ def describe() -> dict[str, Any]:
         "platform": here.platform,
         "target": here.target,
         "kind": jax.devices()[0].device_kind,
+        "name": _name(),
         "devices": jax.device_count(),
         "machine": machine() | versions | _commit(),
     }
+
+
+def _name() -> str:
+    """That of the compiler, by which cost models know the device."""
+    known = _devices.tpu() if Here().platform == "tpu" else _devices.gpu()
+    return "unknown" if known is None else known.name
 
 
 def _asked_of_the_driver() -> dict[str, str]:

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from . import device
+from . import device, sweep
 from .check import check
 from .kernels import NoKernel
 from .outcome import Case, Outcome
@@ -24,7 +24,12 @@ def main(job: str, path: str) -> None:
     # Peers log at every call that their tuning data does not cover.
     logging.getLogger("absl").setLevel(logging.ERROR)
     given = json.loads(job)
-    answer = answer_to(Case(**given)) if given else device.describe()
+    if "candidate" in given:
+        fields = given["candidate"]
+        candidate = sweep.Candidate(**fields | {"sizes": tuple(fields["sizes"])})
+        answer = dataclasses.asdict(sweep.answer_to(candidate))
+    else:
+        answer = answer_to(Case(**given)) if given else device.describe()
     pathlib.Path(path).write_text(json.dumps(answer))
 
 

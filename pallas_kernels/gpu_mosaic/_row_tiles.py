@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import math
 
+from pallas_kernels import _measured
 from pallas_kernels._devices import Gpu
 
 WARPGROUPS = 2  # compute warpgroups
@@ -41,6 +42,8 @@ LEAST_CHUNK, MOST_CHUNK = 1024, 16_384
 LAUNCH, FILLING = 4e-6, 1
 # Cost of reading the left operand of a product, in columns.
 READING = 32
+# Of the backward pass, in files of measured times.
+NAME = "row statistics, gradients"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +168,36 @@ def choose_backward_tiles(shapes: Shapes, device: Gpu) -> BackwardTiles | None:
     classes = _classes(BACKWARD_CLASSES, shapes)
     if classes is None:
         return None
+
+    def cost(sizes: tuple[int, int]) -> float:
+        correction = _measured.factor(device.name, NAME, sizes)
+        return correction * seconds(shapes, sizes, device)
+
+    return _backward_tiles(shapes, classes, min(candidates(shapes), key=cost), device)
+
+
+def candidates(shapes: Shapes) -> list[tuple[int, int]]:
+    """Classes of a chunk, and features of a tile of the gradients."""
     most = max(int(2 * SHARE * shapes.vocabulary), LEAST_CHUNK)
     most = min(most, MOST_CHUNK, _ceil(shapes.vocabulary, WIDEST) * WIDEST)
     least = _ceil(min(most, LEAST_CHUNK), WIDEST) * WIDEST
-    tries = itertools.product(range(least, most + 1, WIDEST), PRODUCT_FEATURES)
-    chunk, features = min(
-        tries, key=lambda sizes: _seconds(shapes, classes, *sizes, device)
-    )
+    return list(itertools.product(range(least, most + 1, WIDEST), PRODUCT_FEATURES))
+
+
+def backward_tiles(
+    shapes: Shapes, sizes: tuple[int, int], device: Gpu
+) -> BackwardTiles | None:
+    """Tiles of these sizes; None if none leaves enough registers."""
+    classes = _classes(BACKWARD_CLASSES, shapes)
+    if classes is None:
+        return None
+    return _backward_tiles(shapes, classes, sizes, device)
+
+
+def _backward_tiles(
+    shapes: Shapes, classes: int, sizes: tuple[int, int], device: Gpu
+) -> BackwardTiles:
+    chunk, features = sizes
     staging = 2 * WARPGROUPS * ROWS * 2
 
     def product(columns: int) -> ProductTiles:
@@ -198,10 +224,12 @@ def _class_columns(shapes: Shapes) -> int:
     return BLOCK if shapes.filtered else WIDEST
 
 
-def _seconds(
-    shapes: Shapes, classes: int, chunk: int, features: int, device: Gpu
-) -> float:
-    """Estimated time of the whole backward pass."""
+def seconds(shapes: Shapes, sizes: tuple[int, int], device: Gpu) -> float:
+    """Estimated time of the whole backward pass; infinite without tiles of logits."""
+    chunk, features = sizes
+    classes = _classes(BACKWARD_CLASSES, shapes)
+    if classes is None:
+        return math.inf
     logits = chunk // classes
     splits = _splits(shapes.row_tiles, logits, device)
     pieces = _ceil(shapes.features, features)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pallas_kernels import _measured
 from pallas_kernels._devices import Gpu
 
 WARPGROUPS = 2  # compute warpgroups
@@ -15,6 +16,7 @@ PAIR_COLUMNS = 32  # of an array over pairs, keys are multiples of this: one swi
 MOST_COLUMNS = 256  # most columns of a product
 SPARE_BYTES = 4096  # reserve of shared memory: barriers, and gaps between arrays
 MOST_SUMS = 160  # most registers per thread for results
+NAME = "attention"  # of the forward pass, in files of measured times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Tiles:
     keys: int = 128
     stages: int = 2
 
+    def __str__(self) -> str:
+        return f"tiles of {TILE} queries x {self.keys} keys in {self.stages} stages"
+
     def smem_bytes(
         self,
         features: int,
@@ -74,20 +79,37 @@ def choose_tiles(
 ) -> Tiles | None:
     """The most keys per tile, then the most stages, that fit; None if nothing fits.
 
+    Where tiles were measured on the device, the fastest of those that fit.
+    """
+
+    def cost(tiles: Tiles) -> float:
+        return _measured.factor(device.name, NAME, (tiles.keys, tiles.stages))
+
+    fitting = candidates(features, value_features, device, pairs, is_wide)
+    return min(fitting, key=cost, default=None)
+
+
+def candidates(
+    features: int,
+    value_features: int,
+    device: Gpu,
+    pairs: PairBytes = NO_PAIRS,
+    is_wide: bool = False,
+) -> list[Tiles]:
+    """Tiles that registers and shared memory hold, the largest first.
+
     A thread keeps half of a row of the output (`value_features` long) and half of a row
     of scores, besides about 80 other numbers.
     """
     if value_features > MOST_COLUMNS:
-        return None
+        return []
     fitting = (keys for keys in (128, 64) if (value_features + keys) // 2 <= 160)
     sizes = [(keys, stages) for keys in fitting for stages in (4, 3, 2)]
     # One stage, which cannot prefetch, is the last resort.
-    for keys, stages in (*sizes, (64, 1)):
-        tiles = Tiles(keys, stages)
-        size = tiles.smem_bytes(features, value_features, pairs, is_wide)
-        if size <= device.smem_bytes:
-            return tiles
-    return None
+    tiles = [Tiles(keys, stages) for keys, stages in (*sizes, (64, 1))]
+    room = device.smem_bytes
+    fits = lambda t: t.smem_bytes(features, value_features, pairs, is_wide) <= room
+    return list(filter(fits, tiles))
 
 
 @dataclasses.dataclass(frozen=True)

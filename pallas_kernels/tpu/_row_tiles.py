@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
+from pallas_kernels import _measured
 from pallas_kernels._devices import V4, Tpu
 
 type Pass = Literal["forward", "hidden", "weight"]
@@ -21,6 +22,12 @@ STEP = 0.4e-6
 # Share of vector memory; the rest is for the compiler's spills and copies.
 SHARE = 0.75
 LANES = 128
+# Of the passes, in files of measured times.
+NAMES: dict[Pass, str] = {
+    "forward": "row statistics",
+    "hidden": "row statistics, gradient of hidden",
+    "weight": "row statistics, gradient of the weight",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +65,25 @@ class Shapes:
 
 def choose_tiles(kind: Pass, shapes: Shapes, device: Tpu) -> Tiles | None:
     """The cheapest tiles; None if even the smallest do not fit."""
-    best: tuple[float, int, Tiles] | None = None
+
+    def cost(tiles: Tiles) -> tuple[float, int]:
+        correction = _measured.factor(device.name, NAMES[kind], sizes_of(shapes, tiles))
+        estimate = seconds(kind, shapes, tiles, device)
+        return correction * estimate, tiles.vmem_bytes
+
+    return min(fitting(kind, shapes, device), key=cost, default=None)
+
+
+def fitting(kind: Pass, shapes: Shapes, device: Tpu) -> Iterator[Tiles]:
+    """The candidates that vector memory holds."""
     for found in _candidates(kind, shapes, _widths(shapes, device)):
-        if found.vmem_bytes > SHARE * device.vmem_bytes:
-            continue
-        key = (seconds(kind, shapes, found, device), found.vmem_bytes)
-        if best is None or key < best[:2]:
-            best = (*key, found)
-    if best is None:
-        return None
-    return best[2]
+        if found.vmem_bytes <= SHARE * device.vmem_bytes:
+            yield found
+
+
+def sizes_of(shapes: Shapes, tiles: Tiles) -> tuple[int, int, int]:
+    """Rows, classes, and parts of the features: what times are measured by."""
+    return tiles.rows, tiles.classes, shapes.features // tiles.features
 
 
 def _widths(shapes: Shapes, device: Tpu) -> tuple[int, ...]:

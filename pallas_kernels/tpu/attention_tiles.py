@@ -19,6 +19,12 @@ LANES = 128
 
 type Pass = Literal["forward", "query", "key"]
 
+# Of the passes, in files of measured times.
+NAMES: dict[Pass, str] = {
+    "forward": "attention",
+    "query": "attention, gradient of the query",
+    "key": "attention, gradients of key and value",
+}
 # Vector memory of a kernel on every TPU by default, less a reserve for the compiler.
 _VMEM_BYTES = 12 * MIB
 # Seconds of any step of a grid.

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import _devices
+from pallas_kernels import _devices, _measured
 from pallas_kernels._attention_extras import Extras
 from pallas_kernels.tpu import attention_lists as blocks
 from pallas_kernels.tpu.attention_form import Form, Masking
 from pallas_kernels.tpu.attention_mask import OPERATIONS
 from pallas_kernels.tpu.attention_tiles import (
+    NAMES,
     Part,
     Pass,
     Tiles,
@@ -253,7 +254,8 @@ def _cheapest(
         sizes = (tiles.query, tiles.key)
         visited, partial = _counts(skeleton, lengths, sizes, all_rows=not evaluable)
         if evaluable or not partial:
-            costs[tiles] = seconds(
+            correction = _measured.factor(device.name, NAMES[which], sizes)
+            costs[tiles] = correction * seconds(
                 *(which, tiles, features, dtype, device),
                 visited=visited,
                 partial=partial,
