@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from . import report, roofline, sweep, targets
+from . import before, report, roofline, sweep, targets
 from .case import Case
 from .cases import chosen
 from .compiled import Compiled, faults
@@ -118,6 +118,7 @@ def _write(cases: list[Case], everything: list[Compiled]) -> None:
             [report.HEADING, *roofline.markdown(cases, everything)]
         ),
         "-sweep": sweep.markdown(cases, everything),
+        "-before": before.markdown(before.numbers(), everything),
     }
     for name, text in pages.items():
         path = NUMBERS.with_name(f"kernels{name}.md")

@@ -20,7 +20,7 @@ GEMMA = (8192, 2304, 256_000)
 GPT = (2048, 768, 50_257)
 _GPUS = (*AMPERE, *HOPPER, *BLACKWELL)
 # Of TPUs, those whose compilers differ in what they copy.
-_MACHINES = (*_GPUS, "v5e", "v6e", "tpu7x")
+MACHINES = (*_GPUS, "v5e", "v6e", "tpu7x")
 
 
 def _loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
@@ -45,10 +45,12 @@ def cases() -> list[Case]:
     softcap, columns = _step(softcap=30.0), _step(vocab_axis=1)
     return [
         _case("Qwen head, loss", _loss, QWEN, of_loss),
-        _case("Qwen head, training step", _step(), QWEN, of_step, _MACHINES),
-        _case("Qwen head (D, V), training step", columns, QWEN, of_step, _MACHINES, 1),
-        _case("Gemma 2 head, softcap, training step", softcap, GEMMA, of_step),
-        _case("GPT-2 head, training step", _step(), GPT, of_step),
+        _case("Qwen head, training step", _step(), QWEN, of_step, MACHINES),
+        _case("Qwen head (D, V), training step", columns, QWEN, of_step, MACHINES, 1),
+        _case(
+            "Gemma 2 head, softcap, training step", softcap, GEMMA, of_step, MACHINES
+        ),
+        _case("GPT-2 head, training step", _step(), GPT, of_step, MACHINES),
         _case("GPT-2 head, sum with gradients", of_sum, GPT, of_step),
     ]
 

@@ -1,4 +1,4 @@
-"""Attention in plain JAX: the steps and launches of its blocks on GPUs."""
+"""Attention in plain JAX: the steps and launches of its blocks, and its memory."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from softlib import attention, masks
 
 from .case import AMPERE, HOPPER, Case, Most, array
-from .cases_plain import FAMILY
+from .cases_plain import FAMILY, MACHINES
 
 _GPUS = (*AMPERE, *HOPPER)
 _BATCH, _HEADS, _FEATURES = 2, 16, 128
@@ -33,7 +33,7 @@ def cases() -> list[Case]:
             "window of 1k in 16k",
             *(_window, 16_384),
             Most(31, 12, 768, 390),
-            Most(31, 19, 1400, 1000),
+            Most(31, 19, 1440, 1020),
         ),
     ]
 
@@ -69,10 +69,10 @@ def _cases(
     documents = array(jnp.int32, _BATCH, length)
     arguments = (heads, heads, heads, documents)
     programs = [
-        (name, forward, arguments, forward_most),
-        (f"{name}, gradients", both, (*arguments, heads), both_most),
+        (name, forward, arguments, forward_most, _GPUS),
+        (f"{name}, gradients", both, (*arguments, heads), both_most, MACHINES),
     ]
     return [
-        Case(FAMILY, name, function, given, _GPUS, plain=_GPUS, most=most)
-        for name, function, given, most in programs
+        Case(FAMILY, name, function, given, targets, plain=targets, most=most)
+        for name, function, given, most, targets in programs
     ]

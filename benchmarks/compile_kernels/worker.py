@@ -12,7 +12,7 @@ import pathlib
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from . import targets
@@ -50,8 +50,13 @@ def environment(dumps: str) -> dict[str, str]:
 def main(target: str, dumps: str, *which: str) -> None:
     """`which`: what `chosen` takes, then the number of cases that are done."""
     family, name, every, start = which
+    answer(chosen(family, name, target, int(every))[int(start) :], target, dumps)
+
+
+def answer(cases: Sequence[Case], target: str, dumps: str) -> None:
+    """Writes a line for each case to standard output, as it was when this is called."""
     with os.fdopen(os.dup(1), "w") as answers:
-        for case in chosen(family, name, target, int(every))[int(start) :]:
+        for case in cases:
             try:
                 compiled = _compile(case, target, pathlib.Path(dumps))
             except Exception as error:  # the table has a row for it

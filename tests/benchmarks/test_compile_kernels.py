@@ -6,7 +6,13 @@ import itertools
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.compile_kernels import __main__ as command, report, roofline, targets
+from benchmarks.compile_kernels import (
+    __main__ as command,
+    before,
+    report,
+    roofline,
+    targets,
+)
 from benchmarks.compile_kernels.case import Case, Division, Most, array
 from benchmarks.compile_kernels.cases import all_cases, chosen
 from benchmarks.compile_kernels.compiled import (
@@ -267,3 +273,34 @@ def test_targets_have_devices():
     assert set(roofline.DEVICES) == set(targets.TARGETS)
     assert targets.is_tpu("v5e")
     assert not targets.is_tpu("h100")
+
+
+# ------------------------------------------------------------------------------- before
+def test_training_steps_stand_beside_what_they_were():
+    one, *others = before.cases()
+    target = one.targets[0]
+    made = lambda **values: Compiled(one.family, one.name, target, **values)
+    old = made(temp_bytes=3 << 20, launches=82_214, loops=(Loop(148, 9), Loop(32, 7)))
+    new = made(temp_bytes=5 << 20, launches=686)
+    lines = before.markdown([old], [new]).splitlines()
+    head = f"| {one.name} | {target} | 82,214 | 148 x 9, 32 x 7 | 3 MiB"
+    assert f"{head} | 686 | - | 5 MiB |" in lines
+    failed = made(error="out of memory\nand more")
+    assert f"{head} | - | out of memory | - |" in "\n".join(
+        before.markdown([old], [failed]).splitlines()
+    )
+    count = sum(len(case.targets) for case in (one, *others))
+    assert sum(line.startswith("| ") for line in lines) == count + 2
+    assert before.markdown([], []).count("| ? |") == 5 * count - 2 * count
+
+
+def test_they_are_compiled_for_every_machine_with_and_without_launches():
+    assert len(before.cases()) == 6
+    for case in before.cases():
+        assert set(case.targets) == {"a100", "h100", "b200", "v5e", "v6e", "tpu7x"}
+    assert len(before.cases("v5p")) == 0
+
+
+def test_the_table_beside_what_was_is_current():
+    now = report.from_json(before.NOW.read_text())
+    assert before.TABLE.read_text() == before.markdown(before.numbers(), now)
