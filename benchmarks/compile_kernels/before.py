@@ -83,8 +83,8 @@ def markdown(before: Sequence[Compiled], now: Sequence[Compiled]) -> str:
     new = {compiled.key: compiled for compiled in now}
     lines = [
         "| program | target | before: launches | steps x launches | temporaries "
-        "| now: launches | steps x launches | temporaries |",
-        "| --- | --- | ---: | --- | ---: | ---: | --- | ---: |",
+        "| moved | now: launches | steps x launches | temporaries | moved |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for case in cases():
         for target in case.targets:
@@ -94,14 +94,18 @@ def markdown(before: Sequence[Compiled], now: Sequence[Compiled]) -> str:
     return "\n".join([HEADING, "", *lines]) + "\n"
 
 
-def _cells(compiled: Compiled | None) -> tuple[str, str, str]:
+def _cells(compiled: Compiled | None) -> tuple[str, str, str, str]:
     if compiled is None:
-        return "?", "?", "?"
+        return "?", "?", "?", "?"
     if compiled.error is not None:
-        return "-", compiled.error.splitlines()[0][:60], "-"
-    loops = ", ".join(f"{loop.steps} x {loop.launches}" for loop in compiled.loops)
+        return "-", compiled.error.splitlines()[0][:60], "-", "-"
+    loops = ", ".join(
+        f"{loop.steps} x {loop.launches}" if loop.launches else f"{loop.steps}"
+        for loop in compiled.loops
+    )
     launches = f"{compiled.launches:,}" if compiled.launches else "-"
-    return launches, loops or "-", byte_count(compiled.temp_bytes)
+    memory = (byte_count(compiled.temp_bytes), byte_count(compiled.moved_bytes))
+    return launches, loops or "-", *memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

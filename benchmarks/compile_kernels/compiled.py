@@ -47,7 +47,8 @@ class Compiled:
     `counted_flops` and `accessed_bytes` are those of XLA's analysis: for a kernel, what
     its tiles do, read and write, as the kernel says. 0 where the kernel does not say.
     `collectives` counts the exchanges between devices by their names, `launches` those
-    of a GPU program in plain JAX, `loops` are its loops.
+    of a GPU program in plain JAX, `loops` are its loops. `moved_bytes` are those of
+    `traffic`, of a program in plain JAX.
     """
 
     family: str
@@ -63,6 +64,7 @@ class Compiled:
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     launches: int = 0
     loops: tuple[Loop, ...] = ()
+    moved_bytes: int = 0
 
     @property
     def key(self) -> tuple[str, str, str]:

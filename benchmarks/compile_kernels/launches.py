@@ -9,14 +9,7 @@ by one or two a step.
 import dataclasses
 
 from .program import BRANCHES, Instruction, Program
-
-# Instructions that launch nothing.
-_FREE = frozenset(
-    (
-        *("after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier"),
-        *("parameter", "partition-id", "replica-id", "tuple"),
-    )
-)
+from .traffic import FREE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +18,7 @@ class Loop:
 
     Attributes:
         steps: How often its body runs; None if the compiler does not know.
-        launches: Of one step, those of loops inside included.
+        launches: Of one step, those of loops inside included; 0 on a TPU.
         is_innermost: Whether no loop is inside.
     """
 
@@ -59,14 +52,14 @@ def count(text: str) -> Launches:
             (body,) = instruction.called("body")
             before = len(loops)
             own = launches(body)
-            loop = Loop(instruction.steps, own, len(loops) == before)
+            loop = Loop(program.steps(instruction), own, len(loops) == before)
             loops.append(loop)
             return (1 if loop.steps is None else loop.steps) * loop.launches
         if operation == "conditional":
             return max(map(launches, instruction.called(*BRANCHES)))
         if operation == "call":
             return sum(map(launches, instruction.called("to_apply")))
-        return int(operation not in _FREE and not operation.endswith("-done"))
+        return int(operation not in FREE and not operation.endswith("-done"))
 
     total = launches(program.entry)
     return Launches(total, tuple(loops))

@@ -14,10 +14,14 @@ BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array's dtype, as XLA names it, and sizes."""
+    """An array's dtype, as XLA names it, its sizes, and where it lies.
+
+    The memory space of a device's large memory is 0.
+    """
 
     dtype: str
     sizes: tuple[int, ...]
+    memory_space: int = 0
 
     @property
     def count(self) -> int:
@@ -54,12 +58,6 @@ class Instruction:
             pattern = rf"\b{attribute}=(?:\{{(.*?)\}}|(%?[\w.\-]+))"
             if found := re.search(pattern, self.attributes):
                 yield from re.findall(r"[\w.\-]+", found[1] or found[2])
-
-    @property
-    def steps(self) -> int | None:
-        """Of a loop; None if the compiler does not know how many."""
-        known = re.search(r'known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(known[1]) if known else None
 
     def sizes(self, attribute: str) -> tuple[int, ...]:
         """Integers in braces, such as the contracting axes of a product."""
@@ -104,11 +102,36 @@ class Program:
             raise ValueError("the text holds no program: no computation is its ENTRY")
         return cls(found, entry)
 
+    def steps(self, loop: Instruction) -> int | None:
+        """How often the body of a loop runs; None if only the devices know.
+
+        A compiler that does not write it down leaves a condition that compares a
+        counter with a constant. A counter of JAX begins at 0.
+        """
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known is not None:
+            return int(known[1])
+        (condition,) = loop.called("condition")
+        compared = [i for i in self._inside(condition) if i.operation == "compare"]
+        if len(compared) != 1 or "direction=LT" not in compared[0].attributes:
+            return None
+        numbers = [i for i in self._inside(condition) if i.operation == "constant"]
+        limits = [i for i in numbers if i.name in compared[0].operands[1:]]
+        return int(limits[0].operands[0]) if limits else None
+
+    def _inside(self, name: str) -> Iterator[Instruction]:
+        """The instructions of a computation and of its fusions."""
+        for instruction in self.computations[name]:
+            yield instruction
+            if instruction.operation == "fusion":
+                for inner in instruction.called("calls"):
+                    yield from self._inside(inner)
+
     @functools.cached_property
     def unknown_loops(self) -> int:
         """Number of loops whose steps are data; their bodies count once."""
         return sum(
-            i.operation == "while" and i.steps is None
+            i.operation == "while" and self.steps(i) is None
             for body in self.computations.values()
             for i in body
         )
@@ -136,8 +159,8 @@ class Program:
             yield Run(instruction, operands, times)
             if instruction.operation == "while":
                 (inner,) = instruction.called("body")
-                steps = 1 if instruction.steps is None else instruction.steps
-                yield from self.runs(inner, times * steps)
+                steps = self.steps(instruction)
+                yield from self.runs(inner, times * (1 if steps is None else steps))
             elif instruction.operation == "conditional":
                 branches = instruction.called(*BRANCHES)
                 yield from self.runs(max(branches, key=self._weight), times)
@@ -191,8 +214,9 @@ def _instruction(line: str) -> Instruction:
 
 
 def _shapes(text: str) -> Iterator[Shape]:
-    for dtype, sizes in re.findall(r"\b([a-z]+\d*\w*)\[([\d,<=]*)\]", text):
-        yield Shape(dtype, tuple(map(int, re.findall(r"\d+", sizes))))
+    array = r"\b([a-z]+\d*\w*)\[([\d,<=]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?"
+    for dtype, sizes, space in re.findall(array, text):
+        yield Shape(dtype, tuple(map(int, re.findall(r"\d+", sizes))), int(space or 0))
 
 
 def _closing(text: str, start: int) -> int:

@@ -92,11 +92,14 @@ def _exchanges(compiled: Compiled) -> str:
 
 
 def _loops(compiled: Compiled) -> str:
-    """Launches in all, and steps and launches a step of each loop."""
-    if not compiled.launches:
+    """Launches in all, steps and launches a step of each loop, and bytes moved."""
+    if not compiled.moved_bytes:
         return ""
-    loops = [f"{loop.steps} steps of {loop.launches}" for loop in compiled.loops]
-    return f"{compiled.launches} launches" + (f", {', '.join(loops)}" if loops else "")
+    facts = [f"{compiled.launches} launches"] if compiled.launches else []
+    for loop in compiled.loops:
+        of = f" of {loop.launches}" if loop.launches else ""
+        facts.append(f"{loop.steps} steps{of}")
+    return ", ".join([*facts, f"{byte_count(compiled.moved_bytes)} moved"])
 
 
 def byte_count(count: float) -> str:

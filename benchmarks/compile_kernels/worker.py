@@ -15,11 +15,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from . import targets
+from . import targets, traffic
 from .case import Case
 from .cases import chosen
 from .compiled import Compiled, Kernel, collectives, gpu_kernels, tpu_kernels
 from .launches import Launches, count
+from .program import Program
 
 # Set before jax is imported; the folder of dumps is appended.
 TPU_FLAGS = (
@@ -87,9 +88,13 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
     memory = program.memory_analysis()
     assert memory is not None
     counted = program.cost_analysis() or {}
-    launches = Launches(0, ())
-    if case.most is not None and not targets.is_tpu(target):
+    launches, moved = Launches(0, ()), 0
+    if case.most is not None:
         launches = count(text)
+        moved = traffic.of_program(Program.of(text))
+        if targets.is_tpu(target):  # one core runs the whole program
+            loops = [dataclasses.replace(loop, launches=0) for loop in launches.loops]
+            launches = Launches(0, tuple(loops))
     return Compiled(
         case.family,
         case.name,
@@ -104,6 +109,7 @@ def _compile(case: Case, target: str, dumps: pathlib.Path) -> Compiled:
         collectives(text),
         launches.total,
         launches.loops,
+        moved,
     )
 
 

@@ -12,6 +12,7 @@ from benchmarks.compile_kernels import (
     report,
     roofline,
     targets,
+    traffic,
 )
 from benchmarks.compile_kernels.case import Case, Division, Most, array
 from benchmarks.compile_kernels.cases import all_cases, chosen
@@ -24,6 +25,7 @@ from benchmarks.compile_kernels.compiled import (
     tpu_kernels,
 )
 from benchmarks.compile_kernels.launches import Loop, count
+from benchmarks.compile_kernels.program import Program
 from tests.host import jnp
 
 PROGRAM = """\
@@ -153,6 +155,10 @@ def test_what_divided_programs_exchange():
 LAUNCHES = """\
 HloModule jit_f, is_scheduled=true
 
+%c (p: f32[8]) -> pred[] {
+  ROOT %more = pred[] custom-call(), custom_call_target="until"
+}
+
 %inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]{0}) parameter(0)
   %x = f32[8]{0} get-tuple-element(%p), index=1
@@ -200,15 +206,93 @@ def test_launches_are_counted_with_the_steps_of_loops():
         count("")
 
 
+# A loop of four steps, which only its condition tells. A step reads a slice of 64 bytes
+# of a large array, multiplies it, and writes it into its place of the sums.
+TRAFFIC = """\
+%sliced (p: f32[4,16], k: s32[]) -> f32[1,16] {
+  %p = f32[4,16]{1,0} parameter(0)
+  %flat = f32[64]{0} bitcast(%p)
+  %k = s32[] parameter(1)
+  %part = f32[16]{0} dynamic-slice(%flat, %k), dynamic_slice_sizes={16}
+  ROOT %row = f32[1,16]{1,0} multiply(%part, %part)
+}
+
+%updated (p: f32[4,16], row: f32[1,16], k: s32[]) -> (f32[4,16], f32[]) {
+  %p = f32[4,16]{1,0} parameter(0)
+  %row = f32[1,16]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %into = f32[4,16]{1,0} dynamic-update-slice(%p, %row, %k, %k)
+  %total = f32[] reduce(%row, %k)
+  ROOT %both = (f32[4,16]{1,0}, f32[]) tuple(%into, %total)
+}
+
+%compared (k: s32[]) -> pred[] {
+  %k = s32[] parameter(0)
+  %end = s32[] constant(4)
+  ROOT %less = pred[] compare(%k, %end), direction=LT
+}
+
+%condition (state: (s32[], f32[4,16])) -> pred[] {
+  %state = (s32[], f32[4,16]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%state), index=0
+  ROOT %less.1 = pred[] fusion(%k), kind=kLoop, calls=%compared
+}
+
+%body (state: (s32[], f32[4,16])) -> (s32[], f32[4,16]) {
+  %state = (s32[], f32[4,16]{1,0}) parameter(0)
+  %k = s32[] get-tuple-element(%state), index=0
+  %sums = f32[4,16]{1,0} get-tuple-element(%state), index=1
+  %row = f32[1,16]{1,0:T(8,128)S(1)} fusion(%sums, %k), kind=kLoop, calls=%sliced
+  %next = (f32[4,16]{1,0}, f32[]{:T(128)S(1)}) fusion(%sums, %row, %k), calls=%updated
+  ROOT %t = (s32[], f32[4,16]{1,0}) tuple(%k, %next)
+}
+
+ENTRY %main (a: f32[4,16]) -> f32[4,16] {
+  %a = f32[4,16]{1,0} parameter(0)
+  %near = (f32[4,16]{1,0:S(1)}, f32[4,16]{1,0}, u32[]{:S(2)}) copy-start(%a)
+  %there = f32[4,16]{1,0:S(1)} copy-done(%near)
+  %loop = (s32[], f32[4,16]{1,0}) while(%a), condition=%condition, body=%body
+  %row.1 = f32[1,16]{1,0} slice(%a), slice={[0:1], [0:16]}
+  ROOT %end = f32[4,16]{1,0} add(%a, %there)
+}
+"""
+
+
+def test_bytes_are_those_of_the_large_memory():
+    program = Program.of(TRAFFIC)
+    (loop,) = [i for i in program.computations["main"] if i.operation == "while"]
+    assert program.steps(loop) == 4
+    whole, row, counter = 4 * 16 * 4, 16 * 4, 4
+    # The slice is read and stays near; it is written, without the sums around it.
+    step = (row + counter) + (row + counter)
+    # The copy reads, the slice reads and writes, the sum reads one operand from afar.
+    assert traffic.of_program(program) == whole + 4 * step + 2 * row + 2 * whole
+
+
+def test_a_loop_whose_end_is_data_has_unknown_steps():
+    def steps(text):
+        program = Program.of(text)
+        (loop,) = [i for i in program.computations["main"] if i.operation == "while"]
+        return program.steps(loop)
+
+    assert steps(TRAFFIC.replace("direction=LT", "direction=NE")) is None
+    assert steps(TRAFFIC.replace("constant(4)", "parameter(1)")) is None
+
+
 def test_limits_of_a_plain_program():
     case = dataclasses.replace(
         CASE, plain=("v5e",), most=Most(38, 12, 1, 345), naive_bytes=0
     )
-    plain = dataclasses.replace(GOOD, kernels=(), launches=345, loops=(Loop(37, 9),))
+    plain = dataclasses.replace(
+        GOOD, kernels=(), launches=345, loops=(Loop(37, 9),), moved_bytes=2048
+    )
     assert not list(faults(case, plain))
     assert report.from_json(report.to_json([plain])) == [plain]
-    assert "345 launches, 37 steps of 9" in report.row(plain)
-    assert "| small: 345 launches, 37 steps of 9 |" in report.markdown([case], [plain])
+    told = "345 launches, 37 steps of 9, 2 KiB moved"
+    assert told in report.row(plain)
+    assert f"| small: {told} |" in report.markdown([case], [plain])
+    on_tpu = dataclasses.replace(plain, launches=0, loops=(Loop(37, 0),))
+    assert "       37 steps, 2 KiB moved" in report.row(on_tpu)
     changed = lambda **change: list(faults(case, dataclasses.replace(plain, **change)))
     assert changed(loops=(Loop(39, 9),)) == ["39 steps of a loop are more than 38"]
     assert changed(loops=(Loop(None, 9),)) == ["None steps of a loop are more than 38"]
@@ -280,18 +364,19 @@ def test_training_steps_stand_beside_what_they_were():
     one, *others = before.cases()
     target = one.targets[0]
     made = lambda **values: Compiled(one.family, one.name, target, **values)
-    old = made(temp_bytes=3 << 20, launches=82_214, loops=(Loop(148, 9), Loop(32, 7)))
-    new = made(temp_bytes=5 << 20, launches=686)
+    loops = (Loop(148, 9), Loop(32, 7))
+    old = made(temp_bytes=3 << 20, launches=82_214, loops=loops, moved_bytes=4 << 30)
+    new = made(temp_bytes=5 << 20, launches=686, moved_bytes=1 << 30)
     lines = before.markdown([old], [new]).splitlines()
-    head = f"| {one.name} | {target} | 82,214 | 148 x 9, 32 x 7 | 3 MiB"
-    assert f"{head} | 686 | - | 5 MiB |" in lines
+    head = f"| {one.name} | {target} | 82,214 | 148 x 9, 32 x 7 | 3 MiB | 4 GiB"
+    assert f"{head} | 686 | - | 5 MiB | 1 GiB |" in lines
     failed = made(error="out of memory\nand more")
-    assert f"{head} | - | out of memory | - |" in "\n".join(
+    assert f"{head} | - | out of memory | - | - |" in "\n".join(
         before.markdown([old], [failed]).splitlines()
     )
     count = sum(len(case.targets) for case in (one, *others))
     assert sum(line.startswith("| ") for line in lines) == count + 2
-    assert before.markdown([], []).count("| ? |") == 5 * count - 2 * count
+    assert before.markdown([], []).count("| ? |") == 4 * count
 
 
 def test_they_are_compiled_for_every_machine_with_and_without_launches():

@@ -38,6 +38,10 @@ COUNTS = sorted({each.case.devices for each in CHECKED_IN.outcomes})
 TEXT = """\
 HloModule jit_step, is_scheduled=true
 
+%c (p: f32[8]) -> pred[] {
+  ROOT %more = pred[] custom-call(), custom_call_target="until"
+}
+
 %sum (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   ROOT %s = f32[] add(%a, %a)
