@@ -91,8 +91,8 @@ def fit_exponential_family(
         >>> counts = jnp.array([[1.0], [3.0], [2.0], [2.0]])
         >>> poisson = lambda theta: jnp.exp(theta).sum()
         >>> fit = softlib.estimation.fit_exponential_family(counts, poisson)
-        >>> print(jnp.exp(fit.coefficients).round(3), fit.risk.round(4))
-        [2.] 0.0417
+        >>> print(f"{jnp.exp(fit.coefficients[0]):.2f} {fit.risk:.4f}")
+        2.00 0.0417
     """
     function = "fit_exponential_family"
     checks.require_floating(function, statistics=statistics, initial=initial)

@@ -38,6 +38,7 @@ NO_LOSSES = {
     "labelled_rows",  # of which a loss is made; see tests/logits
     "row_statistics",
     "sampled_softmax_loss",  # of drawn classes, whose bias it may be told
+    "squared_hinge_loss",  # of margins
     "zipf_soft_labels",
 }
 OPTIONS: dict[str, dict[str, Any]] = {
