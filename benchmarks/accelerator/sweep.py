@@ -22,6 +22,7 @@ from benchmarks.measure import ratio, reason_of, take_turns
 from pallas_kernels import _measured
 
 from . import process
+from .device import named
 from .kernels import NoKernel, count
 from .swept import SWEPT, Swept
 
@@ -53,12 +54,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """What a process answers; `reason` says why there is no time.
+    """The answer of a process.
 
     Attributes:
         modelled: The model's time by that of the default tile.
         ratio: The median over the rounds of the time by the default tile's.
         seconds: The median time.
+        reason: Why there is no time; None if there is one.
     """
 
     modelled: float
@@ -119,7 +121,7 @@ def candidates_of(options: argparse.Namespace, platform: str) -> Iterator[Candid
             continue
         if options.dry_run:
             imitated = swept.platform
-            with _context(imitated):
+            with named(imitated).context():
                 best = ranked(swept, "dry")[:2]
             for sizes in best:
                 yield Candidate(swept.kernel, "dry", sizes, 1, imitated)
@@ -136,18 +138,10 @@ def ranked(swept: Swept, shape: str) -> list[tuple[int, ...]]:
     return sorted(modelled, key=modelled.__getitem__)
 
 
-def _context(imitated: str | None) -> Any:
-    from . import device
-
-    return device.named(imitated).context()
-
-
 def answer_to(candidate: Candidate) -> Timed:
     """Times a candidate in turn with the default tile; in a process of its own."""
-    from . import device
-
     swept = find(candidate.kernel, candidate.imitated)
-    where = device.named(candidate.imitated)
+    where = named(candidate.imitated)
     with where.context():
         modelled = swept.modelled(candidate.shape)
         default = ranked(swept, candidate.shape)[0]

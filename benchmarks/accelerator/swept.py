@@ -8,6 +8,7 @@ from unittest import mock
 
 import jax.numpy as jnp
 
+from benchmarks.compile_kernels.cases_sweep import row_program
 from pallas_kernels import _devices
 from pallas_kernels.gpu_mosaic import (
     _row_tiles as gpu_rows,
@@ -17,7 +18,6 @@ from pallas_kernels.gpu_mosaic import (
 from pallas_kernels.tpu import (
     _row_tiles as tpu_rows,
     attention_tiles as tpu_attention,
-    row_statistics as tpu_statistics,
 )
 from softlib import attention, masks
 from softlib.attention._engine import kernels_gpu, kernels_tpu
@@ -51,7 +51,7 @@ class Swept(Protocol):
 
     @property
     def platform(self) -> str:
-        """Where it runs: `tpu` or `cuda`."""
+        """The platform that it is for: `tpu` or `cuda`."""
         ...
 
     @property
@@ -67,7 +67,7 @@ class Swept(Protocol):
         ...
 
     def size(self, shape: str) -> Size:
-        """What makes the arrays."""
+        """The shapes of its arrays, which `Size.arrays` draws."""
         ...
 
     def program(self, shape: str, sizes: Sizes) -> Program:
@@ -111,19 +111,10 @@ class TpuRows:
         own = self._shapes(shape)
         rows, classes, parts = sizes
         tiles = tpu_rows.tiles(self.kind, own, rows, classes, own.features // parts)
-        options = tpu_statistics.Options(statistics=("lse", "label_logits"))
 
         def run(hidden: Any, weight: Any, labels: Any) -> Any:
-            operands = tpu_statistics.Operands(hidden, weight, labels, {}, {})
-            if self.kind == "forward":
-                return tpu_statistics.forward(options, operands, tiles=tiles)
-            gradient = {
-                "hidden": tpu_statistics.gradient_of_hidden,
-                "weight": tpu_statistics.gradient_of_weight,
-            }[self.kind]
             numbers = jnp.ones(len(hidden), jnp.float32)
-            known = {"lse": numbers, "g_lse": numbers}
-            return gradient(options, operands, known, numbers[:, None], tiles=tiles)
+            return row_program(self.kind, tiles, hidden, weight, labels, numbers)
 
         return run
 

@@ -34,7 +34,7 @@ _NEW = ("benchmarks", "tests")
 
 
 def numbers() -> list[Compiled]:
-    """What was found of the older programs."""
+    """The numbers of the older programs, read from the file."""
     return from_json(NUMBERS.read_text()) if NUMBERS.exists() else []
 
 

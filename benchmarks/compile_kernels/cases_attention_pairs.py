@@ -20,7 +20,7 @@ NARROW = Problem(masks.Window(500, 0), (8192, 8192), (16, 16), (64, 64), batch=2
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """What differs between the platforms.
+    """The differences between the platforms.
 
     Attributes:
         prefix: Of the names of cases.

@@ -38,12 +38,15 @@ def _row_case(kind: _row_tiles.Pass, rows: int, classes: int) -> Case:
         array(jnp.int32, count, 1),
         array(jnp.float32, count),
     )
-    program = functools.partial(_row_program, kind, tiles)
+    # All of what the compiler allows: a size that does not fit has to fail here.
+    whole = int(V5E.vmem_bytes * _row_tiles.SHARE)
+    tiles = dataclasses.replace(tiles, vmem_bytes=whole)
+    program = functools.partial(row_program, kind, tiles)
     name = f"row statistics, {kind}, {sizes}"
     return Case(FAMILY, name, program, arrays, ("v5e", "v6e"), ours=False, sizes=sizes)
 
 
-def _row_program(
+def row_program(
     kind: _row_tiles.Pass,
     tiles: _row_tiles.Tiles,
     hidden: Any,
@@ -51,10 +54,16 @@ def _row_program(
     labels: Any,
     numbers: Any,
 ) -> Any:
-    # All of what the compiler allows: a size that does not fit has to fail here.
-    tiles = dataclasses.replace(
-        tiles, vmem_bytes=int(V5E.vmem_bytes * _row_tiles.SHARE)
-    )
+    """Runs one pass with these tiles; `numbers` stand for what a row has known.
+
+    Args:
+        kind: The pass.
+        tiles: Static.
+        hidden: (N, D).
+        weight: (V, D).
+        labels: (N, 1) int32.
+        numbers: (N,) float32, for the log-sums and all cotangents.
+    """
     operands = row_statistics.Operands(hidden, weight, labels, {}, {})
     if kind == "forward":
         return row_statistics.forward(OPTIONS, operands, tiles=tiles)

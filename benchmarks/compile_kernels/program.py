@@ -103,7 +103,7 @@ class Program:
         return cls(found, entry)
 
     def steps(self, loop: Instruction) -> int | None:
-        """How often the body of a loop runs; None if only the devices know.
+        """The number of times that a loop runs; None if only the devices know.
 
         A compiler that does not write it down leaves a condition that compares a
         counter with a constant. A counter of JAX begins at 0.

@@ -128,5 +128,5 @@ class _Traffic:
 
 
 def _bytes(shapes: tuple[Shape, ...]) -> int:
-    """Of arrays in the large memory."""
+    """The bytes of the arrays that lie in the large memory."""
     return sum(shape.bytes for shape in shapes if shape.memory_space == 0)

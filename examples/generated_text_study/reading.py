@@ -1,4 +1,4 @@
-"""What the model says about each token of a text: the parts of both tests."""
+"""Reads texts by the model: the parts of both tests, token by token."""
 
 import functools
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Reading(NamedTuple):
 
 
 def read(pretrained: Pretrained, tokens: np.ndarray, options: Options) -> Reading:
-    """Of token ids (texts, prompt + length), a batch at a time."""
+    """The reading of token ids (texts, prompt + length), a batch at a time."""
     graph, state = nnx.split(pretrained.model)
     parts = [
         jax.device_get(

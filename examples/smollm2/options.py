@@ -5,7 +5,7 @@ import pathlib
 from typing import Annotated, Any
 
 from study import command_line
-from study.command_line import EXAMPLES, Flag
+from study.command_line import EXAMPLES, SMOLLM2, Flag, Weights
 
 WEIGHTS = ("smollm2", "tiny")
 
@@ -14,10 +14,7 @@ WEIGHTS = ("smollm2", "tiny")
 class Options:
     """Everything a run depends on; the values here are those of `--preset full`."""
 
-    weights: Annotated[
-        pathlib.Path,
-        Flag("smollm2, tiny (random, for tests), a GGUF file or a Hugging Face folder"),
-    ] = pathlib.Path("smollm2")
+    weights: Weights = SMOLLM2
     corpus: Annotated[pathlib.Path, Flag("xz text of addresses, for perplexity")] = (
         EXAMPLES / "data" / "sotu.txt.xz"
     )

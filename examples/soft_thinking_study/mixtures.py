@@ -20,7 +20,7 @@ VARIANTS = ("concept", "gumbel", "shuffled", "random")
 
 
 class Settings(NamedTuple):
-    """What decides a mixture."""
+    """The options that decide a mixture."""
 
     tokens: int
     temperature: float
@@ -50,7 +50,7 @@ class Settings(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """How the next law after each mixture compares; one entry per variant.
+    """Comparisons of the next law after each mixture; one entry per variant.
 
     Attributes:
         nearest: Whether of the laws after its single tokens that of the heaviest is the

@@ -5,17 +5,14 @@ import pathlib
 from typing import Annotated, Any
 
 from study import command_line
-from study.command_line import EXAMPLES, Flag
+from study.command_line import EXAMPLES, SMOLLM2, Flag, Weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Everything a run depends on; the values here are those of `--preset full`."""
 
-    weights: Annotated[
-        pathlib.Path,
-        Flag("smollm2, tiny (random, for tests), a GGUF file or a Hugging Face folder"),
-    ] = pathlib.Path("smollm2")
+    weights: Weights = SMOLLM2
     corpus: Annotated[pathlib.Path, Flag("xz text of addresses")] = (
         EXAMPLES / "data" / "sotu.txt.xz"
     )

@@ -19,7 +19,7 @@ MULTIPLE = 64
 
 
 class Probed(NamedTuple):
-    """What follows at P places of some texts.
+    """The laws that follow at P places of some texts.
 
     Attributes:
         followed: Entries (P, variants).

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from language_model.options import EXAMPLES, OneLineParser, integer
 
@@ -30,6 +30,14 @@ class Flag:
     text: str
     least: int = 1
     choices: tuple[str, ...] = ()
+
+
+# What `smollm2.session.load` reads, of every study of a language model.
+Weights = Annotated[
+    pathlib.Path,
+    Flag("smollm2, tiny (random, for tests), a GGUF file or a Hugging Face folder"),
+]
+SMOLLM2 = pathlib.Path("smollm2")
 
 
 def parse[Options](
