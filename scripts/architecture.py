@@ -29,6 +29,7 @@ ROOT_FILES = "softlib/_*.py"
 KERNELS = "pallas_kernels"
 COLOURS = {
     "numerics": "#4c6ef5",
+    "quantize": "#22b8cf",
     "softmax": "#0ca678",
     "masks": "#2f9e44",
     "information": "#74b816",

@@ -6,6 +6,7 @@
 - `softlib.attention`: attention that costs what its mask leaves.
 - `softlib.recurrent`: linear systems with varying parameters, in linear time.
 - `softlib.masks`: attention masks, values that compose.
+- `softlib.quantize`: weights in few bits.
 - `softlib.numerics`: the streaming accumulators they are built on.
 - `softlib.estimation`: small models, fitted with a stated guarantee.
 - `softlib.decoding`: drawing sequences from models.
@@ -34,6 +35,7 @@ from . import (
     losses as losses,
     masks as masks,
     numerics as numerics,
+    quantize as quantize,
     recurrent as recurrent,
     softmax as softmax,
     typing as typing,
@@ -68,6 +70,7 @@ __all__ = [
     "nn",
     "numerics",
     "optim",
+    "quantize",
     "recurrent",
     "scoring",
     "softmax",

@@ -1,4 +1,4 @@
-"""Maps from the tokens of a vocabulary to the codes of a codebook."""
+"""Maps from the tokens of a vocabulary to codes, and sums over the tokens of a code."""
 
 from typing import Any
 
@@ -90,3 +90,51 @@ def checked_counts(function: str, counts: Any, num_codes: int) -> Array:
         checks.require_floating(function, counts=counts)
     checks.require_shape(function, "counts", counts, (num_codes,), "one per code")
     return counts
+
+
+def tables(
+    function: str, embeddings: Array, codebook: Array
+) -> tuple[Float[Array, "V D"], Float[Array, "K D"]]:
+    """Requires two tables with rows of one length."""
+    embeddings, codebook = jnp.asarray(embeddings), jnp.asarray(codebook)
+    checks.require_floating(function, embeddings=embeddings, codebook=codebook)
+    if (
+        embeddings.ndim != 2
+        or codebook.ndim != 2
+        or embeddings.shape[1] != codebook.shape[1]
+    ):
+        raise ValueError(
+            f"{function}: `embeddings` must have shape (V, D) and `codebook` (K, D) "
+            f"with the same D, got {embeddings.shape} and {codebook.shape}."
+        )
+    return embeddings, codebook
+
+
+def row_weights(
+    function: str, weights: Array | None, x: Float[Array, "V D"]
+) -> Float[Array, " V"]:
+    """How much each row counts; None counts all alike."""
+    if weights is None:
+        return jnp.ones(len(x), x.dtype)
+    weights = jnp.asarray(weights)
+    if not jnp.issubdtype(weights.dtype, jnp.integer):
+        checks.require_floating(function, weights=weights)
+    checks.require_shape(function, "weights", weights, x.shape[:1], "one per row")
+    return lax.stop_gradient(weights.astype(x.dtype))
+
+
+def totals(
+    x: Array, mapping: Array, weights: Array, num_codes: int
+) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
+    """Weight, and weighted sum of the rows, of each code."""
+    add = jax.ops.segment_sum
+    mapping = jnp.where(mapping < 0, num_codes, mapping)  # out of range: dropped
+    weighted = x * weights[:, None]
+    return add(weights, mapping, num_codes), add(weighted, mapping, num_codes)
+
+
+def centroids(old: Array, counts: Array, sums: Array) -> Float[Array, "K D"]:
+    """The means of the rows of each code; a code without rows stays."""
+    # Below the smallest normal number a quotient has lost its digits.
+    some = counts[:, None] > float(jnp.finfo(counts.dtype).tiny) * 1e6
+    return jnp.where(some, sums / jnp.where(some, counts[:, None], 1), old)

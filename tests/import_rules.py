@@ -16,23 +16,26 @@ ROWS = {"softmax", "masks", "information"}
 ENGINES = {"attention", "logits", "recurrent"}
 STUDIES = {"decoding", "scoring", "estimation"}
 APPLICATIONS = {"bandits", "logs"}
-MODELLESS = {"numerics", "losses", "metrics", "mining"} | ROWS | ENGINES | STUDIES
+MODELLESS = (
+    {"numerics", "quantize", "losses", "metrics", "mining"} | ROWS | ENGINES | STUDIES
+)
 
 # Package -> what its files may import besides EVERYWHERE, the standard library, the
 # private files at the root of softlib, and its own files.
 MAY_IMPORT: Mapping[str, set[str]] = {
     "numerics": set(),
+    "quantize": set(),
     "softmax": {"numerics", "pallas_kernels"},
     "masks": {"numerics"},
     "information": {"numerics"},
     "attention": {"numerics", "pallas_kernels"} | ROWS,
-    "logits": {"numerics", "pallas_kernels"},
+    "logits": {"numerics", "quantize", "pallas_kernels"},
     "recurrent": set(),
     "metrics": set(),
     "mining": set(),
     "losses": {"numerics", "logits"} | ROWS,
     **{name: {"numerics", "losses"} | ROWS | ENGINES for name in STUDIES},
-    "optim": {"optax", "numerics", "losses"},
+    "optim": {"optax", "numerics", "quantize", "losses"},
     "nn": {"flax"} | MODELLESS,
     **dict.fromkeys(APPLICATIONS, MODELLESS),
     "testing": {"masks"},

@@ -3,8 +3,8 @@
 - `OutputHead` (NNX), `LinenOutputHead` (linen): the output layer of a language model.
 - `VQLogitsHead` (NNX), `CodebookVariable`: a head whose tokens share codes, with
   `vq_sample`, `vq_clusters`, `TokenClusters`; its codes come from
-  `frequency_mapping`, `kmeans`, `KMeans`, `assign_codes`, `straight_through_codes`,
-  `codebook_ema_update`, `codebook_state`, `CodebookState`.
+  `frequency_mapping`, `straight_through_codes`, `codebook_ema_update`,
+  `codebook_state`, `CodebookState`, and from `softlib.quantize.kmeans`.
 - `FourierHead` (NNX): a head over bins of a number, and `FourierDensity`, the value
   that it makes, which needs no bins.
 - `attention_fn`: masks of softlib in the attention layers of NNX and linen.
@@ -23,12 +23,9 @@
 from ._attention import attention_fn as attention_fn
 from ._codebook import (
     CodebookState as CodebookState,
-    KMeans as KMeans,
-    assign_codes as assign_codes,
     codebook_ema_update as codebook_ema_update,
     codebook_state as codebook_state,
     frequency_mapping as frequency_mapping,
-    kmeans as kmeans,
     straight_through_codes as straight_through_codes,
 )
 from ._expert_dispatch import (
@@ -82,7 +79,6 @@ __all__ = [
     "FourierDensity",
     "FourierHead",
     "GatedLinearAttention",
-    "KMeans",
     "LinearAttention",
     "LinenOutputHead",
     "MixtureOfExperts",
@@ -100,7 +96,6 @@ __all__ = [
     "VQLogitsHead",
     "VideoPositions",
     "VideoTransformerBlock",
-    "assign_codes",
     "attention_fn",
     "capacity_dispatch",
     "capacity_experts",
@@ -109,7 +104,6 @@ __all__ = [
     "dropless_experts",
     "frequency_mapping",
     "generalized_gaussian_init",
-    "kmeans",
     "prepend_soft_prompt",
     "straight_through_codes",
     "vq_clusters",

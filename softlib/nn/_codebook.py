@@ -1,4 +1,4 @@
-r"""Codebooks, which let tokens share a code: by frequency, by k-means, by a table.
+r"""Codebooks, which let tokens share a code: by frequency, by a table.
 
 To the loss a codebook is data: `mapping` has no gradient. A table of embeddings that is
 learned beside a codebook gets its gradient by the straight-through rule.
@@ -6,42 +6,16 @@ learned beside a codebook gets its gradient by the straight-through rule.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer
 
-from softlib import _checks as checks
+from softlib import _checks as checks, _codes
 from softlib._array_arguments import array_arguments
 from softlib._codes import require_mapping
-from softlib._compiled_once import compiled_once
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
-from softlib.logits import LinearLogits, row_statistics
 from softlib.typing import Scalar
-
-
-class KMeans(NamedTuple):
-    """The result of `kmeans`.
-
-    Attributes:
-        codebook: The centroids.
-        mapping: The nearest centroid of each row.
-        inertia: Weighted squared distance to it, summed over rows: before each
-            iteration, and at the end. It does not increase.
-
-    Derivatives: none are meant: assignments jump.
-    Cost: K D + V numbers.
-
-    Example:
-        >>> found = softlib.nn.kmeans(jnp.eye(3), 3, key=jax.random.key(0))
-        >>> print(found.inertia[-1])
-        0.0
-    """
-
-    codebook: Float[Array, "K D"]
-    mapping: Int[Array, " V"]
-    inertia: Float[Array, " steps"]
 
 
 class CodebookState(NamedTuple):
@@ -63,130 +37,6 @@ class CodebookState(NamedTuple):
     codebook: Float[Array, "K D"]
     counts: Float[Array, " K"]
     sums: Float[Array, "K D"]
-
-
-@array_arguments
-def assign_codes(
-    embeddings: Float[Array, "V D"], codebook: Float[Array, "K D"]
-) -> Int[Array, " V"]:
-    r"""The nearest code of each embedding, by Euclidean distance.
-
-    $M(i) = \arg\min_j |e_i - c_j|^2 = \arg\max_j (e_i \cdot c_j - |c_j|^2 / 2)$, the
-    lowest code on ties: an argmax over a linear head, streamed over the codes, with
-    $e$ and $c$ relative to the mean of the codes, so that nothing cancels far from 0.
-
-    Args:
-        embeddings: One row per token.
-        codebook: One row per code.
-
-    Returns:
-        Codes, int32.
-
-    Raises:
-        TypeError: An argument does not hold floating numbers.
-        ValueError: Shapes do not fit together.
-
-    Derivatives: none, integers.
-    Cost: one product of V x D x K and a copy of the rows, no array of V x K.
-    Source: vector quantization.
-
-    Example:
-        >>> codebook = jnp.array([[0.0], [1.0]])
-        >>> print(softlib.nn.assign_codes(jnp.array([[0.9], [-2.0], [0.4]]), codebook))
-        [1 0 0]
-    """
-    embeddings, codebook = _tables("assign_codes", embeddings, codebook)
-    dtype = accumulator_dtype(embeddings, codebook)
-    centre = _centre(codebook.astype(dtype))
-    embeddings, codebook = (x.astype(dtype) - centre for x in (embeddings, codebook))
-    lengths = jnp.sum(jnp.square(codebook), axis=-1)
-    scores = LinearLogits(
-        lax.stop_gradient(embeddings),
-        lax.stop_gradient(codebook),
-        bias=lax.stop_gradient(-lengths / 2),
-        precision="highest",
-    )
-    argmax = row_statistics(scores, statistics=("argmax",)).argmax
-    assert argmax is not None
-    return argmax
-
-
-@array_arguments(as_given=("weights",))
-def kmeans(
-    x: Float[Array, "V D"],
-    num_codes: int,
-    *,
-    key: PRNGKeyArray,
-    weights: Float[Array, " V"] | Integer[Array, " V"] | None = None,
-    num_steps: int = 20,
-) -> KMeans:
-    r"""Centroids of rows by Lloyd's iterations, started by k-means++.
-
-    Args:
-        x: Rows to cluster, for a head the table of output embeddings.
-        num_codes: Static number of centroids. With more centroids than distinct rows
-            some stay without a row.
-        key: A key of `jax.random`, for the starting points.
-        weights: How much each row counts, at least 0: the frequencies of the tokens
-            make the codes of frequent ones finer. None counts all alike.
-        num_steps: Static.
-
-    Returns:
-        Centroids, the assignment to them, and the course of the inertia. float32
-        (float64 if `x` is float64).
-
-    Raises:
-        TypeError: An argument has the wrong kind of dtype.
-        ValueError: Shapes do not fit together, or a number is not positive.
-
-    Derivatives: none are meant: assignments jump. Gradients are stopped.
-    Cost: per iteration V x D x K multiply-adds and one array of V x D; the start takes
-        as long as one iteration, in K steps.
-    Source: "k-means++: The Advantages of Careful Seeding".
-
-    Example:
-        >>> x = jnp.array([[0.0], [0.25], [5.0], [5.25]])
-        >>> found = softlib.nn.kmeans(x, 2, key=jax.random.key(0))
-        >>> print(jnp.sort(found.codebook[:, 0]), found.inertia[-1])
-        [0.125 5.125] 0.0625
-    """
-    function = "kmeans"
-    x = jnp.asarray(x)
-    checks.require_floating(function, x=x)
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(
-            f"{function}: `x` must have shape (V, D) without an empty axis, "
-            f"got {x.shape}."
-        )
-    checks.require_positive_integer(function, "num_codes", num_codes)
-    checks.require_positive_integer(function, "num_steps", num_steps)
-    x = lax.stop_gradient(x.astype(accumulator_dtype(x)))
-    weights = _row_weights(function, weights, x)
-    return _lloyd(key, x, weights, num_codes, num_steps)
-
-
-@compiled_once(3, 4)
-def _lloyd(
-    key: PRNGKeyArray,
-    x: Float[Array, "V D"],
-    weights: Float[Array, " V"],
-    num_codes: int,
-    num_steps: int,
-) -> KMeans:
-    centre = _centre(x)  # sums and products of rows far from 0 would cancel
-    x = x - centre
-
-    def step(codebook: Array, _) -> tuple[Array, Array]:
-        mapping = assign_codes(x, codebook)
-        inertia = _inertia(x, codebook, mapping, weights)
-        counts, sums = _totals(x, mapping, weights, num_codes)
-        return _centroids(codebook, counts, sums), inertia
-
-    start = _plus_plus(key, x, weights, num_codes)
-    codebook, inertia = lax.scan(step, start, length=num_steps)
-    mapping = assign_codes(x, codebook)
-    last = _inertia(x, codebook, mapping, weights)
-    return KMeans(codebook + centre, mapping, jnp.append(inertia, last))
 
 
 @array_arguments
@@ -275,19 +125,19 @@ def codebook_ema_update(
         [0.   2.33] [0.5 1.5]
     """
     function = "codebook_ema_update"
-    embeddings, _ = _tables(function, embeddings, state.codebook)
+    embeddings, _ = _codes.tables(function, embeddings, state.codebook)
     mapping = jnp.asarray(mapping)
     require_mapping(function, mapping, len(state.codebook))
     shape = embeddings.shape[:1]
     checks.require_shape(function, "mapping", mapping, shape, "one per embedding")
     checks.require_scalar(function, "decay", decay, 0, 1)
     x = lax.stop_gradient(embeddings.astype(state.sums.dtype))
-    weights = _row_weights(function, weights, x)
-    new = _totals(x, mapping, weights, len(state.codebook))
+    weights = _codes.row_weights(function, weights, x)
+    new = _codes.totals(x, mapping, weights, len(state.codebook))
     old = lax.stop_gradient((state.counts, state.sums))
     decay = jnp.asarray(decay, x.dtype)
     counts, sums = (decay * a + (1 - decay) * b for a, b in zip(old, new, strict=True))
-    return CodebookState(_centroids(state.codebook, counts, sums), counts, sums)
+    return CodebookState(_codes.centroids(state.codebook, counts, sums), counts, sums)
 
 
 @array_arguments
@@ -300,8 +150,9 @@ def straight_through_codes(
 
     The value is $c_{M(i)}$; the derivative is that of $e_i$, as if the quantization
     were not there. As the weight of `softlib.losses.linear_softmax_cross_entropy` it
-    trains the embeddings from which `assign_codes` takes the next mapping, at the cost
-    of a head with V classes: what the codebook saves, it saves afterwards.
+    trains the embeddings from which `softlib.quantize.assign_codes` takes the next
+    mapping, at the cost of a head with V classes: what the codebook saves, it saves
+    afterwards.
 
     Args:
         embeddings: One row per token.
@@ -327,7 +178,7 @@ def straight_through_codes(
         [0. 1.]
     """
     function = "straight_through_codes"
-    embeddings, codebook = _tables(function, embeddings, codebook)
+    embeddings, codebook = _codes.tables(function, embeddings, codebook)
     mapping = jnp.asarray(mapping)
     require_mapping(function, mapping, len(codebook))
     shape = embeddings.shape[:1]
@@ -409,78 +260,3 @@ def frequency_mapping(
         group = jnp.where(place < longer * (size + 1), first, rest)
         code = jnp.where(place < 0, rank, num_singletons + group)
     return jnp.zeros(tokens, jnp.int32).at[order].set(code.astype(jnp.int32))
-
-
-# ------------------------------------------------------------------------------- shared
-def _tables(
-    function: str, embeddings: Array, codebook: Array
-) -> tuple[Float[Array, "V D"], Float[Array, "K D"]]:
-    embeddings, codebook = jnp.asarray(embeddings), jnp.asarray(codebook)
-    checks.require_floating(function, embeddings=embeddings, codebook=codebook)
-    if (
-        embeddings.ndim != 2
-        or codebook.ndim != 2
-        or embeddings.shape[1] != codebook.shape[1]
-    ):
-        raise ValueError(
-            f"{function}: `embeddings` must have shape (V, D) and `codebook` (K, D) "
-            f"with the same D, got {embeddings.shape} and {codebook.shape}."
-        )
-    return embeddings, codebook
-
-
-def _row_weights(
-    function: str, weights: Array | None, x: Float[Array, "V D"]
-) -> Float[Array, " V"]:
-    if weights is None:
-        return jnp.ones(len(x), x.dtype)
-    weights = jnp.asarray(weights)
-    if not jnp.issubdtype(weights.dtype, jnp.integer):
-        checks.require_floating(function, weights=weights)
-    checks.require_shape(function, "weights", weights, x.shape[:1], "one per row")
-    return lax.stop_gradient(weights.astype(x.dtype))
-
-
-def _centre(x: Float[Array, "N D"]) -> Float[Array, "1 D"]:
-    """The mean of rows, 0 where it is not finite."""
-    mean = x.mean(0, keepdims=True)
-    return jnp.where(jnp.isfinite(mean), mean, 0)
-
-
-def _totals(
-    x: Array, mapping: Array, weights: Array, num_codes: int
-) -> tuple[Float[Array, " K"], Float[Array, "K D"]]:
-    """Weight, and weighted sum of the rows, of each code."""
-    add = jax.ops.segment_sum
-    mapping = jnp.where(mapping < 0, num_codes, mapping)  # out of range: dropped
-    weighted = x * weights[:, None]
-    return add(weights, mapping, num_codes), add(weighted, mapping, num_codes)
-
-
-def _centroids(old: Array, counts: Array, sums: Array) -> Float[Array, "K D"]:
-    # Below the smallest normal number a quotient has lost its digits.
-    some = counts[:, None] > float(jnp.finfo(counts.dtype).tiny) * 1e6
-    return jnp.where(some, sums / jnp.where(some, counts[:, None], 1), old)
-
-
-def _inertia(x: Array, codebook: Array, mapping: Array, weights: Array) -> Array:
-    return jnp.sum(weights * jnp.square(x - codebook[mapping]).sum(axis=-1))
-
-
-def _plus_plus(
-    key: Array, x: Float[Array, "V D"], weights: Float[Array, " V"], num_codes: int
-) -> Float[Array, "K D"]:
-    """Each next start is drawn by the squared distance to those that are there."""
-
-    def draw(key: Array, distance: Array) -> Array:
-        return x[jax.random.categorical(key, jnp.log(weights * distance))]
-
-    def add(i, carry):
-        codebook, distance = carry
-        center = draw(jax.random.fold_in(key, i), distance)
-        codebook = codebook.at[i].set(center)
-        return codebook, jnp.minimum(distance, jnp.square(x - center[None]).sum(-1))
-
-    start = jnp.zeros((num_codes, x.shape[1]), x.dtype)
-    far = jnp.full(len(x), jnp.finfo(x.dtype).max ** 0.5, x.dtype)
-    return lax.fori_loop(0, num_codes, add, (start, far))[0]

@@ -12,13 +12,12 @@ from jaxtyping import Array, Float, Int, Integer
 from softlib._array_arguments import array_arguments
 from softlib._dtypes import accumulator_dtype
 from softlib.logits import LinearLogits, VQLogits
+from softlib.quantize import assign_codes, kmeans
 
 from ._codebook import (
     CodebookState,
-    assign_codes,
     codebook_ema_update,
     codebook_state,
-    kmeans,
     straight_through_codes,
 )
 from ._vq_logits import vq_sample

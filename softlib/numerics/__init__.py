@@ -14,7 +14,7 @@ Numbers about neighbours: `similarity_depth`, `SimilarityDepth`, `distance_quant
 Clusters of one size: `balanced_kmeans`.
 Generalized Gaussians: `generalized_gaussian_log_prob`, `generalized_gaussian_quantile`,
 `generalized_gaussian_fit`, `GeneralizedGaussianFit`, `reshape_distribution`.
-Floats of eight bits, of any layout: `FloatFormat`.
+
 A weighted sum from fewer terms: `systematic_resample`, `ResampledTerms`; the worst
 cases: `top_k_mean`.
 """
@@ -29,7 +29,6 @@ from ._extended import (
     extended_sum as extended_sum,
     extended_to_float as extended_to_float,
 )
-from ._float_format import FloatFormat as FloatFormat
 from ._generalized_gaussian import (
     GeneralizedGaussianFit as GeneralizedGaussianFit,
     generalized_gaussian_fit as generalized_gaussian_fit,
@@ -67,7 +66,6 @@ from ._unified_max import (
 
 __all__ = [
     "ExtendedFloat",
-    "FloatFormat",
     "GeneralizedGaussianFit",
     "PlainSum",
     "PlainSumState",

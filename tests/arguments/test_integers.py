@@ -40,7 +40,7 @@ ADDED: dict[str, dict[str, Any]] = {
     "losses.softmax_kl_divergence": EXCLUDED,
     "losses.softmax_soft_target_cross_entropy": EXCLUDED,
     "nn.codebook_ema_update": {"weights": jnp.array([1, 3])},
-    "nn.kmeans": {"weights": jnp.array([1, 2, 3, 4])},
+    "quantize.kmeans": {"weights": jnp.array([1, 2, 3, 4])},
     "numerics.similarity_depth": {"exclude_index": jnp.array([1])},
     "softmax.straight_through_one_hot": {"index": jnp.array(1)},
 }

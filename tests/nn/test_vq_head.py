@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from softlib import losses, masked_mean
-from softlib.nn import CodebookVariable, VQLogitsHead, assign_codes, frequency_mapping
+from softlib.nn import CodebookVariable, VQLogitsHead, frequency_mapping
+from softlib.quantize import assign_codes
 from softlib.testing import assert_close
 from tests.heads import of_stored, vq_cross_entropy
 from tests.host import jnp

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from softlib import attention, information, losses, nn, recurrent, softmax
+from softlib import attention, information, losses, quantize, recurrent, softmax
 from tests import example_calls
 from tests.example_calls import FUNCTIONS, Call
 from tests.heads import of_head, of_stored
@@ -178,7 +178,7 @@ def test_searches_compile_once(count):
     assert compilations(count, lambda: softmax.top_k_logits(LOGITS, k=500)) == 0
     assert compilations(count, lambda: softmax.soft_top_k(LOGITS, k=500)) == 0
     assert compilations(count, lambda: softmax.top_p_logits(LOGITS, p=0.9)) == 0
-    cluster = lambda: nn.kmeans(HIDDEN, 4, key=jax.random.key(0))
+    cluster = lambda: quantize.kmeans(HIDDEN, 4, key=jax.random.key(0))
     assert compilations(count, cluster) == 0
 
 

@@ -117,6 +117,7 @@ NOT_SYMBOLIC: dict[str, str] = {
     "softlib.scoring.output_rank": "has as many singular values as there are rows or "
     "classes, whichever are fewer",
     "softlib.explain": "gives names, and no arrays",
+    "softlib.quantize.fit_codebook": "k-means has to know how many rows it draws from",
     "softlib.attention.sequence_parallel_attention": "runs inside jax.shard_map",
     "softlib.recurrent.linear_recurrence": "scans over its first axis, whose length "
     "XLA's associative scan has to know",

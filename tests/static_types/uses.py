@@ -67,7 +67,7 @@ def studies(x: jax.Array) -> None:
     assert_type(distance.triangle_excess, jax.Array)
     fit = softlib.numerics.generalized_gaussian_fit(x)
     assert_type(fit.entropy, jax.Array)
-    codes = softlib.numerics.FloatFormat(4, 3).encode(x)
+    codes = softlib.quantize.FloatFormat(4, 3).encode(x)
     assert_type(codes, jax.Array)
     bound = softlib.information.redundancy_bound(x, x, num_samples=10)
     assert_type(bound.mixture_bound, jax.Array)

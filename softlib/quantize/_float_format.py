@@ -37,7 +37,7 @@ class FloatFormat:
         for Optimized LLMs", which has one layout of eight bits.
 
     Example:
-        >>> e4m3 = softlib.numerics.FloatFormat(exponent_bits=4, mantissa_bits=3)
+        >>> e4m3 = softlib.quantize.FloatFormat(exponent_bits=4, mantissa_bits=3)
         >>> codes = e4m3.encode(jnp.array([1.9, -3.2, 1e9]))
         >>> print(codes, e4m3.decode(codes), e4m3.relative_error)
         [ 63 197 127] [  1.875  -3.25  480.   ] 0.0625

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from softlib.numerics import FloatFormat
+from softlib.quantize import FloatFormat
 from tests.host import jnp
 
 DATA = (
