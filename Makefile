@@ -33,6 +33,8 @@ NAME ?=
 DEVICE ?=
 # 1: pages are executed as quickly compiled programs, so their seconds mean nothing.
 DRAFT ?=
+# Of the pages that have cells `make docs` executes one in so many; in as many commits all.
+PAGES ?= 1
 
 RUN := $(VENV)/bin/python
 # A test that aborts its process ends the run: the processes that xdist starts in the place
@@ -105,7 +107,7 @@ format: $(VENV)/.installed-test ## repair style where that is safe
 	$(RUN) -m ruff format
 
 docs: $(VENV)/.installed-docs ## build docs/_build/html; a warning is an error
-	$(if $(DRAFT),$(QUICKLY)) $(RUN) -m sphinx -E -W --keep-going -b html \
+	$(if $(DRAFT),$(QUICKLY)) PAGES=$(PAGES) $(RUN) -m sphinx -E -W --keep-going -b html \
 	  docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-bench $(VENV)/.installed-bench-peers ## compare with peers

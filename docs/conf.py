@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import logging
+import os
 import pathlib
 import sys
 import textwrap
@@ -11,7 +12,8 @@ import textwrap
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import softlib
-from docs import docstring_markup, page_outputs
+from docs import docstring_markup, page_outputs, page_turns
+from tests import selection
 
 project = "softlib"
 author = "the softlib developers"
@@ -28,6 +30,10 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
+# `make docs PAGES=2` executes one page in two, which ones by the number of commits.
+nb_execution_excludepatterns = page_turns.left_out(
+    int(os.environ.get("PAGES") or 1), selection.commits(page_turns.DOCS)
+)
 # What a cell prints is one output, however long it takes from line to line.
 nb_merge_streams = True
 

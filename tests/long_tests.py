@@ -1,7 +1,9 @@
 """Reads and writes long_tests.txt: the tests that take long, with their seconds.
 
 `python -m tests.long_tests junit.xml` puts what a run has measured into the table;
-`make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay.
+`make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay, and so
+do those that were quick this time, as with programs that were compiled before: one that
+has become quick for good is taken out by hand.
 """
 
 import collections
@@ -16,7 +18,9 @@ from xml.etree import ElementTree as ET
 TABLE = pathlib.Path(__file__).with_name("long_tests.txt")
 # Seconds that a test may cost a run. Half of it is long for a case that has others
 # beside it.
-SHARE = 0.4
+SHARE = 0.3
+# So many are long for all cases of a test, however short each of them is.
+CASES_SHARE = 10.0
 # The same for tests, and for their cases, of what all functions are made of: a fault
 # there is seen by little else.
 ENGINE_SHARE = 2.0
@@ -93,7 +97,8 @@ def measured(junit: str) -> dict[str, float]:
         limit = share(test)
         if limit == SHARE and len(times) > 1 and not is_file:
             limit /= 2
-        found[test] = mean if mean > limit and test not in by_name else 0
+        long = mean > limit or (sum(times) > CASES_SHARE and limit < ENGINE_SHARE)
+        found[test] = mean if long and test not in by_name else 0
     return found
 
 
@@ -113,5 +118,6 @@ def exists(test: str) -> bool:
 if __name__ == "__main__":
     known = read(TABLE.read_text())
     for name in sys.argv[1:]:
-        known |= measured(pathlib.Path(name).read_text())
+        found = measured(pathlib.Path(name).read_text())
+        known |= {test: seconds for test, seconds in found.items() if seconds}
     TABLE.write_text(table({test: s for test, s in known.items() if exists(test)}))

@@ -150,6 +150,7 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_long" time="2.0" />
     <testcase classname="tests.losses.test_a" name="test_cases[1]" time="0.2" />
     <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
+%s
     <testcase classname="tests.masks.test_a" name="test_quick" time="1.9" />
     <testcase classname="tests.masks.test_a" name="test_long" time="2.1" />
     <testcase classname="tests.masks.test_a" name="test_cases[1]" time="1.8" />
@@ -158,7 +159,10 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
     <testcase classname="tests.examples.test_c" name="test_run" time="7.0" />
     <testcase classname="tests.examples.test_c" name="test_picture" time="0.1" />
-</testsuite></testsuites>"""
+</testsuite></testsuites>""" % "\n".join(
+    f'<testcase classname="tests.losses.test_a" name="test_many[{i}]" time="0.1" />'
+    for i in range(101)
+)
 
 
 def test_what_a_run_measured_is_the_table():
@@ -168,6 +172,7 @@ def test_what_a_run_measured_is_the_table():
         "9.0 tests/kernels/test_b.py::test_long\n"
         "0.4 tests/losses/test_a.py::test_cases\n"
         "2.0 tests/losses/test_a.py::test_long\n"
+        "0.1 tests/losses/test_a.py::test_many\n"
         "2.1 tests/masks/test_a.py::test_cases\n"
         "2.1 tests/masks/test_a.py::test_long\n"
     )
@@ -180,7 +185,7 @@ def test_the_table_is_by_test_or_by_file():
 
 
 def test_what_takes_longer_waits_for_more_turns():
-    turns = lambda test: [long_tests.turns(test, s) for s in (0.4, 0.8, 0.9, 4, 100)]
+    turns = lambda test: [long_tests.turns(test, s) for s in (0.3, 0.6, 0.7, 4, 100)]
     assert turns("tests/losses/test_a.py::test_long") == [1, 2, 3, 8, 8]
     assert turns("tests/masks/test_a.py::test_long") == [1, 1, 1, 2, 8]
     assert turns("tests/losses/test_a.py::test_matches_oracle") == [1] * 5
