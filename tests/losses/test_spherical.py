@@ -331,7 +331,7 @@ def test_no_class_selected_gives_zero_loss_and_gradient(name, source):
 @pytest.mark.parametrize(
     ("name", "source"), [("z", "linear"), ("z", "logits"), ("log_taylor", "linear")]
 )
-def test_a_class_of_minus_infinity_does_not_count(name, source):
+def test_a_class_of_minus_infinity_is_excluded_by_definition(name, source):
     """It is as if `class_where` excluded it, in values and in gradients."""
     given, labels = arrays(source), jnp.array([0, 1, 2, 3, 4, 5, 6, 0])
     function = function_of(name, source, **LOSSES[name].parameters)
