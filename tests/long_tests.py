@@ -1,9 +1,9 @@
 """Reads and writes long_tests.txt: the tests that take long, with their seconds.
 
 `python -m tests.long_tests junit.xml` puts what a run has measured into the table;
-`make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay, and so
-do those that were quick this time, as with programs that were compiled before: one that
-has become quick for good is taken out by hand.
+`make test ARGS="--junitxml junit.xml"` measures. Tests that it did not take stay, and
+so do those that were quick this time, as with programs that were compiled before: one
+that has become quick for good is taken out by hand.
 """
 
 import collections

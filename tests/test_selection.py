@@ -145,12 +145,16 @@ def test_what_shares_a_file_takes_turns_together():
 
 
 # ------------------------------------------------------------- the table of long tests
-JUNIT = """<testsuites><testsuite>
+MANY = "\n".join(
+    f'<testcase classname="tests.losses.test_a" name="test_many[{i}]" time="0.1" />'
+    for i in range(101)
+)
+JUNIT = f"""<testsuites><testsuite>
     <testcase classname="tests.losses.test_a" name="test_quick" time="0.3" />
     <testcase classname="tests.losses.test_a" name="test_long" time="2.0" />
     <testcase classname="tests.losses.test_a" name="test_cases[1]" time="0.2" />
     <testcase classname="tests.losses.test_a" name="test_cases[2]" time="0.6" />
-%s
+    {MANY}
     <testcase classname="tests.masks.test_a" name="test_quick" time="1.9" />
     <testcase classname="tests.masks.test_a" name="test_long" time="2.1" />
     <testcase classname="tests.masks.test_a" name="test_cases[1]" time="1.8" />
@@ -159,10 +163,7 @@ JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.kernels.test_b" name="test_long" time="9.0" />
     <testcase classname="tests.examples.test_c" name="test_run" time="7.0" />
     <testcase classname="tests.examples.test_c" name="test_picture" time="0.1" />
-</testsuite></testsuites>""" % "\n".join(
-    f'<testcase classname="tests.losses.test_a" name="test_many[{i}]" time="0.1" />'
-    for i in range(101)
-)
+</testsuite></testsuites>"""
 
 
 def test_what_a_run_measured_is_the_table():

@@ -57,6 +57,8 @@ def test_vectors_of_the_public_code(vectors):
     hunyuan = masks.radial_block_mask(12, 200, block=16, decay=0.5, variant="hunyuan")
     expected = vectors["out_code_block_hunyuan_f12_s200_b16_g05"]
     np.testing.assert_array_equal(hunyuan, unpacked(expected, 150))
+    one = masks.radial_block_mask(1, 128, block=129)  # no text by default
+    assert one.shape == (0, 0)
     expected = vectors["out_code_halfwidth_s256g1_s256g05_s1560_s3600"]
     cases = ((256, 1.0), (256, 0.5), (1560, 1.0), (3600, 1.0))
     for column, (tokens, decay) in enumerate(cases):
