@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from softlib import LinearLogits, attention, logits, losses, masks, recurrent, softmax
+from softlib import (
+    LinearLogits,
+    attention,
+    logits,
+    losses,
+    masks,
+    quantize,
+    recurrent,
+    softmax,
+)
 from softlib.decoding import speculative_verify
 
 TOKENS, FEATURES, CLASSES, CODES = 4096, 1024, 50_304, 64
@@ -178,6 +187,18 @@ def _other_heads() -> Iterator[Call]:
         "labels": labels,
     }
     yield make("`LoRALogits`", of_change, arrays, ("hidden", "lora_a", "lora_b"))
+
+    def of_few_bits(hidden: Any, codes: Any, scale: Any, labels: Any) -> Any:
+        few_bits = quantize.QuantizedArray(codes, bits=4, scale=scale)
+        return ce(logits.QuantizedLogits(hidden, few_bits), labels)
+
+    arrays = {
+        "hidden": hidden,
+        "codes": _array(INT, CLASSES, FEATURES),
+        "scale": _array(BF16, CLASSES, FEATURES // 64),
+        "labels": labels,
+    }
+    yield make("`QuantizedLogits`", of_few_bits, arrays, ("hidden", "scale"))
 
     def of_members(hidden: Any, weight: Any, other: Any, labels: Any) -> Any:
         members = [LinearLogits(hidden, weight), LinearLogits(hidden, other)]

@@ -4,7 +4,8 @@
   bias, scale, softcap and temperature; `AbstractLogits`: their base; `Logits`: the type
   that losses accept, one of these or an array.
 - `VQLogits`: logits of a codebook; `LoRALogits`: of a linear head with a low-rank
-  change; `FusedLogits`: a linear combination of several models' logits;
+  change; `QuantizedLogits`: of one whose weight is held in few bits; `FusedLogits`: a
+  linear combination of several models' logits;
   `BlockwiseLogits`: the base of user-defined heads.
 - `row_statistics`, `RowStatistics`: statistics from one stream over the vocabulary.
 - `logsumexp`, `entropy`, `moments`: numbers of each row.
@@ -28,6 +29,7 @@ from ._linear import LinearLogits as LinearLogits
 from ._lora import LoRALogits as LoRALogits
 from ._moments import Moments as Moments, moments as moments
 from ._optimal_temperature import optimal_temperature as optimal_temperature
+from ._quantized import QuantizedLogits as QuantizedLogits
 from ._row_statistics import (
     entropy as entropy,
     logsumexp as logsumexp,
@@ -57,6 +59,7 @@ __all__ = [
     "LoRALogits",
     "Logits",
     "Moments",
+    "QuantizedLogits",
     "RowStatistics",
     "StoredLogits",
     "TokenMetrics",

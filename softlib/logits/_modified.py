@@ -34,6 +34,11 @@ class ModifiedLogits(AbstractLogits):
     implementation: Implementations
     axis_name: AxisName | None = None  # over which the classes are divided
 
+    @property
+    def numbers_per_class(self) -> int | None:
+        """How many a block makes of each class; None if its arrays hold as many."""
+        return None
+
     @abc.abstractmethod
     def layout(self) -> Any:
         """The same tree with a `Layout` instead of each array."""

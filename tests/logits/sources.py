@@ -2,7 +2,7 @@
 
 The definition is NumPy in float64: the oracle of row statistics follows a gradient from
 the final logits to hidden, weight and modifiers, and here it goes on to a codebook or
-to the factors of a low-rank change.
+to the factors of a low-rank change, or to the scales and zeros of a quantized weight.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 import softlib
-from softlib.logits import LoRALogits, StoredLogits, VQLogits
+from softlib.logits import LoRALogits, QuantizedLogits, StoredLogits, VQLogits
+from softlib.quantize import QuantizedArray
 from tests.host import jnp
 from tests.oracles.row_statistics import evaluate, exact
 
@@ -40,7 +41,7 @@ class Source:
         """Draws the arrays.
 
         Args:
-            kind: One of `KINDS`.
+            kind: One of `KINDS`, or a "grid" of few bits.
             case: With `dtype`, `modifiers`, `chunks` and `implementation`.
             seed: Another one has other arrays, and more features.
             heated: Whether there may be a temperature, which some functions have.
@@ -51,6 +52,8 @@ class Source:
         arrays = _arrays(kind, random.normal, features)
         bias, scale = random.normal(size=CLASSES), random.uniform(0.5, 1.5)
         temperature = random.uniform(0.5, 1.5, BATCH)
+        # On a grid of 3 bits.
+        self.steps = np.random.default_rng(seed).integers(0, 8, (CLASSES, features))
         self.mapping = random.integers(0, CODES - 1, CLASSES)  # the last has no token
         # Of all seeds: two distributions are over the same classes.
         exists = np.random.default_rng(4).uniform(size=CLASSES) < 0.7
@@ -90,6 +93,10 @@ class Source:
             return VQLogits(mapping=jnp.asarray(self.mapping), **given, **options)
         if self.kind == "lora":
             return LoRALogits(**given, **options)
+        if self.kind == "grid":
+            parts = {"scale": given.pop("step"), "zero": given.pop("zero")}
+            weight = QuantizedArray(jnp.asarray(self.steps), bits=3, **parts)
+            return QuantizedLogits(weight=weight, **given, **options)
         axis = int(self.kind == "columns")
         return softlib.LinearLogits(vocab_axis=axis, **given, **options)
 
@@ -120,6 +127,10 @@ class Source:
             found["lora_a"] = scale * (b @ of_weight).T
             found["lora_b"] = scale * (of_weight @ a).T
             found["lora_scale"] = (of_weight * (a @ b).T).sum()
+        if self.kind == "grid":  # one group per class
+            of_weight = found.pop("weight")
+            found["step"] = (of_weight * self.steps).sum(1, keepdims=True)
+            found["zero"] = of_weight.sum(1, keepdims=True)
         return found
 
     def _evaluate(self, dz: np.ndarray) -> Any:
@@ -131,6 +142,9 @@ class Source:
             factors = (self.exact[n] for n in ("lora_a", "lora_b", "lora_scale"))
             a, b, scale = factors
             given["weight"] = given["weight"] + scale * (a @ b).T
+        if self.kind == "grid":
+            decoded = self.exact["step"] * self.steps + self.exact["zero"]
+            given["weight"] = exact(jnp.asarray(decoded, self.arrays["step"].dtype))
         after = self.exact.get("token_bias", 0.0)  # after softcap and temperature
         return evaluate(
             lambda z, dz: ({"z": z + after}, dz),
@@ -149,6 +163,9 @@ def _arrays(kind: str, normal: Any, features: int) -> dict[str, np.ndarray]:
     arrays = {"hidden": normal(size=(*BATCH, features))}
     if kind == "codes":
         return {**arrays, "codebook": size * normal(size=(CODES, features))}
+    if kind == "grid":
+        step = 0.4 * size * (1 + 0.2 * normal(size=(CLASSES, 1)))
+        return {**arrays, "step": step, "zero": -3.5 * step}
     weight = size * normal(size=(CLASSES, features))
     arrays["weight"] = weight.T if kind == "columns" else weight
     if kind == "lora":

@@ -4,6 +4,7 @@ Values, and gradients by every array behind the logits and by every parameter. T
 are eager: functions that ask for the same numbers then share the programs of these.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,3 +159,17 @@ def test_functions_of_logits_match_their_oracles(case):
 def test_functions_of_two_logits_match_their_oracles(case):
     with precision(case["dtype"]):
         check(PAIRS[case["function"]], [case["own"], case["target"]], case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "modifiers"),
+    [*zip((f for f in FAMILIES if f not in ONLY_STORED), itertools.cycle(MODIFIERS))],
+)
+def test_functions_of_a_head_in_few_bits_match_their_oracles(function, modifiers):
+    case = {"dtype": "float32", "modifiers": modifiers, "rows": "dropped"}
+    case |= {"chunks": True, "implementation": None}
+    with precision("float32"):
+        for each in FAMILIES[function]:
+            with labelled(each.name):
+                check(each, ["grid"], case)

@@ -79,7 +79,15 @@ def with_layout(value: Any, function: Callable[[Layout, Array], Any]) -> Any:
 
 
 class Value(Protocol):
-    """A pytree of arrays that are slices of rows and classes."""
+    """A pytree of arrays that are slices of rows and classes.
+
+    Attributes:
+        numbers_per_class: How many a block makes of each class if its arrays hold
+            fewer, as codes of few bits do; else None.
+    """
+
+    @property
+    def numbers_per_class(self) -> int | None: ...
 
     def layout(self) -> Any:
         """The same tree with a `Layout` instead of each array."""
@@ -136,6 +144,8 @@ class Blocks(NamedTuple):
     @property
     def features(self) -> int:
         """Numbers that a step reads per row, and per class: for the cost model."""
+        if self.value.numbers_per_class is not None:
+            return self.value.numbers_per_class
         sizes = [
             array.size // max(array.shape[layout.class_axis or 0], 1)
             for layout, array in arrays_of(self.value)
