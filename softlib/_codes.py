@@ -113,7 +113,7 @@ def tables(
 def row_weights(
     function: str, weights: Array | None, x: Float[Array, "V D"]
 ) -> Float[Array, " V"]:
-    """How much each row counts; None counts all alike."""
+    """Weight of each row; None counts all alike."""
     if weights is None:
         return jnp.ones(len(x), x.dtype)
     weights = jnp.asarray(weights)

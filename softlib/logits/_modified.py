@@ -36,7 +36,7 @@ class ModifiedLogits(AbstractLogits):
 
     @property
     def numbers_per_class(self) -> int | None:
-        """How many a block makes of each class; None if its arrays hold as many."""
+        """Numbers that a block makes of each class; None if as many as it is given."""
         return None
 
     @abc.abstractmethod
