@@ -34,6 +34,8 @@ nb_execution_timeout = 120
 nb_execution_excludepatterns = page_turns.left_out(
     int(os.environ.get("PAGES") or 1), selection.commits(page_turns.DOCS)
 )
+# The language of a page's cells is known from its execution alone.
+suppress_warnings = ["myst-nb.lexer"] if nb_execution_excludepatterns else []
 # What a cell prints is one output, however long it takes from line to line.
 nb_merge_streams = True
 
