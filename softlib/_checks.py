@@ -9,7 +9,9 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -115,13 +117,47 @@ def checked_where(
     return jnp.broadcast_to(where, shape)
 
 
-def require_positive_number(function: str, name: str, value: object) -> None:
-    """Requires a finite Python number above 0."""
+def require_instance(
+    function: str, name: str, value: object, kind: type, what: str
+) -> None:
+    """Requires a value of a class, which the error calls `what`."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{function}: `{name}` must be {what}, got {type(value).__name__}."
+        )
+
+
+def require_known_below(
+    function: str, name: str, array: Array, stop: int, what: str
+) -> None:
+    """Requires entries in [0, stop), which the error calls `what`, if they are known.
+
+    Those of a traced array are not.
+    """
+    if isinstance(array, jax.core.Tracer) or not array.size:
+        return
+    values = np.asarray(array)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >= stop:
+        raise ValueError(
+            f"{function}: `{name}` must hold {what} in [0, {stop}), got "
+            f"{least if least < 0 else most}."
+        )
+
+
+def require_number(function: str, name: str, value: object) -> None:
+    """Requires a Python number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(
             f"{function}: `{name}` must be a Python number (it is static), "
             f"got {type(value).__name__}."
         )
+
+
+def require_positive_number(function: str, name: str, value: object) -> None:
+    """Requires a finite Python number above 0."""
+    require_number(function, name, value)
+    assert isinstance(value, int | float)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(
             f"{function}: `{name}` must be positive and finite, got {value}."

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Integer
@@ -55,15 +54,7 @@ def require_mapping(function: str, mapping: Array, num_codes: int) -> None:
             f"{function}: `mapping` must have shape (V,), one code per token and at "
             f"least one, got {mapping.shape}."
         )
-    if isinstance(mapping, jax.core.Tracer):
-        return
-    values = np.asarray(mapping)
-    least, most = int(values.min()), int(values.max())
-    if least < 0 or most >= num_codes:
-        raise ValueError(
-            f"{function}: `mapping` must hold codes in [0, {num_codes}), got "
-            f"{least if least < 0 else most}."
-        )
+    checks.require_known_below(function, "mapping", mapping, num_codes, "codes")
 
 
 def require_token_bias(function: str, token_bias: Array | None, mapping: Array) -> None:

@@ -76,7 +76,7 @@ def turns(test: str, seconds: float) -> int:
 
 
 def measured(junit: str) -> dict[str, float]:
-    """Seconds of one case of each test of a run that takes long; 0 of the others.
+    """Seconds of one case of each test of a run that takes long.
 
     Args:
         junit: The file of pytest's --junitxml.
@@ -98,14 +98,14 @@ def measured(junit: str) -> dict[str, float]:
         if limit == SHARE and len(times) > 1 and not is_file:
             limit /= 2
         long = mean > limit or (sum(times) > CASES_SHARE and limit < ENGINE_SHARE)
-        found[test] = mean if long and test not in by_name else 0
+        if long and test not in by_name:
+            found[test] = mean
     return found
 
 
 def table(seconds: Mapping[str, float]) -> str:
     """The lines of the file."""
-    long = {test: s for test, s in seconds.items() if s}
-    return "".join(f"{long[test]:.1f} {test}\n" for test in sorted(long))
+    return "".join(f"{seconds[test]:.1f} {test}\n" for test in sorted(seconds))
 
 
 def exists(test: str) -> bool:
@@ -118,6 +118,5 @@ def exists(test: str) -> bool:
 if __name__ == "__main__":
     known = read(TABLE.read_text())
     for name in sys.argv[1:]:
-        found = measured(pathlib.Path(name).read_text())
-        known |= {test: seconds for test, seconds in found.items() if seconds}
+        known |= measured(pathlib.Path(name).read_text())
     TABLE.write_text(table({test: s for test, s in known.items() if exists(test)}))

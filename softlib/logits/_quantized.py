@@ -101,11 +101,8 @@ class QuantizedLogits(BlockwiseLogits):
         name = "QuantizedLogits"
         checks.require_floating(name, hidden=hidden)
         checks.require_rank(name, "hidden", hidden, 1, "(..., D)")
-        if not isinstance(weight, QuantizedArray):
-            raise TypeError(
-                f"{name}: `weight` must be a softlib.quantize.QuantizedArray, got "
-                f"{type(weight).__name__}."
-            )
+        what = "a softlib.quantize.QuantizedArray"
+        checks.require_instance(name, "weight", weight, QuantizedArray, what)
         features = hidden.shape[-1]
         if weight.ndim != 2 or weight.shape[1] != features:
             raise ValueError(

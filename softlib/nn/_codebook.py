@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, Integer
 
 from softlib import _checks as checks, _codes
 from softlib._array_arguments import array_arguments
-from softlib._codes import require_mapping
 from softlib._dtypes import accumulator_dtype
 from softlib._ids import labels_in_range
 from softlib.typing import Scalar
@@ -127,7 +126,7 @@ def codebook_ema_update(
     function = "codebook_ema_update"
     embeddings, _ = _codes.tables(function, embeddings, state.codebook)
     mapping = jnp.asarray(mapping)
-    require_mapping(function, mapping, len(state.codebook))
+    _codes.require_mapping(function, mapping, len(state.codebook))
     shape = embeddings.shape[:1]
     checks.require_shape(function, "mapping", mapping, shape, "one per embedding")
     checks.require_scalar(function, "decay", decay, 0, 1)
@@ -180,7 +179,7 @@ def straight_through_codes(
     function = "straight_through_codes"
     embeddings, codebook = _codes.tables(function, embeddings, codebook)
     mapping = jnp.asarray(mapping)
-    require_mapping(function, mapping, len(codebook))
+    _codes.require_mapping(function, mapping, len(codebook))
     shape = embeddings.shape[:1]
     checks.require_shape(function, "mapping", mapping, shape, "one per embedding")
     mapping = labels_in_range(mapping, len(codebook))

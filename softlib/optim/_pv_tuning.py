@@ -1,5 +1,6 @@
 """Tuning of quantized weights: codes move on a subset, the rest by gradients."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -207,16 +208,12 @@ def pv_tuning(
     _require_fraction(function, max_fraction)
     if trust_ratio is not None:
         checks.require_positive_scalars(function, trust_ratio=trust_ratio)
-    if isinstance(delta_decay, bool) or not isinstance(delta_decay, int | float):
-        raise TypeError(
-            f"{function}: `delta_decay` must be a Python number (it is static), got "
-            f"{type(delta_decay).__name__}."
-        )
+    checks.require_number(function, "delta_decay", delta_decay)
     checks.require_scalar(function, "delta_decay", delta_decay, 0, 1)
     keeps = codes is not None and delta_decay < 1
 
     def init(weights: PyTree) -> PVState:
-        decoded = _over(lambda weight: weight.decode(), weights)
+        decoded = _decoded(weights)
         return PVState(
             None if codes is None else codes.init(decoded),
             None if parameters is None else parameters.init(_parameters(weights)),
@@ -226,7 +223,7 @@ def pv_tuning(
     def update(
         gradients: PyTree, state: PVState, weights: PyTree
     ) -> tuple[PyTree, PVState]:
-        decoded = _over(lambda weight: weight.decode(), weights)
+        before = weights
         if parameters is not None:
             old = _parameters(weights)
             handed_down = _over(_of_parameters, weights, gradients)
@@ -238,27 +235,19 @@ def pv_tuning(
             state = state._replace(parameters=own)
         if codes is None:
             return weights, state
-        change, own = codes.update(gradients, state.codes, decoded)
+        change, own = codes.update(gradients, state.codes, _decoded(before))
         state = state._replace(codes=own)
         if keeps:
             change = jax.tree.map(jnp.add, change, state.buffer)
-
-        def moved(weight: QuantizedArray, change: Array) -> QuantizedArray:
-            return pv_code_update(
-                weight,
-                weight.decode() + change,
-                max_fraction=max_fraction,
-                trust_ratio=trust_ratio,
-            )
-
-        moved_weights = _over(moved, weights, change)
+        reference = jax.tree.map(jnp.add, _decoded(weights), change)
+        options = {"max_fraction": max_fraction, "trust_ratio": trust_ratio}
+        moved = functools.partial(pv_code_update, **options)
+        weights = _over(moved, weights, reference)
         if keeps:
-            left = lambda weight, after, change: (
-                (1 - delta_decay) * (weight.decode() + change - after.decode())
-            )
-            buffer = _over(left, weights, moved_weights, change)
+            left = lambda reference, reached: (1 - delta_decay) * (reference - reached)
+            buffer = jax.tree.map(left, reference, _decoded(weights))
             state = state._replace(buffer=buffer)
-        return moved_weights, state
+        return weights, state
 
     return PVTuning(init, update)
 
@@ -271,6 +260,10 @@ def _over(function: Callable[..., Any], weights: PyTree, *rest: PyTree) -> PyTre
         return function(weight, *others)
 
     return jax.tree.map(of, weights, *rest, is_leaf=_is_quantized)
+
+
+def _decoded(weights: PyTree) -> PyTree:
+    return _over(lambda weight: weight.decode(), weights)
 
 
 def _parameters(weights: PyTree) -> PyTree:
@@ -309,11 +302,8 @@ def _is_quantized(value: Any) -> bool:
 
 
 def _require_quantized(function: str, weight: Any) -> None:
-    if not _is_quantized(weight):
-        raise TypeError(
-            f"{function}: `weight` must be a softlib.quantize.QuantizedArray, got "
-            f"{type(weight).__name__}."
-        )
+    what = "a softlib.quantize.QuantizedArray"
+    checks.require_instance(function, "weight", weight, QuantizedArray, what)
 
 
 def _require_fraction(function: str, max_fraction: object) -> None:

@@ -147,24 +147,19 @@ def _nearest(
     lengths = jnp.square(codebook).sum(-1) / 2
     ids = jnp.arange(codes, dtype=jnp.int32)
 
-    def of_rows(x: Array) -> Array:
-        product = jnp.matmul(x - centre, codebook.T, precision="highest")
-        scores = product - lengths[None]
+    def of_row(x: Array) -> Array:
+        product = jnp.matmul(x - centre[0], codebook.T, precision="highest")
+        scores = product - lengths
         # jnp.argmax reduces values and indices together, which XLA does not vectorise
         # on a CPU.
-        best = scores == scores.max(1, keepdims=True)
+        best = scores == scores.max()
         # A row of NaN has no best code; it gets the first.
-        return jnp.where(best, ids[None], codes).min(1) % codes
+        return jnp.where(best, ids, codes).min() % codes
 
     block = max(_SCORES // codes, 1)
     if is_symbolic(rows) or rows <= block:
-        return of_rows(embeddings)
-    whole = rows // block * block
-    blocks = embeddings[:whole].reshape(-1, block, embeddings.shape[1])
-    found = lax.map(of_rows, blocks).reshape(whole)
-    if whole == rows:
-        return found
-    return jnp.concatenate([found, of_rows(embeddings[whole:])])
+        return jax.vmap(of_row)(embeddings)
+    return lax.map(of_row, embeddings, batch_size=block)
 
 
 @compiled_once(3, 4)

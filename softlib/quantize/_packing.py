@@ -8,7 +8,6 @@ itself, so that no code lies across two words and a shift and a mask unpack it.
 import math
 from collections.abc import Iterator
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, UInt32
@@ -139,15 +138,7 @@ def require_codes(function: str, name: str, codes: Array, bits: int) -> None:
     """Requires integers, in [0, 2^bits) where their values are known."""
     checks.require_integer(function, **{name: codes})
     checks.require_rank(function, name, codes, 1, "(..., n)")
-    if isinstance(codes, jax.core.Tracer) or not codes.size:
-        return
-    values = np.asarray(codes)
-    least, most = int(values.min()), int(values.max())
-    if least < 0 or most >= 2**bits:
-        raise ValueError(
-            f"{function}: `{name}` must hold integers in [0, {2**bits}), got "
-            f"{least if least < 0 else most}."
-        )
+    checks.require_known_below(function, name, codes, 2**bits, "integers")
 
 
 def _planes(bits: int) -> Iterator[tuple[int, int]]:

@@ -70,28 +70,22 @@ def prune_by_magnitude(
     """
     function = "prune_by_magnitude"
     checks.require_floating(function, weight=weight)
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-        raise TypeError(
-            f"{function}: `sparsity` must be a Python number (it is static), "
-            f"got {type(sparsity).__name__}."
-        )
+    checks.require_number(function, "sparsity", sparsity)
     if not 0 <= sparsity < 1:
         raise ValueError(f"{function}: `sparsity` must be in [0, 1), got {sparsity}.")
     checks.require_axes(function, "axis", axis, weight.ndim)
     several = range(weight.ndim) if axis is None else axis
     several = (several,) if isinstance(several, int) else several
     axes = sorted(each % weight.ndim for each in several)
-    others = [a for a in range(weight.ndim) if a not in axes]
-    # (rows, weights of a row), and the way back.
-    turned = jnp.transpose(weight, [*others, *axes])
+    last = range(weight.ndim - len(axes), weight.ndim)
+    turned = jnp.moveaxis(weight, axes, last)
     length = math.prod(weight.shape[a] for a in axes)
-    rows = turned.reshape(*(weight.shape[a] for a in others), length)
+    rows = turned.reshape(*turned.shape[: weight.ndim - len(axes)], length)
     dropped = math.floor(sparsity * length + 0.5)
     size = jnp.where(jnp.isnan(rows), jnp.inf, jnp.abs(rows))
     # The place of each weight in the order of falling magnitude; stable on ties.
     order = jnp.argsort(size, axis=-1, stable=True, descending=True)
     place = jnp.argsort(order, axis=-1)
     kept = (place < length - dropped).reshape(turned.shape)
-    inverse = sorted(range(weight.ndim), key=[*others, *axes].__getitem__)
-    where = jnp.transpose(kept, inverse)
+    where = jnp.moveaxis(kept, last, axes)
     return Pruned(jnp.where(where, weight, 0), where)

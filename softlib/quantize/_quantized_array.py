@@ -175,8 +175,11 @@ class QuantizedArray:
     @property
     def codes(self) -> Int[Array, "*batch n"]:
         """The codes, int32."""
-        width = 1 if self.codebook is None else self.codebook.shape[1]
-        return unpacked(self.words, self.size // width, self.bits)
+        return unpacked(self.words, self._codes_per_row, self.bits)
+
+    @property
+    def _codes_per_row(self) -> int:
+        return self.size // (1 if self.codebook is None else self.codebook.shape[1])
 
     @property
     def where(self) -> Bool[Array, "*batch size"] | None:
@@ -261,18 +264,19 @@ class QuantizedArray:
         """The value with other codes of the same shape."""
         codes = as_array("with_codes", "codes", codes)
         require_codes("with_codes", "codes", codes, self.bits)
-        width = 1 if self.codebook is None else self.codebook.shape[1]
-        shape = (*self.words.shape[:-1], self.size // width)
+        shape = (*self.words.shape[:-1], self._codes_per_row)
         checks.require_shape("with_codes", "codes", codes, shape, "that of the codes")
         return self.replaced(words=pack_codes(codes, bits=self.bits))
 
     # ----------------------------------------------------------------------- as a tree
     def over_leaves(self, function: Callable[[str, Any], Any]) -> "QuantizedArray":
         """The value with `function(name, leaf)` instead of each leaf that it has."""
-        every = {name: getattr(self, name) for name in _Fields._fields}
-        return self.replaced(
-            **{n: function(n, leaf) for n, leaf in every.items() if leaf is not None}
-        )
+        return self.replaced(**{n: function(n, leaf) for n, leaf in self._leaves()})
+
+    def _leaves(self) -> list[tuple[str, Any]]:
+        """Names of the leaves that there are, and these."""
+        every = [(name, getattr(self, name)) for name in _Fields._fields]
+        return [(name, leaf) for name, leaf in every if leaf is not None]
 
     def replaced(self, **fields: Any) -> "QuantizedArray":
         """The value with other fields, unchecked."""
@@ -281,12 +285,7 @@ class QuantizedArray:
         return new
 
     def __repr__(self) -> str:
-        leaves = {name: getattr(self, name) for name in _Fields._fields}
-        shown = ", ".join(
-            f"{name}={argument(leaf)}"
-            for name, leaf in leaves.items()
-            if leaf is not None
-        )
+        shown = ", ".join(f"{name}={argument(leaf)}" for name, leaf in self._leaves())
         return f"QuantizedArray({shown}, bits={self.bits}, size={self.size})"
 
 

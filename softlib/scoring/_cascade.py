@@ -196,11 +196,8 @@ def route_by_uncertainty(
         checks.require_scalar(function, "threshold", threshold, -math.inf, math.inf)
         above = ~(uncertainty <= jnp.asarray(threshold, uncertainty.dtype))
         return above & where
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(
-            f"{function}: `budget` must be a Python number (it is static), got "
-            f"{type(budget).__name__}."
-        )
+    checks.require_number(function, "budget", budget)
+    assert budget is not None
     if not 0 <= budget <= 1:
         raise ValueError(f"{function}: `budget` must be in [0, 1], got {budget}.")
     # The product of 0.29 and 100 is below 29 by its rounding.

@@ -1,4 +1,4 @@
-"""Which tokens share a code: moving averages, frequencies."""
+"""Maps of tokens to codes: by moving averages, by frequencies."""
 
 import functools
 
@@ -8,15 +8,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from softlib.testing import assert_close
+from tests.clouds import clouds
 from tests.compiled import nn, quantize
 from tests.host import jnp
-
-
-def clouds(seed=0, rows=60, features=3, centres=4):
-    random = np.random.default_rng(seed)
-    place = 100 * random.normal(size=(centres, features))
-    own = np.arange(rows) % centres
-    return jnp.float32(place[own] + random.normal(size=(rows, features))), own
 
 
 # --------------------------------------------------------------------- moving averages

@@ -9,16 +9,10 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from softlib.testing import assert_close
+from tests.clouds import clouds
 from tests.compiled import quantize
 from tests.host import jnp
 from tests.oracles import vq_logits as oracle
-
-
-def clouds(seed=0, rows=60, features=3, centres=4):
-    random = np.random.default_rng(seed)
-    place = 100 * random.normal(size=(centres, features))
-    own = np.arange(rows) % centres
-    return jnp.float32(place[own] + random.normal(size=(rows, features))), own
 
 
 # ----------------------------------------------------------------------- nearest codes
