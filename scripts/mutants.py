@@ -57,6 +57,8 @@ GROUPS: tuple[tuple[str, tuple[str, ...], str], ...] = (
         "tests/losses",
     ),
 )
+# Quick tests that look at every public function; tried for every mutant.
+EVERYWHERE = "tests/public/test_defaults.py"
 LATE = "late"
 FASTER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -102,14 +104,18 @@ def ordered_tests(path: str, group: int, root: pathlib.Path) -> list[str]:
     """The files of the group's tests: first those that share most words with the path.
 
     Then those that look at the results of the whole group. A file of another folder is
-    among them if it names a public function of the path.
+    among them if it names a public function of the path, or imports its module.
     """
     _, first, folder = GROUPS[group]
     words = lambda path: {*re.split(r"[/_.]+", path)} - {*folder.split("/"), "py"}
     rank = {f"{folder}/test_{name}.py": i for i, name in enumerate(first)}
     source = root / path
     public = re.findall(r"^@array_arguments.*\ndef (\w+)", source.read_text(), re.M)
-    named = re.compile("|".join([rf"\b{name}\b" for name in public] or ["$^"]))
+    package = re.escape(str(pathlib.PurePath(path).parent).replace("/", "."))
+    module = pathlib.PurePath(path).stem
+    imported = rf"^from {package}(\.{module} import | import .*\b{module}\b)"
+    words_of = [imported, *(rf"\b{name}\b" for name in public)]
+    named = re.compile("|".join(words_of), re.M)
     places: dict[str, tuple[int, int]] = {}
     for file in (root / "tests").rglob("test_*.py"):
         name = str(file.relative_to(root))
@@ -118,6 +124,8 @@ def ordered_tests(path: str, group: int, root: pathlib.Path) -> list[str]:
             places[name] = (-shared, rank.get(name, len(first)))
         elif named.search(file.read_text()):
             places[name] = (-1, len(first))
+        elif name == EVERYWHERE:
+            places[name] = (0, len(first))
     return sorted(places, key=lambda name: (*places[name], name))
 
 

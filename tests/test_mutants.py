@@ -84,13 +84,17 @@ def test_a_seed_draws_the_same_and_every_group(repository: pathlib.Path):
         paths = {mutant.path for mutant, of in drawn if of == group}
         assert paths
         assert paths <= {*files}
-        tests = mutants.ordered_tests("scripts/mutants.py", group, repository)
+        tests = mutants.ordered_tests("docs/conf.py", group, repository)
         assert tests[: len(first)] == [f"{folder}/test_{name}.py" for name in first]
         assert len(tests) == len({*tests})
     of_softmax = mutants.ordered_tests("pallas_kernels/tpu/softmax.py", 2, repository)
     assert of_softmax[0] == "tests/kernels/test_tpu_softmax.py"
     of_mcmi = mutants.ordered_tests("softlib/losses/_mcmi.py", 4, repository)
     assert of_mcmi[0] == "tests/arguments/test_scalars.py"
+    assert mutants.EVERYWHERE in of_mcmi
+    operations = "softlib/logits/_engine/operations.py"
+    of_operations = mutants.ordered_tests(operations, 0, repository)
+    assert "tests/logits/test_gradient_rules.py" in of_operations
 
 
 @pytest.fixture

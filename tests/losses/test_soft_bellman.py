@@ -35,6 +35,11 @@ def problem(dtype="float64", seed=0, length=LENGTH) -> tuple[dict, np.ndarray, A
     where[0], where[1], where[2] = True, False, np.arange(length) == length // 2
     # Ids may return: two runs of one id are two steps.
     steps = np.cumsum(random.uniform(size=(ROWS, length)) < 0.4, axis=1) % 3
+    # What stands between two tokens that count is of no step: it has an id of its own,
+    # or that of the token behind it.
+    steps[3::2] = np.where(where, steps, 5)[3::2]
+    behind = np.roll(steps, -1, axis=1)
+    steps[4::2] = np.where(where, steps, behind)[4::2]
     return arrays, where, jnp.asarray(steps)
 
 
