@@ -7,6 +7,7 @@
   a certified error.
 - `softplus_attention`, `SoftplusResult`, `softplus_weights`, `length_log_scale`:
   softplus weights, plain and re-weighted.
+- `weighted_pool`: few learned queries that read many weighted tokens.
 - `decode_attention`, `DecodeResult`: few queries against a long cache.
 - `calibrate_unified_max`, `UnifiedMaxCalibration`: a maximum known beforehand for it.
 - `AttentionResult`, `merge_partials`: results over parts of the keys, put together.
@@ -53,6 +54,7 @@ from ._softplus import (
     softplus_attention as softplus_attention,
     softplus_weights as softplus_weights,
 )
+from ._weighted_pool import weighted_pool as weighted_pool
 
 __all__ = [
     "AttentionResult",
@@ -76,4 +78,5 @@ __all__ = [
     "softplus_attention",
     "softplus_weights",
     "two_simplicial_attention",
+    "weighted_pool",
 ]
