@@ -17,6 +17,8 @@
   by the `bayes_error_lower_bound`.
 - `fit_separator`: a halfspace by logistic regression with any step size, the perceptron
   among them; `separation_step_bound`, the steps that it takes at most.
+- `fit_sdm_calibration` of outputs of `softlib.softmax.sdm`; `sdm_estimate`, with lower
+  bounds, and which predictions reach a level of confidence.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 - `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
@@ -68,6 +70,12 @@ from ._scaling_laws import (
     fit_log_linear as fit_log_linear,
     fit_power_law as fit_power_law,
 )
+from ._sdm_calibration import (
+    SDMCalibration as SDMCalibration,
+    SDMEstimate as SDMEstimate,
+    fit_sdm_calibration as fit_sdm_calibration,
+    sdm_estimate as sdm_estimate,
+)
 from ._separator import (
     SeparatorFit as SeparatorFit,
     fit_separator as fit_separator,
@@ -112,6 +120,8 @@ __all__ = [
     "LogLinearFit",
     "PowerLawFit",
     "ProximityDistance",
+    "SDMCalibration",
+    "SDMEstimate",
     "SeparatorFit",
     "SketchedLeastSquares",
     "SoftmaxRegression",
@@ -127,6 +137,7 @@ __all__ = [
     "fit_gaussian_experts",
     "fit_log_linear",
     "fit_power_law",
+    "fit_sdm_calibration",
     "fit_separator",
     "fit_softmax_regression",
     "fwht",
@@ -137,6 +148,7 @@ __all__ = [
     "pn_criterion",
     "projection_risk",
     "proximity_distance",
+    "sdm_estimate",
     "second_order_projection_risk",
     "separation_step_bound",
     "sketched_lstsq",

@@ -57,6 +57,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "estimation.sketched_lstsq.delta": (0, 1),
     "losses.dpo_loss.label_smoothing": (0, 0.5),
     "losses.mcmi_loss.weight": (0, math.inf),
+    "estimation.fit_sdm_calibration.level": (0, 1),
     "losses.poly1_cross_entropy.epsilon": (-1, math.inf),
     "losses.poly1_from_log_prob.epsilon": (-1, math.inf),
     "metrics.label_propensities.b": (0, math.inf),
