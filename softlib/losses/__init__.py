@@ -50,7 +50,10 @@ Two predictions:
 
 Log-probabilities of sequences:
 
-- `preference_margin`, `dpo_loss` (plain, robust, conservative), `simpo_loss`
+- `preference_margin`, `dpo_loss` (plain, robust, conservative), `ipo_loss`, `kto_loss`;
+  without a reference `simpo_loss`, `orpo_loss`, `cpo_loss`
+- `ppo_clip_loss` (PPO, GRPO, DAPO, GSPO), `reinforce_leave_one_out_loss`,
+  `group_advantages`
 - `negative_preference_loss`, `gradient_ascent_loss`: unlearning
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
 - `edit_invariant_sequence_loss`
@@ -153,10 +156,20 @@ from ._perceptron import (
     normalized_logistic_loss as normalized_logistic_loss,
     perceptron_loss as perceptron_loss,
 )
+from ._policy_gradient import (
+    group_advantages as group_advantages,
+    ppo_clip_loss as ppo_clip_loss,
+    reinforce_leave_one_out_loss as reinforce_leave_one_out_loss,
+)
 from ._preference import (
     dpo_loss as dpo_loss,
+    ipo_loss as ipo_loss,
     preference_margin as preference_margin,
     simpo_loss as simpo_loss,
+)
+from ._reference_free_preference import (
+    cpo_loss as cpo_loss,
+    orpo_loss as orpo_loss,
 )
 from ._robust_temperature import (
     robust_softmax_cross_entropy as robust_softmax_cross_entropy,
@@ -192,6 +205,7 @@ from ._unlearning import (
     gradient_ascent_loss as gradient_ascent_loss,
     negative_preference_loss as negative_preference_loss,
 )
+from ._unpaired_preference import kto_loss as kto_loss
 from ._z_loss import z_loss as z_loss
 
 __all__ = [
@@ -207,6 +221,7 @@ __all__ = [
     "bi_tempered_logistic_loss",
     "comp_sum_from_log_prob",
     "comp_sum_loss",
+    "cpo_loss",
     "cv_squared",
     "decoupled_knowledge_distillation_loss",
     "decoupled_softmax_loss",
@@ -217,10 +232,13 @@ __all__ = [
     "generalized_cross_entropy_loss",
     "generalized_gaussian_rate",
     "gradient_ascent_loss",
+    "group_advantages",
     "importance_loss",
     "in_batch_triplet_loss",
+    "ipo_loss",
     "kl_to_reference",
     "knowledge_distillation_loss",
+    "kto_loss",
     "linear_softmax_cross_entropy",
     "load_balancing_loss",
     "log_spherical_softmax_loss",
@@ -234,10 +252,13 @@ __all__ = [
     "one_versus_all_loss",
     "oreo_policy_loss",
     "oreo_value_loss",
+    "orpo_loss",
     "perceptron_loss",
     "poly1_cross_entropy",
     "poly1_from_log_prob",
+    "ppo_clip_loss",
     "preference_margin",
+    "reinforce_leave_one_out_loss",
     "robust_contrastive_loss",
     "robust_softmax_cross_entropy",
     "router_z_loss",

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from softlib import _checks as checks
 from softlib._array_arguments import array_arguments
-from softlib._expm1 import expm1
+from softlib._expm1 import log_one_minus_exp
 from softlib._ids import labels_in_range
 from softlib.logits import Logits
 from softlib.logits._compose import (
@@ -228,14 +228,7 @@ def _with_outside(loss: Array, outside: Bool[Array, "*batch"]) -> Array:
 
 def _label_and_rest(log_prob: Float[Array, "*batch"]) -> Float[Array, "*batch 2"]:
     """The pairs (log p, log(1 - p)); log(1 - p) is -inf for p = 1."""
-    certain = log_prob == 0
-    x = jnp.where(certain, -1, log_prob)
-    # log(1 - e^x), by whichever of two forms does not cancel.
-    near = x > -math.log(2)
-    of_near = jnp.log(-expm1(jnp.where(near, x, -1)))
-    of_far = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
-    rest = jnp.where(certain, -jnp.inf, jnp.where(near, of_near, of_far))
-    return jnp.stack([log_prob, rest], axis=-1)
+    return jnp.stack([log_prob, log_one_minus_exp(log_prob)], axis=-1)
 
 
 def _wide(number: Scalar, like: Array) -> Array:

@@ -2,10 +2,7 @@ r"""Losses of pairs of sequences, one preferred to the other, from log-probabili
 
 import math
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from softlib import _checks as checks
@@ -14,7 +11,14 @@ from softlib._dtypes import promoted
 from softlib.logits._compose import is_zero
 from softlib.typing import Scalar
 
-from ._given_log_probs import counted, finite_part, log_probs_of_sequences
+from ._given_log_probs import (
+    counted,
+    finite_part,
+    log_probs_of_sequences,
+    logistic_loss,
+    margin_over_beta,
+    mean_of_tokens,
+)
 
 
 @array_arguments
@@ -70,7 +74,7 @@ def preference_margin(
     """
     function = "preference_margin"
     checks.require_positive_scalars(function, beta=beta)
-    difference, where = _difference(
+    difference, where = margin_over_beta(
         function,
         where,
         chosen_log_prob=chosen_log_prob,
@@ -159,7 +163,7 @@ def dpo_loss(
             f"conservative loss, the other the robust one), got "
             f"{_shown(label_smoothing)} and {_shown(flip_rate)}."
         )
-    difference, where = _difference(
+    difference, where = margin_over_beta(
         function,
         where,
         chosen_log_prob=chosen_log_prob,
@@ -172,7 +176,73 @@ def dpo_loss(
         difference, limit, beta, flip_rate, label_smoothing
     )
     slope = label_smoothing if is_zero(flip_rate) else -flip_rate / (1 - 2 * flip_rate)
-    return counted(where, _logistic(beta * difference, slope, limit))
+    return counted(where, logistic_loss(beta * difference, slope, limit))
+
+
+@array_arguments
+def ipo_loss(
+    chosen_log_prob: Float[Array, "*batch"],
+    rejected_log_prob: Float[Array, "*batch"],
+    reference_chosen_log_prob: Float[Array, "*batch"],
+    reference_rejected_log_prob: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    where: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Identity preference optimisation (IPO), per pair: a margin with a target.
+
+    $$L = \Bigl(\log \frac{\pi(y_w)}{\pi_\mathrm{ref}(y_w)}
+        - \log \frac{\pi(y_l)}{\pi_\mathrm{ref}(y_l)} - \frac{1}{2 \beta}\Bigr)^2$$
+
+    `dpo_loss` falls for ever as the margin grows, so that pairs that are always in one
+    order drive the policy away from its reference, whatever $\beta$. Here the margin
+    has an end, $1 / (2 \beta)$, beyond which the loss rises again.
+
+    Args:
+        chosen_log_prob: $\log \pi(y_w)$ of the preferred sequences, sums over tokens as
+            from `sequence_log_probs`. (Some libraries divide by the lengths for this
+            loss alone: then give means, of the reference too.)
+        rejected_log_prob: $\log \pi(y_l)$ of the others.
+        reference_chosen_log_prob: As in `preference_margin`.
+        reference_rejected_log_prob: As in `preference_margin`.
+        beta: $\beta > 0$, the paper's $\tau$; a number is static, an array traced and
+            differentiable.
+        where: True for the pairs that count; the others cost 0, whatever they hold.
+
+    Returns:
+        The loss per pair, float32 (float64 if an argument is float64). +inf where the
+        margin is infinite, NaN where it is NaN, both without a gradient.
+
+    Raises:
+        TypeError: An argument has the wrong kind of dtype.
+        ValueError: Shapes differ, or `beta` is out of range.
+
+    Derivatives: forward and reverse, any order; 0 for the log-probabilities of the
+        reference.
+    Cost: a few operations for each pair.
+    Source: "A General Theoretical Paradigm to Understand Learning from Human
+        Preferences".
+
+    Example:
+        >>> chosen, rejected = jnp.array([-10.0, -8.0]), jnp.array([-12.0, -8.0])
+        >>> reference = jnp.array([-11.0, -9.0])
+        >>> print(softlib.losses.ipo_loss(chosen, rejected, reference, reference))
+        [ 9. 25.]
+    """
+    function = "ipo_loss"
+    checks.require_positive_scalars(function, beta=beta)
+    difference, where = margin_over_beta(
+        function,
+        where,
+        chosen_log_prob=chosen_log_prob,
+        rejected_log_prob=rejected_log_prob,
+        reference_chosen_log_prob=reference_chosen_log_prob,
+        reference_rejected_log_prob=reference_rejected_log_prob,
+    )
+    difference, limit = finite_part(difference)
+    difference, limit, beta = promoted(difference, limit, beta)
+    value = (difference - 0.5 / beta) ** 2
+    return counted(where, jnp.where(limit == 0, value, limit * limit))
 
 
 @array_arguments(as_given=("chosen_lengths", "rejected_lengths"))
@@ -234,58 +304,13 @@ def simpo_loss(
         chosen_log_prob=chosen_log_prob,
         rejected_log_prob=rejected_log_prob,
     )
-    of_chosen = _mean(function, chosen, "chosen_lengths", chosen_lengths)
-    of_rejected = _mean(function, rejected, "rejected_lengths", rejected_lengths)
+    of_chosen = mean_of_tokens(function, chosen, "chosen_lengths", chosen_lengths)
+    of_rejected = mean_of_tokens(
+        function, rejected, "rejected_lengths", rejected_lengths
+    )
     difference, limit = finite_part(of_chosen - of_rejected)
     difference, limit, beta, gamma = promoted(difference, limit, beta, gamma)
-    return counted(where, _logistic(beta * difference - gamma, 0.0, limit))
-
-
-def _difference(
-    function: str, where: ArrayLike | None, **arrays: ArrayLike
-) -> tuple[Array, Array | None]:
-    """The margin over beta."""
-    (chosen, rejected, *reference), where = log_probs_of_sequences(
-        function, where, **arrays
-    )
-    ref_chosen, ref_rejected = map(lax.stop_gradient, reference)
-    # Policy minus reference first: each is small beside the sums over tokens.
-    return (chosen - ref_chosen) - (rejected - ref_rejected), where
-
-
-def _logistic(h: Array, slope: Scalar, limit: Array) -> Array:
-    """softplus(-h) + slope * h, or its limit where `limit` is not 0.
-
-    Both smoothed forms, a softplus(-h) + b softplus(h), are of this form because
-    softplus(h) = softplus(-h) + h.
-    """
-    value = jax.nn.softplus(-h)
-    at_plus: ArrayLike = 0.0
-    if not is_zero(slope):
-        value = value + slope * h
-        fixed = jnp.asarray(lax.stop_gradient(slope), h.dtype)
-        at_plus = jnp.where(fixed == 0, 0, jnp.copysign(jnp.inf, fixed))
-    infinite = jnp.where(limit > 0, at_plus, jnp.inf)
-    return jnp.where(limit == 0, value, jnp.where(jnp.isnan(limit), limit, infinite))
-
-
-def _mean(function: str, total: Array, name: str, lengths: ArrayLike) -> Array:
-    lengths = jnp.asarray(lengths)
-    if not (
-        jnp.issubdtype(lengths.dtype, jnp.integer)
-        or jnp.issubdtype(lengths.dtype, jnp.floating)
-    ):
-        raise TypeError(
-            f"{function}: `{name}` must be numbers of tokens (an integer or floating "
-            f"dtype), got {lengths.dtype}."
-        )
-    checks.require_shape(
-        function, name, lengths, total.shape, "the shape of `chosen_log_prob`"
-    )
-    lengths = lax.stop_gradient(lengths)
-    mean = total / jnp.where(lengths > 0, lengths, 1).astype(total.dtype)
-    without = jnp.where(lengths == 0, 0.0, jnp.nan).astype(total.dtype)
-    return jnp.where(lengths > 0, mean, without)
+    return counted(where, logistic_loss(beta * difference - gamma, 0.0, limit))
 
 
 def _shown(value: Scalar) -> str:

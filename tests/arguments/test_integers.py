@@ -47,7 +47,14 @@ ADDED: dict[str, dict[str, Any]] = {
 
 
 # Numbers that may be integers: a large one is meant, not out of a range.
-NUMBERS = ("weights", "counts", "small_correct", "large_correct")
+NUMBERS = (
+    "weights",
+    "counts",
+    "small_correct",
+    "large_correct",
+    "chosen_lengths",
+    "rejected_lengths",
+)
 
 
 def integer_arguments() -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Losses of preferred and of unwanted sequences: DPO, rDPO, cDPO, SimPO, NPO."""
+"""Losses of preferred and of unwanted sequences: DPO and its relatives, KTO, NPO."""
 
 import functools
 import math
@@ -38,6 +38,22 @@ LOSSES = {
     "simpo": lambda w, x, _, __, **o: losses.simpo_loss(
         w, x, jnp.arange(3, 3 + len(w)), jnp.full(len(w), 4), **o
     ),
+    "ipo": losses.ipo_loss,
+    "orpo": lambda w, x, _, __, **o: losses.orpo_loss(
+        w, x, jnp.arange(3, 3 + len(w)), jnp.full(len(w), 4), **o
+    ),
+    "cpo": lambda w, x, _, __, **o: losses.cpo_loss(
+        w, x, likelihood_weight=0.7, chosen_lengths=jnp.arange(3, 3 + len(w)), **o
+    ),
+    "kto": lambda w, _, rw, __, **o: losses.kto_loss(
+        w,
+        rw,
+        jnp.arange(len(w)) % 3 != 1,
+        reference_point=0.5,
+        desirable_weight=1.3,
+        undesirable_weight=0.8,
+        **o,
+    ),
     "npo": lambda w, _, rw, __, **o: losses.negative_preference_loss(w, rw, **o),
     "ascent": lambda w, *_, beta=None, **o: losses.gradient_ascent_loss(w, **o),
 }
@@ -56,6 +72,18 @@ def wanted_of(name, arrays, beta):
         "margin": lambda: np.array(h),
         "simpo": lambda: oracle.simpo(
             chosen, rejected, np.arange(3, 3 + count), np.full(count, 4), beta, 1.0
+        ),
+        "ipo": lambda: oracle.identity(
+            chosen, rejected, ref_chosen, ref_rejected, beta
+        ),
+        "orpo": lambda: oracle.odds_ratio(
+            chosen, rejected, np.arange(3, 3 + count), np.full(count, 4), beta
+        ),
+        "cpo": lambda: oracle.contrastive(
+            chosen, rejected, beta, 0.7, np.arange(3, 3 + count)
+        ),
+        "kto": lambda: oracle.prospect(
+            chosen, ref_chosen, np.arange(count) % 3 != 1, 0.5, beta, 1.3, 0.8
         ),
         "npo": lambda: oracle.negative_preference(chosen, ref_chosen, beta),
         "ascent": lambda: chosen,
@@ -143,7 +171,9 @@ def test_a_nan_stays_in_its_own_pair(name):
     np.testing.assert_array_equal(np.flatnonzero(gradient), nonzero)
 
 
-@pytest.mark.parametrize("name", ["dpo", "robust", "conservative", "margin", "npo"])
+@pytest.mark.parametrize(
+    "name", ["dpo", "robust", "conservative", "margin", "ipo", "kto", "npo"]
+)
 def test_the_reference_has_no_gradient(name):
     arrays = pairs()
     gradients = grad(lambda *a: LOSSES[name](*a).sum(), (0, 1, 2, 3))(*arrays)
@@ -269,6 +299,71 @@ def test_a_sequence_without_tokens_in_simpo_has_mean_zero():
     np.testing.assert_array_equal(np.isnan(bad), [True, False])
 
 
+def test_ipo_has_its_least_value_at_the_target_margin():
+    zero = jnp.zeros(3)
+    target = 1 / (2 * 0.25)
+    loss = lambda h: losses.ipo_loss(h, zero, zero, zero, beta=0.25)
+    h = jnp.array([target - 1, target, target + 1])
+    np.testing.assert_allclose(loss(h), [1, 0, 1])
+    np.testing.assert_allclose(grad(lambda h: loss(h).sum())(h), [-2, 0, 2])
+
+
+def test_orpo_without_tokens_costs_the_likelihood_alone():
+    chosen, rejected = jnp.array([-4.0, 0.0, -INF]), jnp.array([0.0, -4.0, -4.0])
+    lengths = jnp.array([2, 0, 2]), jnp.array([0, 2, 2])
+
+    def run(pair):
+        loss = losses.orpo_loss(pair[0], pair[1], *lengths)
+        return loss[:2].sum(), loss
+
+    gradients, loss = grad(run, has_aux=True)((chosen, rejected))
+    np.testing.assert_array_equal(loss, [2, 0, INF])
+    np.testing.assert_array_equal(gradients[0], [-0.5, 0, 0])
+    np.testing.assert_array_equal(gradients[1], [0, 0, 0])
+
+
+def test_orpo_of_certain_and_of_unlikely_sequences():
+    """The odds of a certain sequence are infinite; tiny ones keep their digits."""
+    one = jnp.ones(2, int)
+    pair = jnp.array([0.0, -1e-30]), jnp.array([-1.0, -1e-30])
+    gradients = grad(lambda w: losses.orpo_loss(w, pair[1], one, one).sum())(pair[0])
+    np.testing.assert_allclose(
+        losses.orpo_loss(*pair, one, one), [0, 0.1 * np.log(2)], rtol=1e-6
+    )
+    assert np.isfinite(gradients).all()
+
+
+def test_cpo_without_lengths_takes_the_sum():
+    chosen, rejected, *_ = pairs()
+    by_one = losses.cpo_loss(chosen, rejected, chosen_lengths=jnp.ones(PAIRS, int))
+    np.testing.assert_array_equal(losses.cpo_loss(chosen, rejected), by_one)
+
+
+def test_impossible_sequences_cost_limits_in_cpo_and_kto():
+    impossible, likely = jnp.array([-INF]), jnp.array([-3.0])
+    cpo = losses.cpo_loss
+    np.testing.assert_array_equal(cpo(impossible, likely), INF)
+    np.testing.assert_array_equal(cpo(impossible, likely, likelihood_weight=0.0), INF)
+    assert cpo(likely, impossible) == 3
+    for desirable, limit in ((True, 1), (False, 0)):
+        loss = lambda x, beta, d=desirable: losses.kto_loss(
+            x, likely, jnp.array([d]), reference_point=0.0, beta=beta
+        )
+        np.testing.assert_array_equal(loss(impossible, 0.1), limit)
+        slopes = grad(lambda *a, f=loss: f(*a).sum(), (0, 1))(impossible, 0.1)
+        np.testing.assert_array_equal(jnp.array(slopes[0]), 0)
+        assert slopes[1] == 0
+
+
+def test_a_reference_point_of_kto_below_zero_counts_as_zero():
+    log_prob, reference = jnp.array([[-10.0, -9.0], [-12.0, -12.0]])
+    of = lambda z: losses.kto_loss(
+        log_prob, reference, jnp.array([True, False]), reference_point=z
+    )
+    np.testing.assert_array_equal(of(-2.0), of(0.0))
+    np.testing.assert_array_equal(grad(lambda z: of(z).sum())(1.0), 0)
+
+
 # ------------------------------------------------------------------------------ algebra
 @given(
     h=st.floats(-30, 30, width=32),
@@ -340,6 +435,12 @@ def test_every_transformation():
             ),
             losses.simpo_loss(chosen, rejected, lengths, lengths + 1, beta=beta),
             losses.negative_preference_loss(chosen, ref_chosen, beta=beta),
+            losses.ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta),
+            losses.orpo_loss(chosen, rejected, lengths, lengths + 1, beta=beta),
+            losses.cpo_loss(chosen, rejected, beta=beta, likelihood_weight=rate),
+            losses.kto_loss(
+                chosen, ref_chosen, lengths > 3, reference_point=1.0, beta=beta
+            ),
         )
 
     check_transformations(

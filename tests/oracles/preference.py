@@ -52,6 +52,39 @@ def simpo(chosen, rejected, chosen_lengths, rejected_lengths, beta, gamma):
     return np.array(found)
 
 
+def identity(chosen, rejected, ref_chosen, ref_rejected, beta):
+    h = margin(chosen, rejected, ref_chosen, ref_rejected, 1.0)
+    return np.array([(x - 1 / (2 * beta)) ** 2 for x in h])
+
+
+def odds_ratio(chosen, rejected, chosen_lengths, rejected_lengths, beta):
+    found = []
+    for w, x, n, m in zip(
+        chosen, rejected, chosen_lengths, rejected_lengths, strict=True
+    ):
+        of_chosen, of_rejected = np.exp(np.float64(w) / n), np.exp(np.float64(x) / m)
+        ratio = (of_chosen / (1 - of_chosen)) / (of_rejected / (1 - of_rejected))
+        found.append(-np.log(of_chosen) - beta * np.log(ratio / (1 + ratio)))
+    return np.array(found)
+
+
+def contrastive(chosen, rejected, beta, weight, chosen_lengths):
+    found = []
+    for w, x, n in zip(chosen, rejected, chosen_lengths, strict=True):
+        h = beta * (np.float64(w) - np.float64(x))
+        found.append(-np.log(sigmoid(h)) - weight * np.float64(w) / n)
+    return np.array(found)
+
+
+def prospect(log_prob, reference_log_prob, desirable, point, beta, of_good, of_bad):
+    found = []
+    for p, r, good in zip(log_prob, reference_log_prob, desirable, strict=True):
+        gain = beta * (np.float64(p) - np.float64(r) - max(point, 0))
+        value = sigmoid(gain) if good else sigmoid(-gain)
+        found.append((of_good if good else of_bad) * (1 - value))
+    return np.array(found)
+
+
 def negative_preference(log_prob, reference_log_prob, beta):
     return np.array(
         [
