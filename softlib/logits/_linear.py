@@ -403,6 +403,8 @@ class LinearLogits(ModifiedLogits):
 
     def at_labels(self, per_class: Array, labels: Array) -> Array:
         local = self.local_labels(labels)
+        if per_class.dtype == jnp.bool_:
+            per_class = per_class.astype(jnp.int32)  # may be summed over devices
 
         def look_up(local, per_class):
             inside = (local >= 0) & (local < self.own_classes)

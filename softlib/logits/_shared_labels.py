@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
+from softlib import _checks as checks
 from softlib._dtypes import accumulator_dtype
 from softlib._sharding import in_auto_mode, match_varying
 
@@ -43,6 +44,31 @@ def log_probs_of_shared_labels(
     some = True if nothing is None else ~nothing
     log_probs = logits - jnp.where(lse == -jnp.inf, 0, lse)[..., None]
     return log_probs, jnp.broadcast_to(some, lse.shape)
+
+
+def checked_targets(
+    source: Source, labels: Array, label_where: Array | None
+) -> tuple[Integer[Array, "*lead S"], Bool[Array, "*lead S"]]:
+    """Targets of sequences, which need not be as long as these, and which count."""
+    function, batch = source.function, source.batch_shape
+    if not batch:
+        raise ValueError(
+            f"{function}: `logits` must have at least 2 axes, positions and classes, "
+            "got 1."
+        )
+    labels = jnp.asarray(labels)
+    checks.require_integer(function, labels=labels)
+    if labels.shape[:-1] != batch[:-1] or not labels.ndim:
+        axes = ", ".join(map(str, (*batch[:-1], "S")))
+        raise ValueError(
+            f"{function}: `labels` must have shape ({axes}) (a target for each "
+            f"example), got {labels.shape}."
+        )
+    kept = jnp.asarray(True if label_where is None else label_where)
+    checks.require_boolean(function, label_where=kept)
+    why = "the shape of `labels`"
+    checks.require_broadcastable(function, "label_where", kept, labels.shape, why)
+    return labels, jnp.broadcast_to(kept, labels.shape)
 
 
 def _of_given_logits(

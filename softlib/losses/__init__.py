@@ -38,6 +38,10 @@ Several labels per row, and very many labels:
 - `soft_top_k_loss`, `sampled_softmax_loss`
 - `in_batch_triplet_loss`: for batches that `softlib.mining` makes
 
+Embedded pairs: `info_nce_loss`, `sigmoid_contrastive_loss`.
+
+Several tokens ahead: `future_tokens`, `FutureTokens`.
+
 Two predictions:
 
 - `softmax_kl_divergence`, in either direction; `softmax_jensen_shannon_divergence`,
@@ -56,7 +60,7 @@ Log-probabilities of sequences:
   `group_advantages`
 - `negative_preference_loss`, `gradient_ascent_loss`: unlearning
 - `soft_bellman_residual`, `oreo_policy_loss`, `oreo_value_loss`
-- `edit_invariant_sequence_loss`
+- `edit_invariant_sequence_loss`; `ctc_loss`: labels at unknown times
 - `smoothed_token_loss`: the worst tokens weigh more
 - `trice_loss`, `trice_weights`, `TriceWeights`: latent rationales
 
@@ -91,6 +95,10 @@ from ._comp_sum import (
     generalized_cross_entropy_loss as generalized_cross_entropy_loss,
     mean_absolute_error_loss as mean_absolute_error_loss,
 )
+from ._contrastive_pairs import (
+    info_nce_loss as info_nce_loss,
+    sigmoid_contrastive_loss as sigmoid_contrastive_loss,
+)
 from ._contrastive_temperature import (
     ContrastiveLosses as ContrastiveLosses,
     GlobalContrastiveState as GlobalContrastiveState,
@@ -103,6 +111,7 @@ from ._cross_entropy import (
     softmax_cross_entropy as softmax_cross_entropy,
 )
 from ._cross_entropy_sum import softmax_cross_entropy_sum as softmax_cross_entropy_sum
+from ._ctc import ctc_loss as ctc_loss
 from ._distillation import (
     decoupled_knowledge_distillation_loss as decoupled_knowledge_distillation_loss,
     knowledge_distillation_loss as knowledge_distillation_loss,
@@ -132,6 +141,10 @@ from ._fenchel_young import (
 from ._focal import (
     focal_from_log_prob as focal_from_log_prob,
     softmax_focal_loss as softmax_focal_loss,
+)
+from ._future_tokens import (
+    FutureTokens as FutureTokens,
+    future_tokens as future_tokens,
 )
 from ._generalized_gaussian_rate import (
     generalized_gaussian_rate as generalized_gaussian_rate,
@@ -213,6 +226,7 @@ __all__ = [
     "CrossEntropyResult",
     "FactoredSphericalState",
     "FactoredSphericalStep",
+    "FutureTokens",
     "GlobalContrastiveState",
     "GlobalContrastiveUpdate",
     "SphericalStatistics",
@@ -222,6 +236,7 @@ __all__ = [
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cpo_loss",
+    "ctc_loss",
     "cv_squared",
     "decoupled_knowledge_distillation_loss",
     "decoupled_softmax_loss",
@@ -229,12 +244,14 @@ __all__ = [
     "edit_invariant_sequence_loss",
     "entmax_loss",
     "focal_from_log_prob",
+    "future_tokens",
     "generalized_cross_entropy_loss",
     "generalized_gaussian_rate",
     "gradient_ascent_loss",
     "group_advantages",
     "importance_loss",
     "in_batch_triplet_loss",
+    "info_nce_loss",
     "ipo_loss",
     "kl_to_reference",
     "knowledge_distillation_loss",
@@ -264,6 +281,7 @@ __all__ = [
     "router_z_loss",
     "sampled_softmax_loss",
     "sdm_loss",
+    "sigmoid_contrastive_loss",
     "simpo_loss",
     "smooth_adversarial_comp_sum_loss",
     "smoothed_token_loss",

@@ -15,7 +15,7 @@ from softlib._ids import labels_in_range
 from softlib._masked_mean import masked_mean
 from softlib.logits import Logits
 from softlib.logits._labelled_rows import rows_that_count
-from softlib.logits._shared_labels import log_probs_of_shared_labels
+from softlib.logits._shared_labels import checked_targets, log_probs_of_shared_labels
 from softlib.logits._sources import Source, source_of
 from softlib.softmax import gumbel_softmax, logsumexp, softmax
 from softlib.typing import Scalar
@@ -119,7 +119,7 @@ def _edit_invariant(
     floor: Scalar,
     stop_weight_gradient: bool,
 ) -> Float[Array, "*batch"]:
-    labels, label_where = _checked_labels(source, labels, label_where)
+    labels, label_where = checked_targets(source, labels, label_where)
     weights = _checked_options(source, ngrams, weights, mode, key, floor)
     where = rows_that_count(source, where)
     source = source.masked(where)
@@ -151,30 +151,6 @@ def _edit_invariant(
         )
         total = total + weights[i] * own
     return jnp.where(outside.any(-1), jnp.nan, total)
-
-
-def _checked_labels(
-    source: Source, labels: Array, label_where: Array | None
-) -> tuple[Integer[Array, "*batch S"], Bool[Array, "*batch S"]]:
-    function, batch = source.function, source.batch_shape
-    if not batch:
-        raise ValueError(
-            f"{function}: `logits` must have at least 2 axes, positions and classes, "
-            "got 1."
-        )
-    labels = jnp.asarray(labels)
-    checks.require_integer(function, labels=labels)
-    if labels.shape[:-1] != batch[:-1] or not labels.ndim:
-        axes = ", ".join(map(str, (*batch[:-1], "S")))
-        raise ValueError(
-            f"{function}: `labels` must have shape ({axes}) (a target for each "
-            f"example), got {labels.shape}."
-        )
-    kept = jnp.asarray(True if label_where is None else label_where)
-    checks.require_boolean(function, label_where=kept)
-    why = "the shape of `labels`"
-    checks.require_broadcastable(function, "label_where", kept, labels.shape, why)
-    return labels, jnp.broadcast_to(kept, labels.shape)
 
 
 def _checked_options(

@@ -25,6 +25,7 @@ ADDED: dict[str, dict[str, Any]] = {
         "prompt_lengths": jnp.array([1]),
     },
     "losses.decoupled_softmax_loss": {"positives": POSITIVES},
+    "losses.future_tokens": {"segment_ids": jnp.array([[0, 0, 1]])},
     "losses.one_versus_all_loss": {"positives": POSITIVES},
     "losses.oreo_policy_loss": STEPS
     | {

@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "a": (0, math.inf),
     "alpha": (0, math.inf),
     "b": (-math.inf, math.inf),
+    "bias": (-math.inf, math.inf),
     "beta": (0, math.inf),
     "clip_high": (0, math.inf),
     "clip_low": (0, 1),

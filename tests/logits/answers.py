@@ -15,6 +15,7 @@ from softlib.logits._engine.sampling import key_words
 from tests.logits.sources import BATCH, CLASSES, EXCLUDED, Source
 from tests.oracles import (
     cross_entropy,
+    ctc,
     divergences,
     edit_invariant,
     extreme,
@@ -377,6 +378,26 @@ def edits(rows: Rows, parameters: dict[str, Any]) -> Answer:
     dz = slope(lambda z: (g * each(z, weights)).sum(), there)
     by_weight = slope(lambda w: (g * each(there, w)).sum(), weights)
     return Answer({"loss": loss}, [dz], {"weights": by_weight})
+
+
+def alignments(rows: Rows, parameters: dict[str, Any]) -> Answer:
+    targets, kept = rows.lists[:, 0], rows.kept[:, 0]
+    outside = kept & ((targets < 1) | (targets >= CLASSES))  # 0 is the blank
+    bad, there = outside.any(-1), _there(rows)
+
+    def each(z: Any) -> Any:
+        return np.array(
+            [
+                ctc.loss(z[b][rows.counts[b]], () if bad[b] else targets[b][kept[b]], 0)
+                for b in range(BATCH[0])
+            ]
+        )
+
+    g, loss = rows.cotangents["loss"], each(there)
+    g = np.where(bad | np.isinf(loss), 0, g)
+    safe = lambda loss: np.where(np.isinf(loss), 0, loss)
+    dz = slope(lambda z: (g * safe(each(z))).sum(), there)
+    return Answer({"loss": np.where(bad, np.nan, loss)}, [dz], {})
 
 
 # ------------------------------------------------------------------ of pairs of sources

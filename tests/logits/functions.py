@@ -273,6 +273,7 @@ FAMILIES: dict[str, list[Function]] = {
             {"ngrams": answers.NGRAMS, "floor": answers.FLOOR},
             {"weights": np.array([0.6, 0.4])},
         ),
+        Function("ctc_loss", answers.alignments, _targets),
     ],
     "soft top k": [
         Function(
