@@ -210,7 +210,7 @@ def sdm_estimate(
 
 # ------------------------------------------------------------------------- of one point
 def _count_below(known: Array, counts: Array, x: Array) -> Array:
-    """How many of the values of class c, ascending in row c, are below x[c]."""
+    """Number of values of class c, ascending in row c, that are below x[c]."""
     found = jax.vmap(jnp.searchsorted)(known, x)
     return jnp.minimum(found, counts).astype(x.dtype)
 

@@ -168,7 +168,7 @@ def cpo_loss(
 
 
 def _log_odds(log_prob: Array) -> Array:
-    """Of a log-probability; NaN above 0, and no gradient where it is not finite."""
+    """Log-odds of a log-probability; NaN above 0, no gradient if not finite."""
     inside = (log_prob <= 0) & (log_prob > -jnp.inf)
     safe = jnp.where(inside, log_prob, -1)
     limit = jnp.where(log_prob == -jnp.inf, -jnp.inf, jnp.nan)
