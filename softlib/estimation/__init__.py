@@ -26,6 +26,9 @@
 - `HadamardSketch`, `GaussianSketch`, `CountSketch`, `TensorHadamardSketch`: random
   linear maps to few rows; `fwht`, the transform of the first; `sketched_lstsq`, least
   squares through them with a bound on every coordinate's error.
+- `naive_bayes_update`, `naive_bayes_merge` of a `NaiveBayesState`: Gaussian naive
+  Bayes, streamed; `naive_bayes_head`, a `LinearHead`, and `naive_bayes_logits` from it;
+  `fit_logistic_regression`, the head that minimises cross-entropy, by Newton.
 - `fit_log_linear`, `fit_power_law`: scaling laws, lines through logarithms, with
   intervals of their numbers.
 """
@@ -63,6 +66,18 @@ from ._information_projection import (
     pn_criterion as pn_criterion,
     projection_risk as projection_risk,
     second_order_projection_risk as second_order_projection_risk,
+)
+from ._logistic_regression import (
+    LogisticRegressionFit as LogisticRegressionFit,
+    fit_logistic_regression as fit_logistic_regression,
+)
+from ._naive_bayes import (
+    LinearHead as LinearHead,
+    NaiveBayesState as NaiveBayesState,
+    naive_bayes_head as naive_bayes_head,
+    naive_bayes_logits as naive_bayes_logits,
+    naive_bayes_merge as naive_bayes_merge,
+    naive_bayes_update as naive_bayes_update,
 )
 from ._scaling_laws import (
     LogLinearFit as LogLinearFit,
@@ -117,7 +132,10 @@ __all__ = [
     "GaussianSketch",
     "HadamardSketch",
     "LabelShift",
+    "LinearHead",
     "LogLinearFit",
+    "LogisticRegressionFit",
+    "NaiveBayesState",
     "PowerLawFit",
     "ProximityDistance",
     "SDMCalibration",
@@ -136,6 +154,7 @@ __all__ = [
     "fit_exponential_family",
     "fit_gaussian_experts",
     "fit_log_linear",
+    "fit_logistic_regression",
     "fit_power_law",
     "fit_sdm_calibration",
     "fit_separator",
@@ -145,6 +164,10 @@ __all__ = [
     "in_context_label_shift",
     "log_graph_proximity",
     "log_partition_cumulants",
+    "naive_bayes_head",
+    "naive_bayes_logits",
+    "naive_bayes_merge",
+    "naive_bayes_update",
     "pn_criterion",
     "projection_risk",
     "proximity_distance",
