@@ -218,7 +218,7 @@ def _standardised(x: Array, share: Array) -> tuple[Array, Array, Array]:
 
 
 def _hessian(rows: Array, share: Array, p: Array, basis: Array) -> Array:
-    """Of the mean cross-entropy, by the coefficients in the basis."""
+    """The Hessian of the mean cross-entropy, by the coefficients in the basis."""
     projected = _matmul(p, basis)  # (n, K - 1)
     contrasts, width = basis.shape[1], rows.shape[1]
 
