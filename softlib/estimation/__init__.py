@@ -26,6 +26,9 @@
 - `HadamardSketch`, `GaussianSketch`, `CountSketch`, `TensorHadamardSketch`: random
   linear maps to few rows; `fwht`, the transform of the first; `sketched_lstsq`, least
   squares through them with a bound on every coordinate's error.
+- `fit_factor_model`, `factor_features`: probabilistic principal components of data
+  without labels, as features for few labels; `fit_gaussian_mixture`,
+  `gaussian_mixture_step`, `gaussian_mixture_log_joint` of a `GaussianMixture`, by EM.
 - `naive_bayes_update`, `naive_bayes_merge` of a `NaiveBayesState`: Gaussian naive
   Bayes, streamed; `naive_bayes_head`, a `LinearHead`, and `naive_bayes_logits` from it;
   `fit_logistic_regression`, the head that minimises cross-entropy, by Newton.
@@ -44,6 +47,11 @@ from ._comp_sum_bounds import (
     comp_sum_regret_bound as comp_sum_regret_bound,
     comp_sum_transformation as comp_sum_transformation,
 )
+from ._factor_model import (
+    FactorModel as FactorModel,
+    factor_features as factor_features,
+    fit_factor_model as fit_factor_model,
+)
 from ._fit_gaussian_experts import (
     GaussianExpertsFit as GaussianExpertsFit,
     draw_gaussian_experts as draw_gaussian_experts,
@@ -52,6 +60,14 @@ from ._fit_gaussian_experts import (
 from ._gaussian_experts import (
     ExpertGate as ExpertGate,
     GaussianExperts as GaussianExperts,
+)
+from ._gaussian_mixture import (
+    GaussianMixture as GaussianMixture,
+    GaussianMixtureFit as GaussianMixtureFit,
+    GaussianMixtureStep as GaussianMixtureStep,
+    fit_gaussian_mixture as fit_gaussian_mixture,
+    gaussian_mixture_log_joint as gaussian_mixture_log_joint,
+    gaussian_mixture_step as gaussian_mixture_step,
 )
 from ._graph_proximity import (
     ProximityDistance as ProximityDistance,
@@ -127,8 +143,12 @@ __all__ = [
     "CountSketch",
     "ExpertGate",
     "ExponentialFamilyFit",
+    "FactorModel",
     "GaussianExperts",
     "GaussianExpertsFit",
+    "GaussianMixture",
+    "GaussianMixtureFit",
+    "GaussianMixtureStep",
     "GaussianSketch",
     "HadamardSketch",
     "LabelShift",
@@ -150,9 +170,12 @@ __all__ = [
     "comp_sum_regret_bound",
     "comp_sum_transformation",
     "draw_gaussian_experts",
+    "factor_features",
     "fit_annealing_law",
     "fit_exponential_family",
+    "fit_factor_model",
     "fit_gaussian_experts",
+    "fit_gaussian_mixture",
     "fit_log_linear",
     "fit_logistic_regression",
     "fit_power_law",
@@ -161,6 +184,8 @@ __all__ = [
     "fit_softmax_regression",
     "fwht",
     "gauge_fixed_experts",
+    "gaussian_mixture_log_joint",
+    "gaussian_mixture_step",
     "in_context_label_shift",
     "log_graph_proximity",
     "log_partition_cumulants",

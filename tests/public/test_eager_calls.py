@@ -37,6 +37,7 @@ NOT_REVERSED = {
     "softlib.estimation.fit_annealing_law",  # and those that fit
     "softlib.estimation.fit_exponential_family",
     "softlib.estimation.fit_gaussian_experts",  # loops until it has converged
+    "softlib.estimation.fit_gaussian_mixture",
     "softlib.estimation.fit_logistic_regression",
     "softlib.estimation.fit_separator",
     "softlib.estimation.fit_softmax_regression",
