@@ -45,11 +45,16 @@ Search and sampling with a judge:
 - `independence_chain_update`, `IndependenceChain`: memories of samples that were judged
   correct
 
+Labels of given sequences:
+
+- `crf_viterbi`, `ViterbiPath`: the most likely ones of a linear chain
+
 The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits`,
 `min_p_logits`.
 """
 
 from ._beam_search import Beams as Beams, beam_search as beam_search
+from ._crf import ViterbiPath as ViterbiPath, crf_viterbi as crf_viterbi
 from ._drafts import (
     Draft as Draft,
     Drafted as Drafted,
@@ -133,11 +138,13 @@ __all__ = [
     "SpeculativeStep",
     "TokenAutomaton",
     "ValueGuidedBeam",
+    "ViterbiPath",
     "beam_search",
     "candidate_log_probs",
     "cold_stop",
     "concept_embedding",
     "concept_tokens",
+    "crf_viterbi",
     "dirichlet_concept_tokens",
     "dynamic_logit_fusion",
     "expected_accepted_tokens",

@@ -64,6 +64,10 @@ Log-probabilities of sequences:
 - `smoothed_token_loss`: the worst tokens weigh more
 - `trice_loss`, `trice_weights`, `TriceWeights`: latent rationales
 
+Labels of a sequence that depend on each other, of a linear chain:
+
+- `crf_loss`, and what it is made of: `crf_log_normalizer`, `crf_marginals`
+
 A temperature per row:
 
 - `robust_softmax_cross_entropy`
@@ -104,6 +108,11 @@ from ._contrastive_temperature import (
     GlobalContrastiveState as GlobalContrastiveState,
     GlobalContrastiveUpdate as GlobalContrastiveUpdate,
     robust_contrastive_loss as robust_contrastive_loss,
+)
+from ._crf import (
+    crf_log_normalizer as crf_log_normalizer,
+    crf_loss as crf_loss,
+    crf_marginals as crf_marginals,
 )
 from ._cross_entropy import (
     CrossEntropyResult as CrossEntropyResult,
@@ -236,6 +245,9 @@ __all__ = [
     "comp_sum_from_log_prob",
     "comp_sum_loss",
     "cpo_loss",
+    "crf_log_normalizer",
+    "crf_loss",
+    "crf_marginals",
     "ctc_loss",
     "cv_squared",
     "decoupled_knowledge_distillation_loss",
