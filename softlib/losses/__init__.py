@@ -80,6 +80,8 @@ Losses of logits with another map than softmax:
 - `sparsemax_loss`, `entmax_loss`: Fenchel-Young losses; `bi_tempered_logistic_loss`
 - `sdm_loss`
 
+Edges of a graph: `edge_reconstruction_loss`.
+
 Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`; of several:
 `squared_hinge_loss`.
 
@@ -131,6 +133,7 @@ from ._divergences import (
     softmax_kl_divergence as softmax_kl_divergence,
     softmax_soft_target_cross_entropy as softmax_soft_target_cross_entropy,
 )
+from ._edges import edge_reconstruction_loss as edge_reconstruction_loss
 from ._edit_invariant import (
     edit_invariant_sequence_loss as edit_invariant_sequence_loss,
 )
@@ -253,6 +256,7 @@ __all__ = [
     "decoupled_knowledge_distillation_loss",
     "decoupled_softmax_loss",
     "dpo_loss",
+    "edge_reconstruction_loss",
     "edit_invariant_sequence_loss",
     "entmax_loss",
     "focal_from_log_prob",

@@ -14,6 +14,7 @@
   `ExpertRows`: its parts.
 - `TempNet`, `PrototypeTempNet` (NNX): a softmax temperature per row.
 - `prepend_soft_prompt`: trained vectors in front of a sequence.
+- `gcn_propagate`, `gcn_propagate_edges`: graph convolution.
 - `generalized_gaussian_init`: initial kernels with other tails than normal ones.
 - `VideoTransformerBlock`, `VideoPositions` (NNX): radial attention over videos.
 - `LinearAttention`, `NormalizedAttention`, `GatedLinearAttention`, `SelectiveScan`,
@@ -36,6 +37,10 @@ from ._expert_dispatch import (
 )
 from ._fourier_density import FourierDensity as FourierDensity
 from ._fourier_head import FourierHead as FourierHead
+from ._graph_convolution import (
+    gcn_propagate as gcn_propagate,
+    gcn_propagate_edges as gcn_propagate_edges,
+)
 from ._initializers import generalized_gaussian_init as generalized_gaussian_init
 from ._linen_output_head import LinenOutputHead as LinenOutputHead
 from ._mixture_of_experts import (
@@ -103,6 +108,8 @@ __all__ = [
     "codebook_state",
     "dropless_experts",
     "frequency_mapping",
+    "gcn_propagate",
+    "gcn_propagate_edges",
     "generalized_gaussian_init",
     "prepend_soft_prompt",
     "straight_through_codes",

@@ -12,6 +12,7 @@ Exponentials that neither overflow nor underflow: `ExtendedFloat`, `extended_exp
 Numbers about neighbours: `similarity_depth`, `SimilarityDepth`, `distance_quantile`,
 `dkw_radius`.
 Clusters of one size: `balanced_kmeans`.
+Edges that a graph does not have: `sample_negative_edges`, `NegativeEdges`.
 Generalized Gaussians: `generalized_gaussian_log_prob`, `generalized_gaussian_quantile`,
 `generalized_gaussian_fit`, `GeneralizedGaussianFit`, `reshape_distribution`.
 
@@ -35,6 +36,10 @@ from ._generalized_gaussian import (
     generalized_gaussian_log_prob as generalized_gaussian_log_prob,
     generalized_gaussian_quantile as generalized_gaussian_quantile,
     reshape_distribution as reshape_distribution,
+)
+from ._negative_edges import (
+    NegativeEdges as NegativeEdges,
+    sample_negative_edges as sample_negative_edges,
 )
 from ._plain_sum import (
     PlainSum as PlainSum,
@@ -67,6 +72,7 @@ from ._unified_max import (
 __all__ = [
     "ExtendedFloat",
     "GeneralizedGaussianFit",
+    "NegativeEdges",
     "PlainSum",
     "PlainSumState",
     "ResampledTerms",
@@ -90,6 +96,7 @@ __all__ = [
     "generalized_gaussian_log_prob",
     "generalized_gaussian_quantile",
     "reshape_distribution",
+    "sample_negative_edges",
     "similarity_depth",
     "systematic_resample",
     "top_k_mean",
