@@ -19,6 +19,9 @@
   among them; `separation_step_bound`, the steps that it takes at most.
 - `fit_sdm_calibration` of outputs of `softlib.softmax.sdm`; `sdm_estimate`, with lower
   bounds, and which predictions reach a level of confidence.
+- `fit_halfspace`: a halfspace from noisy signs, by descent on the sphere;
+  `halfspace_tester`, whether the sample looks as the guarantee needs it, from
+  `strip_statistics`, `gaussian_moment_deviations` and `halfspace_disagreement`.
 - `comp_sum_regret_bound`: what the regret of `softlib.losses.comp_sum_loss` guarantees
   about the error of a classifier; `comp_sum_transformation`, its inverse.
 - `log_graph_proximity`: logarithms of how near the nodes of a graph are, over all
@@ -73,6 +76,16 @@ from ._graph_proximity import (
     ProximityDistance as ProximityDistance,
     log_graph_proximity as log_graph_proximity,
     proximity_distance as proximity_distance,
+)
+from ._halfspace import (
+    HalfspaceFit as HalfspaceFit,
+    HalfspaceTest as HalfspaceTest,
+    StripStatistics as StripStatistics,
+    fit_halfspace as fit_halfspace,
+    gaussian_moment_deviations as gaussian_moment_deviations,
+    halfspace_disagreement as halfspace_disagreement,
+    halfspace_tester as halfspace_tester,
+    strip_statistics as strip_statistics,
 )
 from ._information_projection import (
     ExponentialFamilyFit as ExponentialFamilyFit,
@@ -151,6 +164,8 @@ __all__ = [
     "GaussianMixtureStep",
     "GaussianSketch",
     "HadamardSketch",
+    "HalfspaceFit",
+    "HalfspaceTest",
     "LabelShift",
     "LinearHead",
     "LogLinearFit",
@@ -164,6 +179,7 @@ __all__ = [
     "SketchedLeastSquares",
     "SoftmaxRegression",
     "SoftmaxRegressionFit",
+    "StripStatistics",
     "TensorHadamardSketch",
     "annealing_areas",
     "bayes_error_lower_bound",
@@ -176,6 +192,7 @@ __all__ = [
     "fit_factor_model",
     "fit_gaussian_experts",
     "fit_gaussian_mixture",
+    "fit_halfspace",
     "fit_log_linear",
     "fit_logistic_regression",
     "fit_power_law",
@@ -186,6 +203,9 @@ __all__ = [
     "gauge_fixed_experts",
     "gaussian_mixture_log_joint",
     "gaussian_mixture_step",
+    "gaussian_moment_deviations",
+    "halfspace_disagreement",
+    "halfspace_tester",
     "in_context_label_shift",
     "log_graph_proximity",
     "log_partition_cumulants",
@@ -200,6 +220,7 @@ __all__ = [
     "second_order_projection_risk",
     "separation_step_bound",
     "sketched_lstsq",
+    "strip_statistics",
     "voronoi_cells",
     "voronoi_loss",
 ]

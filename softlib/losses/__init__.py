@@ -82,7 +82,8 @@ Losses of logits with another map than softmax:
 
 Edges of a graph: `edge_reconstruction_loss`.
 
-Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`; of several:
+Margins of two classes: `perceptron_loss`, `normalized_logistic_loss`,
+`smoothed_zero_one_loss`; of several:
 `squared_hinge_loss`.
 
 Adversarial training: `smooth_adversarial_comp_sum_loss`.
@@ -232,6 +233,7 @@ from ._unlearning import (
 )
 from ._unpaired_preference import kto_loss as kto_loss
 from ._z_loss import z_loss as z_loss
+from ._zero_one import smoothed_zero_one_loss as smoothed_zero_one_loss
 
 __all__ = [
     "ContrastiveLosses",
@@ -301,6 +303,7 @@ __all__ = [
     "simpo_loss",
     "smooth_adversarial_comp_sum_loss",
     "smoothed_token_loss",
+    "smoothed_zero_one_loss",
     "soft_bellman_residual",
     "soft_top_k_loss",
     "softmax_cross_entropy",

@@ -65,6 +65,7 @@ POINTS: dict[str, tuple[Any, ...]] = {
     "temperature": (0.7, 1.0, 3.0),
     "row_temperature": (0.7, 1.0),
     "weight": (0.2, 0.0),
+    "width": (0.4, 1.0),
     "a": (0.7, 1.0),
     "recurrent.quasi_lstm.alpha": (0.7, 1.0),
     "attention.softplus_attention.scale": (0.7, 1.0),
