@@ -78,6 +78,7 @@ from ._graph_proximity import (
     proximity_distance as proximity_distance,
 )
 from ._halfspace import (
+    HalfspaceDisagreement as HalfspaceDisagreement,
     HalfspaceFit as HalfspaceFit,
     HalfspaceTest as HalfspaceTest,
     StripStatistics as StripStatistics,
@@ -164,6 +165,7 @@ __all__ = [
     "GaussianMixtureStep",
     "GaussianSketch",
     "HadamardSketch",
+    "HalfspaceDisagreement",
     "HalfspaceFit",
     "HalfspaceTest",
     "LabelShift",

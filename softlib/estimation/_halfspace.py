@@ -60,6 +60,18 @@ class StripStatistics(NamedTuple):
     count: Float[Array, "*batch"]
 
 
+class HalfspaceDisagreement(NamedTuple):
+    """The result of `halfspace_disagreement`.
+
+    Attributes:
+        share: Of the examples that two halfspaces tell apart; 0 without any.
+        angle_share: What it is under rotations: the angle over half a turn.
+    """
+
+    share: Float[Array, "*batch"]
+    angle_share: Float[Array, "*batch"]
+
+
 class HalfspaceTest(NamedTuple):
     """The result of `halfspace_tester`.
 
@@ -271,7 +283,7 @@ def halfspace_disagreement(
     other: Float[Array, " D"],
     *,
     where: Bool[Array, " n"] | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> HalfspaceDisagreement:
     r"""How many examples two halfspaces tell apart, and what it is by their angle.
 
     The share of the examples with different signs of $\langle u, x \rangle$ and
@@ -285,8 +297,7 @@ def halfspace_disagreement(
         where: True for the examples that count; elsewhere `x` may hold anything.
 
     Returns:
-        The share, 0 without any example, and the angle over $\pi$; float32 (float64 if
-        an argument is).
+        `HalfspaceDisagreement`, float32 (float64 if an argument is).
 
     Raises:
         TypeError: An array has the wrong kind of dtype.
@@ -305,7 +316,7 @@ def halfspace_disagreement(
     function = "halfspace_disagreement"
     x, keep = _sample(function, x, where)
     x, (u, v) = _directions(function, x, direction=direction, other=other)
-    return _disagreement(x, u, v, keep)
+    return HalfspaceDisagreement(*_disagreement(x, u, v, keep))
 
 
 @array_arguments
