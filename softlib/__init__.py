@@ -14,6 +14,7 @@
 - `softlib.metrics`: measures of predictions and of training.
 - `softlib.mining`: batches whose labels are hard negatives of each other.
 - `softlib.information`: numbers about distributions.
+- `softlib.logs`: logs of programs, as columns (loaded on first use).
 - `softlib.optim`: optimisation (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
 - `softlib.testing`: comparisons and the transformation battery (loaded on first use).
@@ -62,6 +63,7 @@ __all__ = [
     "implementations",
     "information",
     "logits",
+    "logs",
     "losses",
     "masked_mean",
     "masks",
@@ -83,6 +85,7 @@ __all__ = [
 _LAZY = (
     "decoding",
     "estimation",
+    "logs",
     "metrics",
     "mining",
     "nn",
@@ -95,6 +98,7 @@ if TYPE_CHECKING:
     from . import (
         decoding as decoding,
         estimation as estimation,
+        logs as logs,
         metrics as metrics,
         mining as mining,
         nn as nn,

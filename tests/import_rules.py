@@ -50,6 +50,7 @@ REACHES_INTO = {
 }
 # Imported only inside functions: users of the rest need not have them.
 INSIDE_FUNCTIONS = {
+    "logs": {"pyarrow", "tqdm", "zstandard"},
     "masks": {"matplotlib"},
     "testing": {"hypothesis", "pytest"},
 }

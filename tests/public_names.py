@@ -53,6 +53,13 @@ def public_methods(cls: type) -> dict[str, Any]:
     }
 
 
+def is_of_text(public: PublicName) -> bool:
+    """Whether a function of logs takes text, files or columns of them, never arrays."""
+    signature = inspect.signature(inspect.unwrap(public.value))
+    taken = (str(p.annotation) for p in signature.parameters.values())
+    return public.package == "softlib.logs" and not any("Array" in t for t in taken)
+
+
 def is_named_tuple(cls: type) -> bool:
     return issubclass(cls, tuple) and hasattr(cls, "_fields")
 
