@@ -6,6 +6,7 @@ Token by token, with logits as values:
 - `beam_search`, `Beams`: the likeliest sequences
 - `Processor`, `RepetitionPenalty`, `TokenAutomaton`, `typical_logits`: what changes
   logits before a token is drawn
+- `constrained_log_prob`: of a sequence among those that an automaton accepts
 
 Small models that steer a large one:
 
@@ -54,6 +55,7 @@ The filters of a sampler are in `softlib.softmax`: `top_k_logits`, `top_p_logits
 """
 
 from ._beam_search import Beams as Beams, beam_search as beam_search
+from ._constrained import constrained_log_prob as constrained_log_prob
 from ._crf import ViterbiPath as ViterbiPath, crf_viterbi as crf_viterbi
 from ._drafts import (
     Draft as Draft,
@@ -144,6 +146,7 @@ __all__ = [
     "cold_stop",
     "concept_embedding",
     "concept_tokens",
+    "constrained_log_prob",
     "crf_viterbi",
     "dirichlet_concept_tokens",
     "dynamic_logit_fusion",

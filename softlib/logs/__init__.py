@@ -4,8 +4,22 @@
   whose templates are known, `message_parameters` are those of one message, and
   `message_texts` the messages again.
 - `grouping_metrics`: how well a parser groups messages (`LogParsingMetrics`).
+- `parse_logql`, `LogqlQuery`, `LogqlStage`: queries of logs;
+  `execute_logql` is what they find, `logql_execution_match` whether two find the same,
+  and `logql_grammar`, `LogqlGrammar` are for models that write them.
 """
 
+from ._logql import (
+    LogqlQuery as LogqlQuery,
+    LogqlStage as LogqlStage,
+    execute_logql as execute_logql,
+    logql_execution_match as logql_execution_match,
+    parse_logql as parse_logql,
+)
+from ._logql_grammar import (
+    LogqlGrammar as LogqlGrammar,
+    logql_grammar as logql_grammar,
+)
 from ._metrics import (
     LogParsingMetrics as LogParsingMetrics,
     grouping_metrics as grouping_metrics,
@@ -20,10 +34,17 @@ from ._record import (
 
 __all__ = [
     "LogParsingMetrics",
+    "LogqlGrammar",
+    "LogqlQuery",
+    "LogqlStage",
     "ParsedLog",
     "Template",
+    "execute_logql",
     "grouping_metrics",
     "log_of_templates",
+    "logql_execution_match",
+    "logql_grammar",
     "message_parameters",
     "message_texts",
+    "parse_logql",
 ]
