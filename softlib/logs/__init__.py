@@ -7,6 +7,8 @@
 - `parse_logql`, `LogqlQuery`, `LogqlStage`: queries of logs;
   `execute_logql` is what they find, `logql_execution_match` whether two find the same,
   and `logql_grammar`, `LogqlGrammar` are for models that write them.
+- `message_tokens`, `token_features`, `variable_aware_template`: for taggers that know
+  the kinds of variables, of which some stay in templates.
 """
 
 from ._logql import (
@@ -31,6 +33,11 @@ from ._record import (
     message_parameters as message_parameters,
     message_texts as message_texts,
 )
+from ._variables import (
+    message_tokens as message_tokens,
+    token_features as token_features,
+    variable_aware_template as variable_aware_template,
+)
 
 __all__ = [
     "LogParsingMetrics",
@@ -46,5 +53,8 @@ __all__ = [
     "logql_grammar",
     "message_parameters",
     "message_texts",
+    "message_tokens",
     "parse_logql",
+    "token_features",
+    "variable_aware_template",
 ]
