@@ -90,7 +90,7 @@ def is_first_step(counts: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
 
 
 class LabelledChain(NamedTuple):
-    """What a sequence of labels gets from a chain.
+    """The score that a chain gives to a sequence of labels.
 
     Fields:
         scores: What each step adds to the score; -inf for what is forbidden.
@@ -177,7 +177,7 @@ def in_time_order(chain: Chain) -> tuple[Array, Array, Array]:
 
 
 def step_matrices(chain: Chain) -> Float[Array, "*batch T K K"]:
-    """What a step adds on the way from each label to each.
+    """The scores that a step adds on the way from each label to each.
 
     A step that does not count is the identity of a sum in the log domain. The first one
     that does forgets where it comes from, and all that come before it keep label 0 at

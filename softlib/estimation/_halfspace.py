@@ -45,7 +45,7 @@ class HalfspaceFit(NamedTuple):
 
 
 class StripStatistics(NamedTuple):
-    """What `strip_statistics` finds near a boundary; 1 for a standard normal law.
+    """Numbers of `strip_statistics` near a boundary; 1 for a standard normal law.
 
     Attributes:
         mass_ratio: Share of the examples in the strip over that of the normal law.
@@ -284,7 +284,7 @@ def halfspace_disagreement(
     *,
     where: Bool[Array, " n"] | None = None,
 ) -> HalfspaceDisagreement:
-    r"""How many examples two halfspaces tell apart, and what it is by their angle.
+    r"""The share of examples that two halfspaces tell apart, and that by their angle.
 
     The share of the examples with different signs of $\langle u, x \rangle$ and
     $\langle v, x \rangle$, and $\angle(u, v) / \pi$, which it is for every law that

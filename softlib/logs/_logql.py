@@ -119,7 +119,7 @@ def execute_logql(
     *,
     at: float | None = None,
 ) -> np.ndarray | dict[tuple[tuple[str, str], ...], float]:
-    """What a query finds in a log.
+    """Lines or counts that a query finds in a log.
 
     Args:
         query: Its text, or what `parse_logql` made of it.

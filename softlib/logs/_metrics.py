@@ -39,7 +39,7 @@ def grouping_metrics(
     same_template: Bool[Array, " N"] | None = None,
     where: Bool[Array, "..."] | None = None,
 ) -> LogParsingMetrics:
-    r"""How well a parser groups the messages of a log, and finds their templates.
+    r"""Shares of a log whose groups and templates a parser finds.
 
     A true group is found if one predicted group holds its messages and no others. With
     $g$ groups found, $\mathrm{FGA} = 2 g / (\text{true groups} + \text{predicted
