@@ -8,6 +8,6 @@ A study itself is in the folder of its script: `radial_video_model`, `extrapolat
 `triple_detection_model`, `grokking_study`, `simplex_flow_model`,
 `spherical_head_model`, `extreme_classifier`, `distillation_study`,
 `preference_tuning_model`, `fourier_head_study`, `uncertain_answers_study`,
-`generated_text_study`, `soft_thinking_study`, `utility_probability_study` and
-`speculative_study`.
+`generated_text_study`, `soft_thinking_study`, `utility_probability_study`,
+`generative_heads_study` and `speculative_study`.
 """
