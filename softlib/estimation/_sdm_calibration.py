@@ -79,7 +79,7 @@ def fit_sdm_calibration(
     labels: Integer[Array, " n"],
     *,
     level: Scalar = 0.95,
-    l2: Scalar = 1e-3,
+    l2: Scalar = 1e-5,
     max_steps: int = 50,
     where: Bool[Array, " n"] | None = None,
 ) -> SDMCalibration:
@@ -104,7 +104,8 @@ def fit_sdm_calibration(
             counts it, integer or floating.
         labels: True classes in [0, C). A point of another class is left out.
         level: $\alpha'$ in (0, 1).
-        l2: $\lambda > 0$. It keeps $W$ finite where all points are right.
+        l2: $\lambda > 0$. It keeps $W$ finite where all points are right. A larger one
+            flattens the output, so that fewer predictions are accepted.
         max_steps: Static; steps of Newton's method that are tried at most.
         where: True for the points to use; others may hold anything.
 
@@ -124,9 +125,10 @@ def fit_sdm_calibration(
     Example:
         >>> p = jnp.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.2, 0.8]])
         >>> q, labels = jnp.array([9, 4, 6, 8]), jnp.array([0, 0, 1, 1])
-        >>> fit = softlib.estimation.fit_sdm_calibration(p, q, labels, level=0.6)
-        >>> print(fit.counts, f"{fit.least_similarity:.2f} {fit.thresholds[0]:.2f}")
-        [2 2] 1.15 0.98
+        >>> fit = softlib.estimation.fit_sdm_calibration
+        >>> found = fit(p, q, labels, level=0.6, l2=1e-3)
+        >>> print(f"{found.least_similarity:.2f} {found.thresholds[0]:.2f}")
+        1.15 0.98
     """
     function = "fit_sdm_calibration"
     checks.require_floating(function, probabilities=probabilities)
