@@ -315,6 +315,19 @@ def _attention() -> Iterator[Call]:
     yield make("`softplus_attention`, causal", softplus, _qkv())
     own = functools.partial(softplus, normalize_qk=False)
     yield make("the same with `normalize_qk=False`", own, _qkv())
+    pooled = {
+        "queries": _array(BF16, 32, HEADS, HEAD_SIZE),
+        "keys": _array(BF16, BATCH, LENGTH, KEY_HEADS, HEAD_SIZE),
+        "values": _array(BF16, BATCH, LENGTH, KEY_HEADS, HEAD_SIZE),
+        "weights": _array(F32, BATCH, LENGTH),
+    }
+    yield Call(
+        family,
+        "`weighted_pool` to 32 vectors",
+        attention.weighted_pool,
+        pooled,
+        tuple(pooled),
+    )
     parallel = "`sequence_parallel_attention`, causal, on a ring of devices"
     yield make(parallel, _in_a_ring, _qkv())
     yield from _decoding(family)
