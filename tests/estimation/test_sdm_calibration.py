@@ -183,7 +183,7 @@ def test_edges_accept_nothing():
     assert without.counts[1] == 0
     assert np.isinf(without.thresholds[1])
     wrong = fit_sdm_calibration(p, q, (jnp.nan_to_num(p).argmax(-1) + 1) % CLASSES)
-    assert np.isinf(wrong.least_similarity)
+    assert not sdm_estimate(wrong, p, q).accepted.any()
     negative = sdm_estimate(fit, jnp.array([0.9, 0.1]), jnp.array(-1))
     assert np.isnan(negative.lower)
 
