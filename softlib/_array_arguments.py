@@ -20,6 +20,7 @@ from jaxtyping import AbstractArray, Array
 
 from ._ids import signed
 from ._one_program import as_one_program, transfers_are_refused
+from ._unknown_arguments import unknown_argument
 
 
 @overload
@@ -57,6 +58,11 @@ def array_arguments(
             options[key] = _converted(name, kinds.get(key), value, as_given)
         return given
 
+    def require_known(options: dict[str, Any]) -> None:
+        for key in options:
+            if key not in argument_kinds(function) and not takes_any(function):
+                raise unknown_argument(name, key, argument_kinds(function))
+
     def converted(*args: Any, **options: Any) -> Any:
         return function(*convert(args, options), **options)
 
@@ -65,6 +71,7 @@ def array_arguments(
 
     @functools.wraps(function)
     def call(*args: Any, **options: Any) -> Any:
+        require_known(options)
         # A module may change its own state, which must not happen inside a program.
         if is_program and transfers_are_refused():
             return as_one_program(converted, args, options)
@@ -89,8 +96,19 @@ def as_array(function: str, name: str, value: Any, what: str = "an array") -> Ar
     except (TypeError, ValueError) as error:
         described = "None" if value is None else type(value).__name__
         raise TypeError(
-            f"{function}: `{name}` must be {what}, got {described}."
+            f"{function}: `{name}` must be {what}, got {described}{_held_in(value)}."
         ) from error
+
+
+def _held_in(value: Any) -> str:
+    """Names the array in a layer or in the box of a partitioned parameter."""
+    if hasattr(value, "unbox"):
+        return "; its array is `.unbox()`"
+    if hasattr(value, "kernel"):
+        return ", a layer; its array is `.kernel`, of inputs by outputs (vocab_axis=1)"
+    if hasattr(value, "embedding"):
+        return ", a layer; its array is `.embedding`"
+    return ""
 
 
 class _Flag(NamedTuple):
@@ -157,6 +175,16 @@ def argument_kinds(function: Callable[..., Any]) -> dict[str, _Kind]:
             hints = typing.get_type_hints(options).items()
             kinds |= {name: _kind(name, hint) for name, hint in hints}
     return kinds
+
+
+@functools.cache
+def takes_any(function: Callable[..., Any]) -> bool:
+    """Whether `**options` of the function are of any name."""
+    return any(
+        each.kind == each.VAR_KEYWORD
+        and typing.get_origin(each.annotation) is not typing.Unpack
+        for each in inspect.signature(function).parameters.values()
+    )
 
 
 def _kind(name: str, annotation: Any) -> _Kind:

@@ -215,6 +215,11 @@ def require_axes(
 ) -> None:
     if value is None:
         return
+    if not isinstance(value, int | tuple | list):
+        raise TypeError(
+            f"{function}: `{name}` must be an int or a tuple of ints (it is static), "
+            f"got {value!r}; other options are given by their names."
+        )
     axes = (value,) if isinstance(value, int) else tuple(value)
     if not all(isinstance(axis, int) and -ndim <= axis < ndim for axis in axes):
         raise ValueError(

@@ -86,13 +86,33 @@ class Shapes(NamedTuple):
         if array.ndim != len(full):
             raise ValueError(
                 f"{function}: `{name}` must have {len(full)} axes that broadcast to "
-                f"{full} ({why}), got shape {array.shape}."
+                f"{full} ({why}), got shape {array.shape}"
+                f"{self._axes_for(name, array.shape)}."
             )
         checks.require_broadcastable(function, name, array, full, why)
         batch, pairs = array.shape[: len(self.batch)], array.shape[len(self.batch) :]
         if batch not in (self.batch, (1,) * len(batch)):
             array, batch = jnp.broadcast_to(array, (*self.batch, *pairs)), self.batch
         return array.reshape(math.prod(batch), *pairs)
+
+    def _axes_for(self, name: str, shape: tuple[int, ...]) -> str:
+        """The ways to say what an array of few axes means, if it has a known shape."""
+        known = [
+            ((*self.batch, self.key_length), "[:, None, None, :] for keys that exist"),
+            ((self.query_length, self.key_length), "[None, None] for pairs of all"),
+            (
+                (*self.batch, self.query_length, self.key_length),
+                "[:, None] for pairs of each sequence",
+            ),
+        ]
+        ways = [f"`{name}{how}" for of, how in known if of == shape]
+        if name != "mask" or len(self.batch) != 1 or not ways:
+            return ""
+        ways = [way.replace("]", "]`", 1) for way in ways]
+        if shape == known[0][0]:
+            ways.append("`softlib.masks.Padding` for lengths")
+            ways.append("`softlib.masks.Segments` for packed sequences")
+        return "; write " + ", ".join(ways)
 
     def on_rows(self, function: str, name: str, array: Array) -> Array:
         """An array that broadcasts to (B, T, N), broadcast."""
@@ -227,9 +247,12 @@ def planned(
         require_plan(function, shapes, mask, lengths, others=others or any(blocks))
         return mask
     if mask is not None and not isinstance(mask, Mask):
+        got = type(mask).__name__
+        if isinstance(mask, type) and issubclass(mask, Mask):
+            got = f"the class {mask.__name__}; write `{mask.__name__}(...)`"
         raise TypeError(
             f"{function}: `mask` must be a mask value, a BlockPlan, a boolean array or "
-            f"None, got {type(mask).__name__}."
+            f"None, got {got}."
         )
     for name, size in (("block_query", blocks[0]), ("block_key", blocks[1])):
         if size is not None:

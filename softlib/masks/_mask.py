@@ -18,6 +18,7 @@ from softlib._compiled_once import compiled_once
 
 from . import _expression as expression
 from ._blocks import Block, edges
+from ._html import picture
 from ._protocol import (
     array_field,
     checked_lengths,
@@ -40,7 +41,7 @@ class Mask:
     Combine masks with `&`, `|` and `~`. A mask without arrays is hashable and may be a
     static argument of `jax.jit`. A mask that holds arrays is passed like an array, and
     each of its arrays may have a leading batch axis. A mask prints as the expression
-    that made it, with dtype and shape instead of each array.
+    that made it, with dtype and shape instead of each array; notebooks add a picture.
 
     Example:
         >>> mask = softlib.masks.Causal() & softlib.masks.Window(left=1, right=0)
@@ -52,6 +53,9 @@ class Mask:
 
     def __repr__(self) -> str:
         return expression.call(self)
+
+    def _repr_html_(self) -> str | None:
+        return picture(self)
 
     def __call__(self, query_index: Any, key_index: Any) -> Any:
         """True where the pair attends.

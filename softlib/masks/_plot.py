@@ -1,5 +1,6 @@
 """Pictures of masks: tokens, and the blocks that a kernel visits."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ _EMPTY, _ATTENDS = "#ffffff", "#1f4e79"
 _VISITED, _IN_WHOLE = "#f6d9a8", "#3f87b8"
 _LINE = "#b8b8b8"
 _MOST_TOKENS = 8192
+_NAMES_OF_TOKENS = (
+    "does not attend",
+    "visited for nothing",
+    "attends, whole block",
+    "attends",
+)
+_NAMES_OF_BLOCKS = ("not visited", "attends in part", "attends as a whole")
 
 
 @array_arguments
@@ -42,7 +50,8 @@ def plot(
             lines at the borders of blocks if there are few.
         tokens: False draws one dot per block instead of one per pair: white, sand or
             blue for `Block.NONE`, `SOME`, `ALL`. For lengths that have too many pairs.
-        ax: Axes of matplotlib to draw on; None for those of a new figure.
+        ax: Axes of matplotlib to draw on; None for those of a new figure, which gets
+            the mask as its title, and a legend beside the picture.
 
     Returns:
         The `matplotlib.axes.Axes`. Their first image holds one number per token: 0
@@ -80,6 +89,7 @@ def plot(
         shades = [_EMPTY, _VISITED, _ATTENDS]
     else:
         raise ValueError("plot: `block` must be given with tokens=False, got None.")
+    own_figure = ax is None
     if ax is None:
         ax = plt.figure(layout="constrained").add_subplot()
     height, width = lengths
@@ -97,7 +107,26 @@ def plot(
     )
     ax.set(xlim=(0, key_length), ylim=(query_length, 0), xlabel="key", ylabel="query")
     _draw_lines(ax, lengths, blocks if lines is None else (lines, lines))
+    if own_figure:
+        names = _NAMES_OF_TOKENS if tokens else _NAMES_OF_BLOCKS
+        used = [(names[i], shades[i]) for i in np.unique(image)]
+        _explain(ax, mask, used)
     return ax
+
+
+def _explain(ax: Any, mask: Mask, names: list[tuple[str, str]]) -> None:
+    """Writes the mask above the picture, and the meaning of its colours beside it."""
+    from matplotlib import patches
+
+    ax.set_title(
+        textwrap.shorten(repr(mask), 70, placeholder=" ..."), fontsize="medium"
+    )
+    handles = [
+        patches.Patch(facecolor=shade, edgecolor=_LINE, label=name)
+        for name, shade in names
+    ]
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "borderaxespad": 0}
+    ax.legend(handles=handles, frameon=False, fontsize="small", **beside)
 
 
 def _token_image(

@@ -1,8 +1,10 @@
 """The picture holds what the mask holds; matplotlib is imported only to draw."""
 
 import builtins
+import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -48,6 +50,48 @@ def shades(image) -> np.ndarray:
     np.testing.assert_array_equal(found[0], 1)
     assert found[-1].sum() == found.sum(1).min()
     return found
+
+
+def test_a_figure_of_its_own_has_a_title_and_a_legend_beside_it():
+    mask = masks.Causal() & masks.Window(2, 0)
+    ax = masks.plot(mask, 8, block=4)
+    assert ax.get_title() == repr(mask)
+    legend = ax.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["does not attend", "visited for nothing", "attends"]
+    ax.figure.canvas.draw()
+    assert legend.get_window_extent().x0 >= ax.get_window_extent().x1
+    given = plt.figure().add_subplot()
+    masks.plot(mask, 8, ax=given)
+    assert (given.get_title(), given.get_legend()) == ("", None)
+
+
+def test_a_notebook_shows_what_the_mask_holds():
+    mask = masks.Causal() & masks.Window(40, 0)
+    shown = mask._repr_html_()
+    assert shown is not None
+    assert "Causal() &amp; Window(40, 0)" in shown
+    assert 'viewBox="0 0 128 128"' in shown  # at 32 it is merely causal
+    found = np.zeros((128, 128), bool)
+    for start, row, run in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", shown):
+        found[int(row), int(start) : int(start) + int(run)] = True
+    np.testing.assert_array_equal(found, mask.materialize(128))
+    packed = masks.Segments(jnp.array([[0, 0, 1], [0, 1, 1]]))._repr_html_()
+    assert packed is not None
+    assert packed.count("z") >= 3
+    assert 'viewBox="0 0 3 3"' in packed
+    assert "M0 0h2v1h-2zM0 1h2v1h-2zM2 2h1v1h-1z" in packed  # the first of the batch
+    for plain in (masks.Causal(), masks.All(), ~masks.All()):
+        assert 'viewBox="0 0 32 32"' in str(plain._repr_html_())
+
+
+def test_a_traced_mask_has_no_picture():
+    def function(ids):
+        assert masks.Segments(ids)._repr_html_() is None
+        return ids
+
+    jax.jit(function)(jnp.zeros(3, int))
 
 
 def test_blocks_tell_what_a_kernel_does():
