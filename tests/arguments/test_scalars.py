@@ -59,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "undesirable_weight": (0, math.inf),
     "value2_bias": (-math.inf, math.inf),
     "var_smoothing": (0, math.inf),
+    "width": (0, math.inf),
     "weight_decay": (0, math.inf),
     "decoding.cold_stop.threshold": (0, math.inf),
     "estimation.log_graph_proximity.t": (0, math.inf),
