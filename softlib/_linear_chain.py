@@ -28,7 +28,7 @@ METHODS = ("sequential", "associative")
 class Chain(NamedTuple):
     """The numbers of a chain in one dtype; what all sequences share has axes of size 1.
 
-    Fields:
+    Attributes:
         emissions: 0 in steps that do not count.
         transitions: [from, to].
         start: Of the first label.
@@ -92,7 +92,7 @@ def is_first_step(counts: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
 class LabelledChain(NamedTuple):
     """The score that a chain gives to a sequence of labels.
 
-    Fields:
+    Attributes:
         scores: What each step adds to the score; -inf for what is forbidden.
         outside: Whether a label of a step that counts is no id of a label.
     """

@@ -13,7 +13,7 @@ from softlib._linear_chain import METHODS, best_sequence, checked_chain, labelle
 class ViterbiPath(NamedTuple):
     """The best label sequence of each chain.
 
-    Fields:
+    Attributes:
         tags: Its labels (*batch, T), int32; 0 in steps that do not count.
         score: Its score (*batch,).
     """

@@ -14,7 +14,7 @@ from softlib._array_arguments import array_arguments
 class NegativeEdges(NamedTuple):
     """Drawn edges.
 
-    Fields:
+    Attributes:
         src: Their first nodes.
         dst: Their second ones.
         where: False for an edge that the graph has, and for all if it has none to draw

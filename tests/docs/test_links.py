@@ -1,5 +1,7 @@
 """Pages point at files and tests that exist; Sphinx checks the links between pages."""
 
+import re
+
 import pytest
 
 from tests.docs import cited
@@ -73,3 +75,17 @@ def test_links_and_paths_are_found():
 )
 def test_what_is_missing_is_named(path, test, complaint):
     assert cited.missing(path, test) == complaint
+
+
+def test_every_page_of_the_documentation_is_in_a_table_of_contents():
+    """The build refuses one that is not, after minutes."""
+    docs = cited.ROOT / "docs"
+    entries = set()
+    for page in docs.rglob("*.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S):
+            lines = [line for line in tree.splitlines() if line and line[0] != ":"]
+            entries |= {(page.parent / line.strip()).resolve() for line in lines}
+    pages = {page.resolve().with_suffix("") for page in docs.rglob("*.md")}
+    pages = {page for page in pages if "_build" not in page.parts}
+    assert len(entries) > 50
+    assert pages - entries == {(docs / "index").resolve()}
