@@ -80,6 +80,7 @@ test-oldest: $(OLDEST)/.installed ## the numerics on the oldest releases we acce
 	  tests/numerics tests/softmax tests/logits tests/losses tests/masks \
 	  tests/attention tests/recurrent tests/estimation tests/decoding \
 	  tests/information tests/scoring tests/optim tests/metrics tests/mining tests/quantize \
+	  tests/bandits \
 	  tests/test_dispatch.py $(ARGS)
 
 # A slice that moves with every commit, and some tests at the user's optimisation level.

@@ -42,6 +42,7 @@ COLOURS = {
     "decoding": "#7048e8",
     "scoring": "#6741d9",
     "estimation": "#5f3dc4",
+    "bandits": "#c2255c",
     "logs": "#a61e4d",
     "optim": "#1971c2",
     "nn": "#343a40",

@@ -14,6 +14,7 @@
 - `softlib.metrics`: measures of predictions and of training.
 - `softlib.mining`: batches whose labels are hard negatives of each other.
 - `softlib.information`: numbers about distributions.
+- `softlib.bandits`: bandits whose arms pass once (loaded on first use).
 - `softlib.logs`: logs of programs, as columns (loaded on first use).
 - `softlib.optim`: optimisation (loaded on first use, with optax).
 - `softlib.nn`: Flax modules (loaded on first use, with flax).
@@ -57,6 +58,7 @@ __all__ = [
     "LinearLogits",
     "Logits",
     "attention",
+    "bandits",
     "decoding",
     "estimation",
     "explain",
@@ -83,6 +85,7 @@ __all__ = [
 # Loaded on first use, so that `import softlib` is quick and needs neither flax nor a
 # test library. The imports below are for type checkers.
 _LAZY = (
+    "bandits",
     "decoding",
     "estimation",
     "logs",
@@ -96,6 +99,7 @@ _LAZY = (
 
 if TYPE_CHECKING:
     from . import (
+        bandits as bandits,
         decoding as decoding,
         estimation as estimation,
         logs as logs,

@@ -92,6 +92,7 @@ class _Package:
         return value
 
 
+bandits = _Package(softlib.bandits)
 decoding = _Package(softlib.decoding)
 estimation = _Package(softlib.estimation)
 information = _Package(softlib.information)
