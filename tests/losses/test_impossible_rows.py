@@ -34,6 +34,7 @@ TARGET, TEACHER = {"teacher_logits": OTHERS}, {"teacher_logits": OTHERS}
 # Not of one distribution over classes with a label in each row.
 NO_LOSSES = {
     "crf_loss",  # of sequences; see test_crf.py
+    "ctc_loss",  # of sequences; see test_ctc.py
     "edge_reconstruction_loss",  # of single scores
     "in_batch_triplet_loss",  # of differences of similarities
     "label_rank",
