@@ -35,7 +35,7 @@ CASES: list[tuple[str, Any, type[Exception], str, dict[str, Any]]] = [
     ("value", jnp.zeros((B, S + 1, K, 5)), ValueError, "(2, 7, 2, 5)", {}),
     ("value", jnp.zeros((B, S, N, 5)), ValueError, "(2, 6, 4, 5)", {}),
     ("mask", "causal", TypeError, "str", {}),
-    ("mask", masks.Causal, TypeError, "type", {}),
+    ("mask", masks.Causal, TypeError, "class Causal", {}),
     ("mask", jnp.ones((B, N, T, S)), TypeError, "float32", {}),
     ("mask", np.ones((B, N, T, S), int), TypeError, "int", {}),
     ("mask", jnp.ones((T, S), bool), ValueError, "(4, 6)", {}),
